@@ -1,0 +1,150 @@
+"""The errors of aiostage: one tree, each with what was wrong, where, and the way out.
+
+Every class also inherits the standard-library exception it is one of, so that code which already catches
+``MemoryError`` or ``FileNotFoundError`` keeps working. All survive pickling, so they may cross a process boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = [
+    "AcceleratorUnavailableError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "HostMemoryError",
+    "StagerClosedError",
+    "StagingError",
+    "TornSnapshotError",
+    "UnsupportedLeafError",
+]
+
+SHOWN_PATHS = 10
+"""How many paths a message spells out before it counts the rest."""
+
+
+class StagingError(Exception):
+    """The base of every error that aiostage raises.
+
+    Args:
+        reason: What was wrong, with the value that was given.
+        path: Where in the state dict, as rendered by :func:`aiostage.leaf.format_path`, or a file name; None if
+            the error is not about one place.
+        remedy: What the caller can do about it.
+    """
+
+    def __init__(self, reason: str, *, path: str | None = None, remedy: str | None = None) -> None:
+        self.reason = reason
+        self.path = path
+        self.remedy = remedy
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path is not None else ""
+        remedy = f" {self.remedy}" if self.remedy is not None else ""
+        return f"{where}{self.reason}{remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own __reduce__ replays only positional arguments and would lose the keyword ones.
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuild(cls: type[StagingError], args: tuple[object, ...], state: dict[str, object]) -> StagingError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class StagerClosedError(StagingError, RuntimeError):
+    """The stager was closed before or while the call was under way."""
+
+    def __init__(self, reason: str = "the stager is closed") -> None:
+        super().__init__(f"{reason}.", remedy="Make a new AsyncStager; a closed one cannot be reopened.")
+
+
+class TornSnapshotError(StagingError, RuntimeError):
+    """The source changed while it was being captured, so the copy would mix old and new values.
+
+    Attributes:
+        paths: Every place that changed, rendered.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        super().__init__(
+            f"the source changed while it was being captured, at {listed(self.paths)}.",
+            remedy=(
+                "Wait for the staging to be captured before changing the source, or set max_loop_hold=math.inf "
+                "to capture containers in one indivisible step."
+            ),
+        )
+
+
+class UnsupportedLeafError(StagingError, TypeError):
+    """A leaf cannot be staged or saved faithfully; nothing was copied or written."""
+
+
+class HostMemoryError(StagingError, MemoryError):
+    """Host memory for the staged copy cannot be had, within the budget or at all."""
+
+
+class AcceleratorUnavailableError(StagingError, RuntimeError):
+    """An option asks for an accelerator, or for something of one, that is not there."""
+
+
+class CheckpointError(StagingError):
+    """A checkpoint could not be written or read."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint where one was to be read."""
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """The files of a checkpoint contradict each other, their checksums or the format."""
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """There is already something where a checkpoint was to be written."""
+
+
+class CheckpointMismatchError(CheckpointError, ValueError):
+    """A checkpoint and the live tree it is loaded into do not have the same leaves; nothing was changed.
+
+    Attributes:
+        missing: Rendered paths that the live tree has and the checkpoint lacks.
+        unexpected: Rendered paths that the checkpoint has and the live tree lacks.
+        mismatched: Rendered paths that both have, each followed by how they differ.
+    """
+
+    def __init__(
+        self, *, missing: Iterable[str] = (), unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        parts = [
+            f"{name}: {', '.join(paths)}"
+            for name, paths in (
+                ("missing from the checkpoint", self.missing),
+                ("unexpected in the checkpoint", self.unexpected),
+                ("mismatched", self.mismatched),
+            )
+            if paths
+        ]
+        super().__init__(
+            f"the checkpoint does not fit the live state dict; {'; '.join(parts)}.",
+            remedy="Load without into= to get the checkpoint as its own tree.",
+        )
+
+
+def listed(paths: Sequence[str]) -> str:
+    """Join paths for a message, spelling out the first few and counting the rest."""
+    shown = ", ".join(paths[:SHOWN_PATHS])
+    rest = len(paths) - SHOWN_PATHS
+    return f"{shown} and {rest} more" if rest > 0 else shown

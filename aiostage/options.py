@@ -1,0 +1,148 @@
+"""What can be set on a stager, and what it reports of itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from aiostage.leaf import Path
+
+__all__ = ["StagerStatistics", "StagingOptions"]
+
+DtypeRule: TypeAlias = torch.dtype | Callable[[Path, torch.Tensor], torch.dtype | None]
+PassthroughRule: TypeAlias = Callable[[Path, object], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagingOptions:
+    """How an :class:`~aiostage.AsyncStager` stages. Immutable; checked when built.
+
+    Attributes:
+        use_pinned_memory: Stage into page-locked memory. None: when there is an accelerator that supports it.
+            True without one: :class:`~aiostage.AcceleratorUnavailableError` when the stager is built.
+        use_shared_memory: Stage into memory that another process can open, with a number of descriptors that does
+            not depend on the number of tensors.
+        use_async_staging: Copy in worker threads and on side streams. False: copies run inline on the event loop,
+            still yielding between leaves.
+        use_non_blocking_copy: Enqueue device copies without waiting for each. None: when there is an accelerator.
+            True without one: :class:`~aiostage.AcceleratorUnavailableError` when the stager is built.
+        max_loop_hold: How long a staging may hold the event loop before it yields, in seconds. ``math.inf`` makes
+            the walk one indivisible step.
+        max_host_bytes: Budget for arenas, in bytes. A staging over the budget waits for a lease to end; one that
+            can never fit raises :class:`~aiostage.HostMemoryError`. None: no limit.
+        dtype: Cast floating-point leaves while they are copied: one dtype for all, or a function of path and
+            tensor that returns the dtype, or None to leave the leaf as it is.
+        passthrough: A function of path and object; subtrees for which it returns True are put into the staged tree
+            uncopied.
+        detect_torn: Compare tensor versions and container contents when captured, and raise
+            :class:`~aiostage.TornSnapshotError` if the source changed on the way.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a number is out of range, or ``dtype`` is not a floating-point dtype.
+    """
+
+    use_pinned_memory: bool | None = None
+    use_shared_memory: bool = False
+    use_async_staging: bool = True
+    use_non_blocking_copy: bool | None = None
+    max_loop_hold: float = 0.001
+    max_host_bytes: int | None = None
+    dtype: DtypeRule | None = None
+    passthrough: PassthroughRule | None = None
+    detect_torn: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field against its type and range."""
+        for name in ("use_shared_memory", "use_async_staging", "detect_torn"):
+            _require(name, getattr(self, name), bool)
+        for name in ("use_pinned_memory", "use_non_blocking_copy"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), bool)
+        if isinstance(self.max_loop_hold, bool) or not isinstance(self.max_loop_hold, (int, float)):
+            raise TypeError(f"max_loop_hold must be a number of seconds, not {self.max_loop_hold!r}")
+        if math.isnan(self.max_loop_hold) or self.max_loop_hold <= 0:
+            raise ValueError(f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {self.max_loop_hold!r}")
+        if self.max_host_bytes is not None:
+            if isinstance(self.max_host_bytes, bool) or not isinstance(self.max_host_bytes, int):
+                raise TypeError(f"max_host_bytes must be a whole number of bytes or None, not {self.max_host_bytes!r}")
+            if self.max_host_bytes <= 0:
+                raise ValueError(f"max_host_bytes must be above 0 (None for no limit), not {self.max_host_bytes!r}")
+        if isinstance(self.dtype, torch.dtype):
+            if not self.dtype.is_floating_point:
+                raise ValueError(f"dtype casts floating-point leaves and must be a floating-point dtype, not {self.dtype}")
+        elif self.dtype is not None and not callable(self.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, a function of path and tensor, or None, not {self.dtype!r}")
+        if self.passthrough is not None and not callable(self.passthrough):
+            raise TypeError(f"passthrough must be a function of path and object or None, not {self.passthrough!r}")
+
+    @classmethod
+    def from_torch(cls, config: Any, **changes: Any) -> StagingOptions:
+        """Take over the settings of one of PyTorch's own stagers.
+
+        Args:
+            config: ``torch.distributed.checkpoint.staging.StagingOptions`` or
+                ``torch.distributed.checkpoint._experimental.staging.CheckpointStagerConfig``; anything with their
+                four ``use_*`` fields will do.
+            **changes: Fields of :class:`StagingOptions` that replace or add to the ones taken over.
+
+        Returns:
+            The same settings as :class:`StagingOptions`.
+
+        Raises:
+            TypeError: If ``config`` lacks one of the four fields.
+        """
+        names = ("use_pinned_memory", "use_shared_memory", "use_async_staging", "use_non_blocking_copy")
+        missing = [name for name in names if not hasattr(config, name)]
+        if missing:
+            raise TypeError(
+                f"from_torch takes PyTorch's StagingOptions or CheckpointStagerConfig; "
+                f"{type(config).__qualname__} has no {', '.join(missing)}"
+            )
+        return cls(**({name: getattr(config, name) for name in names} | changes))
+
+
+def _require(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagerStatistics:
+    """What a stager has done and what it holds, at one moment.
+
+    Attributes:
+        stagings: Stagings captured so far.
+        leaves: Leaves staged so far.
+        nbytes: Bytes staged so far.
+        plans_compiled: Layouts computed, one for each structure first seen.
+        plans_replayed: Stagings that reused a layout.
+        copies: Fused copy operations issued to worker threads and devices.
+        launches: Operations enqueued on devices, packing included.
+        arenas: Host allocations held now, leased or free.
+        leases: Arenas that staged tensors refer to now.
+        waiting: Stagings that wait for the budget now.
+        pageable_bytes: Bytes of ordinary memory in arenas now.
+        shared_bytes: Bytes of shared memory in arenas now.
+        pinned_bytes: Bytes registered with the accelerator now; they count as pageable or shared as well.
+        longest_loop_hold: The longest time that one slice of work held the event loop, in seconds.
+    """
+
+    stagings: int
+    leaves: int
+    nbytes: int
+    plans_compiled: int
+    plans_replayed: int
+    copies: int
+    launches: int
+    arenas: int
+    leases: int
+    waiting: int
+    pageable_bytes: int
+    shared_bytes: int
+    pinned_bytes: int
+    longest_loop_hold: float
