@@ -1,0 +1,40 @@
+"""Finishing what must not be left half-done, also when the task is cancelled meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio
+
+__all__ = ["finish"]
+
+T = TypeVar("T")
+
+
+async def finish(wait: Callable[[], Awaitable[T]]) -> T:
+    """Wait for something to its end, and deliver a cancellation that came meanwhile only then.
+
+    A shielded cancel scope keeps anyio's cancellation out but not ``asyncio.Task.cancel()``, which has to be caught
+    and kept; both reach the caller as the same exception.
+
+    Args:
+        wait: Called for something to await, and again after each cancellation. It must bear being repeated.
+
+    Returns:
+        What the awaitable returns.
+
+    Raises:
+        BaseException: Whatever the awaitable raises. If the task was cancelled while waiting, the cancellation.
+    """
+    cancelled: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while True:
+            try:
+                result = await wait()
+                break
+            except anyio.get_cancelled_exc_class() as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return result

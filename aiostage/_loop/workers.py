@@ -1,0 +1,260 @@
+"""A few named threads that run blocking work in order of submission, and how coroutines wait for it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.wakeup import Wakeup
+
+__all__ = ["Job", "Workers"]
+
+T = TypeVar("T")
+
+_IDLE_SECONDS = 5.0
+"""How long an idle thread waits for work before it ends. A guess: longer than the pause between two checkpoint
+parts, shorter than anyone would look for it."""
+
+
+class Job:
+    """A growing sequence of short blocking steps that worker threads take in order.
+
+    Several threads may run different steps of one job at once. After :meth:`cancel`, or after a step has failed,
+    the steps not yet begun are dropped; those that run are always waited for. Steps hold references to what they
+    touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job.
+    """
+
+    __slots__ = ("__weakref__", "_done", "_error", "_lock", "_open", "_running", "_steps", "_submit", "_waiters")
+
+    def __init__(self, submit: Callable[[Job], None]) -> None:
+        self._submit = submit
+        self._lock = threading.Lock()
+        self._steps: deque[Callable[[], object]] = deque()
+        self._running = 0
+        self._done = 0
+        self._open = True
+        self._error: BaseException | None = None
+        self._waiters: list[Wakeup] = []
+
+    @property
+    def done(self) -> int:
+        """How many steps have completed."""
+        return self._done
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the first failing step raised."""
+        return self._error
+
+    def put(self, step: Callable[[], object]) -> None:
+        """Add a step. After a failure or a cancellation it is dropped."""
+        with self._lock:
+            if not self._open:
+                return
+            self._steps.append(step)
+        self._submit(self)
+
+    def close(self) -> None:
+        """Say that no step will be added."""
+        with self._lock:
+            self._open = False
+            waiters = self._take_waiters()
+        _wake(waiters)
+
+    def cancel(self) -> None:
+        """Drop the steps not yet begun, and take no more."""
+        with self._lock:
+            self._open = False
+            self._steps.clear()
+            waiters = self._take_waiters()
+        _wake(waiters)
+
+    def run_next(self) -> None:
+        """Run the next step, if there is one, in the calling thread."""
+        with self._lock:
+            if not self._steps:
+                return
+            step = self._steps.popleft()
+            self._running += 1
+        error: BaseException | None = None
+        try:
+            step()
+        except BaseException as raised:  # noqa: BLE001 - it is raised again by join(), in the task that waits
+            error = raised
+        # The step keeps tensors alive; it must be gone before anybody is told that it is over.
+        del step
+        with self._lock:
+            self._running -= 1
+            self._done += 1
+            if error is not None:
+                self._error = self._error or error
+                self._open = False
+                self._steps.clear()
+            waiters = self._take_waiters()
+        _wake(waiters)
+
+    def finished(self) -> bool:
+        """Return whether no step runs, none is left and none can be added."""
+        return not (self._open or self._steps or self._running)
+
+    async def progressed(self, seen: int) -> None:
+        """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing."""
+        with self._lock:
+            if self._done > seen or self.finished():
+                return
+            wakeup = Wakeup()
+            self._waiters.append(wakeup)
+        try:
+            await wakeup.wait()
+        finally:
+            with self._lock:
+                if wakeup in self._waiters:
+                    self._waiters.remove(wakeup)
+
+    async def settled(self) -> None:
+        """Wait until the job is finished, without raising a step's error. Cancelling changes nothing."""
+        while not self.finished():
+            await self.progressed(self._done)
+
+    async def join(self) -> None:
+        """Wait until the job is finished.
+
+        Raises:
+            BaseException: What the first failing step raised.
+
+        When cancelled, drops the steps not yet begun, waits for those that run, and only then is cancelled.
+        """
+        try:
+            await self.settled()
+        except BaseException as error:
+            self.cancel()
+            # A coroutine that is being closed may not wait; the running steps keep their own memory alive.
+            if not isinstance(error, GeneratorExit):
+                await finish(self.settled)
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _take_waiters(self) -> list[Wakeup]:
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+
+def _wake(waiters: list[Wakeup]) -> None:
+    for waiter in waiters:
+        waiter.set()
+
+
+class _Outcome(Generic[T]):
+    """Where a single call leaves its result."""
+
+    __slots__ = ("value",)
+    value: T
+
+
+class Workers:
+    """A few daemon threads, started when there is work and ended when there has been none for a while.
+
+    Args:
+        threads: How many steps may run at once.
+        name: What the threads are called, followed by a number.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._state = _WorkerState(threads, name)
+        self._finalizer = weakref.finalize(self, self._state.stop)
+
+    def job(self) -> Job:
+        """Return a new job, open and empty."""
+        return Job(self._state.submit)
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Run one blocking call in a worker thread.
+
+        Args:
+            call: Takes no argument; bind them.
+
+        Returns:
+            What the call returns.
+
+        Raises:
+            BaseException: Whatever the call raises.
+
+        When cancelled before it begins, the call never runs; afterwards it is waited for, and its result is lost.
+        """
+        outcome: _Outcome[T] = _Outcome()
+
+        def step() -> None:
+            outcome.value = call()
+
+        job = self.job()
+        job.put(step)
+        job.close()
+        await job.join()
+        return outcome.value
+
+    @property
+    def threads(self) -> int:
+        """How many threads are alive now."""
+        return self._state.alive
+
+    def stop(self) -> None:
+        """Let the threads end once the work that was submitted is done. Later work starts them again."""
+        self._state.stop()
+
+
+class _WorkerState:
+    """What the threads share. They refer to this and not to Workers, so that dropping Workers ends them."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.limit = threads
+        self.name = name
+        self.alive = 0
+        self.idle = 0
+        self.started = 0
+        self.stopping = False
+        self.queue: deque[Job] = deque()
+        self.condition = threading.Condition()
+
+    def submit(self, job: Job) -> None:
+        with self.condition:
+            self.stopping = False
+            self.queue.append(job)
+            if self.idle >= len(self.queue):
+                self.condition.notify()
+                return
+            if self.alive >= self.limit:
+                return
+            self.alive += 1
+            self.started += 1
+            number = self.started
+        # Daemon threads do not keep an interpreter from exiting; a step that runs then is a copy into memory
+        # that goes away with the process.
+        threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True).start()
+
+    def stop(self) -> None:
+        with self.condition:
+            self.stopping = True
+            self.condition.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self.condition:
+                while not self.queue:
+                    if self.stopping:
+                        self.alive -= 1
+                        return
+                    self.idle += 1
+                    woken = self.condition.wait(_IDLE_SECONDS)
+                    self.idle -= 1
+                    if not woken and not self.queue:
+                        self.alive -= 1
+                        return
+                job = self.queue.popleft()
+            job.run_next()
+            # Otherwise an idle thread would keep its last job's memory, and with it a lease.
+            del job
