@@ -1,0 +1,331 @@
+"""Which tensors copy right, and how: dense memory, by value, taken apart, or refused by path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart"]
+
+PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
+"""The classes whose instances say all about themselves through their dispatch keys."""
+
+_REFUSED_KEYS = {
+    "Meta": "it is a meta tensor and has no data",
+    "Mkldnn": "it is in the mkldnn layout, whose memory has no defined order",
+    "FuncTorch": "it is inside a torch.func transform",
+    "Functionalize": "it is a functionalization wrapper",
+    "ZeroTensor": "it is an autograd zero tensor without memory",
+    "NestedTensor": "it is a nested tensor in the strided layout",
+}
+"""Dispatch keys, up to the name of the device, that mean that a tensor cannot be copied, and why."""
+
+_HANDLED_KEYS = {
+    "SparseCsr": "sparse_compressed",
+    "Sparse": "sparse",
+    "Quantized": "quantized",
+    "Conjugate": "value",
+    "Negative": "value",
+}
+"""Dispatch keys, up to the name of the device, that need more than a copy of memory. The first that fits counts."""
+
+
+class Refusal(Exception):  # noqa: N818 - never leaves the capture; the walk adds the path and raises an error
+    """A leaf cannot be staged faithfully, with the reason and the way out."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spec:
+    """All that decides how a dense leaf is copied and rebuilt, except where its memory is.
+
+    Specs are interned: two leaves of one stager are alike exactly when their specs are the same object, which makes
+    comparing the specs of a whole tree a comparison of two lists.
+
+    Attributes:
+        cls: The class to rebuild.
+        dtype: Of the source.
+        target: Of the staged copy; differs from ``dtype`` when the leaf is cast.
+        shape: Of both.
+        stride: Of both, in elements.
+        requires_grad: Of both.
+        device: Where the source is; None for host memory.
+        by_value: The memory is not the value (conjugate and negative views), so elements are copied, not bytes.
+        extent: How many elements of memory lie between the first and one past the last.
+        dense: Whether the elements fill their extent in the order of their indices.
+        nbytes: Size of the source's extent.
+        staged_nbytes: Size of the staged copy's extent.
+    """
+
+    cls: type[torch.Tensor]
+    dtype: torch.dtype
+    target: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+    device: torch.device | None
+    by_value: bool
+    extent: int = field(init=False)
+    dense: bool = field(init=False)
+    nbytes: int = field(init=False)
+    staged_nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the sizes."""
+        if 0 in self.shape:
+            extent = count = 0
+        else:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+            count = 1
+            for size in self.shape:
+                count *= size
+        expected = 1
+        ordered = True
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            ordered = ordered and (size == 1 or stride == expected)
+            expected *= size
+        put = object.__setattr__
+        put(self, "extent", extent)
+        put(self, "dense", count == extent and ordered)
+        put(self, "nbytes", extent * self.dtype.itemsize)
+        put(self, "staged_nbytes", extent * self.target.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A tensor that is taken apart into others and put together again.
+
+    Attributes:
+        parts: The tensors inside, leaves in their own right.
+        assemble: Makes the staged tensor from the staged parts.
+        owned_attributes: Names in ``vars()`` that ``assemble`` sets; others are copied as attributes.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    assemble: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    owned_attributes: frozenset[str] = frozenset()
+
+
+_metadata = attrgetter("dtype", "shape", "requires_grad")
+
+
+class SpecTable:
+    """Interns specs, and remembers what each set of dispatch keys means.
+
+    Args:
+        device_of: Answers which device a tensor is on, None for host memory.
+    """
+
+    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None]) -> None:
+        self._device_of = device_of
+        self._specs: dict[object, Spec] = {}
+        self._meanings: dict[int, str | Refusal] = {}
+
+    def meanings(self, tensors: Iterable[torch.Tensor]) -> list[str | Refusal]:
+        """Return for each tensor how it is handled: "dense", "value", "sparse", ..., or why it is refused."""
+        keys = list(map(torch._C._dispatch_keys, tensors))
+        numbers = list(map(torch._C.DispatchKeySet.raw_repr, keys))
+        known = self._meanings
+        if not known.keys() >= set(numbers):
+            for number, key in zip(numbers, keys, strict=True):
+                if number not in known:
+                    known[number] = _meaning(key)
+        return list(map(known.__getitem__, numbers))
+
+    def spec(self, tensor: torch.Tensor, *, by_value: bool = False, target: torch.dtype | None = None) -> Spec:
+        """Return the spec of a dense tensor.
+
+        Raises:
+            Refusal: If its storage is smaller than its elements need.
+        """
+        dtype, shape, requires_grad = _metadata(tensor)
+        stride = tensor.stride()
+        device = self._device_of(tensor)
+        # Autograd history does not travel; only a graph leaf comes out requiring a gradient.
+        requires_grad = requires_grad and tensor.is_leaf
+        key = (type(tensor), dtype, target, shape, stride, requires_grad, device, by_value)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._specs[key] = Spec(
+                type(tensor), dtype, target or dtype, tuple(shape), stride, requires_grad, device, by_value
+            )
+        if spec.nbytes and tensor.untyped_storage().nbytes() < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
+            raise Refusal(
+                f"its storage of {tensor.untyped_storage().nbytes()} bytes is smaller than its elements, which need "
+                f"{spec.nbytes} (FSDP1 frees parameters like this between uses).",
+                "Stage inside FSDP.summon_full_params or take a state_dict() of the wrapped module.",
+            )
+        return spec
+
+    def cast(self, spec: Spec, target: torch.dtype) -> Spec:
+        """Return the spec of the same leaf, cast while copied."""
+        key = (spec, target)
+        found = self._specs.get(key)
+        if found is None:
+            found = self._specs[key] = Spec(
+                spec.cls, spec.dtype, target, spec.shape, spec.stride, spec.requires_grad, spec.device, spec.by_value
+            )
+        return found
+
+
+def _meaning(keys: object) -> str | Refusal:
+    """Read a key set through its printed names, the one form that has every key and survives torch's versions."""
+    names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+    for prefix, reason in _REFUSED_KEYS.items():
+        if any(name.startswith(prefix) for name in names):
+            return Refusal(f"{reason}.", "Materialize it first, for example with to_dense() or on a real device.")
+    for prefix, meaning in _HANDLED_KEYS.items():
+        if any(name.startswith(prefix) for name in names):
+            return meaning
+    if "Python" in names:
+        return Refusal(
+            "it is a wrapper subclass without __tensor_flatten__, so its inner tensors cannot be found.",
+            "Give the class __tensor_flatten__ and __tensor_unflatten__, or stage its inner tensors.",
+        )
+    return "dense"
+
+
+def take_apart(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None:
+    """Take a tensor apart that is not one piece of memory.
+
+    Args:
+        tensor: Of any class and layout.
+        meaning: What its dispatch keys say, from :meth:`SpecTable.meanings`.
+
+    Returns:
+        Its parts, or None if it is one piece of memory.
+
+    Raises:
+        Refusal: If it can neither be copied nor taken apart faithfully.
+    """
+    cls = type(tensor)
+    if cls not in PLAIN_CLASSES:
+        if isinstance(tensor, UninitializedTensorMixin):
+            return _uninitialized(tensor)
+        _refuse_by_class(tensor)
+        if is_traceable_wrapper_subclass(tensor):
+            return _wrapper(tensor)
+    if isinstance(meaning, Refusal):
+        raise meaning
+    if meaning == "sparse":
+        return _sparse(tensor)
+    if meaning == "sparse_compressed":
+        return _sparse_compressed(tensor)
+    if meaning == "quantized":
+        return _quantized(tensor)
+    return None
+
+
+def _refuse_by_class(tensor: torch.Tensor) -> None:
+    name = type(tensor).__name__
+    if name == "FakeTensor":
+        raise Refusal("it is a FakeTensor and has no data.", "Stage the real tensors, outside FakeTensorMode.")
+    if name == "ShardedTensor":
+        raise Refusal("ShardedTensor is not supported.", "Use DTensor, or stage its local_shards().")
+    if name == "DTensor" and any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+        raise Refusal(
+            f"it is a DTensor with partial placements {tensor.placements}, whose local tensors are not its value.",  # type: ignore[attr-defined]
+            "Redistribute it to Shard or Replicate placements first.",
+        )
+
+
+def _finished(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Give a rebuilt tensor the class-independent traits of its source."""
+    if tensor.requires_grad and tensor.is_leaf and not result.requires_grad:
+        result.requires_grad_()
+    if type(tensor) is torch.nn.Parameter and type(result) is torch.Tensor:
+        result = torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
+    return result
+
+
+def _wrapper(tensor: Any) -> Composite:
+    names, context = tensor.__tensor_flatten__()
+    parts = tuple(getattr(tensor, name) for name in names)
+    cls, size, stride = type(tensor), tensor.size(), tensor.stride()
+
+    def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
+        result = cls.__tensor_unflatten__(dict(zip(names, staged, strict=True)), context, size, stride)
+        return _finished(result, tensor)
+
+    # Putting the source's own parts together costs nothing and shows which attributes that sets.
+    with torch.no_grad():
+        owned = frozenset(vars(assemble(parts)))
+    return Composite(parts, assemble, owned)
+
+
+def _sparse(tensor: torch.Tensor) -> Composite:
+    size, coalesced = tensor.size(), tensor.is_coalesced()
+
+    def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
+        result = torch.sparse_coo_tensor(
+            staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False
+        )
+        return _finished(result, tensor)
+
+    return Composite((tensor._indices(), tensor._values()), assemble)
+
+
+def _sparse_compressed(tensor: torch.Tensor) -> Composite:
+    size, layout = tensor.size(), tensor.layout
+    by_row = layout in (torch.sparse_csr, torch.sparse_bsr)
+    compressed = tensor.crow_indices() if by_row else tensor.ccol_indices()
+    plain = tensor.col_indices() if by_row else tensor.row_indices()
+
+    def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
+        # The layout warns that it is in beta; whoever made the source has been told.
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            result = torch.sparse_compressed_tensor(
+                staged[0], staged[1], staged[2], size, layout=layout, check_invariants=False
+            )
+        return _finished(result, tensor)
+
+    return Composite((compressed, plain, tensor.values()), assemble)
+
+
+def _quantized(tensor: torch.Tensor) -> Composite:
+    scheme = tensor.qscheme()
+    affine: tuple[Any, ...]
+    if scheme == torch.per_tensor_affine:
+        parameters: tuple[torch.Tensor, ...] = ()
+        affine = (scheme, tensor.q_scale(), tensor.q_zero_point())
+    elif scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        parameters = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+        affine = (scheme, tensor.q_per_channel_axis())
+    else:
+        raise Refusal(f"its quantization scheme {scheme} is not supported.", "Dequantize it first.")
+    dtype, size, stride, offset = tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+    def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
+        typed = torch.storage.TypedStorage(wrap_storage=staged[0].untyped_storage(), dtype=dtype, _internal=True)
+        scheme_and_parameters = affine if len(staged) == 1 else (affine[0], staged[1], staged[2], affine[1])
+        result: torch.Tensor = torch._utils._rebuild_qtensor(
+            typed, offset, size, stride, scheme_and_parameters, False, {}
+        )
+        return _finished(result, tensor)
+
+    return Composite((memory, *parameters), assemble)
+
+
+def _uninitialized(tensor: Any) -> Composite:
+    cls, requires_grad, dtype = type(tensor), tensor.requires_grad, tensor.data.dtype
+
+    def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
+        if issubclass(cls, torch.nn.Parameter):
+            return cls(requires_grad, device="cpu", dtype=dtype)  # type: ignore[call-arg, arg-type]
+        return cls(requires_grad=requires_grad, device="cpu", dtype=dtype)  # type: ignore[no-any-return]
+
+    return Composite((), assemble)

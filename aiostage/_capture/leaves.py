@@ -1,0 +1,202 @@
+"""The leaves of one capture: their specs, addresses and versions, inspected in bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # Without it every leaf is inspected anew in each staging: slower, never wrong.
+    TensorGuards = None
+
+__all__ = ["Inspection", "Leaves", "NO_VERSION"]
+
+CHUNK = 256
+"""Leaves inspected between two yields: well below a millisecond of work."""
+
+NO_VERSION = -1
+"""Stands for the version of tensors that have none (inference tensors)."""
+
+_address = torch.Tensor.data_ptr
+_version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
+
+
+class _Chunk:
+    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed."""
+
+    __slots__ = ("addresses", "check", "specs")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], specs: list[Spec], addresses: list[int]) -> None:
+        self.specs = specs
+        self.addresses = addresses
+        # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
+        self.check: Callable[..., bool] = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(spec.shape) for spec in specs],
+            dynamic_dims_strides=[list(spec.stride) for spec in specs],
+        ).check
+
+
+class Inspection:
+    """How a stager looks at leaves, and what it remembers of the last look.
+
+    Args:
+        device_of: Answers which device a tensor is on, None for host memory.
+    """
+
+    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None]) -> None:
+        self.table = SpecTable(device_of)
+        self.chunks: dict[int, _Chunk] = {}
+
+
+class Leaves:
+    """Every distinct tensor object that a walk has met, in the order of meeting.
+
+    Columns of equal length once inspected: ``tensors``, ``specs`` (None for a leaf that is taken apart or already
+    copied), ``addresses`` of the first element, and ``versions``.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.specs: list[Spec | None] = []
+        self.addresses: list[int] = []
+        self.versions: list[int] = []
+        self.composites: dict[int, tuple[Composite, tuple[int, ...]]] = {}
+        self.gradients: list[tuple[int, int]] = []
+        self.given: dict[int, torch.Tensor] = {}
+        self.owners: dict[int, int] = {}
+        self._seen: set[int] = set()
+        self._index: dict[int, int] = {}
+        self._apart: dict[int, Composite] = {}
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def extend(self, tensors: Sequence[torch.Tensor]) -> int | None:
+        """Add tensors if none was met before and none has attributes; return the index of the first, else None."""
+        identities = set(map(id, tensors))
+        if len(identities) < len(tensors) or not self._seen.isdisjoint(identities) or any(map(vars, tensors)):
+            return None
+        start = len(self.tensors)
+        self._seen |= identities
+        self.tensors += tensors
+        return start
+
+    def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
+        """Return the index of a tensor, and whether it was met for the first time."""
+        identity = id(tensor)
+        if identity in self._seen:
+            if identity not in self._index:
+                done = len(self._index)
+                self._index.update(zip(map(id, self.tensors[done:]), range(done, len(self.tensors)), strict=True))
+            return self._index[identity], False
+        self._seen.add(identity)
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1, True
+
+    def composite(self, index: int) -> Composite | None:
+        """Return how a leaf of a tensor subclass is taken apart, or None if it is one piece of memory."""
+        tensor = self.tensors[index]
+        if type(tensor) in PLAIN_CLASSES:
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            found = take_apart(tensor, "dense")
+        if found is not None:
+            self._apart[index] = found
+        return found
+
+    def inspect(self, inspection: Inspection) -> Generator[None, None, None]:
+        """Fill the columns, in chunks with a yield after each; parts of composites become leaves on the way.
+
+        Raises:
+            Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
+        """
+        start = 0
+        while start < len(self.tensors):
+            chunk = self.tensors[start : start + CHUNK]
+            known = inspection.chunks.get(start)
+            if known is not None and len(known.specs) == len(chunk) and not self.given and known.check(*chunk):
+                addresses = list(map(_address, chunk))
+                # Another address means other memory, whose size the guard knows nothing of.
+                if addresses == known.addresses:
+                    self.specs += known.specs
+                    self.addresses += addresses
+                    self.versions += _versions(chunk)
+                    start += len(chunk)
+                    yield
+                    continue
+            with torch._C.DisableTorchFunctionSubclass():
+                simple = self._inspect_slowly(chunk, start, inspection.table)
+            yield
+            if simple and TensorGuards is not None:
+                specs: list[Any] = self.specs[start:]
+                inspection.chunks[start] = _Chunk(chunk, specs, self.addresses[start:])
+                yield
+            start += len(chunk)
+
+    def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
+        """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""
+        simple = True
+        versions = _versions(chunk)
+        for offset, (tensor, meaning) in enumerate(zip(chunk, table.meanings(chunk), strict=True)):
+            index = start + offset
+            composite = None if index in self.given else self._apart.get(index) or take_apart(tensor, meaning)
+            if composite is not None:
+                self._add_parts(index, composite)
+            if index in self.given or composite is not None:
+                simple = False
+                self.specs.append(None)
+                self.addresses.append(0)
+            else:
+                spec = table.spec(tensor, by_value=meaning == "value")
+                if type(tensor) is not torch.nn.Parameter and spec.requires_grad and tensor.grad is not None:
+                    simple = False
+                    self._add_gradient(index, tensor.grad)
+                simple = simple and type(tensor) in PLAIN_CLASSES and not (tensor.requires_grad and not tensor.is_leaf)
+                self.specs.append(spec)
+                self.addresses.append(tensor.data_ptr())
+            self.versions.append(versions[offset])
+        return simple
+
+    def _add_parts(self, index: int, composite: Composite) -> None:
+        parts = []
+        for part in composite.parts:
+            position, new = self.add(part)
+            if new:
+                self.owners[position] = index
+            parts.append(position)
+        self.composites[index] = (composite, tuple(parts))
+
+    def _add_gradient(self, index: int, gradient: torch.Tensor) -> None:
+        position, new = self.add(gradient)
+        if new:
+            self.owners[position] = index
+        self.gradients.append((index, position))
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
+    """Return the indices of leaves that were written to since they were inspected, yielding between chunks."""
+    found: list[int] = []
+    for start in range(0, len(leaves.versions), CHUNK):
+        before = leaves.versions[start : start + CHUNK]
+        now = _versions(leaves.tensors[start : start + CHUNK])
+        if now != before:
+            found += [
+                start + offset for offset, (old, new) in enumerate(zip(before, now, strict=True)) if old != new
+            ]
+        yield
+    return found
