@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart"]
@@ -34,6 +34,12 @@ _HANDLED_KEYS = {
     "Negative": "value",
 }
 """Dispatch keys, up to the name of the device, that need more than a copy of memory. The first that fits counts."""
+
+
+_WITHOUT_COPY = frozenset(
+    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in range(1, 8) if hasattr(torch, f"{sign}int{bits}")
+)
+"""Dtypes for which torch has no copy kernel; their memory is copied as bytes."""
 
 
 class Refusal(Exception):  # noqa: N818 - never leaves the capture; the walk adds the path and raises an error
@@ -62,7 +68,7 @@ class Spec:
         device: Where the source is; None for host memory.
         by_value: The memory is not the value (conjugate and negative views), so elements are copied, not bytes.
         extent: How many elements of memory lie between the first and one past the last.
-        dense: Whether the elements fill their extent in the order of their indices.
+        dense: Whether the elements fill their extent in the order of their indices, and torch can copy them.
         nbytes: Size of the source's extent.
         staged_nbytes: Size of the staged copy's extent.
     """
@@ -96,7 +102,7 @@ class Spec:
             expected *= size
         put = object.__setattr__
         put(self, "extent", extent)
-        put(self, "dense", count == extent and ordered)
+        put(self, "dense", count == extent and ordered and self.dtype not in _WITHOUT_COPY)
         put(self, "nbytes", extent * self.dtype.itemsize)
         put(self, "staged_nbytes", extent * self.target.itemsize)
 
@@ -116,19 +122,24 @@ class Composite:
     owned_attributes: frozenset[str] = frozenset()
 
 
-_metadata = attrgetter("dtype", "shape", "requires_grad")
+_dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
+_requires_grad = attrgetter("requires_grad")
+_storage_nbytes = torch.UntypedStorage.nbytes
 
 
 class SpecTable:
     """Interns specs, and remembers what each set of dispatch keys means.
 
     Args:
-        device_of: Answers which device a tensor is on, None for host memory.
+        device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
     """
 
-    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None]) -> None:
-        self._device_of = device_of
+    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
+        self._device_of = device_of or _on_host
+        self._host_only = device_of is None
         self._specs: dict[object, Spec] = {}
+        self._host_specs: dict[object, Spec] = {}
         self._meanings: dict[int, str | Refusal] = {}
 
     def meanings(self, tensors: Iterable[torch.Tensor]) -> list[str | Refusal]:
@@ -142,27 +153,45 @@ class SpecTable:
                     known[number] = _meaning(key)
         return list(map(known.__getitem__, numbers))
 
-    def spec(self, tensor: torch.Tensor, *, by_value: bool = False, target: torch.dtype | None = None) -> Spec:
+    def specs(self, tensors: Sequence[torch.Tensor]) -> list[Spec] | None:
+        """Return the specs of dense host tensors without gradients, found in bulk; None if one needs a closer look."""
+        if not self._host_only or any(map(_requires_grad, tensors)):
+            return None
+        strides = map(torch.Tensor.stride, tensors)
+        keys = list(zip(map(type, tensors), map(_dtype, tensors), map(_shape, tensors), strides, strict=True))
+        table = self._host_specs
+        for key, tensor in zip(keys, tensors, strict=True):
+            if key not in table:
+                table[key] = self.spec(tensor)
+        specs = list(map(table.__getitem__, keys))
+        offsets = map(torch.Tensor.storage_offset, tensors)
+        storages = map(_storage_nbytes, map(torch.Tensor.untyped_storage, tensors))
+        for spec, offset, nbytes in zip(specs, offsets, storages, strict=True):
+            if spec.nbytes and offset * spec.dtype.itemsize + spec.nbytes > nbytes:
+                return None
+        return specs
+
+    def spec(self, tensor: torch.Tensor, *, by_value: bool = False) -> Spec:
         """Return the spec of a dense tensor.
 
         Raises:
             Refusal: If its storage is smaller than its elements need.
         """
-        dtype, shape, requires_grad = _metadata(tensor)
-        stride = tensor.stride()
+        dtype, stride = tensor.dtype, tensor.stride()
         device = self._device_of(tensor)
         # Autograd history does not travel; only a graph leaf comes out requiring a gradient.
-        requires_grad = requires_grad and tensor.is_leaf
-        key = (type(tensor), dtype, target, shape, stride, requires_grad, device, by_value)
+        requires_grad = tensor.requires_grad and tensor.is_leaf
+        key = (type(tensor), dtype, tensor.shape, stride, requires_grad, device, by_value)
         spec = self._specs.get(key)
         if spec is None:
-            spec = self._specs[key] = Spec(
-                type(tensor), dtype, target or dtype, tuple(shape), stride, requires_grad, device, by_value
-            )
-        if spec.nbytes and tensor.untyped_storage().nbytes() < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
+            shape = tuple(tensor.shape)
+            spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value)
+            self._specs[key] = spec
+        nbytes = tensor.untyped_storage().nbytes()
+        if spec.nbytes and nbytes < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
             raise Refusal(
-                f"its storage of {tensor.untyped_storage().nbytes()} bytes is smaller than its elements, which need "
-                f"{spec.nbytes} (FSDP1 frees parameters like this between uses).",
+                f"its storage of {nbytes} bytes is smaller than its elements, which need {spec.nbytes} (FSDP1 frees "
+                f"parameters like this between uses).",
                 "Stage inside FSDP.summon_full_params or take a state_dict() of the wrapped module.",
             )
         return spec
@@ -176,6 +205,10 @@ class SpecTable:
                 spec.cls, spec.dtype, target, spec.shape, spec.stride, spec.requires_grad, spec.device, spec.by_value
             )
         return found
+
+
+def _on_host(tensor: torch.Tensor) -> None:
+    return None
 
 
 def _meaning(keys: object) -> str | Refusal:
@@ -310,9 +343,10 @@ def _quantized(tensor: torch.Tensor) -> Composite:
     memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        typed = torch.storage.TypedStorage(wrap_storage=staged[0].untyped_storage(), dtype=dtype, _internal=True)
+        memory = staged[0].untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
         scheme_and_parameters = affine if len(staged) == 1 else (affine[0], staged[1], staged[2], affine[1])
-        result: torch.Tensor = torch._utils._rebuild_qtensor(
+        result: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
             typed, offset, size, stride, scheme_and_parameters, False, {}
         )
         return _finished(result, tensor)
@@ -325,7 +359,7 @@ def _uninitialized(tensor: Any) -> Composite:
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         if issubclass(cls, torch.nn.Parameter):
-            return cls(requires_grad, device="cpu", dtype=dtype)  # type: ignore[call-arg, arg-type]
+            return cls(requires_grad, device="cpu", dtype=dtype)  # type: ignore[call-arg]
         return cls(requires_grad=requires_grad, device="cpu", dtype=dtype)  # type: ignore[no-any-return]
 
     return Composite((), assemble)

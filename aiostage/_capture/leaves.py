@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart
+from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Spec, SpecTable, take_apart
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
 except ImportError:  # Without it every leaf is inspected anew in each staging: slower, never wrong.
-    TensorGuards = None
+    TensorGuards: Any = None
+else:
+    TensorGuards = _TensorGuards
 
-__all__ = ["Inspection", "Leaves", "NO_VERSION"]
+__all__ = ["NO_VERSION", "Inspection", "Leaves", "changed"]
 
 CHUNK = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
@@ -25,7 +27,7 @@ NO_VERSION = -1
 
 _address = torch.Tensor.data_ptr
 _version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
+_DENSE = {"dense"}
 
 
 class _Chunk:
@@ -48,10 +50,10 @@ class Inspection:
     """How a stager looks at leaves, and what it remembers of the last look.
 
     Args:
-        device_of: Answers which device a tensor is on, None for host memory.
+        device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
     """
 
-    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None]) -> None:
+    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self.table = SpecTable(device_of)
         self.chunks: dict[int, _Chunk] = {}
 
@@ -72,12 +74,13 @@ class Leaves:
         self.gradients: list[tuple[int, int]] = []
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
+        self._count = 0
         self._seen: set[int] = set()
         self._index: dict[int, int] = {}
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return self._count or len(self.tensors)
 
     def extend(self, tensors: Sequence[torch.Tensor]) -> int | None:
         """Add tensors if none was met before and none has attributes; return the index of the first, else None."""
@@ -88,6 +91,12 @@ class Leaves:
         self._seen |= identities
         self.tensors += tensors
         return start
+
+    def release(self) -> None:
+        """Let go of every tensor."""
+        self._count = len(self.tensors)
+        for held in (self.tensors, self.composites, self.given, self.gradients, self._seen, self._index, self._apart):
+            held.clear()
 
     def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
         """Return the index of a tensor, and whether it was met for the first time."""
@@ -143,9 +152,16 @@ class Leaves:
 
     def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
         """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""
+        versions, meanings = _versions(chunk), table.meanings(chunk)
+        if set(meanings) == _DENSE and not self.given and set(map(type, chunk)) <= PLAIN_CLASSES:
+            specs = table.specs(chunk)
+            if specs is not None:
+                self.specs += specs
+                self.addresses += map(_address, chunk)
+                self.versions += versions
+                return True
         simple = True
-        versions = _versions(chunk)
-        for offset, (tensor, meaning) in enumerate(zip(chunk, table.meanings(chunk), strict=True)):
+        for offset, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True)):
             index = start + offset
             composite = None if index in self.given else self._apart.get(index) or take_apart(tensor, meaning)
             if composite is not None:
@@ -159,7 +175,12 @@ class Leaves:
                 if type(tensor) is not torch.nn.Parameter and spec.requires_grad and tensor.grad is not None:
                     simple = False
                     self._add_gradient(index, tensor.grad)
-                simple = simple and type(tensor) in PLAIN_CLASSES and not (tensor.requires_grad and not tensor.is_leaf)
+                simple = (
+                    simple
+                    and meaning == "dense"
+                    and type(tensor) in PLAIN_CLASSES
+                    and tensor.requires_grad == spec.requires_grad
+                )
                 self.specs.append(spec)
                 self.addresses.append(tensor.data_ptr())
             self.versions.append(versions[offset])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,8 +20,14 @@ not show and short enough that a cancellation is answered soon."""
 BATCH_LEAVES = 512
 """How many leaves one fused copy takes at most: parsing its arguments holds the GIL for about 0.2 us each."""
 
+LOOKED_AT = 1024
+"""Leaves handled between two yields."""
+
 BLOCK_ALIGNMENT = 64
 """Blocks keep their address modulo this, so that each leaf in them stays aligned for its dtype."""
+
+
+Steps: TypeAlias = Generator[None, None, None]
 
 
 class MixedCast(Exception):  # noqa: N818 - never leaves the capture; the stager adds the path and raises an error
@@ -90,6 +97,7 @@ class Batch:
         blocks: Blocks that are built here.
         whole: Leaves copied as they are, from the source tensor to the staged one.
         pieces: Ranges of elements of leaves, copied as flat memory.
+        lands: Leaves that are complete once this batch and those before it have been copied.
     """
 
     device: torch.device | None
@@ -99,6 +107,7 @@ class Batch:
     blocks: tuple[Block, ...]
     whole: Sequence[int]
     pieces: tuple[Piece, ...]
+    lands: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +118,15 @@ class Plan:
         nbytes: Size of the arena that it needs.
         batches: In the order of the arena.
         empty: Runs of leaves without elements.
-        leaves: How many leaves have a place.
     """
 
     nbytes: int
     batches: tuple[Batch, ...]
     empty: tuple[Run, ...]
-    leaves: int
 
 
-def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Plan:
-    """Lay out an arena.
+def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Generator[None, None, Plan]:
+    """Lay out an arena, yielding between small steps.
 
     Leaves that share memory with no other get slots of their own, leaves of one spec side by side, larger dtypes first
     so that no slot needs padding. Leaves whose memory overlaps come after them, as blocks.
@@ -134,38 +141,48 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Plan
     Raises:
         MixedCast: If a leaf to be cast shares memory with one of another dtype.
     """
-    alone, groups = _separate(specs, addresses)
     by_spec: dict[Spec, list[int]] = {}
-    for index in alone:
-        by_spec.setdefault(specs[index], []).append(index)  # type: ignore[arg-type]
+    builder = _Builder(specs, addresses)
+    alone, groups = yield from _separate(specs, addresses)
+    for start in range(0, len(alone), LOOKED_AT):
+        for index in alone[start : start + LOOKED_AT]:
+            by_spec.setdefault(builder.spec(index), []).append(index)
+        yield
     empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
     full.sort(key=lambda entry: (str(entry[0].device or ""), -entry[0].target.itemsize))
-    builder = _Builder()
     for spec, indices in full:
-        builder.add_leaves(spec, indices)
+        yield from builder.add_leaves(spec, indices)
     for group in groups:
-        builder.add_block(group, specs, addresses)
-    return builder.finish(empty, sum(spec is not None for spec in specs))
+        yield from builder.add_block(group)
+    builder.cut()
+    return Plan(builder.offset, tuple(builder.batches), empty)
 
 
-def _separate(specs: Sequence[Spec | None], addresses: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+def _separate(
+    specs: Sequence[Spec | None], addresses: Sequence[int]
+) -> Generator[None, None, tuple[list[int], list[list[int]]]]:
     """Split leaves into those with memory of their own and groups whose memory overlaps."""
     alone: list[int] = []
-    sharing: dict[torch.device | None, list[int]] = {}
-    for index, spec in enumerate(specs):
-        if spec is None:
-            continue
-        # A value that is not its memory is copied on its own; copy.deepcopy parts such views from their base too.
-        if spec.extent == 0 or spec.by_value:
-            alone.append(index)
-        else:
-            sharing.setdefault(spec.device, []).append(index)
+    sharing: dict[torch.device | None, tuple[list[int], list[int]]] = {}
+    for start in range(0, len(specs), LOOKED_AT):
+        for index, spec in enumerate(specs[start : start + LOOKED_AT], start):
+            if spec is None:
+                continue
+            # A value that is not its memory is copied by itself; copy.deepcopy parts such views from their base too.
+            if spec.extent == 0 or spec.by_value:
+                alone.append(index)
+            else:
+                indices, sizes = sharing.setdefault(spec.device, ([], []))
+                indices.append(index)
+                sizes.append(spec.nbytes)
+        yield
     groups: list[list[int]] = []
-    for indices in sharing.values():
-        starts = np.array([addresses[index] for index in indices], dtype=np.int64)
-        stops = starts + np.array([specs[index].nbytes for index in indices], dtype=np.int64)  # type: ignore[union-attr]
+    for indices, sizes in sharing.values():
+        starts = np.array([addresses[index] for index in indices])
+        stops = starts + np.array(sizes)
         order = np.argsort(starts, kind="stable")
+        yield
         reach = np.maximum.accumulate(stops[order])
         begins = np.concatenate(([True], starts[order][1:] >= reach[:-1]))
         if begins.all():
@@ -174,20 +191,38 @@ def _separate(specs: Sequence[Spec | None], addresses: Sequence[int]) -> tuple[l
         bounds = [*np.flatnonzero(begins).tolist(), len(indices)]
         ordered = order.tolist()
         single: list[int] = []
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for number, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
             members = [indices[position] for position in ordered[first:last]]
-            if len(members) == 1:
+            if len(members) == 1 or not _aligned(members, specs, addresses):
                 single += members
             else:
                 groups.append(members)
+            if number % LOOKED_AT == 0:
+                yield
         alone += sorted(single)
     return alone, groups
 
 
-class _Builder:
-    """Collects runs and pieces into batches."""
+def _aligned(members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]) -> bool:
+    """Return whether every member begins a whole number of its own elements after the first.
 
-    def __init__(self) -> None:
+    Views of one storage always do. Memory that two storages describe differently (overlapping NumPy arrays) may not,
+    and is copied once for each.
+    """
+    base = addresses[members[0]]
+    return all(spec and (addresses[index] - base) % spec.dtype.itemsize == 0 for index, spec in _with(members, specs))
+
+
+def _with(members: Sequence[int], specs: Sequence[Spec | None]) -> list[tuple[int, Spec | None]]:
+    return [(index, specs[index]) for index in members]
+
+
+class _Builder:
+    """Collects runs, blocks and pieces into batches."""
+
+    def __init__(self, specs: Sequence[Spec | None], addresses: Sequence[int]) -> None:
+        self.specs = specs
+        self.addresses = addresses
         self.batches: list[Batch] = []
         self.offset = 0
         self._reset()
@@ -199,35 +234,37 @@ class _Builder:
         self.blocks: list[Block] = []
         self.whole: list[int] = []
         self.pieces: list[Piece] = []
+        self.lands: list[int] = []
+
+    def spec(self, index: int) -> Spec:
+        """Return the spec of a leaf that has memory."""
+        spec = self.specs[index]
+        assert spec is not None  # noqa: S101 - leaves without a spec are sorted out before
+        return spec
 
     def cut(self) -> None:
+        """End the batch under way."""
         if self.runs or self.blocks or self.pieces:
+            runs, blocks, pieces = tuple(self.runs), tuple(self.blocks), tuple(self.pieces)
             self.batches.append(
-                Batch(
-                    self.device,
-                    self.start,
-                    self.offset,
-                    tuple(self.runs),
-                    tuple(self.blocks),
-                    self.whole,
-                    tuple(self.pieces),
-                )
+                Batch(self.device, self.start, self.offset, runs, blocks, self.whole, pieces, self.lands)
             )
         self._reset()
 
-    def room_for(self, device: torch.device | None, nbytes: int, leaves: int) -> None:
-        """Cut the batch if what comes next does not belong in it."""
+    def make_room(self, device: torch.device | None, nbytes: int, leaves: int) -> None:
+        """End the batch under way if what comes next does not belong in it."""
         full = self.offset + nbytes - self.start > BATCH_BYTES or len(self.whole) + leaves > BATCH_LEAVES
-        if (self.runs or self.pieces or self.blocks) and (full or device != self.device):
+        if full or device != self.device:
             self.cut()
         self.device = device
 
-    def add_leaves(self, spec: Spec, indices: list[int]) -> None:
+    def add_leaves(self, spec: Spec, indices: list[int]) -> Steps:
+        """Give leaves of one spec consecutive slots."""
         size = spec.staged_nbytes
         at_once = max(1, min(BATCH_LEAVES // 2, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
-            self.room_for(spec.device, size * len(members), len(members))
+            self.make_room(spec.device, size * len(members), len(members))
             self.runs.append(Run(spec, members, self.offset))
             if spec.dense and size <= BATCH_BYTES:
                 self.whole += members
@@ -235,48 +272,46 @@ class _Builder:
             else:
                 for index in members:
                     self.add_range(spec, index, 0, spec.extent)
+            self.lands += members
+            yield
 
     def add_range(self, spec: Spec, index: int, start: int, length: int) -> None:
         """Add elements of a leaf as pieces, cut where a batch is full."""
         step = max(1, BATCH_BYTES // max(spec.dtype.itemsize, spec.target.itemsize))
         for first in range(start, start + length, step):
             count = min(step, start + length - first)
-            self.room_for(spec.device, count * spec.target.itemsize, 1)
+            self.make_room(spec.device, count * spec.target.itemsize, 1)
             self.pieces.append(Piece(index, first, count, self.offset))
             self.offset += count * spec.target.itemsize
 
-    def add_block(self, members: list[int], specs: Sequence[Spec | None], addresses: Sequence[int]) -> None:
-        first: Spec = specs[members[0]]  # type: ignore[assignment]
-        shape = {(spec.dtype, spec.target) for spec in (specs[index] for index in members) if spec is not None}
-        cast = [index for index in members if specs[index].target != specs[index].dtype]  # type: ignore[union-attr]
-        if cast and len(shape) > 1:
-            raise MixedCast(cast[0])
-        base = min(addresses[index] for index in members)
-        scale = first.target.itemsize, first.dtype.itemsize
+    def add_block(self, members: list[int]) -> Steps:
+        """Place leaves that overlap; they come in the order of their addresses."""
+        first = self.spec(members[0])
+        casts = [index for index in members if self.spec(index).target != self.spec(index).dtype]
+        if casts and any(
+            (self.spec(index).dtype, self.spec(index).target) != (first.dtype, first.target) for index in members
+        ):
+            raise MixedCast(casts[0])
+        base = self.addresses[members[0]]
+        # In bytes of the staged copy for each byte of the source: other than 1 only when the whole block is cast.
+        numerator, denominator = first.target.itemsize, first.dtype.itemsize
+        if not casts:
+            numerator = denominator = 1
         self.cut()
-        self.device = first.device
-        self.start = self.offset = _congruent(self.offset, 0 if cast else base)
-        origin = self.offset
-        offsets = [(addresses[index] - base) * scale[0] // scale[1] if cast else addresses[index] - base for index in members]
+        origin = self.start = self.offset = _congruent(self.offset, 0 if casts else base)
         covered = base
-        # Members come in the order of their addresses, so each adds what reaches beyond those before it.
         for index in members:
-            spec: Spec = specs[index]  # type: ignore[assignment]
-            begin, end = addresses[index], addresses[index] + spec.nbytes
-            if end > covered:
+            spec, begin = self.spec(index), self.addresses[index]
+            if begin + spec.nbytes > covered:
                 skip = max(0, covered - begin) // spec.dtype.itemsize
-                self.offset = origin + (begin - base + skip * spec.dtype.itemsize) * (scale[0] if cast else 1) // (
-                    scale[1] if cast else 1
-                )
+                self.offset = origin + (begin - base + skip * spec.dtype.itemsize) * numerator // denominator
                 self.add_range(spec, index, skip, spec.extent - skip)
-                covered = end
-        block = Block(tuple(members), tuple(offsets), origin, self.offset - origin)
-        self.blocks.append(block)
+                covered = begin + spec.nbytes
+            yield
+        offsets = tuple((self.addresses[index] - base) * numerator // denominator for index in members)
+        self.blocks.append(Block(tuple(members), offsets, origin, self.offset - origin))
+        self.lands += members
         self.cut()
-
-    def finish(self, empty: tuple[Run, ...], leaves: int) -> Plan:
-        self.cut()
-        return Plan(self.offset, tuple(self.batches), empty, leaves)
 
 
 def _congruent(offset: int, address: int) -> int:

@@ -52,6 +52,10 @@ class Results:
             filled[position] = self[reference]
         return filled
 
+    def put(self, index: int, made: Any) -> None:
+        """Take an object that was made late."""
+        self.late[index] = made
+
     def __getitem__(self, reference: int) -> Any:
         return self.staged[reference] if reference >= 0 else self.late[~reference]
 

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 from collections.abc import Generator
 from time import perf_counter
 from typing import TypeVar
 
 from anyio.lowlevel import checkpoint
 
+from aiostage._loop.collection import CollectionPause
+
 __all__ = ["Slices"]
 
 T = TypeVar("T")
 
 
-class _CollectionPause:
-    """Keeps the cyclic garbage collector out of short sections, for all threads together.
-
-    Building tens of thousands of tensors in a row triggers collections whose cost grows with the whole heap, and
-    nothing that is built in a slice is garbage. Only a collector that was enabled is paused, and it is
-    enabled again when the last section ends.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._was_enabled = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._depth == 0:
-                self._was_enabled = gc.isenabled()
-                gc.disable()
-            self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0 and self._was_enabled:
-                gc.enable()
-
-
-_collection_pause = _CollectionPause()
+_collection_pause = CollectionPause()
 
 
 class Slices:
@@ -73,20 +46,22 @@ class Slices:
 
         Cancellation is delivered between slices; the generator is then closed where it stands.
         """
+        _collection_pause.begin()
         try:
             while True:
                 begin = perf_counter()
-                with _collection_pause:
-                    try:
-                        deadline = begin + self.max_hold
-                        while perf_counter() < deadline:
-                            next(work)
-                    except StopIteration as stop:
-                        result: T = stop.value
-                        return result
-                    finally:
-                        self.longest_hold = max(self.longest_hold, perf_counter() - begin)
+                try:
+                    deadline = begin + self.max_hold
+                    while perf_counter() < deadline:
+                        next(work)
+                except StopIteration as stop:
+                    result: T = stop.value
+                    return result
+                finally:
+                    self.longest_hold = max(self.longest_hold, perf_counter() - begin)
                 self.yields += 1
+                _collection_pause.renew()
                 await checkpoint()
         finally:
             work.close()
+            _collection_pause.end()

@@ -1,0 +1,43 @@
+"""Asyncio-native staging of PyTorch checkpoints."""
+
+from aiostage.abc import Backend, CheckpointStager, SupportsQuery
+from aiostage.errors import (
+    AcceleratorUnavailableError,
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    HostMemoryError,
+    StagerClosedError,
+    StagingError,
+    TornSnapshotError,
+    UnsupportedLeafError,
+)
+from aiostage.leaf import StagedLeaf
+from aiostage.options import StagerStatistics, StagingOptions
+from aiostage.snapshot import Snapshot
+from aiostage.stager import AsyncStager, adapt
+
+__all__ = [
+    "AcceleratorUnavailableError",
+    "AsyncStager",
+    "Backend",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "CheckpointStager",
+    "HostMemoryError",
+    "Snapshot",
+    "StagedLeaf",
+    "StagerClosedError",
+    "StagerStatistics",
+    "StagingError",
+    "StagingOptions",
+    "SupportsQuery",
+    "TornSnapshotError",
+    "UnsupportedLeafError",
+    "adapt",
+]

@@ -1,0 +1,39 @@
+"""Finding the tensors inside objects that copy themselves."""
+
+from __future__ import annotations
+
+import copyreg
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["tensors_within"]
+
+_NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+
+
+def tensors_within(root: object) -> Iterator[torch.Tensor]:
+    """Yield every distinct tensor that containers, attributes and slots lead to from an object."""
+    seen: set[int] = set()
+    pending: list[Any] = [root]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, _NOT_STATE) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+            continue
+        if isinstance(item, dict):
+            pending += item.keys()
+            pending += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
+            pending += item
+        elif isinstance(item, types.MethodType):
+            pending.append(item.__self__)
+        pending += getattr(item, "__dict__", {}).values()
+        slots = copyreg._slotnames(type(item))  # type: ignore[attr-defined]
+        pending += [getattr(item, name) for name in slots if hasattr(item, name)]

@@ -1,0 +1,100 @@
+"""Copying a batch from source tensors in host memory to an arena, outside the event loop and the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage._capture.faithful import Spec
+from aiostage._capture.plan import Batch
+
+__all__ = ["HostCopy", "copy_tensors"]
+
+_MOVED_BYTES = 256 * 1024
+"""From this size on a leaf is copied by memmove: there a call of its own costs nothing, and torch would split the copy
+among its own threads, which fight those of the other worker and of the training step for the cores."""
+
+
+class HostCopy:
+    """The copies of one batch, ready to run in a worker thread.
+
+    Args:
+        batch: What to copy.
+        tensors: The source leaves, kept alive until the copy has run.
+        staged: Their staged copies, built where the batch needs them.
+        specs: Of the leaves.
+        addresses: Of the source leaves.
+        memory: One-dimensional uint8, the whole arena, kept alive like the sources.
+    """
+
+    __slots__ = ("_destinations", "_keep", "_moves", "_sources")
+
+    def __init__(
+        self,
+        batch: Batch,
+        tensors: Sequence[torch.Tensor],
+        staged: Sequence[torch.Tensor],
+        specs: Sequence[Spec | None],
+        addresses: Sequence[int],
+        memory: np.ndarray[Any, Any],
+    ) -> None:
+        self._destinations: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        self._moves: list[tuple[int, int, int]] = []
+        self._keep: list[object] = []
+        if batch.start + len(batch.whole) * _MOVED_BYTES > batch.stop:
+            # Small on average, so looking at each would cost more than it saves.
+            self._destinations = [staged[index] for index in batch.whole]
+            self._sources = [tensors[index] for index in batch.whole]
+        else:
+            for index in batch.whole:
+                spec = _known(specs[index])
+                if _is_memory(spec) and spec.nbytes >= _MOVED_BYTES:
+                    self._move(staged[index].data_ptr(), addresses[index], spec.nbytes, tensors[index])
+                else:
+                    self._destinations.append(staged[index])
+                    self._sources.append(tensors[index])
+        for piece in batch.pieces:
+            spec, tensor = _known(specs[piece.index]), tensors[piece.index]
+            if _is_memory(spec):
+                size = spec.dtype.itemsize
+                address = addresses[piece.index] + piece.start * size
+                self._move(memory.ctypes.data + piece.offset, address, piece.length * size, tensor)
+            else:
+                stop = piece.offset + piece.length * spec.target.itemsize
+                self._destinations.append(torch.from_numpy(memory[piece.offset : stop]).view(spec.target))
+                first = tensor.storage_offset() + piece.start
+                self._sources.append(tensor.detach().as_strided((piece.length,), (1,), first))
+        self._keep.append(memory)
+
+    def _move(self, destination: int, source: int, nbytes: int, tensor: torch.Tensor) -> None:
+        self._moves.append((destination, source, nbytes))
+        self._keep.append(tensor)
+
+    def run(self) -> None:
+        """Copy. Blocks; the GIL is released meanwhile."""
+        for destination, source, nbytes in self._moves:
+            ctypes.memmove(destination, source, nbytes)
+        if self._destinations:
+            copy_tensors(self._destinations, self._sources)
+
+
+def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors in one fused operation; the GIL is released while it runs."""
+    # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
+    with torch.no_grad():
+        torch._foreach_copy_(destinations, sources)
+
+
+def _known(spec: Spec | None) -> Spec:
+    assert spec is not None  # noqa: S101 - a plan places leaves with memory only
+    return spec
+
+
+def _is_memory(spec: Spec) -> bool:
+    """Return whether copying the leaf's bytes copies its value."""
+    return spec.target is spec.dtype and not spec.by_value

@@ -1,0 +1,166 @@
+"""A staging with a handle on it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from aiostage._copy.staging import Resources, Staging, Timings
+from aiostage.errors import StagingError
+from aiostage.leaf import StagedLeaf
+
+__all__ = ["Snapshot"]
+
+T = TypeVar("T")
+
+
+class Snapshot(Generic[T]):
+    """One staging under way. Made by :meth:`AsyncStager.snapshot`; enter it to begin.
+
+    Entering walks the state dict and starts the copies; they run on while the block does other things. Leaving the
+    block lets go of everything: before :meth:`captured` has returned it abandons the staging, afterwards the staged
+    tree lives for as long as whoever took :meth:`result` refers to it. Several tasks may wait for one snapshot.
+    """
+
+    def __init__(self, resources: Resources, source: T) -> None:
+        self._staging = Staging(resources, source)
+        self._completing = anyio.Lock()
+        self._tree: T | None = None
+        self._state = "new"
+        self._failure: BaseException | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the staged copy in bytes; 0 until the snapshot is entered."""
+        return self._staging.nbytes
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves the state dict has; 0 until the snapshot is entered."""
+        return self._staging.leaves
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went so far, in seconds for each phase."""
+        return self._staging.timings
+
+    async def captured(self) -> None:
+        """Wait until the source may be changed without changing the staged copy.
+
+        Raises:
+            TornSnapshotError: If the source changed on the way.
+            StagerClosedError: If the stager was closed on the way.
+            StagingError: If the snapshot was not entered, or was left or cancelled before.
+
+        May be cancelled; the staging is then abandoned unless another task waits for it too.
+        """
+        await self._complete()
+
+    async def result(self) -> T:
+        """Wait until captured and return the staged tree.
+
+        Returns:
+            The state dict over staged tensors, in host memory.
+
+        Raises:
+            TornSnapshotError: If the source changed on the way.
+            StagerClosedError: If the stager was closed on the way.
+            StagingError: If the snapshot was not entered, or was left or cancelled before.
+
+        May be cancelled; the staging is then abandoned unless another task waits for it too.
+        """
+        await self._complete()
+        return self._tree  # type: ignore[return-value]
+
+    async def __aiter__(self) -> AsyncIterator[StagedLeaf]:
+        """Yield each leaf as it lands, with the first path that leads to it.
+
+        A leaf that lands is final as a copy; whether the source was left alone meanwhile is known when the iteration
+        ends, which is when the snapshot is captured.
+
+        Raises:
+            TornSnapshotError: At the end, if the source changed on the way.
+        """
+        self._check_entered()
+        staging = self._staging
+        plan = staging.plan
+        batches = plan.batches if plan is not None else ()
+        for number, batch in enumerate(batches):
+            while number not in staging.landed and not staging.job.finished():
+                await staging.job.progressed(staging.job.done)
+            if number not in staging.landed:
+                # Failed, abandoned or closed: completing says which.
+                break
+            for index in batch.lands:
+                leaf = staging.leaf(index)
+                if leaf is not None:
+                    yield leaf
+        await self._complete()
+        for index in staging.not_copied():
+            leaf = staging.leaf(index)
+            if leaf is not None:
+                yield leaf
+
+    async def __aenter__(self) -> Snapshot[T]:
+        """Walk the state dict, get memory and start the copies.
+
+        Raises:
+            UnsupportedLeafError: If a leaf cannot be staged faithfully; nothing was copied.
+            HostMemoryError: If memory cannot be had.
+            StagerClosedError: If the stager is closed.
+
+        May be cancelled; nothing is then left behind.
+        """
+        if self._state != "new":
+            raise StagingError("the snapshot was entered before.", remedy="Call snapshot() again for another one.")
+        self._state = "left"
+        await self._staging.begin()
+        self._state = "entered"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let go of the staged tree, or abandon the staging if it is not captured and wait for the copies that run."""
+        captured, self._state, self._tree = self._state == "captured", "left", None
+        if not captured:
+            await self._staging.abandon()
+        self._staging.staged = []
+
+    def _check_entered(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._state == "new":
+            raise StagingError("the snapshot was not entered.", remedy="Use `async with stager.snapshot(...)`.")
+        if self._state == "left":
+            raise StagingError(
+                "the snapshot was left, or abandoned before it was captured.",
+                remedy="Await captured() and result() inside the `async with` block.",
+            )
+
+    async def _complete(self) -> None:
+        if self._state == "captured":
+            return
+        async with self._completing:
+            if self._state == "captured":
+                return
+            self._check_entered()
+            try:
+                self._tree = await self._staging.complete()
+            except Exception as error:
+                self._failure = error
+                raise
+            except BaseException:
+                self._state = "left"
+                raise
+            self._state = "captured"
+
+
+async def stage(resources: Resources, source: Any) -> Any:
+    """Stage in one go, for callers who need no handle."""
+    staging = Staging(resources, source)
+    await staging.begin()
+    return await staging.complete()

@@ -1,0 +1,207 @@
+"""The stager: what users hold, and the adapter for PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+from aiostage import snapshot as _snapshot
+from aiostage._copy.restore import restore
+from aiostage._copy.staging import Resources
+from aiostage._loop.cleanup import finish
+from aiostage._loop.workers import Workers
+from aiostage.abc import Backend, CheckpointStager
+from aiostage.errors import AcceleratorUnavailableError, StagerClosedError
+from aiostage.options import StagerStatistics, StagingOptions
+from aiostage.snapshot import Snapshot
+
+__all__ = ["AsyncStager", "adapt"]
+
+T = TypeVar("T")
+
+
+class AsyncStager(CheckpointStager):
+    """Stages state dicts as coroutines: training-safe deep copies in host memory, made beside a running event loop.
+
+    Entering does nothing that needs undoing and may happen in another task than leaving; leaving closes. Many tasks
+    may stage at once, each gets its own copy. A stager may serve several event loops, one after the other or from
+    several threads.
+
+    Args:
+        options: How to stage; the defaults fit the machine.
+        backend: How to reach accelerators; None is ``torch.accelerator``.
+
+    Raises:
+        AcceleratorUnavailableError: If an option demands what this machine does not have.
+    """
+
+    def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
+        self._options = options if options is not None else StagingOptions()
+        _check_available(self._options, backend)
+        self._resources = Resources(self._options, backend)
+
+    def __repr__(self) -> str:
+        """Show the options, and what is held now."""
+        state = "closed" if self._resources.closed else f"{self.statistics().leases} leases"
+        return f"<AsyncStager {state} {self._options}>"
+
+    async def prewarm(self, state_dict: object) -> None:
+        """Do now what the first staging would have to do: allocate, fault in and pin.
+
+        Args:
+            state_dict: Like the ones to come.
+
+        Raises:
+            The errors of :meth:`stage`.
+
+        May be cancelled; nothing is then left behind.
+        """
+        await self.stage(state_dict)
+
+    def stage(self, state_dict: T) -> Coroutine[Any, Any, T]:
+        """Return a coroutine that returns a staged copy, captured.
+
+        A plain function: the caller's moment is that of the call, also if the coroutine is started later by a task.
+
+        Args:
+            state_dict: Any deep-copyable tree with tensors in it.
+
+        Returns:
+            A coroutine that returns the same tree over tensors in host memory, detached from autograd.
+
+        Raises:
+            UnsupportedLeafError: If a leaf cannot be staged faithfully; nothing was copied.
+            TornSnapshotError: If the source changed before it was captured.
+            HostMemoryError: If memory cannot be had.
+            StagerClosedError: If the stager is closed, at the call or while it runs.
+
+        The coroutine may be cancelled at any await: the copies that run are waited for, nothing stays behind, and the
+        stager works on.
+        """
+        self._resources.check_open()
+        return _snapshot.stage(self._resources, state_dict)
+
+    def snapshot(self, state_dict: T) -> Snapshot[T]:
+        """Return a staging with a handle on it, to be entered with ``async with``.
+
+        Args:
+            state_dict: Any deep-copyable tree with tensors in it.
+
+        Raises:
+            StagerClosedError: If the stager is closed.
+        """
+        self._resources.check_open()
+        return Snapshot(self._resources, state_dict)
+
+    async def restore(self, staged: T, into: T) -> None:
+        """Copy staged values back into live tensors, in place.
+
+        Args:
+            staged: A staged tree.
+            into: A tree of the same structure, whose tensors are overwritten; what is not a tensor is left alone.
+
+        Raises:
+            CheckpointMismatchError: If the two trees differ in paths, shapes or dtypes; nothing was changed.
+            StagerClosedError: If the stager is closed.
+
+        May be cancelled: before the first copy nothing is changed; afterwards the copies are finished first, so that
+        live tensors are never half restored.
+        """
+        self._resources.check_open()
+        await restore(self._resources, staged, into)
+
+    def statistics(self) -> StagerStatistics:
+        """Return what the stager has done and what it holds now."""
+        counts, pool = self._resources.counts, self._resources.pool.statistics()
+        return StagerStatistics(
+            stagings=counts.stagings,
+            leaves=counts.leaves,
+            nbytes=counts.nbytes,
+            plans_compiled=counts.plans_compiled,
+            plans_replayed=counts.plans_replayed,
+            copies=counts.copies,
+            launches=counts.launches,
+            arenas=pool.arenas,
+            leases=pool.leases,
+            waiting=pool.waiting,
+            pageable_bytes=pool.pageable_bytes,
+            shared_bytes=pool.shared_bytes,
+            pinned_bytes=pool.pinned_bytes,
+            longest_loop_hold=counts.longest_loop_hold,
+        )
+
+    async def aclose(self) -> None:
+        """Close: stagings under way end with StagerClosedError, free memory is given back, the rest as leases end.
+
+        Idempotent. When cancelled it closes all the same and then is cancelled. Staged trees stay valid.
+        """
+        resources = self._resources
+        resources.closed = True
+        resources.pool.close()
+        for staging in tuple(resources.running):
+            staging.job.cancel()
+        for staging in tuple(resources.running):
+            await finish(staging.job.settled)
+        resources.workers.stop()
+
+
+def _check_available(options: StagingOptions, backend: Backend | None) -> None:
+    """Refuse options that cannot be met, with the reason."""
+    missing = "there is no accelerator" if backend is None else backend.unavailable_reason
+    no_pinning = missing if backend is None else missing or backend.pinned_memory_reason
+    for name, reason in (("use_pinned_memory", no_pinning), ("use_non_blocking_copy", missing)):
+        if getattr(options, name) and reason is not None:
+            raise AcceleratorUnavailableError(
+                f"{name}=True cannot be met: {reason}.",
+                remedy=f"Set {name}=None to use it where it is available, or False.",
+            )
+
+
+class _Adapted(CheckpointStager):
+    """A synchronous stager behind the coroutine interface."""
+
+    def __init__(self, stager: Any) -> None:
+        self._stager = stager
+        # One thread, because PyTorch's stagers are not safe to call from two.
+        self._workers = Workers(1, "aiostage-adapted")
+        self._closed = False
+
+    async def stage(self, state_dict: T) -> T:
+        if self._closed:
+            raise StagerClosedError
+        return await self._workers.run(partial(self._stage, state_dict))  # type: ignore[return-value]
+
+    def _stage(self, state_dict: object) -> object:
+        staged = self._stager.stage(state_dict)
+        return staged.result() if isinstance(staged, Future) else staged
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        close = getattr(self._stager, "close", None)
+        if close is not None:
+            await finish(partial(self._workers.run, close))
+        self._workers.stop()
+
+
+def adapt(stager: Any) -> CheckpointStager:
+    """Give a synchronous PyTorch stager the coroutine interface.
+
+    Args:
+        stager: Something with ``stage(state_dict)`` that returns a state dict or a ``concurrent.futures.Future`` of one,
+            and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and their kin. It runs in one
+            worker thread, one call at a time, and is closed with the adapter.
+
+    Returns:
+        A :class:`CheckpointStager`. Its copies have the stager's own guarantees: most overwrite the previous result.
+        A cancelled ``stage`` waits for the stager to finish first.
+
+    Raises:
+        TypeError: If the object has no ``stage`` method.
+    """
+    if not callable(getattr(stager, "stage", None)):
+        raise TypeError(f"adapt takes an object with a stage() method, not {type(stager).__qualname__}")
+    return _Adapted(stager)
