@@ -66,7 +66,9 @@ class StagingOptions:
         if isinstance(self.max_loop_hold, bool) or not isinstance(self.max_loop_hold, (int, float)):
             raise TypeError(f"max_loop_hold must be a number of seconds, not {self.max_loop_hold!r}")
         if math.isnan(self.max_loop_hold) or self.max_loop_hold <= 0:
-            raise ValueError(f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {self.max_loop_hold!r}")
+            raise ValueError(
+                f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {self.max_loop_hold!r}"
+            )
         if self.max_host_bytes is not None:
             if isinstance(self.max_host_bytes, bool) or not isinstance(self.max_host_bytes, int):
                 raise TypeError(f"max_host_bytes must be a whole number of bytes or None, not {self.max_host_bytes!r}")
@@ -74,7 +76,9 @@ class StagingOptions:
                 raise ValueError(f"max_host_bytes must be above 0 (None for no limit), not {self.max_host_bytes!r}")
         if isinstance(self.dtype, torch.dtype):
             if not self.dtype.is_floating_point:
-                raise ValueError(f"dtype casts floating-point leaves and must be a floating-point dtype, not {self.dtype}")
+                raise ValueError(
+                    f"dtype casts floating-point leaves and must be a floating-point dtype, not {self.dtype}"
+                )
         elif self.dtype is not None and not callable(self.dtype):
             raise TypeError(f"dtype must be a torch.dtype, a function of path and tensor, or None, not {self.dtype!r}")
         if self.passthrough is not None and not callable(self.passthrough):

@@ -171,10 +171,10 @@ class _Adapted(CheckpointStager):
     async def stage(self, state_dict: T) -> T:
         if self._closed:
             raise StagerClosedError
-        return await self._workers.run(partial(self._stage, state_dict))  # type: ignore[return-value]
+        return await self._workers.run(partial(self._stage, state_dict))
 
-    def _stage(self, state_dict: object) -> object:
-        staged = self._stager.stage(state_dict)
+    def _stage(self, state_dict: T) -> T:
+        staged: T | Future[T] = self._stager.stage(state_dict)
         return staged.result() if isinstance(staged, Future) else staged
 
     async def aclose(self) -> None:
@@ -191,8 +191,8 @@ def adapt(stager: Any) -> CheckpointStager:
     """Give a synchronous PyTorch stager the coroutine interface.
 
     Args:
-        stager: Something with ``stage(state_dict)`` that returns a state dict or a ``concurrent.futures.Future`` of one,
-            and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and their kin. It runs in one
+        stager: Something with ``stage(state_dict)`` that returns a state dict or a ``concurrent.futures.Future`` of
+            one, and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and their kin. It runs in one
             worker thread, one call at a time, and is closed with the adapter.
 
     Returns:

@@ -37,7 +37,9 @@ _HANDLED_KEYS = {
 
 
 _WITHOUT_COPY = frozenset(
-    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in range(1, 8) if hasattr(torch, f"{sign}int{bits}")
+    getattr(torch, name)
+    for name in (f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
+    if hasattr(torch, name)
 )
 """Dtypes for which torch has no copy kernel; their memory is copied as bytes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 from anyio.lowlevel import current_token
@@ -46,7 +47,7 @@ class Wakeup:
 
 def _poster() -> Callable[[Callable[[], object]], object]:
     """Return the running loop's way of taking calls from other threads."""
-    native = current_token().native_token
+    native: Any = current_token().native_token
     post: Callable[[Callable[[], object]], object] = (
         native.call_soon_threadsafe if hasattr(native, "call_soon_threadsafe") else native.run_sync_soon
     )
