@@ -192,7 +192,7 @@ def adapt(stager: Any) -> CheckpointStager:
 
     Args:
         stager: Something with ``stage(state_dict)`` that returns a state dict or a ``concurrent.futures.Future`` of
-            one, and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and their kin. It runs in one
+            one, and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and kin. It runs in one
             worker thread, one call at a time, and is closed with the adapter.
 
     Returns:

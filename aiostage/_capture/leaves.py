@@ -35,11 +35,20 @@ class _Chunk:
 
     __slots__ = ("addresses", "check", "specs")
 
-    def __init__(self, tensors: Sequence[torch.Tensor], specs: list[Spec], addresses: list[int]) -> None:
+    def __init__(self, specs: list[Spec], addresses: list[int]) -> None:
         self.specs = specs
         self.addresses = addresses
+        self.check: Callable[..., bool] | None = None
+
+    def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether the tensors are like those that the specs are of."""
+        return self.check is not None and len(tensors) == len(self.specs) and self.check(*tensors)
+
+    def guard(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the guard. It costs as much as a look does, and pays once the same leaves have come twice."""
+        specs = self.specs
         # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
-        self.check: Callable[..., bool] = TensorGuards(
+        self.check = TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(spec.shape) for spec in specs],
             dynamic_dims_strides=[list(spec.stride) for spec in specs],
@@ -131,7 +140,7 @@ class Leaves:
         while start < len(self.tensors):
             chunk = self.tensors[start : start + CHUNK]
             known = inspection.chunks.get(start)
-            if known is not None and len(known.specs) == len(chunk) and not self.given and known.check(*chunk):
+            if known is not None and not self.given and known.recognizes(chunk):
                 addresses = list(map(_address, chunk))
                 # Another address means other memory, whose size the guard knows nothing of.
                 if addresses == known.addresses:
@@ -146,7 +155,11 @@ class Leaves:
             yield
             if simple and TensorGuards is not None:
                 specs: list[Any] = self.specs[start:]
-                inspection.chunks[start] = _Chunk(chunk, specs, self.addresses[start:])
+                addresses = self.addresses[start:]
+                if known is not None and known.specs == specs and known.addresses == addresses:
+                    known.guard(chunk)
+                else:
+                    inspection.chunks[start] = _Chunk(specs, addresses)
                 yield
             start += len(chunk)
 
