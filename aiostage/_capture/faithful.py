@@ -292,9 +292,13 @@ def _wrapper(tensor: Any) -> Composite:
         result = cls.__tensor_unflatten__(dict(zip(names, staged, strict=True)), context, size, stride)
         return _finished(result, tensor)
 
-    # Putting the source's own parts together costs nothing and shows which attributes that sets.
+    # Putting the source's own parts together costs nothing and shows which attributes that sets. What else is private
+    # to the class is a cache of it; the marks of parameters and buffers are set from outside.
     with torch.no_grad():
-        owned = frozenset(vars(assemble(parts)))
+        made = vars(assemble(parts))
+    owned = frozenset(
+        name for name in vars(tensor) if name in made or (name.startswith("_") and not name.startswith("_is_"))
+    )
     return Composite(parts, assemble, owned)
 
 

@@ -219,7 +219,8 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     try:
         return list(map(_version, tensors))
     except RuntimeError:
-        return [NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
+        with torch._C.DisableTorchFunctionSubclass():
+            return [NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
