@@ -14,8 +14,8 @@ __all__ = ["Wakeup"]
 class Wakeup:
     """A one-shot event that any thread may set and one event loop waits for.
 
-    It belongs to the loop that is running when it is made. Setting it after that loop has closed does nothing:
-    nobody is left to be woken.
+    It belongs to the loop that is running when it is made. Setting it after that loop has closed wakes
+    nobody, and says so.
     """
 
     __slots__ = ("_event", "_post", "_set")
@@ -25,16 +25,19 @@ class Wakeup:
         self._post = _poster()
         self._set = False
 
-    def set(self) -> None:
-        """Wake the waiters. May be called from any thread, from a finalizer, and more than once."""
-        if self._set:
-            return
+    def set(self) -> bool:
+        """Wake the waiters. May be called from any thread, from a finalizer, and more than once.
+
+        Returns:
+            Whether there is a loop to wake them in. False once it has closed, and its coroutines with it.
+        """
         self._set = True
         try:
             self._post(self._event.set)
         except RuntimeError:
-            # The loop is closed (asyncio) or its run is over (trio), and its coroutines with it.
-            return
+            # asyncio's loop is closed, or trio's run is over.
+            return False
+        return True
 
     def is_set(self) -> bool:
         """Return whether :meth:`set` has been called; the waiters may still be about to run."""

@@ -1,0 +1,249 @@
+"""One host mapping that holds many staged storages."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from time import thread_time
+from typing import Any, Literal
+
+import numpy
+import numpy.typing
+
+from aiostage._memory.shared import SharedFile, SharedHandle
+from aiostage.errors import HostMemoryError
+
+__all__ = ["Arena", "Exporter", "pieces", "whole_pages"]
+
+Exporter = numpy.typing.NDArray[numpy.uint8]
+
+PAGE_BYTES = mmap.PAGESIZE
+
+PIECE_BYTES = 8 << 20
+"""How much one uninterruptible step faults in: 1 to 4 ms as a rule, and 40 ms where a virtual machine has to ask its
+host for each page. Smaller pieces would go back for the GIL more often, which costs 5 ms each beside a busy thread."""
+
+_BLOCK_BYTES = 2 << 20
+"""The grain in which an arena remembers what was faulted in: a huge page."""
+
+_DISCARD_BYTES = 64 << 20
+
+_SLOW_HUGE_PAGE_SECONDS_PER_BYTE = 1.5e-3 / (1 << 20)
+"""Huge pages that come more slowly than this (three times what ordinary ones cost) have to be assembled or fetched
+from a hypervisor first; ordinary pages, which are often there already, are then the better choice."""
+
+
+class Arena:
+    """One private or shared mapping of host memory, page aligned, cold until it is written or populated.
+
+    Memory is unmapped when nothing refers to it any more: the arena itself, or an exporter or anything over one.
+
+    Attributes:
+        nbytes: Its size, whole pages.
+        address: Where it begins.
+        reserved: Whether all its pages are certain to be had; not so for a new shared arena.
+        pinning: Undoes the registration with an accelerator when called; None while it is not registered.
+    """
+
+    __slots__ = ("__weakref__", "_exporter", "_file", "_huge", "_memory", "_warm", "address", "nbytes", "pinning", "reserved")
+
+    def __init__(self, memory: mmap.mmap, file: SharedFile | None = None) -> None:
+        self._memory = memory
+        self._file = file
+        self._warm = bytearray(-(-len(memory) // _BLOCK_BYTES))
+        self._exporter: weakref.ref[Exporter] | None = None
+        self.nbytes = len(memory)
+        self.address: int = _over(memory).ctypes.data
+        self.reserved = file is None
+        self.pinning: weakref.finalize[..., Any] | None = None
+        self._huge = sys.platform == "linux" and file is None
+        if self._huge:
+            self._advise(mmap.MADV_HUGEPAGE)
+
+    @classmethod
+    def pageable(cls, nbytes: int) -> Arena:
+        """Map ordinary private memory.
+
+        Args:
+            nbytes: How much, in bytes; rounded up to whole pages.
+
+        Raises:
+            HostMemoryError: If the kernel refuses.
+        """
+        size = whole_pages(nbytes)
+        try:
+            if sys.platform == "win32":
+                return cls(mmap.mmap(-1, size))
+            # Python's own default for anonymous memory is MAP_SHARED, which gets no huge pages.
+            return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except (OSError, MemoryError, OverflowError) as error:
+            raise refused(size, error) from error
+
+    @classmethod
+    def shared(cls, nbytes: int) -> Arena:
+        """Map memory that another process can open, with one file behind it however many tensors it will hold.
+
+        Args:
+            nbytes: How much, in bytes; rounded up to whole pages.
+
+        Raises:
+            HostMemoryError: If the kernel refuses.
+        """
+        size = whole_pages(nbytes)
+        try:
+            file = SharedFile(size)
+            return cls(file.map(), file)
+        except (OSError, MemoryError, OverflowError) as error:
+            raise refused(size, error) from error
+
+    @property
+    def kind(self) -> Literal["pageable", "shared"]:
+        """Whether another process can open it."""
+        return "pageable" if self._file is None else "shared"
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is registered with an accelerator."""
+        return self.pinning is not None and self.pinning.alive
+
+    def claim(self) -> bool:
+        """Return whether no other process has it mapped; if so, handles on what it held are void from now on."""
+        return self._file is None or self._file.claim()
+
+    def share(self, nbytes: int) -> SharedHandle:
+        """Return a handle by which another process can map the first ``nbytes`` bytes until the lease ends."""
+        if self._file is None:
+            raise HostMemoryError(
+                "this memory is private to its process and cannot be opened by another.",
+                remedy="Stage with StagingOptions(use_shared_memory=True).",
+            )
+        return self._file.handle(nbytes)
+
+    def reserve(self, start: int, stop: int) -> None:
+        """Have the kernel find pages for a range of a shared arena, so that writing to it cannot end in SIGBUS. Blocks.
+
+        Raises:
+            HostMemoryError: If there is not enough memory for it.
+        """
+        if self._file is not None:
+            try:
+                self._file.reserve(start, stop - start)
+            except OSError as error:
+                raise refused(self.nbytes, error) from error
+
+    def is_warm(self, start: int, stop: int) -> bool:
+        """Return whether a range is known to have been faulted in."""
+        return self._warm.find(0, start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) < 0
+
+    def populate(self, start: int, stop: int) -> None:
+        """Fault in the pages that lie wholly inside a range, leaving zeros where it was cold. Blocks, without the GIL.
+
+        It writes to each page. MADV_POPULATE_WRITE would spare that, but holds the lock of the address space all the
+        while, so that the next ``mmap`` or ``munmap`` of any other thread waits: measured on Linux 6.18 beside it,
+        0.4 to 10 ms in the median where writing leaves it at 0.02 ms, for no gain in speed (docs/memory.md).
+
+        Args:
+            start: Where the range begins, in bytes from the beginning of the arena.
+            stop: Where it ends. Nobody else may use the range meanwhile.
+        """
+        if self.is_warm(start, stop):
+            return
+        start, stop = whole_pages(start), stop // PAGE_BYTES * PAGE_BYTES
+        if stop <= start:
+            return
+        begin = thread_time()
+        _over(self._memory)[start:stop:PAGE_BYTES] = 0
+        if self._huge and thread_time() - begin > _SLOW_HUGE_PAGE_SECONDS_PER_BYTE * (stop - start):
+            self._huge = False
+            self._advise(mmap.MADV_NOHUGEPAGE)
+        last = len(self._warm) if stop == self.nbytes else stop // _BLOCK_BYTES
+        first = min(-(-start // _BLOCK_BYTES), last)
+        self._warm[first:last] = b"\1" * (last - first)
+
+    def exporter(self, nbytes: int) -> Exporter:
+        """Return a new uint8 array over the first ``nbytes`` bytes.
+
+        Everything that is made from it, tensors over it and NumPy's views of it included, keeps this very array
+        alive: its base is a memoryview of its own, and NumPy stops looking for an older owner where types change. Its
+        death therefore is the death of all that was made from it.
+        """
+        exporter: Exporter = numpy.frombuffer(self._memory, numpy.uint8, count=nbytes)
+        self._exporter = weakref.ref(exporter)
+        return exporter
+
+    def close(self) -> None:
+        """Undo the registration and give the memory back; while an exporter lives, leave the latter to its death.
+
+        Blocks. Call it from a worker thread, or not at all: dropping the arena comes to the same.
+        """
+        try:
+            if self.pinning is not None:
+                self.pinning()
+        finally:
+            self._unmap()
+
+    def _unmap(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._exporter is not None and self._exporter() is not None:
+            return
+        # Unmapping holds the lock of the address space until the last page is freed, 100 ms for 2 GiB of ordinary
+        # pages, and the event loop's next malloc may need that lock. Discarding does not hold it.
+        for start, stop in pieces(0, self.nbytes, _DISCARD_BYTES):
+            _discard(self.address + start, stop - start)
+        # Another thread may be about to drop the last view of it, which then unmaps.
+        with suppress(BufferError):
+            self._memory.close()
+
+    def __repr__(self) -> str:
+        pinned = ", pinned" if self.pinned else ""
+        return f"<Arena {self.kind}{pinned}, {self.nbytes} bytes at {self.address:#x}>"
+
+    def _advise(self, advice: int) -> None:
+        # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
+        with suppress(OSError):
+            self._memory.madvise(advice)
+
+
+def pieces(start: int, stop: int, nbytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Cut a range at the multiples of ``nbytes``, yielding where each piece starts and stops."""
+    while start < stop:
+        end = min(start - start % nbytes + nbytes, stop)
+        yield start, end
+        start = end
+
+
+def whole_pages(nbytes: int) -> int:
+    """Round a number of bytes up to whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def refused(nbytes: int, error: BaseException) -> HostMemoryError:
+    """Return the error for memory that the kernel will not give."""
+    return HostMemoryError(
+        f"the kernel refuses {nbytes} bytes of host memory: {error}.",
+        remedy="Free memory, lower what is staged at once (max_host_bytes), or raise this process's memory limits.",
+    )
+
+
+def _over(memory: mmap.mmap) -> Exporter:
+    view: Exporter = numpy.frombuffer(memory, numpy.uint8)
+    return view
+
+
+if sys.platform == "linux":
+    # mmap.madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds.
+    _madvise = ctypes.CDLL(None, use_errno=True).madvise
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def _discard(address: int, nbytes: int) -> None:
+        _madvise(address, nbytes, mmap.MADV_DONTNEED)
+
+else:
+
+    def _discard(address: int, nbytes: int) -> None:
+        """Leave it to the unmapping."""

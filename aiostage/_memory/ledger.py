@@ -1,0 +1,228 @@
+"""Which arenas are free, leased and wanted, as plain data that one function moves forward.
+
+Nothing here waits, locks or knows of threads; :mod:`aiostage._memory.pool` does that around it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from aiostage._loop.wakeup import Wakeup
+from aiostage._memory.arena import Arena, whole_pages
+from aiostage.errors import HostMemoryError, StagerClosedError, StagingError
+
+__all__ = ["Ledger", "Moves", "Request"]
+
+_RECENT_LEASES = 8
+"""How many of the last leases decide how much idle memory is kept: enough for a burst of stagings or for the
+alternation of a few kinds of them, few enough that the memory for one that never comes back goes soon. A guess."""
+
+_WASTE = 2
+"""An idle arena up to this many times larger than what is asked for is a fit."""
+
+
+class Request:
+    """Somebody who wants memory, from the asking to the handing over.
+
+    Attributes:
+        nbytes: How much, in bytes.
+        size: The same in whole pages, which is what it takes.
+        wakeup: Set when there is reason to look again; replaced by the waiter before each look.
+        arena: What it was granted.
+        error: Why it cannot be granted.
+        abandoned: Nobody waits for the answer any more.
+    """
+
+    __slots__ = ("abandoned", "arena", "error", "nbytes", "size", "wakeup")
+
+    def __init__(self, nbytes: int, wakeup: Wakeup) -> None:
+        self.nbytes = nbytes
+        self.size = whole_pages(max(nbytes, 1))
+        self.wakeup = wakeup
+        self.arena: Arena | None = None
+        self.error: StagingError | None = None
+        self.abandoned = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether it was granted or refused."""
+        return self.arena is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class Moves:
+    """What the caller has to carry out after the ledger has moved."""
+
+    answered: list[Request] = field(default_factory=list)
+    close: list[Arena] = field(default_factory=list)
+
+
+class Ledger:
+    """The state of a pool.
+
+    Args:
+        make: Maps a new arena of a number of bytes; raises HostMemoryError.
+        max_bytes: How much all arenas together may take; None for no limit.
+
+    Attributes:
+        free: Idle arenas, the least recently used first.
+        leased: Arenas that were granted and have not come back.
+        closing: Arenas that are being closed and still count.
+        waiting: Requests not yet answered, the oldest first.
+        closed: Whether the pool is closed: nothing is granted, and what comes back is closed.
+        held_elsewhere: Whether, at the last move, an idle arena could not be used because another process maps it.
+    """
+
+    def __init__(self, make: Callable[[int], Arena], max_bytes: int | None) -> None:
+        self._make = make
+        self._max_bytes = max_bytes
+        self._needs: deque[int] = deque(maxlen=_RECENT_LEASES)
+        self.free: list[Arena] = []
+        self.leased: set[Arena] = set()
+        self.closing: set[Arena] = set()
+        self.waiting: deque[Request] = deque()
+        self.closed = False
+        self.held_elsewhere = False
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """Every arena that takes memory."""
+        return [*self.free, *self.leased, *self.closing]
+
+    def advance(self, returned: Iterable[Arena | Request]) -> Moves:
+        """Take back arenas, answer the requests that can be answered, and say what is to be closed.
+
+        Args:
+            returned: Arenas whose lease has ended, and requests that were withdrawn, granted or not.
+
+        Returns:
+            What the caller has to carry out.
+
+        Requests are answered strictly in order: a small one never passes a large one, which would otherwise starve.
+        """
+        moves = Moves()
+        self.held_elsewhere = False
+        for item in returned:
+            self._take_back(item, moves)
+        if self.closed:
+            self._refuse_all(moves)
+            self._evict(self.free, moves)
+        while self.waiting:
+            request = self.waiting[0]
+            if not request.abandoned:
+                self._answer(request, moves)
+                if not request.answered:
+                    break
+                moves.answered.append(request)
+            self.waiting.popleft()
+        self._trim(moves)
+        return moves
+
+    def _take_back(self, item: Arena | Request, moves: Moves) -> None:
+        arena: Arena | None
+        if isinstance(item, Request):
+            # Withdrawing twice is harmless: the second time there is nothing left to take.
+            item.abandoned = True
+            arena, item.arena = item.arena, None
+            if arena is None:
+                return
+        else:
+            arena = item
+        self.leased.remove(arena)
+        self.free.append(arena)
+        if not arena.reserved:
+            # Reserving it failed or was broken off; another try had better start afresh.
+            self._evict([arena], moves)
+
+    def _answer(self, request: Request, moves: Moves) -> None:
+        if self._reuse(request, _WASTE * request.size):
+            return
+        shortage = self._shortage(request.size)
+        if shortage <= 0:
+            self._allocate(request, moves)
+        elif not self._reuse(request, None):
+            self._make_room(shortage, moves)
+
+    def _reuse(self, request: Request, at_most: int | None) -> bool:
+        """Grant the smallest idle arena that fits, the last used among equals, since its pages are in the caches."""
+        fitting = [
+            arena
+            for arena in reversed(self.free)
+            if arena.nbytes >= request.size and (at_most is None or arena.nbytes <= at_most)
+        ]
+        for arena in sorted(fitting, key=_nbytes):
+            if arena.claim():
+                self.free.remove(arena)
+                self._grant(request, arena)
+                return True
+            self.held_elsewhere = True
+        return False
+
+    def _allocate(self, request: Request, moves: Moves) -> None:
+        try:
+            arena = self._make(request.size)
+        except HostMemoryError as error:
+            # The kernel may have enough once the idle arenas are gone.
+            self._evict([arena for arena in self.free if arena.claim()], moves)
+            if not self.closing:
+                request.error = error
+            return
+        self._grant(request, arena)
+
+    def _grant(self, request: Request, arena: Arena) -> None:
+        self.leased.add(arena)
+        request.arena = arena
+        self._needs.append(_total(self.leased))
+
+    def _make_room(self, shortage: int, moves: Moves) -> None:
+        """Evict idle arenas if that, with what is closing already, makes up for a shortage."""
+        shortage -= _total(self.closing)
+        if shortage <= 0:
+            return
+        chosen: list[Arena] = []
+        for arena in self.free:
+            if arena.claim():
+                chosen.append(arena)
+                shortage -= arena.nbytes
+                if shortage <= 0:
+                    self._evict(chosen, moves)
+                    return
+            else:
+                self.held_elsewhere = True
+
+    def _trim(self, moves: Moves) -> None:
+        """Evict idle arenas beyond what the last few leases together needed at any one time."""
+        excess = _total(self.free) + _total(self.leased) - max(self._needs, default=0)
+        chosen = []
+        for arena in self.free:
+            if excess <= 0:
+                break
+            if arena.claim():
+                chosen.append(arena)
+                excess -= arena.nbytes
+        self._evict(chosen, moves)
+
+    def _evict(self, arenas: Iterable[Arena], moves: Moves) -> None:
+        for arena in list(arenas):
+            self.free.remove(arena)
+            self.closing.add(arena)
+            moves.close.append(arena)
+
+    def _refuse_all(self, moves: Moves) -> None:
+        for request in self.waiting:
+            request.error = StagerClosedError()
+            moves.answered.append(request)
+        self.waiting.clear()
+
+    def _shortage(self, size: int) -> int:
+        return 0 if self._max_bytes is None else _total(self.arenas) + size - self._max_bytes
+
+
+def _nbytes(arena: Arena) -> int:
+    return arena.nbytes
+
+
+def _total(arenas: Iterable[Arena]) -> int:
+    return sum(map(_nbytes, arenas))

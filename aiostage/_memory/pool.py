@@ -1,0 +1,345 @@
+"""Leases on arenas: who may write to which host memory, and for how long."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import anyio
+import torch
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.wakeup import Wakeup
+from aiostage._loop.workers import Job, Workers
+from aiostage._memory.arena import Arena, Exporter, pieces, whole_pages
+from aiostage._memory.ledger import Ledger, Request
+from aiostage._memory.pinned import Pinning
+from aiostage._memory.shared import SharedHandle
+from aiostage.errors import HostMemoryError, StagerClosedError
+
+__all__ = ["Lease", "Pool", "PoolStatistics"]
+
+_logger = logging.getLogger("aiostage")
+
+_PATIENCE_SECONDS = 10.0
+"""How long a wait for the budget may take before a log line says what is waited for."""
+
+_HELD_ELSEWHERE_SECONDS = 0.05
+"""How often to ask whether other processes still map an arena; the kernel tells nobody when they stop."""
+
+
+_RESERVED_BYTES = 64 << 20
+"""How much shared memory one uninterruptible step reserves: about 10 ms."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStatistics:
+    """What a pool holds at one moment.
+
+    Attributes:
+        arenas: Host allocations, leased, idle or about to be given back.
+        leases: Arenas that are referred to.
+        waiting: Requests that wait for the budget.
+        pageable_bytes: Bytes of ordinary memory in arenas.
+        shared_bytes: Bytes of memory in arenas that other processes can open.
+        pinned_bytes: Bytes registered with an accelerator; they count as pageable or shared as well.
+    """
+
+    arenas: int
+    leases: int
+    waiting: int
+    pageable_bytes: int
+    shared_bytes: int
+    pinned_bytes: int
+
+
+class Lease:
+    """The right to write to an arena, and the hold on it.
+
+    An arena is free again once :attr:`buffer`, every tensor and array made from it, and this object are gone. There
+    is nothing to release, so nothing can be used after its release.
+
+    Attributes:
+        arena: The memory.
+        buffer: One-dimensional uint8 array of exactly the bytes that were asked for, starting on a page.
+    """
+
+    __slots__ = ("arena", "buffer")
+
+    def __init__(self, arena: Arena, buffer: Exporter) -> None:
+        self.arena = arena
+        self.buffer = buffer
+
+    def populate(self, start: int, stop: int) -> None:
+        """Fault in a range that is about to be written and that nobody else uses meanwhile. Blocks, without the GIL.
+
+        A range that is already there is left alone; one that is not holds zeros afterwards. Memory that the CPU writes
+        to does not need it: faults taken while copying cost the same.
+
+        Args:
+            start: Where the range begins in the buffer, in bytes.
+            stop: Where it ends.
+        """
+        for first, last in pieces(start, stop):
+            self.arena.populate(first, last - first)
+
+    def share(self) -> SharedHandle:
+        """Return a handle by which another process can map the buffer, for as long as this lease lasts.
+
+        Raises:
+            HostMemoryError: If the arena is private to this process.
+        """
+        return self.arena.share(self.buffer.nbytes)
+
+
+class Pool:
+    """Hands out arenas under a budget and takes them back when the last thing over them has died.
+
+    May be used from several event loops and threads at once. Idle arenas are kept for reuse, at most as much as the
+    last few leases together needed at one time. Memory is faulted in, registered and given back in worker threads.
+
+    Args:
+        workers: The threads to do it in.
+        max_bytes: How many bytes all arenas together may take; None for no limit.
+        shared: Whether other processes are to open the memory.
+        pinning: How to register arenas with an accelerator; None for not at all.
+    """
+
+    def __init__(
+        self, workers: Workers, *, max_bytes: int | None = None, shared: bool = False, pinning: Pinning | None = None
+    ) -> None:
+        self._workers = workers
+        self._max_bytes = max_bytes
+        self._pinning = pinning
+        self._lock = threading.Lock()
+        self._ledger = Ledger(Arena.shared if shared else Arena.pageable, max_bytes)
+        # Finalizers run whenever the garbage collector likes, also in a thread that holds the lock just now. They
+        # only ever put into this queue, whose put() is made to be re-entered, and wake a waiter.
+        self._returned: SimpleQueue[Arena | Request | None] = SimpleQueue()
+        self._closings: set[Job] = set()
+        self._outliving = False
+
+    def __repr__(self) -> str:
+        """Show what is held."""
+        state = "closed, " if self._ledger.closed else ""
+        return f"<Pool {state}{self.statistics()}>"
+
+    async def acquire(
+        self, nbytes: int, *, populate: bool = True, device: torch.device | None = None
+    ) -> Lease:
+        """Return a lease on an arena, waiting for the budget in turn.
+
+        Args:
+            nbytes: How much memory, in bytes.
+            populate: Whether to fault it in first. Otherwise the first writer to each page does that.
+            device: The accelerator that is to reach the memory, which then is registered with it if the pool pins;
+                registering faults in too. None for no accelerator.
+
+        Returns:
+            A lease; its buffer is uninitialized.
+
+        Raises:
+            HostMemoryError: At once if ``nbytes`` can never fit the budget, or if the kernel refuses the memory.
+            AcceleratorUnavailableError: If pinning is required and fails.
+            StagerClosedError: If the pool is closed, also while waiting.
+
+        May be cancelled at any time; whatever was granted by then goes back to the pool.
+        """
+        request = Request(nbytes, Wakeup())
+        if self._max_bytes is not None and request.size > self._max_bytes:
+            raise HostMemoryError(
+                f"{request.size} bytes of host memory are needed, but max_host_bytes is {self._max_bytes}.",
+                remedy=f"Set max_host_bytes to at least {request.size}, or stage less at once.",
+            )
+        with self._lock:
+            if self._ledger.closed:
+                raise StagerClosedError
+            self._ledger.waiting.append(request)
+        try:
+            arena = await self._turn(request)
+            await self._prepare(arena, nbytes, populate, device)
+            if self._ledger.closed:
+                raise StagerClosedError
+            return self._lease(arena, nbytes)
+        except BaseException as error:
+            self._returned.put(request)
+            if isinstance(error, GeneratorExit):
+                # The garbage collector may be closing this coroutine inside the lock.
+                _nudge(self._ledger)
+            else:
+                self._advance()
+            raise
+
+    def statistics(self) -> PoolStatistics:
+        """Return what is held now."""
+        self._advance()
+        with self._lock:
+            arenas = self._ledger.arenas
+            leases, waiting = len(self._ledger.leased), len(self._ledger.waiting)
+        return PoolStatistics(
+            arenas=len(arenas),
+            leases=leases,
+            waiting=waiting,
+            pageable_bytes=sum(arena.nbytes for arena in arenas if arena.kind == "pageable"),
+            shared_bytes=sum(arena.nbytes for arena in arenas if arena.kind == "shared"),
+            pinned_bytes=sum(arena.nbytes for arena in arenas if arena.pinned),
+        )
+
+    def close(self) -> None:
+        """Begin to close: idle arenas are given back now, leased ones as their leases end, waiters get an error.
+
+        Idempotent, never waits; :meth:`aclose` does.
+        """
+        with self._lock:
+            if self._ledger.closed:
+                return
+            self._ledger.closed = True
+        self._advance()
+        with self._lock:
+            self._outliving = bool(self._ledger.leased)
+        if self._outliving:
+            # Leases end in finalizers, which may neither take locks nor start threads.
+            threading.Thread(target=self._outlive_leases, name="aiostage-leases", daemon=True).start()
+
+    async def aclose(self) -> None:
+        """Close, and wait until the idle arenas have been given back. Closes also when cancelled."""
+        self.close()
+        for job in tuple(self._closings):
+            await finish(job.settled)
+
+    async def _turn(self, request: Request) -> Arena:
+        """Wait until a request is answered, and return what it was granted."""
+        with anyio.move_on_after(_PATIENCE_SECONDS):
+            await self._answered(request)
+        if not request.answered:
+            self._report(request)
+            await self._answered(request)
+        if request.error is not None:
+            raise request.error
+        assert request.arena is not None  # noqa: S101 - an answer without an error has an arena
+        return request.arena
+
+    async def _answered(self, request: Request) -> None:
+        while True:
+            # Renewed before looking, so that what comes back after the look sets the one that is waited for.
+            request.wakeup = wakeup = Wakeup()
+            self._advance()
+            if request.answered:
+                return
+            with anyio.move_on_after(_HELD_ELSEWHERE_SECONDS if self._ledger.held_elsewhere else None):
+                await wakeup.wait()
+
+    def _report(self, request: Request) -> None:
+        statistics = self.statistics()
+        _logger.warning(
+            "staging waits for %d bytes of host memory: of max_host_bytes=%s, %d are held by %d staged copies that are "
+            "still referred to, and %d requests wait. It goes on when a staged copy is dropped.",
+            request.size,
+            self._max_bytes,
+            statistics.pageable_bytes + statistics.shared_bytes,
+            statistics.leases,
+            statistics.waiting,
+        )
+
+    async def _prepare(self, arena: Arena, nbytes: int, populate: bool, device: torch.device | None) -> None:
+        """Do in worker threads what an arena needs before it is handed out."""
+        if not arena.reserved:
+            await self._each(arena.reserve, pieces(0, arena.nbytes, _RESERVED_BYTES))
+            arena.reserved = True
+        pinning = self._pinning if device is not None else None
+        pin = pinning is not None and pinning.wants(arena)
+        if populate or pin:
+            # The driver takes an arena as a whole.
+            extent = arena.nbytes if pin else whole_pages(nbytes)
+            await self._each(arena.populate, (cold for cold in pieces(0, extent) if not arena.is_warm(*cold)))
+        if pinning is not None and device is not None and pin:
+            await self._workers.run(partial(pinning.register, arena, device))
+
+    async def _each(self, work: Callable[[int, int], None], ranges: Iterable[tuple[int, int]]) -> None:
+        job = self._workers.job()
+        for start, stop in ranges:
+            job.put(partial(work, start, stop))
+        job.close()
+        await job.join()
+
+    def _lease(self, arena: Arena, nbytes: int) -> Lease:
+        buffer = arena.exporter(nbytes)
+        finalizer = weakref.finalize(buffer, _end_lease, self._returned, self._ledger, arena)
+        finalizer.atexit = False
+        return Lease(arena, buffer)
+
+    def _advance(self) -> None:
+        """Move the ledger forward with all that has come back, and carry out what it says. Never blocks for long."""
+        again = True
+        while again:
+            with self._lock:
+                moves = self._ledger.advance(self._drain())
+                last, self._outliving = self._outliving, self._outliving and bool(self._ledger.leased)
+                over = last and not self._outliving
+            if over:
+                self._returned.put(None)
+            again = False
+            for request in moves.answered:
+                if not request.wakeup.set():
+                    # Its event loop has closed, and will never take what it was granted.
+                    self._returned.put(request)
+                    again = True
+            self._close_arenas(moves.close)
+
+    def _drain(self) -> Iterator[Arena | Request]:
+        while True:
+            try:
+                item = self._returned.get_nowait()
+            except Empty:
+                return
+            if item is None:
+                # Meant for the thread that outlives the leases.
+                self._returned.put(None)
+                return
+            yield item
+
+    def _close_arenas(self, arenas: list[Arena]) -> None:
+        if not arenas:
+            return
+        job = self._workers.job()
+        self._closings.add(job)
+        for arena in arenas:
+            job.put(partial(self._close_arena, arena))
+        job.put(partial(self._closings.discard, job))
+        job.close()
+
+    def _close_arena(self, arena: Arena) -> None:
+        try:
+            arena.close()
+        except Exception:
+            # A driver that cannot unregister any more must not keep the next lease from its turn.
+            _logger.exception("%r could not be given back properly", arena)
+        finally:
+            with self._lock:
+                self._ledger.closing.remove(arena)
+            self._advance()
+
+    def _outlive_leases(self) -> None:
+        """Give arenas back as the leases of a closed pool end; runs in a thread of its own until the last has."""
+        while (item := self._returned.get()) is not None:
+            self._returned.put(item)
+            self._advance()
+
+
+def _end_lease(returned: SimpleQueue[Arena | Request | None], ledger: Ledger, arena: Arena) -> None:
+    """Take note that a lease has ended. Runs in a finalizer: in any thread, at any point, inside any lock."""
+    returned.put(arena)
+    _nudge(ledger)
+
+
+def _nudge(ledger: Ledger) -> None:
+    """Wake the first waiter that can still be woken; it will look again, on behalf of all."""
+    for request in list(ledger.waiting):
+        if request.wakeup.set():
+            return
+        request.abandoned = True

@@ -1,0 +1,154 @@
+"""Host memory that other processes can open, and the handle by which they do."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+import weakref
+from dataclasses import dataclass
+
+import numpy
+import numpy.typing
+
+from aiostage.errors import HostMemoryError
+
+if sys.platform == "linux":
+    import fcntl
+
+__all__ = ["SharedFile", "SharedHandle", "shared_memory_reason"]
+
+_GENERATION = struct.Struct("<Q")
+
+
+def shared_memory_reason() -> str | None:
+    """Return why memory cannot be shared between processes here, or None if it can."""
+    if sys.platform != "linux":
+        return f"sharing staged memory needs memfd_create and /proc, which {sys.platform} does not have"
+    if not hasattr(os, "memfd_create"):
+        return "this Python was built without memfd_create"
+    return None
+
+
+class SharedFile:
+    """An anonymous file in memory: one descriptor, no name, gone with the last process that has it open or mapped.
+
+    Its last page is not mapped and holds a generation number, which goes up each time the memory is given to
+    a new lease. A process that opens a handle takes a shared lock on the file for as long as it maps it, so the owner
+    can tell by asking for an exclusive one whether anybody still reads; the kernel drops the locks of the dead.
+
+    Args:
+        nbytes: How much memory to offer, whole pages.
+
+    Raises:
+        OSError: If the kernel refuses.
+        HostMemoryError: If this machine cannot share memory at all.
+    """
+
+    __slots__ = ("__weakref__", "_close", "_descriptor", "_generation", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        reason = shared_memory_reason()
+        if reason is not None:
+            raise HostMemoryError(f"{reason}.", remedy="Stage with use_shared_memory=False.")
+        self.nbytes = nbytes
+        self._generation = 0
+        self._descriptor = os.memfd_create("aiostage", os.MFD_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close.atexit = False
+        os.ftruncate(self._descriptor, nbytes + mmap.PAGESIZE)
+
+    def map(self) -> mmap.mmap:
+        """Map it all, to read and to write."""
+        return mmap.mmap(self._descriptor, self.nbytes, flags=mmap.MAP_SHARED)
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Allocate the pages of a range. Blocks.
+
+        Raises:
+            OSError: If there are not enough.
+        """
+        os.posix_fallocate(self._descriptor, offset, nbytes)
+
+    def claim(self) -> bool:
+        """Begin a new generation, unless another process still maps this one; return whether it was begun."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        self._generation += 1
+        os.pwrite(self._descriptor, _GENERATION.pack(self._generation), self.nbytes)
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return True
+
+    def handle(self, nbytes: int) -> SharedHandle:
+        """Return the way for another process to what is in the first ``nbytes`` bytes now."""
+        status = os.fstat(self._descriptor)
+        return SharedHandle(os.getpid(), self._descriptor, status.st_dev, status.st_ino, nbytes, self._generation)
+
+    def close(self) -> None:
+        """Close the descriptor; mappings stay."""
+        self._close()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedHandle:
+    """Where shared memory is, small enough to send to any process of the same user on the same machine.
+
+    It is good for as long as the staged copy that it was made from lives in the process that made it. What has been
+    opened stays good for as long as it is referred to, whatever becomes of that process.
+
+    Attributes:
+        pid: The process that holds the memory.
+        descriptor: Its file descriptor there.
+        device: The file's device number, which with the next two tells a reused descriptor or process number.
+        inode: The file's inode number.
+        nbytes: How many bytes to map.
+        generation: Which of the successive contents of the memory is meant.
+    """
+
+    pid: int
+    descriptor: int
+    device: int
+    inode: int
+    nbytes: int
+    generation: int
+
+    def open(self) -> numpy.typing.NDArray[numpy.uint8]:
+        """Map the memory without copying it.
+
+        Returns:
+            The bytes. Writing to them changes this process's view and nobody else's. The memory stays as it is, and
+            its owner does not use it again, until this array and everything made from it are gone.
+
+        Raises:
+            HostMemoryError: If the owner or its staged copy is gone, or this process may not look into it.
+        """
+        try:
+            descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._gone(f"process {self.pid} cannot be looked into: {error}") from error
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != (self.device, self.inode):
+                raise self._gone(f"process {self.pid} has closed it")
+            # Opening made a description of its own, so the lock is ours alone, and the mapping's duplicate of the
+            # descriptor holds it until the mapping goes.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            (generation,) = _GENERATION.unpack(os.pread(descriptor, _GENERATION.size, status.st_size - mmap.PAGESIZE))
+            if generation != self.generation:
+                raise self._gone(f"process {self.pid} has dropped the staged copy and used its memory again")
+            # Private, so that a write here cannot reach the staged copies of others.
+            memory = mmap.mmap(
+                descriptor, self.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        finally:
+            os.close(descriptor)
+        return numpy.frombuffer(memory, numpy.uint8)
+
+    def _gone(self, reason: str) -> HostMemoryError:
+        return HostMemoryError(
+            f"the shared staged copy of {self.nbytes} bytes cannot be opened: {reason}.",
+            remedy="Keep the staged copy in its process until the other one has opened it, as the same user on the same machine.",
+        )
