@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -84,6 +85,8 @@ class Leaves:
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
         self._count = 0
+        self._early: dict[int, int] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
         self._seen: set[int] = set()
         self._index: dict[int, int] = {}
         self._apart: dict[int, Composite] = {}
@@ -101,11 +104,27 @@ class Leaves:
         self.tensors += tensors
         return start
 
+    def copy_now(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a host copy of one tensor, made at once, for an object that copies itself.
+
+        Its whole storage is copied, so that whatever else lies in it can stay tied to this copy.
+        """
+        self._early[id(tensor)] = _versions([tensor])[0]
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            if not _is_simple(tensor):
+                return copy.deepcopy(tensor)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = storage.clone() if storage.device.type == "cpu" else storage.cpu()
+            return _same_over(self._storages[storage._cdata], tensor)
+
     def release(self) -> None:
         """Let go of every tensor."""
         self._count = len(self.tensors)
-        for held in (self.tensors, self.composites, self.given, self.gradients, self._seen, self._index, self._apart):
+        for held in (self.tensors, self.composites, self.given, self.gradients, self._apart, self._storages):
             held.clear()
+        self._seen.clear()
+        self._index.clear()
 
     def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
         """Return the index of a tensor, and whether it was met for the first time."""
@@ -176,6 +195,10 @@ class Leaves:
         simple = True
         for offset, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True)):
             index = start + offset
+            if self._storages and index not in self.given and _is_simple(tensor):
+                storage = self._storages.get(tensor.untyped_storage()._cdata)
+                if storage is not None:
+                    self.given[index] = _same_over(storage, tensor)
             composite = None if index in self.given else self._apart.get(index) or take_apart(tensor, meaning)
             if composite is not None:
                 self._add_parts(index, composite)
@@ -196,7 +219,8 @@ class Leaves:
                 )
                 self.specs.append(spec)
                 self.addresses.append(tensor.data_ptr())
-            self.versions.append(versions[offset])
+            # What was copied at once must not have changed since that copy.
+            self.versions.append(self._early.get(id(tensor), versions[offset]))
         return simple
 
     def _add_parts(self, index: int, composite: Composite) -> None:
@@ -213,6 +237,26 @@ class Leaves:
         if new:
             self.owners[position] = index
         self.gradients.append((index, position))
+
+
+def _is_simple(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a plain view of one storage."""
+    return (
+        type(tensor) in PLAIN_CLASSES
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and torch._C._has_storage(tensor)
+    )
+
+
+def _same_over(storage: torch.UntypedStorage, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor like another one over a copy of its storage."""
+    result = torch.empty(0, dtype=tensor.dtype)
+    result.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    requires_grad = tensor.requires_grad and tensor.is_leaf
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(result, requires_grad)
+    return result.requires_grad_(requires_grad)
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
