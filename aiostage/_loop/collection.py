@@ -22,7 +22,9 @@ class CollectionPause:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant, because the collector may close an abandoned coroutine that holds a pause while this thread has
+        # the lock.
+        self._lock = threading.RLock()
         self._holders = 0
         self._paused = False
         self._renewed = 0.0

@@ -52,6 +52,8 @@ class Slices:
                 begin = perf_counter()
                 try:
                     deadline = begin + self.max_hold
+                    # At least one step, or a max_hold below the clock's own cost would never get anywhere.
+                    next(work)
                     while perf_counter() < deadline:
                         next(work)
                 except StopIteration as stop:

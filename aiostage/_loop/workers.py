@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from traceback import clear_frames
 from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish
@@ -32,7 +33,8 @@ class Job:
 
     def __init__(self, submit: Callable[[Job], None]) -> None:
         self._submit = submit
-        self._lock = threading.Lock()
+        # Reentrant, because the collector may close a coroutine that waits for this job while this thread has the lock.
+        self._lock = threading.RLock()
         self._steps: deque[Callable[[], object]] = deque()
         self._running = 0
         self._done = 0
@@ -84,7 +86,7 @@ class Job:
         try:
             step()
         except BaseException as raised:  # noqa: BLE001 - it is raised again by join(), in the task that waits
-            error = raised
+            error = _without_locals(raised)
         # The step keeps tensors alive; it must be gone before anybody is told that it is over.
         del step
         with self._lock:
@@ -92,6 +94,7 @@ class Job:
             self._done += 1
             if error is not None:
                 self._error = self._error or error
+                error = None
                 self._open = False
                 self._steps.clear()
             waiters = self._take_waiters()
@@ -136,12 +139,24 @@ class Job:
             if not isinstance(error, GeneratorExit):
                 await finish(self.settled)
             raise
-        if self._error is not None:
-            raise self._error
+        failure = self._error
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # The traceback now has this frame in it, which must not lead back to the error.
+                del self, failure
 
     def _take_waiters(self) -> list[Wakeup]:
         waiters, self._waiters = self._waiters, []
         return waiters
+
+
+def _without_locals(error: BaseException) -> BaseException:
+    """Drop what an error's traceback keeps alive: memory must not live as long as the report that copying it failed."""
+    traceback = error.__traceback__
+    clear_frames(traceback)
+    return error.with_traceback(traceback.tb_next if traceback is not None else None)
 
 
 def _wake(waiters: list[Wakeup]) -> None:
@@ -232,9 +247,17 @@ class _WorkerState:
             self.alive += 1
             self.started += 1
             number = self.started
-        # Daemon threads do not keep an interpreter from exiting; a step that runs then is a copy into memory
-        # that goes away with the process.
-        threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True).start()
+        try:
+            # Daemon threads do not keep an interpreter from exiting; a step that runs then is a copy into memory
+            # that goes away with the process.
+            threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True).start()
+        except RuntimeError:
+            with self.condition:
+                self.alive -= 1
+                if self.alive == 0:
+                    # Nobody is left to serve it. With fewer threads than wished, work only takes longer.
+                    self.queue.remove(job)
+                    raise
 
     def stop(self) -> None:
         with self.condition:
