@@ -15,6 +15,7 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Backend, CheckpointStager
 from aiostage.errors import AcceleratorUnavailableError, StagerClosedError
 from aiostage.options import StagerStatistics, StagingOptions
+from aiostage.sharing import SharedTree, share
 from aiostage.snapshot import Snapshot
 
 __all__ = ["AsyncStager", "adapt"]
@@ -111,6 +112,24 @@ class AsyncStager(CheckpointStager):
         """
         self._resources.check_open()
         await restore(self._resources, staged, into)
+
+    async def share(self, staged: object) -> SharedTree:
+        """Describe a staged tree, so that another process can open it without copying it.
+
+        Args:
+            staged: What a staging of this stager with ``use_shared_memory=True`` has returned.
+
+        Returns:
+            A small picklable handle; ``handle.open()`` in the other process returns the tree. It is good while the
+            staged tree is referred to here.
+
+        Raises:
+            StagingError: If no tensor of it is in this stager's shared memory, or something in it cannot be pickled.
+
+        May be cancelled; nothing is then left behind.
+        """
+        arenas = self._resources.pool.leased()
+        return await self._resources.workers.run(partial(share, staged, arenas))
 
     def statistics(self) -> StagerStatistics:
         """Return what the stager has done and what it holds now."""

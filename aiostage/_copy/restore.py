@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
@@ -39,6 +40,8 @@ async def restore(resources: Resources, staged: Any, into: Any) -> None:
     batch: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     nbytes = 0
     for path, target in targets.items():
+        if isinstance(target, UninitializedTensorMixin):
+            continue
         batch[0].append(target)
         batch[1].append(sources[path])
         nbytes += target.nbytes
@@ -55,10 +58,14 @@ async def restore(resources: Resources, staged: Any, into: Any) -> None:
 
 
 def _describe(tensor: torch.Tensor) -> str:
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "uninitialized"
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 async def _leaves(slices: Slices, tree: Any) -> dict[Path, torch.Tensor]:
     walk = Walk(passthrough=None, copy_now=copy.copy)
     await slices.run(walk.run(tree))
-    return {walk.path(index): tensor for index, tensor in enumerate(walk.leaves.tensors)}
+    leaves = {walk.path(index): tensor for index, tensor in enumerate(walk.leaves.tensors)}
+    walk.release()
+    return leaves

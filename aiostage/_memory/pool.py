@@ -190,6 +190,11 @@ class Pool:
             pinned_bytes=sum(arena.nbytes for arena in arenas if arena.pinned),
         )
 
+    def leased(self) -> tuple[Arena, ...]:
+        """Return the arenas that are referred to now."""
+        with self._lock:
+            return tuple(self._ledger.leased)
+
     def close(self) -> None:
         """Begin to close: idle arenas are given back now, leased ones as their leases end, waiters get an error.
 
