@@ -115,7 +115,8 @@ class Leaves:
                 return copy.deepcopy(tensor)
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = storage.clone() if storage.device.type == "cpu" else storage.cpu()
+                copied = storage.clone() if storage.device.type == "cpu" else storage.cpu()  # type: ignore[no-untyped-call]
+                self._storages[storage._cdata] = copied
             return _same_over(self._storages[storage._cdata], tensor)
 
     def release(self) -> None:

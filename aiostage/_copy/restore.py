@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from aiostage._capture.faithful import Refusal
+from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.host import copy_tensors
@@ -20,52 +21,107 @@ from aiostage.leaf import Path, format_path
 
 __all__ = ["restore"]
 
+_AT_ONCE = 64
+"""Leaves looked at between two yields."""
+
+_Batch: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
+
 
 async def restore(resources: Resources, staged: Any, into: Any) -> None:
     """Copy every tensor of one tree into its twin in the other, after both were found to match."""
     slices = Slices(resources.options.max_loop_hold)
-    sources, targets = [await _leaves(slices, tree) for tree in (staged, into)]
-    mismatched = [
-        f"{format_path(path)} ({_describe(sources[path])} into {_describe(targets[path])})"
-        for path in sources.keys() & targets.keys()
-        if _describe(sources[path]) != _describe(targets[path])
-    ]
-    missing = [format_path(path) for path in targets.keys() - sources.keys()]
-    unexpected = [format_path(path) for path in sources.keys() - targets.keys()]
+    source, target = await _Leaves.of(slices, staged), await _Leaves.of(slices, into)
+    try:
+        await slices.run(_check(source, target))
+        job = resources.workers.job()
+        for destinations, values in await slices.run(_batches(source, target)):
+            job.put(partial(copy_tensors, destinations, values))
+        job.close()
+        # Half a restore is neither the old state nor the new: once begun it is finished.
+        await finish(job.settled)
+        if job.error is not None:
+            raise job.error
+    finally:
+        source.walk.release()
+        target.walk.release()
+
+
+class _Leaves:
+    """The leaves of one tree by their paths."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.by_path: dict[Path, int] = {}
+
+    def index(self) -> Generator[None, None, None]:
+        """Find the path of every leaf, yielding between small steps."""
+        for index in range(len(self.walk.leaves)):
+            if index not in self.walk.leaves.owners:
+                self.by_path[self.walk.path(index)] = index
+            if index % _AT_ONCE == 0:
+                yield
+
+    @classmethod
+    async def of(cls, slices: Slices, tree: Any) -> _Leaves:
+        """Find the leaves of a tree, taking composites apart."""
+        walk = Walk(passthrough=None, copy_now=lambda tensor: walk.leaves.copy_now(tensor))
+        await slices.run(walk.run(tree))
+        # An object that copies itself keeps its tensors; only here they are wanted and not their copies.
+        walk.leaves.given.clear()
+        try:
+            await slices.run(walk.leaves.inspect(Inspection(None)))
+        except Refusal as refusal:
+            raise walk.unsupported(walk.path(len(walk.leaves.specs)), refusal) from None
+        leaves = cls(walk)
+        await slices.run(leaves.index())
+        return leaves
+
+    def describe(self, index: int) -> str:
+        """Say what a leaf is, as far as two must agree for one to be copied into the other."""
+        if index in self.walk.leaves.composites:
+            composite, parts = self.walk.leaves.composites[index]
+            inside = ", ".join(map(self.describe, parts))
+            return f"{type(self.walk.leaves.tensors[index]).__name__}({inside})" if composite.parts else "uninitialized"
+        tensor = self.walk.leaves.tensors[index]
+        return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+    def dense(self, index: int) -> Iterator[torch.Tensor]:
+        """Yield the tensors with memory that a leaf consists of."""
+        if index in self.walk.leaves.composites:
+            for part in self.walk.leaves.composites[index][1]:
+                yield from self.dense(part)
+        else:
+            yield self.walk.leaves.tensors[index]
+
+
+def _check(source: _Leaves, target: _Leaves) -> Generator[None, None, None]:
+    """Raise what keeps two trees from matching, yielding between small steps."""
+    missing = [format_path(path) for path in target.by_path if path not in source.by_path]
+    unexpected = [format_path(path) for path in source.by_path if path not in target.by_path]
+    mismatched = []
+    for number, (path, live) in enumerate(target.by_path.items()):
+        if path in source.by_path:
+            wanted, given = target.describe(live), source.describe(source.by_path[path])
+            if wanted != given:
+                mismatched.append(f"{format_path(path)} ({given} into {wanted})")
+        if number % _AT_ONCE == 0:
+            yield
     if missing or unexpected or mismatched:
-        raise CheckpointMismatchError(
-            missing=sorted(missing), unexpected=sorted(unexpected), mismatched=sorted(mismatched)
-        )
-    job = resources.workers.job()
-    batch: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        raise CheckpointMismatchError(missing=missing, unexpected=unexpected, mismatched=mismatched)
+
+
+def _batches(source: _Leaves, target: _Leaves) -> Generator[None, None, list[_Batch]]:
+    """Return live tensors with their values in batches, yielding between small steps."""
+    batches: list[_Batch] = []
+    batch: _Batch = ([], [])
     nbytes = 0
-    for path, target in targets.items():
-        if isinstance(target, UninitializedTensorMixin):
-            continue
-        batch[0].append(target)
-        batch[1].append(sources[path])
-        nbytes += target.nbytes
-        if nbytes >= BATCH_BYTES or len(batch[0]) >= BATCH_LEAVES:
-            job.put(partial(copy_tensors, *batch))
-            batch, nbytes = ([], []), 0
-    if batch[0]:
-        job.put(partial(copy_tensors, *batch))
-    job.close()
-    # Half a restore is neither the old state nor the new: once begun it is finished.
-    await finish(job.settled)
-    if job.error is not None:
-        raise job.error
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    if isinstance(tensor, UninitializedTensorMixin):
-        return "uninitialized"
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-async def _leaves(slices: Slices, tree: Any) -> dict[Path, torch.Tensor]:
-    walk = Walk(passthrough=None, copy_now=copy.copy)
-    await slices.run(walk.run(tree))
-    leaves = {walk.path(index): tensor for index, tensor in enumerate(walk.leaves.tensors)}
-    walk.release()
-    return leaves
+    for path, leaf in target.by_path.items():
+        for live, value in zip(target.dense(leaf), source.dense(source.by_path[path]), strict=True):
+            if not batches or nbytes >= BATCH_BYTES or len(batch[0]) >= BATCH_LEAVES:
+                batch, nbytes = ([], []), 0
+                batches.append(batch)
+            batch[0].append(live)
+            batch[1].append(value)
+            nbytes += live.nbytes
+        yield
+    return batches
