@@ -155,7 +155,6 @@ class Walk:
 
     Args:
         passthrough: Says which objects are put into the staged tree uncopied.
-        copy_now: Makes a host copy of one tensor at once, for objects that copy themselves.
 
     Attributes:
         leaves: The tensors met.
@@ -164,17 +163,11 @@ class Walk:
         root: Reference to the result.
     """
 
-    def __init__(
-        self,
-        *,
-        passthrough: Callable[[Path, object], bool] | None,
-        copy_now: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
+    def __init__(self, *, passthrough: Callable[[Path, object], bool] | None = None) -> None:
         self.leaves = Leaves()
         self.program: list[Step] = []
         self.witness = Witness()
         self._passthrough = passthrough
-        self._copy_now = copy_now
         self._stack: list[_Frame] = []
         self._memo: dict[int, Any] = {}
         self._late: dict[int, int] = {}
@@ -557,7 +550,7 @@ class Walk:
                 self._origins.append((index, frame, slot))
             if index not in self.leaves.given:
                 try:
-                    self.leaves.given[index] = self._copy_now(tensor)
+                    self.leaves.given[index] = self.leaves.copy_now(tensor)
                 except Exception as error:
                     raise self._failed(source, error, frame, slot) from error
             copy = self._memo[id(tensor)] = self.leaves.given[index]

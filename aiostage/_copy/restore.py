@@ -64,7 +64,7 @@ class _Leaves:
     @classmethod
     async def of(cls, slices: Slices, tree: Any) -> _Leaves:
         """Find the leaves of a tree, taking composites apart."""
-        walk = Walk(passthrough=None, copy_now=lambda tensor: walk.leaves.copy_now(tensor))
+        walk = Walk()
         await slices.run(walk.run(tree))
         # An object that copies itself keeps its tensors; only here they are wanted and not their copies.
         walk.leaves.given.clear()

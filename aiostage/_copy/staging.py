@@ -128,7 +128,7 @@ class Staging:
         self._options = resources.options
         self._source = source
         self._slices = Slices(resources.options.max_loop_hold)
-        self._walk = Walk(passthrough=resources.options.passthrough, copy_now=lambda tensor: self._walk.leaves.copy_now(tensor))
+        self._walk = Walk(passthrough=resources.options.passthrough)
         self._specs: list[Spec | None] = []
         self._lease: Lease | None = None
         self.plan: Plan | None = None
