@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+
+import anyio
+import pytest
+
+from aiostage._loop.slices import Slices
+from tests.memory.cancelling import at_every_await
+
+NO_TIME = 1e-12
+
+
+def count_to(steps: int, seen: list[int] | None = None):
+    """Return a generator of so many steps, which notes them and, last, that it was closed."""
+    seen = seen if seen is not None else []
+    try:
+        for step in range(steps):
+            seen.append(step)
+            yield
+        return steps
+    finally:
+        seen.append(-1)
+
+
+@pytest.mark.asyncio
+class TestAsyncio:
+    async def test_returns_what_the_generator_returns(self):
+        assert await Slices(0.001).run(count_to(10)) == 10
+
+    async def test_infinite_hold_never_yields(self):
+        slices = Slices(math.inf)
+        await slices.run(count_to(100_000))
+        assert slices.yields == 0
+
+    async def test_a_hold_too_short_for_one_step_yields_after_each(self):
+        slices = Slices(NO_TIME)
+        assert await slices.run(count_to(50)) == 50
+        assert slices.yields == 50
+
+    async def test_others_run_at_every_yield(self):
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(take_turns())
+        slices = Slices(NO_TIME)
+        await slices.run(count_to(50))
+        other.cancel()
+
+        assert turns == slices.yields == 50
+
+    async def test_longest_hold_is_the_longest_slice(self):
+        slices = Slices(math.inf)
+        await slices.run(count_to(100))
+        short = slices.longest_hold
+        await slices.run(count_to(100_000))
+        assert slices.longest_hold > short > 0
+
+    async def test_an_error_comes_through(self):
+        def fail():
+            yield
+            raise LookupError("no such leaf")
+
+        with pytest.raises(LookupError, match="no such leaf"):
+            await Slices(NO_TIME).run(fail())
+
+    async def test_cancelled_at_every_await_it_closes_the_generator_there(self):
+        seen: list[int] = []
+        async for number in at_every_await(lambda: Slices(NO_TIME).run(count_to(5, seen))):
+            assert seen == [*range(number + 1), -1]
+            seen.clear()
+        assert seen == [0, 1, 2, 3, 4, -1]
+
+    async def test_the_collector_runs_again_afterwards(self):
+        states = []
+
+        def watch():
+            states.append(gc.isenabled())
+            yield
+
+        assert gc.isenabled()
+        await Slices(NO_TIME).run(watch())
+        assert states == [False]
+        assert gc.isenabled()
+        async for _ in at_every_await(lambda: Slices(NO_TIME).run(count_to(3))):
+            assert gc.isenabled()
+
+    async def test_a_collector_that_was_off_stays_off(self):
+        gc.disable()
+        try:
+            await Slices(0.001).run(count_to(3))
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_trio_cancels_between_slices():
+    seen: list[int] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await Slices(NO_TIME).run(count_to(5, seen))
+    assert scope.cancelled_caught
+    assert seen == [0, -1]

@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import anyio
+import pytest
+
+from aiostage._loop import workers as workers_module
+from aiostage._loop.workers import Job, Workers
+from tests.memory.cancelling import at_every_await
+
+SOON = 10.0
+"""Seconds until a wait that should not take any is given up."""
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    workers = Workers(2, "test-workers")
+    yield workers
+    workers.stop()
+    until_no_threads_of("test-workers")
+
+
+def threads_of(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
+def until_no_threads_of(name: str) -> None:
+    for thread in threads_of(name):
+        thread.join(SOON)
+    assert not threads_of(name)
+
+
+class Gate:
+    """A step that says when it runs and goes on only when it is let."""
+
+    def __init__(self) -> None:
+        self.running = threading.Event()
+        self.open = threading.Event()
+        self.passed = False
+
+    def __call__(self) -> str:
+        self.running.set()
+        assert self.open.wait(SOON)
+        self.passed = True
+        return "passed"
+
+
+async def entered(gate: Gate) -> None:
+    """Wait, without blocking the loop, until a gate's step runs."""
+    while not gate.running.is_set():
+        await asyncio.sleep(0)
+
+
+class Payload:
+    """Something that a step refers to."""
+
+
+@pytest.mark.asyncio
+class TestRun:
+    async def test_returns_what_the_call_returns(self, workers: Workers):
+        assert await workers.run(lambda: 42) == 42
+
+    async def test_runs_in_a_named_thread(self, workers: Workers):
+        name = await workers.run(lambda: threading.current_thread().name)
+        assert name == "test-workers-1"
+
+    async def test_raises_what_the_call_raises(self, workers: Workers):
+        def fail() -> None:
+            raise LookupError("no such page")
+
+        with pytest.raises(LookupError, match="no such page"):
+            await workers.run(fail)
+        assert await workers.run(lambda: "works on") == "works on"
+
+    async def test_an_exception_that_is_no_error_comes_through_too(self, workers: Workers):
+        def leave() -> None:
+            raise SystemExit(3)
+
+        with pytest.raises(SystemExit):
+            await workers.run(leave)
+        assert await workers.run(lambda: "works on") == "works on"
+
+    async def test_cancelled_while_it_runs_waits_for_it(self, workers: Workers):
+        gate = Gate()
+        task = asyncio.create_task(workers.run(gate))
+        await entered(gate)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not task.done()
+
+        gate.open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert gate.passed
+
+    async def test_cancelled_before_it_begins_never_runs(self, workers: Workers):
+        gates = [Gate(), Gate()]
+        blocking = [asyncio.create_task(workers.run(gate)) for gate in gates]
+        for gate in gates:
+            await entered(gate)
+        ran = []
+        task = asyncio.create_task(workers.run(lambda: ran.append(True)))
+        await asyncio.sleep(0)
+
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for gate in gates:
+            gate.open.set()
+        await asyncio.gather(*blocking)
+        await workers.run(lambda: None)
+
+        assert ran == []
+
+    async def test_cancelled_at_every_await(self, workers: Workers):
+        rounds = 0
+        async for _ in at_every_await(lambda: workers.run(lambda: "result")):
+            rounds += 1
+            if rounds == 3:
+                break
+        assert await workers.run(lambda: "works on") == "works on"
+
+
+@pytest.mark.asyncio
+class TestJob:
+    async def test_join_waits_for_every_step(self, workers: Workers):
+        job = workers.job()
+        seen: list[int] = []
+        for number in range(100):
+            job.put(lambda number=number: seen.append(number))
+        job.close()
+        await job.join()
+        assert sorted(seen) == list(range(100))
+        assert job.done == 100
+        assert job.finished()
+
+    async def test_an_empty_job_is_finished_when_closed(self, workers: Workers):
+        job = workers.job()
+        assert not job.finished()
+        joining = asyncio.create_task(job.join())
+        await asyncio.sleep(0)
+        job.close()
+        await joining
+
+    async def test_one_thread_keeps_the_order(self):
+        workers = Workers(1, "test-single")
+        job = workers.job()
+        seen: list[int] = []
+        for number in range(100):
+            job.put(lambda number=number: seen.append(number))
+        job.close()
+        await job.join()
+        assert seen == list(range(100))
+        workers.stop()
+        until_no_threads_of("test-single")
+
+    async def test_steps_of_one_job_run_side_by_side(self, workers: Workers):
+        meeting = threading.Barrier(2)
+        job = workers.job()
+        for _ in range(2):
+            job.put(lambda: meeting.wait(SOON))
+        job.close()
+        await job.join()
+        assert not meeting.broken
+
+    async def test_a_failed_step_drops_the_rest(self, workers: Workers):
+        job = workers.job()
+        gates = [Gate(), Gate()]
+        seen: list[str] = []
+
+        def fail() -> None:
+            gates[0]()
+            raise LookupError("no such page")
+
+        job.put(fail)
+        job.put(gates[1])
+        job.put(lambda: seen.append("dropped"))
+        for gate in gates:
+            await entered(gate)
+        gates[0].open.set()
+        await job.progressed(0)
+        job.put(lambda: seen.append("put too late"))
+        assert not job.finished(), "the other step still runs"
+        gates[1].open.set()
+
+        with pytest.raises(LookupError, match="no such page"):
+            await job.join()
+        assert seen == []
+        assert isinstance(job.error, LookupError)
+
+    async def test_settled_does_not_raise(self, workers: Workers):
+        job = workers.job()
+        job.put(lambda: 1 // 0)
+        job.close()
+        await job.settled()
+        assert isinstance(job.error, ZeroDivisionError)
+
+    async def test_progressed_counts_steps(self, workers: Workers):
+        job = workers.job()
+        gates = [Gate(), Gate()]
+        for gate in gates:
+            job.put(gate)
+        job.close()
+        await job.progressed(-1)
+        waiting = asyncio.create_task(job.progressed(0))
+        for gate in gates:
+            await entered(gate)
+        assert not waiting.done()
+        gates[1].open.set()
+        await waiting
+        assert job.done == 1
+        gates[0].open.set()
+        await job.progressed(1)
+        await job.progressed(100)
+        assert job.done == 2
+
+    async def test_cancel_drops_what_has_not_begun_and_wakes_join(self, workers: Workers):
+        gates = [Gate(), Gate()]
+        blocking = workers.job()
+        for gate in gates:
+            blocking.put(gate)
+        blocking.close()
+        for gate in gates:
+            await entered(gate)
+        seen: list[str] = []
+        job = workers.job()
+        job.put(lambda: seen.append("dropped"))
+        joining = asyncio.create_task(job.join())
+        await asyncio.sleep(0)
+
+        job.cancel()
+        await joining
+        for gate in gates:
+            gate.open.set()
+        await blocking.join()
+        assert seen == []
+
+    async def test_join_cancelled_waits_for_what_runs_and_drops_the_rest(self, workers: Workers):
+        gates = [Gate(), Gate()]
+        seen: list[str] = []
+        job = workers.job()
+        for gate in gates:
+            job.put(gate)
+        job.put(lambda: seen.append("dropped"))
+        joining = asyncio.create_task(job.join())
+        for gate in gates:
+            await entered(gate)
+        await asyncio.sleep(0)
+
+        joining.cancel()
+        await asyncio.sleep(0)
+        gates[0].open.set()
+        await job.progressed(0)
+        assert not joining.done()
+        gates[1].open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await joining
+        assert [gate.passed for gate in gates] == [True, True]
+        assert seen == []
+
+    async def test_run_next_runs_in_the_calling_thread(self, workers: Workers):
+        job = Job(lambda job: None)
+        names: list[str] = []
+        job.put(lambda: names.append(threading.current_thread().name))
+        job.close()
+        job.run_next()
+        job.run_next()
+        await job.join()
+        assert names == [threading.current_thread().name]
+        assert job.done == 1
+
+    async def test_steps_are_gone_when_the_job_is_finished(self, workers: Workers):
+        payload = Payload()
+        alive = weakref.ref(payload)
+
+        def step(payload: Payload = payload) -> None:
+            pass
+
+        job = workers.job()
+        job.put(step)
+        job.close()
+        del step, payload
+        await job.join()
+        assert alive() is None
+
+    async def test_an_error_keeps_nothing_of_its_step(self, workers: Workers):
+        alive: list[weakref.ref[Payload]] = []
+
+        def fail() -> None:
+            payload = Payload()
+            alive.append(weakref.ref(payload))
+            raise LookupError("no such page")
+
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(LookupError) as raised:
+                await workers.run(fail)
+            assert alive[0]() is None
+            frames = [frame.name for frame in raised.traceback]
+            assert frames[-1] == "fail", "the report still shows where"
+            assert "run_next" not in frames
+        finally:
+            gc.enable()
+
+    async def test_a_coroutine_closed_by_the_collector_inside_the_lock(self, workers: Workers):
+        """The collector may run in any allocation, also in one made while this thread has the job's lock."""
+        job = workers.job()
+        joining = job.join()
+        joining.send(None)
+        with job._lock:
+            joining.close()
+        assert job.finished()
+
+
+@pytest.mark.asyncio
+class TestThreads:
+    async def test_started_only_as_needed_and_never_more_than_allowed(self, workers: Workers):
+        assert workers.threads == 0
+        await workers.run(lambda: None)
+        assert workers.threads == 1
+        for _ in range(200):
+            await workers.run(lambda: None)
+        job = workers.job()
+        for _ in range(200):
+            job.put(lambda: None)
+        job.close()
+        await job.join()
+        assert workers.threads <= 2
+        assert len(threads_of("test-workers")) <= 2
+
+    async def test_idle_threads_end_and_later_work_starts_new_ones(
+        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(workers_module, "_IDLE_SECONDS", 0.01)
+        await workers.run(lambda: None)
+        until_no_threads_of("test-workers")
+        assert workers.threads == 0
+        assert await workers.run(lambda: "again") == "again"
+
+    async def test_stop_lets_submitted_work_finish(self, workers: Workers):
+        gates = [Gate(), Gate()]
+        seen: list[str] = []
+        job = workers.job()
+        for gate in gates:
+            job.put(gate)
+        job.put(lambda: seen.append("done"))
+        job.close()
+        for gate in gates:
+            await entered(gate)
+        workers.stop()
+        for gate in gates:
+            gate.open.set()
+        await job.join()
+        assert seen == ["done"]
+        until_no_threads_of("test-workers")
+        assert await workers.run(lambda: "again") == "again"
+
+    async def test_dropping_the_workers_ends_their_threads(self):
+        workers = Workers(2, "test-dropped")
+        await workers.run(lambda: None)
+        del workers
+        until_no_threads_of("test-dropped")
+
+    async def test_an_idle_thread_keeps_nothing_of_its_last_job(self, workers: Workers):
+        job = workers.job()
+        alive = weakref.ref(job)
+        job.put(lambda: None)
+        job.close()
+        await job.join()
+        del job
+        for _ in range(1000):
+            if alive() is None:
+                break
+            await asyncio.sleep(0.001)
+        assert alive() is None
+
+    async def test_a_thread_that_cannot_be_started(self, workers: Workers, monkeypatch: pytest.MonkeyPatch):
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start"):
+                await workers.run(lambda: None)
+            assert workers.threads == 0
+        assert await workers.run(lambda: "works on") == "works on"
+
+        gate = Gate()
+        running = asyncio.create_task(workers.run(gate))
+        await entered(gate)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            waiting = asyncio.create_task(workers.run(lambda: "served by the other"))
+            await asyncio.sleep(0)
+        gate.open.set()
+        assert await waiting == "served by the other"
+        assert await running == "passed"
+
+
+def test_several_loops_in_threads_share_workers(workers: Workers):
+    meeting = threading.Barrier(2)
+    results: dict[str, list[int]] = {}
+
+    async def work(name: str) -> None:
+        await workers.run(lambda: meeting.wait(SOON))
+        results[name] = [await workers.run(lambda number=number: number) for number in range(50)]
+
+    threads = [threading.Thread(target=asyncio.run, args=(work(name),)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert results == {"first": list(range(50)), "second": list(range(50))}
+
+
+def test_a_loop_closed_while_a_step_runs_leaves_the_workers_working(workers: Workers):
+    gate = Gate()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(workers.run(gate))
+    loop.run_until_complete(entered(gate))
+    loop.close()
+
+    gate.open.set()
+    assert asyncio.run(workers.run(lambda: "works on")) == "works on"
+    task._log_destroy_pending = False
+    coroutine = task.get_coro()
+    del task
+    coroutine.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+class TestTrio:
+    async def test_run(self, workers: Workers):
+        assert await workers.run(lambda: 42) == 42
+        with pytest.raises(ZeroDivisionError):
+            await workers.run(lambda: 1 // 0)
+
+    async def test_cancelled_while_it_runs_waits_for_it(self, workers: Workers):
+        gate = Gate()
+        scope = anyio.CancelScope()
+
+        async def run() -> None:
+            with scope:
+                await workers.run(gate)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            while not gate.running.is_set():
+                await anyio.lowlevel.checkpoint()
+            scope.cancel()
+            for _ in range(3):
+                await anyio.lowlevel.checkpoint()
+            assert not scope.cancelled_caught
+            gate.open.set()
+        assert scope.cancelled_caught
+        assert gate.passed
