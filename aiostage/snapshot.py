@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -159,8 +159,11 @@ class Snapshot(Generic[T]):
             self._state = "captured"
 
 
-async def stage(resources: Resources, source: Any) -> Any:
-    """Stage in one go, for callers who need no handle."""
-    staging = Staging(resources, source)
+def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
+    """Stage in one go, for callers who need no handle. The moment is that of the call."""
+    return _run(Staging(resources, source))
+
+
+async def _run(staging: Staging) -> Any:
     await staging.begin()
     return await staging.complete()

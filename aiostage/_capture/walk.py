@@ -160,6 +160,7 @@ class Walk:
         leaves: The tensors met.
         program: What is left to do once they are staged.
         witness: What the containers held.
+        calls_out: Whether the program calls other people's code, which may look at the values of tensors.
         root: Reference to the result.
     """
 
@@ -167,6 +168,7 @@ class Walk:
         self.leaves = Leaves()
         self.program: list[Step] = []
         self.witness = Witness()
+        self.calls_out = False
         self._passthrough = passthrough
         self._stack: list[_Frame] = []
         self._memo: dict[int, Any] = {}
@@ -498,6 +500,7 @@ class Walk:
             contents = _Contents(state, items, pairs)
             if done.depends(self.program):
                 index = self._made_late(source, frame, slot)
+                self.calls_out = True
                 self.program.append(lambda results: results.put(index, make(done.filled(results))))
                 self._fill(source, None, index, contents, frame, slot)
                 return
@@ -528,6 +531,7 @@ class Walk:
                 raise self._failed(source, error, frame, slot) from error
 
         def finish(done: _Frame) -> None:
+            self.calls_out = self.calls_out or late is not None or done.depends(self.program)
             if late is not None:
                 self.program.append(lambda results: apply(results.late[late], done.filled(results)))
             elif done.depends(self.program):

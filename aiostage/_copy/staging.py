@@ -270,6 +270,10 @@ class Staging:
 
     async def _complete(self) -> Any:
         resources, walk, leaves = self._resources, self._walk, self._walk.leaves
+        # Putting staged tensors into containers needs no bytes in them yet; whatever may look at values does.
+        early = not (walk.calls_out or leaves.composites)
+        if early:
+            tree = await self._rebuild()
         with _Phase(self.timings, "copy"):
             await self.job.join()
             resources.check_open()
@@ -279,17 +283,23 @@ class Staging:
                 paths += await self._slices.run(walk.witness.changed())
             if paths:
                 raise TornSnapshotError([format_path(path) for path in paths])
-        with _Phase(self.timings, "rebuild"):
-            finish_leaves(leaves, self.staged)
-            results = walk.results(self.staged)
-            await self._slices.run(perform(walk.program, results))
-            tree = walk.tree(results)
+        if not early:
+            tree = await self._rebuild()
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._specs)
         counts.nbytes += self.nbytes
         counts.copies += self.job.done
         return tree
+
+    async def _rebuild(self) -> Any:
+        """Make the staged tree."""
+        walk = self._walk
+        with _Phase(self.timings, "rebuild"):
+            finish_leaves(walk.leaves, self.staged)
+            results = walk.results(self.staged)
+            await self._slices.run(perform(walk.program, results))
+            return walk.tree(results)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""
