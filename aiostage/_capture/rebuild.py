@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import ctypes
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,6 +62,16 @@ class Results:
         return self.staged[reference] if reference >= 0 else self.late[~reference]
 
 
+_untrack = ctypes.PyDLL(None).PyObject_GC_UnTrack
+"""Takes an object from the cyclic garbage collector's lists. A staged leaf refers to nothing but its memory, so no circle
+can go through it (unless somebody hangs an attribute on it that leads back). Tens of thousands of leaves at once would
+otherwise make the collector look at all of them together, which holds the event loop for 20 ms at 50,000, and then bring
+forward a look at the whole heap. It is public C API, and freeing an object that is not in the lists is allowed for."""
+_untrack.argtypes = [ctypes.py_object]
+_untrack.restype = None
+
+_consume: Callable[[Iterable[object]], None] = deque(maxlen=0).extend
+
 Step: TypeAlias = Callable[[Results], None]
 """One step of the program that rebuilds the tree."""
 
@@ -81,6 +93,7 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
+        _consume(map(_untrack, tensors))
     else:
         size = spec.staged_nbytes
         tensors = [

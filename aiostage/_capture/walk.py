@@ -14,6 +14,7 @@ import weakref
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -382,8 +383,10 @@ class Walk:
             target.update(zip(final, children[:count] if odd else children, strict=True))
 
         def finish(done: _Frame) -> None:
+            if done.first_leaf is not None and not odd:
+                self._insert_leaves(target, keys, done.first_leaf)
             # Hashing a key may read what the program has yet to fill in.
-            if done.incomplete() or (odd and done.depends(self.program)):
+            elif done.incomplete() or (odd and done.depends(self.program)):
                 self.program.append(lambda results: insert(done.filled(results)))
             else:
                 insert(done.copies)
@@ -393,6 +396,15 @@ class Walk:
         if frame.steps[slot] is _STATE:
             steps = [Attribute(step) if type(step) is str else step for step in steps]
         self._push(frame, slot, [*values, *odd_keys] if odd else values, steps, finish)
+
+    def _insert_leaves(self, target: dict[Any, Any], keys: list[Any], first: int) -> None:
+        """Let the program insert consecutive leaves, in steps that do not hold the event loop."""
+
+        def insert(start: int, results: Results) -> None:
+            part = keys[start : start + _BULK]
+            target.update(zip(part, results.staged[first + start : first + start + len(part)], strict=True))
+
+        self.program += [partial(insert, start) for start in range(0, len(keys), _BULK)]
 
     def _ordered_dict(self, source: OrderedDict[Any, Any], frame: _Frame, slot: int) -> None:
         target: OrderedDict[Any, Any] = OrderedDict()
