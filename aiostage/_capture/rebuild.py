@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,14 +63,14 @@ class Results:
 
 
 _untrack = ctypes.PyDLL(None).PyObject_GC_UnTrack
-"""Takes an object from the cyclic garbage collector's lists. A staged leaf refers to nothing but its memory, so no circle
-can go through it (unless somebody hangs an attribute on it that leads back). Tens of thousands of leaves at once would
-otherwise make the collector look at all of them together, which holds the event loop for 20 ms at 50,000, and then bring
+"""Takes an object from the cyclic garbage collector's lists. A staged leaf refers to nothing but its memory, so no
+circle can go through it (unless somebody hangs an attribute on it that leads back). Tens of thousands of leaves at once
+would make the collector look at all of them together, which holds the event loop for 20 ms at 50,000, and would bring
 forward a look at the whole heap. It is public C API, and freeing an object that is not in the lists is allowed for."""
 _untrack.argtypes = [ctypes.py_object]
 _untrack.restype = None
 
-_consume: Callable[[Iterable[object]], None] = deque(maxlen=0).extend
+_consume = deque[None](maxlen=0).extend
 
 Step: TypeAlias = Callable[[Results], None]
 """One step of the program that rebuilds the tree."""
