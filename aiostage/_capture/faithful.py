@@ -44,7 +44,7 @@ _WITHOUT_COPY = frozenset(
 """Dtypes for which torch has no copy kernel; their memory is copied as bytes."""
 
 
-class Refusal(Exception):  # noqa: N818 - never leaves the capture; the walk adds the path and raises an error
+class Refusal(Exception):
     """A leaf cannot be staged faithfully, with the reason and the way out."""
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -306,9 +306,7 @@ def _sparse(tensor: torch.Tensor) -> Composite:
     size, coalesced = tensor.size(), tensor.is_coalesced()
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        result = torch.sparse_coo_tensor(
-            staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False
-        )
+        result = torch.sparse_coo_tensor(staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False)
         return _finished(result, tensor)
 
     return Composite((tensor._indices(), tensor._values()), assemble)

@@ -275,8 +275,6 @@ def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
         before = leaves.versions[start : start + CHUNK]
         now = _versions(leaves.tensors[start : start + CHUNK])
         if now != before:
-            found += [
-                start + offset for offset, (old, new) in enumerate(zip(before, now, strict=True)) if old != new
-            ]
+            found += [start + offset for offset, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
         yield
     return found

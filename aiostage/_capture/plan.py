@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -30,7 +31,7 @@ BLOCK_ALIGNMENT = 64
 Steps: TypeAlias = Generator[None, None, None]
 
 
-class MixedCast(Exception):  # noqa: N818 - never leaves the capture; the stager adds the path and raises an error
+class MixedCast(Exception):
     """A leaf to be cast shares memory with one of another dtype."""
 
     def __init__(self, index: int) -> None:
@@ -191,7 +192,7 @@ def _separate(
         bounds = [*np.flatnonzero(begins).tolist(), len(indices)]
         ordered = order.tolist()
         single: list[int] = []
-        for number, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, (first, last) in enumerate(pairwise(bounds)):
             members = [indices[position] for position in ordered[first:last]]
             if len(members) == 1 or not _aligned(members, specs, addresses):
                 single += members

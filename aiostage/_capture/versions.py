@@ -40,9 +40,7 @@ class Witness:
         self._keys.append((dict.keys(source), keys, frame, slot))
         self._contents.append((dict.values(source), values, frame, slot))
 
-    def add_sequence(
-        self, source: list[Any] | deque[Any], items: Sequence[Any], frame: _HasPath, slot: int
-    ) -> None:
+    def add_sequence(self, source: list[Any] | deque[Any], items: Sequence[Any], frame: _HasPath, slot: int) -> None:
         """Note the items of a sequence."""
         self._contents.append((source, items, frame, slot))
 

@@ -18,11 +18,11 @@ class Wakeup:
     nobody, and says so.
     """
 
-    __slots__ = ("_event", "_post", "_set")
+    __slots__ = ("_event", "_native", "_set")
 
     def __init__(self) -> None:
         self._event = anyio.Event()
-        self._post = _poster()
+        self._native: Any = current_token().native_token
         self._set = False
 
     def set(self) -> bool:
@@ -32,8 +32,9 @@ class Wakeup:
             Whether there is a loop to wake them in. False once it has closed, and its coroutines with it.
         """
         self._set = True
+        post = self._native.call_soon_threadsafe if _is_asyncio(self._native) else self._native.run_sync_soon
         try:
-            self._post(self._event.set)
+            post(self._event.set)
         except RuntimeError:
             # asyncio's loop is closed, or trio's run is over.
             return False
@@ -43,15 +44,26 @@ class Wakeup:
         """Return whether :meth:`set` has been called; the waiters may still be about to run."""
         return self._set
 
-    async def wait(self) -> None:
-        """Wait until set. Cancelling changes nothing but that this waiter leaves."""
-        await self._event.wait()
+    async def wait(self, timeout: float = math.inf) -> None:
+        """Wait until set. Cancelling changes nothing but that this waiter leaves.
+
+        Args:
+            timeout: Seconds after which to return in any case; all waiters then return, and it stays unset.
+        """
+        if timeout == math.inf:
+            await self._event.wait()
+        elif _is_asyncio(self._native):
+            # Not a cancel scope: leaving one needs its running loop, which a coroutine that the collector closes
+            # after its loop has gone does not have. Trio leaves no coroutine behind.
+            timer = self._native.call_later(timeout, self._event.set)
+            try:
+                await self._event.wait()
+            finally:
+                timer.cancel()
+        else:
+            with anyio.move_on_after(timeout):
+                await self._event.wait()
 
 
-def _poster() -> Callable[[Callable[[], object]], object]:
-    """Return the running loop's way of taking calls from other threads."""
-    native: Any = current_token().native_token
-    post: Callable[[Callable[[], object]], object] = (
-        native.call_soon_threadsafe if hasattr(native, "call_soon_threadsafe") else native.run_sync_soon
-    )
-    return post
+def _is_asyncio(native: object) -> bool:
+    return isinstance(native, asyncio.AbstractEventLoop)

@@ -85,7 +85,7 @@ class Job:
         error: BaseException | None = None
         try:
             step()
-        except BaseException as raised:  # noqa: BLE001 - it is raised again by join(), in the task that waits
+        except BaseException as raised:
             error = _without_locals(raised)
         # The step keeps tensors alive; it must be gone before anybody is told that it is over.
         del step
