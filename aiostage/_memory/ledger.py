@@ -50,6 +50,17 @@ class Request:
         """Whether it was granted or refused."""
         return self.arena is not None or self.error is not None
 
+    def take(self) -> Arena:
+        """Return what was granted, or raise why it was not."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                # The error's traceback leads to whoever waited, and from there here.
+                self.error = None
+        assert self.arena is not None  # noqa: S101 - asked only when answered
+        return self.arena
+
 
 @dataclass(slots=True)
 class Moves:
@@ -125,6 +136,8 @@ class Ledger:
         if isinstance(item, Request):
             # Withdrawing twice is harmless: the second time there is nothing left to take.
             item.abandoned = True
+            if item in self.waiting:
+                self.waiting.remove(item)
             arena, item.arena = item.arena, None
             if arena is None:
                 return

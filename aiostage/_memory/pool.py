@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -167,6 +168,7 @@ class Pool:
                 raise StagerClosedError
             return self._lease(arena, nbytes)
         except BaseException as error:
+            request.abandoned = True
             self._returned.put(request)
             if isinstance(error, GeneratorExit):
                 # The garbage collector may be closing this coroutine inside the lock.
@@ -219,25 +221,18 @@ class Pool:
 
     async def _turn(self, request: Request) -> Arena:
         """Wait until a request is answered, and return what it was granted."""
-        with anyio.move_on_after(_PATIENCE_SECONDS):
-            await self._answered(request)
-        if not request.answered:
-            self._report(request)
-            await self._answered(request)
-        if request.error is not None:
-            raise request.error
-        assert request.arena is not None  # noqa: S101 - an answer without an error has an arena
-        return request.arena
-
-    async def _answered(self, request: Request) -> None:
+        patience = anyio.current_time() + _PATIENCE_SECONDS
         while True:
             # Renewed before looking, so that what comes back after the look sets the one that is waited for.
             request.wakeup = wakeup = Wakeup()
             self._advance()
             if request.answered:
-                return
-            with anyio.move_on_after(_HELD_ELSEWHERE_SECONDS if self._ledger.held_elsewhere else None):
-                await wakeup.wait()
+                return request.take()
+            if anyio.current_time() >= patience:
+                self._report(request)
+                patience = math.inf
+            again = _HELD_ELSEWHERE_SECONDS if self._ledger.held_elsewhere else math.inf
+            await wakeup.wait(min(again, patience - anyio.current_time()))
 
     def _report(self, request: Request) -> None:
         statistics = self.statistics()
@@ -345,6 +340,6 @@ def _end_lease(returned: SimpleQueue[Arena | Request | None], ledger: Ledger, ar
 def _nudge(ledger: Ledger) -> None:
     """Wake the first waiter that can still be woken; it will look again, on behalf of all."""
     for request in list(ledger.waiting):
-        if request.wakeup.set():
+        if not request.abandoned and request.wakeup.set():
             return
         request.abandoned = True

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import weakref
+from collections.abc import Coroutine
+from typing import Any
 
 import anyio
 import pytest
+import uvloop
 
 from aiostage._loop.wakeup import Wakeup
 
@@ -65,6 +69,52 @@ class TestAsyncio:
 
         wakeup.set()
         await staying
+
+
+    async def test_a_timeout_ends_the_wait_and_sets_nothing(self):
+        wakeup = Wakeup()
+        await wakeup.wait(0)
+        assert not wakeup.is_set()
+
+    async def test_set_before_the_timeout(self):
+        wakeup = Wakeup()
+        waiting = asyncio.create_task(wakeup.wait(1000))
+        await asyncio.sleep(0)
+        in_thread(wakeup.set)
+        await waiting
+
+    async def test_cancelled_before_the_timeout(self):
+        waiting = asyncio.create_task(Wakeup().wait(1000))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_timeout_on_trio():
+    wakeup = Wakeup()
+    await wakeup.wait(0)
+    assert not wakeup.is_set()
+    wakeup.set()
+    await wakeup.wait(1000)
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("timeout", [1000, math.inf])
+def test_a_wait_may_be_closed_after_its_loop(make_loop, timeout):
+    """That is what the collector does to the coroutines of a loop that was closed too early."""
+    loop = make_loop()
+
+    async def begin() -> Coroutine[Any, Any, None]:
+        waiting = Wakeup().wait(timeout)
+        waiting.send(None)
+        return waiting
+
+    waiting = loop.run_until_complete(begin())
+    loop.close()
+    waiting.close()
 
 
 @pytest.mark.anyio
