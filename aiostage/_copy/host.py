@@ -11,8 +11,13 @@ import torch
 
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import Batch
+from aiostage._loop.workers import Job
 
 __all__ = ["HostCopy", "copy_tensors"]
+
+_PIECE_BYTES = 4 * 2**20
+"""How much is moved between two looks at whether anybody still wants it: 0.2 ms into warm memory, and up to 10 ms where
+a virtual machine has to ask its host for every page."""
 
 _MOVED_BYTES = 256 * 1024
 """From this size on a leaf is copied by memmove: there a call of its own costs nothing, and torch would split the copy
@@ -75,12 +80,23 @@ class HostCopy:
         self._moves.append((destination, source, nbytes))
         self._keep.append(tensor)
 
-    def run(self) -> None:
-        """Copy. Blocks; the GIL is released meanwhile."""
+    def run(self, job: Job) -> bool:
+        """Copy. Blocks; the GIL is released meanwhile.
+
+        Args:
+            job: The job that this is a step of; once it is cancelled, no further piece is copied.
+
+        Returns:
+            Whether all was copied.
+        """
         for destination, source, nbytes in self._moves:
-            ctypes.memmove(destination, source, nbytes)
+            for start in range(0, nbytes, _PIECE_BYTES):
+                if job.cancelled:
+                    return False
+                ctypes.memmove(destination + start, source + start, min(_PIECE_BYTES, nbytes - start))
         if self._destinations:
             copy_tensors(self._destinations, self._sources)
+        return True
 
 
 def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

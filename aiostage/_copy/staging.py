@@ -14,7 +14,7 @@ import torch
 
 from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.leaves import Inspection, changed
-from aiostage._capture.plan import Batch, MixedCast, Plan, compile_plan
+from aiostage._capture.plan import MixedCast, Plan, compile_plan
 from aiostage._capture.rebuild import build_block, build_run, finish_leaves, perform
 from aiostage._capture.walk import Walk
 from aiostage._copy.host import HostCopy
@@ -243,7 +243,7 @@ class Staging:
             yield
         if self._lease is None:
             return
-        memory, lease = self._lease.buffer, self._lease
+        memory = self._lease.buffer
         for number, batch in enumerate(plan.batches):
             for run in batch.runs:
                 _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
@@ -254,7 +254,7 @@ class Staging:
                 _place(staged, block.indices, build_block(part, block, members))
                 yield
             copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
-            self._start(partial(self._copy, number, lease, batch, copies))
+            self._start(partial(self._copy, number, copies))
             yield
 
     def _start(self, step: Callable[[], None]) -> None:
@@ -262,11 +262,12 @@ class Staging:
         if not self._options.use_async_staging:
             self.job.run_next()
 
-    def _copy(self, number: int, lease: Lease, batch: Batch, copies: HostCopy) -> None:
+    def _copy(self, number: int, copies: HostCopy) -> None:
         """Copy one batch; runs in a worker thread."""
-        lease.populate(batch.start, batch.stop)
-        copies.run()
-        self.landed.append(number)
+        # A cold arena is faulted in by the copy itself: measured as fast as populating it first at best, twice as fast
+        # where huge pages are slow to come, and two threads do it at once.
+        if copies.run(self.job):
+            self.landed.append(number)
 
     async def _complete(self) -> Any:
         resources, walk, leaves = self._resources, self._walk, self._walk.leaves

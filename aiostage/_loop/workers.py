@@ -29,7 +29,18 @@ class Job:
     touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job.
     """
 
-    __slots__ = ("__weakref__", "_done", "_error", "_lock", "_open", "_running", "_steps", "_submit", "_waiters")
+    __slots__ = (
+        "__weakref__",
+        "_cancelled",
+        "_done",
+        "_error",
+        "_lock",
+        "_open",
+        "_running",
+        "_steps",
+        "_submit",
+        "_waiters",
+    )
 
     def __init__(self, submit: Callable[[Job], None]) -> None:
         self._submit = submit
@@ -39,6 +50,7 @@ class Job:
         self._running = 0
         self._done = 0
         self._open = True
+        self._cancelled = False
         self._error: BaseException | None = None
         self._waiters: list[Wakeup] = []
 
@@ -46,6 +58,11 @@ class Job:
     def done(self) -> int:
         """How many steps have completed."""
         return self._done
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether :meth:`cancel` was called; a long step may look at this and end early."""
+        return self._cancelled
 
     @property
     def error(self) -> BaseException | None:
@@ -71,6 +88,7 @@ class Job:
         """Drop the steps not yet begun, and take no more."""
         with self._lock:
             self._open = False
+            self._cancelled = True
             self._steps.clear()
             waiters = self._take_waiters()
         _wake(waiters)
