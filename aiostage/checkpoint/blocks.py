@@ -1,0 +1,302 @@
+"""From the tensors of a tree to the tensors of files: one for each piece of memory, however many leaves look at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage.checkpoint.encode import Node, path_of
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import format_path
+from aiostage.storage.safetensors import DTYPE_NAMES, MAX_TENSOR_NAME
+
+__all__ = ["CARRIERS", "MAX_SPREAD", "FileTensor", "Leaf", "file_tensors", "groups", "measure"]
+
+MAX_SPREAD = 4
+"""Leaves whose memory is at most this many times their elements are written as elements, without the gaps."""
+
+_CHUNK = 64
+_LARGEST_ELEMENT = 16
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Dtypes that torch can copy, by element size; the bytes are all that counts."""
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A tensor of the tree and the memory it looks at.
+
+    Attributes:
+        node: Of the tree.
+        tensor: In host memory, its elements being what they look like (no conjugate or negative view).
+        address: Of its first element.
+        extent: How many elements of memory lie between the first and one past the last.
+        contiguous: Whether its elements lie in index order without gaps.
+    """
+
+    node: Node
+    tensor: torch.Tensor
+    address: int
+    extent: int
+    contiguous: bool
+
+    @property
+    def stop(self) -> int:
+        """One past the last address."""
+        return self.address + self.extent * self.tensor.element_size()
+
+
+@dataclass(slots=True)
+class FileTensor:
+    """A tensor of a file.
+
+    Attributes:
+        name: Unique in the checkpoint.
+        dtype: The format's name.
+        shape: In the file.
+        nbytes: Size of its elements.
+        element_bytes: A power of two that divides ``nbytes``: what its elements really are, at most.
+        memory: Its bytes: an address, or a tensor whose elements in index order they are.
+        owner: Keeps the memory alive.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    element_bytes: int
+    memory: int | torch.Tensor
+    owner: object
+
+
+def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], list[int], list[int]]]:
+    """Look at the memory of tensors, yielding now and then.
+
+    Returns:
+        The leaves, and for each the addresses where its memory starts and where it ends.
+
+    Raises:
+        UnsupportedLeafError: If a tensor has no memory that can be written.
+    """
+    leaves: list[Leaf] = []
+    starts: list[int] = []
+    stops: list[int] = []
+    for index, node in enumerate(nodes):
+        tensor = node.value
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.detach().resolve_conj().resolve_neg()
+        contiguous = tensor.is_contiguous()
+        address = extent = 0
+        if tensor.numel():
+            extent = tensor.numel() if contiguous else _extent(tensor)
+            address = _address(node, tensor, extent)
+        leaves.append(Leaf(node, tensor, address, extent, contiguous))
+        starts.append(address)
+        stops.append(address + extent * tensor.element_size())
+        if index % _CHUNK == 0:
+            yield
+    return leaves, starts, stops
+
+
+def _address(node: Node, tensor: torch.Tensor, extent: int) -> int:
+    """Return where the memory of a tensor starts, if it has all that it needs."""
+    try:
+        address = tensor.data_ptr()
+        available = tensor.untyped_storage().nbytes()
+    except RuntimeError as error:
+        raise _refused(node, f"its memory cannot be looked at: {error}") from error
+    if address == 0 or (tensor.storage_offset() + extent) * tensor.element_size() > available:
+        raise _refused(node, "its storage is smaller than its elements")
+    return address
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _refused(node: Node, reason: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(f"{reason}.", path=format_path(path_of(node)), remedy="Stage it first.")
+
+
+def groups(starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
+    """Return which leaves overlap in memory.
+
+    Takes milliseconds for many leaves, most of them without the GIL: call it from a worker thread.
+
+    Args:
+        starts: Addresses; 0 for leaves without memory, which overlap with none.
+        stops: One past the last address of each.
+
+    Returns:
+        The indices of leaves in groups of two and more.
+    """
+    first, last = np.array(starts, np.int64), np.array(stops, np.int64)
+    order = np.argsort(first, kind="stable")
+    reach = np.maximum.accumulate(last[order])
+    joined = first[order][1:] < reach[:-1]
+    found: list[list[int]] = []
+    previous = -2
+    for place in np.flatnonzero(joined).tolist():
+        if place != previous + 1:
+            found.append([int(order[place])])
+        found[-1].append(int(order[place + 1]))
+        previous = place
+    return found
+
+
+def file_tensors(
+    leaves: Sequence[Leaf], overlapping: Sequence[Sequence[int]]
+) -> Generator[None, None, list[FileTensor]]:
+    """Decide what is written for each leaf, and say so in the leaf's node, yielding now and then.
+
+    A leaf alone in its memory is written as its elements, under its own name. Leaves that share memory in the same
+    way are written once. Leaves that share it in different ways are written as that memory: under the name of a
+    leaf that covers it all in index order, or else under a name of its own.
+
+    Args:
+        leaves: In the order of the tree.
+        overlapping: Groups of indices from :func:`groups`.
+
+    Returns:
+        The tensors of the files, in the order of the tree.
+
+    Raises:
+        UnsupportedLeafError: If leaves share memory in a way that cannot come back.
+    """
+    names = _Names()
+    group_of = {index: group for group in overlapping for index in group}
+    done: set[int] = set()
+    found = []
+    for index, leaf in enumerate(leaves):
+        if index not in done:
+            group = group_of.get(index)
+            if group is None:
+                found.append(_alone(leaf, [leaf], names))
+            else:
+                done.update(group)
+                found.append(_shared([leaves[member] for member in sorted(group)], names))
+        if index % _CHUNK == 0:
+            yield
+    return found
+
+
+def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
+    """Write the elements of a leaf, or its memory if its elements overlap or are too far apart."""
+    tensor = leaf.tensor
+    count = tensor.numel()
+    if not leaf.contiguous and count and (leaf.extent > MAX_SPREAD * count or not _is_injective(tensor)):
+        return _memory(sharers, names)
+    name = names.name(leaf.node)
+    for sharer in sharers:
+        form: dict[str, Any] = {"name": name}
+        if not leaf.contiguous:
+            form["stride"] = list(tensor.stride())
+        if tensor.dtype not in DTYPE_NAMES:
+            form |= {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
+        sharer.node.form = form | sharer.node.form
+    memory: int | torch.Tensor = leaf.address
+    if not leaf.contiguous and count:
+        memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()])
+        memory.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    dtype, shape = _in_file(tensor)
+    return FileTensor(name, dtype, shape, count * tensor.element_size(), tensor.element_size(), memory, tensor)
+
+
+def _shared(group: Sequence[Leaf], names: _Names) -> FileTensor:
+    """Write what several leaves look at, once."""
+    first = group[0]
+    alike = all(
+        leaf.address == first.address
+        and leaf.tensor.dtype is first.tensor.dtype
+        and leaf.tensor.shape == first.tensor.shape
+        and leaf.tensor.stride() == first.tensor.stride()
+        for leaf in group
+    )
+    return _alone(first, group, names) if alike else _memory(group, names)
+
+
+def _memory(group: Sequence[Leaf], names: _Names) -> FileTensor:
+    """Write the memory that leaves look at."""
+    first = group[0]
+    start, stop = min(leaf.address for leaf in group), max(leaf.stop for leaf in group)
+    cover = next((leaf for leaf in group if leaf.contiguous and (leaf.address, leaf.stop) == (start, stop)), None)
+    storage = first.tensor.untyped_storage().data_ptr()
+    # Elements must lie at multiples of their size, also in the memory that the file is read into.
+    if any((leaf.address - start) % leaf.tensor.element_size() for leaf in group):
+        start -= (start - storage) % _LARGEST_ELEMENT
+        cover = None
+    name = names.name(cover.node) if cover is not None else names.name(first.node, "storage")
+    dtypes = {leaf.tensor.dtype for leaf in group}
+    itemsize = max(leaf.tensor.element_size() for leaf in group)
+    if cover is not None:
+        dtype, shape = _in_file(cover.tensor)
+    elif len(dtypes) == 1 and first.tensor.dtype in DTYPE_NAMES:
+        dtype, shape = DTYPE_NAMES[first.tensor.dtype], ((stop - start) // itemsize,)
+    else:
+        dtype, shape = "U8", (stop - start,)
+    for leaf in group:
+        offset, rest = divmod(leaf.address - start, leaf.tensor.element_size())
+        if rest or start < min(storage, first.address):
+            raise _refused(leaf.node, "it shares memory with another leaf at an address that is not aligned")
+        leaf.node.form = {
+            "name": name,
+            "dtype": _dtype_name(leaf.tensor),
+            "shape": list(leaf.tensor.shape),
+            "stride": list(leaf.tensor.stride()),
+            "offset": offset,
+        } | leaf.node.form
+    element_bytes = math.gcd(stop - start, itemsize)
+    return FileTensor(name, dtype, shape, stop - start, element_bytes, start, [leaf.tensor for leaf in group])
+
+
+def _is_injective(tensor: torch.Tensor) -> bool:
+    """Return whether no two elements are surely at the same address."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def _in_file(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype and the shape under which contiguous memory is written; bytes, if the format has no name."""
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        return "U8", (tensor.numel() * tensor.element_size(),)
+    return dtype, tuple(tensor.shape)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+class _Names:
+    """Gives tensors names that other programs can read: the keys that lead to them, with dots between."""
+
+    def __init__(self) -> None:
+        self._used = {"__metadata__"}
+
+    def name(self, node: Node, suffix: str | None = None) -> str:
+        """Return a name that no other tensor has."""
+        steps = [] if suffix is None else [suffix]
+        length = 0
+        at: Node = node
+        while at.parent is not None and length <= MAX_TENSOR_NAME:
+            step = str(at.key) if isinstance(at.key, (str, int)) else repr(at.key)[:MAX_TENSOR_NAME]
+            length += len(step) + 1
+            steps.append(step)
+            at = at.parent
+        name = ".".join(reversed(steps)).encode("utf-8", "backslashreplace").decode() or "tensor"
+        if length > MAX_TENSOR_NAME:
+            name = f"tensor.{len(self._used)}"
+        unique, number = name, 2
+        while unique in self._used:
+            unique, number = f"{name}~{number}", number + 1
+        self._used.add(unique)
+        return unique

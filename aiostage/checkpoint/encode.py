@@ -1,0 +1,252 @@
+"""From a tree to nodes: a flat table in which a container refers to what it contains by number."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage.checkpoint.composites import take_apart
+from aiostage.checkpoint.values import (
+    ARRAY_DTYPES,
+    FACTORIES,
+    MAPPINGS,
+    SCALARS,
+    SEQUENCES,
+    is_inline,
+    write_scalar,
+)
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import Attribute, Path, format_path
+
+__all__ = ["Node", "TreeEncoder", "path_of"]
+
+_CHUNK = 256
+"""Children in one line of the manifest, and between two yields."""
+
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class Node:
+    """One object of the tree that is not spelled out inside its container.
+
+    Attributes:
+        value: The object.
+        parent: The node in which it was first met, None for the root.
+        key: Where in the parent.
+        kind: Its name in the manifest.
+        children: What it contains: JSON scalars, and nodes. Of mappings, keys and values by turns.
+        form: What else describes it, as JSON.
+        attributes: By name, what its ``__dict__`` holds.
+        position: Its number, given when all of its children have theirs, except those that contain it.
+        entered: Whether its children are known.
+    """
+
+    __slots__ = ("attributes", "children", "entered", "form", "key", "kind", "parent", "position", "value")
+
+    def __init__(self, value: Any, parent: Node | None, key: object) -> None:
+        self.value = value
+        self.parent = parent
+        self.key = key
+        self.kind = ""
+        self.children: list[Any] = []
+        self.form: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = {}
+        self.position: int | None = None
+        self.entered = False
+
+
+def path_of(node: Node) -> Path:
+    """Return the path that leads to a node."""
+    steps = []
+    while node.parent is not None:
+        steps.append(node.key)
+        node = node.parent
+    return tuple(reversed(steps))
+
+
+class TreeEncoder:
+    """Encodes one tree, however deep it is. Shared references and cycles are kept.
+
+    Attributes:
+        tensors: The nodes of tensors that are one piece of memory, in the order of the tree. Their ``form`` is left
+            to whoever knows where the memory goes.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Node] = []
+        self._root: Any = None
+        self._ended: list[Node] = []
+        self._known: dict[int, Node] = {}
+        self._stack: list[Node] = []
+
+    def walk(self, tree: Any) -> Generator[None, None, None]:
+        """Find every node, yielding now and then.
+
+        Raises:
+            UnsupportedLeafError: If something cannot be carried by JSON and safetensors, with its path.
+        """
+        found: list[Node] = []
+        self._root = self._child(tree, None, None, found)
+        self._stack += found
+        count = 0
+        while self._stack:
+            node = self._stack[-1]
+            if node.entered:
+                self._stack.pop()
+                # A node that several others wait for is on the stack more than once.
+                if node.position is None:
+                    node.position = len(self._ended)
+                    self._ended.append(node)
+                continue
+            node.entered = True
+            yield from self._enter(node)
+            count += 1
+            if count % _CHUNK == 0:
+                yield
+
+    def lines(self) -> Iterator[str]:
+        """Iterate over the lines of the manifest, children before what contains them, the root last."""
+        for node in self._ended:
+            yield from _lines(node)
+        yield _dump({"root": _reference(self._root)})
+
+    def _child(self, value: Any, parent: Node | None, key: object, found: list[Node]) -> Any:
+        """Return a value as a child: as it is, or as its node, which is added to those found if it is new."""
+        if is_inline(value):
+            return value
+        node = self._known.get(id(value))
+        if node is None:
+            # The node keeps the value alive, and so its id from being given away.
+            node = self._known[id(value)] = Node(value, parent, key)
+        if not node.entered:
+            found.append(node)
+        return node
+
+    def _enter(self, node: Node) -> Generator[None, None, None]:
+        """Find out what a node is and what it contains."""
+        value, cls, found = node.value, type(node.value), list[Node]()
+        if cls in _TENSORS:
+            self._enter_tensor(node, found)
+        elif cls in MAPPINGS:
+            yield from self._enter_mapping(node, found)
+        elif cls in SEQUENCES:
+            yield from self._enter_sequence(node, found)
+        elif cls in SCALARS:
+            node.kind, node.form["value"] = write_scalar(value)
+        elif cls is np.ndarray:
+            self._enter_array(node, found)
+        else:
+            raise _unsupported(
+                node,
+                f"an object of class {cls.__module__}.{cls.__qualname__} cannot be carried by JSON.",
+                "Put tensors, numbers, strings and plain containers into the state dict, for example what the "
+                "object's state_dict() returns.",
+            )
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            node.attributes[name] = self._child(attribute, node, Attribute(name), found)
+        self._stack += reversed(found)
+
+    def _enter_mapping(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
+        node.kind = MAPPINGS[type(node.value)]
+        if type(node.value) is defaultdict:
+            factory = node.value.default_factory
+            try:
+                node.form["factory"] = FACTORIES[factory]
+            except (KeyError, TypeError):
+                raise _unsupported(
+                    node,
+                    f"a defaultdict whose default_factory is {factory!r} cannot be carried by JSON.",
+                    "Convert it to a dict.",
+                ) from None
+        for count, (key, value) in enumerate(node.value.items()):
+            node.children.append(self._child(key, node, key, found))
+            node.children.append(self._child(value, node, key, found))
+            if count % _CHUNK == 0:
+                yield
+
+    def _enter_sequence(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
+        node.kind = SEQUENCES[type(node.value)]
+        if type(node.value) is deque:
+            node.form["maxlen"] = node.value.maxlen
+        for index, value in enumerate(node.value):
+            node.children.append(self._child(value, node, index, found))
+            if index % _CHUNK == 0:
+                yield
+
+    def _enter_array(self, node: Node, found: list[Node]) -> None:
+        array: np.ndarray[Any, Any] = node.value
+        if array.dtype not in ARRAY_DTYPES:
+            raise _unsupported(node, f"a NumPy array of dtype {array.dtype} cannot be written to a file.", None)
+        node.kind = "ndarray"
+        if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+            # torch cannot look at such memory; arrays in state dicts are small.
+            array = array.copy()
+        node.children.append(self._child(torch.from_numpy(array), node, Attribute("array"), found))
+
+    def _enter_tensor(self, node: Node, found: list[Node]) -> None:
+        tensor: torch.Tensor = node.value
+        if tensor.device.type != "cpu":
+            raise _unsupported(node, f"it is on {tensor.device}, not in host memory.", "Stage it first.")
+        try:
+            taken = take_apart(tensor)
+        except ValueError as error:
+            raise _unsupported(node, f"{error}.", None) from None
+        parameter = type(tensor) is torch.nn.Parameter
+        requires_grad = tensor.requires_grad and tensor.is_leaf
+        if taken is None:
+            node.kind = "tensor"
+            self.tensors.append(node)
+        else:
+            node.kind, parts, node.form = taken
+            node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
+        if parameter:
+            node.form["class"] = "Parameter"
+        if requires_grad is not parameter:
+            node.form["requires_grad"] = requires_grad
+        # What copies parameters leaves their gradients behind; other tensors keep theirs.
+        if requires_grad and not parameter and tensor.grad is not None:
+            node.form["grad"] = True
+            node.children.append(self._child(tensor.grad, node, Attribute("grad"), found))
+
+
+def _unsupported(node: Node, reason: str, remedy: str | None) -> UnsupportedLeafError:
+    return UnsupportedLeafError(reason, path=format_path(path_of(node)), remedy=remedy)
+
+
+def _reference(child: Any) -> Any:
+    """Return a child as JSON: a node is its number in a list, so that it differs from every scalar."""
+    return [child.position] if child.__class__ is Node else child
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _lines(node: Node) -> Iterator[str]:
+    """Iterate over the lines of one node; what does not fit the first is in lines that add to it."""
+    line: dict[str, Any] = {"is": node.kind, **node.form}
+    if node.attributes:
+        line["attributes"] = {name: _reference(child) for name, child in node.attributes.items()}
+    mapping = type(node.value) in MAPPINGS
+    references = map(_reference, node.children)
+    chunk: list[Any] = list(islice(references, 2 * _CHUNK))
+    while True:
+        if mapping:
+            keys, values = chunk[::2], chunk[1::2]
+            if all(type(key) is str for key in keys):
+                line["items"] = dict(zip(keys, values, strict=True))
+            else:
+                line["pairs"] = list(zip(keys, values, strict=True))
+        elif chunk:
+            line["of"] = chunk
+        yield _dump(line)
+        chunk = list(islice(references, 2 * _CHUNK))
+        if not chunk:
+            return
+        line = {"is": "more"}

@@ -1,0 +1,130 @@
+"""Which tensor goes into which file, where in it, and what the files consist of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aiostage.checkpoint.blocks import FileTensor
+from aiostage.storage.parts import Content, memory_of
+from aiostage.storage.safetensors import Record, header_cost, write_header
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "TensorFile", "index_content", "tensor_files"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_MAX_HEADER_COST = 64 << 20
+"""Shards also end where their headers would become too large for other programs to read."""
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One safetensors file to be written.
+
+    Attributes:
+        name: In the checkpoint's directory.
+        tensors: In the order of their data.
+        contents: The whole file, header included.
+    """
+
+    name: str
+    tensors: Sequence[FileTensor]
+    contents: list[Content]
+
+
+def tensor_files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[TensorFile]]:
+    """Distribute tensors over files in their order, yielding now and then.
+
+    Args:
+        tensors: In the order of the tree.
+        max_shard_bytes: How much data one file may have. A tensor larger than that has a file of its own.
+
+    Returns:
+        The files; at least one.
+    """
+    shards = yield from _shards(tensors, max_shard_bytes)
+    files = []
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # Every tensor is then aligned to its elements, without the gaps that the format forbids.
+        shard.sort(key=lambda tensor: -tensor.element_bytes)
+        header = yield from write_header(_records(shard))
+        contents: list[Content] = [torch.frombuffer(header, dtype=torch.uint8)]
+        yield from _add_memory(shard, contents)
+        files.append(TensorFile(name, shard, contents))
+    return files
+
+
+def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[list[FileTensor]]]:
+    shards: list[list[FileTensor]] = [[]]
+    nbytes = cost = 0
+    for index, tensor in enumerate(tensors):
+        extra = header_cost(tensor.name, tensor.shape)
+        full = nbytes + tensor.nbytes > max_shard_bytes or cost + extra > _MAX_HEADER_COST
+        if full and shards[-1]:
+            shards.append([])
+            nbytes = cost = 0
+        shards[-1].append(tensor)
+        nbytes += tensor.nbytes
+        cost += extra
+        if index % _CHUNK == 0:
+            yield
+    return shards
+
+
+def _records(tensors: Sequence[FileTensor]) -> Generator[Record, None, None]:
+    position = 0
+    for tensor in tensors:
+        yield Record(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+        position += tensor.nbytes
+
+
+def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> Generator[None, None, None]:
+    """Add the memory of tensors; what follows itself in memory becomes one piece, however many tensors it is."""
+    start = stop = 0
+    owners: list[object] = []
+    for index, tensor in enumerate(tensors):
+        if isinstance(tensor.memory, int) and tensor.memory == stop:
+            owners.append(tensor.owner)
+            stop += tensor.nbytes
+        else:
+            if stop > start:
+                contents.append(memory_of(start, stop - start, owners))
+            owners = [tensor.owner]
+            if isinstance(tensor.memory, int):
+                start, stop = tensor.memory, tensor.memory + tensor.nbytes
+            else:
+                contents.append(tensor.memory)
+                start = stop = 0
+        if index % _CHUNK == 0:
+            yield
+    if stop > start:
+        contents.append(memory_of(start, stop - start, owners))
+
+
+def index_content(files: Sequence[TensorFile]) -> Generator[None, None, list[Content]]:
+    """Compose the index of a sharded checkpoint, yielding now and then.
+
+    Args:
+        files: All shards.
+
+    Returns:
+        The contents of the file :data:`INDEX_NAME`.
+    """
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    text = bytearray(f'{{"metadata":{{"total_size":{total}}},"weight_map":{{'.encode())
+    separator = "\n"
+    for file in files:
+        for number, tensor in enumerate(file.tensors):
+            text += f'{separator}{json.dumps(tensor.name)}:"{file.name}"'.encode()
+            separator = ",\n"
+            if number % _CHUNK == 0:
+                yield
+    text += b"\n}}\n"
+    return [torch.frombuffer(text, dtype=torch.uint8)]

@@ -1,0 +1,188 @@
+"""Open files: descriptors that close themselves, direct I/O where the file system has it, whole reads and writes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import weakref
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from aiostage.errors import CheckpointCorruptError
+
+__all__ = ["DIRECT_ALIGNMENT", "Descriptor", "InputFile", "OutputFile", "aligned_buffer", "is_aligned"]
+
+DIRECT_ALIGNMENT = 4096
+"""Addresses, offsets and lengths of direct I/O are multiples of this, which satisfies every common device."""
+
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_NOT_SUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+
+
+def aligned_buffer(nbytes: int) -> torch.Tensor:
+    """Return new uint8 memory that direct I/O accepts."""
+    memory = torch.empty(nbytes + DIRECT_ALIGNMENT, dtype=torch.uint8)
+    return memory.narrow(0, -memory.data_ptr() % DIRECT_ALIGNMENT, nbytes)
+
+
+def is_aligned(data: torch.Tensor) -> bool:
+    """Return whether direct I/O accepts one-dimensional uint8 memory."""
+    return data.data_ptr() % DIRECT_ALIGNMENT == 0 and data.numel() % DIRECT_ALIGNMENT == 0
+
+
+class Descriptor:
+    """A file descriptor that is closed at the latest when nobody refers to it any more.
+
+    Steps in worker threads refer to this object and not to the number, so the number cannot be closed, and then
+    belong to another file, while one of them runs.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._finalizer = weakref.finalize(self, os.close, number)
+        self._finalizer.atexit = False
+
+    def __enter__(self: D) -> D:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close, unless the coroutine is being closed: it cannot have waited for the steps that use the descriptor."""
+        if kind is not GeneratorExit:
+            self.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        return self._number
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Close it. May be called more than once."""
+        self._finalizer()
+
+
+D = TypeVar("D", bound=Descriptor)
+
+
+class OutputFile(Descriptor):
+    """A new file of known size, written in parts from several threads.
+
+    Args:
+        path: Must not exist.
+        nbytes: How long the file will be.
+        direct: Whether to keep the data out of the page cache, if the file system can.
+
+    Raises:
+        OSError: If the file cannot be created or its space cannot be reserved.
+    """
+
+    def __init__(self, path: str, nbytes: int, *, direct: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.path = path
+        self.nbytes = nbytes
+        self.direct = direct and _DIRECT != 0
+        super().__init__(os.open(path, flags, 0o666))
+        if self.direct:
+            self.direct = self._set_direct(True)
+        if self.direct:
+            self._reserve()
+
+    def write(self, data: torch.Tensor, offset: int) -> None:
+        """Write all of one-dimensional uint8 memory. With direct I/O, memory and offset must be aligned.
+
+        Raises:
+            OSError: If the file system refuses, with the file's path.
+        """
+        view = data.numpy().data
+        while view:
+            try:
+                written = os.pwrite(self._number, view, offset)
+            except OSError as error:
+                if self.direct and error.errno in _NOT_SUPPORTED:
+                    # Some file systems let direct I/O be switched on and then refuse it.
+                    self.direct = self._set_direct(False)
+                    continue
+                raise self._named(error) from error
+            view, offset = view[written:], offset + written
+
+    def finish(self) -> None:
+        """Cut the padding off, wait until everything is on the disk, and close. Called once, after every write."""
+        try:
+            os.ftruncate(self._number, self.nbytes)
+            os.fsync(self._number)
+        except OSError as error:
+            raise self._named(error) from error
+        self.close()
+
+    def _set_direct(self, on: bool) -> bool:
+        """Switch direct I/O; return whether it is on now."""
+        flags = fcntl.fcntl(self._number, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._number, fcntl.F_SETFL, flags | _DIRECT if on else flags & ~_DIRECT)
+        except OSError as error:
+            if not on or error.errno not in _NOT_SUPPORTED:
+                raise self._named(error) from error
+            return False
+        return on
+
+    def _reserve(self) -> None:
+        """Reserve the file's space: a full disk shows before anything is written, and threads need not take turns."""
+        try:
+            os.posix_fallocate(self._number, 0, max(self.nbytes, 1))
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise self._named(error) from error
+
+    def _named(self, error: OSError) -> OSError:
+        return OSError(error.errno, error.strerror, self.path)
+
+
+class InputFile(Descriptor):
+    """A file of a checkpoint that is read in parts from several threads.
+
+    Args:
+        directory: The checkpoint's; it stays the same directory even if its path is given to another one.
+        name: Of the file in it.
+        path: For errors.
+
+    Raises:
+        CheckpointCorruptError: If there is no such file, or it is not a regular one.
+    """
+
+    def __init__(self, directory: Descriptor, name: str, *, path: str) -> None:
+        self.path = path
+        try:
+            # A FIFO would otherwise be waited for.
+            number = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory.fileno())
+        except FileNotFoundError as error:
+            raise CheckpointCorruptError("the file is missing.", path=path) from error
+        super().__init__(number)
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CheckpointCorruptError("it is not a regular file.", path=path)
+        self.nbytes = status.st_size
+
+    def read(self, data: torch.Tensor, offset: int) -> None:
+        """Fill one-dimensional uint8 memory.
+
+        Raises:
+            CheckpointCorruptError: If the file ends before the memory is full.
+            OSError: If the file cannot be read.
+        """
+        view = data.numpy().data
+        while view:
+            count = os.preadv(self._number, [view], offset)
+            if count == 0:
+                raise CheckpointCorruptError(f"it ends at byte {offset}; more was expected.", path=self.path)
+            view, offset = view[count:], offset + count

@@ -1,0 +1,254 @@
+"""Files as parts: which memory makes up which bytes of a file, and the digests that tell whether they are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+
+__all__ = [
+    "DIGEST_NAME",
+    "MAX_PART_BYTES",
+    "PART_BYTES",
+    "Content",
+    "Hole",
+    "Part",
+    "Scattered",
+    "cut",
+    "digest",
+    "digest_of_parts",
+    "gather",
+    "memory_of",
+    "parts_in",
+    "scatter",
+    "whole",
+]
+
+DIGEST_NAME = "xxh3_64"
+"""The fastest of the digests measured that detects more than one flipped bit: 34 GB/s on one core."""
+
+PART_BYTES = 8 << 20
+"""How much is written, read and checked at once. 8 MiB from two threads was as fast as larger parts, and a part
+that fits caches is hashed and written while it is hot."""
+
+MAX_PART_BYTES = 1 << 30
+"""Larger parts are not read, so that a hostile manifest costs a bounded amount of memory."""
+
+_GROUP = 256
+"""Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
+
+
+class _Memory:
+    """Lends plain memory to NumPy, and keeps its owner alive as long as anything looks at it."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+        self.owner = owner
+
+
+def memory_of(address: int, nbytes: int, owner: object) -> torch.Tensor:
+    """Return host memory as a one-dimensional uint8 tensor that keeps ``owner`` alive."""
+    memory: np.ndarray[Any, Any] = np.asarray(_Memory(address, nbytes, owner))
+    return torch.from_numpy(memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Bytes of a file that are read and checked, but wanted by nobody.
+
+    Attributes:
+        nbytes: How many.
+    """
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """Elements of a tensor, in index order, that do not lie in memory like that.
+
+    Attributes:
+        tensor: Of any strides.
+        start: First element.
+        stop: One past the last element.
+    """
+
+    tensor: torch.Tensor
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the elements are."""
+        return (self.stop - self.start) * self.tensor.element_size()
+
+    def collect(self, destination: torch.Tensor) -> None:
+        """Copy the elements to one-dimensional uint8 memory of their size, aligned to one element."""
+        elements, position = destination.view(self.tensor.dtype), 0
+        for run in _runs(self.tensor, self.start, self.stop):
+            elements[position : position + run.numel()].view(run.shape).copy_(run)
+            position += run.numel()
+
+
+def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Split elements, given by their places in index order, into as few blocks of whole rows as there can be."""
+    if tensor.dim() == 1:
+        yield tensor[start:stop]
+        return
+    inner = tensor.numel() // tensor.size(0)
+    if start % inner:
+        row = start // inner
+        head = min(stop, (row + 1) * inner)
+        yield from _runs(tensor[row], start - row * inner, head - row * inner)
+        start = head
+    first, last = start // inner, stop // inner
+    if first < last:
+        yield tensor[first:last]
+        start = last * inner
+    if start < stop:
+        yield from _runs(tensor[last], 0, stop - start)
+
+
+Content: TypeAlias = "torch.Tensor | Hole"
+"""Consecutive bytes of a file: a tensor whose elements are written in index order, or a hole."""
+
+_Piece: TypeAlias = "torch.Tensor | Scattered | Hole"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a file.
+
+    Attributes:
+        index: Which one, from 0.
+        offset: Where it starts in the file, a multiple of :data:`PART_BYTES`.
+        nbytes: How long it is.
+        pieces: One-dimensional uint8 tensors, scattered elements and holes, in file order.
+    """
+
+    index: int
+    offset: int
+    nbytes: int
+    pieces: list[_Piece]
+
+
+def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, list[Part]]:
+    """Cut the contents of a file into parts, yielding now and then.
+
+    Args:
+        contents: The whole file in order. Tensors are of dtypes whose size divides their position in the file.
+        part_bytes: How long each part but the last is.
+
+    Returns:
+        The parts in order; at least one, if only an empty one.
+    """
+    parts = [Part(0, 0, 0, [])]
+    pieces: list[_Piece] = parts[0].pieces
+    position, room = 0, part_bytes
+    for number, content in enumerate(contents):
+        taken, nbytes = 0, content.nbytes
+        while taken < nbytes:
+            if not room:
+                _close(parts, position)
+                pieces = []
+                parts.append(Part(len(parts), position, 0, pieces))
+                room = part_bytes
+                yield
+            step = min(room, nbytes - taken)
+            pieces.append(_piece(content, taken, taken + step))
+            taken, position, room = taken + step, position + step, room - step
+        if number % _GROUP == 0:
+            yield
+    _close(parts, position)
+    return parts
+
+
+def _close(parts: list[Part], position: int) -> None:
+    last = parts[-1]
+    parts[-1] = Part(last.index, last.offset, position - last.offset, last.pieces)
+
+
+def _piece(content: Content, start: int, stop: int) -> _Piece:
+    """Return the bytes of a content from ``start`` to ``stop``."""
+    if isinstance(content, Hole):
+        return Hole(stop - start)
+    if not content.is_contiguous():
+        size = content.element_size()
+        return Scattered(content, start // size, stop // size)
+    if content.dtype is not torch.uint8 or content.dim() != 1:
+        content = content.view(-1).view(torch.uint8)
+    return content if stop - start == content.numel() else content[start:stop]
+
+
+def whole(part: Part) -> torch.Tensor | None:
+    """Return the memory of a part that is one piece, or None."""
+    if len(part.pieces) == 1 and isinstance(part.pieces[0], torch.Tensor):
+        return part.pieces[0]
+    return None
+
+
+def gather(part: Part, buffer: torch.Tensor) -> None:
+    """Copy the pieces of a part to the beginning of a buffer.
+
+    Args:
+        part: Without holes.
+        buffer: One-dimensional uint8, at least as long as the part.
+    """
+    for pieces, places in _groups(part, buffer):
+        sources, destinations = [], []
+        for piece, place in zip(pieces, places, strict=True):
+            if isinstance(piece, Scattered):
+                piece.collect(place)
+            elif not isinstance(piece, Hole):
+                sources.append(piece)
+                destinations.append(place)
+        if sources:
+            torch._foreach_copy_(destinations, sources)
+
+
+def scatter(part: Part, buffer: torch.Tensor) -> None:
+    """Copy the beginning of a buffer to the pieces of a part, leaving holes out.
+
+    Args:
+        part: Without scattered elements.
+        buffer: One-dimensional uint8, at least as long as the part.
+    """
+    for pieces, places in _groups(part, buffer):
+        pairs = [(piece, place) for piece, place in zip(pieces, places, strict=True) if isinstance(piece, torch.Tensor)]
+        if pairs:
+            torch._foreach_copy_([piece for piece, _ in pairs], [place for _, place in pairs])
+
+
+def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[_Piece], Sequence[torch.Tensor]]]:
+    """Iterate over small groups of pieces, with their places in a buffer."""
+    position = 0
+    for start in range(0, len(part.pieces), _GROUP):
+        pieces = part.pieces[start : start + _GROUP]
+        sizes = [piece.nbytes for piece in pieces]
+        total = sum(sizes)
+        yield pieces, torch.split(buffer.narrow(0, position, total), sizes)
+        position += total
+
+
+def digest(data: torch.Tensor) -> str:
+    """Return the digest of one-dimensional uint8 host memory in hexadecimal. Releases the GIL while it computes."""
+    return xxhash.xxh3_64_hexdigest(data.numpy().data)
+
+
+def digest_of_parts(digests: Sequence[str]) -> str:
+    """Return one digest for a file from those of its parts: its only part's, or the digest of all in a row."""
+    if len(digests) == 1:
+        return digests[0]
+    return xxhash.xxh3_64_hexdigest(bytes.fromhex("".join(digests)))
+
+
+def parts_in(nbytes: int, part_bytes: int) -> int:
+    """Return how many parts a file of a size has."""
+    return max(1, math.ceil(nbytes / part_bytes))

@@ -1,0 +1,193 @@
+"""The safetensors format: which dtypes it knows, how a header is written, and how one is read with suspicion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aiostage.errors import CheckpointCorruptError
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "HEADER_ALIGNMENT",
+    "HEADER_LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_TENSOR_NAME",
+    "Record",
+    "header_cost",
+    "read_header",
+    "write_header",
+]
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names that ``safetensors.torch.load_file`` opens. The format has a few more, which it does not."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+HEADER_LENGTH_BYTES = 8
+"""The header is preceded by its own length."""
+
+HEADER_ALIGNMENT = 4096
+"""Headers are padded so that the data starts on a page, which direct I/O and mapping want."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""What the reference implementation accepts."""
+
+MAX_TENSOR_NAME = 512
+"""Longest name written, in characters. Keeps a header in proportion to the tree."""
+
+_CHUNK = 256
+"""Records handled between two yields."""
+
+_RECORD_OVERHEAD = 96
+"""Bytes of one record beyond its name and shape, at most: punctuation, keys, dtype and two 20-digit offsets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One tensor of a file.
+
+    Attributes:
+        name: Unique in the checkpoint.
+        dtype: The format's name of the dtype, a key of :data:`DTYPES`.
+        shape: Sizes of the dimensions.
+        start: First byte, counted from the start of the data.
+        stop: One past the last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def header_cost(name: str, shape: Sequence[int]) -> int:
+    """Return an upper bound of the bytes that a record takes in a header."""
+    return len(name.encode()) * 6 + 21 * len(shape) + _RECORD_OVERHEAD
+
+
+def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
+    """Compose everything that comes before a file's data, yielding now and then.
+
+    Args:
+        records: In the order of their data, without gaps.
+
+    Returns:
+        The length, the JSON and padding; a multiple of :data:`HEADER_ALIGNMENT` long.
+    """
+    header = bytearray(HEADER_LENGTH_BYTES)
+    header += b'{"__metadata__":{"format":"pt"}'
+    for index, record in enumerate(records):
+        name = json.dumps(record.name, ensure_ascii=False)
+        shape = ",".join(map(str, record.shape))
+        header += (
+            f',{name}:{{"dtype":"{record.dtype}","shape":[{shape}],"data_offsets":[{record.start},{record.stop}]}}'
+        ).encode()
+        if index % _CHUNK == 0:
+            yield
+    header += b"}"
+    header += b" " * (-len(header) % HEADER_ALIGNMENT)
+    header[:HEADER_LENGTH_BYTES] = (len(header) - HEADER_LENGTH_BYTES).to_bytes(HEADER_LENGTH_BYTES, "little")
+    return header
+
+
+def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None, None, list[Record]]:
+    """Read a header that may be damaged or hostile, yielding now and then.
+
+    The top-level object is taken apart by hand, one record at a time, so that neither a header of many megabytes
+    nor one of deep nesting is handed to the JSON parser as a whole.
+
+    Args:
+        header: The JSON, without the length before it.
+        data_bytes: How many bytes of data the file has behind it.
+        path: Of the file, for errors.
+
+    Returns:
+        The records in the order of their data, which they cover without gaps or overlaps.
+
+    Raises:
+        CheckpointCorruptError: If it is anything but a valid header for that much data.
+    """
+    records: dict[str, Record] = {}
+    for index, (name, value) in enumerate(_members(header, path)):
+        if name in records:
+            raise CheckpointCorruptError(f"its header names the tensor {name!r} twice.", path=path)
+        if name != "__metadata__":
+            records[name] = _record(name, value, path)
+        if index % _CHUNK == 0:
+            yield
+    ordered = sorted(records.values(), key=lambda record: (record.start, record.stop))
+    position = 0
+    for record in ordered:
+        if record.start != position:
+            raise CheckpointCorruptError(
+                f"its tensor {record.name!r} starts at byte {record.start} of the data, not at {position}.", path=path
+            )
+        position = record.stop
+    if position != data_bytes:
+        raise CheckpointCorruptError(f"its header describes {position} bytes of data, not {data_bytes}.", path=path)
+    return ordered
+
+
+def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
+    """Iterate over the members of the top-level object."""
+    decoder = json.JSONDecoder()
+    try:
+        text = header.decode().rstrip(" ")
+        position, last = 1, len(text) - 1
+        if len(text) < 2 or text[0] != "{" or text[last] != "}":
+            raise ValueError("it is not a JSON object")
+        while position < last:
+            name, position = decoder.raw_decode(text, position)
+            if not isinstance(name, str) or text[position] != ":":
+                raise ValueError(f"a name and a colon are expected before character {position}")
+            value, position = decoder.raw_decode(text, position + 1)
+            yield name, value
+            if position != last and text[position] != ",":
+                raise ValueError(f"a comma is expected at character {position}")
+            position += position != last
+    except (ValueError, RecursionError, IndexError) as error:
+        raise CheckpointCorruptError(f"its header cannot be read: {error}.", path=path) from error
+
+
+def _record(name: str, value: Any, path: str) -> Record:
+    """Check one member of the header."""
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        if set(value) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError("it has unknown members")
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError("sizes and offsets must be whole numbers from 0")
+        nbytes = DTYPES[dtype].itemsize
+        for size in shape:
+            nbytes *= size
+        if stop - start != nbytes:
+            raise ValueError(f"its {stop - start} bytes do not fit its shape and dtype")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointCorruptError(f"its header is wrong about {name[:100]!r}: {error!r}.", path=path) from error
+    return Record(name, dtype, tuple(shape), start, stop)
