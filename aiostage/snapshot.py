@@ -12,7 +12,7 @@ from aiostage._copy.staging import Resources, Staging, Timings
 from aiostage.errors import StagingError
 from aiostage.leaf import StagedLeaf
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "stage"]
 
 T = TypeVar("T")
 

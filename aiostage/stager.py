@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from aiostage import snapshot as _snapshot
 from aiostage._copy.restore import restore
 from aiostage._copy.staging import Resources
 from aiostage._loop.cleanup import finish
@@ -16,7 +15,7 @@ from aiostage.abc import Backend, CheckpointStager
 from aiostage.errors import AcceleratorUnavailableError, StagerClosedError
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import SharedTree, share
-from aiostage.snapshot import Snapshot
+from aiostage.snapshot import Snapshot, stage
 
 __all__ = ["AsyncStager", "adapt"]
 
@@ -82,7 +81,7 @@ class AsyncStager(CheckpointStager):
         stager works on.
         """
         self._resources.check_open()
-        return _snapshot.stage(self._resources, state_dict)
+        return stage(self._resources, state_dict)
 
     def snapshot(self, state_dict: T) -> Snapshot[T]:
         """Return a staging with a handle on it, to be entered with ``async with``.
