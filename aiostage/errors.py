@@ -54,7 +54,12 @@ class StagingError(Exception):
 
 
 def _rebuild(cls: type[StagingError], args: tuple[object, ...], state: dict[str, object]) -> StagingError:
-    error = cls.__new__(cls, *args)
+    # The constructor of the class that lays out the instance; the one that comes first in the method order may be of
+    # another, which Python then refuses to use.
+    layout: Any = cls
+    while "__new__" not in vars(layout):
+        layout = layout.__base__
+    error: StagingError = layout.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
     return error

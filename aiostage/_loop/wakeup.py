@@ -45,24 +45,24 @@ class Wakeup:
         """Return whether :meth:`set` has been called; the waiters may still be about to run."""
         return self._set
 
-    async def wait(self, timeout: float = math.inf) -> None:
+    async def wait(self, at_most: float = math.inf) -> None:
         """Wait until set. Cancelling changes nothing but that this waiter leaves.
 
         Args:
-            timeout: Seconds after which to return in any case; all waiters then return, and it stays unset.
+            at_most: Seconds after which to return in any case; all waiters then return, and it stays unset.
         """
-        if timeout == math.inf:
+        if at_most == math.inf:
             await self._event.wait()
         elif _is_asyncio(self._native):
             # Not a cancel scope: leaving one needs its running loop, which a coroutine that the collector closes
             # after its loop has gone does not have. Trio leaves no coroutine behind.
-            timer = self._native.call_later(timeout, self._event.set)
+            timer = self._native.call_later(at_most, self._event.set)
             try:
                 await self._event.wait()
             finally:
                 timer.cancel()
         else:
-            with anyio.move_on_after(timeout):
+            with anyio.move_on_after(at_most):
                 await self._event.wait()
 
 

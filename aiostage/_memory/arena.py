@@ -49,7 +49,18 @@ class Arena:
         pinning: Undoes the registration with an accelerator when called; None while it is not registered.
     """
 
-    __slots__ = ("__weakref__", "_exporter", "_file", "_huge", "_memory", "_warm", "address", "nbytes", "pinning", "reserved")
+    __slots__ = (
+        "__weakref__",
+        "_exporter",
+        "_file",
+        "_huge",
+        "_memory",
+        "_warm",
+        "address",
+        "nbytes",
+        "pinning",
+        "reserved",
+    )
 
     def __init__(self, memory: mmap.mmap, file: SharedFile | None = None) -> None:
         self._memory = memory

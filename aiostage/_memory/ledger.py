@@ -187,7 +187,7 @@ class Ledger:
     def _grant(self, request: Request, arena: Arena) -> None:
         self.leased.add(arena)
         request.arena = arena
-        self._needs.append(_total(self.leased))
+        self._needs.append(_total(self.leased) + _total(arena for arena in self.free if not arena.claim()))
 
     def _make_room(self, shortage: int, moves: Moves) -> None:
         """Evict idle arenas if that, with what is closing already, makes up for a shortage."""

@@ -81,5 +81,7 @@ def _memory_lock_limit() -> str:
     if sys.platform == "win32":
         return "It may be more than the system can lock."
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    amount = "no limit on locked memory" if limit == resource.RLIM_INFINITY else f"a limit of {limit} bytes of locked memory"
+    amount = (
+        "no limit on locked memory" if limit == resource.RLIM_INFINITY else f"a limit of {limit} bytes of locked memory"
+    )
     return f"This process has {amount} (RLIMIT_MEMLOCK, shown in KiB by `ulimit -l`)."

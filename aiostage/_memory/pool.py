@@ -130,9 +130,7 @@ class Pool:
         state = "closed, " if self._ledger.closed else ""
         return f"<Pool {state}{self.statistics()}>"
 
-    async def acquire(
-        self, nbytes: int, *, populate: bool = True, device: torch.device | None = None
-    ) -> Lease:
+    async def acquire(self, nbytes: int, *, populate: bool = True, device: torch.device | None = None) -> Lease:
         """Return a lease on an arena, waiting for the budget in turn.
 
         Args:

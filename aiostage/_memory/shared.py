@@ -140,9 +140,7 @@ class SharedHandle:
             if generation != self.generation:
                 raise self._gone(f"process {self.pid} has dropped the staged copy and used its memory again")
             # Private, so that a write here cannot reach the staged copies of others.
-            memory = mmap.mmap(
-                descriptor, self.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
+            memory = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         finally:
             os.close(descriptor)
         return numpy.frombuffer(memory, numpy.uint8)
@@ -150,5 +148,5 @@ class SharedHandle:
     def _gone(self, reason: str) -> HostMemoryError:
         return HostMemoryError(
             f"the shared staged copy of {self.nbytes} bytes cannot be opened: {reason}.",
-            remedy="Keep the staged copy in its process until the other one has opened it, as the same user on the same machine.",
+            remedy="Keep the staged copy until it has been opened, by a process of the same user on the same machine.",
         )

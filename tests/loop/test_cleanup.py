@@ -68,12 +68,17 @@ class TestAsyncio:
     async def test_a_timeout_around_it_is_a_timeout(self):
         ending = Ending()
         loop = asyncio.get_running_loop()
-        with pytest.raises(TimeoutError):
+
+        async def finish_in_no_time() -> None:
             async with asyncio.timeout(None) as timeout:
                 loop.call_soon(timeout.reschedule, loop.time())
                 loop.call_later(0.02, ending.event.set)
                 await finish(ending.wait)
+
+        with pytest.raises(TimeoutError):
+            await finish_in_no_time()
         assert ending.event.is_set()
+        assert ending.waits == 2
 
 
 @pytest.mark.anyio

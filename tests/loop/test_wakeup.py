@@ -70,7 +70,6 @@ class TestAsyncio:
         wakeup.set()
         await staying
 
-
     async def test_a_timeout_ends_the_wait_and_sets_nothing(self):
         wakeup = Wakeup()
         await wakeup.wait(0)
