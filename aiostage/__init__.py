@@ -1,6 +1,8 @@
 """Asyncio-native staging of PyTorch checkpoints."""
 
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
+from aiostage.checkpoint.load import load
+from aiostage.checkpoint.save import CheckpointInfo, save
 from aiostage.errors import (
     AcceleratorUnavailableError,
     CheckpointCorruptError,
@@ -26,6 +28,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointExistsError",
+    "CheckpointInfo",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointStager",
@@ -40,4 +43,6 @@ __all__ = [
     "TornSnapshotError",
     "UnsupportedLeafError",
     "adapt",
+    "load",
+    "save",
 ]
