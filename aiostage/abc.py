@@ -59,8 +59,12 @@ class Backend(ABC):
     """How staging reaches accelerators. These methods are all that a backend has to have.
 
     Streams and events are opaque to the rest of aiostage: they are only handed back to the backend that made them,
-    except that events have ``query()``. No method may block on the device, and none may initialize a device that
-    the process has not used.
+    except that events have ``query()``. Users' own streams may be handed in too. Every method may be called from any
+    thread; none may initialize a device that the process has not used, also not by way of the calling thread's
+    current device, and none but :meth:`register` and :meth:`unregister` waits for the device.
+
+    What is enqueued is not referred to: the caller keeps sources, destinations and registered memory alive until an
+    event recorded afterwards has completed, or tells the allocator by :meth:`keep`.
     """
 
     @property
@@ -87,24 +91,41 @@ class Backend(ABC):
 
     @abstractmethod
     def side_stream(self, device: torch.device, *, low_priority: bool = True) -> Any:
-        """Return a new stream of a device, for copies beside the caller's work."""
+        """Return a new stream of a device, for copies beside the caller's work.
+
+        Args:
+            device: An active device.
+            low_priority: Let kernels of other streams go first, where the device can. Otherwise its own go first.
+        """
 
     @abstractmethod
-    def record(self, stream: Any) -> SupportsQuery:
-        """Return an event that completes when all that is enqueued on the stream now has completed."""
+    def record(self, stream: Any, *, timed: bool = False) -> SupportsQuery:
+        """Return an event that completes when all that is enqueued on the stream now has completed.
+
+        Args:
+            stream: Any stream; the event belongs to its device.
+            timed: Whether :meth:`elapsed` is to take it, which makes it a little dearer.
+
+        Returns:
+            The event. Its ``query()`` raises what became of the work if that failed.
+        """
 
     @abstractmethod
     def wait(self, stream: Any, event: Any) -> None:
-        """Make later work of a stream wait, on the device, for an event."""
+        """Make later work of a stream wait, on the device, for an event, which may be another device's."""
 
     @abstractmethod
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
-        """Enqueue copies from a device to host tensors of the same shapes on a stream.
+        """Enqueue copies between a device and host memory, in either direction.
+
+        Copies to or from memory that is not registered may hold the calling thread until they are done: call it from
+        a worker thread.
 
         Args:
-            destinations: Host tensors; their dtypes may differ from the sources', which casts.
-            sources: Tensors on the stream's device.
-            stream: A stream from :meth:`side_stream`.
+            destinations: Tensors of the sources' shapes; contiguous, or they are copied twice. A dtype that differs
+                from the source's casts.
+            sources: Tensors; conjugate and negative views are copied by value.
+            stream: A stream of the device on which either all destinations or all sources are.
 
         Returns:
             How many device operations were enqueued.
@@ -115,21 +136,27 @@ class Backend(ABC):
         """Enqueue the gathering of many one-dimensional tensors of one dtype into one flat tensor on their device.
 
         Args:
-            sources: One-dimensional contiguous tensors of one dtype on one device.
+            sources: One-dimensional contiguous tensors of one dtype on the stream's device.
             stream: A stream from :meth:`side_stream`.
 
         Returns:
             The flat device tensor, its elements in the order of ``sources``, and how many device operations were
-            enqueued.
+            enqueued. It belongs to the stream: dropping it is safe once later work of other streams waits for it.
+
+        Raises:
+            torch.OutOfMemoryError: If the device has no room for the flat tensor.
         """
 
     @abstractmethod
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Tell the device's allocator that a stream uses a tensor, so that its memory is not reused too early."""
+        """Tell the device's allocator that what is enqueued on a stream uses a tensor.
+
+        Its memory is then not given to others before that is done, also if every reference is dropped.
+        """
 
     @abstractmethod
     def register(self, address: int, nbytes: int, device: torch.device) -> None:
-        """Page-lock host memory for a device. Blocks: call it from a worker thread.
+        """Page-lock host memory for a device. Blocks, for about 0.1 s a GiB: call it from a worker thread.
 
         Raises:
             OSError: If the driver refuses, with the driver's reason.
@@ -137,11 +164,15 @@ class Backend(ABC):
 
     @abstractmethod
     def unregister(self, address: int, device: torch.device) -> None:
-        """Undo :meth:`register`. Blocks: call it from a worker thread."""
+        """Undo :meth:`register`. Blocks. Does nothing in a forked child, which has no registration.
+
+        Raises:
+            OSError: If the driver refuses, with the driver's reason.
+        """
 
     @abstractmethod
     def elapsed(self, start: Any, end: Any) -> float:
-        """Return the seconds between two completed events of one device."""
+        """Return the seconds between two completed events of one device that were recorded with ``timed=True``."""
 
     @abstractmethod
     def guard(self, device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,17 @@
+"""Accelerators: how staging reaches them, and how copies follow the caller's work."""
+
+from __future__ import annotations
+
+import torch
+
+from aiostage._device.accelerator import TorchBackend
+from aiostage._device.cuda import CudaBackend
+from aiostage._device.streams import Moment, SideStreams
+
+__all__ = ["CudaBackend", "Moment", "SideStreams", "TorchBackend", "default_backend"]
+
+
+def default_backend() -> TorchBackend:
+    """Return the backend of the accelerator that this build of PyTorch was made for. Touches no device."""
+    accelerator = torch.accelerator.current_accelerator()
+    return CudaBackend() if accelerator is not None and accelerator.type == "cuda" else TorchBackend()
