@@ -1,0 +1,52 @@
+"""What ``import aiostage`` gives, and what it does not do."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import aiostage
+from aiostage import errors
+
+CONTRACT = {
+    "AsyncStager",
+    "Backend",
+    "CheckpointInfo",
+    "CheckpointStager",
+    "Snapshot",
+    "StagedLeaf",
+    "StagerStatistics",
+    "StagingOptions",
+    "SupportsQuery",
+    "adapt",
+    "load",
+    "save",
+    *errors.__all__,
+}
+
+
+def test_the_contract_and_nothing_else() -> None:
+    assert set(aiostage.__all__) == CONTRACT
+    assert list(aiostage.__all__) == sorted(aiostage.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(CONTRACT))
+def test_every_name_is_documented(name: str) -> None:
+    value = getattr(aiostage, name)
+    assert inspect.getdoc(value)
+    for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+        if not attribute.startswith("_") and inspect.isfunction(member):
+            assert inspect.getdoc(member), f"{name}.{attribute}"
+
+
+def test_importing_touches_no_device_and_nothing_optional() -> None:
+    program = (
+        "import sys, aiostage, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "optional = {'uvloop', 'obstore', 'trio', 'safetensors', 'torch.distributed.checkpoint'}\n"
+        "assert not optional & set(sys.modules), optional & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

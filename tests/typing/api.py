@@ -1,0 +1,46 @@
+"""How users write it; checked by mypy --strict, never run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, assert_type
+
+import torch
+
+import aiostage
+
+
+class Mine(aiostage.CheckpointStager):
+    async def stage(self, state_dict: Any) -> Any:
+        return state_dict
+
+    async def aclose(self) -> None:
+        return None
+
+
+class Fence:
+    def query(self) -> bool:
+        return True
+
+
+async def main(model: torch.nn.Module) -> None:
+    options = aiostage.StagingOptions(dtype=lambda path, tensor: torch.bfloat16 if path else None, max_host_bytes=2**30)
+    async with aiostage.AsyncStager(options) as stager:
+        state: dict[str, torch.Tensor] = dict(model.state_dict())
+        assert_type(await stager.stage(state), dict[str, torch.Tensor])
+        ordered: OrderedDict[str, torch.Tensor] = OrderedDict(state)
+        async with stager.snapshot(ordered) as snapshot:
+            assert_type(snapshot, aiostage.Snapshot[OrderedDict[str, torch.Tensor]])
+            async for leaf in snapshot:
+                assert_type(leaf, aiostage.StagedLeaf)
+                assert_type(leaf.tensor, torch.Tensor)
+            assert_type(await snapshot.result(), OrderedDict[str, torch.Tensor])
+        assert_type(stager.statistics().leases, int)
+        info = await aiostage.save(state, "checkpoint", stager=stager)
+        assert_type(info, aiostage.CheckpointInfo)
+    async with aiostage.adapt(object()) as adapted:
+        assert_type(await adapted.stage([1]), list[int])
+    async with Mine() as mine:
+        await mine.stage(state)
+    fence: aiostage.SupportsQuery = Fence()
+    assert_type(fence.query(), bool)
