@@ -63,6 +63,8 @@ MAX_TENSOR_NAME = 512
 _CHUNK = 256
 """Records handled between two yields."""
 
+_WHITESPACE = " \t\n\r"
+
 _RECORD_OVERHEAD = 96
 """Bytes of one record beyond its name and shape, at most: punctuation, keys, dtype and two 20-digit offsets."""
 
@@ -158,21 +160,34 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
     """Iterate over the members of the top-level object."""
     decoder = json.JSONDecoder()
     try:
-        text = header.decode().rstrip(" ")
-        position, last = 1, len(text) - 1
-        if len(text) < 2 or text[0] != "{" or text[last] != "}":
+        text = header.decode().rstrip(_WHITESPACE)
+        last = len(text) - 1
+        if last < 1 or text[0] != "{" or text[last] != "}":
             raise ValueError("it is not a JSON object")
+        position = _skip(text, 1)
         while position < last:
             name, position = decoder.raw_decode(text, position)
+            position = _skip(text, position)
             if not isinstance(name, str) or text[position] != ":":
                 raise ValueError(f"a name and a colon are expected before character {position}")
-            value, position = decoder.raw_decode(text, position + 1)
+            value, position = decoder.raw_decode(text, _skip(text, position + 1))
             yield name, value
-            if position != last and text[position] != ",":
-                raise ValueError(f"a comma is expected at character {position}")
-            position += position != last
+            position = _skip(text, position)
+            if position != last:
+                if text[position] != ",":
+                    raise ValueError(f"a comma is expected at character {position}")
+                position = _skip(text, position + 1)
+                if position == last:
+                    raise ValueError(f"a name is expected at character {position}")
     except (ValueError, RecursionError, IndexError) as error:
         raise CheckpointCorruptError(f"its header cannot be read: {error}.", path=path) from error
+
+
+def _skip(text: str, position: int) -> int:
+    """Return where the next character is that is not white space."""
+    while text[position] in _WHITESPACE:
+        position += 1
+    return position
 
 
 def _record(name: str, value: Any, path: str) -> Record:
