@@ -1,0 +1,75 @@
+"""A clock that stands still until a test moves it."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+__all__ = ["Timeline", "VirtualClock"]
+
+
+class Timeline(Protocol):
+    """Something that happens at known times of a clock. These two methods are all that it has to have."""
+
+    def due(self) -> float | None:
+        """Return the time of what happens next, in seconds, or None if nothing will."""
+
+    def happen(self) -> None:
+        """Let what is due next happen."""
+
+
+class VirtualClock:
+    """Time that passes only when a test says so, shared by everything that the test wants to happen on it.
+
+    Not thread-safe: one thread moves it.
+
+    Args:
+        start: The first time, in seconds.
+    """
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+        self._timelines: list[Timeline] = []
+
+    def __repr__(self) -> str:
+        return f"<VirtualClock {self._now:.9g} s>"
+
+    def time(self) -> float:
+        """Return the time now, in seconds."""
+        return self._now
+
+    def attach(self, timeline: Timeline) -> None:
+        """Have :meth:`advance` let a timeline happen."""
+        self._timelines.append(timeline)
+
+    def detach(self, timeline: Timeline) -> None:
+        """Undo :meth:`attach`."""
+        self._timelines.remove(timeline)
+
+    def move_to(self, when: float) -> None:
+        """Set the time, unless it is later already; what is due until then does not happen by this."""
+        self._now = max(self._now, when)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and all that is due meanwhile happen in the order of its times.
+
+        Args:
+            seconds: How long. ``math.inf`` lets everything happen that ever will, and stops at the last.
+
+        Raises:
+            ValueError: If time were to run backwards.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"a clock advances by 0 seconds or more, not {seconds!r}")
+        end = self._now + seconds
+        while (following := self._following()) is not None and following[0] <= end:
+            when, timeline = following
+            self.move_to(when)
+            timeline.happen()
+        if end < math.inf:
+            self.move_to(end)
+
+    def _following(self) -> tuple[float, Timeline] | None:
+        """Return which timeline is next, and when; the one attached first if several are."""
+        dues = [(when, timeline) for timeline in self._timelines if (when := timeline.due()) is not None]
+        return min(dues, key=lambda due: due[0], default=None)

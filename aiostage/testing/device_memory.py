@@ -1,0 +1,190 @@
+"""The memory of a simulated device: a caching allocator, and what a queue knows of a tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.multiprocessing import reductions
+
+__all__ = ["Block", "DeviceMemory", "TensorReference"]
+
+# As Any, because it has no types.
+_weak_reference: Any = reductions.StorageWeakRef
+
+_GRAIN_BYTES = 512
+"""Blocks begin and end at multiples of this, as CUDA's do."""
+
+
+class Completes(Protocol):
+    """What the allocator has to know of an event."""
+
+    @property
+    def completed(self) -> bool:
+        """Whether all that was enqueued before it is done."""
+
+
+class Block:
+    """A range of a device's memory that was handed out.
+
+    Attributes:
+        offset: Where it begins, in bytes from the beginning of the memory.
+        nbytes: Its size.
+        stream: For whose work it was allocated. Only this stream gets it again.
+        users: Other streams that were said to use it.
+        events: Which have to complete before it is free, once its last tensor has died.
+    """
+
+    __slots__ = ("events", "nbytes", "offset", "stream", "users")
+
+    def __init__(self, offset: int, nbytes: int, stream: Any) -> None:
+        self.offset = offset
+        self.nbytes = nbytes
+        self.stream = stream
+        self.users: set[Any] = set()
+        self.events: list[Completes] = []
+
+
+class DeviceMemory:
+    """One range of host memory that plays a device's, with an allocator that behaves like CUDA's caching one.
+
+    Memory whose last tensor dies goes back to the stream that it was allocated for, at once and without asking whether
+    other streams still use it; the next allocation of that stream gets it. Only streams named by ``record_stream`` are
+    waited for. Blocks are neither split nor joined.
+
+    Not thread-safe, except that tensors may die in any thread at any time.
+
+    Args:
+        nbytes: Its size. Untouched memory costs nothing.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._bytes = np.empty(nbytes, dtype=np.uint8)
+        self._storage = torch.from_numpy(self._bytes).untyped_storage()
+        self._address: int = self._bytes.ctypes.data
+        self._unused = 0
+        self._blocks: dict[int, Block] = {}
+        self._cached: dict[Any, list[Block]] = {}
+        # Finalizers run wherever the last reference happens to be dropped, so they do nothing but append.
+        self._died: deque[Block] = deque()
+        self._pending: list[Block] = []
+
+    def __contains__(self, address: int) -> bool:
+        return 0 <= address - self._address < self._bytes.size
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Size of the blocks that tensors live in, or whose users are waited for."""
+        return self._unused - self.cached_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Size of the blocks that wait for their stream's next allocation."""
+        return sum(block.nbytes for blocks in self._cached.values() for block in blocks)
+
+    def allocate(self, nbytes: int, stream: Any) -> torch.UntypedStorage:
+        """Return memory with whatever is in it, free once nothing refers to it.
+
+        Raises:
+            torch.OutOfMemoryError: If there is not enough.
+        """
+        block = self._cached_block(nbytes, stream) or self._new_block(nbytes, stream)
+        owner = self._bytes[block.offset : block.offset + nbytes]
+        weakref.finalize(owner, self._died.append, block).atexit = False
+        return torch.from_numpy(owner).untyped_storage()
+
+    def block_of(self, tensor: torch.Tensor) -> Block:
+        """Return the block that a tensor of this memory lives in."""
+        return self._blocks[tensor.untyped_storage().data_ptr() - self._address]
+
+    def collect(self, record: Callable[[Any], Completes]) -> list[Block]:
+        """Make the blocks of tensors that have died ready for reuse.
+
+        Args:
+            record: Returns an event that completes when what is enqueued on a stream now is done.
+
+        Returns:
+            The blocks that became free.
+        """
+        while self._died:
+            block = self._died.popleft()
+            block.events = [record(stream) for stream in block.users]
+            self._pending.append(block)
+        free = [block for block in self._pending if all(event.completed for event in block.events)]
+        for block in free:
+            self._pending.remove(block)
+            block.users.clear()
+            block.events.clear()
+            self._cached.setdefault(block.stream, []).append(block)
+        return free
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        """The whole memory. Tensors over it do not keep what they lie over from being handed out again."""
+        return self._storage
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        """Return where a tensor of this memory begins, in bytes."""
+        return tensor.data_ptr() - self._address
+
+    def _cached_block(self, nbytes: int, stream: Any) -> Block | None:
+        """Take the smallest block of the stream that is large enough, the one freed last if there are several."""
+        cached = self._cached.get(stream, [])
+        fitting = [block for block in cached if block.nbytes >= nbytes]
+        if not fitting:
+            return None
+        block = min(reversed(fitting), key=lambda block: block.nbytes)
+        cached.remove(block)
+        return block
+
+    def _new_block(self, nbytes: int, stream: Any) -> Block:
+        size = -(-nbytes // _GRAIN_BYTES) * _GRAIN_BYTES
+        if self._unused + size > self._bytes.size:
+            raise torch.OutOfMemoryError(
+                f"the simulated device is out of memory: {nbytes} bytes were asked for, {self.allocated_bytes} of "
+                f"{self._bytes.size} bytes are in use and {self.cached_bytes} are cached for reuse by one stream each"
+            )
+        block = self._blocks[self._unused] = Block(self._unused, size, stream)
+        self._unused += size
+        return block
+
+
+class TensorReference:
+    """What a device's queue knows of a tensor: where it is, but not a reference that would keep it alive.
+
+    Args:
+        tensor: Any dense tensor.
+        memory: The device memory that it is in; None for host memory.
+    """
+
+    __slots__ = ("_conjugate", "_dtype", "_memory", "_negative", "_offset", "_size", "_storage", "_stride")
+
+    def __init__(self, tensor: torch.Tensor, memory: DeviceMemory | None) -> None:
+        self._dtype, self._size, self._stride = tensor.dtype, tuple(tensor.shape), tensor.stride()
+        self._conjugate, self._negative = tensor.is_conj(), tensor.is_neg()
+        self._memory = memory
+        self._storage: Any = None
+        if memory is None:
+            self._storage = _weak_reference(tensor.untyped_storage())
+            self._offset = int(tensor.storage_offset())
+        else:
+            self._offset = memory.offset_of(tensor) // tensor.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor | None:
+        """Return a tensor over what is in that place now; None if it was in host memory that is gone."""
+        if 0 in self._size:
+            return torch.empty_strided(self._size, self._stride, dtype=self._dtype)
+        if self._memory is not None:
+            storage: torch.UntypedStorage | None = self._memory.storage
+        else:
+            storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            return None
+        tensor = torch.empty(0, dtype=self._dtype).set_(storage, self._offset, self._size, self._stride)
+        if self._conjugate:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self._negative else tensor

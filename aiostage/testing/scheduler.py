@@ -1,0 +1,261 @@
+"""What decides which operation of a simulated accelerator comes next, and executes it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from aiostage.testing.clock import VirtualClock
+from aiostage.testing.streams import Device, Operation, SimulatedDeviceError, SimulatedStream
+
+__all__ = ["Scheduler"]
+
+_IDLE_SECONDS = 1.0
+"""How long the thread of a device in real time waits for more work before it ends; the next work starts another."""
+
+_SPONTANEOUS_STEPS = (0, 0, 1, 1, 2, 4)
+"""How many operations a spontaneous device executes at a call, one of these at random: often few, so that the queues
+grow and there are orders to choose from, and more than none in the mean, so that polling comes to an end."""
+
+
+class _Current(threading.local):
+    """The current device of a thread and its current stream of each device, and how it was before."""
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self.streams: dict[torch.device, SimulatedStream] = {}
+        self.before: list[tuple[torch.device | None, dict[torch.device, SimulatedStream]]] = []
+
+
+class Scheduler:
+    """Executes the operations of all streams, each stream's in order and one at a time over all.
+
+    Args:
+        clock: On which to execute when told to; None executes in a thread and in real time.
+        seed: Of the choice among the streams that could go on; None takes the one that would be done first.
+        spontaneous: Execute some operations, chosen by the seed, at each call.
+        settle: Called, with the lock held, before anything is executed or enqueued.
+    """
+
+    def __init__(
+        self, clock: VirtualClock | None, seed: int | None, *, spontaneous: bool, settle: Callable[[], None]
+    ) -> None:
+        self.lock = threading.Condition()
+        """Held wherever the state of queues and memory is looked at, and notified when it changes."""
+        self.streams: list[SimulatedStream] = []
+        self.queries = 0
+        self._current = _Current()
+        self._clock = clock
+        self._random = random.Random(seed) if seed is not None else None
+        self._spontaneous = spontaneous
+        self._settle = settle
+        self._executing = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, on: Device, *, low_priority: bool = False) -> SimulatedStream:
+        """Make a stream of a device; the first is the default one of all threads."""
+        with self.lock:
+            stream = SimulatedStream(self, on, len(self.streams), low_priority=low_priority)
+            self.streams.append(stream)
+            return stream
+
+    @property
+    def current_device(self) -> torch.device:
+        """The calling thread's current device, the first one unless it has entered another."""
+        return self._current.device or self.streams[0].device
+
+    def current_stream(self, device: torch.device) -> SimulatedStream:
+        """Return the calling thread's current stream of a device."""
+        if device in self._current.streams:
+            return self._current.streams[device]
+        return next(stream for stream in self.streams if stream.device == device)
+
+    def enter(self, device: torch.device, stream: SimulatedStream | None = None) -> None:
+        """Make a device, and a stream of it, current in the calling thread."""
+        current = self._current
+        current.before.append((current.device, dict(current.streams)))
+        current.device = device
+        if stream is not None:
+            current.streams[device] = stream
+
+    def leave(self) -> None:
+        """Undo the last :meth:`enter` of the calling thread."""
+        current = self._current
+        current.device, current.streams = current.before.pop()
+
+    def now(self) -> float:
+        """Return the time of the clock, in seconds."""
+        return self._clock.time() if self._clock is not None else perf_counter()
+
+    def enqueue(self, stream: SimulatedStream, operation: Operation) -> None:
+        """Put an operation at the end of a stream's queue.
+
+        Raises:
+            SimulatedDeviceError: If the device has failed.
+            RuntimeError: If the accelerator is closed.
+        """
+        self.progress()
+        with self.lock:
+            self._settle()
+            if self._closed:
+                raise RuntimeError("the simulated accelerator is closed")
+            if stream.on.error is not None:
+                raise stream.on.error.again()
+            self.append(stream, operation)
+
+    def append(self, stream: SimulatedStream, operation: Operation) -> None:
+        """Put an operation at the end of a stream's queue, with the lock held and nothing else happening."""
+        if self._closed:
+            return
+        stream.on.in_use = True
+        operation.enqueued_at = self.now()
+        stream.queue.append(operation)
+        if self._clock is None and self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="simulated-accelerator", daemon=True)
+            self._thread.start()
+        self.lock.notify_all()
+
+    def polled(self) -> None:
+        """Note that someone asks whether something is done."""
+        with self.lock:
+            self.queries += 1
+        self.progress()
+
+    def progress(self) -> None:
+        """Execute some operations, if the device is a spontaneous one."""
+        if self._spontaneous and self._random is not None:
+            with self.lock:
+                steps = self._random.choice(_SPONTANEOUS_STEPS)
+            for _ in range(steps):
+                self.step()
+
+    def ready(self) -> list[SimulatedStream]:
+        """Return the streams whose next operation may be executed now."""
+        with self.lock:
+            self._settle()
+            return [stream for stream in self.streams if self._pass_waits(stream)]
+
+    def step(self, stream: SimulatedStream | None = None) -> bool:
+        """Execute one operation: of a stream, or of one that the seed chooses, or the one that is due first.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ValueError: If the stream has none that could be executed now.
+        """
+        if self._clock is None:
+            raise RuntimeError("a simulated accelerator in real time cannot be stepped; give it a clock or a seed")
+        with self._executing:
+            ready = self.ready()
+            if stream is None:
+                if not ready:
+                    return False
+                stream = self._random.choice(ready) if self._random is not None else self._first(ready)
+            elif stream not in ready:
+                raise ValueError(f"{stream!r} has nothing that can be executed now")
+            with self.lock:
+                operation, finish = self._take(stream)
+            self._perform(stream, operation, finish)
+        return True
+
+    def due(self) -> float | None:
+        """Return when the operation that is done first would be done, or None if there is none."""
+        ready = self.ready()
+        return self._finish(self._first(ready)) if ready else None
+
+    def happen(self) -> None:
+        """Execute the operation that is due first."""
+        self.step(self._first(self.ready()))
+
+    def synchronize(self, done: Callable[[], bool]) -> None:
+        """Block until a condition holds; on a virtual clock, execute until it does."""
+        if self._clock is None:
+            with self.lock:
+                self.lock.wait_for(lambda: self._closed or done())
+            return
+        while not done():
+            if not self.step():
+                raise RuntimeError("nothing is left to be executed, and it is still not done")
+
+    def close(self) -> None:
+        """Drop what is enqueued, and end the thread."""
+        with self.lock:
+            self._closed = True
+            for stream in self.streams:
+                stream.queue.clear()
+            self.lock.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _pass_waits(self, stream: SimulatedStream) -> bool:
+        """Drop waits that are over from the head of a queue; return whether something else is at the head then."""
+        while stream.queue and (event := stream.queue[0].waits_for) is not None:
+            if event.completed_at is None:
+                return False
+            stream.queue.popleft()
+            stream.time = max(stream.time, event.completed_at)
+            stream.error = stream.error or event.error
+        return bool(stream.queue)
+
+    def _finish(self, stream: SimulatedStream) -> float:
+        """Return when the operation at the head of a queue would be done."""
+        operation = stream.queue[0]
+        start = max(stream.time, operation.enqueued_at)
+        if operation.engine is not None:
+            start = max(start, stream.on.engine_free_at.get(operation.engine, 0.0))
+        return start + operation.seconds
+
+    def _first(self, ready: list[SimulatedStream]) -> SimulatedStream:
+        return min(ready, key=self._finish)
+
+    def _take(self, stream: SimulatedStream) -> tuple[Operation, float]:
+        finish = self._finish(stream)
+        operation = stream.queue.popleft()
+        if operation.engine is not None:
+            stream.on.engine_free_at[operation.engine] = finish
+        return operation, finish
+
+    def _perform(self, stream: SimulatedStream, operation: Operation, finish: float) -> None:
+        """Do what an operation does, without the lock, so that others can ask meanwhile; then let that be known."""
+        error: SimulatedDeviceError | None = None
+        if operation.run is not None and stream.error is None and stream.on.error is None:
+            try:
+                operation.run()
+            except Exception as cause:
+                error = SimulatedDeviceError(f"{operation.name} on {stream.name} failed: {cause}")
+                error.__cause__ = cause
+        with self.lock:
+            stream.error = stream.error or error
+            stream.time = finish
+            if self._clock is not None:
+                self._clock.move_to(finish)
+            if operation.completes is not None:
+                operation.completes.complete(finish, stream.error)
+            self.lock.notify_all()
+
+    def _serve(self) -> None:
+        """Execute in real time, until there has been nothing to do for a while."""
+        while True:
+            with self.lock:
+                ready = self.ready()
+                if self._closed:
+                    return
+                if not ready:
+                    if not self.lock.wait(_IDLE_SECONDS) and not any(stream.queue for stream in self.streams):
+                        self._thread = None
+                        return
+                    continue
+                stream = self._first(ready)
+                remaining = self._finish(stream) - self.now()
+                if remaining > 0:
+                    self.lock.wait(remaining)
+                    continue
+                operation, finish = self._take(stream)
+            self._perform(stream, operation, finish)

@@ -1,0 +1,216 @@
+"""The streams and events of a simulated device: queues of operations, and who waits for whom."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from aiostage.testing.device_memory import DeviceMemory
+
+__all__ = ["Device", "Operation", "Queues", "SimulatedDeviceError", "SimulatedEvent", "SimulatedStream"]
+
+
+class SimulatedDeviceError(RuntimeError):
+    """Something that a simulated device was told to do has failed; the cause says why, unless a test wanted it so."""
+
+    def again(self) -> SimulatedDeviceError:
+        """Return an equal error to raise: raising one twice would lengthen its traceback."""
+        error = SimulatedDeviceError(*self.args)
+        error.__cause__ = self.__cause__
+        return error
+
+
+class Queues(Protocol):
+    """What streams and events ask of that which executes them."""
+
+    def enqueue(self, stream: SimulatedStream, operation: Operation) -> None:
+        """Put an operation at the end of a stream's queue."""
+
+    def polled(self) -> None:
+        """Note that someone asks whether something is done."""
+
+    def synchronize(self, done: Callable[[], bool]) -> None:
+        """Block until a condition holds."""
+
+    def current_stream(self, device: torch.device) -> SimulatedStream:
+        """Return the calling thread's current stream of a device."""
+
+    def enter(self, device: torch.device, stream: SimulatedStream | None = None) -> None:
+        """Make a device, and a stream of it, current in the calling thread."""
+
+    def leave(self) -> None:
+        """Undo the last :meth:`enter` of the calling thread."""
+
+
+@dataclass(eq=False)
+class Device:
+    """One simulated device.
+
+    Attributes:
+        device: Its name for PyTorch.
+        memory: Its memory.
+        in_use: Whether the process has used it.
+        error: Why everything on it fails, if it does.
+        engine_free_at: For each copy engine, when it has done all that it was given.
+    """
+
+    device: torch.device
+    memory: DeviceMemory
+    in_use: bool = False
+    error: SimulatedDeviceError | None = None
+    engine_free_at: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Operation:
+    """One entry in the queue of a stream.
+
+    Attributes:
+        name: For messages.
+        seconds: How long it takes.
+        run: What it does.
+        completes: The event that it completes.
+        waits_for: The event before which nothing behind it may start.
+        engine: The copy engine that it keeps busy.
+        enqueued_at: Before this it cannot have started.
+    """
+
+    name: str
+    seconds: float = 0.0
+    run: Callable[[], object] | None = None
+    completes: SimulatedEvent | None = None
+    waits_for: SimulatedEvent | None = None
+    engine: str | None = None
+    enqueued_at: float = 0.0
+
+
+class SimulatedEvent:
+    """Completes when everything that was in its stream's queue when it was recorded is done. Like ``torch.Event``.
+
+    Recorded once, by :meth:`SimulatedStream.record_event`.
+    """
+
+    def __init__(self, stream: SimulatedStream, *, timed: bool, fails: bool) -> None:
+        self._stream = stream
+        self._timed = timed
+        self._fails = fails
+        self.completed_at: float | None = None
+        self.error: SimulatedDeviceError | None = None
+
+    def __repr__(self) -> str:
+        state = "pending" if self.completed_at is None else f"completed at {self.completed_at:.9g} s"
+        return f"<SimulatedEvent of {self._stream.name}, {state}>"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its stream."""
+        return self._stream.device
+
+    @property
+    def completed(self) -> bool:
+        """Whether it is done or has failed; looking neither counts as a query nor raises."""
+        return self.completed_at is not None
+
+    def query(self) -> bool:
+        """Return whether it is done.
+
+        Raises:
+            SimulatedDeviceError: If what it stands for has failed, or the whole device.
+        """
+        self._stream.queues.polled()
+        if (error := self._stream.on.error or self.error) is not None:
+            raise error.again()
+        return self.completed
+
+    def wait(self, stream: SimulatedStream | None = None) -> None:
+        """Make later work of a stream, by default the thread's current one, wait for the event."""
+        (stream or self._stream.queues.current_stream(self.device)).wait_event(self)
+
+    def synchronize(self) -> None:
+        """Block until it is done; on a virtual clock, execute until it is."""
+        self._stream.queues.synchronize(lambda: self.completed)
+        self.query()
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        """Return the milliseconds from this event to another.
+
+        Raises:
+            RuntimeError: If one of them was not recorded with timing, or is not completed.
+        """
+        if not (self._timed and end._timed):
+            raise RuntimeError("both events have to be recorded with timing")
+        if self.completed_at is None or end.completed_at is None:
+            raise RuntimeError("both events have to be completed")
+        return (end.completed_at - self.completed_at) * 1e3
+
+    def complete(self, when: float, error: SimulatedDeviceError | None) -> None:
+        """Note that everything before it is done, or that something before it has failed. For who executes."""
+        if self._fails and error is None:
+            error = SimulatedDeviceError(f"an event of {self._stream.name} failed, as the test wanted")
+        self.error = error
+        self.completed_at = when
+
+
+class SimulatedStream:
+    """An in-order queue of a simulated device. Like ``torch.Stream``; ``with stream:`` makes it current."""
+
+    def __init__(self, queues: Queues, on: Device, number: int, *, low_priority: bool = False) -> None:
+        self.queues = queues
+        self.on = on
+        self.name = f"stream {number} of {on.device}"
+        self.low_priority = low_priority
+        self.queue: deque[Operation] = deque()
+        self.time = 0.0
+        """When it was last done with something."""
+        self.error: SimulatedDeviceError | None = None
+
+    def __repr__(self) -> str:
+        return f"<SimulatedStream {self.name}: {', '.join(operation.name for operation in self.queue) or 'idle'}>"
+
+    @property
+    def device(self) -> torch.device:
+        """Its device."""
+        return self.on.device
+
+    def query(self) -> bool:
+        """Return whether everything enqueued so far is done.
+
+        Raises:
+            SimulatedDeviceError: If some of it has failed.
+        """
+        self.queues.polled()
+        if (error := self.on.error or self.error) is not None:
+            raise error.again()
+        return not self.queue
+
+    def synchronize(self) -> None:
+        """Block until everything enqueued so far is done; on a virtual clock, execute until it is."""
+        self.record_event().synchronize()
+
+    def record_event(self, *, timed: bool = False, fails: bool = False) -> SimulatedEvent:
+        """Return an event that completes when everything enqueued so far is done; ``fails`` makes only it fail."""
+        event = SimulatedEvent(self, timed=timed, fails=fails)
+        self.queues.enqueue(self, Operation(name="event", completes=event))
+        return event
+
+    def wait_event(self, event: SimulatedEvent) -> None:
+        """Make later work of this stream wait for an event."""
+        self.queues.enqueue(self, Operation(name=f"wait for {event!r}", waits_for=event))
+
+    def wait_stream(self, stream: SimulatedStream) -> None:
+        """Make later work of this stream wait for everything enqueued so far on another."""
+        self.wait_event(stream.record_event())
+
+    def __enter__(self) -> SimulatedStream:
+        self.queues.enter(self.device, self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.queues.leave()
