@@ -11,6 +11,9 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import Path, format_path
+
 __all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart"]
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -51,6 +54,10 @@ class Refusal(Exception):
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
+
+    def at(self, path: Path) -> UnsupportedLeafError:
+        """Return the error for the leaf at a path."""
+        return UnsupportedLeafError(self.reason, path=format_path(path), remedy=self.remedy)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,7 +71,7 @@ class _Leaves:
         try:
             await slices.run(walk.leaves.inspect(Inspection(None)))
         except Refusal as refusal:
-            raise walk.unsupported(walk.path(len(walk.leaves.specs)), refusal) from None
+            raise refusal.at(walk.path(len(walk.leaves.specs))) from None
         leaves = cls(walk)
         await slices.run(leaves.index())
         return leaves

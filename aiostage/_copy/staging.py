@@ -194,7 +194,7 @@ class Staging:
             try:
                 await self._slices.run(leaves.inspect(self._resources.inspection))
             except Refusal as refusal:
-                raise walk.unsupported(walk.path(len(leaves.specs)), refusal) from None
+                raise refusal.at(walk.path(len(leaves.specs))) from None
             self._specs = leaves.specs
             if self._options.dtype is not None:
                 self._specs = await self._slices.run(self._cast())
