@@ -78,6 +78,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(stream, protocol=5)
         self._arenas = [arena for arena in arenas if arena.kind == "shared"]
         self.used: list[Arena] = []
+        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, item: object) -> object:
         """Return the place of a tensor, or None for what is to be pickled."""
@@ -94,7 +95,8 @@ class _Pickler(pickle.Pickler):
                     self.used.append(arena)
                 place = (self.used.index(arena), address - arena.address, nbytes)
                 view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-                return place, view, type(tensor) is torch.nn.Parameter, tensor.requires_grad
+                number = self._numbers.setdefault(id(tensor), len(self._numbers))
+                return number, place, view, type(tensor) is torch.nn.Parameter, tensor.requires_grad
         return None
 
 
@@ -105,12 +107,17 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(structure))
         self._memory = memory
         self._storages: dict[object, torch.UntypedStorage] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
 
     def persistent_load(self, key: Any) -> torch.Tensor:
         """Return the tensor at a place."""
-        place, (dtype, offset, shape, stride), is_parameter, requires_grad = key
+        number, place, (dtype, offset, shape, stride), is_parameter, requires_grad = key
+        if number in self._tensors:
+            return self._tensors[number]
         if place not in self._storages:
-            number, start, nbytes = place
-            self._storages[place] = torch.from_numpy(self._memory[number][start : start + nbytes]).untyped_storage()
+            arena, start, nbytes = place
+            self._storages[place] = torch.from_numpy(self._memory[arena][start : start + nbytes]).untyped_storage()
         tensor = torch.empty(0, dtype=dtype).set_(self._storages[place], offset, shape, stride)
-        return torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
+        made = torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
+        self._tensors[number] = made
+        return made

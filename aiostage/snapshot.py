@@ -94,15 +94,11 @@ class Snapshot(Generic[T]):
             if number not in staging.landed:
                 # Failed, abandoned or closed: completing says which.
                 break
-            for index in batch.lands:
-                leaf = staging.leaf(index)
-                if leaf is not None:
-                    yield leaf
+            for index in filter(staging.is_whole, batch.lands):
+                yield staging.leaf(index)
         await self._complete()
-        for index in staging.not_copied():
-            leaf = staging.leaf(index)
-            if leaf is not None:
-                yield leaf
+        for index in filter(staging.is_whole, staging.not_copied()):
+            yield staging.leaf(index)
 
     async def __aenter__(self) -> Snapshot[T]:
         """Walk the state dict, get memory and start the copies.

@@ -124,9 +124,11 @@ class AsyncStager(CheckpointStager):
 
         Raises:
             StagingError: If no tensor of it is in this stager's shared memory, or something in it cannot be pickled.
+            StagerClosedError: If the stager is closed.
 
         May be cancelled; nothing is then left behind.
         """
+        self._resources.check_open()
         arenas = self._resources.pool.leased()
         return await self._resources.workers.run(partial(share, staged, arenas))
 

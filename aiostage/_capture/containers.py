@@ -23,8 +23,12 @@ def copy_mapping(memo: Memo, source: dict[Any, Any], target: dict[Any, Any], fra
     """Begin the copy of a dict, or of what is filled like one."""
     memo.made(source, target, frame, slot)
     keys = list(source)
-    memo.witness.add_mapping(source, keys, list(source.values()), frame, slot)
-    _copy_items(memo, target, keys, list(source.values()), frame, slot)
+    values = list(source.values())
+    if frame.steps[slot] is STATE:
+        memo.witness.add_attributes(source, values, frame, slot)
+    else:
+        memo.witness.add_mapping(source, keys, values, frame, slot)
+    _copy_items(memo, target, keys, values, frame, slot)
 
 
 def _copy_items(
@@ -76,7 +80,7 @@ def copy_ordered_dict(memo: Memo, source: OrderedDict[Any, Any], frame: Frame, s
     if state:
         # Module.state_dict() hangs _metadata here.
         names = list(state)
-        memo.witness.add_mapping(state, names, list(state.values()), frame, slot)
+        memo.witness.add_attributes(state, list(state.values()), frame, slot)
 
         def finish(done: Frame) -> None:
             if done.incomplete():

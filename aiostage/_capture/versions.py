@@ -8,7 +8,7 @@ from itertools import islice
 from operator import is_
 from typing import Any, Protocol
 
-from aiostage.leaf import Path
+from aiostage.leaf import Attribute, Path
 
 __all__ = ["Witness"]
 
@@ -28,8 +28,8 @@ class Witness:
     """
 
     def __init__(self) -> None:
-        self._contents: list[tuple[Collection[Any], Sequence[Any], _HasPath, int]] = []
         self._keys: list[tuple[Collection[Any], Sequence[Any], _HasPath, int]] = []
+        self._contents: list[tuple[Collection[Any], Sequence[Any], Sequence[object], _HasPath, int]] = []
         self._sets: list[tuple[set[Any], set[int], _HasPath, int]] = []
         self._slots: list[tuple[object, Mapping[str, Any], _HasPath, int]] = []
 
@@ -38,11 +38,17 @@ class Witness:
     ) -> None:
         """Note the keys and values of a mapping."""
         self._keys.append((dict.keys(source), keys, frame, slot))
-        self._contents.append((dict.values(source), values, frame, slot))
+        self._contents.append((dict.values(source), values, keys, frame, slot))
+
+    def add_attributes(self, source: dict[str, Any], values: Sequence[Any], frame: _HasPath, slot: int) -> None:
+        """Note the attributes of an object, which is what the path leads to."""
+        names = list(map(Attribute, source))
+        self._keys.append((source.keys(), list(source), frame, slot))
+        self._contents.append((source.values(), values, names, frame, slot))
 
     def add_sequence(self, source: list[Any] | deque[Any], items: Sequence[Any], frame: _HasPath, slot: int) -> None:
         """Note the items of a sequence."""
-        self._contents.append((source, items, frame, slot))
+        self._contents.append((source, items, range(len(items)), frame, slot))
 
     def add_set(self, source: set[Any], frame: _HasPath, slot: int) -> None:
         """Note the members of a set."""
@@ -53,26 +59,38 @@ class Witness:
         self._slots.append((source, slots, frame, slot))
 
     def changed(self) -> Generator[None, None, list[Path]]:
-        """Return the paths of containers that hold something else now, yielding between small steps."""
+        """Return the paths of what is another object now, yielding between small steps.
+
+        Where something was added, removed or moved it is the path of the container.
+        """
         paths: dict[Path, None] = {}
-        for source, before, frame, slot in (*self._keys, *self._contents):
-            if len(source) != len(before) or not (yield from _same(iter(source), before)):
+        for source, before, frame, slot in self._keys:
+            if len(source) != len(before) or not (yield from _same(source, before)):
                 paths[frame.path(slot)] = None
+            yield
+        for source, before, steps, frame, slot in self._contents:
+            if len(source) != len(before):
+                paths[frame.path(slot)] = None
+            elif not (yield from _same(source, before)) and (path := frame.path(slot)) not in paths:
+                for step, now, then in zip(steps, source, before, strict=False):
+                    if now is not then:
+                        paths[(*path, step)] = None
             yield
         for members, identities, frame, slot in self._sets:
             if set(map(id, members)) != identities:
                 paths[frame.path(slot)] = None
             yield
         for item, slots, frame, slot in self._slots:
-            if not all(getattr(item, name, None) is value for name, value in slots.items()):
-                paths[frame.path(slot)] = None
+            for name, value in slots.items():
+                if getattr(item, name, None) is not value:
+                    paths[(*frame.path(slot), Attribute(name))] = None
             yield
         return list(paths)
 
 
 def _same(now: Iterable[Any], before: Sequence[Any]) -> Generator[None, None, bool]:
-    iterator = iter(now)
     try:
+        iterator = iter(now)
         for start in range(0, len(before), _CHUNK):
             part = before[start : start + _CHUNK]
             if not all(map(is_, islice(iterator, len(part)), part)):

@@ -15,7 +15,7 @@ import torch
 from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.leaves import Inspection, changed
 from aiostage._capture.plan import MixedCast, Plan, compile_plan
-from aiostage._capture.rebuild import build_block, build_run, finish_leaves, perform
+from aiostage._capture.rebuild import Results, build_block, build_run, finish_leaves, perform
 from aiostage._capture.walk import Walk
 from aiostage._copy.host import HostCopy
 from aiostage._loop.cleanup import finish
@@ -130,7 +130,11 @@ class Staging:
         self._slices = Slices(resources.options.max_loop_hold)
         self._walk = Walk(passthrough=resources.options.passthrough)
         self._specs: list[Spec | None] = []
+        # What holds memory is kept here and not in locals: there the traceback of an error, or of a cancellation,
+        # would keep it for as long as somebody keeps the error.
         self._lease: Lease | None = None
+        self._results: Results | None = None
+        self._tree: Any = None
         self.plan: Plan | None = None
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
@@ -274,7 +278,7 @@ class Staging:
         # Putting staged tensors into containers needs no bytes in them yet; whatever may look at values does.
         early = not (walk.calls_out or leaves.composites)
         if early:
-            tree = await self._rebuild()
+            self._tree = await self._rebuild()
         with _Phase(self.timings, "copy"):
             await self.job.join()
             resources.check_open()
@@ -285,22 +289,22 @@ class Staging:
             if paths:
                 raise TornSnapshotError([format_path(path) for path in paths])
         if not early:
-            tree = await self._rebuild()
+            self._tree = await self._rebuild()
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._specs)
         counts.nbytes += self.nbytes
         counts.copies += self.job.done
-        return tree
+        return self._tree
 
     async def _rebuild(self) -> Any:
         """Make the staged tree."""
         walk = self._walk
         with _Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
-            results = walk.results(self.staged)
-            await self._slices.run(perform(walk.program, results))
-            return walk.tree(results)
+            self._results = walk.results(self.staged)
+            await self._slices.run(perform(walk.program, self._results))
+            return walk.tree(self._results)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""
@@ -309,7 +313,7 @@ class Staging:
         counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
         self.timings.yields = self._slices.yields
         self._lease = None
-        self._source = None
+        self._source = self._results = self._tree = None
         self._walk.release()
 
     # What can be seen of it
@@ -319,10 +323,12 @@ class Staging:
         """How many leaves the tree has; a tensor that is reached by several paths counts once."""
         return len(self._walk.leaves) - len(self._walk.leaves.owners)
 
-    def leaf(self, index: int) -> StagedLeaf | None:
-        """Return a staged leaf, or None if it is only a part of one."""
-        if index in self._walk.leaves.owners:
-            return None
+    def is_whole(self, index: int) -> bool:
+        """Return whether a leaf is one of the tree's, and not only a part of one."""
+        return index not in self._walk.leaves.owners
+
+    def leaf(self, index: int) -> StagedLeaf:
+        """Return a staged leaf."""
         return StagedLeaf(self._walk.path(index), self.staged[index])
 
     def not_copied(self) -> list[int]:

@@ -1,0 +1,169 @@
+"""Cancelling staging at every one of its awaits: nothing stays behind, and the stager works on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from aiostage import AsyncStager, StagingOptions
+from tests.memory.cancelling import at_every_await
+from tests.staging.holding import copies_held, until
+
+SOURCE = {
+    "step": 3,
+    "model": {f"p{n}": torch.full((5,), float(n)) for n in range(200)},
+    "pair": (torch.ones(2), [torch.zeros(3)]),
+    "sparse": torch.eye(3).to_sparse(),
+    "big": torch.ones(3_000_000),
+}
+EAGER = StagingOptions(max_loop_hold=1e-9)
+"""Yields between any two small steps, so that there are many awaits to be cancelled at."""
+
+
+async def everything_is_back(stager: AsyncStager) -> None:
+    """Check that nothing is leased, under way or waited for, without the help of the garbage collector."""
+    statistics = stager.statistics()
+    assert (statistics.leases, statistics.waiting) == (0, 0)
+    assert not stager._resources.running
+    staged = await stager.stage(SOURCE)
+    assert float(staged["model"]["p7"][0]) == 7
+    assert torch.equal(staged["sparse"].to_dense(), torch.eye(3))
+    del staged
+    assert stager.statistics().leases == 0
+
+
+async def check(stager: AsyncStager, make: Callable[[], Coroutine[Any, Any, object]]) -> int:
+    """Cancel at every await, and check after each; return how many there were."""
+    count = 0
+    gc.disable()
+    try:
+        async for _ in at_every_await(make):
+            count += 1
+            await everything_is_back(stager)
+    finally:
+        gc.enable()
+    return count
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("warm", [False, True])
+async def test_stage(warm: bool) -> None:
+    async with AsyncStager(EAGER) as stager:
+        if warm:
+            for _ in range(3):
+                await stager.stage(SOURCE)
+        assert await check(stager, lambda: stager.stage(SOURCE)) > 10
+
+
+@pytest.mark.asyncio
+async def test_stage_inline() -> None:
+    async with AsyncStager(StagingOptions(max_loop_hold=1e-9, use_async_staging=False)) as stager:
+        assert await check(stager, lambda: stager.stage(SOURCE)) > 10
+
+
+@pytest.mark.asyncio
+async def test_snapshot_with_everything_in_it() -> None:
+    async with AsyncStager(EAGER) as stager:
+
+        async def use() -> None:
+            async with stager.snapshot(SOURCE) as snapshot:
+                async for leaf in snapshot:
+                    # Or the cancellation's traceback would keep it.
+                    del leaf
+                await snapshot.captured()
+                await snapshot.result()
+
+        assert await check(stager, use) > 10
+
+
+@pytest.mark.asyncio
+async def test_prewarm() -> None:
+    async with AsyncStager(EAGER) as stager:
+        assert await check(stager, lambda: stager.prewarm(SOURCE)) > 10
+
+
+@pytest.mark.asyncio
+async def test_share() -> None:
+    async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
+        staged = await stager.stage({"a": torch.ones(10)})
+        async for _ in at_every_await(lambda: stager.share(staged)):
+            pass
+        assert float((await stager.share(staged)).open()["a"].sum()) == 10
+
+
+@pytest.mark.asyncio
+async def test_restore_is_all_or_nothing() -> None:
+    async with AsyncStager(EAGER) as stager:
+        staged = {f"p{n}": torch.full((5,), 1.0) for n in range(300)}
+        live = {name: torch.zeros(5) for name in staged}
+        async for _ in at_every_await(lambda: stager.restore(staged, into=live)):
+            total = sum(float(tensor.sum()) for tensor in live.values())
+            assert total in (0, 1500)
+            for tensor in live.values():
+                tensor.zero_()
+
+
+@pytest.mark.asyncio
+async def test_restore_that_has_begun_is_finished() -> None:
+    async with AsyncStager() as stager:
+        live = {"a": torch.zeros(5)}
+        with copies_held(stager) as release:
+            task = asyncio.ensure_future(stager.restore({"a": torch.ones(5)}, into=live))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert float(live["a"].sum()) == 5
+
+
+@pytest.mark.asyncio
+async def test_aclose_closes_all_the_same() -> None:
+    number = 0
+    reached = True
+    while reached:
+        stager = AsyncStager()
+        staged = await stager.stage(SOURCE)
+        staging = asyncio.ensure_future(stager.stage(SOURCE))
+        await until(lambda stager=stager: bool(stager._resources.running))  # type: ignore[misc]
+        reached = False
+        async for reached_number in at_every_await(stager.aclose):
+            if reached_number == number:
+                reached = True
+                break
+        with pytest.raises(Exception, match="closed"):
+            await staging
+        with pytest.raises(Exception, match="closed"):
+            stager.stage(SOURCE)
+        del staged
+        await until(lambda stager=stager: stager.statistics().arenas == 0)  # type: ignore[misc]
+        number += 1
+
+
+@pytest.mark.asyncio
+async def test_tasks_cancelled_at_random_moments() -> None:
+    import random
+
+    generator = random.Random(7)
+    async with AsyncStager(EAGER) as stager:
+        for _ in range(60):
+            tasks = [asyncio.ensure_future(stager.stage(SOURCE)) for _ in range(3)]
+            for _ in range(generator.randrange(200)):
+                await asyncio.sleep(0)
+            tasks[generator.randrange(3)].cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for result in results:
+                assert isinstance(result, (dict, asyncio.CancelledError))
+            assert sum(isinstance(result, dict) for result in results) >= 2
+            del results, result, tasks
+        # Tasks and what gathers them refer to each other, and the loop to both until its next turn.
+        await asyncio.sleep(0)
+        gc.collect()
+        await everything_is_back(stager)

@@ -1,0 +1,116 @@
+"""What 200 stagings leave behind: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+
+import psutil
+import pytest
+import torch
+
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError
+from tests.staging.holding import until
+
+MIB = 2**20
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def threads() -> int:
+    """Count threads, but for those that come and go within their limits."""
+    passing = ("aiostage-collection", "aiostage-copy")
+    return sum(not thread.name.startswith(passing) for thread in threading.enumerate())
+
+
+def mappings() -> int:
+    with open("/proc/self/maps") as lines:
+        return sum(1 for _ in lines)
+
+
+def tree(count: int = 50) -> dict[str, object]:
+    return {"step": 1, "model": {f"p{n}": torch.full((1000,), float(n)) for n in range(count)}, "big": torch.ones(MIB)}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("use_shared_memory", [False, True])
+async def test_two_hundred_stagings(use_shared_memory: bool) -> None:
+    source = tree()
+    async with AsyncStager(StagingOptions(use_shared_memory=use_shared_memory)) as stager:
+        for _ in range(20):
+            await stager.stage(source)
+        gc.collect()
+        before = (descriptors(), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
+        resident = psutil.Process().memory_info().rss
+        for _ in range(200):
+            await stager.stage(source)
+        after = (descriptors(), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
+        assert stager._resources.workers.threads <= 2
+        assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+        assert psutil.Process().memory_info().rss - resident < 16 * MIB
+
+
+@pytest.mark.asyncio
+async def test_descriptors_and_arenas_do_not_grow_with_the_number_of_tensors() -> None:
+    counts = []
+    for count in (10, 1000):
+        async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
+            await stager.stage(tree(count))
+            before = descriptors()
+            staged = await stager.stage(tree(count))
+            counts.append((descriptors() - before, stager.statistics().arenas, stager.statistics().copies))
+            del staged
+    assert counts[0][:2] == counts[1][:2]
+    assert counts[1][2] <= counts[0][2] + 8
+
+
+@pytest.mark.asyncio
+async def test_a_stager_that_is_closed_leaves_nothing() -> None:
+    gc.collect()
+    async with AsyncStager() as stager:
+        await stager.stage(tree())
+    await until(lambda: stager.statistics().arenas == 0)
+    await until(lambda: not stager._resources.workers.threads)
+    before = (descriptors(), mappings())
+    for _ in range(10):
+        async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
+            await stager.stage(tree())
+        await until(lambda stager=stager: stager.statistics().arenas == 0)  # type: ignore[misc]
+        await until(lambda stager=stager: not stager._resources.workers.threads)  # type: ignore[misc]
+    assert descriptors() <= before[0]
+    assert mappings() <= before[1] + 4
+
+
+@pytest.mark.asyncio
+async def test_stagings_need_no_garbage_collector() -> None:
+    sources = [tree(), {"sparse": torch.eye(3).to_sparse(), "t": (torch.ones(3), {torch.float32})}]
+    gc.collect()
+    gc.disable()
+    try:
+        async with AsyncStager() as stager:
+            for source in sources:
+                for _ in range(5):
+                    staged = await stager.stage(source)
+                    del staged
+                    assert stager.statistics().leases == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.asyncio
+async def test_an_error_that_is_kept_keeps_no_memory() -> None:
+    kept = []
+    async with AsyncStager() as stager:
+        for _ in range(3):
+            source = tree()
+            async with stager.snapshot(source) as snapshot:
+                source["step"] = 2
+                with pytest.raises(TornSnapshotError) as caught:
+                    await snapshot.captured()
+                kept.append(caught.value)
+                assert stager.statistics().leases == 0
+        assert kept

@@ -1,0 +1,118 @@
+"""A staged tree in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from aiostage import AsyncStager, HostMemoryError, StagingError, StagingOptions
+
+READER = """
+import pickle, sys, torch
+tree = pickle.load(sys.stdin.buffer).open()
+print(float(tree["a"].sum()), tree["a"] is tree["tied"], tree["row"]._base is None, type(tree["p"]).__name__, tree["n"])
+print(tree["row"].untyped_storage().data_ptr() == tree["m"].untyped_storage().data_ptr(), tree["row"].tolist())
+"""
+SHARED = StagingOptions(use_shared_memory=True)
+
+
+def tree() -> dict[str, object]:
+    a, m = torch.arange(1000.0), torch.arange(6.0).reshape(2, 3)
+    return {"a": a, "tied": a, "m": m, "row": m[1], "p": torch.nn.Parameter(torch.ones(2)), "n": [1, "x"]}
+
+
+@pytest.mark.asyncio
+class TestShare:
+    async def test_another_process_sees_the_same_tree(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage(tree())
+            handle = await stager.share(staged)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", READER, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            output, _ = await process.communicate(pickle.dumps(handle))
+        assert process.returncode == 0
+        assert output.decode().split("\n")[:2] == [
+            "499500.0 True True Parameter [1, 'x']",
+            "True [3.0, 4.0, 5.0]",
+        ]
+
+    async def test_a_handle_is_small_whatever_the_bytes(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(2_000_000)})
+            assert len(pickle.dumps(await stager.share(staged))) < 1500
+
+    async def test_opens_without_a_copy(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(1000)})
+            opened = (await stager.share(staged)).open()
+            assert torch.equal(opened["a"], staged["a"])
+            # Writing shows in the reader's own view only.
+            opened["a"].zero_()
+            assert float(staged["a"].sum()) == 1000
+
+    async def test_a_part_of_the_tree_may_be_shared(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage(tree())
+            assert float((await stager.share([staged["a"]])).open()[0].sum()) == 499500
+
+    async def test_a_handle_of_what_is_gone_is_an_error(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(1000)})
+            handle = await stager.share(staged)
+            del staged
+            await stager.stage({"a": torch.zeros(1000)})
+            with pytest.raises(HostMemoryError):
+                handle.open()
+
+    async def test_what_is_not_in_shared_memory_is_refused(self):
+        async with AsyncStager() as stager:
+            staged = await stager.stage(tree())
+            with pytest.raises(StagingError, match="use_shared_memory=True"):
+                await stager.share(staged)
+
+    async def test_what_cannot_be_pickled_is_refused(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(2), "f": lambda: None})
+            with pytest.raises(StagingError, match="cannot be described"):
+                await stager.share(staged)
+
+    async def test_statistics_tell_shared_bytes(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(1000)})
+            statistics = stager.statistics()
+            assert statistics.shared_bytes >= staged["a"].nbytes
+            assert statistics.pageable_bytes == statistics.pinned_bytes == 0
+
+
+OWNER = """
+import asyncio, os, sys, torch
+from aiostage import AsyncStager, StagingOptions
+
+async def main():
+    stager = AsyncStager(StagingOptions(use_shared_memory=True))
+    staged = await stager.stage({f"p{n}": torch.ones(1000) for n in range(2000)})
+    print(len(os.listdir("/proc/self/fd")), flush=True)
+    sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+def test_nothing_is_left_in_dev_shm_after_a_kill() -> None:
+    before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    open_descriptors = int(process.stdout.readline())
+    assert set(os.listdir("/dev/shm")) <= before
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert open_descriptors < 32
+    assert set(os.listdir("/dev/shm")) <= before
