@@ -148,7 +148,8 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     for record in ordered:
         if record.start != position:
             raise CheckpointCorruptError(
-                f"its tensor {record.name!r} starts at byte {record.start} of the data, not at {position}.", path=path
+                f"its header puts the tensor {record.name!r} at byte {record.start} of the data, not at {position}.",
+                path=path,
             )
         position = record.stop
     if position != data_bytes:
