@@ -13,7 +13,7 @@ from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.reader import CheckpointReader
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointCorruptError, CheckpointError
-from aiostage.storage.commit import absolute, is_current, open_committed
+from aiostage.storage.commit import is_current, open_committed
 from aiostage.storage.local import IO_THREADS
 
 __all__ = ["load"]
@@ -43,7 +43,7 @@ async def load(source: str | os.PathLike[str], *, into: Any = None, verify: bool
     ``into`` is not changed before everything was read, verified and compared, for which the tensors are in host memory
     a second time. May be cancelled: either nothing of ``into`` has been changed then, or everything.
     """
-    path = absolute(source)
+    path = os.fsdecode(source)
     workers, slices = Workers(IO_THREADS, "aiostage-load"), Slices(MAX_HOLD)
     try:
         tree = await _load(path, workers, slices, verify=verify)
@@ -75,6 +75,8 @@ async def _carry_out(transfer: Transfer, workers: Workers, slices: Slices) -> No
 
 async def _load(path: str, workers: Workers, slices: Slices, *, verify: bool) -> Any:
     """Load a tree; again if the checkpoint was replaced, and so removed, while it was read."""
+    # Once, or a change of the working directory would lead the next attempt elsewhere.
+    path = await workers.run(partial(os.path.abspath, path))
     for _ in range(_ATTEMPTS):
         resolved = await workers.run(partial(os.path.realpath, path))
         directory = await workers.run(partial(open_committed, resolved))

@@ -13,7 +13,6 @@ from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.writer import CheckpointWriter, SaveProgress, Written
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
-from aiostage.storage.commit import absolute
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
 __all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "SaveProgress", "save", "write_checkpoint"]
@@ -143,7 +142,7 @@ def _writer(
     """Check the arguments."""
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
-    return CheckpointWriter(absolute(target), overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
+    return CheckpointWriter(os.fsdecode(target), overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
 
 
 def _info(path: str, written: Written, captured: float, committed: float) -> CheckpointInfo:

@@ -59,7 +59,7 @@ class CheckpointWriter:
     """Writes one checkpoint.
 
     Args:
-        target: Absolute path of the directory to make.
+        target: The directory to make.
         overwrite: Whether a checkpoint that is there may be replaced.
         max_shard_bytes: How many bytes of tensors one file may hold.
         progress: Called on the event loop as parts are written.
@@ -86,7 +86,7 @@ class CheckpointWriter:
         """Find out early whether the target may be written to.
 
         Returns:
-            The target, links followed, so that replacing it leaves a link to it in place.
+            The absolute path of the target, links followed, so that replacing it leaves a link to it in place.
 
         Raises:
             CheckpointExistsError: If it may not.

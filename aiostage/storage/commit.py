@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.storage.files import Descriptor
 
-__all__ = ["MANIFEST_NAME", "Draft", "absolute", "check_target", "exchange", "is_current", "open_committed"]
+__all__ = ["MANIFEST_NAME", "Draft", "check_target", "exchange", "is_current", "open_committed"]
 
 MANIFEST_NAME = "manifest.json"
 """What every checkpoint has, and what tells one from other directories."""
@@ -38,11 +38,6 @@ _ASIDE = ".old"
 _ATTEMPTS = 100
 """How often a race with another process is retried before it is called an error. Each attempt can only fail when
 somebody else's has succeeded."""
-
-
-def absolute(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path that a caller means by a path now."""
-    return os.path.abspath(os.fsdecode(path))
 
 
 def check_target(target: str, *, overwrite: bool) -> None:
