@@ -28,12 +28,16 @@ class StagingOptions:
             not depend on the number of tensors.
         use_async_staging: Copy in worker threads and on side streams. False: copies run inline on the event loop,
             still yielding between leaves.
-        use_non_blocking_copy: Enqueue device copies without waiting for each. None: when there is an accelerator.
+        use_non_blocking_copy: Enqueue all device copies at once. False: two at a time. None: when there is an
+            accelerator.
             True without one: :class:`~aiostage.AcceleratorUnavailableError` when the stager is built.
         max_loop_hold: How long a staging may hold the event loop before it yields, in seconds. ``math.inf`` makes
             the walk one indivisible step.
         max_host_bytes: Budget for arenas, in bytes. A staging over the budget waits for a lease to end; one that
             can never fit raises :class:`~aiostage.HostMemoryError`. None: no limit.
+        max_bytes_in_flight: How many bytes each staging may have devices copy at once, so that staging leaves the next
+            step some of the bus. None: no limit. A single copy of at most 32 MiB may be larger.
+        low_priority_copies: Copy on streams of low priority, so that kernels of the next step go first.
         dtype: Cast floating-point leaves while they are copied: one dtype for all, or a function of path and
             tensor that returns the dtype, or None to leave the leaf as it is.
         passthrough: A function of path and object; subtrees for which it returns True are put into the staged tree
@@ -52,13 +56,15 @@ class StagingOptions:
     use_non_blocking_copy: bool | None = None
     max_loop_hold: float = 0.001
     max_host_bytes: int | None = None
+    max_bytes_in_flight: int | None = None
+    low_priority_copies: bool = True
     dtype: DtypeRule | None = None
     passthrough: PassthroughRule | None = None
     detect_torn: bool = True
 
     def __post_init__(self) -> None:
         """Check every field against its type and range."""
-        for name in ("use_shared_memory", "use_async_staging", "detect_torn"):
+        for name in ("use_shared_memory", "use_async_staging", "low_priority_copies", "detect_torn"):
             _require(name, getattr(self, name), bool)
         for name in ("use_pinned_memory", "use_non_blocking_copy"):
             if getattr(self, name) is not None:
@@ -69,11 +75,9 @@ class StagingOptions:
             raise ValueError(
                 f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {self.max_loop_hold!r}"
             )
-        if self.max_host_bytes is not None:
-            if isinstance(self.max_host_bytes, bool) or not isinstance(self.max_host_bytes, int):
-                raise TypeError(f"max_host_bytes must be a whole number of bytes or None, not {self.max_host_bytes!r}")
-            if self.max_host_bytes <= 0:
-                raise ValueError(f"max_host_bytes must be above 0 (None for no limit), not {self.max_host_bytes!r}")
+        for name in ("max_host_bytes", "max_bytes_in_flight"):
+            if getattr(self, name) is not None:
+                _require_bytes(name, getattr(self, name))
         if isinstance(self.dtype, torch.dtype):
             if not self.dtype.is_floating_point:
                 raise ValueError(
@@ -113,6 +117,13 @@ class StagingOptions:
 def _require(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+def _require_bytes(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of bytes or None, not {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be above 0 (None for no limit), not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

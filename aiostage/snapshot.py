@@ -8,9 +8,11 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from aiostage._copy.staging import Resources, Staging, Timings
+from aiostage._copy.resources import Resources
+from aiostage._copy.staging import Staging
+from aiostage._copy.timings import Timings
 from aiostage.errors import StagingError
-from aiostage.leaf import StagedLeaf
+from aiostage.leaf import Path, StagedLeaf, format_path
 
 __all__ = ["Snapshot", "stage"]
 
@@ -75,6 +77,46 @@ class Snapshot(Generic[T]):
         await self._complete()
         return self._tree  # type: ignore[return-value]
 
+    async def source_free(self, path_prefix: Path = ()) -> None:
+        """Wait until a part of the source has been copied, before the rest has.
+
+        Args:
+            path_prefix: Keys, indices and attribute names that lead to the part; the empty path is everything.
+
+        Raises:
+            KeyError: If there is no such part with tensors in it.
+            StagingError: If the snapshot was not entered, or was left, abandoned or closed before.
+
+        May be cancelled; that changes nothing. Whether that part was left alone until now is known when the snapshot
+        is captured.
+        """
+        self._check_entered()
+        if self._state == "captured":
+            return
+        numbers = self._staging.batches_under(tuple(path_prefix))
+        if path_prefix and not numbers:
+            raise KeyError(f"{format_path(tuple(path_prefix))} leads to no tensor that is copied")
+        for number in numbers:
+            if not await self._staging.land(number):
+                await self._complete()
+
+    def order_before(self, stream: Any | None = None) -> None:
+        """Make later work on a device wait there for the copies, so that the caller need not wait.
+
+        After this call the source may be changed by work on that stream. Changes made before it still are noticed as
+        torn, later ones are none. Looks at every leaf at once, for about 0.3 microseconds each.
+
+        Args:
+            stream: A stream of the accelerator; None is the current stream of each device that is being copied from.
+
+        Raises:
+            StagingError: If tensors in host memory are still being copied, which no stream can wait for; or if the
+                snapshot was not entered or was left before.
+        """
+        self._check_entered()
+        if self._state != "captured":
+            self._staging.order_before(stream)
+
     async def __aiter__(self) -> AsyncIterator[StagedLeaf]:
         """Yield each leaf as it lands, with the first path that leads to it.
 
@@ -87,11 +129,8 @@ class Snapshot(Generic[T]):
         self._check_entered()
         staging = self._staging
         plan = staging.plan
-        batches = plan.batches if plan is not None else ()
-        for number, batch in enumerate(batches):
-            while number not in staging.landed and not staging.job.finished():
-                await staging.job.progressed(staging.job.done)
-            if number not in staging.landed:
+        for number, batch in enumerate(plan.batches if plan is not None else ()):
+            if self._state != "captured" and not await staging.land(number):
                 # Failed, abandoned or closed: completing says which.
                 break
             for index in filter(staging.is_whole, batch.lands):
@@ -123,7 +162,7 @@ class Snapshot(Generic[T]):
         """Let go of the staged tree, or abandon the staging if it is not captured and wait for the copies that run."""
         captured, self._state, self._tree = self._state == "captured", "left", None
         if not captured:
-            await self._staging.abandon()
+            await self._staging.abandon(error)
         self._staging.staged = []
 
     def _check_entered(self) -> None:

@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from aiostage._copy.resources import Resources
 from aiostage._copy.restore import restore
-from aiostage._copy.staging import Resources
+from aiostage._device import default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend, CheckpointStager
@@ -39,8 +40,9 @@ class AsyncStager(CheckpointStager):
 
     def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
         self._options = options if options is not None else StagingOptions()
+        backend = backend if backend is not None else default_backend()
         _check_available(self._options, backend)
-        self._resources = Resources(self._options, backend)
+        self._resources = Resources(self._options, backend if backend.unavailable_reason is None else None)
 
     def __repr__(self) -> str:
         """Show the options, and what is held now."""
@@ -164,13 +166,13 @@ class AsyncStager(CheckpointStager):
             staging.job.cancel()
         for staging in tuple(resources.running):
             await finish(staging.job.settled)
-        resources.workers.stop()
+        resources.stop()
 
 
-def _check_available(options: StagingOptions, backend: Backend | None) -> None:
+def _check_available(options: StagingOptions, backend: Backend) -> None:
     """Refuse options that cannot be met, with the reason."""
-    missing = "there is no accelerator" if backend is None else backend.unavailable_reason
-    no_pinning = missing if backend is None else missing or backend.pinned_memory_reason
+    missing = backend.unavailable_reason
+    no_pinning = missing or backend.pinned_memory_reason
     for name, reason in (("use_pinned_memory", no_pinning), ("use_non_blocking_copy", missing)):
         if getattr(options, name) and reason is not None:
             raise AcceleratorUnavailableError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
@@ -133,6 +134,7 @@ class Composite:
 
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
+_is_cpu = attrgetter("is_cpu")
 _requires_grad = attrgetter("requires_grad")
 _storage_nbytes = torch.UntypedStorage.nbytes
 
@@ -148,7 +150,7 @@ class SpecTable:
         self._device_of = device_of or _on_host
         self._host_only = device_of is None
         self._specs: dict[object, Spec] = {}
-        self._host_specs: dict[object, Spec] = {}
+        self._plain_specs: dict[object, Spec] = {}
         self._meanings: dict[int, str | Refusal] = {}
 
     def meanings(self, tensors: Iterable[torch.Tensor]) -> list[str | Refusal]:
@@ -163,12 +165,14 @@ class SpecTable:
         return list(map(known.__getitem__, numbers))
 
     def specs(self, tensors: Sequence[torch.Tensor]) -> list[Spec] | None:
-        """Return the specs of dense host tensors without gradients, found in bulk; None if one needs a closer look."""
-        if not self._host_only or any(map(_requires_grad, tensors)):
+        """Return the specs of dense tensors without gradients, found in bulk; None if one needs a closer look."""
+        if any(map(_requires_grad, tensors)) or (self._host_only and not all(map(_is_cpu, tensors))):
             return None
         strides = map(torch.Tensor.stride, tensors)
-        keys = list(zip(map(type, tensors), map(_dtype, tensors), map(_shape, tensors), strides, strict=True))
-        table = self._host_specs
+        devices = repeat(None, len(tensors)) if self._host_only else map(self._device_of, tensors)
+        classes, dtypes, shapes = map(type, tensors), map(_dtype, tensors), map(_shape, tensors)
+        keys = list(zip(classes, dtypes, shapes, strides, devices, strict=True))
+        table = self._plain_specs
         for key, tensor in zip(keys, tensors, strict=True):
             if key not in table:
                 table[key] = self.spec(tensor)
@@ -184,8 +188,13 @@ class SpecTable:
         """Return the spec of a dense tensor.
 
         Raises:
-            Refusal: If its storage is smaller than its elements need.
+            Refusal: If its storage is smaller than its elements need, or is where nobody can copy from.
         """
+        if self._host_only and not tensor.is_cpu:
+            raise Refusal(
+                f"it is on {tensor.device}, and torch.accelerator knows no such device.",
+                "Move it to the host first, or pass a backend for its device to AsyncStager.",
+            )
         dtype, stride = tensor.dtype, tensor.stride()
         device = self._device_of(tensor)
         # Autograd history does not travel; only a graph leaf comes out requiring a gradient.

@@ -13,27 +13,14 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import Batch
 from aiostage.abc import Backend, SupportsQuery
 
-__all__ = ["DeviceCopy", "Flight", "Moment"]
+__all__ = ["DeviceCopy", "Flight"]
 
 _PACKED_BYTES = 64 * 1024
 """Up to this size leaves are gathered on their device first: a copy of its own costs about as much as moving this many
 bytes at 10 GB/s does, and copies of pieces below some 28 KiB were reported to collapse altogether."""
 
 
-class Moment:
-    """What was enqueued on the caller's current streams when it called, on every device that a tree may touch.
-
-    Args:
-        backend: How to reach accelerators.
-    """
-
-    __slots__ = ("events",)
-
-    def __init__(self, backend: Backend) -> None:
-        self.events = {device: backend.record(backend.current_stream(device)) for device in backend.active_devices()}
-
-
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Flight:
     """Copies that a device has been told to make, and everything that must outlive them.
 
@@ -42,20 +29,25 @@ class Flight:
         device: Which device.
         nbytes: How many bytes they bring.
         number: Of the batch.
-        keep: Sources, temporaries and the lease.
+        copies: How many copies to host memory they are.
+        launches: How many operations were enqueued in all.
+        keep: Sources, temporaries and the arena.
     """
 
     event: SupportsQuery
     device: torch.device
     nbytes: int
     number: int
+    copies: int
+    launches: int
     keep: list[object] = field(repr=False)
 
 
 class DeviceCopy:
-    """The copies of one batch, ready to be enqueued from a worker thread.
+    """The copies of one batch, to be enqueued from a worker thread.
 
     Args:
+        number: Of the batch.
         batch: What to copy.
         tensors: The source leaves.
         staged: Their staged copies, built where the batch needs them.
@@ -65,92 +57,105 @@ class DeviceCopy:
 
     def __init__(
         self,
+        number: int,
         batch: Batch,
         tensors: Sequence[torch.Tensor],
         staged: Sequence[torch.Tensor],
         specs: Sequence[Spec | None],
         memory: np.ndarray[Any, Any],
     ) -> None:
-        self._batch = batch
+        assert batch.device is not None  # noqa: S101 - host batches are copied by HostCopy
+        self.number = number
+        self.device = batch.device
+        self.nbytes = batch.stop - batch.start
+        self._whole = [(_known(specs[index]), tensors[index], staged[index]) for index in batch.whole]
+        self._pieces = [(piece, _known(specs[piece.index]), tensors[piece.index]) for piece in batch.pieces]
         self._memory = memory
-        self._packs: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
-        offset = batch.start
-        pack: list[torch.Tensor] = []
-        pack_spec: Spec | None = None
-        for index in batch.whole:
-            spec = specs[index]
-            assert spec is not None  # noqa: S101 - a plan places leaves with memory only
-            small = spec.nbytes <= _PACKED_BYTES and spec.target is spec.dtype and not spec.by_value
-            if pack and not (small and pack_spec is not None and spec.dtype is pack_spec.dtype):
-                self._add_pack(pack, offset)
-                pack = []
-            if small:
-                if not pack:
-                    offset = staged[index].data_ptr() - memory.ctypes.data
-                    pack_spec = spec
-                pack.append(tensors[index].detach().reshape(-1))
-            else:
-                self._destinations.append(staged[index])
-                self._sources.append(tensors[index].detach())
-        if pack:
-            self._add_pack(pack, offset)
-        for piece in batch.pieces:
-            spec, tensor = specs[piece.index], tensors[piece.index]
-            assert spec is not None  # noqa: S101 - a plan has pieces of leaves with memory only
-            stop = piece.offset + piece.length * spec.target.itemsize
-            destination = torch.from_numpy(memory[piece.offset : stop])
-            if spec.target is spec.dtype and not spec.by_value:
-                size = spec.dtype.itemsize
-                source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-                begin = (tensor.storage_offset() + piece.start) * size
-                source.set_(tensor.untyped_storage(), begin, (piece.length * size,), (1,))
-            else:
-                destination = destination.view(spec.target)
-                first = tensor.storage_offset() + piece.start
-                source = tensor.detach().as_strided((piece.length,), (1,), first)
-            self._destinations.append(destination)
-            self._sources.append(source)
+        self._launches = 0
+        self._keep: list[object] = []
 
-    def _add_pack(self, sources: list[torch.Tensor], offset: int) -> None:
-        """Note leaves in consecutive slots that are to be gathered first."""
-        dtype = sources[0].dtype
-        nbytes = sum(source.numel() for source in sources) * dtype.itemsize
-        if len(sources) == 1:
-            self._sources.append(sources[0])
-            self._destinations.append(torch.from_numpy(self._memory[offset : offset + nbytes]).view(dtype))
-            return
-        self._packs.append((torch.from_numpy(self._memory[offset : offset + nbytes]).view(dtype), sources))
-
-    def enqueue(self, backend: Backend, stream: Any, number: int, lease: object) -> tuple[Flight, int, int]:
-        """Tell the device to copy.
+    def enqueue(self, backend: Backend, stream: Any) -> Flight:
+        """Tell the device to copy. May block while the host memory is not pinned.
 
         Args:
             backend: How to reach the device.
             stream: A side stream of the batch's device that waits for the caller's work already.
-            number: Of the batch.
-            lease: Kept until the copies are done.
 
         Returns:
-            The copies under way, how many copies those are, and how many operations were enqueued in all.
+            The copies under way.
         """
-        device = self._batch.device
-        assert device is not None  # noqa: S101 - host batches are copied by HostCopy
-        launches = 0
-        keep: list[object] = [lease, self._memory, self._sources]
-        destinations, sources = list(self._destinations), list(self._sources)
-        for destination, parts in self._packs:
-            flat, packed = backend.pack(parts, stream)
-            launches += packed
-            destinations.append(destination)
-            sources.append(flat)
-            keep += (flat, parts)
-            for part in parts:
-                backend.keep(part, stream)
-        launches += backend.copy(destinations, sources, stream)
-        for source in sources:
+        with torch.no_grad():
+            self._take_whole(backend, stream)
+            self._take_pieces()
+            self._launches += backend.copy(self._destinations, self._sources, stream)
+        for source in self._sources:
             backend.keep(source, stream)
+        keep = [*self._keep, self._whole, self._pieces, self._destinations, self._sources, self._memory]
         event = backend.record(stream)
-        nbytes = self._batch.stop - self._batch.start
-        return Flight(event, device, nbytes, number, keep), len(destinations), launches
+        return Flight(event, self.device, self.nbytes, self.number, len(self._destinations), self._launches, keep)
+
+    def _take_whole(self, backend: Backend, stream: Any) -> None:
+        """Note the leaves that are copied as they are, small ones in consecutive slots as one."""
+        pack: list[torch.Tensor] = []
+        dtype: torch.dtype | None = None
+        begin = end = 0
+        for spec, tensor, staged in self._whole:
+            source = tensor.detach()
+            if spec.nbytes > _PACKED_BYTES or spec.target is not spec.dtype or spec.by_value:
+                self._destinations.append(staged.detach())
+                self._sources.append(source)
+                continue
+            address = staged.data_ptr() - self._memory.ctypes.data
+            if pack and (address != end or spec.dtype is not dtype):
+                self._take_pack(pack, begin, backend, stream)
+                pack = []
+            if not pack:
+                begin, dtype = address, spec.dtype
+            pack.append(source.reshape(-1))
+            end = address + spec.nbytes
+        if pack:
+            self._take_pack(pack, begin, backend, stream)
+
+    def _take_pack(self, sources: list[torch.Tensor], begin: int, backend: Backend, stream: Any) -> None:
+        """Gather leaves of one dtype whose slots are consecutive, so that one copy brings them all."""
+        dtype = sources[0].dtype
+        sizes = [source.numel() for source in sources]
+        destination = torch.from_numpy(self._memory[begin : begin + sum(sizes) * dtype.itemsize]).view(dtype)
+        if len(sources) > 1:
+            try:
+                flat, launches = backend.pack(sources, stream)
+            except torch.OutOfMemoryError:
+                # Slower, but a checkpoint is wanted most when the device is full.
+                self._destinations += torch.split(destination, sizes)
+                self._sources += sources
+                return
+            for source in sources:
+                backend.keep(source, stream)
+            self._keep.append(sources)
+            self._launches += launches
+            sources = [flat]
+        self._destinations.append(destination)
+        self._sources += sources
+
+    def _take_pieces(self) -> None:
+        """Note the ranges of memory that are copied flat."""
+        for piece, spec, tensor in self._pieces:
+            stop = piece.offset + piece.length * spec.target.itemsize
+            destination = torch.from_numpy(self._memory[piece.offset : stop])
+            if spec.target is spec.dtype and not spec.by_value:
+                size = spec.dtype.itemsize
+                begin = (tensor.storage_offset() + piece.start) * size
+                source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                source.set_(tensor.untyped_storage(), begin, (piece.length * size,), (1,))
+            else:
+                destination = destination.view(spec.target)
+                source = tensor.detach().as_strided((piece.length,), (1,), tensor.storage_offset() + piece.start)
+            self._destinations.append(destination)
+            self._sources.append(source)
+
+
+def _known(spec: Spec | None) -> Spec:
+    assert spec is not None  # noqa: S101 - a plan places leaves with memory only
+    return spec

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -12,10 +13,15 @@ from aiostage._capture.faithful import Refusal
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
+from aiostage._copy.device import Flight
+from aiostage._copy.flights import airborne
 from aiostage._copy.host import copy_tensors
-from aiostage._copy.staging import Resources
+from aiostage._copy.resources import Resources
+from aiostage._device.streams import Moment
 from aiostage._loop.cleanup import finish
+from aiostage._loop.polling import wait_event
 from aiostage._loop.slices import Slices
+from aiostage._loop.workers import Job
 from aiostage.errors import CheckpointMismatchError
 from aiostage.leaf import Path, format_path
 
@@ -24,33 +30,96 @@ __all__ = ["restore"]
 _AT_ONCE = 64
 """Leaves looked at between two yields."""
 
-_Batch: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
-
 
 async def restore(resources: Resources, staged: Any, into: Any) -> None:
     """Copy every tensor of one tree into its twin in the other, after both were found to match."""
+    arrivals = _Arrivals(resources)
     slices = Slices(resources.options.max_loop_hold)
-    source, target = await _Leaves.of(slices, staged), await _Leaves.of(slices, into)
+    source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
         await slices.run(_check(source, target))
-        job = resources.workers.job()
-        for destinations, values in await slices.run(_batches(source, target)):
-            job.put(partial(copy_tensors, destinations, values))
-        job.close()
+        batches = await slices.run(_batches(source, target))
         # Half a restore is neither the old state nor the new: once begun it is finished.
-        await finish(job.settled)
-        if job.error is not None:
-            raise job.error
+        await finish(partial(_copy, batches, resources.workers.job(), arrivals))
     finally:
         source.walk.release()
         target.walk.release()
 
 
+async def _copy(batches: list[_Batch], job: Job, arrivals: _Arrivals) -> None:
+    """Make the copies; may be called again after a cancellation, and then goes on."""
+    while batches:
+        batch = batches.pop()
+        if batch.device is None:
+            job.put(partial(copy_tensors, batch.destinations, batch.values))
+        else:
+            arrivals.follow_the_caller(batch.device)
+            job.put(partial(arrivals.enqueue, batch, batch.device))
+    job.close()
+    await job.settled()
+    if job.error is not None:
+        raise job.error
+    await arrivals.land()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Live tensors of one device, or of the host, with their values."""
+
+    device: torch.device | None
+    destinations: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    nbytes: int = 0
+
+
+class _Arrivals:
+    """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._backend = resources.backend
+        self._streams = resources.streams
+        self._moment = Moment.record(resources.backend) if resources.backend is not None else None
+        self._followed: set[torch.device] = set()
+        self._flights: list[Flight] = []
+        self._ordered = 0
+
+    def follow_the_caller(self, device: torch.device) -> None:
+        """Make the copies to a device wait for the caller's moment."""
+        if self._moment is not None and self._streams is not None and device not in self._followed:
+            self._followed.add(device)
+            self._moment.order_before(self._streams.of(device), device)
+
+    def enqueue(self, batch: _Batch, device: torch.device) -> None:
+        """Tell the device to copy; runs in a worker thread."""
+        assert self._backend is not None and self._streams is not None  # noqa: S101, PT018 - or there is no device
+        stream = self._streams.of(device)
+        with torch.no_grad():
+            launches = self._backend.copy(batch.destinations, batch.values, stream)
+        for tensor in batch.destinations:
+            self._backend.keep(tensor, stream)
+        event = self._backend.record(stream)
+        keep: list[object] = [batch.destinations, batch.values]
+        flight = Flight(event, device, batch.nbytes, len(self._flights), len(batch.values), launches, keep)
+        airborne.add(flight)
+        self._flights.append(flight)
+
+    async def land(self) -> None:
+        """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing."""
+        for flight in self._flights[self._ordered :]:
+            assert self._backend is not None  # noqa: S101 - or there was no flight
+            self._backend.wait(self._backend.current_stream(flight.device), flight.event)
+            self._ordered += 1
+        for flight in self._flights:
+            await wait_event(flight.event)
+            airborne.landed(flight)
+
+
 class _Leaves:
     """The leaves of one tree by their paths."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self.walk = walk
+        self.device_of = device_of or _on_host
         self.by_path: dict[Path, int] = {}
 
     def index(self) -> Generator[None, None, None]:
@@ -62,17 +131,18 @@ class _Leaves:
                 yield
 
     @classmethod
-    async def of(cls, slices: Slices, tree: Any) -> _Leaves:
+    async def of(cls, slices: Slices, tree: Any, resources: Resources) -> _Leaves:
         """Find the leaves of a tree, taking composites apart."""
         walk = Walk()
+        device_of = resources.backend.device_of if resources.backend is not None else None
         await slices.run(walk.run(tree))
         # An object that copies itself keeps its tensors; only here they are wanted and not their copies.
         walk.leaves.given.clear()
         try:
-            await slices.run(walk.leaves.inspect(Inspection(None)))
+            await slices.run(walk.leaves.inspect(Inspection(device_of)))
         except Refusal as refusal:
             raise refusal.at(walk.path(len(walk.leaves.specs))) from None
-        leaves = cls(walk)
+        leaves = cls(walk, device_of)
         await slices.run(leaves.index())
         return leaves
 
@@ -113,15 +183,21 @@ def _check(source: _Leaves, target: _Leaves) -> Generator[None, None, None]:
 def _batches(source: _Leaves, target: _Leaves) -> Generator[None, None, list[_Batch]]:
     """Return live tensors with their values in batches, yielding between small steps."""
     batches: list[_Batch] = []
-    batch: _Batch = ([], [])
-    nbytes = 0
+    open_batches: dict[torch.device | None, _Batch] = {}
     for path, leaf in target.by_path.items():
         for live, value in zip(target.dense(leaf), source.dense(source.by_path[path]), strict=True):
-            if not batches or nbytes >= BATCH_BYTES or len(batch[0]) >= BATCH_LEAVES:
-                batch, nbytes = ([], []), 0
+            device = target.device_of(live) or source.device_of(value)
+            batch = open_batches.get(device)
+            if batch is None or batch.nbytes >= BATCH_BYTES or len(batch.values) >= BATCH_LEAVES:
+                batch = open_batches[device] = _Batch(device)
                 batches.append(batch)
-            batch[0].append(live)
-            batch[1].append(value)
-            nbytes += live.nbytes
+            # Without history: the live tensor may be one that autograd guards.
+            batch.destinations.append(live.detach())
+            batch.values.append(value.detach())
+            batch.nbytes += live.nbytes
         yield
     return batches
+
+
+def _on_host(tensor: torch.Tensor) -> None:
+    return None

@@ -3,120 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import Inspection, changed
-from aiostage._capture.plan import MixedCast, Plan, compile_plan
+from aiostage._capture.leaves import changed
+from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.rebuild import Results, build_block, build_run, finish_leaves, perform
 from aiostage._capture.walk import Walk
+from aiostage._copy.device import DeviceCopy
+from aiostage._copy.flights import Flights
 from aiostage._copy.host import HostCopy
+from aiostage._copy.resources import Resources
+from aiostage._copy.timings import Phase, Timings
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
-from aiostage._loop.workers import Job, Workers
-from aiostage._memory.pool import Lease, Pool
-from aiostage.abc import Backend
-from aiostage.errors import StagerClosedError, TornSnapshotError, UnsupportedLeafError
+from aiostage._loop.workers import Job
+from aiostage._memory.pool import Lease
+from aiostage.errors import StagingError, TornSnapshotError, UnsupportedLeafError
 from aiostage.leaf import Path, StagedLeaf, format_path
-from aiostage.options import StagingOptions
 
-__all__ = ["Resources", "Staging", "Timings"]
-
-
-@dataclass(kw_only=True)
-class Timings:
-    """Where the time of one staging went, in seconds. Phases that overlap count for themselves.
-
-    Attributes:
-        walk: Copying containers and finding the leaves.
-        inspect: Looking at the leaves.
-        plan: Laying out the arena, or recognizing the layout.
-        memory: Waiting for an arena.
-        build: Making the staged leaves, while the copies already run.
-        copy: Waiting for the copies after everything was built.
-        check: Looking for changes of the source.
-        rebuild: Making the staged tree.
-        yields: How often the event loop got its turn.
-    """
-
-    walk: float = 0.0
-    inspect: float = 0.0
-    plan: float = 0.0
-    memory: float = 0.0
-    build: float = 0.0
-    copy: float = 0.0
-    check: float = 0.0
-    rebuild: float = 0.0
-    yields: int = 0
-
-
-@dataclass
-class _Counts:
-    """What a stager has done so far."""
-
-    stagings: int = 0
-    leaves: int = 0
-    nbytes: int = 0
-    plans_compiled: int = 0
-    plans_replayed: int = 0
-    copies: int = 0
-    launches: int = 0
-    longest_loop_hold: float = 0.0
-
-
-class Resources:
-    """What the stagings of one stager share.
-
-    Args:
-        options: Of the stager.
-        backend: How to reach accelerators; None when there is none to reach.
-    """
-
-    def __init__(self, options: StagingOptions, backend: Backend | None) -> None:
-        self.options = options
-        self.backend = backend
-        self.workers = Workers(_COPY_THREADS, "aiostage-copy")
-        self.pool = Pool(self.workers, max_bytes=options.max_host_bytes, shared=options.use_shared_memory)
-        self.inspection = Inspection(backend.device_of if backend is not None else None)
-        self.counts = _Counts()
-        self.running: set[Staging] = set()
-        self.closed = False
-        self._known: tuple[list[Spec | None], list[int], Plan] | None = None
-
-    def plan(self, specs: list[Spec | None], addresses: list[int]) -> Generator[None, None, Plan]:
-        """Return the layout for specs and addresses, the last one if they are the same again."""
-        known = self._known
-        if known is not None and known[0] == specs and known[1] == addresses:
-            self.counts.plans_replayed += 1
-            return known[2]
-        plan = yield from compile_plan(specs, addresses)
-        self.counts.plans_compiled += 1
-        self._known = (specs, addresses, plan)
-        return plan
-
-    def check_open(self) -> None:
-        """Raise StagerClosedError if the stager is closed."""
-        if self.closed:
-            raise StagerClosedError
-
-
-_COPY_THREADS = 2
-"""Measured on two cores: a second thread overlaps faulting memory in with copying, a third adds nothing."""
+__all__ = ["Staging"]
 
 
 class Staging:
     """Captures one state dict.
 
-    :meth:`begin` returns once every copy is under way, :meth:`complete` once the source may change again. Memory
-    safety rests on references alone: whatever a running copy touches is kept alive by that copy, so a staging that is
-    cancelled, or whose event loop is gone, can simply be dropped.
+    Made at the call: from then on changes are noticed, as far as the first slice of the walk gets. :meth:`begin`
+    returns once every copy is under way, :meth:`complete` once the source may change again. Memory safety rests on
+    references alone: whatever a running copy touches is kept alive by that copy, so a staging that is cancelled, or
+    whose event loop is gone, can simply be dropped.
 
     Args:
         resources: Of the stager.
@@ -126,7 +45,6 @@ class Staging:
     def __init__(self, resources: Resources, source: Any) -> None:
         self._resources = resources
         self._options = resources.options
-        self._source = source
         self._slices = Slices(resources.options.max_loop_hold)
         self._walk = Walk(passthrough=resources.options.passthrough)
         self._specs: list[Spec | None] = []
@@ -135,17 +53,30 @@ class Staging:
         self._lease: Lease | None = None
         self._results: Results | None = None
         self._tree: Any = None
+        self._torn: list[Path] | None = None
         self.plan: Plan | None = None
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
         self.timings = Timings()
-        self.landed: list[int] = []
-        """Batches that have been copied, in the order in which they were."""
+        self._landed: set[int] = set()
+        self._flights: Flights | None = None
+        if resources.backend is not None and resources.streams is not None:
+            self._flights = Flights(resources.backend, resources.streams)
+        self._looking = self._look(source)
+        self._refused: BaseException | None = None
+        self._looked = False
+        try:
+            self._looked = self._slices.take(self._looking)
+        except BaseException as error:
+            # To be raised where it is waited for, like any that comes later.
+            self._refused = error
 
     # The public life of a staging
 
     async def begin(self) -> None:
         """Walk, plan, get memory, build the leaves and start the copies.
+
+        With leaves on devices it returns once those copies are enqueued and everything in host memory is copied.
 
         Raises:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
@@ -180,29 +111,94 @@ class Staging:
         return tree
 
     async def abandon(self, error: BaseException | None = None) -> None:
-        """Drop the copies not yet begun, wait for those that run, and give everything up."""
+        """Drop the copies not yet begun, wait for those that run in threads, and give everything up.
+
+        Copies that devices are making cannot be stopped; their memory is kept until they are done.
+        """
         self.job.cancel()
         # A coroutine that is being closed may not wait; what runs keeps its memory.
         if not isinstance(error, GeneratorExit):
             await finish(self.job.settled)
+        if self._flights is not None:
+            self._flights.abandon()
         self._retire()
         self.staged = []
 
+    async def land(self, number: int) -> bool:
+        """Wait until a batch has been copied.
+
+        Returns:
+            False if it will not be: the staging has failed, was abandoned or closed.
+
+        Raises:
+            Exception: What became of the copies, if the device has failed.
+
+        Cancelling changes nothing.
+        """
+        batch = self._batches[number]
+        if batch.device is not None and self._flights is not None:
+            await self._flights.land(number)
+            self._landed.add(number)
+        while number not in self._landed and not self.job.finished():
+            await self.job.progressed(self.job.done)
+        return number in self._landed
+
+    def order_before(self, stream: Any | None) -> None:
+        """Make later work of a stream wait, on the device, for the copies, and look for changes up to now.
+
+        Raises:
+            StagingError: If copies from host memory are under way, for which no stream can wait.
+        """
+        if any(batch.device is None and n not in self._landed for n, batch in enumerate(self._batches)):
+            raise StagingError(
+                "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
+                remedy="Await source_free() or captured() before you change them.",
+            )
+        if self._flights is not None:
+            self._flights.order_before(stream)
+        if self._torn is None and self._options.detect_torn:
+            looking = self._changed()
+            while True:
+                try:
+                    next(looking)
+                except StopIteration as stop:
+                    self._torn = stop.value
+                    return
+
+    def batches_under(self, prefix: Path) -> list[int]:
+        """Return the batches that copy the leaves whose paths begin with a prefix."""
+        return [
+            number
+            for number, batch in enumerate(self._batches)
+            if not prefix or any(self._walk.path(index)[: len(prefix)] == prefix for index in batch.lands)
+        ]
+
     # Its parts
 
-    async def _begin(self) -> None:
+    def _look(self, source: Any) -> Generator[None, None, None]:
+        """Find the leaves, and what each of them is."""
         walk, leaves = self._walk, self._walk.leaves
-        with _Phase(self.timings, "walk"):
-            await self._slices.run(walk.run(self._source))
-        with _Phase(self.timings, "inspect"):
+        with Phase(self.timings, "walk"):
+            yield from walk.run(source)
+        with Phase(self.timings, "inspect"):
             try:
-                await self._slices.run(leaves.inspect(self._resources.inspection))
+                yield from leaves.inspect(self._resources.inspection)
             except Refusal as refusal:
                 raise refusal.at(walk.path(len(leaves.specs))) from None
             self._specs = leaves.specs
             if self._options.dtype is not None:
-                self._specs = await self._slices.run(self._cast())
-        with _Phase(self.timings, "plan"):
+                self._specs = yield from self._cast()
+
+    async def _begin(self) -> None:
+        walk, leaves = self._walk, self._walk.leaves
+        if self._refused is not None:
+            raise self._refused
+        if not self._looked:
+            await self._slices.run(self._looking)
+            if self._flights is not None:
+                # What was written meanwhile is in the versions that were read, so the copies have to have it too.
+                self._flights.renew()
+        with Phase(self.timings, "plan"):
             try:
                 plan = self.plan = await self._slices.run(self._resources.plan(self._specs, leaves.addresses))
             except MixedCast as mixed:
@@ -211,13 +207,19 @@ class Staging:
                     path=format_path(walk.path(mixed.index)),
                     remedy="Leave one of the two out, or return None for it from the dtype function.",
                 ) from None
+        device = next((batch.device for batch in plan.batches if batch.device is not None), None)
         if plan.nbytes:
-            with _Phase(self.timings, "memory"):
-                self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False)
+            with Phase(self.timings, "memory"):
+                self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False, device=device)
         self._resources.check_open()
-        with _Phase(self.timings, "build"):
-            await self._slices.run(self._build(plan))
+        with Phase(self.timings, "build"):
+            copies = await self._slices.run(self._build(plan))
         self.job.close()
+        if self._flights is not None and copies:
+            with Phase(self.timings, "launch"):
+                await self._flights.launch(copies, self._resources.launcher, self._resources.max_bytes_in_flight)
+                # The next step may change what is in host memory without asking any stream.
+                await self.job.join()
 
     def _cast(self) -> Generator[None, None, list[Spec | None]]:
         """Return the specs with the dtypes that the options ask for."""
@@ -238,15 +240,20 @@ class Staging:
                 yield
         return specs
 
-    def _build(self, plan: Plan) -> Generator[None, None, None]:
-        """Make the staged leaves, handing each batch over as soon as its leaves are there."""
+    def _build(self, plan: Plan) -> Generator[None, None, list[DeviceCopy]]:
+        """Make the staged leaves, handing each batch over as soon as its leaves are there.
+
+        Returns:
+            The copies from devices, which are launched in order and not by several threads.
+        """
         tensors, specs, addresses = self._walk.leaves.tensors, self._specs, self._walk.leaves.addresses
         staged = self.staged = [None] * len(tensors)
         for run in plan.empty:
             _place(staged, run.indices, build_run(_NOTHING, run))
             yield
+        from_devices: list[DeviceCopy] = []
         if self._lease is None:
-            return
+            return from_devices
         memory = self._lease.buffer
         for number, batch in enumerate(plan.batches):
             for run in batch.runs:
@@ -257,9 +264,13 @@ class Staging:
                 part = memory[block.offset : block.offset + block.nbytes]
                 _place(staged, block.indices, build_block(part, block, members))
                 yield
-            copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
-            self._start(partial(self._copy, number, copies))
+            if batch.device is not None:
+                from_devices.append(DeviceCopy(number, batch, tensors, staged, specs, memory))
+            else:
+                copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
+                self._start(partial(self._copy, number, copies))
             yield
+        return from_devices
 
     def _start(self, step: Callable[[], None]) -> None:
         self.job.put(step)
@@ -271,7 +282,7 @@ class Staging:
         # A cold arena is faulted in by the copy itself: measured as fast as populating it first at best, twice as fast
         # where huge pages are slow to come, and two threads do it at once.
         if copies.run(self.job):
-            self.landed.append(number)
+            self._landed.add(number)
 
     async def _complete(self) -> Any:
         resources, walk, leaves = self._resources, self._walk, self._walk.leaves
@@ -279,15 +290,18 @@ class Staging:
         early = not (walk.calls_out or leaves.composites)
         if early:
             self._tree = await self._rebuild()
-        with _Phase(self.timings, "copy"):
+        with Phase(self.timings, "copy"):
             await self.job.join()
+            for number, batch in enumerate(self._batches):
+                if batch.device is not None:
+                    await self.land(number)
             resources.check_open()
         if self._options.detect_torn:
-            with _Phase(self.timings, "check"):
-                paths = [walk.path(index) for index in await self._slices.run(changed(leaves))]
-                paths += await self._slices.run(walk.witness.changed())
-            if paths:
-                raise TornSnapshotError([format_path(path) for path in paths])
+            with Phase(self.timings, "check"):
+                if self._torn is None:
+                    self._torn = await self._slices.run(self._changed())
+            if self._torn:
+                raise TornSnapshotError([format_path(path) for path in self._torn])
         if not early:
             self._tree = await self._rebuild()
         counts = resources.counts
@@ -295,12 +309,21 @@ class Staging:
         counts.leaves += len(self._specs)
         counts.nbytes += self.nbytes
         counts.copies += self.job.done
+        for flight in self._flights or ():
+            counts.copies += flight.copies
+            counts.launches += flight.launches
         return self._tree
+
+    def _changed(self) -> Generator[None, None, list[Path]]:
+        """Return the paths of what has changed since it was met."""
+        leaves = yield from changed(self._walk.leaves)
+        containers = yield from self._walk.witness.changed()
+        return [*map(self._walk.path, leaves), *containers]
 
     async def _rebuild(self) -> Any:
         """Make the staged tree."""
         walk = self._walk
-        with _Phase(self.timings, "rebuild"):
+        with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
             self._results = walk.results(self.staged)
             await self._slices.run(perform(walk.program, self._results))
@@ -313,14 +336,21 @@ class Staging:
         counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
         self.timings.yields = self._slices.yields
         self._lease = None
-        self._source = self._results = self._tree = None
+        self._results = self._tree = self._flights = self._refused = None
+        self._looking.close()
         self._walk.release()
 
     # What can be seen of it
 
     @property
+    def _batches(self) -> Sequence[Batch]:
+        return self.plan.batches if self.plan is not None else ()
+
+    @property
     def leaves(self) -> int:
-        """How many leaves the tree has; a tensor that is reached by several paths counts once."""
+        """How many leaves the tree has, once planned; a tensor that is reached by several paths counts once."""
+        if self.plan is None:
+            return 0
         return len(self._walk.leaves) - len(self._walk.leaves.owners)
 
     def is_whole(self, index: int) -> bool:
@@ -339,25 +369,6 @@ class Staging:
     def nbytes(self) -> int:
         """Size of the staged copy."""
         return self.plan.nbytes if self.plan is not None else 0
-
-
-class _Phase:
-    """Adds the time that a section takes to a field of the timings."""
-
-    __slots__ = ("_begin", "_name", "_timings")
-
-    def __init__(self, timings: Timings, name: str) -> None:
-        self._timings = timings
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._begin = perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        spent = getattr(self._timings, self._name) + perf_counter() - self._begin
-        setattr(self._timings, self._name, spent)
 
 
 _NOTHING = np.empty(0, dtype=np.uint8)

@@ -35,6 +35,21 @@ class Slices:
         self.longest_hold = 0.0
         self.yields = 0
 
+    def take(self, work: Generator[None, None, object]) -> bool:
+        """Run the first slice of a generator at once, for callers who cannot wait; :meth:`run` goes on from there.
+
+        Returns:
+            Whether the generator has ended.
+        """
+        _collection_pause.begin()
+        try:
+            self._slice(work)
+        except StopIteration:
+            return True
+        finally:
+            _collection_pause.end()
+        return False
+
     async def run(self, work: Generator[None, None, T]) -> T:
         """Run a generator to its end.
 
@@ -49,21 +64,25 @@ class Slices:
         _collection_pause.begin()
         try:
             while True:
-                begin = perf_counter()
                 try:
-                    deadline = begin + self.max_hold
-                    # At least one step, or a max_hold below the clock's own cost would never get anywhere.
-                    next(work)
-                    while perf_counter() < deadline:
-                        next(work)
+                    self._slice(work)
                 except StopIteration as stop:
                     result: T = stop.value
                     return result
-                finally:
-                    self.longest_hold = max(self.longest_hold, perf_counter() - begin)
                 self.yields += 1
                 _collection_pause.renew()
                 await checkpoint()
         finally:
             work.close()
             _collection_pause.end()
+
+    def _slice(self, work: Generator[None, None, object]) -> None:
+        begin = perf_counter()
+        deadline = begin + self.max_hold
+        try:
+            # At least one step, or a max_hold below the clock's own cost would never get anywhere.
+            next(work)
+            while perf_counter() < deadline:
+                next(work)
+        finally:
+            self.longest_hold = max(self.longest_hold, perf_counter() - begin)

@@ -180,7 +180,8 @@ class Scheduler:
                 self.lock.wait_for(lambda: self._closed or done())
             return
         while not done():
-            if not self.step():
+            # Looking for a step also drops waits that are over, after which it may be done.
+            if not self.step() and not done():
                 raise RuntimeError("nothing is left to be executed, and it is still not done")
 
     def close(self) -> None:

@@ -1,0 +1,192 @@
+"""The device side of one staging: copies under way, who waits for them, and what outlives whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from aiostage._copy.device import DeviceCopy, Flight
+from aiostage._device.streams import Moment, SideStreams
+from aiostage._loop.polling import wait_event
+from aiostage._loop.workers import Workers
+from aiostage.abc import Backend
+
+__all__ = ["Flights", "airborne"]
+
+_POLL_SECONDS = 0.005
+"""Between two looks at copies that nobody waits for any more. Only memory waits for the outcome."""
+
+
+class _Airborne:
+    """Every flight of the process that has not been seen to land.
+
+    A device that was told to copy cannot be told otherwise, so what it reads and writes stays referred to here,
+    whatever becomes of the staging, the stager or the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._flights: set[Flight] = set()
+        self._deserted: SimpleQueue[Flight] = SimpleQueue()
+        self._watching = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def add(self, flight: Flight) -> None:
+        """Refer to a flight until it has landed."""
+        self._flights.add(flight)
+
+    def landed(self, flight: Flight) -> None:
+        """Let go of a flight that is over."""
+        self._flights.discard(flight)
+
+    def desert(self, flights: Sequence[Flight]) -> None:
+        """Watch over flights that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
+        for flight in flights:
+            if flight in self._flights:
+                self._deserted.put(flight)
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._deserted.empty() and self._watching.acquire(blocking=False):
+            threading.Thread(target=self._watch_all, name="aiostage-landing", daemon=True).start()
+
+    def _watch_all(self) -> None:
+        watched: list[Flight] = []
+        while True:
+            while not self._deserted.empty():
+                watched.append(self._deserted.get())
+            for flight in filter(_is_over, watched):
+                self.landed(flight)
+            watched = [flight for flight in watched if flight in self._flights]
+            if not watched:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._watching.release()
+        # One may have come between the look at the queue and here.
+        self._watch()
+
+
+def _is_over(flight: Flight) -> bool:
+    try:
+        return flight.event.query()
+    except Exception:
+        # The device has failed: it copies no more, and there is nobody left to tell.
+        return True
+
+
+airborne = _Airborne()
+
+
+class Flights:
+    """Launches the copies of one staging and waits for them.
+
+    Made in the thread of the call, which is the moment that the copies follow.
+
+    Args:
+        backend: How to reach the devices.
+        streams: Where to copy.
+    """
+
+    def __init__(self, backend: Backend, streams: SideStreams) -> None:
+        self._backend = backend
+        self._streams = streams
+        self._moments = [Moment.record(backend)]
+        self._flights: dict[int, Flight] = {}
+        self._in_order: list[Flight] = []
+        self._lock = threading.Lock()
+        self._abandon = weakref.finalize(self, airborne.desert, self._in_order)
+        self._abandon.atexit = False
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(tuple(self._in_order))
+
+    def renew(self) -> None:
+        """Make the copies follow what the caller has enqueued by now as well."""
+        self._moments.append(Moment.record(self._backend))
+
+    async def launch(self, copies: Sequence[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
+        """Enqueue copies on side streams, behind the moment.
+
+        Args:
+            copies: In the order in which they are to be made.
+            launcher: One thread to do it in.
+            max_bytes: How many bytes may be under way at once; a single copy may be larger. None for any number.
+
+        Raises:
+            Exception: What the device says.
+
+        When cancelled, what has not been enqueued is dropped.
+        """
+        for device in {copy.device: None for copy in copies}:
+            for moment in self._moments:
+                moment.order_before(self._streams.of(device), device)
+        rounds = list(_rounds(copies, max_bytes))
+        for number, copies_of_round in enumerate(rounds):
+            if number >= 2:
+                for copy in rounds[number - 2]:
+                    await self.land(copy.number)
+            job = launcher.job()
+            for copy in copies_of_round:
+                job.put(partial(self._enqueue, copy))
+            job.close()
+            await job.join()
+
+    def _enqueue(self, copy: DeviceCopy) -> None:
+        """Enqueue one copy, in a worker thread."""
+        flight = copy.enqueue(self._backend, self._streams.of(copy.device))
+        airborne.add(flight)
+        with self._lock:
+            self._flights[flight.number] = flight
+            self._in_order.append(flight)
+            abandoned = not self._abandon.alive
+        if abandoned:
+            airborne.desert([flight])
+
+    async def land(self, number: int) -> None:
+        """Wait until the copies of a batch have been made.
+
+        Raises:
+            Exception: What became of them, if the device has failed.
+
+        Cancelling changes nothing.
+        """
+        flight = self._flights[number]
+        await wait_event(flight.event)
+        airborne.landed(flight)
+
+    def order_before(self, stream: Any | None) -> None:
+        """Make later work wait, on the device, for the copies enqueued so far.
+
+        Args:
+            stream: Whose work; None is the calling thread's current stream of every device that copies.
+        """
+        last: dict[torch.device, Flight] = {flight.device: flight for flight in self}
+        for device, flight in last.items():
+            self._backend.wait(self._backend.current_stream(device) if stream is None else stream, flight.event)
+
+    def abandon(self) -> None:
+        """Let what is still under way be watched over by a thread."""
+        with self._lock:
+            self._abandon()
+
+
+def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[Sequence[DeviceCopy]]:
+    """Split copies into rounds of half the limit: one flies while the next is launched."""
+    if max_bytes is None:
+        yield copies
+        return
+    batch: list[DeviceCopy] = []
+    for copy in copies:
+        if batch and sum(member.nbytes for member in batch) + copy.nbytes > max_bytes // 2:
+            yield batch
+            batch = []
+        batch.append(copy)
+    yield batch

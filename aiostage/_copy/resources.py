@@ -1,0 +1,100 @@
+"""What the stagings of one stager share."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiostage._capture.faithful import Spec
+from aiostage._capture.leaves import Inspection
+from aiostage._capture.plan import Plan, compile_plan
+from aiostage._device.streams import SideStreams
+from aiostage._loop.workers import Workers
+from aiostage._memory.pinned import Pinning
+from aiostage._memory.pool import Pool
+from aiostage.abc import Backend
+from aiostage.errors import StagerClosedError
+from aiostage.options import StagingOptions
+
+if TYPE_CHECKING:
+    from aiostage._copy.staging import Staging
+
+__all__ = ["Counts", "Resources"]
+
+_COPY_THREADS = 2
+"""Measured on two cores: a second thread overlaps faulting memory in with copying, a third adds nothing."""
+
+
+@dataclass
+class Counts:
+    """What a stager has done so far."""
+
+    stagings: int = 0
+    leaves: int = 0
+    nbytes: int = 0
+    plans_compiled: int = 0
+    plans_replayed: int = 0
+    copies: int = 0
+    launches: int = 0
+    longest_loop_hold: float = 0.0
+
+
+class Resources:
+    """Threads, memory, streams and what was learnt of the last state dict.
+
+    Args:
+        options: Of the stager.
+        backend: How to reach accelerators; None when there is none to reach.
+    """
+
+    def __init__(self, options: StagingOptions, backend: Backend | None) -> None:
+        self.options = options
+        self.backend = backend
+        self.workers = Workers(_COPY_THREADS, "aiostage-copy")
+        self.launcher = Workers(1, "aiostage-launch")
+        """One thread, so that a stream gets its copies in the order of the plan."""
+        self.streams = SideStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
+        self.pool = Pool(
+            self.workers,
+            max_bytes=options.max_host_bytes,
+            shared=options.use_shared_memory,
+            pinning=_pinning(options, backend),
+        )
+        self.inspection = Inspection(backend.device_of if backend is not None else None)
+        self.counts = Counts()
+        self.running: set[Staging] = set()
+        self.closed = False
+        self._known: tuple[list[Spec | None], list[int], Plan] | None = None
+
+    @property
+    def max_bytes_in_flight(self) -> int | None:
+        """How many bytes devices may be copying at once; None for any number."""
+        return 0 if self.options.use_non_blocking_copy is False else self.options.max_bytes_in_flight
+
+    def plan(self, specs: list[Spec | None], addresses: list[int]) -> Generator[None, None, Plan]:
+        """Return the layout for specs and addresses, the last one if they are the same again."""
+        known = self._known
+        if known is not None and known[0] == specs and known[1] == addresses:
+            self.counts.plans_replayed += 1
+            return known[2]
+        plan = yield from compile_plan(specs, addresses)
+        self.counts.plans_compiled += 1
+        self._known = (specs, addresses, plan)
+        return plan
+
+    def check_open(self) -> None:
+        """Raise StagerClosedError if the stager is closed."""
+        if self.closed:
+            raise StagerClosedError
+
+    def stop(self) -> None:
+        """Let the threads end."""
+        self.workers.stop()
+        self.launcher.stop()
+
+
+def _pinning(options: StagingOptions, backend: Backend | None) -> Pinning | None:
+    if backend is None or options.use_pinned_memory is False or backend.pinned_memory_reason is not None:
+        return None
+    return Pinning(backend, required=options.use_pinned_memory is True)

@@ -1,0 +1,57 @@
+"""Where the time of a staging goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+
+__all__ = ["Phase", "Timings"]
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Where the time of one staging went, in seconds. Phases that overlap count for themselves.
+
+    Attributes:
+        walk: Copying containers and finding the leaves.
+        inspect: Looking at the leaves.
+        plan: Laying out the arena, or recognizing the layout.
+        memory: Waiting for an arena.
+        build: Making the staged leaves, while the copies already run.
+        launch: Telling devices what to copy.
+        copy: Waiting for the copies after everything was built.
+        check: Looking for changes of the source.
+        rebuild: Making the staged tree.
+        yields: How often the event loop got its turn.
+    """
+
+    walk: float = 0.0
+    inspect: float = 0.0
+    plan: float = 0.0
+    memory: float = 0.0
+    build: float = 0.0
+    launch: float = 0.0
+    copy: float = 0.0
+    check: float = 0.0
+    rebuild: float = 0.0
+    yields: int = 0
+
+
+class Phase:
+    """Adds the time that a section takes to a field of the timings."""
+
+    __slots__ = ("_begin", "_name", "_timings")
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings = timings
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._begin = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        spent = getattr(self._timings, self._name) + perf_counter() - self._begin
+        setattr(self._timings, self._name, spent)

@@ -1,0 +1,234 @@
+"""Each hazard of staging from devices: it shows in a naive stager, and aiostage is right in every order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError
+from aiostage.testing.simulator import SimulatedAccelerator, SimulatedDeviceError
+
+SEEDS = range(100)
+SIZE = 64
+
+
+class NaiveStager:
+    """What is written first: a side stream, a cached host buffer for each tensor, and no thought of anyone else."""
+
+    def __init__(self, accelerator: SimulatedAccelerator) -> None:
+        self._accelerator = accelerator
+        self._streams: dict[torch.device, Any] = {}
+        self._cache: dict[str, torch.Tensor] = {}
+
+    async def stage(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy, poll, return the cached buffers."""
+        events, staged = [], {}
+        for name, tensor in state_dict.items():
+            device = self._accelerator.device_of(tensor)
+            assert device is not None
+            stream = self._streams.setdefault(device, self._accelerator.side_stream(device))
+            staged[name] = self._cache.setdefault(name, torch.empty(tensor.shape))
+            self._accelerator.copy([staged[name]], [tensor], stream)
+            events.append(self._accelerator.record(stream))
+        del tensor, state_dict
+        for event in events:
+            while not event.query():
+                await asyncio.sleep(0)
+        return staged
+
+
+def orders(**options: Any) -> Iterator[SimulatedAccelerator]:
+    """Yield an accelerator for each seed."""
+    for seed in SEEDS:
+        with SimulatedAccelerator(seed=seed, spontaneous=True, **options) as accelerator:
+            yield accelerator
+
+
+async def wrong(make: Callable[[SimulatedAccelerator], Any], scene: Any) -> int:
+    """Play a scene in every order, and count the orders in which the staged bytes are wrong."""
+    count = 0
+    for accelerator in orders():
+        stager = make(accelerator)
+        count += not await scene(accelerator, stager)
+        if isinstance(stager, AsyncStager):
+            await stager.aclose()
+    return count
+
+
+def ours(accelerator: SimulatedAccelerator) -> AsyncStager:
+    return AsyncStager(backend=accelerator)
+
+
+def is_full_of(tensor: torch.Tensor, value: float) -> bool:
+    return bool((tensor == value).all())
+
+
+async def written_just_before(accelerator: SimulatedAccelerator, stager: Any) -> bool:
+    """A kernel writes the tensor, and staging is asked for behind it."""
+    tensor = accelerator.to_device(torch.zeros(SIZE))
+    accelerator.launch(lambda t: t.fill_(7), tensor, seconds=1e-3)
+    staged = await stager.stage({"a": tensor})
+    return is_full_of(staged["a"], 7)
+
+
+async def freed_at_once(accelerator: SimulatedAccelerator, stager: Any) -> bool:
+    """The caller drops the model as soon as it has called, and the allocator gives its memory to others."""
+    tensor = accelerator.to_device(torch.full((SIZE,), 7.0))
+    state = {"a": tensor}
+    del tensor
+    task = asyncio.ensure_future(stager.stage(state))
+    await asyncio.sleep(0)
+    state.clear() if not isinstance(stager, AsyncStager) else None
+    del state
+    other = accelerator.empty(SIZE)
+    accelerator.launch(lambda t: t.fill_(-1), other)
+    staged = await task
+    return is_full_of(staged["a"], 7)
+
+
+async def staged_again_while_in_use(accelerator: SimulatedAccelerator, stager: Any) -> bool:
+    """An upload still reads the first copy when the second is made."""
+    tensor = accelerator.to_device(torch.full((SIZE,), 1.0))
+    first = await stager.stage({"a": tensor})
+    accelerator.launch(lambda t: t.fill_(2), tensor)
+    second = await stager.stage({"a": tensor})
+    return is_full_of(first["a"], 1) and is_full_of(second["a"], 2)
+
+
+async def changed_on_the_way(accelerator: SimulatedAccelerator, stager: Any) -> bool:
+    """The next step is enqueued before the copy was made: right is the old value, or an error that says so."""
+    tensor = accelerator.to_device(torch.full((SIZE,), 1.0))
+    task = asyncio.ensure_future(stager.stage({"a": tensor}))
+    await asyncio.sleep(0)
+    if task.done():
+        return is_full_of(task.result()["a"], 1)
+    accelerator.launch(lambda t: t.fill_(2), tensor)
+    try:
+        return is_full_of((await task)["a"], 1)
+    except TornSnapshotError:
+        return True
+
+
+async def on_another_stream(accelerator: SimulatedAccelerator, stager: Any) -> bool:
+    """The caller works on a stream of its own and has left it when the task starts."""
+    device = accelerator.devices[0]
+    tensor = accelerator.to_device(torch.zeros(SIZE))
+    stream = accelerator.side_stream(device)
+    stream.wait_stream(accelerator.current_stream(device))
+    with stream:
+        accelerator.launch(lambda t: t.fill_(7), tensor, seconds=1e-3)
+        coroutine = stager.stage({"a": tensor})
+    staged = await asyncio.ensure_future(coroutine)
+    return is_full_of(staged["a"], 7)
+
+
+SCENES = [written_just_before, freed_at_once, staged_again_while_in_use, changed_on_the_way, on_another_stream]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+class TestHazard:
+    async def test_shows_in_a_naive_stager(self, scene: Any):
+        assert await wrong(NaiveStager, scene) > 0
+
+    async def test_is_closed(self, scene: Any):
+        assert await wrong(ours, scene) == 0
+
+
+@pytest.mark.asyncio
+async def test_without_the_wait_aiostage_would_be_wrong_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiostage._device.streams import Moment
+
+    monkeypatch.setattr(Moment, "order_before", lambda self, stream, device: None)
+    assert await wrong(ours, written_just_before) > 0
+
+
+@pytest.mark.asyncio
+class TestSeveralDevices:
+    async def test_each_is_ordered_by_its_own_stream(self):
+        for accelerator in orders(devices=3):
+            state = {}
+            for number, device in enumerate(accelerator.devices):
+                tensor = accelerator.to_device(torch.zeros(SIZE), device)
+                accelerator.launch(lambda t, n=number: t.fill_(n + 1), tensor, seconds=1e-3)
+                state[str(number)] = tensor
+            async with AsyncStager(backend=accelerator) as stager:
+                staged = await stager.stage(state | {"host": torch.ones(3)})
+            assert [float(staged[str(number)].mean()) for number in range(3)] == [1, 2, 3]
+
+    async def test_devices_that_are_not_used_are_left_alone(self):
+        with SimulatedAccelerator(devices=2, seed=1, spontaneous=True) as accelerator:
+            tensor = accelerator.to_device(torch.ones(SIZE), accelerator.devices[1])
+            async with AsyncStager(backend=accelerator) as stager:
+                await stager.stage({"a": tensor})
+            assert list(accelerator.active_devices()) == [accelerator.devices[1]]
+
+
+@pytest.mark.asyncio
+class TestFailures:
+    async def test_a_copy_that_fails_reaches_who_awaits_and_the_stager_works_on(self):
+        for accelerator in orders():
+            tensor = accelerator.to_device(torch.ones(SIZE))
+            async with AsyncStager(backend=accelerator) as stager:
+                accelerator.fail_next("copy")
+                with pytest.raises(Exception, match="the test wanted it") as caught:
+                    await stager.stage({"a": tensor})
+                assert any(isinstance(error, SimulatedDeviceError) for error in (caught.value, caught.value.__cause__))
+                accelerator.recover()
+                assert is_full_of((await stager.stage({"a": tensor}))["a"], 1)
+
+    async def test_a_full_device_is_staged_without_packing(self):
+        for accelerator in orders():
+            state = {str(n): accelerator.to_device(torch.full((SIZE,), float(n))) for n in range(20)}
+            async with AsyncStager(backend=accelerator) as stager:
+                accelerator.fail_next("allocation")
+                staged = await stager.stage(state)
+            assert [float(staged[str(n)].mean()) for n in range(20)] == [float(n) for n in range(20)]
+
+    async def test_registration_that_fails_is_a_warning(self, caplog: pytest.LogCaptureFixture):
+        with SimulatedAccelerator(seed=1, spontaneous=True, max_registered_bytes=0) as accelerator:
+            tensor = accelerator.to_device(torch.ones(SIZE))
+            async with AsyncStager(backend=accelerator) as stager:
+                for _ in range(3):
+                    assert is_full_of((await stager.stage({"a": tensor}))["a"], 1)
+                assert stager.statistics().pinned_bytes == 0
+        assert len([record for record in caplog.records if "ulimit -l" in record.message]) == 1
+
+    async def test_registration_that_fails_is_an_error_where_it_is_demanded(self):
+        with SimulatedAccelerator(seed=1, spontaneous=True, max_registered_bytes=0) as accelerator:
+            tensor = accelerator.to_device(torch.ones(SIZE))
+            async with AsyncStager(StagingOptions(use_pinned_memory=True), backend=accelerator) as stager:
+                with pytest.raises(Exception, match="ulimit -l"):
+                    await stager.stage({"a": tensor})
+                assert stager.statistics().leases == 0
+
+
+@pytest.mark.asyncio
+class TestPinned:
+    async def test_memory_is_registered_once_and_unregistered_in_the_end(self):
+        with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+            tensor = accelerator.to_device(torch.ones(SIZE))
+            stager = AsyncStager(StagingOptions(use_shared_memory=True), backend=accelerator)
+            for _ in range(5):
+                await stager.stage({"a": tensor})
+            statistics = stager.statistics()
+            assert statistics.pinned_bytes == statistics.shared_bytes > 0
+            assert accelerator.statistics().registered_bytes == statistics.pinned_bytes
+            await stager.aclose()
+            while stager.statistics().arenas:
+                await asyncio.sleep(0)
+            assert accelerator.statistics().registered_bytes == 0
+
+    async def test_not_when_it_is_not_wanted_or_needed(self):
+        with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+            tensor = accelerator.to_device(torch.ones(SIZE))
+            async with AsyncStager(StagingOptions(use_pinned_memory=False), backend=accelerator) as stager:
+                await stager.stage({"a": tensor})
+                assert stager.statistics().pinned_bytes == 0
+            async with AsyncStager(backend=accelerator) as stager:
+                await stager.stage({"a": torch.ones(SIZE)})
+                assert stager.statistics().pinned_bytes == 0
