@@ -45,6 +45,11 @@ def copy_object(memo: Memo, source: Any, cls: type, frame: Frame, slot: int) -> 
     memo.alive.append(reduced)
     memo.constructing.add(id(source))
     function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    # A Counter, for one, has its items in the arguments. The walk may be interrupted before those are copied.
+    if isinstance(source, dict) and pairs is None:
+        memo.witness.add_mapping(source, list(dict.keys(source)), list(dict.values(source)), frame, slot)
+    elif isinstance(source, (list, deque)) and items is None:
+        memo.witness.add_sequence(source, list(source), frame, slot)
 
     def make(arguments: list[Any]) -> Any:
         try:
@@ -150,6 +155,8 @@ class _Contents:
     def __init__(self, state: Any, items: Iterable[Any] | None, pairs: Iterable[tuple[Any, Any]] | None) -> None:
         self.has_state = state is not None
         self.state = state
+        self.has_items = items is not None
+        self.has_pairs = pairs is not None
         self.items = list(items) if items is not None else []
         self.keys: list[Any] = []
         self.values: list[Any] = []
@@ -161,9 +168,9 @@ class _Contents:
 
     def witnessed(self, source: object, witness: Witness, frame: Frame, slot: int) -> None:
         """Note what the source holds, where that can be looked at again."""
-        if isinstance(source, dict):
+        if isinstance(source, dict) and self.has_pairs:
             witness.add_mapping(source, self.keys, self.values, frame, slot)
-        elif isinstance(source, (list, deque)):
+        elif isinstance(source, (list, deque)) and self.has_items:
             witness.add_sequence(source, self.items, frame, slot)
         elif isinstance(source, set):
             witness.add_set(source, frame, slot)
