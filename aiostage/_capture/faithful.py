@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -336,8 +337,6 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         # The layout warns that it is in beta; whoever made the source has been told.
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             result = torch.sparse_compressed_tensor(
@@ -366,9 +365,12 @@ def _quantized(tensor: torch.Tensor) -> Composite:
         memory = staged[0].untyped_storage()
         typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
         scheme_and_parameters = affine if len(staged) == 1 else (affine[0], staged[1], staged[2], affine[1])
-        result: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
-            typed, offset, size, stride, scheme_and_parameters, False, {}
-        )
+        with warnings.catch_warnings():
+            # The storage is of a deprecated class, which is how torch itself does it.
+            warnings.simplefilter("ignore", UserWarning)
+            result: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
+                typed, offset, size, stride, scheme_and_parameters, False, {}
+            )
         return _finished(result, tensor)
 
     return Composite((memory, *parameters), assemble)
