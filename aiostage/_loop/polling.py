@@ -1,13 +1,255 @@
-"""Interim."""
+"""Events that can only be asked whether they are done, as awaitables.
+
+Asking takes a turn of the event loop, so one waiter asks for all. No task is started for it: whoever waits first
+*leads*, which is to sleep, ask about what is due, and wake those whose events are done, until its own is. Whoever
+leaves while it leads names another leader in the same step. So there is a leader whenever somebody waits, nothing is
+asked when nobody does, and nothing is left behind when the last one has gone.
+"""
 
 from __future__ import annotations
 
-import anyio
+import heapq
+from contextlib import suppress
+from itertools import count
+from time import monotonic
+from typing import Final
+from weakref import ReferenceType, ref
 
+import anyio
+from anyio.lowlevel import RunVar, checkpoint
+
+from aiostage._loop.alarm import Alarm
+from aiostage._loop.transfers import Transfer, time_to_next_look
 from aiostage.abc import SupportsQuery
+from aiostage.errors import StagingError
+
+__all__ = ["wait_event", "wait_transfer"]
+
+_LONGEST_LOOK_SECONDS: Final = 0.0005
+"""After this the loop gets its turn, and the rest of the events are asked later."""
+
+_TOGETHER_SECONDS: Final = 20e-6
+"""What is due this soon is asked about now. Guessed, from what a turn of the loop costs."""
+
+_REST: Final = 8
+"""How many times as long as a look has taken the loop is left alone, however many events there are and slow to ask."""
 
 
 async def wait_event(event: SupportsQuery) -> None:
-    """Wait."""
-    while not event.query():
-        await anyio.sleep(0.0002)
+    """Wait until an event is done, without blocking the event loop.
+
+    Any number of coroutines may wait for any number of events, and several for one; each event loop asks about all of
+    them together, soon after the start and then less and less often, up to every 10 ms.
+
+    Args:
+        event: Anything with ``query() -> bool``: ``torch.Event``, ``torch.cuda.Event``, or your own. It is asked in
+            the thread of the event loop, so ``query`` must not block.
+
+    Raises:
+        StagingError: If ``query`` raises; its error is the cause. Every waiter gets an error of its own.
+
+    Cancelling changes nothing but that this waiter leaves.
+    """
+    await _wait(event, None)
+
+
+async def wait_transfer(event: SupportsQuery, transfer: Transfer) -> None:
+    """Wait like :func:`wait_event` for an event behind a transfer, asking mostly when it should be done.
+
+    Args:
+        event: Done when the bytes have arrived.
+        transfer: The bytes, announced when the device was told to move them.
+
+    Raises:
+        StagingError: If ``query`` raises, or has raised for an event of the same stream before.
+    """
+    await _wait(event, transfer)
+
+
+async def _wait(event: SupportsQuery, transfer: Transfer | None) -> None:
+    current = _polling.get()
+    polling = current() if current is not None else None
+    if polling is None or not polling.watches(event):
+        done, error = _ask(event, transfer)
+        if error is not None:
+            raise _failure(event, error) from error
+        if done:
+            await checkpoint()
+            return
+    if polling is None:
+        polling = _Polling()
+        _polling.set(ref(polling))
+    await polling.wait(event, transfer)
+
+
+class _Watch:
+    """An event that somebody waits for."""
+
+    __slots__ = ("began", "event", "looked", "transfer", "waiters")
+
+    def __init__(self, event: SupportsQuery, transfer: Transfer | None) -> None:
+        # None once nobody waits: an entry of the agenda must not keep an event alive.
+        self.event: SupportsQuery | None = event
+        self.transfer = transfer
+        self.looked = monotonic()
+        self.began = self.looked if transfer is None else transfer.began
+        # In the order of their coming, and to be left in any.
+        self.waiters: dict[_Waiter, None] = {}
+
+    def next_look(self) -> float:
+        """Return when to ask again."""
+        expected = None if self.transfer is None else self.transfer.expected()
+        elapsed = self.looked - self.began
+        if expected is None:
+            return self.looked + time_to_next_look(elapsed, None)
+        return self.looked + time_to_next_look(elapsed, expected.when - self.looked, expected.uncertainty)
+
+
+class _Waiter:
+    """One call of :func:`wait_event`. It is woken once: when its event is done, or to lead."""
+
+    __slots__ = ("done", "error", "wake", "watch")
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+        self.wake = anyio.Event()
+        self.done = False
+        self.error: Exception | None = None
+
+
+class _Polling:
+    """Those who wait on one event loop. The coroutines that wait keep it alive, and nothing else does."""
+
+    def __init__(self) -> None:
+        self._watches: dict[int, _Watch] = {}
+        # When to ask about which. May hold watches that have been left or are done.
+        self._agenda: list[tuple[float, int, _Watch]] = []
+        self._order = count()
+        # One of those who wait, whenever there are any; it may have been named but not run yet.
+        self._leader: _Waiter | None = None
+        self._alarm = Alarm()
+        self._alarm_at = 0.0
+        self._rest_until = 0.0
+
+    def watches(self, event: SupportsQuery) -> bool:
+        """Return whether somebody waits for an event already."""
+        return id(event) in self._watches
+
+    async def wait(self, event: SupportsQuery, transfer: Transfer | None) -> None:
+        """Wait for an event that was not done a moment ago."""
+        waiter = self._join(event, transfer)
+        try:
+            if self._leader is not waiter:
+                await waiter.wake.wait()
+            while not waiter.done:
+                self._set_alarm()
+                await self._alarm.wait()
+                self._look()
+        finally:
+            self._leave(waiter)
+        if waiter.error is not None:
+            raise _failure(event, waiter.error) from waiter.error
+
+    def _join(self, event: SupportsQuery, transfer: Transfer | None) -> _Waiter:
+        watch = self._watches.get(id(event))
+        if watch is None:
+            watch = self._watches[id(event)] = _Watch(event, transfer)
+            self._plan(watch)
+        waiter = _Waiter(watch)
+        watch.waiters[waiter] = None
+        if self._leader is None:
+            self._leader = waiter
+        elif self._agenda[0][0] < self._alarm_at:
+            self._set_alarm()
+        return waiter
+
+    def _leave(self, waiter: _Waiter) -> None:
+        watch = waiter.watch
+        watch.waiters.pop(waiter, None)
+        if not watch.waiters and watch.event is not None:
+            del self._watches[id(watch.event)]
+            watch.event = None
+        if self._leader is not waiter:
+            return
+        self._leader = None
+        if self._watches:
+            # Of those who came last: they are likely to wait longest.
+            self._leader = next(reversed(self._watches[next(reversed(self._watches))].waiters))
+            _wake(self._leader)
+        else:
+            self._agenda.clear()
+            self._alarm.close()
+
+    def _plan(self, watch: _Watch) -> None:
+        heapq.heappush(self._agenda, (watch.next_look(), next(self._order), watch))
+
+    def _set_alarm(self) -> None:
+        """Set the alarm to what is due next. What the leader waits for is on the agenda, so there is something."""
+        while self._agenda[0][2].event is None:
+            heapq.heappop(self._agenda)
+        self._alarm_at = max(self._agenda[0][0], self._rest_until)
+        self._alarm.set(self._alarm_at)
+
+    def _look(self) -> None:
+        """Ask about what is due, in the order in which it is, and wake those whose events are done."""
+        began = now = monotonic()
+        # What is due in a moment is asked about at once, rather than in a turn of its own.
+        horizon = now + _TOGETHER_SECONDS
+        while self._agenda and self._agenda[0][0] <= horizon and now - began < _LONGEST_LOOK_SECONDS:
+            watch = heapq.heappop(self._agenda)[2]
+            if watch.event is None:
+                continue
+            done, error = _ask(watch.event, watch.transfer, watch.looked)
+            now = watch.looked = monotonic()
+            if done:
+                self._finish(watch, error)
+            else:
+                self._plan(watch)
+        self._rest_until = now + _REST * (now - began)
+
+    def _finish(self, watch: _Watch, error: Exception | None) -> None:
+        del self._watches[id(watch.event)]
+        watch.event = None
+        for waiter in watch.waiters:
+            waiter.done, waiter.error = True, error
+            _wake(waiter)
+
+
+_polling: RunVar[ReferenceType[_Polling] | None] = RunVar("aiostage_polling", None)
+
+
+def _ask(event: SupportsQuery, transfer: Transfer | None, since: float | None = None) -> tuple[bool, Exception | None]:
+    """Return whether an event is done, and what has become of it if that is an error.
+
+    Args:
+        event: Which.
+        transfer: What it stands for.
+        since: When it was last seen not to be done, None if nobody has looked.
+    """
+    if transfer is not None and (failure := transfer.failure) is not None:
+        return True, failure
+    try:
+        done = event.query()
+    except Exception as error:
+        # Without the frames of those who asked, which the error would keep alive for as long as somebody has it.
+        traceback = error.__traceback__
+        error.__traceback__ = traceback.tb_next if traceback is not None else None
+        if transfer is not None:
+            transfer.failed(error)
+        return True, error
+    if done and transfer is not None and since is not None:
+        transfer.arrived(monotonic(), since)
+    return bool(done), None
+
+
+def _wake(waiter: _Waiter) -> None:
+    # A coroutine that the collector closes after its loop has been closed has nobody to wake.
+    with suppress(RuntimeError):
+        waiter.wake.set()
+
+
+def _failure(event: SupportsQuery, error: Exception) -> StagingError:
+    return StagingError(
+        f"waiting for {event!r} failed: {type(error).__name__}: {error}",
+        remedy="What was enqueued on its stream cannot be relied on.",
+    )

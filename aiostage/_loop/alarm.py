@@ -1,0 +1,86 @@
+"""Waking one coroutine at a time finer than the event loops' own clocks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from time import monotonic
+
+import anyio
+
+__all__ = ["Alarm"]
+
+_COARSE_SECONDS = 0.001
+"""Without a timer of its own it never sleeps less: uvloop rounds half a millisecond to nothing and would spin."""
+
+_BLIND_SECONDS = 0.005
+"""Without a timer of its own it never sleeps longer, since it is not told of an alarm that is set meanwhile."""
+
+_CLOCK_MONOTONIC = 1
+_TIMER_ABSOLUTE = 1
+_NANOSECONDS = 1_000_000_000
+
+
+class _TimerSpecification(ctypes.Structure):
+    """What C calls ``struct itimerspec``."""
+
+    _fields_ = (
+        ("interval_seconds", ctypes.c_long),
+        ("interval_nanoseconds", ctypes.c_long),
+        ("seconds", ctypes.c_long),
+        ("nanoseconds", ctypes.c_long),
+    )
+
+
+# Not CDLL: it gives up the GIL around each call, and a busy worker thread may not hand it back for 5 ms.
+_library = ctypes.PyDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class Alarm:
+    """A time of :func:`time.monotonic` that one coroutine waits for, and that may be changed while it does.
+
+    Event loops sleep in whole milliseconds: asyncio rounds up to epoll's grain, uvloop rounds to the nearest. On Linux
+    the kernel's own timer is a file descriptor that every loop can watch, good to some ten microseconds. Elsewhere, or
+    when there are no descriptors left, the loop's clock has to do, never finer than a millisecond.
+    """
+
+    __slots__ = ("_descriptor", "_when")
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._when = 0.0
+
+    def set(self, when: float) -> None:
+        """Ring at a time, and not at the one set before. A time that has passed rings at once."""
+        self._when = when
+        if self._descriptor < 0:
+            self._descriptor = _open()
+        if self._descriptor >= 0:
+            # Zero would mean never.
+            nanoseconds = max(int(when * _NANOSECONDS), 1)
+            value = _TimerSpecification(0, 0, *divmod(nanoseconds, _NANOSECONDS))
+            assert _library is not None  # noqa: S101 - there is no descriptor without it
+            _library.timerfd_settime(self._descriptor, _TIMER_ABSOLUTE, ctypes.byref(value), None)
+
+    async def wait(self) -> None:
+        """Wait until it rings, or somewhat less. Cancelling changes nothing."""
+        if self._descriptor >= 0:
+            # Never read: setting it anew is what makes it unreadable again.
+            await anyio.wait_readable(self._descriptor)
+        else:
+            await anyio.sleep(min(max(self._when - monotonic(), _COARSE_SECONDS), _BLIND_SECONDS))
+
+    def close(self) -> None:
+        """Give the descriptor back. Nobody may be waiting. Setting it opens another."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _open() -> int:
+    """Return a new timer, or -1 if there is none to be had."""
+    if _library is None:
+        return -1
+    descriptor: int = _library.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+    return descriptor

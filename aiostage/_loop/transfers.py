@@ -1,0 +1,167 @@
+"""When bytes that are on their way will have arrived, judged by those that came before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+__all__ = ["Expectation", "Traffic", "Transfer", "time_to_next_look"]
+
+_FINEST_SECONDS = 50e-6
+"""Between two looks when something is about to happen. A look costs the loop some 20 to 40 us, so this is as often as
+looking can be without being all that the loop does."""
+
+_COARSEST_SECONDS = 0.01
+"""Between two looks at what gives no sign of when it will happen."""
+
+_SMALLEST_BYTES = 1 << 20
+"""Smaller transfers are over before anything could be learnt from them."""
+
+_GAIN_FASTER, _GAIN_SLOWER = 0.25, 0.125
+"""How much of what a transfer shows is believed. A copy that was slower than usual has most often waited for something
+else, and a faster one cannot have cheated."""
+
+_GAIN_DEVIATION = 0.25
+_FIRST_DEVIATION = 0.003
+"""How far forecasts are off, as a share of the duration, before it has been seen. Guessed."""
+
+
+class Expectation(NamedTuple):
+    """When something should happen.
+
+    Attributes:
+        when: A time of :func:`time.monotonic`.
+        uncertainty: By how many seconds such a forecast has been wrong, on average.
+    """
+
+    when: float
+    uncertainty: float
+
+
+def time_to_next_look(elapsed: float, remaining: float | None, uncertainty: float = 0.0) -> float:
+    """Return how long to sleep before asking again whether something has happened.
+
+    Without a forecast, a fixed fraction of the time that it has taken already. With one, half of what is left, again
+    and again, then finely for as long as the forecast may be off, then a fraction of what it is overdue. A transfer of
+    a second that was forecast to the millisecond takes some fifty looks.
+
+    Args:
+        elapsed: Seconds since it began.
+        remaining: Seconds until it is expected, negative when overdue, or None if nothing is known.
+        uncertainty: By how many seconds that may well be wrong.
+    """
+    if remaining is None:
+        interval = min(elapsed / 32, _COARSEST_SECONDS)
+    elif remaining > 2 * uncertainty:
+        interval = (remaining - uncertainty) / 2
+    elif remaining > -2 * uncertainty:
+        interval = uncertainty / 8
+    else:
+        interval = min(-remaining / 8, _COARSEST_SECONDS)
+    return max(interval, _FINEST_SECONDS)
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """What is known of the transfers of one device, which follow one another.
+
+    Attributes:
+        seconds_per_byte: Learnt, or None before the first.
+        deviation: By which share of their duration the forecasts have been wrong, on average.
+        end: When the last one announced should end, had nothing been late so far.
+        delay: By how much what arrived last was late. The rest of a queue inherits it.
+    """
+
+    seconds_per_byte: float | None = None
+    deviation: float = _FIRST_DEVIATION
+    end: float = 0.0
+    delay: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Transfer:
+    """Bytes that a device has been told to move.
+
+    Made by :meth:`Traffic.announce`; handed to :func:`aiostage._loop.polling.wait_transfer`.
+    """
+
+    __slots__ = ("_begin", "_end", "_failures", "_lane", "_nbytes", "began", "stream")
+
+    def __init__(
+        self, lane: _Lane, nbytes: int, stream: object, failures: WeakKeyDictionary[object, Exception]
+    ) -> None:
+        self.began = monotonic()
+        self.stream = stream
+        self._failures = failures
+        self._lane = lane
+        self._nbytes = nbytes
+        with lane.lock:
+            self._begin = max(self.began - lane.delay, lane.end)
+            self._end = lane.end = self._begin + nbytes * (lane.seconds_per_byte or 0.0)
+
+    def expected(self) -> Expectation | None:
+        """Return when it should have arrived, or None if that is unknown."""
+        lane = self._lane
+        if lane.seconds_per_byte is None or self._nbytes < _SMALLEST_BYTES:
+            return None
+        return Expectation(self._end + lane.delay, (self._end - self._begin) * lane.deviation)
+
+    def arrived(self, when: float, since: float) -> None:
+        """Learn from its arrival.
+
+        Args:
+            when: When it was seen to have arrived.
+            since: When it was last seen not to have.
+        """
+        with self._lane.lock:
+            lane = self._lane
+            duration = when - (self._begin + lane.delay)
+            if self._nbytes < _SMALLEST_BYTES or duration <= 0:
+                return
+            seen = duration / self._nbytes
+            known = lane.seconds_per_byte
+            faster = known is not None and seen < known
+            if when - since > duration / 4 and not faster:
+                # It may have arrived long before anyone looked.
+                return
+            lane.delay = when - self._end
+            if known is None:
+                lane.seconds_per_byte = seen
+            else:
+                wrong = min(abs(seen - known) / known, 1.0)
+                lane.deviation += (wrong - lane.deviation) * _GAIN_DEVIATION
+                lane.seconds_per_byte = known + (seen - known) * (_GAIN_FASTER if faster else _GAIN_SLOWER)
+
+    def failed(self, error: Exception) -> None:
+        """Note that it has failed, and with it whatever is on its stream."""
+        if self.stream is not None:
+            with suppress(TypeError):  # A stream that cannot be referred to weakly is not remembered.
+                self._failures[self.stream] = error
+
+    @property
+    def failure(self) -> Exception | None:
+        """What has failed on its stream so far."""
+        return self._failures.get(self.stream) if self.stream is not None and len(self._failures) else None
+
+
+class Traffic:
+    """The transfers of one owner of copies, device by device."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Hashable, _Lane] = {}
+        self._failures: WeakKeyDictionary[object, Exception] = WeakKeyDictionary()
+
+    def announce(self, device: Hashable, nbytes: int, stream: object = None) -> Transfer:
+        """Note that a device has just been told to move bytes, behind all announced before. From any thread.
+
+        Args:
+            device: Whose transfers follow one another.
+            nbytes: How many bytes.
+            stream: The stream that it is on. Once something on it is seen to have failed, so has all behind it.
+        """
+        return Transfer(self._lanes.setdefault(device, _Lane()), nbytes, stream, self._failures)
