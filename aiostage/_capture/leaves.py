@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Generator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -97,7 +98,7 @@ class Leaves:
     def extend(self, tensors: Sequence[torch.Tensor]) -> int | None:
         """Add tensors if none was met before and none has attributes; return the index of the first, else None."""
         identities = set(map(id, tensors))
-        if len(identities) < len(tensors) or not self._seen.isdisjoint(identities) or any(map(vars, tensors)):
+        if len(identities) < len(tensors) or not self._seen.isdisjoint(identities) or _have_attributes(tensors):
             return None
         start = len(self.tensors)
         self._seen |= identities
@@ -238,6 +239,14 @@ class Leaves:
         if new:
             self.owners[position] = index
         self.gradients.append((index, position))
+
+
+def _have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether some tensor may have attributes of its own.
+
+    ``vars`` would answer too, but gives every tensor that has none a dictionary to keep.
+    """
+    return dict in map(type, gc.get_referents(*tensors)) and any(map(vars, tensors))
 
 
 def _is_simple(tensor: torch.Tensor) -> bool:

@@ -18,8 +18,13 @@ BATCH_BYTES = 32 * 2**20
 """How much one copy moves at most. Measured: at 18 GB/s this is 2 ms, long enough that the hand-over to a thread does
 not show and short enough that a cancellation is answered soon."""
 
-BATCH_LEAVES = 512
-"""How many leaves one fused copy takes at most: parsing its arguments holds the GIL for about 0.2 us each."""
+BATCH_LEAVES = 2048
+"""How many leaves one batch has at most. Every batch costs a worker thread two turns with the GIL, each of which the
+event loop's thread has to give up first, so small leaves go in large batches."""
+
+RUN_LEAVES = 256
+"""How many leaves are built, and copied by one operation, at most: either takes about a quarter of a millisecond, and
+copying holds the GIL for the part of it that parses arguments."""
 
 LOOKED_AT = 1024
 """Leaves handled between two yields."""
@@ -57,6 +62,11 @@ class Run:
     def nbytes(self) -> int:
         """Size of all slots."""
         return self.spec.staged_nbytes * len(self.indices)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the leaves are copied as they are, and not as pieces."""
+        return self.spec.dense and self.spec.staged_nbytes <= BATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,12 +272,13 @@ class _Builder:
     def add_leaves(self, spec: Spec, indices: list[int]) -> Steps:
         """Give leaves of one spec consecutive slots."""
         size = spec.staged_nbytes
-        at_once = max(1, min(BATCH_LEAVES // 2, BATCH_BYTES // size))
+        at_once = max(1, min(RUN_LEAVES, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
             self.make_room(spec.device, size * len(members), len(members))
-            self.runs.append(Run(spec, members, self.offset))
-            if spec.dense and size <= BATCH_BYTES:
+            run = Run(spec, members, self.offset)
+            self.runs.append(run)
+            if run.is_whole:
                 self.whole += members
                 self.offset += size * len(members)
             else:

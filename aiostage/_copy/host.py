@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from aiostage._capture.faithful import Spec
-from aiostage._capture.plan import Batch
+from aiostage._capture.faithful import PLAIN_CLASSES, Spec
+from aiostage._capture.plan import Batch, Run
 from aiostage._loop.workers import Job
 
 __all__ = ["HostCopy", "copy_tensors"]
@@ -36,7 +38,7 @@ class HostCopy:
         memory: One-dimensional uint8, the whole arena, kept alive like the sources.
     """
 
-    __slots__ = ("_destinations", "_keep", "_moves", "_sources")
+    __slots__ = ("_destinations", "_joins", "_keep", "_moves", "_sources")
 
     def __init__(
         self,
@@ -49,12 +51,14 @@ class HostCopy:
     ) -> None:
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
+        self._joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._moves: list[tuple[int, int, int]] = []
         self._keep: list[object] = []
         if batch.start + len(batch.whole) * _MOVED_BYTES > batch.stop:
             # Small on average, so looking at each would cost more than it saves.
-            self._destinations = [staged[index] for index in batch.whole]
-            self._sources = [tensors[index] for index in batch.whole]
+            apart = self._join(batch, tensors, memory)
+            self._destinations = [staged[index] for run in apart for index in run.indices]
+            self._sources = [tensors[index] for run in apart for index in run.indices]
         else:
             for index in batch.whole:
                 spec = _known(specs[index])
@@ -76,6 +80,20 @@ class HostCopy:
                 self._sources.append(tensor.detach().as_strided((piece.length,), (1,), first))
         self._keep.append(memory)
 
+    def _join(self, batch: Batch, tensors: Sequence[torch.Tensor], memory: np.ndarray[Any, Any]) -> list[Run]:
+        """Copy runs by concatenating their leaves, as many at once as possible; return those where that will not do."""
+        apart: list[Run] = []
+        for spec, same in groupby(filter(_is_whole, batch.runs), _spec):
+            runs = list(same)
+            if not (_is_memory(spec) and spec.shape and spec.cls in PLAIN_CLASSES):
+                apart += runs
+                continue
+            sources = [tensors[index] for run in runs for index in run.indices]
+            # Runs of one spec follow each other in the arena too.
+            flat = torch.from_numpy(memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]).view(spec.dtype)
+            self._joins.append((flat.view(len(sources) * spec.shape[0], *spec.shape[1:]), sources))
+        return apart
+
     def _move(self, destination: int, source: int, nbytes: int, tensor: torch.Tensor) -> None:
         self._moves.append((destination, source, nbytes))
         self._keep.append(tensor)
@@ -94,6 +112,10 @@ class HostCopy:
                 if job.cancelled:
                     return False
                 ctypes.memmove(destination + start, source + start, min(_PIECE_BYTES, nbytes - start))
+        with torch.no_grad():
+            for joined, sources in self._joins:
+                # Half the cost of _foreach_copy_ for small leaves, which it copies one operation at a time.
+                torch.cat(sources, out=joined)
         if self._destinations:
             copy_tensors(self._destinations, self._sources)
         return True
@@ -104,6 +126,10 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
     with torch.no_grad():
         torch._foreach_copy_(destinations, sources)
+
+
+_is_whole = attrgetter("is_whole")
+_spec = attrgetter("spec")
 
 
 def _known(spec: Spec | None) -> Spec:
