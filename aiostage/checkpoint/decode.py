@@ -36,6 +36,7 @@ _EXTEND: dict[str, Callable[[Any, Any], None]] = {"list": list.extend, "set": se
 _IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
+_QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 
 
 @contextmanager
@@ -91,6 +92,8 @@ class Memory:
         dtype = torch_constant(form["dtype"]) if "dtype" in form else DTYPES[record.dtype]
         shape = _sizes(form["shape"]) if "shape" in form else record.shape
         stride = _sizes(form["stride"]) if "stride" in form else _contiguous(shape)
+        if dtype in _QUANTIZED:
+            raise ValueError(f"{dtype} needs a quantization scheme")
         if len(stride) != len(shape):
             raise ValueError(f"there are {len(shape)} sizes and {len(stride)} strides")
         return _View(name, dtype, shape, stride)

@@ -142,7 +142,9 @@ def _writer(
     """Check the arguments."""
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
-    return CheckpointWriter(os.fsdecode(target), overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress)
+    return CheckpointWriter(
+        os.fsdecode(target), overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress
+    )
 
 
 def _info(path: str, written: Written, captured: float, committed: float) -> CheckpointInfo:

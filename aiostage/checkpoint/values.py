@@ -86,7 +86,10 @@ def _bits(value: float) -> str:
 
 
 def _from_bits(text: str) -> float:
-    (value,) = struct.unpack(">d", bytes.fromhex(text))
+    try:
+        (value,) = struct.unpack(">d", bytes.fromhex(text))
+    except struct.error as error:
+        raise ValueError(f"{text!r} are not the bits of a float") from error
     return float(value)
 
 

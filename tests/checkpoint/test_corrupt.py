@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aiostage
+from aiostage import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.checkpoint.save import write_checkpoint
+from tests.checkpoint.comparing import assert_same, span
+
+MANIFEST = "manifest.json"
+
+
+def tree() -> dict[Any, Any]:
+    base = torch.arange(40, dtype=torch.float32)
+    return {
+        "tied": [base, base[3:7], base.view(4, 10).t()],
+        "turned": torch.arange(6, dtype=torch.int16).view(2, 3).t(),
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "values": (None, 1 << 70, 0.5, b"bytes", {1: "one"}, {2, 3}, torch.Size([1]), float("nan")),
+    }
+
+
+WHOLE: dict[str, bytes] = {}
+
+
+async def make(parent: Path) -> Path:
+    """Make a checkpoint of two shards and an index, written once and copied for each example."""
+    target = parent / "checkpoint"
+    if not WHOLE:
+        await write_checkpoint(tree(), parent / "whole", max_shard_bytes=200)
+        WHOLE.update((file.name, file.read_bytes()) for file in sorted((parent / "whole").iterdir()))
+        assert len(WHOLE) == 4
+    target.mkdir(exist_ok=True)
+    for name, data in WHOLE.items():
+        (target / name).write_bytes(data)
+    return target
+
+
+def digest(data: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def seal(directory: Path, change: Callable[[list[Any]], object] = lambda nodes: None) -> None:
+    """Change the nodes of a manifest, and make every size and digest right again."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    change(manifest["nodes"])
+    for file in manifest["files"]:
+        data = (directory / file["name"]).read_bytes()
+        file["nbytes"], file["digests"] = len(data), [digest(data)]
+    about = {name: value for name, value in manifest.items() if name not in ("files", "nodes", "digest")}
+    text = dump(about)[:-1] + ',\n"files":[\n' + ",\n".join(map(dump, manifest["files"]))
+    text += '\n],"nodes":[\n' + ",\n".join(map(dump, manifest["nodes"])) + "\n"
+    (directory / MANIFEST).write_text(text + f'],"digest":"{digest(text.encode())}"}}\n')
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+async def corrupt(directory: Path, name: str) -> CheckpointCorruptError:
+    """Return the error of loading a damaged checkpoint, which has to name the file."""
+    with pytest.raises(CheckpointCorruptError) as caught:
+        await aiostage.load(directory)
+    assert caught.value.path == str(directory / name)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    return caught.value
+
+
+async def loads_or_says_so(directory: Path, **options: Any) -> None:
+    """Load what may be damaged: nothing but a tree or a CheckpointCorruptError may come of it."""
+    try:
+        loaded = await aiostage.load(directory, **options)
+    except CheckpointCorruptError as error:
+        if error.path is None or not error.path.startswith(str(directory)):
+            raise
+        return
+    for tensor in tensors_in(loaded):
+        start, stop = span(tensor)
+        storage = tensor.untyped_storage()
+        assert start == stop or storage.data_ptr() <= start < stop <= storage.data_ptr() + storage.nbytes()
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    todo, seen = [tree], set[int]()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            todo += value
+        elif isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            yield value
+
+
+def flip(file: Path, position: int, mask: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position % len(data)] ^= mask
+    file.write_bytes(data)
+
+
+positions = st.integers(0, 1 << 20)
+masks = st.integers(1, 255)
+
+
+@pytest.mark.asyncio
+async def test_is_whole_before_it_is_damaged(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    assert_same(tree(), await aiostage.load(directory))
+    seal(directory)
+    assert_same(tree(), await aiostage.load(directory))
+
+
+@pytest.mark.asyncio
+@given(number=st.integers(0, 10), position=positions, mask=masks)
+async def test_any_byte_of_any_file(number: int, position: int, mask: int, tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    files = sorted(directory.iterdir())
+    file = files[number % len(files)]
+    flip(file, position, mask)
+    await corrupt(directory, file.name)
+    await loads_or_says_so(directory, verify=False)
+
+
+@pytest.mark.asyncio
+@given(number=st.integers(0, 10), length=positions, longer=st.booleans())
+async def test_truncated_and_extended_files(number: int, length: int, longer: bool, tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    files = sorted(directory.iterdir())
+    file = files[number % len(files)]
+    data = file.read_bytes()
+    file.write_bytes(data + bytes(1 + length % 5000) if longer else data[: length % len(data)])
+    await corrupt(directory, file.name)
+    with pytest.raises(CheckpointCorruptError):
+        await aiostage.load(directory, verify=False)
+
+
+@pytest.mark.asyncio
+async def test_missing_files(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        file.unlink()
+        if file.name == MANIFEST:
+            with pytest.raises(CheckpointNotFoundError, match=r"has no manifest\.json") as caught:
+                await aiostage.load(directory)
+            assert caught.value.path == str(directory)
+        else:
+            assert "missing" in str(await corrupt(directory, file.name))
+        file.write_bytes(data)
+    assert_same(tree(), await aiostage.load(directory))
+
+
+@pytest.mark.asyncio
+async def test_something_else_than_a_file(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    for file in sorted(directory.iterdir()):
+        data = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert "regular" in str(await corrupt(directory, file.name))
+        file.unlink()
+        file.mkdir()
+        assert "regular" in str(await corrupt(directory, file.name))
+        file.rmdir()
+        file.write_bytes(data)
+
+
+@pytest.mark.asyncio
+async def test_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "nowhere/deeper", "file", "file/below", "dangling", "empty"):
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            await aiostage.load(tmp_path / name)
+        assert isinstance(caught.value, FileNotFoundError)
+        assert caught.value.path is not None
+
+
+@pytest.mark.asyncio
+async def test_files_of_two_checkpoints(tmp_path: Path) -> None:
+    directory, other = await make(tmp_path), tmp_path / "other"
+    changed = tree()
+    changed["tied"][0].add_(1)
+    await write_checkpoint(changed, other, max_shard_bytes=200)
+    different = [
+        file for file in directory.glob("*.safetensors") if file.read_bytes() != (other / file.name).read_bytes()
+    ]
+    assert different
+    for file in different:
+        shutil.copyfile(other / file.name, file)
+    await corrupt(directory, min(different).name)
+
+
+@pytest.mark.asyncio
+async def test_a_newer_format(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    file = directory / MANIFEST
+    file.write_text(file.read_text().replace('"version":1', '"version":2'))
+    assert "newer aiostage" in str(await corrupt(directory, MANIFEST))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", ".hidden", "", "a\0b", 3])
+async def test_names_that_lead_out_of_the_directory(name: Any, tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    text = (directory / MANIFEST).read_text().replace(dump(manifest["files"][0]["name"]), dump(name))
+    body = text[: text.rindex('],"digest"')]
+    (directory / MANIFEST).write_text(body + f'],"digest":"{digest(body.encode())}"}}\n')
+    assert "no name of a file" in str(await corrupt(directory, MANIFEST))
+
+
+@pytest.mark.asyncio
+@given(number=st.integers(0, 10), position=positions, mask=masks)
+async def test_a_damaged_file_whose_digest_is_right(number: int, position: int, mask: int, tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    files = sorted(directory.glob("*.safetensors"))
+    # The beginning, where headers are not yet padding.
+    flip(files[number % len(files)], position % 300, mask)
+    seal(directory)
+    await loads_or_says_so(directory)
+
+
+ODD = [None, True, -1, 0, 1, 7, 1 << 40, (1 << 62) - 1, 1 << 70, 0.5, "", "x", "tensor", "set", "more", "float32", "0x"]
+odd_values: st.SearchStrategy[Any] = st.recursive(
+    st.sampled_from(ODD), lambda values: st.one_of(st.lists(values, max_size=3), st.just({})), max_leaves=3
+)
+
+
+def mutate(nodes: list[Any], number: int, key: int, value: Any) -> None:
+    """Put a value in one place of one node."""
+    node = nodes[number % len(nodes)]
+    name = sorted(node)[key % len(node)]
+    inner = node[name]
+    if isinstance(inner, list) and inner and key % 3:
+        inner[key % len(inner)] = value
+    elif isinstance(inner, dict) and inner and key % 3:
+        inner[sorted(inner)[key % len(inner)]] = value
+    else:
+        node[name] = value
+
+
+@pytest.mark.asyncio
+@settings(max_examples=150)
+@given(number=st.integers(0, 100), key=st.integers(0, 20), value=odd_values)
+async def test_nodes_that_are_wrong_and_whose_digest_is_right(
+    number: int, key: int, value: Any, tmp_path: Path
+) -> None:
+    directory = await make(tmp_path)
+    seal(directory, lambda nodes: mutate(nodes, number, key, value))
+    await loads_or_says_so(directory)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [],
+        [{"root": [0]}],
+        [{"is": "list", "of": [[5]]}, {"root": [0]}],
+        [{"is": "list", "of": [[-1]]}, {"root": [0]}],
+        [{"is": "tuple", "of": [[1]]}, {"is": "tuple", "of": [[0]]}, {"root": [0]}],
+        [{"is": "set", "of": [[0]]}, {"root": [0]}],
+        [{"is": "float", "value": "00"}, {"root": [0]}],
+        [{"is": "float", "value": 3}, {"root": [0]}],
+        [{"is": "complex", "value": ["00"]}, {"root": [0]}],
+        [{"is": "bytes", "value": "?"}, {"root": [0]}],
+        [{"is": "int", "value": "zz"}, {"root": [0]}],
+        [{"is": "numpy", "value": ["O", "00"]}, {"root": [0]}],
+        [{"is": "numpy", "value": ["<f4", "00"]}, {"root": [0]}],
+        [{"is": "torch", "value": "load"}, {"root": [0]}],
+        [{"is": "device", "value": "nowhere"}, {"root": [0]}],
+        [{"is": "deque", "maxlen": -1}, {"root": [0]}],
+        [{"is": "defaultdict", "factory": "eval"}, {"root": [0]}],
+        [{"is": "dict", "pairs": [[[0], 1]]}, {"root": [0]}],
+        [{"is": "tensor", "name": "nothing"}, {"root": [0]}],
+        [{"is": "tensor", "name": "turned", "shape": [1 << 40], "stride": [0], "offset": 6}, {"root": [0]}],
+        [{"is": "tensor", "name": "turned", "shape": [1 << 61], "stride": [1 << 61], "dtype": "int8"}, {"root": [0]}],
+        [{"is": "tensor", "name": "turned", "dtype": "quint8"}, {"root": [0]}],
+        [{"is": "tensor", "name": "turned", "class": "Parameter"}, {"root": [0]}],
+        [{"is": "more", "of": [1]}, {"root": [0]}],
+        [{"is": "nothing known"}, {"root": [0]}],
+        [3, {"root": [0]}],
+        ["text"],
+    ],
+    ids=dump,
+)
+async def test_nodes_that_describe_no_tree(nodes: list[Any], tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+
+    def change(found: list[Any]) -> None:
+        found[:] = nodes
+
+    seal(directory, change)
+    assert "tree" in str(await corrupt(directory, MANIFEST))
+
+
+@pytest.mark.asyncio
+async def test_a_manifest_of_deep_nesting(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+    file = directory / MANIFEST
+    text = file.read_text()
+    for line in ("[" * 100_000, "9" * 100_000, '{"is":' * 50_000):
+        body = text[: text.index('"nodes":[\n') + len('"nodes":[\n')] + line + "\n"
+        file.write_text(body + f'],"digest":"{digest(body.encode())}"}}\n')
+        await corrupt(directory, MANIFEST)
