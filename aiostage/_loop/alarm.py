@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from time import monotonic
+from typing import Any
 
 import anyio
+from anyio.lowlevel import current_token
 
 __all__ = ["Alarm"]
 
@@ -43,44 +47,66 @@ class Alarm:
     Event loops sleep in whole milliseconds: asyncio rounds up to epoll's grain, uvloop rounds to the nearest. On Linux
     the kernel's own timer is a file descriptor that every loop can watch, good to some ten microseconds. Elsewhere, or
     when there are no descriptors left, the loop's clock has to do, never finer than a millisecond.
+
+    It belongs to the event loop that is running when it is made.
     """
 
-    __slots__ = ("_descriptor", "_when")
+    __slots__ = ("_descriptor", "_native", "_ringing", "_when")
 
     def __init__(self) -> None:
         self._descriptor = -1
         self._when = 0.0
+        self._native: Any = current_token().native_token
+        self._ringing: asyncio.Future[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds a descriptor."""
+        return self._descriptor >= 0
 
     def set(self, when: float) -> None:
         """Ring at a time, and not at the one set before. A time that has passed rings at once."""
         self._when = when
-        if self._descriptor < 0:
-            self._descriptor = _open()
-        if self._descriptor >= 0:
+        if not self.is_open:
+            self._open()
+        if self.is_open:
             # Zero would mean never.
             nanoseconds = max(int(when * _NANOSECONDS), 1)
             value = _TimerSpecification(0, 0, *divmod(nanoseconds, _NANOSECONDS))
             assert _library is not None  # noqa: S101 - there is no descriptor without it
+            # It is never read: being set anew is what makes it unreadable again.
             _library.timerfd_settime(self._descriptor, _TIMER_ABSOLUTE, ctypes.byref(value), None)
 
     async def wait(self) -> None:
-        """Wait until it rings, or somewhat less. Cancelling changes nothing."""
-        if self._descriptor >= 0:
-            # Never read: setting it anew is what makes it unreadable again.
-            await anyio.wait_readable(self._descriptor)
-        else:
+        """Wait until it rings, or somewhat less. Set it before. Cancelling changes nothing."""
+        if not self.is_open:
             await anyio.sleep(min(max(self._when - monotonic(), _COARSE_SECONDS), _BLIND_SECONDS))
+        elif isinstance(self._native, asyncio.AbstractEventLoop):
+            # Not anyio.wait_readable: it notes the waiting in a table of its own that keeps a loop which is closed
+            # meanwhile, and all that waits on it, alive for ever. And it watches and unwatches each time.
+            self._ringing = self._native.create_future()
+            await self._ringing
+        else:
+            await anyio.wait_readable(self._descriptor)
 
     def close(self) -> None:
         """Give the descriptor back. Nobody may be waiting. Setting it opens another."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if not self.is_open:
+            return
+        if isinstance(self._native, asyncio.AbstractEventLoop):
+            # A loop that has been closed watches nothing.
+            with suppress(RuntimeError):
+                self._native.remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
 
+    def _open(self) -> None:
+        if _library is None:
+            return
+        self._descriptor = _library.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.is_open and isinstance(self._native, asyncio.AbstractEventLoop):
+            self._native.add_reader(self._descriptor, self._ring)
 
-def _open() -> int:
-    """Return a new timer, or -1 if there is none to be had."""
-    if _library is None:
-        return -1
-    descriptor: int = _library.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-    return descriptor
+    def _ring(self) -> None:
+        if self._ringing is not None and not self._ringing.done():
+            self._ringing.set_result(None)

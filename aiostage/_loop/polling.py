@@ -31,7 +31,7 @@ _LONGEST_LOOK_SECONDS: Final = 0.0005
 _TOGETHER_SECONDS: Final = 20e-6
 """What is due this soon is asked about now. Guessed, from what a turn of the loop costs."""
 
-_REST: Final = 8
+_REST: Final = 4
 """How many times as long as a look has taken the loop is left alone, however many events there are and slow to ask."""
 
 
@@ -231,9 +231,8 @@ def _ask(event: SupportsQuery, transfer: Transfer | None, since: float | None = 
     try:
         done = event.query()
     except Exception as error:
-        # Without the frames of those who asked, which the error would keep alive for as long as somebody has it.
-        traceback = error.__traceback__
-        error.__traceback__ = traceback.tb_next if traceback is not None else None
+        # Its frames lead to those who asked, and it would keep them and all that they copy alive.
+        error.__traceback__ = None
         if transfer is not None:
             transfer.failed(error)
         return True, error

@@ -1,0 +1,511 @@
+"""Events that can only be asked, as awaitables: who asks, how often, and what is left when nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+import trio
+import uvloop
+from anyio.lowlevel import checkpoint
+
+from aiostage._loop import alarm, polling
+from aiostage._loop.polling import wait_event, wait_transfer
+from aiostage._loop.transfers import Traffic
+from aiostage.errors import StagingError
+from tests.memory.cancelling import at_every_await
+
+RUNS: dict[str, Callable[[Callable[[], Awaitable[object]]], object]] = {
+    "asyncio": asyncio.run,
+    "uvloop": uvloop.run,
+    "trio": trio.run,
+}
+
+
+def run_on(loop: str, main: Callable[[], Any]) -> None:
+    trio.run(main) if loop == "trio" else RUNS[loop](main())  # type: ignore[operator]
+
+
+class Event:
+    """An event that a test completes, and that counts who asks."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: Exception | None = None
+        self.queries = 0
+        self.at_query: int | None = None
+
+    def query(self) -> bool:
+        self.queries += 1
+        if self.error is not None:
+            raise self.error
+        return self.done or self.queries == self.at_query
+
+
+class Stream:
+    """Something with an identity."""
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def asked_again(event: Event, times: int = 2) -> None:
+    """Wait until an event has been asked some more."""
+    wanted = event.queries + times
+    while event.queries < wanted:
+        await checkpoint()
+
+
+class TestWaiting:
+    @pytest.mark.asyncio
+    async def test_what_is_done_is_asked_once(self):
+        event = Event()
+        event.done = True
+        await wait_event(event)
+        assert event.queries == 1
+
+    @pytest.mark.asyncio
+    async def test_is_a_checkpoint_also_when_done(self):
+        event = Event()
+        event.done = True
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await wait_event(event)
+        assert scope.cancelled_caught
+
+    @pytest.mark.asyncio
+    async def test_asks_until_done(self):
+        event = Event()
+        event.at_query = 7
+        await wait_event(event)
+        assert event.queries == 7
+
+    @pytest.mark.anyio
+    async def test_on_trio(self):
+        event = Event()
+        event.at_query = 7
+        await wait_event(event)
+        assert event.queries == 7
+
+    @pytest.mark.asyncio
+    async def test_hundreds_cost_one_poller_and_no_task(self):
+        events = [Event() for _ in range(300)]
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
+        await asked_again(events[-1])
+        assert asyncio.all_tasks() == {asyncio.current_task(), *tasks}
+        state = polling._polling.get()
+        assert state is not None
+        leader = state()
+        assert leader is not None
+        assert len(leader._watches) == 300
+        for event in random.Random(0).sample(events, 300):
+            event.done = True
+        await asyncio.gather(*tasks)
+        queries = [event.queries for event in events]
+        await asyncio.sleep(0.01)
+        assert [event.queries for event in events] == queries
+
+    @pytest.mark.asyncio
+    async def test_many_waiters_for_one_event_ask_as_one(self):
+        event = Event()
+        tasks = [asyncio.ensure_future(wait_event(event)) for _ in range(200)]
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert event.queries < 100
+        event.done = True
+        await asyncio.gather(*tasks)
+
+    @pytest.mark.asyncio
+    async def test_one_descriptor_while_waiting_and_none_after(self):
+        event = Event()
+        before = descriptors()
+        tasks = [asyncio.ensure_future(wait_event(event)) for _ in range(50)]
+        await asked_again(event)
+        assert descriptors() <= before + 1
+        event.done = True
+        await asyncio.gather(*tasks)
+        assert descriptors() == before
+
+    @pytest.mark.asyncio
+    async def test_a_later_and_shorter_wait_is_not_kept_waiting(self):
+        """The leader sleeps for a forecast of an hour; it is told of what is due sooner."""
+        traffic = Traffic()
+        transfer = traffic.announce("device", 1 << 30)
+        transfer._lane.seconds_per_byte = 1e9 / 2**30
+        distant, near = Event(), Event()
+        late = traffic.announce("device", 1 << 30)
+        task = asyncio.ensure_future(wait_transfer(distant, late))
+        while not distant.queries:
+            await asyncio.sleep(0)
+        near.at_query = 3
+        await wait_event(near)
+        assert distant.queries == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    @pytest.mark.asyncio
+    async def test_without_a_timer_of_its_own(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(alarm, "_library", None)
+        events = [Event() for _ in range(5)]
+        for event in events:
+            event.at_query = 4
+        before = descriptors()
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
+        await asyncio.sleep(0)
+        assert descriptors() == before
+        await asyncio.gather(*tasks)
+
+
+class TestLeaving:
+    @pytest.mark.asyncio
+    async def test_nobody_asks_when_nobody_waits(self):
+        event = Event()
+        tasks = [asyncio.ensure_future(wait_event(event)) for _ in range(3)]
+        await asked_again(event)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        queries = event.queries
+        await asyncio.sleep(0.005)
+        assert event.queries == queries
+
+    @pytest.mark.asyncio
+    async def test_an_event_that_was_left_is_not_asked_while_others_wait(self):
+        left, kept = Event(), Event()
+        going, staying = asyncio.ensure_future(wait_event(left)), asyncio.ensure_future(wait_event(kept))
+        await asked_again(left)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        queries = left.queries
+        await asked_again(kept, 3)
+        assert left.queries == queries
+        kept.done = True
+        await staying
+
+    @pytest.mark.asyncio
+    async def test_an_event_that_was_left_is_let_go(self):
+        left, kept = Event(), Event()
+        staying = asyncio.ensure_future(wait_event(kept))
+        gone = weakref.ref(left)
+        scope = anyio.CancelScope()
+
+        async def wait_a_while(event: Event) -> None:
+            with scope:
+                await wait_event(event)
+
+        going = asyncio.ensure_future(wait_a_while(left))
+        await asked_again(left)
+        scope.cancel()
+        await going
+        del left, going
+        gc.collect()
+        assert gone() is None
+        kept.done = True
+        await staying
+
+    @pytest.mark.asyncio
+    async def test_the_named_successor_may_leave_before_it_leads(self):
+        events = [Event() for _ in range(4)]
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
+        await asked_again(events[0])
+        # All in one step of the loop: the leader goes, and so do those whom it and they would name.
+        for task in (tasks[0], tasks[3], tasks[2]):
+            task.cancel()
+        await asyncio.gather(tasks[0], tasks[2], tasks[3], return_exceptions=True)
+        await asked_again(events[1])
+        events[1].done = True
+        await tasks[1]
+
+    @pytest.mark.asyncio
+    async def test_the_leader_is_done_first(self):
+        first, second = Event(), Event()
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in (first, second)]
+        await asked_again(first)
+        first.done = True
+        await tasks[0]
+        await asked_again(second)
+        second.done = True
+        await tasks[1]
+
+    @pytest.mark.asyncio
+    async def test_cancelled_at_every_await(self):
+        companion = Event()
+        other = asyncio.ensure_future(wait_event(companion))
+        rounds = 0
+
+        def make() -> Any:
+            event = Event()
+            event.at_query = 5
+            return wait_event(event)
+
+        async for _ in at_every_await(make):
+            await asked_again(companion)
+            rounds += 1
+        assert rounds >= 1
+        companion.done = True
+        await other
+
+
+async def schedule(seed: int) -> None:
+    """Play one schedule: waiters come, events complete or fail, waiters are cancelled, in an order of the seed."""
+    rng = random.Random(seed)
+    events = [Event() for _ in range(rng.randint(1, 5))]
+    outcomes: dict[int, str] = {}
+    scopes: dict[int, anyio.CancelScope] = {}
+    waits_for: dict[int, Event] = {}
+
+    async def waiter(number: int, event: Event) -> None:
+        with scopes[number]:
+            try:
+                await wait_event(event)
+            except StagingError as error:
+                outcomes[number] = "failed" if error.__cause__ is event.error else "mistaken"
+            else:
+                assert event.done
+                outcomes[number] = "done"
+        outcomes.setdefault(number, "cancelled")
+
+    async with anyio.create_task_group() as group:
+        for number in range(rng.randint(2, 12)):
+            scopes[number] = anyio.CancelScope()
+            waits_for[number] = rng.choice(events)
+            group.start_soon(waiter, number, waits_for[number])
+            while rng.random() < 0.4:
+                action = rng.random()
+                if action < 0.3:
+                    await checkpoint()
+                elif action < 0.8:
+                    # Several in one step, before any of them runs.
+                    for victim in rng.sample(list(scopes), rng.randint(1, len(scopes))):
+                        scopes[victim].cancel()
+                else:
+                    chosen = rng.choice(events)
+                    if not chosen.done and chosen.error is None:
+                        chosen.error = ValueError("no") if rng.random() < 0.3 else None
+                        chosen.done = chosen.error is None
+        # Whoever still waits is served by whoever of them leads; a hang fails by the time limit.
+        for event in events:
+            await checkpoint()
+            event.done = event.done or event.error is None
+    assert set(outcomes) == set(scopes)
+    assert "mistaken" not in outcomes.values()
+    for number, outcome in outcomes.items():
+        assert outcome != "cancelled" or scopes[number].cancel_called
+        assert outcome != "failed" or waits_for[number].error is not None
+    state = polling._polling.get()
+    left = state() if state is not None else None
+    assert left is None or (left._leader is None and not left._watches and not left._alarm.is_open)
+    queries = [event.queries for event in events]
+    await checkpoint()
+    assert [event.queries for event in events] == queries
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("loop", RUNS)
+    @pytest.mark.timeout(60)
+    def test_thousands_of_cancel_schedules(self, loop: str):
+        before = descriptors()
+
+        async def main() -> None:
+            for seed in range(1500):
+                await schedule(seed)
+
+        run_on(loop, main)
+        gc.collect()
+        assert descriptors() <= before
+
+
+class TestErrors:
+    @pytest.mark.asyncio
+    async def test_reaches_every_waiter_with_its_cause(self):
+        event, original = Event(), ValueError("out of luck")
+        tasks = [asyncio.ensure_future(wait_event(event)) for _ in range(5)]
+        await asked_again(event)
+        event.error = original
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(set(map(id, errors))) == 5
+        for error in errors:
+            assert isinstance(error, StagingError)
+            assert "out of luck" in str(error)
+            assert error.__cause__ is original
+
+    @pytest.mark.asyncio
+    async def test_at_the_first_look(self):
+        event = Event()
+        event.error = ValueError("out of luck")
+        with pytest.raises(StagingError, match="out of luck") as caught:
+            await wait_event(event)
+        assert caught.value.__cause__ is event.error
+
+    @pytest.mark.asyncio
+    async def test_does_not_touch_other_events(self):
+        bad, good = Event(), Event()
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in (bad, good)]
+        await asked_again(good)
+        bad.error = ValueError("out of luck")
+        with pytest.raises(StagingError):
+            await tasks[0]
+        await asked_again(good)
+        good.done = True
+        await tasks[1]
+
+    @pytest.mark.asyncio
+    async def test_reaches_later_events_of_the_stream(self):
+        traffic, stream, other = Traffic(), Stream(), Stream()
+        first, second, elsewhere = Event(), Event(), Event()
+        tasks = [
+            asyncio.ensure_future(wait_transfer(event, traffic.announce("device", 1, on)))
+            for event, on in ((first, stream), (second, stream), (elsewhere, other))
+        ]
+        await asked_again(second)
+        first.error = ValueError("out of luck")
+        with pytest.raises(StagingError):
+            await tasks[0]
+        with pytest.raises(StagingError) as caught:
+            await tasks[1]
+        assert caught.value.__cause__ is first.error
+        third = Event()
+        with pytest.raises(StagingError) as caught:
+            await wait_transfer(third, traffic.announce("device", 1, stream))
+        assert caught.value.__cause__ is first.error
+        assert third.queries == 0
+        elsewhere.done = True
+        await tasks[2]
+
+    @pytest.mark.asyncio
+    async def test_a_failed_stream_is_not_kept(self):
+        traffic, stream, event = Traffic(), Stream(), Event()
+        event.error = ValueError("out of luck")
+        with pytest.raises(StagingError):
+            await wait_transfer(event, traffic.announce("device", 1, stream))
+        gone = weakref.ref(stream)
+        del stream
+        gc.collect()
+        assert gone() is None
+
+    @pytest.mark.asyncio
+    async def test_what_is_no_error_of_the_event_reaches_the_asker_only(self):
+        """An interrupt hits whoever leads; the others get another leader."""
+
+        class Interrupt(BaseException):
+            pass
+
+        class Interrupted(Event):
+            def query(self) -> bool:
+                if super().query():
+                    raise Interrupt
+                return False
+
+        async def interrupted() -> bool:
+            # Caught in the task: asyncio stops its loop at what is not an Exception.
+            try:
+                await wait_event(bad)
+            except Interrupt:
+                return True
+            return False
+
+        bad, good = Interrupted(), Event()
+        tasks = [asyncio.ensure_future(interrupted()), asyncio.ensure_future(wait_event(good))]
+        await asked_again(good)
+        bad.done = True
+        assert await tasks[0]
+        await asked_again(good)
+        good.done = True
+        await tasks[1]
+
+
+class TestLoops:
+    @pytest.mark.parametrize("loop", RUNS)
+    def test_nothing_outlives_the_loop(self, loop: str):
+        kept: list[weakref.ref[Any]] = []
+        before = descriptors()
+
+        async def main() -> None:
+            event = Event()
+            async with anyio.create_task_group() as group:
+                for _ in range(5):
+                    group.start_soon(wait_event, event)
+                await asked_again(event)
+                state = polling._polling.get()
+                assert state is not None
+                kept.append(state)
+                kept.append(weakref.ref(event))
+                if loop == "asyncio":
+                    kept.append(weakref.ref(asyncio.get_running_loop()))
+                group.cancel_scope.cancel()
+
+        run_on(loop, main)
+        gc.collect()
+        assert [reference() for reference in kept] == [None] * len(kept)
+        assert descriptors() <= before
+
+    @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+    def test_a_loop_that_is_closed_while_they_wait(self, new_loop: Callable[[], asyncio.AbstractEventLoop]):
+        before = descriptors()
+        event = Event()
+        loop = new_loop()
+        tasks = [loop.create_task(wait_event(event)) for _ in range(5)]
+        loop.run_until_complete(asked_again(event))
+        state = loop.run_until_complete(self._state())
+        loop.close()
+        references = [weakref.ref(loop), state, weakref.ref(tasks[0])]
+        queries = event.queries
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        del loop, tasks, task
+        gc.collect()
+        assert [reference() for reference in references] == [None] * 3
+        assert event.queries == queries
+        assert descriptors() <= before
+
+    @staticmethod
+    async def _state() -> weakref.ref[Any]:
+        state = polling._polling.get()
+        assert state is not None
+        return state
+
+    def test_two_loops_in_two_threads(self):
+        events = [[Event() for _ in range(20)] for _ in range(2)]
+        together = threading.Barrier(2)
+        threads: list[set[int]] = [set(), set()]
+        failures: list[BaseException] = []
+
+        async def main(side: int) -> None:
+            async with anyio.create_task_group() as group:
+                for event in events[side]:
+                    group.start_soon(wait_event, event)
+                await asked_again(events[side][0])
+                await asyncio.to_thread(together.wait, 10)
+                state = polling._polling.get()
+                assert state is not None
+                polls = state()
+                assert polls is not None
+                threads[side] = {id(polls), *polls._watches}
+                await asyncio.to_thread(together.wait, 10)
+                for event in events[side]:
+                    event.done = True
+
+        def run(side: int) -> None:
+            try:
+                (asyncio.run, uvloop.run)[side](main(side))
+            except BaseException as error:
+                failures.append(error)
+
+        workers = [threading.Thread(target=run, args=(side,)) for side in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert failures == []
+        assert threads[0].isdisjoint(threads[1])
