@@ -286,12 +286,12 @@ class _Names:
         """Return a name that no other tensor has."""
         steps = [] if suffix is None else [suffix]
         length = 0
-        at: Node = node
-        while at.parent is not None and length <= MAX_TENSOR_NAME:
+        at = node
+        while (parent := at.parent) is not None and length <= MAX_TENSOR_NAME:
             step = str(at.key) if isinstance(at.key, (str, int)) else repr(at.key)[:MAX_TENSOR_NAME]
             length += len(step) + 1
             steps.append(step)
-            at = at.parent
+            at = parent
         name = ".".join(reversed(steps)).encode("utf-8", "backslashreplace").decode() or "tensor"
         if length > MAX_TENSOR_NAME:
             name = f"tensor.{len(self._used)}"

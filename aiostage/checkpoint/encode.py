@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ class Node:
 
     Attributes:
         value: The object.
-        parent: The node in which it was first met, None for the root.
         key: Where in the parent.
         kind: Its name in the manifest.
         children: What it contains: JSON scalars, and nodes. Of mappings, keys and values by turns.
@@ -47,11 +47,23 @@ class Node:
         entered: Whether its children are known.
     """
 
-    __slots__ = ("attributes", "children", "entered", "form", "key", "kind", "parent", "position", "value")
+    __slots__ = (
+        "__weakref__",
+        "_parent",
+        "attributes",
+        "children",
+        "entered",
+        "form",
+        "key",
+        "kind",
+        "position",
+        "value",
+    )
 
     def __init__(self, value: Any, parent: Node | None, key: object) -> None:
         self.value = value
-        self.parent = parent
+        # Not to be part of a circle, which would keep staged memory until the collector comes.
+        self._parent = ref(parent) if parent is not None else None
         self.key = key
         self.kind = ""
         self.children: list[Any] = []
@@ -60,13 +72,19 @@ class Node:
         self.position: int | None = None
         self.entered = False
 
+    @property
+    def parent(self) -> Node | None:
+        """The node in which it was first met, None for the root. Lives as long as the encoder."""
+        return self._parent() if self._parent is not None else None
+
 
 def path_of(node: Node) -> Path:
     """Return the path that leads to a node."""
     steps = []
-    while node.parent is not None:
-        steps.append(node.key)
-        node = node.parent
+    at: Node | None = node
+    while at is not None and (parent := at.parent) is not None:
+        steps.append(at.key)
+        at = parent
     return tuple(reversed(steps))
 
 

@@ -111,8 +111,10 @@ class LocalFiles:
             await self._slices.run(_submit(job, step, parts))
             job.close()
             reported = 0
-            while done is not None and not job.finished():
+            while done is not None and reported < len(parts):
                 await job.progressed(reported)
+                if job.error is not None:
+                    break
                 count = job.done
                 # Parts may end out of order, but all of them except the last have one size.
                 done(sum(part.nbytes for part in parts[reported:count]))
