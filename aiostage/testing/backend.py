@@ -145,8 +145,10 @@ class SimulatedBackend(Backend):
 
         Raises:
             OSError: If some of it is registered already, the limit is reached, or a test wanted it.
+            SimulatedDeviceError: If the device has failed.
         """
         with self._scheduler.lock:
+            self._devices[device].check()
             self._devices[device].in_use = True
             limit, held = self._max_registered_bytes, sum(self._registered.values())
             if self._strike("registration") or (limit is not None and held + nbytes > limit):
@@ -192,6 +194,7 @@ class SimulatedBackend(Backend):
             return torch.empty_strided(size, stride, dtype=dtype)
         with self._scheduler.lock:
             self._settle()
+            stream.on.check()
             if self._strike("allocation"):
                 raise torch.OutOfMemoryError("the simulated device is out of memory, as the test wanted")
             stream.on.in_use = True

@@ -43,8 +43,9 @@ class VirtualClock:
         self._timelines.append(timeline)
 
     def detach(self, timeline: Timeline) -> None:
-        """Undo :meth:`attach`."""
-        self._timelines.remove(timeline)
+        """Undo :meth:`attach`. Does nothing if that is done already."""
+        if timeline in self._timelines:
+            self._timelines.remove(timeline)
 
     def move_to(self, when: float) -> None:
         """Set the time, unless it is later already; what is due until then does not happen by this."""

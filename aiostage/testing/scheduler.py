@@ -104,8 +104,7 @@ class Scheduler:
             self._settle()
             if self._closed:
                 raise RuntimeError("the simulated accelerator is closed")
-            if stream.on.error is not None:
-                raise stream.on.error.again()
+            stream.on.check()
             self.append(stream, operation)
 
     def append(self, stream: SimulatedStream, operation: Operation) -> None:

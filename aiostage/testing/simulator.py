@@ -248,6 +248,8 @@ class SimulatedAccelerator(SimulatedBackend):
     def close(self) -> None:
         """Drop what is enqueued and end the thread, if there is one. May be called again; tensors stay valid."""
         self._scheduler.close()
+        if self._clock is not None:
+            self._clock.detach(self._scheduler)
 
     def __enter__(self) -> SimulatedAccelerator:
         return self

@@ -65,6 +65,11 @@ class Device:
     error: SimulatedDeviceError | None = None
     engine_free_at: dict[str, float] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise if it has failed."""
+        if self.error is not None:
+            raise self.error.again()
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Operation:
@@ -125,6 +130,8 @@ class SimulatedEvent:
         self._stream.queues.polled()
         if (error := self._stream.on.error or self.error) is not None:
             raise error.again()
+        if self._fails and self.completed:
+            raise SimulatedDeviceError(f"an event of {self._stream.name} failed, as the test wanted")
         return self.completed
 
     def wait(self, stream: SimulatedStream | None = None) -> None:
@@ -150,8 +157,6 @@ class SimulatedEvent:
 
     def complete(self, when: float, error: SimulatedDeviceError | None) -> None:
         """Note that everything before it is done, or that something before it has failed. For who executes."""
-        if self._fails and error is None:
-            error = SimulatedDeviceError(f"an event of {self._stream.name} failed, as the test wanted")
         self.error = error
         self.completed_at = when
 
