@@ -31,6 +31,9 @@ _LONGEST_LOOK_SECONDS: Final = 0.0005
 _TOGETHER_SECONDS: Final = 20e-6
 """What is due this soon is asked about now. Guessed, from what a turn of the loop costs."""
 
+_SPIN_SECONDS: Final = 100e-6
+"""Sleeps as short as this, near the expected end of a transfer, are spent giving the loop turn after turn."""
+
 _REST: Final = 4
 """How many times as long as a look has taken the loop is left alone, however many events there are and slow to ask."""
 
@@ -143,7 +146,12 @@ class _Polling:
                 await waiter.wake.wait()
             while not waiter.done:
                 self._set_alarm()
-                await self._alarm.wait()
+                if self._is_imminent():
+                    # Waking from a sleep takes longer than the sleep would.
+                    while monotonic() < self._alarm_at:
+                        await checkpoint()
+                else:
+                    await self._alarm.wait()
                 self._look()
         finally:
             self._leave(waiter)
@@ -189,6 +197,13 @@ class _Polling:
             heapq.heappop(self._agenda)
         self._alarm_at = max(self._agenda[0][0], self._rest_until)
         self._alarm.set(self._alarm_at)
+
+    def _is_imminent(self) -> bool:
+        """Return whether what is due next is a transfer that is expected to arrive now, within some microseconds."""
+        transfer = self._agenda[0][2].transfer
+        if transfer is None or self._alarm_at - monotonic() > _SPIN_SECONDS:
+            return False
+        return transfer.expected() is not None
 
     def _look(self) -> None:
         """Ask about what is due, in the order in which it is, and wake those whose events are done."""

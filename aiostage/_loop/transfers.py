@@ -60,7 +60,7 @@ def time_to_next_look(elapsed: float, remaining: float | None, uncertainty: floa
     elif remaining > 2 * uncertainty:
         interval = (remaining - uncertainty) / 2
     elif remaining > -2 * uncertainty:
-        interval = uncertainty / 8
+        interval = uncertainty / (16 if abs(remaining) < uncertainty else 8)
     else:
         interval = min(-remaining / 8, _COARSEST_SECONDS)
     return max(interval, _FINEST_SECONDS)
@@ -120,13 +120,15 @@ class Transfer:
         """
         with self._lane.lock:
             lane = self._lane
+            gap = when - since
+            when -= gap / 2
             duration = when - (self._begin + lane.delay)
             if self._nbytes < _SMALLEST_BYTES or duration <= 0:
                 return
             seen = duration / self._nbytes
             known = lane.seconds_per_byte
             faster = known is not None and seen < known
-            if when - since > duration / 4 and not faster:
+            if gap > duration / 4 and not faster:
                 # It may have arrived long before anyone looked.
                 return
             lane.delay = when - self._end

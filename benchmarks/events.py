@@ -1,0 +1,202 @@
+"""How soon a coroutine runs after an event is done, and what waiting for it costs, by every way of waiting.
+
+The events are simulated: they are done at a known time, and asking is a comparison. Their durations vary by a share
+that is given, as those of real copies do. Every round takes the ways in a new random order. The transfers that
+forecasts are learnt from are part of the run, but not of the figures.
+
+    python benchmarks/events.py --rounds 15 --loop uvloop
+    python benchmarks/events.py --cuda
+
+With ``--cuda`` the events are those of copies of a GiB and less into pinned memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+import uvloop
+from anyio import sleep, to_thread
+from anyio.lowlevel import checkpoint
+
+from aiostage._loop.polling import wait_event, wait_transfer
+from aiostage._loop.transfers import Traffic
+
+BYTES_PER_SECOND = 25e9
+LEARNING = 12
+LONGEST_LEARNING_SECONDS = 0.25
+
+
+class SimulatedEvent:
+    """Done at a known time."""
+
+    def __init__(self, seconds: float, jitter: float, rng: random.Random) -> None:
+        self.queries = 0
+        self.nbytes = int(seconds * BYTES_PER_SECOND)
+        self.began = time.monotonic()
+        self.done_at = self.began + seconds * (1 + rng.gauss(0, jitter))
+
+    def query(self) -> bool:
+        self.queries += 1
+        return time.monotonic() >= self.done_at
+
+    def synchronize(self) -> None:
+        """Block as the driver does when it is told not to spin."""
+        time.sleep(max(self.done_at - time.monotonic(), 0))
+
+    def completed_at(self) -> float:
+        return self.done_at
+
+
+class CudaEvent:
+    """Behind a copy into pinned memory. When it was done is known from the device's own clock."""
+
+    device: Any = None
+    host: Any = None
+
+    def __init__(self, seconds: float, jitter: float, rng: random.Random) -> None:
+        import torch
+
+        nbytes = max(int(min(seconds * BYTES_PER_SECOND, 1 << 30)), 1 << 20)
+        if CudaEvent.device is None:
+            CudaEvent.device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+            CudaEvent.host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+        self.queries, self.nbytes = 0, nbytes
+        start, self._event = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        self.began = time.monotonic()
+        CudaEvent.host[:nbytes].copy_(CudaEvent.device[:nbytes], non_blocking=True)
+        self._event.record()
+        self._start = start
+
+    def query(self) -> bool:
+        self.queries += 1
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def completed_at(self) -> float:
+        return self.began + self._start.elapsed_time(self._event) / 1e3
+
+
+Way = Callable[[Any, Traffic], Awaitable[None]]
+
+
+async def predicted(event: Any, traffic: Traffic) -> None:
+    await wait_transfer(event, traffic.announce("device", event.nbytes))
+
+
+async def unpredicted(event: Any, traffic: Traffic) -> None:
+    await wait_event(event)
+
+
+async def fixed_interval(event: Any, traffic: Traffic) -> None:
+    while not event.query():
+        await sleep(0.001)
+
+
+async def half_a_millisecond(event: Any, traffic: Traffic) -> None:
+    while not event.query():
+        await sleep(0.0005)
+
+
+async def blocking_thread(event: Any, traffic: Traffic) -> None:
+    await to_thread.run_sync(event.synchronize)
+
+
+async def busy(event: Any, traffic: Traffic) -> None:
+    while not event.query():
+        await checkpoint()
+
+
+WAYS: dict[str, Way] = {
+    "wait_transfer (predicted)": predicted,
+    "wait_event": unpredicted,
+    "poll every 1 ms": fixed_interval,
+    "poll every 0.5 ms": half_a_millisecond,
+    "to_thread(synchronize)": blocking_thread,
+    "busy sleep(0)": busy,
+}
+
+
+@dataclass
+class Figures:
+    """What was measured of one way and one duration."""
+
+    latencies: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+
+    def row(self) -> dict[str, float]:
+        return {
+            "median_us": statistics.median(self.latencies) * 1e6,
+            "worst_us": max(self.latencies) * 1e6,
+            "core_percent": statistics.median(self.cores) * 100,
+            "most_queries": max(self.queries),
+        }
+
+
+async def measure(kind: type[Any], seconds: float, rounds: int, jitter: float, seed: int) -> dict[str, Figures]:
+    rng = random.Random(seed)
+    traffic = Traffic()
+    for _ in range(LEARNING):
+        await predicted(kind(min(seconds, LONGEST_LEARNING_SECONDS), jitter, rng), traffic)
+    figures = {name: Figures() for name in WAYS}
+    for _ in range(rounds):
+        for name in rng.sample(list(WAYS), len(WAYS)):
+            before = time.process_time()
+            event = kind(seconds, jitter, rng)
+            await WAYS[name](event, traffic)
+            now = time.monotonic()
+            spent = time.process_time() - before
+            figures[name].latencies.append(now - event.completed_at())
+            figures[name].cores.append(spent / (now - event.began))
+            figures[name].queries.append(event.queries)
+    return figures
+
+
+def run_on(loop: str, main: Callable[..., Any], *arguments: Any) -> Any:
+    if loop == "trio":
+        return trio.run(main, *arguments)
+    return (uvloop.run if loop == "uvloop" else asyncio.run)(main(*arguments))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, nargs="+", default=[0.01, 0.1, 1.0])
+    parser.add_argument("--loop", nargs="+", default=["asyncio", "uvloop", "trio"])
+    parser.add_argument("--jitter", type=float, default=0.0003, help="standard deviation, as a share of the duration")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    kind = CudaEvent if options.cuda else SimulatedEvent
+    rows = []
+    for loop in options.loop:
+        for seconds in options.seconds:
+            measured = run_on(loop, measure, kind, seconds, options.rounds, options.jitter, options.seed)
+            rows += [{"loop": loop, "seconds": seconds, "way": way, **it.row()} for way, it in measured.items()]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'loop':8} {'transfer':>8}  {'way':26} {'median':>9} {'worst':>10} {'core':>7} {'queries':>8}")
+    for row in rows:
+        print(
+            f"{row['loop']:8} {row['seconds']:6g} s  {row['way']:26} {row['median_us']:6.0f} us "
+            f"{row['worst_us']:7.0f} us {row['core_percent']:5.1f} % {row['most_queries']:8.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
