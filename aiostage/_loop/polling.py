@@ -45,7 +45,7 @@ async def wait_event(event: SupportsQuery) -> None:
     them together, soon after the start and then less and less often, up to every 10 ms.
 
     Args:
-        event: Anything with ``query() -> bool``: ``torch.Event``, ``torch.cuda.Event``, or your own. It is asked in
+        event: Anything with ``query() -> bool``: ``torch.Event``, that of a device, or your own. It is asked in
             the thread of the event loop, so ``query`` must not block.
 
     Raises:
