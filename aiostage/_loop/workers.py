@@ -117,6 +117,8 @@ class Job:
                 self._steps.clear()
             waiters = self._take_waiters()
         _wake(waiters)
+        # An error's frames lead back to the one that called them, which is this, and that must not lead to the error.
+        del self
 
     def finished(self) -> bool:
         """Return whether no step runs, none is left and none can be added."""
@@ -227,7 +229,11 @@ class Workers:
         job = self.job()
         job.put(step)
         job.close()
-        await job.join()
+        try:
+            await job.join()
+        finally:
+            # An error's traceback has this frame in it, which must not lead back to the error.
+            del job
         return outcome.value
 
     @property

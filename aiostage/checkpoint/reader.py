@@ -125,7 +125,11 @@ class CheckpointReader:
                 await finish(job.settled)
             raise
         job.close()
-        await job.join()
+        try:
+            await job.join()
+        finally:
+            # An error's traceback has this frame in it, which must not lead back to the error.
+            del job
 
 
 def _submit(job: Job, memory: Memory, nodes: Sequence[Any]) -> Generator[None, None, None]:

@@ -84,6 +84,7 @@ async def save(
     own = AsyncStager()
     # Called before anything is awaited: the moment of the copy is the caller's.
     staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
+    staged: Any = None
     try:
         path = await writer.check()
         staged = await staging
@@ -92,6 +93,8 @@ async def save(
     finally:
         staging.close()
         writer.close()
+        # Otherwise the stager would be closed before its memory has come back.
+        staged = None
         await own.aclose()
     return _info(path, written, captured, perf_counter() - begin)
 

@@ -125,7 +125,11 @@ class LocalFiles:
             if not isinstance(error, GeneratorExit):
                 await finish(job.settled)
             raise
-        await job.join()
+        try:
+            await job.join()
+        finally:
+            # An error's traceback has this frame in it, which must not lead back to the error.
+            del job
 
     def _write_part(self, file: OutputFile, digests: list[str], part: Part) -> None:
         """Write one part. Runs in a worker thread."""

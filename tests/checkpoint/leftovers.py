@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from time import monotonic
 
-NAMES = ("aiostage-save", "aiostage-load", "aiostage-copy")
+OWN = ("aiostage-save", "aiostage-load")
+ALL = (*OWN, "aiostage-copy", "aiostage-leases")
 SOON = 10.0
 
 
@@ -24,13 +26,16 @@ def descriptors() -> dict[str, str]:
 
 
 @contextmanager
-def nothing_left() -> Iterator[None]:
-    """Check that no thread of a save or a load goes on, and that no descriptor stays open."""
+def nothing_left(names: tuple[str, ...] = ALL) -> Iterator[None]:
+    """Check that no thread of such a name goes on, and that no descriptor stays open."""
     before = descriptors()
     yield
-    for thread in threading.enumerate():
-        if thread.name.startswith(NAMES):
-            thread.join(SOON)
-            assert not thread.is_alive(), f"{thread.name} goes on"
+    deadline = monotonic() + SOON
+    while alive := [thread for thread in threading.enumerate() if thread.name.startswith(names)]:
+        assert monotonic() < deadline, f"{alive} go on"
+        for thread in alive:
+            # One that is being started cannot be joined yet.
+            with suppress(RuntimeError):
+                thread.join(SOON)
     new = {number: name for number, name in descriptors().items() if before.get(number) != name}
     assert not new, new
