@@ -1,5 +1,6 @@
 """Asyncio-native staging of PyTorch checkpoints."""
 
+from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import CheckpointInfo, save
@@ -45,4 +46,5 @@ __all__ = [
     "adapt",
     "load",
     "save",
+    "wait_event",
 ]

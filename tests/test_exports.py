@@ -24,6 +24,7 @@ CONTRACT = {
     "adapt",
     "load",
     "save",
+    "wait_event",
     *errors.__all__,
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import Batch
+from aiostage._loop.transfers import Traffic, Transfer
 from aiostage.abc import Backend, SupportsQuery
 
 __all__ = ["DeviceCopy", "Flight"]
@@ -26,6 +27,7 @@ class Flight:
 
     Attributes:
         event: Completes when they are done.
+        transfer: When that may be expected.
         device: Which device.
         nbytes: How many bytes they bring.
         number: Of the batch.
@@ -35,6 +37,7 @@ class Flight:
     """
 
     event: SupportsQuery
+    transfer: Transfer
     device: torch.device
     nbytes: int
     number: int
@@ -76,12 +79,13 @@ class DeviceCopy:
         self._launches = 0
         self._keep: list[object] = []
 
-    def enqueue(self, backend: Backend, stream: Any) -> Flight:
+    def enqueue(self, backend: Backend, stream: Any, traffic: Traffic) -> Flight:
         """Tell the device to copy. May block while the host memory is not pinned.
 
         Args:
             backend: How to reach the device.
             stream: A side stream of the batch's device that waits for the caller's work already.
+            traffic: Where to announce them.
 
         Returns:
             The copies under way.
@@ -94,7 +98,9 @@ class DeviceCopy:
             backend.keep(source, stream)
         keep = [*self._keep, self._whole, self._pieces, self._destinations, self._sources, self._memory]
         event = backend.record(stream)
-        return Flight(event, self.device, self.nbytes, self.number, len(self._destinations), self._launches, keep)
+        transfer = traffic.announce(self.device, self.nbytes, stream)
+        copies = len(self._destinations)
+        return Flight(event, transfer, self.device, self.nbytes, self.number, copies, self._launches, keep)
 
     def _take_whole(self, backend: Backend, stream: Any) -> None:
         """Note the leaves that are copied as they are, small ones in consecutive slots as one."""

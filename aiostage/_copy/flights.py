@@ -14,11 +14,13 @@ import torch
 
 from aiostage._copy.device import DeviceCopy, Flight
 from aiostage._device.streams import Moment, SideStreams
-from aiostage._loop.polling import wait_event
+from aiostage._loop.polling import wait_transfer
+from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
+from aiostage.errors import StagingError
 
-__all__ = ["Flights", "airborne"]
+__all__ = ["Flights", "airborne", "land"]
 
 _POLL_SECONDS = 0.005
 """Between two looks at copies that nobody waits for any more. Only memory waits for the outcome."""
@@ -63,8 +65,8 @@ class _Airborne:
         while True:
             while not self._deserted.empty():
                 watched.append(self._deserted.get())
-            for flight in filter(_is_over, watched):
-                self.landed(flight)
+            # No name here may be left that refers to a flight which is over.
+            self._flights -= set(filter(_is_over, watched))
             watched = [flight for flight in watched if flight in self._flights]
             if not watched:
                 break
@@ -85,6 +87,22 @@ def _is_over(flight: Flight) -> bool:
 airborne = _Airborne()
 
 
+async def land(flight: Flight, streams: SideStreams) -> None:
+    """Wait until copies have been made.
+
+    Raises:
+        StagingError: If the device has failed.
+
+    Cancelling changes nothing.
+    """
+    try:
+        await wait_transfer(flight.event, flight.transfer)
+    except StagingError:
+        streams.forget(flight.device)
+        raise
+    airborne.landed(flight)
+
+
 class Flights:
     """Launches the copies of one staging and waits for them.
 
@@ -93,11 +111,13 @@ class Flights:
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
+        traffic: Where to announce the copies.
     """
 
-    def __init__(self, backend: Backend, streams: SideStreams) -> None:
+    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic) -> None:
         self._backend = backend
         self._streams = streams
+        self._traffic = traffic
         self._moments = [Moment.record(backend)]
         self._flights: dict[int, Flight] = {}
         self._in_order: list[Flight] = []
@@ -141,7 +161,7 @@ class Flights:
 
     def _enqueue(self, copy: DeviceCopy) -> None:
         """Enqueue one copy, in a worker thread."""
-        flight = copy.enqueue(self._backend, self._streams.of(copy.device))
+        flight = copy.enqueue(self._backend, self._streams.of(copy.device), self._traffic)
         airborne.add(flight)
         with self._lock:
             self._flights[flight.number] = flight
@@ -154,13 +174,11 @@ class Flights:
         """Wait until the copies of a batch have been made.
 
         Raises:
-            Exception: What became of them, if the device has failed.
+            StagingError: If the device has failed.
 
         Cancelling changes nothing.
         """
-        flight = self._flights[number]
-        await wait_event(flight.event)
-        airborne.landed(flight)
+        await land(self._flights[number], self._streams)
 
     def order_before(self, stream: Any | None) -> None:
         """Make later work wait, on the device, for the copies enqueued so far.

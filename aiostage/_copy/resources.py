@@ -10,6 +10,7 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import SideStreams
+from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
@@ -55,6 +56,7 @@ class Resources:
         self.launcher = Workers(1, "aiostage-launch")
         """One thread, so that a stream gets its copies in the order of the plan."""
         self.streams = SideStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
+        self.traffic = Traffic()
         self.pool = Pool(
             self.workers,
             max_bytes=options.max_host_bytes,

@@ -14,12 +14,11 @@ from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.device import Flight
-from aiostage._copy.flights import airborne
+from aiostage._copy.flights import airborne, land
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.resources import Resources
 from aiostage._device.streams import Moment
 from aiostage._loop.cleanup import finish
-from aiostage._loop.polling import wait_event
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job
 from aiostage.errors import CheckpointMismatchError
@@ -78,6 +77,7 @@ class _Arrivals:
     def __init__(self, resources: Resources) -> None:
         self._backend = resources.backend
         self._streams = resources.streams
+        self._traffic = resources.traffic
         self._moment = Moment.record(resources.backend) if resources.backend is not None else None
         self._followed: set[torch.device] = set()
         self._flights: list[Flight] = []
@@ -99,19 +99,20 @@ class _Arrivals:
             self._backend.keep(tensor, stream)
         event = self._backend.record(stream)
         keep: list[object] = [batch.destinations, batch.values]
-        flight = Flight(event, device, batch.nbytes, len(self._flights), len(batch.values), launches, keep)
+        transfer = self._traffic.announce((device, "arrivals"), batch.nbytes, stream)
+        flight = Flight(event, transfer, device, batch.nbytes, len(self._flights), len(batch.values), launches, keep)
         airborne.add(flight)
         self._flights.append(flight)
 
     async def land(self) -> None:
         """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing."""
+        if self._backend is None or self._streams is None:
+            return
         for flight in self._flights[self._ordered :]:
-            assert self._backend is not None  # noqa: S101 - or there was no flight
             self._backend.wait(self._backend.current_stream(flight.device), flight.event)
             self._ordered += 1
         for flight in self._flights:
-            await wait_event(flight.event)
-            airborne.landed(flight)
+            await land(flight, self._streams)
 
 
 class _Leaves:

@@ -61,7 +61,7 @@ class Staging:
         self._landed: set[int] = set()
         self._flights: Flights | None = None
         if resources.backend is not None and resources.streams is not None:
-            self._flights = Flights(resources.backend, resources.streams)
+            self._flights = Flights(resources.backend, resources.streams, resources.traffic)
         self._looking = self._look(source)
         self._refused: BaseException | None = None
         self._looked = False
@@ -131,7 +131,7 @@ class Staging:
             False if it will not be: the staging has failed, was abandoned or closed.
 
         Raises:
-            Exception: What became of the copies, if the device has failed.
+            StagingError: If the device has failed.
 
         Cancelling changes nothing.
         """

@@ -77,3 +77,7 @@ class SideStreams:
             made = self._backend.side_stream(device, low_priority=self._low_priority)
             stream = self._streams.setdefault(device, made)
         return stream
+
+    def forget(self, device: torch.device) -> None:
+        """Make a new stream for a device next time: on the one there was, something has failed."""
+        self._streams.pop(device, None)

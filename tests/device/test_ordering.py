@@ -204,8 +204,7 @@ class TestAbandoned:
                 assert stager.statistics().leases == 1
                 accelerator.synchronize()
                 await until(lambda: len(airborne) == 0)
-                await until(lambda: stager.statistics().leases == 0)
-                assert alive() is None
+                await until(lambda: stager.statistics().leases == 0 and alive() is None)
 
     async def test_also_by_a_closed_stager(self):
         with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
