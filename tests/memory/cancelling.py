@@ -28,7 +28,9 @@ class CancelledAt(Generic[T]):
                 waited = self._coroutine.send(None) if error is None else self._coroutine.throw(error)
             except StopIteration as stop:
                 return stop.value
-            error = None
+            finally:
+                # The error's traceback has this frame in it, which must not lead back to the error.
+                error = None
             if suspensions == self._number:
                 self.reached = True
                 error = asyncio.CancelledError()
