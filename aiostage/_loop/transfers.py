@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable
 from contextlib import suppress
@@ -27,7 +28,7 @@ _GAIN_FASTER, _GAIN_SLOWER = 0.25, 0.125
 else, and a faster one cannot have cheated."""
 
 _GAIN_DEVIATION = 0.25
-_FIRST_DEVIATION = 0.003
+_FIRST_DEVIATION = 0.002
 """How far forecasts are off, as a share of the duration, before it has been seen. Guessed."""
 
 
@@ -73,12 +74,14 @@ class _Lane:
     Attributes:
         seconds_per_byte: Learnt, or None before the first.
         deviation: By which share of their duration the forecasts have been wrong, on average.
+        variance: How little is known of the speed, for want of looks: the square of a share of it.
         end: When the last one announced should end, had nothing been late so far.
         delay: By how much what arrived last was late. The rest of a queue inherits it.
     """
 
     seconds_per_byte: float | None = None
     deviation: float = _FIRST_DEVIATION
+    variance: float = 0.0
     end: float = 0.0
     delay: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,7 +112,9 @@ class Transfer:
         lane = self._lane
         if lane.seconds_per_byte is None or self._nbytes < _SMALLEST_BYTES:
             return None
-        return Expectation(self._end + lane.delay, (self._end - self._begin) * lane.deviation)
+        return Expectation(
+            self._end + lane.delay, (self._end - self._begin) * (lane.deviation + math.sqrt(lane.variance))
+        )
 
     def arrived(self, when: float, since: float) -> None:
         """Learn from its arrival.
@@ -127,17 +132,22 @@ class Transfer:
                 return
             seen = duration / self._nbytes
             known = lane.seconds_per_byte
+            variance = (gap / duration / 2) ** 2
             faster = known is not None and seen < known
             if gap > duration / 4 and not faster:
                 # It may have arrived long before anyone looked.
                 return
             lane.delay = when - self._end
             if known is None:
-                lane.seconds_per_byte = seen
+                lane.seconds_per_byte, lane.variance = seen, variance
             else:
-                wrong = min(abs(seen - known) / known, 1.0)
-                lane.deviation += (wrong - lane.deviation) * _GAIN_DEVIATION
-                lane.seconds_per_byte = known + (seen - known) * (_GAIN_FASTER if faster else _GAIN_SLOWER)
+                wrong = abs(seen - known) / known
+                # Not what was only due to having looked too seldom before.
+                surprise = min(max(wrong - math.sqrt(lane.variance), 0.0), 1.0)
+                lane.deviation += (surprise - lane.deviation) * _GAIN_DEVIATION
+                sharper = lane.variance / (lane.variance + variance) if lane.variance else 0.0
+                lane.variance *= 1 - sharper
+                lane.seconds_per_byte = known + (seen - known) * max(sharper, _GAIN_FASTER if faster else _GAIN_SLOWER)
 
     def failed(self, error: Exception) -> None:
         """Note that it has failed, and with it whatever is on its stream."""
