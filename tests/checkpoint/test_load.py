@@ -212,7 +212,7 @@ async def test_cancelled_at_every_await(tmp_path: Path) -> None:
                 changed.append(live["step"] == 2)
                 # All of it, or nothing.
                 assert_same(tree(live["step"]), live)
-    assert len(changed) > 15
+    assert len(changed) > 8
     assert not changed[0]
     assert changed == sorted(changed)
 

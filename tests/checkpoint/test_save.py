@@ -297,7 +297,7 @@ async def test_cancelled_at_every_await(overwrite: bool, tmp_path: Path) -> None
                     committed.append(await check())
                 if committed[-1]:
                     break
-    assert len(committed) > 15
+    assert len(committed) > 8
     assert not any(committed[:-1])
 
 
@@ -307,7 +307,7 @@ async def test_write_cancelled_at_every_await(tmp_path: Path) -> None:
     async for number in at_every_await(lambda: write_checkpoint(tree(2), tmp_path / "checkpoint", overwrite=True)):
         numbers.append(number)
         assert set(os.listdir(tmp_path)) <= {"checkpoint"}
-    assert len(numbers) > 8
+    assert len(numbers) > 5
     assert await step_at(tmp_path / "checkpoint") == 2
 
 
