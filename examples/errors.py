@@ -91,7 +91,7 @@ async def main() -> None:
                 await provoke(Path(name))
             except kind as error:
                 family = "a CheckpointError, " if isinstance(error, aiostage.CheckpointError) else ""
-                standard = [base.__name__ for base in kind.__mro__ if base.__module__ == "builtins"][0]
+                standard = next(base.__name__ for base in kind.__mro__ if base.__module__ == "builtins")
                 print(f"{kind.__name__}, {family}a {standard}\n    {str(error).replace(name, '.')}\n")
             else:
                 raise AssertionError(f"{kind.__name__} was not raised")

@@ -29,9 +29,10 @@ def descriptors() -> dict[str, str]:
 def nothing_left(names: tuple[str, ...] = ALL) -> Iterator[None]:
     """Check that no thread of such a name goes on, and that no descriptor stays open."""
     before = descriptors()
+    others = set(threading.enumerate())
     yield
     deadline = monotonic() + SOON
-    while alive := [thread for thread in threading.enumerate() if thread.name.startswith(names)]:
+    while alive := [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]:
         assert monotonic() < deadline, f"{alive} go on"
         for thread in alive:
             # One that is being started cannot be joined yet.

@@ -52,7 +52,7 @@ class Gate:
 
 async def entered(gate: Gate) -> None:
     """Wait, without blocking the loop, until a gate's step runs."""
-    while not gate.running.is_set():  # noqa: ASYNC110 - another thread sets it
+    while not gate.running.is_set():
         await asyncio.sleep(0)
 
 

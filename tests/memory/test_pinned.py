@@ -137,7 +137,7 @@ class TestPools:
         registry.go.clear()
         pool = Pool(workers, pinning=Pinning(registry))
         task = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
-        while not registry.entered.is_set():  # noqa: ASYNC110 - another thread sets it
+        while not registry.entered.is_set():
             await asyncio.sleep(0)
         task.cancel()
         registry.go.set()

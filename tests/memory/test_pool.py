@@ -25,7 +25,7 @@ SOON = 10.0
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that another thread is about to do."""
     with anyio.fail_after(SOON):
-        while not condition():  # noqa: ASYNC110 - another thread makes it so
+        while not condition():
             await anyio.sleep(0.001)
 
 
