@@ -1,18 +1,22 @@
-"""All that users may implement: stagers, backends, and what can be waited for."""
+"""All that users may implement: stagers, backends, storages, and what can be waited for."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 
-__all__ = ["Backend", "CheckpointStager", "SupportsQuery"]
+__all__ = ["Backend", "Buffer", "CheckpointStager", "Draft", "Reader", "Storage", "SupportsQuery"]
 
 T = TypeVar("T")
+
+Buffer: TypeAlias = memoryview
+"""Contiguous bytes (format B) over somebody's memory. What refers to it, or to anything made from it, keeps the memory
+from being used again; whoever is done with it lets go."""
 
 
 @runtime_checkable
@@ -177,3 +181,141 @@ class Backend(ABC):
     @abstractmethod
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context manager that makes a device the calling thread's current one."""
+
+
+class Storage(ABC):
+    """Where checkpoints lie, each under a name. These methods are all that a storage has to have.
+
+    A checkpoint is a few files and a manifest. It is there once its manifest is, and whoever looks finds all of it or
+    nothing. Names are relative paths with ``/`` between their steps. Every coroutine may be cancelled at any await, and
+    none blocks the event loop.
+    """
+
+    @abstractmethod
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        """Begin a checkpoint.
+
+        Args:
+            name: Under which it is to appear.
+            overwrite: Whether it may replace a checkpoint that is there.
+
+        Returns:
+            Where its files are to be written. Nothing of it can be seen before it is committed.
+
+        Raises:
+            CheckpointExistsError: If there is something and it may not be, or is no checkpoint.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing is left behind.
+        """
+
+    @abstractmethod
+    async def read(self, name: str) -> Reader:
+        """Open a committed checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: If there is none of that name.
+            OSError: If the storage refuses.
+        """
+
+    @abstractmethod
+    async def list(self) -> Sequence[str]:
+        """Return the names of all committed checkpoints, in any order.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+
+    @abstractmethod
+    async def delete(self, name: str) -> None:
+        """Remove a checkpoint, its manifest first, so that nobody finds half of it. One that is not there is no error.
+
+        Raises:
+            OSError: If the storage refuses. What is left can no longer be found, and is debris.
+        """
+
+    @abstractmethod
+    async def sweep(self) -> None:
+        """Remove what writers that died have left behind, and nothing that a living one is at work on.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+
+
+class Draft(ABC):
+    """A checkpoint that is being written. These methods are all that a draft has to have.
+
+    Its files may be written at once from several tasks. It ends with :meth:`commit` or :meth:`abort`.
+    """
+
+    @abstractmethod
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        """Write one file.
+
+        Args:
+            name: Of the file, a plain name without ``/``.
+            nbytes: How long it will be.
+            parts: Its contents in order. All but the last are of one size, a multiple of 4096 bytes. The next part is
+                asked for as soon as there is room for it, so that several may be on their way at once, and each is let
+                go of once it has been stored.
+
+        Raises:
+            OSError: If the storage refuses.
+
+        When cancelled, or when ``parts`` raises, the file is given up and nothing refers to its parts any more.
+        """
+
+    @abstractmethod
+    async def commit(self, manifest: Buffer) -> None:
+        """Write the manifest and make the checkpoint appear, in one step. Once this returns it outlasts a crash.
+
+        Raises:
+            CheckpointExistsError: If another writer has been faster and must not be replaced.
+            OSError: If the storage refuses.
+
+        When cancelled, either it has been committed or :meth:`abort` still removes everything.
+        """
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Remove everything written, unless it was committed. May be called more than once; bears no cancellation."""
+
+
+class Reader(ABC):
+    """A committed checkpoint that is being read. These methods are all that a reader has to have.
+
+    It goes on to be the same checkpoint if that is replaced or deleted meanwhile, or raises
+    :class:`~aiostage.CheckpointNotFoundError`.
+    """
+
+    @abstractmethod
+    async def manifest(self) -> Buffer:
+        """Return the contents of the manifest."""
+
+    @abstractmethod
+    async def size(self, name: str) -> int:
+        """Return how long a file is, in bytes.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file.
+            OSError: If the storage refuses.
+        """
+
+    @abstractmethod
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        """Fill a writable buffer with a range of a file.
+
+        Args:
+            name: Of the file.
+            offset: Of the first byte.
+            into: As long as the range. Its contents are undefined if this raises or is cancelled.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file, or it ends before the buffer is full.
+            OSError: If the storage refuses.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go of it. May be called more than once."""

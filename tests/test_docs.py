@@ -24,6 +24,10 @@ LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 async def run(code: str, line: int, document: Path, namespace: dict[str, Any]) -> None:
     """Run one block, in which ``await`` may stand at the top level."""
     compiled = compile("\n" * line + code, str(document), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if "asyncio.run(" in code:
+        # A whole program, which wants to start an event loop of its own.
+        await anyio.to_thread.run_sync(eval, compiled, namespace)
+        return
     outcome = eval(compiled, namespace)
     if inspect.isawaitable(outcome):
         await outcome

@@ -66,7 +66,7 @@ class _Airborne:
             while not self._deserted.empty():
                 watched.append(self._deserted.get())
             # No name here may be left that refers to a flight which is over.
-            self._flights -= set(filter(_is_over, watched))
+            self._flights -= {flight for flight in watched if _is_over(flight)}
             watched = [flight for flight in watched if flight in self._flights]
             if not watched:
                 break

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from operator import attrgetter
 
 import pytest
 from hypothesis import settings
@@ -15,7 +17,10 @@ from aiostage.errors import HostMemoryError, StagerClosedError
 class FakeArena:
     """What a ledger looks at of an arena."""
 
+    numbers = count()
+
     def __init__(self, nbytes: int) -> None:
+        self.number = next(self.numbers)
         self.nbytes = nbytes
         self.reserved = True
         self.held_elsewhere = False
@@ -328,7 +333,7 @@ class AnyHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.closing)
     @rule(data=st.data())
     def close_one(self, data: st.DataObject) -> None:
-        arenas = sorted(self.ledger.closing, key=id)
+        arenas = sorted(self.ledger.closing, key=attrgetter("number"))
         self.ledger.closing.remove(data.draw(st.sampled_from(arenas)))
         self.carry_out(self.ledger.advance([]))
 
