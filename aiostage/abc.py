@@ -249,6 +249,11 @@ class Draft(ABC):
     Its files may be written at once from several tasks. It ends with :meth:`commit` or :meth:`abort`.
     """
 
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Where the checkpoint is going to be, as a person would write it: an absolute path, a URL without secrets."""
+
     @abstractmethod
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write one file.
@@ -288,6 +293,11 @@ class Reader(ABC):
     It goes on to be the same checkpoint if that is replaced or deleted meanwhile, or raises
     :class:`~aiostage.CheckpointNotFoundError`.
     """
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Where the checkpoint is, as a person would write it. Errors begin with it."""
 
     @abstractmethod
     async def manifest(self) -> Buffer:
