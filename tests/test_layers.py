@@ -20,7 +20,7 @@ ROWS = [
     {"snapshot", "sharing", "storage"},
     {"stager"},
     {"checkpoint"},
-    {"dcp", "integrations", "testing", "cli"},
+    {"dcp", "integrations", "testing", "tracing", "cli"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Storage moves bytes; it must not know how they were staged.

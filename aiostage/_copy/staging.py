@@ -25,6 +25,7 @@ from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError, UnsupportedLeafError
 from aiostage.leaf import Path, StagedLeaf, format_path
+from aiostage.observe import begin, inside
 
 __all__ = ["Staging"]
 
@@ -58,6 +59,7 @@ class Staging:
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
         self.timings = Timings()
+        self.timings.span = begin("stage")
         self._landed: set[int] = set()
         self._flights: Flights | None = None
         if resources.backend is not None and resources.streams is not None:
@@ -108,6 +110,7 @@ class Staging:
             await self.abandon(error)
             raise
         self._retire()
+        self._end(None)
         return tree
 
     async def abandon(self, error: BaseException | None = None) -> None:
@@ -123,6 +126,7 @@ class Staging:
             self._flights.abandon()
         self._retire()
         self.staged = []
+        self._end(error)
 
     async def land(self, number: int) -> bool:
         """Wait until a batch has been copied.
@@ -281,8 +285,10 @@ class Staging:
         """Copy one batch; runs in a worker thread."""
         # A cold arena is faulted in by the copy itself: measured as fast as populating it first at best, twice as fast
         # where huge pages are slow to come, and two threads do it at once.
-        if copies.run(self.job):
-            self._landed.add(number)
+        batch = self._batches[number]
+        with inside(self.timings.span, "batch", number=number, nbytes=batch.stop - batch.start):
+            if copies.run(self.job):
+                self._landed.add(number)
 
     async def _complete(self) -> Any:
         resources, walk, leaves = self._resources, self._walk, self._walk.leaves
@@ -339,6 +345,13 @@ class Staging:
         self._results = self._tree = self._flights = self._refused = None
         self._looking.close()
         self._walk.release()
+
+    def _end(self, error: BaseException | None) -> None:
+        """Tell observers that it is over, and what became of it."""
+        span = self.timings.span
+        if span is not None:
+            span.span.attributes |= {"nbytes": self.nbytes, "leaves": self.leaves, "batches": len(self._batches)}
+            span.end(error)
 
     # What can be seen of it
 

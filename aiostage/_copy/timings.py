@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
 
+from aiostage.observe import OpenSpan
+
 __all__ = ["Phase", "Timings"]
 
 
@@ -37,17 +39,26 @@ class Timings:
     rebuild: float = 0.0
     yields: int = 0
 
+    def __post_init__(self) -> None:
+        """Have no span; it is the business of whoever measures, and no figure."""
+        self.span: OpenSpan | None = None
+
 
 class Phase:
-    """Adds the time that a section takes to a field of the timings."""
+    """Adds the time that a section takes to a field of the timings, and tells observers of it.
 
-    __slots__ = ("_begin", "_name", "_timings")
+    A section may be cut into slices and go on in another task, so its span is not the current one of any context.
+    """
+
+    __slots__ = ("_begin", "_name", "_span", "_timings")
 
     def __init__(self, timings: Timings, name: str) -> None:
         self._timings = timings
         self._name = name
 
     def __enter__(self) -> None:
+        within = self._timings.span
+        self._span = within.child(self._name) if within is not None else None
         self._begin = perf_counter()
 
     def __exit__(
@@ -55,3 +66,5 @@ class Phase:
     ) -> None:
         spent = getattr(self._timings, self._name) + perf_counter() - self._begin
         setattr(self._timings, self._name, spent)
+        if self._span is not None:
+            self._span.end(error)

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from traceback import clear_frames
 from typing import Generic, TypeVar
 
@@ -26,7 +27,8 @@ class Job:
 
     Several threads may run different steps of one job at once. After :meth:`cancel`, or after a step has failed,
     the steps not yet begun are dropped; those that run are always waited for. Steps hold references to what they
-    touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job.
+    touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job. Each runs
+    in a copy of the context of whoever has put it, as with ``asyncio.to_thread``.
     """
 
     __slots__ = (
@@ -46,7 +48,7 @@ class Job:
         self._submit = submit
         # Reentrant, because the collector may close a coroutine that waits for this job while this thread has the lock.
         self._lock = threading.RLock()
-        self._steps: deque[Callable[[], object]] = deque()
+        self._steps: deque[tuple[Context, Callable[[], object]]] = deque()
         self._running = 0
         self._done = 0
         self._open = True
@@ -71,10 +73,11 @@ class Job:
 
     def put(self, step: Callable[[], object]) -> None:
         """Add a step. After a failure or a cancellation it is dropped."""
+        context = copy_context()
         with self._lock:
             if not self._open:
                 return
-            self._steps.append(step)
+            self._steps.append((context, step))
         self._submit(self)
 
     def close(self) -> None:
@@ -98,15 +101,15 @@ class Job:
         with self._lock:
             if not self._steps:
                 return
-            step = self._steps.popleft()
+            context, step = self._steps.popleft()
             self._running += 1
         error: BaseException | None = None
         try:
-            step()
+            context.run(step)
         except BaseException as raised:
             error = _without_locals(raised)
         # The step keeps tensors alive; it must be gone before anybody is told that it is over.
-        del step
+        del context, step
         with self._lock:
             self._running -= 1
             self._done += 1

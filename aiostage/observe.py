@@ -1,0 +1,193 @@
+"""What aiostage does, told to whoever wants to know: spans with a beginning, an end and a parent.
+
+A span is opened for a call, a stage of one, or a part of a file, never for a tensor. As long as nobody listens, opening
+one is a look at a module attribute and at a context variable, and nothing is made.
+
+Who listens is a matter of context, as in :func:`observing`, or of the process, as in :func:`add_observer`. Contexts
+reach tasks by asyncio's own rules, and worker threads because their steps run in the context of whoever asked for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from time import perf_counter
+from types import TracebackType
+from typing import TypeAlias
+
+from aiostage.abc import Observer, Span
+
+__all__ = ["OpenSpan", "add_observer", "begin", "current", "inside", "observing", "remove_observer", "span"]
+
+_logger = logging.getLogger("aiostage")
+
+_everywhere: tuple[Observer, ...] = ()
+_here: ContextVar[tuple[Observer, ...]] = ContextVar("aiostage_observers", default=())
+_current: ContextVar[Span | None] = ContextVar("aiostage_span", default=None)
+_adding = threading.Lock()
+_not_observed: AbstractContextManager[None] = nullcontext()
+
+
+class OpenSpan:
+    """A span that has begun. Ends with :meth:`end`, or with the block of ``with``, and then once and for all."""
+
+    __slots__ = ("_observers", "span")
+
+    def __init__(self, observers: tuple[Observer, ...], span: Span) -> None:
+        self._observers = observers
+        self.span = span
+        for observer in observers:
+            _tell(observer.started, span)
+
+    def child(self, name: str, **attributes: object) -> OpenSpan:
+        """Open a span inside this one, told to the same observers, whatever context the caller is in."""
+        return OpenSpan(self._observers, _new(name, self.span, attributes))
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the span; with an error, it has failed. Later calls change nothing.
+
+        Args:
+            error: What ended it, a cancellation included.
+        """
+        if self.span.end is not None:
+            return
+        self.span.end = perf_counter()
+        for observer in self._observers:
+            if error is None:
+                _tell(observer.complete, self.span)
+            else:
+                _tell(observer.failed, self.span, error)
+
+    def __enter__(self) -> OpenSpan:
+        """Return self; the span is open already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the span."""
+        self.end(error)
+
+
+class _Current:
+    """An open span that is the parent of those opened inside its block."""
+
+    __slots__ = ("_before", "_open")
+
+    def __init__(self, opened: OpenSpan) -> None:
+        self._open = opened
+
+    def __enter__(self) -> None:
+        self._before = _current.get()
+        _current.set(self._open.span)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A coroutine may be closed from another context, which has nothing of this to undo: hence no token.
+        if _current.get() is self._open.span:
+            _current.set(self._before)
+        self._open.end(error)
+
+
+def span(name: str, **attributes: object) -> AbstractContextManager[None]:
+    """Open a span for a block, inside the one that is open around it. Not for generators: see :func:`begin`.
+
+    Args:
+        name: What is done, one of a small number of names.
+        **attributes: What else is known: numbers and strings.
+
+    Returns:
+        A context manager. The span has failed if the block raises.
+    """
+    observers = _everywhere + _here.get()
+    if not observers:
+        return _not_observed
+    return _Current(OpenSpan(observers, _new(name, _current.get(), attributes)))
+
+
+def begin(name: str, **attributes: object) -> OpenSpan | None:
+    """Open a span that is ended by hand, because it is no block: it may end in another task or thread.
+
+    Args:
+        name: What is done, one of a small number of names.
+        **attributes: What else is known: numbers and strings.
+
+    Returns:
+        The span, inside the one that is open around the call; None if nobody listens.
+    """
+    observers = _everywhere + _here.get()
+    return OpenSpan(observers, _new(name, _current.get(), attributes)) if observers else None
+
+
+def inside(parent: OpenSpan | None, name: str, **attributes: object) -> AbstractContextManager[object]:
+    """Open a span for a block inside a span that was opened by hand.
+
+    Args:
+        parent: From :func:`begin`; None if nobody listens.
+        name: What is done, one of a small number of names.
+        **attributes: What else is known: numbers and strings.
+
+    Returns:
+        A context manager. The span has failed if the block raises.
+    """
+    return parent.child(name, **attributes) if parent is not None else _not_observed
+
+
+def current() -> Span | None:
+    """Return the span that is open around the caller, if somebody listens."""
+    return _current.get()
+
+
+@contextmanager
+def observing(*observers: Observer) -> Iterator[None]:
+    """Tell observers of what is begun inside a block, and in the tasks and threads that it starts.
+
+    Args:
+        *observers: In addition to those that are listening already.
+    """
+    before = _here.get()
+    _here.set(before + observers)
+    try:
+        yield
+    finally:
+        _here.set(before)
+
+
+def add_observer(observer: Observer) -> None:
+    """Tell an observer of everything that the process does from now on, in every task and thread."""
+    global _everywhere
+    with _adding:
+        _everywhere = (*_everywhere, observer)
+
+
+def remove_observer(observer: Observer) -> None:
+    """Undo :func:`add_observer`. The observer still hears the end of what it has heard the beginning of.
+
+    Raises:
+        ValueError: If it was not added.
+    """
+    global _everywhere
+    with _adding:
+        if observer not in _everywhere:
+            raise ValueError(f"{observer!r} was not added with add_observer()")
+        place = _everywhere.index(observer)
+        _everywhere = _everywhere[:place] + _everywhere[place + 1 :]
+
+
+def _new(name: str, parent: Span | None, attributes: dict[str, object]) -> Span:
+    return Span(name, parent, attributes, perf_counter(), threading.current_thread().name)
+
+
+_Tell: TypeAlias = Callable[..., object]
+
+
+def _tell(tell: _Tell, *what: object) -> None:
+    """Call an observer. What it raises must not end a save, and in a worker thread nobody could be told."""
+    try:
+        tell(*what)
+    except Exception:
+        _logger.exception("an observer failed in %r", tell)
