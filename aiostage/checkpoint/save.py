@@ -10,12 +10,14 @@ from time import perf_counter
 from typing import Any
 
 from aiostage.abc import CheckpointStager
-from aiostage.checkpoint.writer import CheckpointWriter, SaveProgress, Written
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
+from aiostage.checkpoint.writer import CheckpointWriter, Written
+from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
-__all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "SaveProgress", "save", "write_checkpoint"]
+__all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "save", "write_checkpoint"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
@@ -52,7 +54,7 @@ async def save(
     stager: CheckpointStager | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Callable[[SaveProgress], object] | None = None,
+    progress: ProgressOption[SaveProgress] = None,
 ) -> CheckpointInfo:
     """Stage a tree and write it to a directory, which appears whole or not at all.
 
@@ -64,7 +66,8 @@ async def save(
             next save.
         overwrite: Replace a checkpoint that is already there, in one step.
         max_shard_bytes: How many bytes of tensors one file may hold; a larger tensor has a file of its own.
-        progress: Called on the event loop as parts are written. What it raises ends the save.
+        progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are written;
+            what it raises ends the save.
 
     Returns:
         What was saved, once it is complete and safe on the disk.
@@ -80,22 +83,23 @@ async def save(
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
     begin = perf_counter()
-    writer = _writer(target, overwrite, max_shard_bytes, progress)
-    own = AsyncStager()
-    # Called before anything is awaited: the moment of the copy is the caller's.
-    staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
-    staged: Any = None
-    try:
-        path = await writer.check()
-        staged = await staging
-        captured = perf_counter() - begin
-        written = await writer.write(staged)
-    finally:
-        staging.close()
-        writer.close()
-        # Otherwise the stager would be closed before its memory has come back.
-        staged = None
-        await own.aclose()
+    with span("save", target=os.fsdecode(target)), reporting(progress, f"saving {_name(target)}") as report:
+        writer = _writer(target, overwrite, max_shard_bytes, report)
+        own = AsyncStager()
+        # Called before anything is awaited: the moment of the copy is the caller's.
+        staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
+        staged: Any = None
+        try:
+            path = await writer.check()
+            staged = await staging
+            captured = perf_counter() - begin
+            written = await writer.write(staged)
+        finally:
+            staging.close()
+            writer.close()
+            # Otherwise the stager would be closed before its memory has come back.
+            staged = None
+            await own.aclose()
     return _info(path, written, captured, perf_counter() - begin)
 
 
@@ -105,7 +109,7 @@ async def write_checkpoint(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Callable[[SaveProgress], object] | None = None,
+    progress: ProgressOption[SaveProgress] = None,
 ) -> CheckpointInfo:
     """Write a tree that nobody changes, without taking a copy first.
 
@@ -127,13 +131,19 @@ async def write_checkpoint(
     May be cancelled as :func:`save` may.
     """
     begin = perf_counter()
-    writer = _writer(target, overwrite, max_shard_bytes, progress)
-    try:
-        path = await writer.check()
-        written = await writer.write(staged)
-    finally:
-        writer.close()
+    with span("save", target=os.fsdecode(target)), reporting(progress, f"saving {_name(target)}") as report:
+        writer = _writer(target, overwrite, max_shard_bytes, report)
+        try:
+            path = await writer.check()
+            written = await writer.write(staged)
+        finally:
+            writer.close()
     return _info(path, written, 0.0, perf_counter() - begin)
+
+
+def _name(target: str | os.PathLike[str]) -> str:
+    """Return what a checkpoint is called where there is little room."""
+    return os.path.basename(os.fsdecode(target).rstrip("/"))
 
 
 def _writer(

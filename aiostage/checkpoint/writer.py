@@ -17,27 +17,16 @@ from aiostage._loop.workers import Workers
 from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
 from aiostage.checkpoint.encode import TreeEncoder
 from aiostage.checkpoint.layout import INDEX_NAME, TensorFile, index_content, tensor_files
+from aiostage.checkpoint.progress import SaveProgress
+from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME, Draft, check_target
 from aiostage.storage.local import IO_THREADS, FileRecord, LocalFiles
 from aiostage.storage.manifest import write_manifest
 
-__all__ = ["MAX_HOLD", "CheckpointWriter", "SaveProgress", "Written"]
+__all__ = ["MAX_HOLD", "CheckpointWriter", "Written"]
 
 MAX_HOLD = 0.001
 """How long preparations may hold the event loop at a time, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveProgress:
-    """How far a save has come.
-
-    Attributes:
-        written_bytes: How many bytes have been handed to the file system.
-        total_bytes: How many there will be, apart from the manifest and the index.
-    """
-
-    written_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +101,11 @@ class CheckpointWriter:
         May be cancelled: then either everything was published already, or nothing of it is left.
         """
         encoder = TreeEncoder()
-        await self._slices.run(encoder.walk(staged))
-        tensors = await self._file_tensors(encoder)
-        tensor_bytes = sum(tensor.nbytes for tensor in tensors)
-        shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes))
+        with span("layout"):
+            await self._slices.run(encoder.walk(staged))
+            tensors = await self._file_tensors(encoder)
+            tensor_bytes = sum(tensor.nbytes for tensor in tensors)
+            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes))
         self._total = sum(content.nbytes for shard in shards for content in shard.contents)
         async with self._draft() as draft:
             records = [
@@ -132,9 +122,10 @@ class CheckpointWriter:
                     nodes=encoder.lines(),
                 )
             )
-            contents = [torch.frombuffer(manifest, dtype=torch.uint8)]
-            records.append(await self._files.write(draft.path, MANIFEST_NAME, contents))
-            await self._workers.run(partial(draft.publish, overwrite=self._overwrite))
+            with span("commit"):
+                contents = [torch.frombuffer(manifest, dtype=torch.uint8)]
+                records.append(await self._files.write(draft.path, MANIFEST_NAME, contents))
+                await self._workers.run(partial(draft.publish, overwrite=self._overwrite))
         return Written(tensor_bytes, len(encoder.tensors), tuple(records))
 
     def close(self) -> None:
@@ -155,7 +146,10 @@ class CheckpointWriter:
         """Report progress."""
         self._written += nbytes
         if self._progress is not None:
-            self._progress(SaveProgress(self._written, self._total))
+            name = os.path.basename(self._target)
+            self._progress(
+                SaveProgress(name=name, total_bytes=self._total, staged_bytes=self._total, written_bytes=self._written)
+            )
 
     @asynccontextmanager
     async def _draft(self) -> AsyncIterator[Draft]:

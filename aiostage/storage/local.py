@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job, Workers
 from aiostage.errors import CheckpointCorruptError
+from aiostage.observe import span
 from aiostage.storage.files import DIRECT_ALIGNMENT, InputFile, OutputFile, aligned_buffer, is_aligned
 from aiostage.storage.parts import PART_BYTES, Content, Part, cut, digest, gather, scatter, whole
 
@@ -78,11 +80,12 @@ class LocalFiles:
         parts = await self._slices.run(cut(contents, self.part_bytes))
         nbytes = parts[-1].offset + parts[-1].nbytes
         path = f"{directory}/{name}"
-        file = await self._workers.run(partial(OutputFile, path, nbytes, direct=nbytes >= _DIRECT_FROM))
-        with file:
-            digests = [""] * len(parts)
-            await self._perform(partial(self._write_part, file, digests), parts, wrote)
-            await self._workers.run(file.finish)
+        with span("write", file=name, nbytes=nbytes, parts=len(parts)):
+            file = await self._workers.run(partial(OutputFile, path, nbytes, direct=nbytes >= _DIRECT_FROM))
+            with file:
+                digests = [""] * len(parts)
+                await self._perform(partial(self._write_part, file, digests), parts, wrote)
+                await self._workers.run(file.finish)
         return FileRecord(name, nbytes, tuple(digests))
 
     async def read(self, file: InputFile, contents: Sequence[Content], digests: Sequence[str] | None) -> None:
@@ -100,7 +103,8 @@ class LocalFiles:
         When cancelled, waits for the parts that are being read; the memory is then undefined.
         """
         parts = await self._slices.run(cut(contents, self.part_bytes))
-        await self._perform(partial(self._read_part, file, digests), parts)
+        with span("read", file=os.path.basename(file.path), nbytes=file.nbytes, parts=len(parts)):
+            await self._perform(partial(self._read_part, file, digests), parts)
 
     async def _perform(
         self, step: Callable[[Part], None], parts: Sequence[Part], done: Callable[[int], None] | None = None
@@ -135,27 +139,30 @@ class LocalFiles:
         """Write one part. Runs in a worker thread."""
         data = whole(part)
         if data is not None and (not file.direct or is_aligned(data)):
-            digests[part.index] = digest(data)
-            file.write(data, part.offset)
+            self._digest_and_write(file, digests, part, data)
             return
         buffer = self._take_buffer()
-        gather(part, buffer)
-        digests[part.index] = digest(buffer[: part.nbytes])
+        with span("gather", nbytes=part.nbytes):
+            gather(part, buffer)
         padding = -part.nbytes % DIRECT_ALIGNMENT if file.direct else 0
         buffer[part.nbytes : part.nbytes + padding].zero_()
-        file.write(buffer[: part.nbytes + padding], part.offset)
+        self._digest_and_write(file, digests, part, buffer[: part.nbytes + padding])
         self._buffers.append(buffer)
+
+    def _digest_and_write(self, file: OutputFile, digests: list[str], part: Part, data: torch.Tensor) -> None:
+        with span("digest", nbytes=part.nbytes):
+            digests[part.index] = digest(data[: part.nbytes])
+        with span("write part", offset=part.offset, nbytes=part.nbytes):
+            file.write(data, part.offset)
 
     def _read_part(self, file: InputFile, digests: Sequence[str] | None, part: Part) -> None:
         """Read and check one part. Runs in a worker thread."""
         data = whole(part)
         if data is not None:
-            file.read(data, part.offset)
-            _check(file, part, data, digests)
+            _read_and_check(file, part, data, digests)
             return
         buffer = self._take_buffer()
-        file.read(buffer[: part.nbytes], part.offset)
-        _check(file, part, buffer[: part.nbytes], digests)
+        _read_and_check(file, part, buffer[: part.nbytes], digests)
         scatter(part, buffer)
         self._buffers.append(buffer)
 
@@ -173,8 +180,14 @@ def _submit(job: Job, step: Callable[[Part], None], parts: Sequence[Part]) -> Ge
         yield
 
 
-def _check(file: InputFile, part: Part, data: torch.Tensor, digests: Sequence[str] | None) -> None:
-    if digests is not None and digest(data) != digests[part.index]:
+def _read_and_check(file: InputFile, part: Part, data: torch.Tensor, digests: Sequence[str] | None) -> None:
+    with span("read part", offset=part.offset, nbytes=part.nbytes):
+        file.read(data, part.offset)
+    if digests is None:
+        return
+    with span("digest", nbytes=part.nbytes):
+        found = digest(data)
+    if found != digests[part.index]:
         raise CheckpointCorruptError(
             f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.", path=file.path
         )

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import aiostage
 from aiostage import AsyncStager, CheckpointExistsError, CheckpointStager
-from aiostage.checkpoint.save import SaveProgress, write_checkpoint
+from aiostage.checkpoint.progress import SaveProgress
+from aiostage.checkpoint.save import write_checkpoint
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import OWN, nothing_left
 from tests.memory.cancelling import at_every_await

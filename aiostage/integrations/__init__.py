@@ -1,0 +1,1 @@
+"""aiostage in the terms of other libraries, each loaded only when asked for."""

@@ -1,0 +1,58 @@
+"""A progress bar for saves and loads."""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+from typing import Any
+
+from aiostage.checkpoint.progress import LoadProgress, Progress, SaveProgress
+
+try:
+    from tqdm.auto import tqdm
+except ImportError as error:
+    raise ImportError("progress=True shows its bar with tqdm: pip install 'aiostage[progress]'") from error
+
+__all__ = ["ProgressBar"]
+
+
+class _Bar(tqdm):  # type: ignore[misc]  # it has no types
+    # It is redrawn by every report; a thread that looks after bars nobody updates would outlive them all.
+    monitor_interval = 0
+
+
+class ProgressBar:
+    """Shows one save or load on stderr: bytes, rate, time left. Call it from one thread.
+
+    Args:
+        title: What is shown before the bar.
+        **options: For ``tqdm``.
+    """
+
+    def __init__(self, title: str, **options: Any) -> None:
+        self._bar = _Bar(
+            desc=title, total=0, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, **options
+        )
+
+    @singledispatchmethod
+    def show(self, progress: Progress) -> None:
+        """Show how far it has come."""
+        raise TypeError(f"there is no bar for {progress!r}")
+
+    @show.register
+    def _(self, progress: SaveProgress) -> None:
+        if progress.written_bytes < progress.staged_bytes:
+            staged = _Bar.format_sizeof(progress.staged_bytes, "B", 1024)
+            self._bar.set_postfix_str(f"{staged} staged", refresh=False)
+        self._advance(progress.written_bytes, progress.total_bytes)
+
+    @show.register
+    def _(self, progress: LoadProgress) -> None:
+        self._advance(progress.read_bytes, progress.total_bytes)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+    def _advance(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
