@@ -1,32 +1,32 @@
-"""A directory back to a tree, or into a live one."""
+"""A checkpoint back to a tree, or into a live one."""
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from typing import Any
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
+from aiostage.abc import Storage
 from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.reader import CheckpointReader
 from aiostage.checkpoint.writer import MAX_HOLD
-from aiostage.errors import CheckpointCorruptError, CheckpointError
-from aiostage.storage.commit import is_current, open_committed
-from aiostage.storage.local import IO_THREADS
+from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.storage.locate import Target, locate
 
 __all__ = ["load"]
+
+_THREADS = 2
 
 _ATTEMPTS = 10
 """How often reading begins anew when the checkpoint is replaced meanwhile."""
 
 
-async def load(source: str | os.PathLike[str], *, into: Any = None, verify: bool = True) -> Any:
+async def load(source: Target, *, into: Any = None, verify: bool = True) -> Any:
     """Read a checkpoint.
 
     Args:
-        source: The directory that :func:`save` has made.
+        source: Where :func:`save` has put it.
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
             tensor is put into its dicts and lists. None: return a new tree.
         verify: Compare every byte read with the checksums. Without, only the structure is checked.
@@ -38,15 +38,15 @@ async def load(source: str | os.PathLike[str], *, into: Any = None, verify: bool
         CheckpointNotFoundError: If there is no checkpoint.
         CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign.
         CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not.
-        OSError: If the file system refuses.
+        OSError: If the storage refuses.
 
     ``into`` is not changed before everything was read, verified and compared, for which the tensors are in host memory
     a second time. May be cancelled: either nothing of ``into`` has been changed then, or everything.
     """
-    path = os.fsdecode(source)
-    workers, slices = Workers(IO_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+    storage, name = locate(source)
+    workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
     try:
-        tree = await _load(path, workers, slices, verify=verify)
+        tree = await _load(storage, name, workers, slices, verify=verify)
         if into is None:
             return tree
         transfer = await slices.run(compare(into, tree))
@@ -73,17 +73,15 @@ async def _carry_out(transfer: Transfer, workers: Workers, slices: Slices) -> No
     await finish(complete)
 
 
-async def _load(path: str, workers: Workers, slices: Slices, *, verify: bool) -> Any:
+async def _load(storage: Storage, name: str, workers: Workers, slices: Slices, *, verify: bool) -> Any:
     """Load a tree; again if the checkpoint was replaced, and so removed, while it was read."""
-    # Once, or a change of the working directory would lead the next attempt elsewhere.
-    path = await workers.run(partial(os.path.abspath, path))
     for _ in range(_ATTEMPTS):
-        resolved = await workers.run(partial(os.path.realpath, path))
-        directory = await workers.run(partial(open_committed, resolved))
-        with directory:
-            try:
-                return await CheckpointReader(directory, resolved, workers, slices, verify=verify).tree()
-            except CheckpointCorruptError:
-                if await workers.run(partial(is_current, directory, resolved)):
-                    raise
-    raise CheckpointError("it keeps being replaced while it is read.", path=path)
+        reader = await storage.read(name)
+        try:
+            return await CheckpointReader(reader, workers, slices, verify=verify).tree()
+        except CheckpointNotFoundError:
+            # If it was deleted, the next attempt says so.
+            continue
+        finally:
+            await reader.aclose()
+    raise CheckpointError("it keeps being replaced while it is read.", path=name)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +10,16 @@ import torch
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
+from aiostage._loop.together import together
 from aiostage._loop.workers import Job, Workers
+from aiostage.abc import Buffer, Reader
 from aiostage.checkpoint.decode import Memory, TreeDecoder, is_spread
+from aiostage.checkpoint.outgoing import PartBuffers
 from aiostage.errors import CheckpointCorruptError, HostMemoryError
+from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.files import Descriptor, InputFile
-from aiostage.storage.local import FileRecord, LocalFiles
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_manifest
-from aiostage.storage.parts import Content, Hole
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, read_manifest
+from aiostage.storage.parts import Content, Hole, Part, cut, digest, scatter, whole
 from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, Record, read_header
 
 __all__ = ["CheckpointReader"]
@@ -26,21 +27,22 @@ __all__ = ["CheckpointReader"]
 _CHUNK = 64
 _SUFFIX = ".safetensors"
 
+_PARTS_AT_ONCE = 4
+"""Parts that are being read, or compared with their digests, at any time."""
+
 
 class CheckpointReader:
     """Reads one checkpoint.
 
     Args:
-        directory: Open; what is read comes from it, whatever its path names meanwhile.
-        path: For errors.
+        reader: Of the checkpoint; the caller's to close.
         workers: Run everything that blocks.
         slices: Run everything else.
         verify: Whether to compare every byte read with the checksums.
     """
 
-    def __init__(self, directory: Descriptor, path: str, workers: Workers, slices: Slices, *, verify: bool) -> None:
-        self._directory = directory
-        self._path = path
+    def __init__(self, reader: Reader, workers: Workers, slices: Slices, *, verify: bool) -> None:
+        self._reader = reader
         self._workers = workers
         self._slices = slices
         self._verify = verify
@@ -60,54 +62,86 @@ class CheckpointReader:
 
         May be cancelled; nothing is left behind then.
         """
-        path = os.path.join(self._path, MANIFEST_NAME)
-        text = await self._workers.run(partial(self._manifest_text, path))
-        manifest = await self._slices.run(read_manifest(text, path=path))
-        files = LocalFiles(self._workers, self._slices, part_bytes=manifest.part_bytes)
+        path = self._path(MANIFEST_NAME)
+        text = await self._reader.manifest()
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
+        manifest = await self._slices.run(read_manifest(await self._workers.run(text.tobytes), path=path))
+        buffers = PartBuffers(manifest.part_bytes)
         for record in manifest.files:
-            with await self._workers.run(partial(self._open, record)) as file:
-                await self._read(files, file, record)
+            nbytes = await self._reader.size(record.name)
+            if nbytes != record.nbytes:
+                raise CheckpointCorruptError(
+                    f"it is {nbytes} bytes long and not {record.nbytes}.", path=self._path(record.name)
+                )
+            await self._read(record, buffers)
         memory = Memory(self._records, self._data, path=path)
         await self._spread(memory, manifest.nodes)
         return await self._slices.run(TreeDecoder(manifest.nodes, memory, path=path).build())
 
-    def _manifest_text(self, path: str) -> bytes:
-        """Read the manifest. Blocks."""
-        with InputFile(self._directory, MANIFEST_NAME, path=path) as file:
-            if file.nbytes > MAX_MANIFEST_BYTES:
-                raise CheckpointCorruptError(f"it is {file.nbytes} bytes long, too long for a manifest.", path=path)
-            return _bytes(file, 0, file.nbytes)
+    def _path(self, name: str) -> str:
+        """Return where a file is, for errors."""
+        return f"{self._reader.location}/{name}"
 
-    def _open(self, record: FileRecord) -> InputFile:
-        """Open a file and compare its size. Blocks."""
-        path = os.path.join(self._path, record.name)
-        file = InputFile(self._directory, record.name, path=path)
-        if file.nbytes != record.nbytes:
-            file.close()
-            raise CheckpointCorruptError(f"it is {file.nbytes} bytes long and not {record.nbytes}.", path=path)
-        return file
-
-    async def _read(self, files: LocalFiles, file: InputFile, record: FileRecord) -> None:
+    async def _read(self, record: FileRecord, buffers: PartBuffers) -> None:
         """Read a file and keep its tensors."""
-        contents: list[Content] = [Hole(file.nbytes)]
+        contents: list[Content] = [Hole(record.nbytes)]
         if record.name.endswith(_SUFFIX):
-            header = await self._workers.run(partial(_header, file))
+            header = await self._header(record)
             start = HEADER_LENGTH_BYTES + len(header)
-            tensors = await self._slices.run(read_header(header, file.nbytes - start, path=file.path))
-            contents = [Hole(start), *await self._slices.run(self._allocate(tensors, file))]
+            path = self._path(record.name)
+            tensors = await self._slices.run(read_header(header, record.nbytes - start, path=path))
+            contents = [Hole(start), *await self._slices.run(self._allocate(tensors, path))]
         if len(contents) > 1 or self._verify:
-            await files.read(file, contents, record.digests if self._verify else None)
+            parts = iter(await self._slices.run(cut(contents, buffers.part_bytes)))
+            with span("read", file=record.name, nbytes=record.nbytes):
+                await together(*[partial(self._read_parts, record, parts, buffers)] * _PARTS_AT_ONCE)
 
-    def _allocate(self, records: Sequence[Record], file: InputFile) -> Generator[None, None, list[torch.Tensor]]:
+    async def _header(self, record: FileRecord) -> bytes:
+        """Read the header of a safetensors file, without the length before it."""
+        path, nbytes = self._path(record.name), record.nbytes
+        if nbytes < HEADER_LENGTH_BYTES:
+            raise CheckpointCorruptError(f"it is only {nbytes} bytes long.", path=path)
+        length = bytearray(HEADER_LENGTH_BYTES)
+        await self._reader.read(record.name, 0, memoryview(length))
+        header_bytes = int.from_bytes(length, "little")
+        if header_bytes > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
+            raise CheckpointCorruptError(f"it says that its header is {header_bytes} bytes long.", path=path)
+        header = bytearray(header_bytes)
+        await self._reader.read(record.name, HEADER_LENGTH_BYTES, memoryview(header))
+        return await self._workers.run(partial(bytes, header))
+
+    async def _read_parts(self, record: FileRecord, parts: Iterator[Part], buffers: PartBuffers) -> None:
+        """Read parts into their places, one after the other, until there is none left."""
+        for part in parts:
+            data = whole(part)
+            memory = data.numpy() if data is not None else buffers.take()
+            buffer = memory.data[: part.nbytes]
+            await self._reader.read(record.name, part.offset, buffer)
+            if self._verify:
+                await self._workers.run(partial(self._check, record, part, buffer))
+            if data is None:
+                await self._workers.run(partial(scatter, part, torch.from_numpy(memory)))
+
+    def _check(self, record: FileRecord, part: Part, data: Buffer) -> None:
+        with span("digest", nbytes=part.nbytes):
+            found = digest(data)
+        if found != record.digests[part.index]:
+            raise CheckpointCorruptError(
+                f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.",
+                path=self._path(record.name),
+            )
+
+    def _allocate(self, records: Sequence[Record], path: str) -> Generator[None, None, list[torch.Tensor]]:
         """Get memory for the tensors of a file."""
         found = []
         for index, record in enumerate(records):
             if record.name in self._records:
-                raise CheckpointCorruptError(f"another file has the tensor {record.name!r} too.", path=file.path)
+                raise CheckpointCorruptError(f"another file has the tensor {record.name!r} too.", path=path)
             try:
                 data = torch.empty(record.stop - record.start, dtype=torch.uint8)
             except RuntimeError as error:
-                raise HostMemoryError(f"no memory for the tensor {record.name!r}: {error}", path=file.path) from error
+                raise HostMemoryError(f"no memory for the tensor {record.name!r}: {error}", path=path) from error
             self._records[record.name], self._data[record.name] = record, data
             found.append(data)
             if index % _CHUNK == 0:
@@ -138,19 +172,3 @@ def _submit(job: Job, memory: Memory, nodes: Sequence[Any]) -> Generator[None, N
             job.put(partial(memory.spread, node))
         if index % _CHUNK == 0:
             yield
-
-
-def _header(file: InputFile) -> bytes:
-    """Read the header of a safetensors file, without the length before it. Blocks."""
-    if file.nbytes < HEADER_LENGTH_BYTES:
-        raise CheckpointCorruptError(f"it is only {file.nbytes} bytes long.", path=file.path)
-    length = int.from_bytes(_bytes(file, 0, HEADER_LENGTH_BYTES), "little")
-    if length > min(MAX_HEADER_BYTES, file.nbytes - HEADER_LENGTH_BYTES):
-        raise CheckpointCorruptError(f"it says that its header is {length} bytes long.", path=file.path)
-    return _bytes(file, HEADER_LENGTH_BYTES, length)
-
-
-def _bytes(file: InputFile, offset: int, length: int) -> bytes:
-    data = torch.empty(length, dtype=torch.uint8)
-    file.read(data, offset)
-    return data.numpy().tobytes()

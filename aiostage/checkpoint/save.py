@@ -1,20 +1,20 @@
-"""A tree to a directory that appears whole or not at all."""
+"""A tree to a checkpoint that appears whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from aiostage.abc import CheckpointStager
+from aiostage.abc import CheckpointStager, Draft, Storage
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
-from aiostage.checkpoint.writer import CheckpointWriter, Written
+from aiostage.checkpoint.writer import CheckpointWriter, Written, give_up
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
+from aiostage.storage.locate import Target, locate
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
 __all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "save", "write_checkpoint"]
@@ -28,7 +28,7 @@ class CheckpointInfo:
     """What was saved.
 
     Attributes:
-        path: The directory, absolute.
+        location: Where it is: an absolute path, or a URL.
         nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
         leaves: How many tensors the tree has.
         files: The names of all files, the manifest last.
@@ -38,7 +38,7 @@ class CheckpointInfo:
         committed: Seconds from the call until the checkpoint was complete and safe on the disk.
     """
 
-    path: Path
+    location: str
     nbytes: int
     leaves: int
     files: tuple[str, ...]
@@ -46,22 +46,34 @@ class CheckpointInfo:
     captured: float
     committed: float
 
+    @property
+    def path(self) -> Path:
+        """The directory, of a checkpoint on a local disk.
+
+        Raises:
+            ValueError: If it is elsewhere.
+        """
+        if "://" in self.location:
+            raise ValueError(f"{self.location} is not on a local disk and has no path")
+        return Path(self.location)
+
 
 async def save(
     state_dict: Any,
-    target: str | os.PathLike[str],
+    target: Target,
     *,
     stager: CheckpointStager | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressOption[SaveProgress] = None,
 ) -> CheckpointInfo:
-    """Stage a tree and write it to a directory, which appears whole or not at all.
+    """Stage a tree and write it to a storage, where it appears whole or not at all.
 
     Args:
         state_dict: A tree of tensors, scalars and plain containers; or a :class:`~aiostage.Snapshot` that was
             entered, whose staged tree is then written without another copy.
-        target: The directory to make. Missing parents are made.
+        target: Where: the directory to make, with its parents if need be; a URL such as ``s3://bucket/runs/7``; or a
+            pair of a storage (or what makes one: a path, a URL, a store of obstore) and a name in it.
         stager: Takes the copy. None: one is made for this call. A stager of your own uses its memory again in the
             next save.
         overwrite: Replace a checkpoint that is already there, in one step.
@@ -70,7 +82,7 @@ async def save(
             what it raises ends the save.
 
     Returns:
-        What was saved, once it is complete and safe on the disk.
+        What was saved, once it is complete and safe where it is.
 
     Raises:
         CheckpointExistsError: If there is something at the target and it may not be, or is no checkpoint. This is
@@ -78,34 +90,34 @@ async def save(
         UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
         TornSnapshotError: If the tree changed before it was captured.
         HostMemoryError: If memory for the copy cannot be had.
-        OSError: If the file system refuses.
+        OSError: If the storage refuses.
 
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
     begin = perf_counter()
-    with span("save", target=os.fsdecode(target)), reporting(progress, f"saving {_name(target)}") as report:
-        writer = _writer(target, overwrite, max_shard_bytes, report)
-        own = AsyncStager()
-        # Called before anything is awaited: the moment of the copy is the caller's.
-        staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
-        staged: Any = None
-        try:
-            path = await writer.check()
-            staged = await staging
-            captured = perf_counter() - begin
-            written = await writer.write(staged)
-        finally:
-            staging.close()
-            writer.close()
-            # Otherwise the stager would be closed before its memory has come back.
-            staged = None
-            await own.aclose()
-    return _info(path, written, captured, perf_counter() - begin)
+    storage, name = locate(target)
+    own = AsyncStager()
+    # Called before anything is awaited: the moment of the copy is the caller's.
+    staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
+    captured = 0.0
+
+    async def write(writer: CheckpointWriter, draft: Draft) -> Written:
+        nonlocal captured
+        staged = await staging
+        captured = perf_counter() - begin
+        return await writer.write(draft, staged)
+
+    try:
+        written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
+    finally:
+        staging.close()
+        await own.aclose()
+    return _info(written, captured, perf_counter() - begin)
 
 
 async def write_checkpoint(
     staged: Any,
-    target: str | os.PathLike[str],
+    target: Target,
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -126,43 +138,47 @@ async def write_checkpoint(
     Raises:
         CheckpointExistsError: As for :func:`save`.
         UnsupportedLeafError: If something in the tree cannot be carried; nothing was written.
-        OSError: If the file system refuses.
+        OSError: If the storage refuses.
 
     May be cancelled as :func:`save` may.
     """
     begin = perf_counter()
-    with span("save", target=os.fsdecode(target)), reporting(progress, f"saving {_name(target)}") as report:
-        writer = _writer(target, overwrite, max_shard_bytes, report)
-        try:
-            path = await writer.check()
-            written = await writer.write(staged)
-        finally:
-            writer.close()
-    return _info(path, written, 0.0, perf_counter() - begin)
+    storage, name = locate(target)
+
+    async def write(writer: CheckpointWriter, draft: Draft) -> Written:
+        return await writer.write(draft, staged)
+
+    written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
+    return _info(written, 0.0, perf_counter() - begin)
 
 
-def _name(target: str | os.PathLike[str]) -> str:
-    """Return what a checkpoint is called where there is little room."""
-    return os.path.basename(os.fsdecode(target).rstrip("/"))
-
-
-def _writer(
-    target: str | os.PathLike[str],
+async def _write(
+    write: Callable[[CheckpointWriter, Draft], Awaitable[Written]],
+    storage: Storage,
+    name: str,
     overwrite: bool,
     max_shard_bytes: int,
-    progress: Callable[[SaveProgress], object] | None,
-) -> CheckpointWriter:
-    """Check the arguments."""
+    progress: ProgressOption[SaveProgress],
+) -> Written:
+    """Write into a draft that is gone afterwards, unless it was committed."""
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
-    return CheckpointWriter(
-        os.fsdecode(target), overwrite=overwrite, max_shard_bytes=max_shard_bytes, progress=progress
-    )
+    with span("save", target=name), reporting(progress, f"saving {name}") as report:
+        writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, progress=report)
+        try:
+            draft = await storage.open(name, overwrite=overwrite)
+            try:
+                return await write(writer, draft)
+            except BaseException as error:
+                await give_up(draft, error)
+                raise
+        finally:
+            writer.close()
 
 
-def _info(path: str, written: Written, captured: float, committed: float) -> CheckpointInfo:
+def _info(written: Written, captured: float, committed: float) -> CheckpointInfo:
     return CheckpointInfo(
-        path=Path(path),
+        location=written.location,
         nbytes=written.nbytes,
         leaves=written.leaves,
         files=tuple(file.name for file in written.files),

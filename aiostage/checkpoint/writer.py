@@ -1,32 +1,33 @@
-"""Writing a staged tree: first everything that may be refused, then files in a draft, then the draft's publication."""
+"""Writing a staged tree: first everything that may be refused, then the files of a draft, then its publication."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
-from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
+from aiostage.abc import Draft
 from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
 from aiostage.checkpoint.encode import TreeEncoder
-from aiostage.checkpoint.layout import INDEX_NAME, TensorFile, index_content, tensor_files
+from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
+from aiostage.checkpoint.outgoing import OutgoingFile, PartBuffers
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.observe import span
-from aiostage.storage.commit import MANIFEST_NAME, Draft, check_target
-from aiostage.storage.local import IO_THREADS, FileRecord, LocalFiles
-from aiostage.storage.manifest import write_manifest
+from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.manifest import FileRecord, write_manifest
+from aiostage.storage.parts import PART_BYTES, Content, cut, digest
 
-__all__ = ["MAX_HOLD", "CheckpointWriter", "Written"]
+__all__ = ["MAX_HOLD", "CheckpointWriter", "Written", "give_up"]
 
 MAX_HOLD = 0.001
 """How long preparations may hold the event loop at a time, in seconds."""
+
+_THREADS = 2
+"""For gathering and digests, which are done while the storage's own threads wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class Written:
     """What a writer has written.
 
     Attributes:
+        location: Where.
         nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
         leaves: How many tensors the tree has.
         files: In the order in which they were written.
     """
 
+    location: str
     nbytes: int
     leaves: int
     files: tuple[FileRecord, ...]
@@ -48,46 +51,25 @@ class CheckpointWriter:
     """Writes one checkpoint.
 
     Args:
-        target: The directory to make.
-        overwrite: Whether a checkpoint that is there may be replaced.
+        name: What it is called, for whoever follows the progress.
         max_shard_bytes: How many bytes of tensors one file may hold.
         progress: Called on the event loop as parts are written.
     """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        overwrite: bool,
-        max_shard_bytes: int,
-        progress: Callable[[SaveProgress], object] | None,
-    ) -> None:
-        self._target = target
-        self._overwrite = overwrite
+    def __init__(self, name: str, *, max_shard_bytes: int, progress: Callable[[SaveProgress], object] | None) -> None:
+        self._name = name
         self._max_shard_bytes = max_shard_bytes
         self._progress = progress
-        self._workers = Workers(IO_THREADS, "aiostage-save")
+        self._workers = Workers(_THREADS, "aiostage-save")
         self._slices = Slices(MAX_HOLD)
-        self._files = LocalFiles(self._workers, self._slices)
+        self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0
 
-    async def check(self) -> str:
-        """Find out early whether the target may be written to.
-
-        Returns:
-            The absolute path of the target, links followed, so that replacing it leaves a link to it in place.
-
-        Raises:
-            CheckpointExistsError: If it may not.
-        """
-        self._target = await self._workers.run(partial(os.path.realpath, self._target))
-        await self._workers.run(partial(check_target, self._target, overwrite=self._overwrite))
-        return self._target
-
-    async def write(self, staged: Any) -> Written:
-        """Write a tree and publish it.
+    async def write(self, draft: Draft, staged: Any) -> Written:
+        """Write a tree and commit it.
 
         Args:
+            draft: Where. It is the caller's to abort it if this raises.
             staged: In host memory; does not change until this returns.
 
         Returns:
@@ -96,9 +78,9 @@ class CheckpointWriter:
         Raises:
             UnsupportedLeafError: If something cannot be carried; nothing was written.
             CheckpointExistsError: If something has appeared at the target meanwhile.
-            OSError: If the file system refuses.
+            OSError: If the storage refuses.
 
-        May be cancelled: then either everything was published already, or nothing of it is left.
+        May be cancelled: then either everything was committed already, or nothing of it can be seen.
         """
         encoder = TreeEncoder()
         with span("layout"):
@@ -106,27 +88,27 @@ class CheckpointWriter:
             tensors = await self._file_tensors(encoder)
             tensor_bytes = sum(tensor.nbytes for tensor in tensors)
             shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes))
-        self._total = sum(content.nbytes for shard in shards for content in shard.contents)
-        async with self._draft() as draft:
-            records = [
-                await self._files.write(draft.path, shard.name, shard.contents, wrote=self._wrote) for shard in shards
-            ]
+            files = [(shard.name, shard.contents) for shard in shards]
             if len(shards) > 1:
-                records.append(await self._write_index(draft, shards))
-            manifest = await self._slices.run(
+                files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
+        self._total = sum(content.nbytes for _, contents in files for content in contents)
+        records = [await self._send(draft, name, contents) for name, contents in files]
+        manifest = memoryview(
+            await self._slices.run(
                 write_manifest(
                     nbytes=tensor_bytes,
                     leaves=len(encoder.tensors),
-                    part_bytes=self._files.part_bytes,
+                    part_bytes=PART_BYTES,
                     files=records,
                     nodes=encoder.lines(),
                 )
             )
-            with span("commit"):
-                contents = [torch.frombuffer(manifest, dtype=torch.uint8)]
-                records.append(await self._files.write(draft.path, MANIFEST_NAME, contents))
-                await self._workers.run(partial(draft.publish, overwrite=self._overwrite))
-        return Written(tensor_bytes, len(encoder.tensors), tuple(records))
+        )
+        digests = await self._workers.run(partial(_digests, manifest))
+        with span("commit"):
+            await draft.commit(manifest)
+        records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
+        return Written(draft.location, tensor_bytes, len(encoder.tensors), tuple(records))
 
     def close(self) -> None:
         """Let the threads end."""
@@ -138,33 +120,39 @@ class CheckpointWriter:
         overlapping = await self._workers.run(partial(groups, starts, stops))
         return await self._slices.run(file_tensors(leaves, overlapping))
 
-    async def _write_index(self, draft: Draft, shards: Sequence[TensorFile]) -> FileRecord:
-        contents = await self._slices.run(index_content(shards))
-        return await self._files.write(draft.path, INDEX_NAME, contents)
+    async def _send(self, draft: Draft, name: str, contents: Sequence[Content]) -> FileRecord:
+        parts = await self._slices.run(cut(contents, PART_BYTES))
+        file = OutgoingFile(name, parts, workers=self._workers, buffers=self._buffers, sent=self._sent)
+        return await file.send(draft)
 
-    def _wrote(self, nbytes: int) -> None:
+    def _sent(self, nbytes: int) -> None:
         """Report progress."""
         self._written += nbytes
         if self._progress is not None:
-            name = os.path.basename(self._target)
             self._progress(
-                SaveProgress(name=name, total_bytes=self._total, staged_bytes=self._total, written_bytes=self._written)
+                SaveProgress(
+                    name=self._name, total_bytes=self._total, staged_bytes=self._total, written_bytes=self._written
+                )
             )
 
-    @asynccontextmanager
-    async def _draft(self) -> AsyncIterator[Draft]:
-        """Make a draft that is gone afterwards, unless it was published."""
-        made: list[Draft] = []
-        try:
-            # Its making may be cancelled after it was made, so that its result would be lost.
-            await self._workers.run(lambda: made.append(Draft(self._target)))
-            yield made[0]
-        except BaseException as error:
-            job = self._workers.job()
-            for draft in made:
-                job.put(draft.discard)
-            job.close()
-            # A coroutine that is being closed may not wait; the job is done all the same.
-            if not isinstance(error, GeneratorExit):
-                await finish(job.settled)
-            raise
+
+async def give_up(draft: Draft, error: BaseException) -> None:
+    """Abort a draft after an error.
+
+    Args:
+        draft: The draft.
+        error: What ended the save. A coroutine that is being closed may not wait; the abort then gets as far as it
+            gets without waiting.
+    """
+    aborting = draft.abort()
+    if not isinstance(error, GeneratorExit):
+        await aborting
+        return
+    with suppress(Exception):
+        # StopIteration is the end; anything else has nobody to go to.
+        aborting.send(None)
+    aborting.close()
+
+
+def _digests(data: memoryview) -> tuple[str, ...]:
+    return tuple(digest(data[start : start + PART_BYTES]) for start in range(0, max(len(data), 1), PART_BYTES))

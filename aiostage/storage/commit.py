@@ -8,33 +8,46 @@ aside first, and whoever finds the target missing then takes the one that was mo
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import hashlib
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.storage.directories import (
+    exchange,
+    is_current,
+    is_empty_directory,
+    make_parents,
+    move,
+    open_directory,
+    remove,
+    sync_directory,
+    try_lock,
+)
 from aiostage.storage.files import Descriptor
 
-__all__ = ["MANIFEST_NAME", "Draft", "check_target", "exchange", "is_current", "open_committed"]
+__all__ = [
+    "MANIFEST_NAME",
+    "DraftDirectory",
+    "check_target",
+    "committed_below",
+    "delete_committed",
+    "open_committed",
+    "sweep_below",
+]
 
 MANIFEST_NAME = "manifest.json"
 """What every checkpoint has, and what tells one from other directories."""
 
 _log = logging.getLogger("aiostage")
 
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
-
 _LONGEST_NAME = 255
+_MARK = ".aiostage-"
 _TOKEN_BYTES = 8
 _ASIDE = ".old"
+_SHORTENED = "~"
 _ATTEMPTS = 100
 """How often a race with another process is retried before it is called an error. Each attempt can only fail when
 somebody else's has succeeded."""
@@ -52,7 +65,7 @@ def check_target(target: str, *, overwrite: bool) -> None:
         raise CheckpointExistsError(
             "there is already something.", path=target, remedy="Choose another target or pass overwrite=True."
         )
-    if not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not _is_empty_directory(target):
+    if not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not is_empty_directory(target):
         raise CheckpointExistsError(
             f"it is not a checkpoint (it has no {MANIFEST_NAME}), so it is not replaced.",
             path=target,
@@ -60,12 +73,7 @@ def check_target(target: str, *, overwrite: bool) -> None:
         )
 
 
-def exchange(first: str, second: str) -> bool:
-    """Exchange what two paths name, in one step; return False where that is not possible. Blocks."""
-    return _rename(first, second, _RENAME_EXCHANGE)
-
-
-class Draft:
+class DraftDirectory:
     """A directory that is being written beside its place. Everything here blocks.
 
     Args:
@@ -79,10 +87,10 @@ class Draft:
     def __init__(self, target: str, *, exchanging: Callable[[str, str], bool] = exchange) -> None:
         self.target = target
         self._exchange = exchanging
-        _make_parents(os.path.dirname(target))
+        make_parents(os.path.dirname(target))
         _sweep(target)
         for _ in range(_ATTEMPTS):
-            self.path = f"{_prefix(target)}{secrets.token_hex(_TOKEN_BYTES)}"
+            self.path = _new_path(target)
             os.mkdir(self.path)
             lock = self._lock()
             if lock is not None:
@@ -93,10 +101,10 @@ class Draft:
     def _lock(self) -> Descriptor | None:
         """Lock the new directory; return None if somebody took it for debris before that."""
         try:
-            directory = _open_directory(self.path)
+            directory = open_directory(self.path)
         except FileNotFoundError:
             return None
-        if _try_lock(directory) is False or not is_current(directory, self.path):
+        if try_lock(directory) is False or not is_current(directory, self.path):
             directory.close()
             return None
         return directory
@@ -110,10 +118,10 @@ class Draft:
         """
         os.fsync(self._directory.fileno())
         old = self._take_place(overwrite)
-        _sync_directory(os.path.dirname(self.target))
+        sync_directory(os.path.dirname(self.target))
         self._directory.close()
         if old is not None:
-            _remove(old)
+            remove(old)
 
     def discard(self) -> None:
         """Remove what was written, unless it was published. May be called more than once."""
@@ -121,14 +129,14 @@ class Draft:
             return
         # After a failure half-way through publishing, the path may name the old checkpoint.
         if is_current(self._directory, self.path):
-            _remove(self.path)
+            remove(self.path)
         self._directory.close()
 
     def _take_place(self, overwrite: bool) -> str | None:
         """Move the draft to the target; return where the old checkpoint is now, if there was one."""
         for _ in range(_ATTEMPTS):
             try:
-                _move(self.path, self.target)
+                move(self.path, self.target)
                 return None
             except FileExistsError:
                 check_target(self.target, overwrite=overwrite)
@@ -140,11 +148,11 @@ class Draft:
             except FileNotFoundError:
                 continue
             try:
-                _move(self.path, self.target)
+                move(self.path, self.target)
                 return aside
             except FileExistsError:
                 # Another writer was faster, and its checkpoint is as new as this one.
-                _remove(aside)
+                remove(aside)
         raise CheckpointError("other writers keep replacing it.", path=self.target)
 
 
@@ -159,7 +167,7 @@ def open_committed(source: str) -> Descriptor:
     for _ in range(_ATTEMPTS):
         for path in (source, *_set_aside(source)):
             try:
-                directory = _open_directory(path)
+                directory = open_directory(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             if os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
@@ -177,22 +185,101 @@ def open_committed(source: str) -> Descriptor:
     raise CheckpointError("it keeps being replaced while it is opened.", path=source)
 
 
-def is_current(directory: Descriptor, path: str) -> bool:
-    """Return whether a path still names an open directory. Blocks."""
+def delete_committed(target: str) -> None:
+    """Remove a checkpoint: out of sight in one step, then from the disk. Blocks. What is none is left alone.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    _sweep(target)
     try:
-        return os.path.samestat(os.fstat(directory.fileno()), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+        directory = open_directory(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with directory:
+        if not os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
+            return
+        # Locked, so that nobody who sweeps takes what is left for debris before it is gone.
+        try_lock(directory)
+        path = _new_path(target)
+        try:
+            os.rename(target, path)
+        except FileNotFoundError:
+            return
+        sync_directory(os.path.dirname(target))
+        remove(path)
+
+
+def committed_below(root: str) -> list[str]:
+    """Return the paths of all checkpoints below a directory, relative to it. Blocks.
+
+    Links to checkpoints count; other links are not followed.
+    """
+    found: set[str] = set()
+    for path, names in _directories(root):
+        for name in names:
+            target = _target(path, name)
+            if target is None:
+                target = os.path.join(path, name)
+            elif not name.endswith(_ASIDE) or os.path.lexists(target):
+                continue
+            if os.path.lexists(os.path.join(path, name, MANIFEST_NAME)):
+                found.add(os.path.relpath(target, root))
+    return sorted(found)
+
+
+def sweep_below(root: str) -> None:
+    """Bring checkpoints back that were moved aside and never replaced, and remove debris below a directory. Blocks."""
+    for path, names in _directories(root):
+        for target in {target for name in names if (target := _target(path, name)) is not None}:
+            _sweep(target)
+
+
+def _directories(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Iterate over directories that are not checkpoints, each with the names of the directories in it."""
+    todo = [root]
+    while todo:
+        path = todo.pop()
+        names: list[str] = []
+        links: list[str] = []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else names).append(entry.name)
+        except FileNotFoundError:
+            continue
+        yield path, names + links
+        for name in names:
+            below = os.path.join(path, name)
+            if _target(path, name) is None and not os.path.lexists(os.path.join(below, MANIFEST_NAME)):
+                todo.append(below)
+
+
+def _new_path(target: str) -> str:
+    """Return a path for a new draft for a target."""
+    return f"{_prefix(target)}{secrets.token_hex(_TOKEN_BYTES)}"
 
 
 def _prefix(target: str) -> str:
     """Return what the paths of all drafts for a target start with, and nothing else does."""
     parent, name = os.path.split(target)
-    room = _LONGEST_NAME - len(f"..aiostage-{_ASIDE}") - 2 * _TOKEN_BYTES
+    room = _LONGEST_NAME - len(f".{_MARK}{_ASIDE}") - 2 * _TOKEN_BYTES
     if len(os.fsencode(name)) > room:
         # The name is shortened; a digest keeps it apart from other long ones.
-        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return os.path.join(parent, f".{name}.aiostage-")
+        name = _SHORTENED + hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return os.path.join(parent, f".{name}{_MARK}")
+
+
+def _target(parent: str, name: str) -> str | None:
+    """Return the target that a directory is a draft for, or None if it is none.
+
+    Of a shortened name it is a path with nothing there: drafts for it are found, but none is brought back to it.
+    """
+    stem, mark, token = name.removesuffix(_ASIDE).rpartition(_MARK)
+    if not mark or stem[:1] != "." or len(stem) == 1 or len(token) != 2 * _TOKEN_BYTES:
+        return None
+    return os.path.join(parent, stem[1:])
 
 
 def _siblings(target: str) -> Iterator[str]:
@@ -223,104 +310,21 @@ def _change_time(path: str) -> int:
 
 def _sweep(target: str) -> None:
     """Bring a checkpoint back that was moved aside and never replaced, and remove what dead writers have left."""
-    if not os.path.lexists(target):
+    if not os.path.lexists(target) and not os.path.basename(target).startswith(_SHORTENED):
         for path in _set_aside(target):
             try:
-                _move(path, target)
+                move(path, target)
                 break
             except (FileExistsError, FileNotFoundError):
                 continue
     for path in _siblings(target):
         try:
-            directory = _open_directory(path)
+            directory = open_directory(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         try:
-            if _try_lock(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
+            if try_lock(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
                 _log.info("removing %s, left behind by a save that did not end", path)
-                _remove(path)
+                remove(path)
         finally:
             directory.close()
-
-
-def _make_parents(path: str) -> None:
-    """Make missing directories so that they outlast a power failure."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for new in reversed(missing):
-        os.makedirs(new, exist_ok=True)
-        _sync_directory(os.path.dirname(new))
-
-
-def _open_directory(path: str) -> Descriptor:
-    return Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-
-
-def _sync_directory(path: str) -> None:
-    directory = _open_directory(path)
-    try:
-        os.fsync(directory.fileno())
-    finally:
-        directory.close()
-
-
-def _try_lock(directory: Descriptor) -> bool | None:
-    """Lock a directory; return False if it is locked already, None where the file system has no locks."""
-    try:
-        fcntl.flock(directory.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # Without locks nobody can tell debris from work, so nothing is ever removed.
-        return None
-    return True
-
-
-def _is_empty_directory(path: str) -> bool:
-    try:
-        return not os.listdir(path)
-    except NotADirectoryError:
-        return False
-
-
-def _remove(path: str) -> None:
-    """Remove a directory; what cannot be removed is logged and left to the next save."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        _log.warning("could not remove %s: %s", path, error)
-
-
-def _move(source: str, target: str) -> None:
-    """Rename a directory to a name that must be free.
-
-    Raises:
-        FileExistsError: If it is not.
-    """
-    if _rename(source, target, _RENAME_NOREPLACE):
-        return
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
-        raise
-
-
-def _rename(source: str, target: str, flag: int) -> bool:
-    """Call ``renameat2``; return False where the system or the file system does not have it."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), source, None, target)

@@ -8,30 +8,35 @@ import os
 import stat
 import weakref
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
+from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 
-__all__ = ["DIRECT_ALIGNMENT", "Descriptor", "InputFile", "OutputFile", "aligned_buffer", "is_aligned"]
+__all__ = ["DIRECT_ALIGNMENT", "Descriptor", "InputFile", "OutputFile", "address_of", "aligned_memory"]
 
 DIRECT_ALIGNMENT = 4096
 """Addresses, offsets and lengths of direct I/O are multiples of this, which satisfies every common device."""
+
+_BOUNCE_BYTES = 1 << 20
+"""How much of memory that is not aligned is copied and written at once: small enough to stay in the caches."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _NOT_SUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
-def aligned_buffer(nbytes: int) -> torch.Tensor:
+def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return new uint8 memory that direct I/O accepts."""
-    memory = torch.empty(nbytes + DIRECT_ALIGNMENT, dtype=torch.uint8)
-    return memory.narrow(0, -memory.data_ptr() % DIRECT_ALIGNMENT, nbytes)
+    memory = np.empty(nbytes + DIRECT_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % DIRECT_ALIGNMENT
+    return memory[start : start + nbytes]
 
 
-def is_aligned(data: torch.Tensor) -> bool:
-    """Return whether direct I/O accepts one-dimensional uint8 memory."""
-    return data.data_ptr() % DIRECT_ALIGNMENT == 0 and data.numel() % DIRECT_ALIGNMENT == 0
+def address_of(data: Buffer) -> int:
+    """Return where a buffer starts."""
+    return int(np.frombuffer(data, np.uint8).ctypes.data) if len(data) else 0
 
 
 class Descriptor:
@@ -97,13 +102,27 @@ class OutputFile(Descriptor):
         if self.direct:
             self._reserve()
 
-    def write(self, data: torch.Tensor, offset: int) -> None:
-        """Write all of one-dimensional uint8 memory. With direct I/O, memory and offset must be aligned.
+    def write(self, data: Buffer, offset: int) -> None:
+        """Write all of a buffer. With direct I/O the offset must be aligned, and the length too unless it is the end.
 
         Raises:
             OSError: If the file system refuses, with the file's path.
         """
-        view = data.numpy().data
+        if not self.direct:
+            self._write(data, offset)
+            return
+        straight = len(data) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT if address_of(data) % DIRECT_ALIGNMENT == 0 else 0
+        self._write(data[:straight], offset)
+        rest, offset = data[straight:], offset + straight
+        bounce = aligned_memory(min(len(rest) + DIRECT_ALIGNMENT, _BOUNCE_BYTES))
+        for start in range(0, len(rest), _BOUNCE_BYTES):
+            piece = rest[start : start + _BOUNCE_BYTES]
+            padded = -(-len(piece) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+            bounce[: len(piece)] = piece
+            bounce[len(piece) : padded] = 0
+            self._write(bounce.data[:padded], offset + start)
+
+    def _write(self, view: Buffer, offset: int) -> None:
         while view:
             try:
                 written = os.pwrite(self._number, view, offset)
@@ -173,16 +192,15 @@ class InputFile(Descriptor):
             raise CheckpointCorruptError("it is not a regular file.", path=path)
         self.nbytes = status.st_size
 
-    def read(self, data: torch.Tensor, offset: int) -> None:
-        """Fill one-dimensional uint8 memory.
+    def read(self, into: Buffer, offset: int) -> None:
+        """Fill a buffer.
 
         Raises:
-            CheckpointCorruptError: If the file ends before the memory is full.
+            CheckpointCorruptError: If the file ends before the buffer is full.
             OSError: If the file cannot be read.
         """
-        view = data.numpy().data
-        while view:
-            count = os.preadv(self._number, [view], offset)
+        while into:
+            count = os.preadv(self._number, [into], offset)
             if count == 0:
                 raise CheckpointCorruptError(f"it ends at byte {offset}; more was expected.", path=self.path)
-            view, offset = view[count:], offset + count
+            into, offset = into[count:], offset + count

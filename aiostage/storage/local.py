@@ -1,193 +1,287 @@
-"""Writing and reading local files in parts, from worker threads, with digests computed while the bytes are hot."""
+"""Checkpoints on a local disk: written past the page cache from worker threads, on the disk before they appear."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, Callable, Sequence
 from functools import partial
-
-import torch
+from threading import Lock
 
 from aiostage._loop.cleanup import finish
-from aiostage._loop.slices import Slices
-from aiostage._loop.workers import Job, Workers
-from aiostage.errors import CheckpointCorruptError
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.observe import span
-from aiostage.storage.files import DIRECT_ALIGNMENT, InputFile, OutputFile, aligned_buffer, is_aligned
-from aiostage.storage.parts import PART_BYTES, Content, Part, cut, digest, gather, scatter, whole
+from aiostage.storage.commit import (
+    MANIFEST_NAME,
+    DraftDirectory,
+    check_target,
+    committed_below,
+    delete_committed,
+    open_committed,
+    sweep_below,
+)
+from aiostage.storage.directories import is_current
+from aiostage.storage.files import Descriptor, InputFile, OutputFile
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 
-__all__ = ["IO_THREADS", "FileRecord", "LocalFiles"]
+__all__ = ["LocalStorage"]
 
-IO_THREADS = 2
+_IO_THREADS = 2
 """Measured on a local disk: a second thread fills the pauses of the first, more bring nothing."""
+
+_PARTS_AT_ONCE = _IO_THREADS + 1
+"""One waits, so that no thread ever does."""
 
 _DIRECT_FROM = 1 << 20
 """Smaller files go through the page cache: direct I/O saves nothing there."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """What is known of a file that was written.
+class LocalStorage(Storage):
+    """Checkpoints as directories below one directory.
 
-    Attributes:
-        name: In its directory.
-        nbytes: How long it is.
-        digests: Of its parts, in order, in hexadecimal.
-    """
-
-    name: str
-    nbytes: int
-    digests: tuple[str, ...]
-
-
-class LocalFiles:
-    """Reads and writes the files of one save or load.
-
-    Holds as many buffers of one part as there are threads, whatever the size of the files.
+    A checkpoint is written beside its place and moved there in one step when all of it is on the disk, also its name.
+    Two writers for one name do not disturb each other. Links are followed, so that a link to a checkpoint stays one.
 
     Args:
-        workers: Run everything that blocks.
-        slices: Run the preparations on the event loop.
-        part_bytes: How much is written, read and checked at once.
+        root: The directory. It is made when a checkpoint is written. A relative one is looked up once, at the first
+            operation.
     """
 
-    def __init__(self, workers: Workers, slices: Slices, *, part_bytes: int = PART_BYTES) -> None:
-        self.part_bytes = part_bytes
-        self._workers = workers
-        self._slices = slices
-        self._buffers: list[torch.Tensor] = []
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = os.fsdecode(root)
+        self._resolved = False
+        self._workers = Workers(_IO_THREADS, "aiostage-disk")
 
-    async def write(
-        self, directory: str, name: str, contents: Sequence[Content], *, wrote: Callable[[int], None] | None = None
-    ) -> FileRecord:
-        """Write one file and wait until it is on the disk.
+    def __repr__(self) -> str:
+        return f"<LocalStorage {self._root}>"
+
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        """Begin a checkpoint, which nobody sees before it is committed.
 
         Args:
-            directory: Where.
-            name: Of the new file.
-            contents: The whole file, as tensors in host memory. They are read until this returns.
-            wrote: Called on the event loop with the number of bytes that have been written since the last call.
+            name: Path relative to the root. Missing directories are made.
+            overwrite: Whether it may replace a checkpoint that is there.
 
-        Returns:
-            What was written.
+        Raises:
+            CheckpointExistsError: If there is something and it may not be, or is no checkpoint.
+            ValueError: If the name leads out of the root.
+            OSError: If the file system refuses.
+
+        When cancelled, nothing is left behind.
+        """
+        _check(name)
+
+        def make() -> Draft:
+            target = os.path.realpath(self._path(name))
+            check_target(target, overwrite=overwrite)
+            return _LocalDraft(target, overwrite, self._workers)
+
+        return await self._workers.run(make)
+
+    async def read(self, name: str) -> Reader:
+        """Open a committed checkpoint; it goes on to be the same one if it is replaced meanwhile.
+
+        Raises:
+            CheckpointNotFoundError: If there is none of that name.
+            ValueError: If the name leads out of the root.
+            OSError: If the file system refuses.
+        """
+        _check(name)
+        return await self._workers.run(partial(self._read, name))
+
+    async def list(self) -> Sequence[str]:
+        """Return the names of all committed checkpoints below the root, sorted; of a missing root, none.
 
         Raises:
             OSError: If the file system refuses.
-
-        When cancelled, waits for the parts that are being written and leaves an incomplete file.
         """
-        parts = await self._slices.run(cut(contents, self.part_bytes))
-        nbytes = parts[-1].offset + parts[-1].nbytes
-        path = f"{directory}/{name}"
-        with span("write", file=name, nbytes=nbytes, parts=len(parts)):
-            file = await self._workers.run(partial(OutputFile, path, nbytes, direct=nbytes >= _DIRECT_FROM))
-            with file:
-                digests = [""] * len(parts)
-                await self._perform(partial(self._write_part, file, digests), parts, wrote)
-                await self._workers.run(file.finish)
-        return FileRecord(name, nbytes, tuple(digests))
+        return await self._workers.run(lambda: committed_below(self._path(".")))
 
-    async def read(self, file: InputFile, contents: Sequence[Content], digests: Sequence[str] | None) -> None:
-        """Read one file into memory, and compare its digests on the way.
-
-        Args:
-            file: Open, and as long as its contents.
-            contents: The whole file, as contiguous tensors in host memory and holes.
-            digests: Of its parts; None to believe what is read.
+    async def delete(self, name: str) -> None:
+        """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.
 
         Raises:
-            CheckpointCorruptError: If a digest differs, or the file ends early; the memory is then undefined.
-            OSError: If the file cannot be read.
-
-        When cancelled, waits for the parts that are being read; the memory is then undefined.
+            ValueError: If the name leads out of the root.
+            OSError: If the file system refuses.
         """
-        parts = await self._slices.run(cut(contents, self.part_bytes))
-        with span("read", file=os.path.basename(file.path), nbytes=file.nbytes, parts=len(parts)):
-            await self._perform(partial(self._read_part, file, digests), parts)
+        _check(name)
+        await self._workers.run(lambda: delete_committed(os.path.realpath(self._path(name))))
 
-    async def _perform(
-        self, step: Callable[[Part], None], parts: Sequence[Part], done: Callable[[int], None] | None = None
-    ) -> None:
-        """Run a step for each part in worker threads."""
+    async def sweep(self) -> None:
+        """Remove drafts below the root that no living process writes. The kernel knows: a writer holds a lock.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
+        await self._workers.run(lambda: sweep_below(self._path(".")))
+
+    def _path(self, name: str) -> str:
+        """Return the path of a name. Blocks."""
+        if not self._resolved:
+            # Once, or a change of the working directory would lead elsewhere.
+            self._root, self._resolved = os.path.abspath(self._root), True
+        return os.path.normpath(os.path.join(self._root, name))
+
+    def _read(self, name: str) -> Reader:
+        path = os.path.realpath(self._path(name))
+        return _LocalReader(open_committed(path), path, self._workers)
+
+
+class _LocalDraft(Draft):
+    """A directory under way."""
+
+    def __init__(self, target: str, overwrite: bool, workers: Workers) -> None:
+        self._target = target
+        self._overwrite = overwrite
+        self._workers = workers
+        self._made: DraftDirectory | None = None
+        self._making = Lock()
+
+    @property
+    def location(self) -> str:
+        return self._target
+
+    def _directory(self) -> DraftDirectory:
+        """Return the directory, which is there from the first file on. Blocks."""
+        with self._making:
+            if self._made is None:
+                self._made = DraftDirectory(self._target)
+            return self._made
+
+    def _create(self, name: str, nbytes: int) -> OutputFile:
+        path = os.path.join(self._directory().path, name)
+        return OutputFile(path, nbytes, direct=nbytes >= _DIRECT_FROM)
+
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        file = await self._workers.run(partial(self._create, name, nbytes))
+        with file:
+            try:
+                await self._fill(file, parts)
+            except BaseException as error:
+                await _settle(self._workers, [partial(os.unlink, file.path)], error)
+                raise
+            await self._workers.run(file.finish)
+
+    async def _fill(self, file: OutputFile, parts: AsyncIterable[Buffer]) -> None:
+        """Write parts in worker threads, a few at once."""
         job = self._workers.job()
+        offset = submitted = 0
         try:
-            await self._slices.run(_submit(job, step, parts))
-            job.close()
-            reported = 0
-            while done is not None and reported < len(parts):
-                await job.progressed(reported)
-                if job.error is not None:
+            async for part in parts:
+                job.put(partial(_write_part, file, part, offset))
+                offset += len(part)
+                submitted += 1
+                # It has to go when it has been written.
+                del part
+                while submitted - job.done >= _PARTS_AT_ONCE and not job.error:
+                    await job.progressed(job.done)
+                if job.error:
                     break
-                count = job.done
-                # Parts may end out of order, but all of them except the last have one size.
-                done(sum(part.nbytes for part in parts[reported:count]))
-                reported = count
         except BaseException as error:
             job.cancel()
             # A coroutine that is being closed may not wait; the running steps keep what they touch alive.
             if not isinstance(error, GeneratorExit):
                 await finish(job.settled)
             raise
+        job.close()
         try:
             await job.join()
         finally:
             # An error's traceback has this frame in it, which must not lead back to the error.
             del job
+        if offset != file.nbytes:
+            raise CheckpointError(f"it was to be {file.nbytes} bytes long, but {offset} came.", path=file.path)
 
-    def _write_part(self, file: OutputFile, digests: list[str], part: Part) -> None:
-        """Write one part. Runs in a worker thread."""
-        data = whole(part)
-        if data is not None and (not file.direct or is_aligned(data)):
-            self._digest_and_write(file, digests, part, data)
-            return
-        buffer = self._take_buffer()
-        with span("gather", nbytes=part.nbytes):
-            gather(part, buffer)
-        padding = -part.nbytes % DIRECT_ALIGNMENT if file.direct else 0
-        buffer[part.nbytes : part.nbytes + padding].zero_()
-        self._digest_and_write(file, digests, part, buffer[: part.nbytes + padding])
-        self._buffers.append(buffer)
+    async def commit(self, manifest: Buffer) -> None:
+        await self._workers.run(partial(self._commit, manifest))
 
-    def _digest_and_write(self, file: OutputFile, digests: list[str], part: Part, data: torch.Tensor) -> None:
-        with span("digest", nbytes=part.nbytes):
-            digests[part.index] = digest(data[: part.nbytes])
-        with span("write part", offset=part.offset, nbytes=part.nbytes):
-            file.write(data, part.offset)
+    def _commit(self, manifest: Buffer) -> None:
+        with OutputFile(os.path.join(self._directory().path, MANIFEST_NAME), len(manifest), direct=False) as file:
+            file.write(manifest, 0)
+            file.finish()
+        self._directory().publish(overwrite=self._overwrite)
 
-    def _read_part(self, file: InputFile, digests: Sequence[str] | None, part: Part) -> None:
-        """Read and check one part. Runs in a worker thread."""
-        data = whole(part)
-        if data is not None:
-            _read_and_check(file, part, data, digests)
-            return
-        buffer = self._take_buffer()
-        _read_and_check(file, part, buffer[: part.nbytes], digests)
-        scatter(part, buffer)
-        self._buffers.append(buffer)
+    async def abort(self) -> None:
+        await _settle(self._workers, [self._discard], None)
 
-    def _take_buffer(self) -> torch.Tensor:
-        """Return a buffer of one part. Runs in a worker thread."""
-        try:
-            return self._buffers.pop()
-        except IndexError:
-            return aligned_buffer(self.part_bytes)
+    def _discard(self) -> None:
+        if self._made is not None:
+            self._made.discard()
 
 
-def _submit(job: Job, step: Callable[[Part], None], parts: Sequence[Part]) -> Generator[None, None, None]:
-    for part in parts:
-        job.put(partial(step, part))
-        yield
+def _write_part(file: OutputFile, part: Buffer, offset: int) -> None:
+    with span("write part", offset=offset, nbytes=len(part)):
+        file.write(part, offset)
 
 
-def _read_and_check(file: InputFile, part: Part, data: torch.Tensor, digests: Sequence[str] | None) -> None:
-    with span("read part", offset=part.offset, nbytes=part.nbytes):
-        file.read(data, part.offset)
-    if digests is None:
-        return
-    with span("digest", nbytes=part.nbytes):
-        found = digest(data)
-    if found != digests[part.index]:
-        raise CheckpointCorruptError(
-            f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.", path=file.path
-        )
+class _LocalReader(Reader):
+    """An open directory, and the files in it that were looked at."""
+
+    def __init__(self, directory: Descriptor, path: str, workers: Workers) -> None:
+        self._directory = directory
+        self._path = path
+        self._workers = workers
+        self._files: dict[str, InputFile] = {}
+
+    @property
+    def location(self) -> str:
+        return self._path
+
+    async def manifest(self) -> Buffer:
+        return await self._workers.run(self._manifest)
+
+    async def size(self, name: str) -> int:
+        return await self._workers.run(lambda: self._file(name).nbytes)
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        await self._workers.run(partial(self._read, name, offset, into))
+
+    async def aclose(self) -> None:
+        # Nobody waits for steps that still run; they keep the descriptors that they use.
+        self._files.clear()
+        del self._directory
+
+    def _manifest(self) -> Buffer:
+        file = self._file(MANIFEST_NAME)
+        if file.nbytes > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"it is {file.nbytes} bytes long, too long for a manifest.", path=file.path)
+        text = memoryview(bytearray(file.nbytes))
+        file.read(text, 0)
+        return text
+
+    def _read(self, name: str, offset: int, into: Buffer) -> None:
+        with span("read part", offset=offset, nbytes=len(into)):
+            self._file(name).read(into, offset)
+
+    def _file(self, name: str) -> InputFile:
+        """Open a file, once. Several threads may do so at the same time; then one of the two is dropped."""
+        file = self._files.get(name)
+        if file is None:
+            path = os.path.join(self._path, name)
+            try:
+                file = InputFile(self._directory, name, path=path)
+            except CheckpointCorruptError:
+                if is_current(self._directory, self._path):
+                    raise
+                raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
+            file = self._files.setdefault(name, file)
+        return file
+
+
+def _check(name: str) -> None:
+    """Refuse names that lead elsewhere."""
+    steps = name.split("/")
+    if name != "." and (not name or os.path.isabs(name) or any(step in ("", ".", "..") for step in steps)):
+        raise ValueError(f"{name!r} is no name of a checkpoint: it must be a path below the storage's root")
+
+
+async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:
+    """Run steps that clean up, to the end also when cancelled meanwhile."""
+    job = workers.job()
+    for step in steps:
+        job.put(step)
+    job.close()
+    # A coroutine that is being closed may not wait; the job is done all the same.
+    if not isinstance(error, GeneratorExit):
+        await finish(job.settled)

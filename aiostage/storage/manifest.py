@@ -16,10 +16,9 @@ import xxhash
 
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.storage.files import DIRECT_ALIGNMENT
-from aiostage.storage.local import FileRecord
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
 
-__all__ = ["FORMAT_VERSION", "MAX_MANIFEST_BYTES", "Manifest", "read_manifest", "write_manifest"]
+__all__ = ["FORMAT_VERSION", "MAX_MANIFEST_BYTES", "FileRecord", "Manifest", "read_manifest", "write_manifest"]
 
 FORMAT = "aiostage"
 FORMAT_VERSION = 1
@@ -36,6 +35,21 @@ _END = b'],"digest":"%s"}\n'
 _END_BYTES = len(_END) - 2 + _DIGEST_BYTES
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What is known of a file that was written.
+
+    Attributes:
+        name: In the checkpoint.
+        nbytes: How long it is.
+        digests: Of its parts, in order, in hexadecimal.
+    """
+
+    name: str
+    nbytes: int
+    digests: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import xxhash
 
+from aiostage.abc import Buffer
+
 __all__ = [
     "DIGEST_NAME",
     "MAX_PART_BYTES",
@@ -237,9 +239,9 @@ def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[_Piece], Se
         position += total
 
 
-def digest(data: torch.Tensor) -> str:
-    """Return the digest of one-dimensional uint8 host memory in hexadecimal. Releases the GIL while it computes."""
-    return xxhash.xxh3_64_hexdigest(data.numpy().data)
+def digest(data: Buffer) -> str:
+    """Return the digest of a buffer in hexadecimal. Releases the GIL while it computes."""
+    return xxhash.xxh3_64_hexdigest(data)
 
 
 def digest_of_parts(digests: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 
-OWN = ("aiostage-save", "aiostage-load")
+OWN = ("aiostage-save", "aiostage-load", "aiostage-disk")
 ALL = (*OWN, "aiostage-copy", "aiostage-leases")
 SOON = 10.0
 

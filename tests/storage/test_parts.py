@@ -170,10 +170,10 @@ class TestMemoryOf:
 class TestDigest:
     def test_is_the_plain_digest_of_a_file_of_one_part(self):
         data = torch.arange(100, dtype=torch.uint8)
-        assert digest(data) == xxhash.xxh3_64_hexdigest(bytes(range(100)))
-        assert digest_of_parts([digest(data)]) == digest(data)
+        assert digest(data.numpy().data) == xxhash.xxh3_64_hexdigest(bytes(range(100)))
+        assert digest_of_parts([digest(data.numpy().data)]) == digest(data.numpy().data)
 
     def test_of_several_parts_depends_on_their_order(self):
-        first, second = digest(torch.zeros(1, dtype=torch.uint8)), digest(torch.ones(1, dtype=torch.uint8))
+        first, second = digest(memoryview(b"\0")), digest(memoryview(b"\1"))
         both: Any = {digest_of_parts([first, second]), digest_of_parts([second, first]), first, second}
         assert len(both) == 4

@@ -1,0 +1,41 @@
+"""Several coroutines at once, of which the first error is everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import anyio
+
+__all__ = ["together"]
+
+
+async def together(*calls: Callable[[], Awaitable[object]]) -> None:
+    """Run coroutines at once and wait for all of them.
+
+    Args:
+        calls: Each is called for something to await.
+
+    Raises:
+        BaseException: What the first of them to fail has raised, itself and not in a group; the others have been
+            cancelled and have ended by then. What they raised meanwhile is lost.
+
+    When cancelled, all of them are.
+    """
+    failures: list[Exception] = []
+
+    async def run(call: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await call()
+        except Exception as error:
+            failures.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for call in calls:
+            group.start_soon(run, call)
+    if failures:
+        try:
+            raise failures[0]
+        finally:
+            # The traceback now has this frame in it, which must not lead back to the error.
+            failures.clear()

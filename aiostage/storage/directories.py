@@ -1,0 +1,129 @@
+"""Directories as the system has them: opened, locked, moved in one step, and made to outlast a power failure."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+
+from aiostage.storage.files import Descriptor
+
+__all__ = [
+    "exchange",
+    "is_current",
+    "is_empty_directory",
+    "make_parents",
+    "move",
+    "open_directory",
+    "remove",
+    "sync_directory",
+    "try_lock",
+]
+
+_log = logging.getLogger("aiostage")
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+def open_directory(path: str) -> Descriptor:
+    """Open a directory. Blocks."""
+    return Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def is_current(directory: Descriptor, path: str) -> bool:
+    """Return whether a path still names an open directory. Blocks."""
+    try:
+        return os.path.samestat(os.fstat(directory.fileno()), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def is_empty_directory(path: str) -> bool:
+    """Return whether a path names a directory with nothing in it. Blocks."""
+    try:
+        return not os.listdir(path)
+    except NotADirectoryError:
+        return False
+
+
+def make_parents(path: str) -> None:
+    """Make missing directories so that they outlast a power failure. Blocks."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for new in reversed(missing):
+        os.makedirs(new, exist_ok=True)
+        sync_directory(os.path.dirname(new))
+
+
+def sync_directory(path: str) -> None:
+    """Wait until the names in a directory are on the disk. Blocks."""
+    directory = open_directory(path)
+    try:
+        os.fsync(directory.fileno())
+    finally:
+        directory.close()
+
+
+def try_lock(directory: Descriptor) -> bool | None:
+    """Lock a directory; return False if it is locked already, None where the file system has no locks. Blocks."""
+    try:
+        fcntl.flock(directory.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Without locks nobody can tell debris from work, so nothing is ever removed.
+        return None
+    return True
+
+
+def remove(path: str) -> None:
+    """Remove a directory; what cannot be removed is logged and left to the next save. Blocks."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _log.warning("could not remove %s: %s", path, error)
+
+
+def exchange(first: str, second: str) -> bool:
+    """Exchange what two paths name, in one step; return False where that is not possible. Blocks."""
+    return _rename(first, second, _RENAME_EXCHANGE)
+
+
+def move(source: str, target: str) -> None:
+    """Rename a directory to a name that must be free. Blocks.
+
+    Raises:
+        FileExistsError: If it is not.
+    """
+    if _rename(source, target, _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        raise
+
+
+def _rename(source: str, target: str, flag: int) -> bool:
+    """Call ``renameat2``; return False where the system or the file system does not have it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), source, None, target)
