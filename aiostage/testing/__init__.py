@@ -1,6 +1,7 @@
-"""For tests of aiostage and of what is built on it: an accelerator that needs no hardware, and a clock to run it on."""
+"""For tests of aiostage and of what is built on it: a simulated accelerator, a clock to run it on, and probes."""
 
 from aiostage.testing.clock import Timeline, VirtualClock
+from aiostage.testing.probes import LeakProbe, Leftovers, LoopHold, LoopProbe
 from aiostage.testing.simulator import (
     SimulatedAccelerator,
     SimulatedDeviceError,
@@ -11,6 +12,10 @@ from aiostage.testing.simulator import (
 )
 
 __all__ = [
+    "LeakProbe",
+    "Leftovers",
+    "LoopHold",
+    "LoopProbe",
     "SimulatedAccelerator",
     "SimulatedDeviceError",
     "SimulatedEvent",
