@@ -13,7 +13,10 @@ import uvloop
 from blockbuster import blockbuster_ctx
 
 import aiostage
-from aiostage.testing import LoopProbe
+
+pytest.register_assert_rewrite("aiostage.testing.suites")
+
+from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
 
 hypothesis.settings.register_profile(
     "aiostage",
@@ -63,7 +66,7 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def _nothing_blocks() -> Iterator[None]:
     """Fail a test whose coroutine calls something of aiostage that blocks the event loop."""
-    with blockbuster_ctx("aiostage", excluded_modules=["aiostage.testing.probes"]):
+    with blockbuster_ctx("aiostage", excluded_modules=["aiostage.testing.probes", "aiostage.testing.suites"]):
         yield
 
 

@@ -1,5 +1,6 @@
-"""For tests of aiostage and of what is built on it: a simulated accelerator, a clock to run it on, and probes."""
+"""For tests of aiostage and of what is built on it: a simulated accelerator, a clock, probes, suites."""
 
+from aiostage.testing.cancelling import at_every_await
 from aiostage.testing.clock import Timeline, VirtualClock
 from aiostage.testing.probes import LeakProbe, Leftovers, LoopHold, LoopProbe
 from aiostage.testing.simulator import (
@@ -10,6 +11,7 @@ from aiostage.testing.simulator import (
     SimulatedStatistics,
     SimulatedStream,
 )
+from aiostage.testing.suites import StagerSuite
 
 __all__ = [
     "LeakProbe",
@@ -22,6 +24,8 @@ __all__ = [
     "SimulatedHazardError",
     "SimulatedStatistics",
     "SimulatedStream",
+    "StagerSuite",
     "Timeline",
     "VirtualClock",
+    "at_every_await",
 ]
