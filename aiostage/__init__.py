@@ -2,6 +2,8 @@
 
 from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
+from aiostage.checkpoint.checkpointer import Checkpointer
+from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import CheckpointInfo, save
 from aiostage.errors import (
@@ -33,7 +35,9 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointStager",
+    "Checkpointer",
     "HostMemoryError",
+    "SaveHandle",
     "Snapshot",
     "StagedLeaf",
     "StagerClosedError",

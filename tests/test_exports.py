@@ -16,6 +16,8 @@ CONTRACT = {
     "Backend",
     "CheckpointInfo",
     "CheckpointStager",
+    "Checkpointer",
+    "SaveHandle",
     "Snapshot",
     "StagedLeaf",
     "StagerStatistics",

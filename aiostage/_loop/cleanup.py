@@ -1,15 +1,17 @@
-"""Finishing what must not be left half-done, also when the task is cancelled meanwhile."""
+"""Finishing what must not be left half-done, also when the task is cancelled meanwhile; errors that keep no memory."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from traceback import clear_frames
 from typing import TypeVar
 
 import anyio
 
-__all__ = ["finish"]
+__all__ = ["finish", "without_locals"]
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 async def finish(wait: Callable[[], Awaitable[T]]) -> T:
@@ -38,3 +40,13 @@ async def finish(wait: Callable[[], Awaitable[T]]) -> T:
     if cancelled is not None:
         raise cancelled
     return result
+
+
+def without_locals(error: E) -> E:
+    """Drop what an error's traceback keeps alive: memory must not live as long as the report that copying it failed.
+
+    Called where the error is caught; the frame that calls is dropped from the traceback.
+    """
+    traceback = error.__traceback__
+    clear_frames(traceback)
+    return error.with_traceback(traceback.tb_next if traceback is not None else None)

@@ -7,10 +7,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from traceback import clear_frames
 from typing import Generic, TypeVar
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.wakeup import Wakeup
 
 __all__ = ["Job", "Workers"]
@@ -107,7 +106,7 @@ class Job:
         try:
             context.run(step)
         except BaseException as raised:
-            error = _without_locals(raised)
+            error = without_locals(raised)
         # The step keeps tensors alive; it must be gone before anybody is told that it is over.
         del context, step
         with self._lock:
@@ -173,13 +172,6 @@ class Job:
     def _take_waiters(self) -> list[Wakeup]:
         waiters, self._waiters = self._waiters, []
         return waiters
-
-
-def _without_locals(error: BaseException) -> BaseException:
-    """Drop what an error's traceback keeps alive: memory must not live as long as the report that copying it failed."""
-    traceback = error.__traceback__
-    clear_frames(traceback)
-    return error.with_traceback(traceback.tb_next if traceback is not None else None)
 
 
 def _wake(waiters: list[Wakeup]) -> None:

@@ -38,6 +38,14 @@ async def main(model: torch.nn.Module) -> None:
         assert_type(stager.statistics().leases, int)
         info = await aiostage.save(state, "checkpoint", stager=stager)
         assert_type(info, aiostage.CheckpointInfo)
+    async with aiostage.Checkpointer("run", keep=2, keep_also=lambda step: step % 1000 == 0) as checkpoints:
+        handle = await checkpoints.save(1, state)
+        assert_type(handle, aiostage.SaveHandle)
+        assert_type(await handle.committed(), aiostage.CheckpointInfo)
+        assert_type(await checkpoints.steps(), list[int])
+        assert_type(await checkpoints.latest(), int | None)
+        await checkpoints.restore(state)
+        await checkpoints.preempted.wait()
     async with aiostage.adapt(object()) as adapted:
         assert_type(await adapted.stage([1]), list[int])
     async with Mine() as mine:

@@ -1,0 +1,340 @@
+"""The checkpoints of a run: saved beside the training, a few at a time, and removed when they have had their day."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from aiostage._loop.cleanup import finish, without_locals
+from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.handle import SaveHandle
+from aiostage.checkpoint.load import load
+from aiostage.checkpoint.preemption import set_by_signals
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress
+from aiostage.checkpoint.retention import name_of, step_of, surplus
+from aiostage.checkpoint.saving import Saving
+from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.stager import AsyncStager
+from aiostage.storage.locate import Root, storage_at
+
+__all__ = ["Checkpointer"]
+
+_log = logging.getLogger("aiostage")
+
+_ATTEMPTS = 10
+"""How often the latest checkpoint is looked for anew when others remove it before it is opened."""
+
+
+@dataclass
+class _Block:
+    """What there is between entering and leaving.
+
+    Attributes:
+        stager: Takes the copies.
+        group: Owns the saves.
+        slots: As many as saves may be under way.
+        removing: Held while old checkpoints are removed.
+        exit: Ends all that was begun by entering.
+        is_open: Whether saves are taken.
+    """
+
+    stager: CheckpointStager
+    group: TaskGroup
+    slots: anyio.Semaphore
+    removing: anyio.Lock
+    exit: AsyncExitStack
+    is_open: bool = True
+
+
+class Checkpointer:
+    """Saves the checkpoints of a run, and finds them again.
+
+    Enter and leave it in one task: the saves that are under way belong to its block. Leaving waits for them; when
+    cancelled it abandons them, and nothing of them is left. An exception that leaves the block does not: what was
+    captured before is good, and is committed first. :meth:`steps`, :meth:`latest` and :meth:`restore` only read, and
+    need not be entered for.
+
+    Args:
+        target: Where the checkpoints lie, each below it under a name like ``step-00000100``: a directory, a URL, a
+            store of obstore, or a :class:`~aiostage.abc.Storage`.
+        stager: Takes the copies. None: one is made for the block.
+        keep: How many of the last checkpoints to keep; older ones are removed after each commit. None: all.
+        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        max_in_flight: How many saves may be under way at once. Each holds its staged copy; one more waits for its turn
+            before it copies anything.
+        progress: As for :func:`save`, for every save.
+        save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        target: Root,
+        stager: CheckpointStager | None = None,
+        *,
+        keep: int | None = None,
+        keep_also: Callable[[int], bool] | None = None,
+        max_in_flight: int = 1,
+        progress: ProgressOption[SaveProgress] = None,
+        save_on_signals: Sequence[signal.Signals] = (),
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be at least 1, or None to keep all, not {keep!r}")
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
+        if keep_also is not None and keep is None:
+            raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        self._storage = storage_at(target)
+        self._stager = stager
+        self._keep = keep
+        self._keep_also = keep_also
+        self._progress = progress
+        self._signals = tuple(signal.Signals(number) for number in save_on_signals)
+        self._max_in_flight = max_in_flight
+        self._preempted = anyio.Event()
+        self._numbers = count()
+        self._savings: list[Saving] = []
+        self._failed: list[SaveHandle] = []
+        self._newest = (-1, -1)
+        self._not_removed: Exception | None = None
+        self._block: _Block | None = None
+
+    def __repr__(self) -> str:
+        return f"<Checkpointer {self._storage!r}, {len(self._savings)} in flight>"
+
+    @property
+    def preempted(self) -> anyio.Event:
+        """Set when the process has to end soon: by one of ``save_on_signals``, or by you.
+
+        The trainer looks at it between two steps, saves a last time and leaves the block, which waits for the commit.
+        """
+        return self._preempted
+
+    def save(self, step: int, state_dict: Any) -> Coroutine[Any, Any, SaveHandle]:
+        """Return a coroutine that returns once a checkpoint is captured; it is written in the background.
+
+        A plain function: the caller's moment is that of the call, also if the coroutine is started later by a task.
+
+        Args:
+            step: Which one, from 0. There must be no checkpoint of it yet.
+            state_dict: A tree as for :func:`save`. It must not change before the coroutine has returned.
+
+        Returns:
+            A coroutine, which waits for its turn if ``max_in_flight`` saves are under way; then for the copy. It
+            returns a handle on the rest.
+
+        Raises:
+            CheckpointExistsError: If there is a checkpoint of this step, or one is under way.
+            UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
+            TornSnapshotError: If the tree changed before it was captured.
+            HostMemoryError: If memory for the copy cannot be had.
+            CheckpointError: If the block was not entered, or was left.
+            TypeError: If the step is no whole number.
+            ValueError: If it is below 0.
+            OSError: If the storage refuses.
+
+        The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
+        """
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"a step is a whole number from 0, not {step}")
+        saving = Saving(
+            next(self._numbers),
+            step,
+            state_dict,
+            stager=self._entered().stager,
+            storage=self._storage,
+            progress=self._progress,
+        )
+        return self._begin(saving)
+
+    async def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints, in ascending order.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return sorted(step for name in await self._storage.list() if (step := step_of(name)) is not None)
+
+    async def latest(self) -> int | None:
+        """Return the highest step that there is a checkpoint of, or None if there is none.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return max(await self.steps(), default=None)
+
+    async def restore(self, into: Any = None, step: int | None = None) -> Any:
+        """Read a checkpoint.
+
+        Args:
+            into: A live tree to change in place, as for :func:`load`. None: return a new tree.
+            step: Which one. None: the latest.
+
+        Returns:
+            The tree that was saved, in host memory; or ``into``.
+
+        Raises:
+            CheckpointNotFoundError: If there is no checkpoint of that step, or none at all.
+            CheckpointCorruptError: If it is damaged. An earlier one is not taken in its place: pass its step for that.
+            CheckpointMismatchError: If it does not fit ``into``.
+            OSError: If the storage refuses.
+
+        May be cancelled: either nothing of ``into`` has been changed then, or everything.
+        """
+        if step is not None:
+            return await load((self._storage, name_of(step)), into=into)
+        for _ in range(_ATTEMPTS):
+            latest = await self.latest()
+            if latest is None:
+                raise CheckpointNotFoundError("there is no checkpoint to restore.", path=repr(self._storage))
+            try:
+                return await load((self._storage, name_of(latest)), into=into)
+            except CheckpointNotFoundError:
+                continue
+        raise CheckpointError("others keep removing the latest checkpoint.", path=repr(self._storage))
+
+    async def delete(self, step: int) -> None:
+        """Remove a checkpoint. One that is not there is no error.
+
+        To go back in a run, remove the later ones first: the latest is what a restart begins with.
+
+        Raises:
+            OSError: If the storage refuses.
+
+        When cancelled, it is there as a whole, or can no longer be found.
+        """
+        await self._storage.delete(name_of(operator.index(step)))
+
+    async def __aenter__(self) -> Checkpointer:
+        """Remove what writers that died have left behind, and begin to listen for signals.
+
+        Raises:
+            CheckpointError: If it was entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing has begun.
+        """
+        if self._block is not None:
+            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        await self._storage.sweep()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
+            stager = self._stager
+            if stager is None:
+                stager = await stack.enter_async_context(AsyncStager())
+            group = await stack.enter_async_context(anyio.create_task_group())
+            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), anyio.Lock(), stack.pop_all())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the saves under way; abandon them if the block is cancelled. Take no more.
+
+        Raises:
+            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+            OSError: If checkpoints that were to be removed could not be.
+
+        An error of the block goes first; what the saves have failed of is then in its notes, and in the log.
+        """
+        block = self._entered()
+        block.is_open = False
+        if error is not None and not isinstance(error, (Exception, SystemExit)):
+            block.group.cancel_scope.cancel()
+        if isinstance(error, GeneratorExit):
+            # A coroutine that is being closed may not wait.
+            return
+        # Not told of the error: task groups wrap what they are told of.
+        await block.exit.__aexit__(None, None, None)
+        failures = [failure for handle in self._failed if (failure := handle.error) is not None]
+        if self._not_removed is not None:
+            failures.append(self._not_removed)
+        self._failed.clear()
+        if error is not None:
+            for failure in failures:
+                error.add_note(f"aiostage: a checkpoint failed too: {failure!r}")
+        elif len(failures) == 1:
+            raise failures[0]
+        elif failures:
+            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+
+    def _entered(self) -> _Block:
+        if self._block is None or not self._block.is_open:
+            raise CheckpointError(
+                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
+                remedy="Save inside its `async with` block.",
+            )
+        return self._block
+
+    async def _begin(self, saving: Saving) -> SaveHandle:
+        """Wait for a free slot, then for the capture."""
+        block, name = self._entered(), name_of(saving.handle.step)
+        if any(other.handle.step == saving.handle.step for other in self._savings):
+            saving.drop()
+            raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
+        self._savings.append(saving)
+        try:
+            await block.slots.acquire()
+            try:
+                # The block may have been left meanwhile.
+                self._entered().group.start_soon(self._run, block, saving, name=f"save {name}")
+            except BaseException:
+                block.slots.release()
+                raise
+        except BaseException:
+            self._savings.remove(saving)
+            saving.drop()
+            raise
+        try:
+            captured = await saving.captured()
+        except BaseException as error:
+            saving.abandon()
+            # A coroutine that is being closed may not wait; the task ends all the same.
+            if not isinstance(error, GeneratorExit):
+                await finish(saving.handle.ended)
+            saving.handle.take_error()
+            raise
+        if not captured:
+            # Tells why.
+            await saving.handle.committed()
+        return saving.handle
+
+    async def _run(self, block: _Block, saving: Saving) -> None:
+        """Save, then remove what has had its day."""
+        try:
+            if await saving.run():
+                self._newest = max(self._newest, (saving.number, saving.handle.step))
+                await self._remove_surplus(block)
+            elif saving.is_captured:
+                self._failed.append(saving.handle)
+        finally:
+            self._savings.remove(saving)
+            block.slots.release()
+
+    async def _remove_surplus(self, block: _Block) -> None:
+        """Remove old checkpoints. Where that fails the new one is none the worse: it is tried again after the next."""
+        try:
+            async with block.removing:
+                steps = await self.steps() if self._keep is not None else []
+                for step in surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1]):
+                    await self._storage.delete(name_of(step))
+        except Exception as error:
+            _log.warning("old checkpoints could not be removed: %r", error)
+            self._not_removed = without_locals(error)
+        else:
+            self._not_removed = None

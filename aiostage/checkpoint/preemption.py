@@ -1,0 +1,61 @@
+"""Being told by a signal that the process has to end soon."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+
+__all__ = ["set_by_signals"]
+
+_log = logging.getLogger("aiostage")
+
+
+@asynccontextmanager
+async def set_by_signals(event: anyio.Event, signals: Sequence[signal.Signals]) -> AsyncIterator[None]:
+    """Set an event when one of some signals comes, instead of what the signal would have done.
+
+    Further signals change nothing, as launchers like to send theirs to the process and to its group. Afterwards the
+    signals have the handlers again that they had before.
+
+    Args:
+        event: Set on the event loop.
+        signals: None of them is fine too.
+
+    Raises:
+        RuntimeError: If this is not the main thread, the only one that Python lets handle signals.
+    """
+    if not signals:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            f"signals ({', '.join(each.name for each in signals)}) can only be received in the main thread. "
+            "Pass save_on_signals=() and set checkpoints.preempted from the main thread."
+        )
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        with anyio.open_signal_receiver(*signals) as received:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_set, event, received)
+                try:
+                    yield
+                finally:
+                    group.cancel_scope.cancel()
+    finally:
+        # asyncio puts the system's default in their place, not what was there.
+        for number, handler in before.items():
+            # None: it was not installed from Python, so it cannot be from here.
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+async def _set(event: anyio.Event, received: AsyncIterator[signal.Signals]) -> None:
+    async for number in received:
+        if not event.is_set():
+            _log.warning("%s: the process is to end; waiting for the trainer to save and leave", number.name)
+        event.set()

@@ -1,0 +1,40 @@
+"""What the checkpoints of a run are called, and which of them have had their day. Nothing here touches a storage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+__all__ = ["name_of", "step_of", "surplus"]
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's checkpoint; names sort as their steps do up to 99,999,999."""
+    return f"step-{step:08}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step that a checkpoint is of, or None if it is not one of a run's."""
+    match = _NAME.fullmatch(name)
+    # Only the name that would be written: with leading zeros too many, two names would be one step.
+    return int(match[1]) if match and name == name_of(int(match[1])) else None
+
+
+def surplus(
+    steps: Iterable[int], *, keep: int | None, keep_also: Callable[[int], bool] | None, newest: int | None
+) -> list[int]:
+    """Return the steps whose checkpoints are to be removed, oldest first.
+
+    Args:
+        steps: All that there are, in any order.
+        keep: How many of the last to keep; None keeps all.
+        keep_also: Says of a step whether to keep it whatever its age.
+        newest: The one that was saved last. It stays also if there are later steps, as after going back to an earlier
+            one.
+    """
+    if keep is None:
+        return []
+    older = sorted(steps)[:-keep]
+    return [step for step in older if step != newest and not (keep_also is not None and keep_also(step))]

@@ -1,0 +1,133 @@
+"""One save of a checkpointer's: the copy for which the trainer waits, and the writing for which it does not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import anyio
+
+from aiostage._loop.cleanup import without_locals
+from aiostage._loop.together import together
+from aiostage.abc import CheckpointStager, Storage
+from aiostage.checkpoint.handle import SaveHandle
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress
+from aiostage.checkpoint.retention import name_of
+from aiostage.checkpoint.save import CheckpointInfo, save, write_checkpoint
+from aiostage.errors import CheckpointError
+from aiostage.snapshot import Snapshot
+from aiostage.stager import AsyncStager
+
+__all__ = ["Saving"]
+
+_log = logging.getLogger("aiostage")
+
+
+class Saving:
+    """A save, to be run as a task. Making it is the moment of the copy.
+
+    Args:
+        number: Counts the saves.
+        step: Which one.
+        state_dict: What to save.
+        stager: Takes the copy.
+        storage: Where to.
+        progress: Called on the event loop as parts are written.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        step: int,
+        state_dict: Any,
+        *,
+        stager: CheckpointStager,
+        storage: Storage,
+        progress: ProgressOption[SaveProgress],
+    ) -> None:
+        self.number = number
+        self.handle = SaveHandle(step)
+        self._began = perf_counter()
+        self._captured_after: float | None = None
+        # Set also when there will be no capture any more.
+        self._captured = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._target = (storage, name_of(step))
+        self._progress = progress
+        self._source: Any = stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
+
+    async def captured(self) -> bool:
+        """Wait until the source may change; return False if the save has ended before. Cancelling changes nothing."""
+        await self._captured.wait()
+        return self.is_captured
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the source may change."""
+        return self._captured_after is not None
+
+    def abandon(self) -> None:
+        """End it, with nothing left behind, unless it is committed already. Its handle tells when that is done."""
+        self._scope.cancel()
+
+    def drop(self) -> None:
+        """Give it up before it was run."""
+        if not isinstance(self._source, Snapshot):
+            self._source.close()
+
+    async def run(self) -> bool:
+        """Copy and write; its handle tells what became of it.
+
+        Returns:
+            Whether it was committed.
+        """
+        outcome: CheckpointInfo | Exception = CheckpointError(
+            "the save was abandoned before it was committed.", path=self._target[1]
+        )
+        try:
+            with self._scope:
+                outcome = await self._write()
+        except Exception as error:
+            # Its frames refer to the staged memory, which must not live as long as the report.
+            outcome = without_locals(error)
+            if self.is_captured:
+                _log.error("the checkpoint of step %d failed: %r", self.handle.step, error)
+        finally:
+            self._source = None
+            self.handle.end(outcome)
+            self._captured.set()
+        return isinstance(outcome, CheckpointInfo)
+
+    async def _write(self) -> CheckpointInfo:
+        if isinstance(self._source, Snapshot):
+            async with self._source as snapshot:
+                info = await self._write_snapshot(snapshot)
+        else:
+            staged = await self._source
+            self._mark_captured()
+            info = await write_checkpoint(staged, self._target, progress=self._progress)
+        committed = perf_counter() - self._began
+        return replace(
+            info, captured=committed if self._captured_after is None else self._captured_after, committed=committed
+        )
+
+    async def _write_snapshot(self, snapshot: Snapshot[Any]) -> CheckpointInfo:
+        """Write leaves as they land, and notice when the last one has."""
+        written: list[CheckpointInfo] = []
+
+        async def write() -> None:
+            written.append(await save(snapshot, self._target, progress=self._progress))
+
+        async def notice() -> None:
+            await snapshot.captured()
+            self._mark_captured()
+
+        await together(write, notice)
+        return written[0]
+
+    def _mark_captured(self) -> None:
+        if not self.is_captured:
+            self._captured_after = perf_counter() - self._began
+            self._captured.set()

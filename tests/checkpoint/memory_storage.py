@@ -1,0 +1,123 @@
+"""A storage in memory that counts what it is asked for, and fails or waits where a test wants it to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+
+from anyio.lowlevel import checkpoint
+
+from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
+
+MANIFEST = "manifest.json"
+
+
+class MemoryStorage(Storage):
+    """Where a test's checkpoints lie.
+
+    ``before`` is awaited before each operation with its name and the checkpoint's; it may wait, or raise.
+    """
+
+    def __init__(self) -> None:
+        self.checkpoints: dict[str, dict[str, bytes]] = {}
+        self.drafts: list[MemoryDraft] = []
+        self.most_drafts = 0
+        self.operations: Counter[str] = Counter()
+        self.written_bytes: Counter[str] = Counter()
+        self.before: Callable[[str, str], Awaitable[object]] | None = None
+
+    async def happens(self, operation: str, name: str) -> None:
+        await checkpoint()
+        self.operations[operation] += 1
+        if self.before is not None:
+            await self.before(operation, name)
+
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        await self.happens("open", name)
+        if name in self.checkpoints and not overwrite:
+            raise CheckpointExistsError("there is already something.", path=name)
+        draft = MemoryDraft(self, name, overwrite)
+        self.drafts.append(draft)
+        self.most_drafts = max(self.most_drafts, len(self.drafts))
+        return draft
+
+    async def read(self, name: str) -> Reader:
+        await self.happens("read", name)
+        if name not in self.checkpoints:
+            raise CheckpointNotFoundError("there is no checkpoint.", path=name)
+        return MemoryReader(self, name)
+
+    async def list(self) -> Sequence[str]:
+        await self.happens("list", "")
+        return list(self.checkpoints)
+
+    async def delete(self, name: str) -> None:
+        await self.happens("delete", name)
+        self.checkpoints.pop(name, None)
+
+    async def sweep(self) -> None:
+        await self.happens("sweep", "")
+
+
+class MemoryDraft(Draft):
+    def __init__(self, storage: MemoryStorage, name: str, overwrite: bool) -> None:
+        self.storage = storage
+        self.name = name
+        self.overwrite = overwrite
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def location(self) -> str:
+        return f"test://{self.name}"
+
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        await self.storage.happens("write", self.name)
+        data = bytearray()
+        async for part in parts:
+            data += part
+        assert len(data) == nbytes
+        self.files[name] = bytes(data)
+        self.storage.written_bytes[self.name] += nbytes
+
+    async def commit(self, manifest: Buffer) -> None:
+        await self.storage.happens("commit", self.name)
+        if self.name in self.storage.checkpoints and not self.overwrite:
+            raise CheckpointExistsError("there is already something.", path=self.name)
+        self.storage.checkpoints[self.name] = self.files | {MANIFEST: bytes(manifest)}
+        self.storage.drafts.remove(self)
+
+    async def abort(self) -> None:
+        if self in self.storage.drafts:
+            self.storage.drafts.remove(self)
+
+
+class MemoryReader(Reader):
+    def __init__(self, storage: MemoryStorage, name: str) -> None:
+        self.storage = storage
+        self.name = name
+        self.files = storage.checkpoints[name]
+
+    @property
+    def location(self) -> str:
+        return f"test://{self.name}"
+
+    async def manifest(self) -> Buffer:
+        await self.storage.happens("manifest", self.name)
+        return memoryview(self.files[MANIFEST])
+
+    async def size(self, name: str) -> int:
+        await self.storage.happens("size", self.name)
+        if name not in self.files:
+            raise CheckpointCorruptError("the file is missing.", path=f"{self.location}/{name}")
+        return len(self.files[name])
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        await self.storage.happens("read file", self.name)
+        data = self.files.get(name, b"")[offset : offset + len(into)]
+        if len(data) != len(into):
+            raise CheckpointCorruptError("it ends too early.", path=f"{self.location}/{name}")
+        into[:] = data
+
+    async def aclose(self) -> None:
+        return None

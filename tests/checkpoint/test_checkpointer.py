@@ -1,0 +1,503 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from anyio.lowlevel import checkpoint
+
+import aiostage
+from aiostage import (
+    AsyncStager,
+    Checkpointer,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CheckpointStager,
+    TornSnapshotError,
+)
+from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.leftovers import nothing_left
+from tests.checkpoint.memory_storage import MemoryStorage
+from tests.memory.cancelling import at_every_await
+
+
+def tree(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((100,), float(step)), "turned": torch.full((3, 2), step).t()}
+
+
+class Gate:
+    """Holds commits back until they are let through."""
+
+    def __init__(self, storage: MemoryStorage, operation: str = "commit") -> None:
+        self.operation = operation
+        self.open = anyio.Event()
+        self.waiting = 0
+        storage.before = self.pass_through
+
+    async def pass_through(self, operation: str, name: str) -> None:
+        if operation == self.operation:
+            self.waiting += 1
+            await self.open.wait()
+
+
+async def turns(count: int = 300) -> None:
+    for _ in range(count):
+        await checkpoint()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with anyio.fail_after(10):
+        while not holds():
+            await anyio.sleep(0.001)
+
+
+class Copier(CheckpointStager):
+    """A stager of the user's own."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def stage(self, state_dict: Any) -> Any:
+        await checkpoint()
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state_dict.items()}
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.asyncio
+async def test_save_and_restore(tmp_path: Path) -> None:
+    with nothing_left():
+        async with Checkpointer(tmp_path / "run") as checkpoints:
+            assert await checkpoints.latest() is None
+            handle = await checkpoints.save(7, tree(7))
+            assert handle.step == 7
+            info = await handle.committed()
+            assert handle.done()
+            assert info.location == str(tmp_path / "run" / "step-00000007")
+            assert 0 < info.captured <= info.committed
+            await checkpoints.save(12, tree(12))
+        assert await checkpoints.steps() == [7, 12]
+        assert await checkpoints.latest() == 12
+        assert_same(tree(12), await checkpoints.restore())
+        assert_same(tree(7), await checkpoints.restore(step=7))
+        live = tree(0)
+        assert await checkpoints.restore(live) is live
+        assert_same(tree(12), live)
+        assert_same(tree(12), await aiostage.load(tmp_path / "run" / "step-00000012"))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000007", "step-00000012"]
+
+
+@pytest.mark.anyio
+async def test_on_trio(tmp_path: Path) -> None:
+    async with Checkpointer(tmp_path, keep=2, max_in_flight=2) as checkpoints:
+        for step in range(5):
+            await checkpoints.save(step, tree(step))
+    assert await checkpoints.steps() == [3, 4]
+    assert_same(tree(4), await checkpoints.restore())
+
+
+@pytest.mark.anyio
+async def test_abandoned_on_trio() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    with anyio.CancelScope() as scope:
+        async with Checkpointer(storage) as checkpoints:
+            await checkpoints.save(1, tree(1))
+            await until(lambda: gate.waiting == 1)
+            scope.cancel()
+    assert (storage.checkpoints, storage.drafts) == ({}, [])
+
+
+@pytest.mark.asyncio
+async def test_the_source_may_change_once_captured() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage, "write")
+    for stager in (None, Copier()):
+        async with Checkpointer(storage, stager) as checkpoints:
+            source = tree(1)
+            handle = await checkpoints.save(1, source)
+            source["weights"].zero_()
+            source["step"] = 2
+            assert not handle.done()
+            gate.open.set()
+        assert_same(tree(1), await checkpoints.restore())
+        storage.checkpoints.clear()
+        gate.open = anyio.Event()
+    assert isinstance(stager, Copier)
+    assert not stager.closed
+
+
+@pytest.mark.asyncio
+async def test_a_source_that_changes_before_is_torn() -> None:
+    async with AsyncStager() as stager, Checkpointer(MemoryStorage(), stager) as checkpoints:
+        source = tree(1)
+        source["weights"] = torch.ones(10_000_000)
+        saving = asyncio.create_task(checkpoints.save(1, source))
+        while not stager._resources.running:
+            await checkpoint()
+        await checkpoint()
+        source["weights"].add_(1)
+        with pytest.raises(TornSnapshotError, match="weights"):
+            await saving
+    # It was told of, so leaving the block tells nothing.
+    assert await checkpoints.steps() == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("limit", [1, 2, 3])
+async def test_overlapping_saves_are_bounded(limit: int) -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with AsyncStager() as stager, Checkpointer(storage, stager, max_in_flight=limit) as checkpoints:
+        saves = [asyncio.create_task(checkpoints.save(step, tree(step))) for step in range(6)]
+        await until(lambda: gate.waiting == limit)
+        await turns()
+        assert gate.waiting == limit
+        assert sum(save.done() for save in saves) == limit
+        # One more waits before it copies anything.
+        assert stager.statistics().leases == limit
+        assert len(storage.drafts) == limit
+        gate.open.set()
+        await asyncio.gather(*saves)
+    assert storage.most_drafts == limit
+    assert await checkpoints.steps() == list(range(6))
+
+
+@pytest.mark.asyncio
+async def test_a_failing_storage_is_told_by_the_handle() -> None:
+    storage = MemoryStorage()
+
+    async def refuse(operation: str, name: str) -> None:
+        if operation == "commit":
+            raise OSError(28, "No space left on device", name)
+
+    async with AsyncStager() as stager, Checkpointer(storage, stager) as checkpoints:
+        storage.before = refuse
+        gc.disable()
+        handle = await checkpoints.save(1, tree(1))
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                await handle.committed()
+        assert "No space left" in repr(handle)
+        # At once, not when the collector comes.
+        assert stager.statistics().leases == 0
+        gc.enable()
+        storage.before = None
+        await (await checkpoints.save(1, tree(1))).committed()
+    assert await checkpoints.steps() == [1]
+    assert storage.drafts == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("failing", [1, 2])
+async def test_a_failing_storage_is_told_when_nobody_asks(failing: int, caplog: pytest.LogCaptureFixture) -> None:
+    storage = MemoryStorage()
+
+    async def refuse(operation: str, name: str) -> None:
+        if operation == "commit" and int(name[-1]) < failing:
+            raise OSError(28, "No space left on device", name)
+
+    storage.before = refuse
+
+    async def run() -> None:
+        async with Checkpointer(storage) as checkpoints:
+            for step in range(3):
+                await checkpoints.save(step, tree(step))
+
+    if failing == 1:
+        with pytest.raises(OSError, match="No space left"):
+            await run()
+    else:
+        with pytest.raises(ExceptionGroup, match="2 checkpoints failed") as caught:
+            await run()
+        assert [error.filename for error in caught.value.exceptions] == ["step-00000000", "step-00000001"]
+    assert set(storage.checkpoints) == {f"step-0000000{step}" for step in range(failing, 3)}
+    assert caplog.text.count("No space left") == failing
+
+
+@pytest.mark.asyncio
+async def test_an_error_of_the_block_goes_first() -> None:
+    storage = MemoryStorage()
+
+    async def refuse(operation: str, name: str) -> None:
+        if operation == "commit" and name == "step-00000001":
+            raise OSError(28, "No space left on device", name)
+
+    storage.before = refuse
+
+    async def run() -> None:
+        async with Checkpointer(storage, max_in_flight=2) as checkpoints:
+            await checkpoints.save(1, tree(1))
+            await checkpoints.save(2, tree(2))
+            raise LookupError("the training has failed")
+
+    with pytest.raises(LookupError) as caught:
+        await run()
+    assert "No space left" in caught.value.__notes__[0]
+    # What was captured before is good.
+    assert set(storage.checkpoints) == {"step-00000002"}
+
+
+@pytest.mark.asyncio
+async def test_a_failing_stager_is_told_by_save() -> None:
+    class Failing(Copier):
+        async def stage(self, state_dict: Any) -> Any:
+            await checkpoint()
+            raise LookupError("no copy today")
+
+    storage = MemoryStorage()
+    async with Checkpointer(storage, Failing()) as checkpoints:
+        with pytest.raises(LookupError, match="no copy today"):
+            await checkpoints.save(1, tree(1))
+    async with Checkpointer(storage) as checkpoints:
+        with pytest.raises(aiostage.UnsupportedLeafError, match="meta"):
+            await checkpoints.save(1, {"meta": torch.empty(3, device="meta")})
+        # Can be copied, but not carried.
+        handle = await checkpoints.save(1, {"object": torch.nn.Linear(1, 1)})
+        with pytest.raises(aiostage.UnsupportedLeafError, match="object"):
+            await handle.committed()
+        await checkpoints.save(1, tree(1))
+    assert storage.drafts == []
+    assert await checkpoints.steps() == [1]
+
+
+@pytest.mark.asyncio
+async def test_one_checkpoint_for_a_step(tmp_path: Path) -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with Checkpointer(storage, max_in_flight=2) as checkpoints:
+        await checkpoints.save(1, tree(1))
+        with pytest.raises(CheckpointExistsError, match="being saved already"):
+            await checkpoints.save(1, tree(1))
+        gate.open.set()
+    async with Checkpointer(storage) as checkpoints:
+        with pytest.raises(CheckpointExistsError):
+            await checkpoints.save(1, tree(2))
+        await checkpoints.delete(1)
+        await checkpoints.delete(1)
+        await checkpoints.save(1, tree(3))
+    assert_same(tree(3), await checkpoints.restore())
+
+
+@pytest.mark.asyncio
+async def test_a_step_that_another_writer_saves_meanwhile() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with Checkpointer(storage) as ours, Checkpointer(storage) as theirs:
+        handles = [await each.save(1, tree(number)) for number, each in enumerate((ours, theirs))]
+        await until(lambda: gate.waiting == 2)
+        gate.open.set()
+        outcomes = await asyncio.gather(*(handle.committed() for handle in handles), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["CheckpointExistsError", "CheckpointInfo"]
+    winner = [isinstance(outcome, aiostage.CheckpointInfo) for outcome in outcomes].index(True)
+    assert_same(tree(winner), await ours.restore())
+
+
+@pytest.mark.asyncio
+async def test_misuse(tmp_path: Path) -> None:
+    for arguments in ({"keep": 0}, {"max_in_flight": 0}, {"keep_also": bool}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            Checkpointer(tmp_path, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="7"):
+        Checkpointer(7)
+    checkpoints = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError, match="not entered"):
+        checkpoints.save(1, tree(1))
+    async with checkpoints:
+        with pytest.raises(ValueError, match="-1"):
+            checkpoints.save(-1, tree(1))
+        with pytest.raises(TypeError):
+            checkpoints.save(1.5, tree(1))  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="entered before"):
+            await checkpoints.__aenter__()
+    with pytest.raises(CheckpointError, match="left"):
+        checkpoints.save(1, tree(1))
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
+        await checkpoints.restore()
+    with pytest.raises(CheckpointNotFoundError):
+        await checkpoints.restore(step=3)
+
+
+@pytest.mark.asyncio
+async def test_entering_finds_out_whether_the_target_will_do(tmp_path: Path) -> None:
+    storage = MemoryStorage()
+
+    async def refuse(operation: str, name: str) -> None:
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    storage.before = refuse
+    with pytest.raises(PermissionError):
+        await Checkpointer(storage).__aenter__()
+
+
+@pytest.mark.asyncio
+async def test_a_save_that_waits_for_its_turn_when_the_block_is_left() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with Checkpointer(storage) as checkpoints:
+        await checkpoints.save(1, tree(1))
+        late = asyncio.create_task(checkpoints.save(2, tree(2)))
+        await until(lambda: gate.waiting == 1)
+        await turns()
+        asyncio.get_running_loop().call_later(0.05, gate.open.set)
+    with pytest.raises(CheckpointError, match="left"):
+        await late
+    assert await checkpoints.steps() == [1]
+
+
+# ------------------------------------------------------------------------------------------------------ cancellation
+
+
+@pytest.mark.asyncio
+async def test_entering_and_leaving_cancelled_at_every_await() -> None:
+    storage = MemoryStorage()
+    numbers = []
+
+    async def enter_and_leave() -> None:
+        async with Checkpointer(storage):
+            pass
+
+    with nothing_left():
+        async with aclosing(at_every_await(enter_and_leave)) as rounds:
+            async for number in rounds:
+                numbers.append(number)
+    assert len(numbers) > 1
+    assert set(storage.operations) == {"sweep"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("own", [False, True])
+async def test_save_cancelled_at_every_await(own: bool) -> None:
+    storage = MemoryStorage()
+    numbers = []
+    async with AsyncStager() as stager, Checkpointer(storage, Copier() if own else stager) as checkpoints:
+
+        async def save() -> None:
+            await checkpoints.save(1, tree(1))
+
+        async with aclosing(at_every_await(save)) as rounds:
+            async for number in rounds:
+                numbers.append(number)
+                assert storage.drafts == []
+                if await checkpoints.steps():
+                    assert_same(tree(1), await checkpoints.restore())
+                    await checkpoints.delete(1)
+        assert stager.statistics().leases <= 1
+    assert numbers
+    assert await checkpoints.steps() == [1]
+
+
+@pytest.mark.asyncio
+async def test_a_save_that_waits_for_its_turn_is_cancelled() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with Checkpointer(storage) as checkpoints:
+        await checkpoints.save(1, tree(1))
+        late = asyncio.create_task(checkpoints.save(2, tree(2)))
+        await until(lambda: gate.waiting == 1)
+        await turns()
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        gate.open.set()
+        # The step is free again, and so is the place.
+        await checkpoints.save(2, tree(2))
+    assert await checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.asyncio
+async def test_waiting_for_the_commit_may_be_cancelled() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    async with Checkpointer(storage) as checkpoints:
+        handle = await checkpoints.save(1, tree(1))
+        async for _ in at_every_await(handle.committed):
+            assert not handle.done()
+            gate.open.set()
+        assert handle.done()
+    assert await checkpoints.steps() == [1]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("where", ["open", "write", "commit", "list", "delete"])
+async def test_leaving_cancelled_while_a_save_is_somewhere(where: str) -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage) as checkpoints:
+        await checkpoints.save(0, tree(0))
+    gate = Gate(storage, where)
+
+    async def run() -> None:
+        async with Checkpointer(storage, keep=1) as checkpoints:
+            await checkpoints.save(1, tree(1))
+
+    running = asyncio.create_task(run())
+    await until(lambda: gate.waiting == 1)
+    await turns()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    storage.before = None
+    assert storage.drafts == []
+    assert await Checkpointer(storage).steps() == ([0, 1] if where in ("list", "delete") else [0])
+
+
+@pytest.mark.asyncio
+async def test_an_abandoned_save_says_so() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    handles = []
+
+    async def run() -> None:
+        async with Checkpointer(storage) as checkpoints:
+            handles.append(await checkpoints.save(1, tree(1)))
+            await anyio.sleep_forever()
+
+    running = asyncio.create_task(run())
+    await until(lambda: gate.waiting == 1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    with pytest.raises(CheckpointError, match="abandoned"):
+        await handles[0].committed()
+
+
+@pytest.mark.asyncio
+async def test_leaving_twice_cancelled() -> None:
+    """The second cancellation comes while the first one is being carried out."""
+    storage = MemoryStorage()
+    gate = Gate(storage)
+
+    async def run() -> None:
+        async with Checkpointer(storage) as checkpoints:
+            await checkpoints.save(1, tree(1))
+
+    running = asyncio.create_task(run())
+    await until(lambda: gate.waiting == 1)
+    for _ in range(3):
+        running.cancel()
+        await checkpoint()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (storage.checkpoints, storage.drafts) == ({}, [])
+
+
+@pytest.mark.asyncio
+async def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
+    with nothing_left():
+        async with AsyncStager() as stager, Checkpointer(tmp_path, stager, keep=3, max_in_flight=2) as checkpoints:
+            for step in range(20):
+                await checkpoints.save(step, tree(step))
+            await until(lambda: not checkpoints._savings)
+            gc.collect()
+            assert stager.statistics().leases == 0
+            assert stager.statistics().arenas <= 3
+    assert await checkpoints.steps() == [17, 18, 19]
+    assert len(list(tmp_path.iterdir())) == 3
