@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import hypothesis
 import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
+
+import aiostage
+
+pytest.register_assert_rewrite("aiostage.testing.suites")
+
+from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
 
 hypothesis.settings.register_profile(
     "aiostage",
@@ -20,11 +28,33 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("aiostage")
 
 
+LONGEST_HOLD_SECONDS = 0.25
+"""How long aiostage may compute on an event loop without giving it a turn before the test fails: far longer than
+anything here should take, because three test runs may share two cores."""
+
+HOUSE = str(Path(aiostage.__file__).parent)
+probes: list[LoopProbe] = []
+
+
+def is_ours(file: str) -> bool:
+    """Return whether a file is aiostage's, and not part of what simulates devices on the test's own time."""
+    return file.startswith(HOUSE) and not file.startswith(HOUSE + "/testing")
+
+
+def probed(make: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    """Return a loop with a probe on it."""
+    loop = make()
+    probe = LoopProbe(threshold=LONGEST_HOLD_SECONDS, interval=0.02, inside=is_ours)
+    probes.append(probe)
+    loop.call_soon(probe.start)
+    return loop
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run every asyncio test on the stock loop and on uvloop."""
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": partial(probed, asyncio.new_event_loop), "uvloop": partial(probed, uvloop.new_event_loop)}
 
 
 @pytest.fixture
@@ -36,5 +66,17 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def _nothing_blocks() -> Iterator[None]:
     """Fail a test whose coroutine calls something of aiostage that blocks the event loop."""
-    with blockbuster_ctx("aiostage"):
+    with blockbuster_ctx("aiostage", excluded_modules=["aiostage.testing.probes", "aiostage.testing.suites"]):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_holds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which aiostage computes for long without giving the event loop a turn."""
+    yield
+    for probe in probes:
+        probe.stop()
+    holds = [hold for probe in probes for hold in probe.holds]
+    probes.clear()
+    if holds and request.node.get_closest_marker("holds_the_loop") is None:
+        pytest.fail("\n".join(f"the event loop was held: {hold}\n{hold.stack}" for hold in holds), pytrace=False)

@@ -14,6 +14,10 @@ from typing import Any
 import anyio
 import pytest
 
+import aiostage
+import aiostage.abc
+import aiostage.testing
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -54,6 +58,40 @@ def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_link_leads_somewhere(document: Path) -> None:
     for target, _ in LINK.findall(document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    reached, pages = {index}, [index]
+    while pages:
+        page = pages.pop()
+        linked = {(page.parent / target).resolve() for target, _ in LINK.findall(page.read_text())}
+        new = {target for target in linked if target.suffix == ".md"} - reached
+        reached |= new
+        pages += new
+    assert set(DOCUMENTS[1:]) <= reached, f"docs/index.md does not lead to {set(DOCUMENTS[1:]) - reached}"
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return what stands below each heading that is a name."""
+    heading = re.compile(r"^### `(\w+)`$", re.MULTILINE)
+    places = [(match[1], match.end()) for match in heading.finditer(text)]
+    ends = [match.start() for match in re.finditer(r"^##", text, re.MULTILINE)]
+    return {name: text[place : min((end for end in ends if end > place), default=None)] for name, place in places}
+
+
+@pytest.mark.parametrize("module", [aiostage, aiostage.abc, aiostage.testing], ids=lambda module: module.__name__)
+def test_the_reference_has_every_public_name(module: Any) -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    missing = [name for name in module.__all__ if f"`{name}`" not in text]
+    assert not missing, f"docs/reference.md does not say what {missing} of {module.__name__} are"
+    for name, section in sections(text).items():
+        value = getattr(module, name, None)
+        if not inspect.isclass(value) or not value.__module__.startswith("aiostage"):
+            continue
+        members = [member for member in vars(value) if not member.startswith(("_", "test_"))]
+        missing = [member for member in members if not re.search(rf"\b{member}\b", section)]
+        assert not missing, f"the section of {name} in docs/reference.md does not say what {missing} are"
 
 
 @pytest.mark.slow

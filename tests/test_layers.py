@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import aiostage
+from tests.parsing import parse
 
 ROWS = [
     {"errors"},
@@ -38,7 +39,7 @@ def room_of(module: str) -> str:
 
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):

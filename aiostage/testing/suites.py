@@ -1,0 +1,275 @@
+"""The tests that every stager has to pass, for stagers of one's own.
+
+Inherit from the suite, say how the object is made, and mark the class for pytest-asyncio or anyio::
+
+    @pytest.mark.asyncio
+    class TestMyStager(StagerSuite):
+        def make_stager(self):
+            return MyStager()
+
+Nothing here imports pytest. For readable failures call ``pytest.register_assert_rewrite("aiostage.testing.suites")`` in
+a conftest before anything imports the suites.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import unittest
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import anyio
+import torch
+from anyio.lowlevel import checkpoint
+
+from aiostage.abc import CheckpointStager
+from aiostage.errors import StagerClosedError
+from aiostage.testing.cancelling import at_every_await
+from aiostage.testing.probes import LeakProbe
+
+__all__ = ["StagerSuite", "require_asyncio"]
+
+
+class _Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+class _Refuses:
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        raise ZeroDivisionError("this object cannot be copied")
+
+
+def _tree(value: float = 1.0, leaves: int = 20) -> dict[str, Any]:
+    return {
+        "step": int(value),
+        "weights": {f"w{number}": torch.full((3, 4), value + number) for number in range(leaves)},
+        "list": [torch.arange(5), (torch.ones(2, dtype=torch.bfloat16), None)],
+    }
+
+
+def _values(tree: dict[str, Any]) -> list[float]:
+    return [float(tensor.flatten()[0]) for tensor in tree["weights"].values()]
+
+
+def require_asyncio() -> None:
+    """Skip the calling test where cancellations cannot be thrown in from outside."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise unittest.SkipTest("cancelling at every await needs asyncio or uvloop") from None
+
+
+class StagerSuite(ABC):
+    """What a :class:`~aiostage.CheckpointStager` promises, as tests.
+
+    Attributes:
+        keeps_results: Whether a result keeps its values when the next one is made. PyTorch's stagers do not.
+        keeps_parameters: Whether an ``nn.Parameter`` stays one. PyTorch's stagers make plain tensors of them.
+    """
+
+    keeps_results = True
+    keeps_parameters = True
+
+    @abstractmethod
+    def make_stager(self) -> CheckpointStager:
+        """Return a new stager. Called inside a coroutine, once or more for each test."""
+
+    async def test_returns_the_same_tree(self) -> None:
+        source = _tree()
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+        assert type(staged) is dict
+        assert list(staged) == list(source)
+        assert staged["step"] == source["step"]
+        assert list(staged["weights"]) == list(source["weights"])
+        for name, tensor in source["weights"].items():
+            assert torch.equal(staged["weights"][name], tensor), name
+            assert staged["weights"][name].device.type == "cpu"
+        assert torch.equal(staged["list"][0], source["list"][0])
+        assert type(staged["list"][1]) is tuple
+        assert staged["list"][1][0].dtype is torch.bfloat16
+        assert staged["list"][1][1] is None
+
+    async def test_no_change_to_the_source_shows(self) -> None:
+        source = _tree(1.0)
+        before = _values(source)
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            for tensor in source["weights"].values():
+                tensor.fill_(-1)
+            source["list"][0].zero_()
+            source["list"].append("more")
+            source["step"] = 99
+            assert _values(staged) == before
+            assert staged["list"][0].tolist() == [0, 1, 2, 3, 4]
+            assert len(staged["list"]) == 2
+            assert staged["step"] == 1
+
+    async def test_no_change_to_the_copy_shows(self) -> None:
+        source = _tree(1.0)
+        before = _values(source)
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            for tensor in staged["weights"].values():
+                tensor.fill_(-1)
+            staged["list"].clear()
+            assert _values(source) == before
+            assert len(source["list"]) == 2
+
+    async def test_ties_stay_ties(self) -> None:
+        shared = torch.arange(4.0)
+        inside = [shared]
+        async with self.make_stager() as stager:
+            source: dict[str, Any] = {"a": shared, "b": shared, "c": inside, "d": inside}
+            staged = await stager.stage(source)
+            assert staged["a"] is staged["b"]
+            assert staged["c"] is staged["d"]
+            assert staged["c"][0] is staged["a"]
+
+    async def test_shapes_and_strides(self) -> None:
+        source = {
+            "transposed": torch.arange(6.0).reshape(2, 3).t(),
+            "empty": torch.empty(0, 3),
+            "scalar": torch.tensor(7),
+            "flags": torch.tensor([True, False]),
+        }
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            for name, tensor in source.items():
+                assert torch.equal(staged[name], tensor), name
+                assert staged[name].dtype is tensor.dtype, name
+                assert staged[name].stride() == tensor.stride(), name
+
+    async def test_containers_of_other_kinds(self) -> None:
+        source = _Pair({"a": torch.ones(1)}, frozenset({1, 2}))
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            assert type(staged) is _Pair
+            assert staged.right == source.right
+            assert staged.left["a"] is not source.left["a"]
+
+    async def test_parameters(self) -> None:
+        if not self.keeps_parameters:
+            raise unittest.SkipTest("this stager makes plain tensors of parameters")
+        source = {"p": torch.nn.Parameter(torch.ones(2), requires_grad=False)}
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            assert type(staged["p"]) is torch.nn.Parameter
+            assert not staged["p"].requires_grad
+
+    async def test_results_keep_their_values(self) -> None:
+        if not self.keeps_results:
+            raise unittest.SkipTest("this stager overwrites its last result")
+        async with self.make_stager() as stager:
+            results = [await stager.stage(_tree(float(number))) for number in range(4)]
+            for number, staged in enumerate(results):
+                assert _values(staged) == _values(_tree(float(number)))
+
+    async def test_results_outlive_the_stager(self) -> None:
+        async with self.make_stager() as stager:
+            staged = await stager.stage(_tree(3.0))
+        del stager
+        gc.collect()
+        assert _values(staged) == _values(_tree(3.0))
+
+    async def test_many_tasks_at_once(self) -> None:
+        seen: dict[int, list[float]] = {}
+
+        async def stage(stager: CheckpointStager, number: int) -> None:
+            staged = await stager.stage(_tree(float(number)))
+            # Read before anything else may run, as a stager that overwrites results may do it then.
+            seen[number] = _values(staged)
+
+        async with self.make_stager() as stager, anyio.create_task_group() as tasks:
+            for number in range(8):
+                tasks.start_soon(stage, stager, number)
+        if self.keeps_results:
+            assert seen == {number: _values(_tree(float(number))) for number in range(8)}
+        assert len(seen) == 8
+
+    async def test_the_event_loop_gets_its_turn(self) -> None:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await checkpoint()
+
+        async with self.make_stager() as stager, anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            await checkpoint()
+            before = turns
+            await stager.stage(_tree(leaves=2000))
+            meanwhile = turns - before
+            tasks.cancel_scope.cancel()
+        assert meanwhile, "stage() did not let anything else run"
+
+    async def test_an_error_is_the_callers_and_changes_nothing(self) -> None:
+        async with self.make_stager() as stager:
+            for _ in range(3):
+                try:
+                    await stager.stage({"weights": torch.ones(3), "odd": _Refuses()})
+                except Exception as error:
+                    told = str(error)
+                else:
+                    raise AssertionError("what cannot be copied was staged without an error")
+                assert "cannot be copied" in told, "the error does not say what was wrong"
+                assert _values(await stager.stage(_tree(2.0))) == _values(_tree(2.0))
+
+    async def test_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        async with self.make_stager() as stager:
+            async for _ in at_every_await(lambda: stager.stage(_tree(5.0))):
+                assert _values(await stager.stage(_tree(6.0))) == _values(_tree(6.0))
+
+    async def test_closing(self) -> None:
+        stager = self.make_stager()
+        await stager.stage(_tree())
+        await stager.aclose()
+        await stager.aclose()
+        try:
+            await stager.stage(_tree())
+        except StagerClosedError:
+            return
+        raise AssertionError("a closed stager has to refuse with StagerClosedError")
+
+    async def test_closing_closes_also_when_cancelled(self) -> None:
+        require_asyncio()
+        made: list[CheckpointStager] = []
+
+        def close() -> Any:
+            made.append(self.make_stager())
+            return made[-1].aclose()
+
+        async for _ in at_every_await(close):
+            await made[-1].aclose()
+            try:
+                await made[-1].stage(_tree())
+            except StagerClosedError:
+                continue
+            raise AssertionError("a stager whose closing was cancelled has to refuse with StagerClosedError")
+        await made[-1].aclose()
+
+    async def test_may_be_entered_and_left_in_different_tasks(self) -> None:
+        stager = self.make_stager()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stager.__aenter__)
+        assert _values(await stager.stage(_tree(4.0))) == _values(_tree(4.0))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stager.__aexit__, None, None, None)
+
+    async def test_leaves_nothing_behind(self) -> None:
+        async with self.make_stager() as stager:
+            await stager.stage(_tree())
+        # What is made once for a process, such as a thread pool, is there by now.
+        probe = LeakProbe()
+        for _ in range(5):
+            async with self.make_stager() as stager:
+                await stager.stage(_tree())
+        del stager
+        await probe.settled()
