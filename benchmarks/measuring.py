@@ -1,0 +1,170 @@
+"""Measuring peers in turns in one process, or each in a fresh one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mmap
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy
+from delays import LoopDelay, percentile
+from peers import PEERS, Limit, Peer
+from workloads import few_large, many_small
+
+__all__ = ["Samples", "cold", "cold_turns", "fails", "turns"]
+
+WARM_UPS = 3
+"""So many stagings of a structure compile its plan and make its guards."""
+
+WORK: dict[str, Callable[[], Any]] = {"large": few_large, "small": many_small}
+
+
+@dataclass
+class Samples:
+    """What one peer did: seconds of each round, and the delay of each tick of the loop's clock meanwhile."""
+
+    seconds: list[float] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: Samples) -> float:
+        """Median over the rounds of this peer's time by another's."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def text(self) -> str:
+        """Median, least and most milliseconds, or why there are none."""
+        if self.failure:
+            return f"fails: {self.failure}"
+        least, most = min(self.seconds), max(self.seconds)
+        return f"{1e3 * self.median:.0f} ms ({1e3 * least:.0f}-{1e3 * most:.0f})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what goes into a file."""
+        return {
+            "seconds": self.seconds,
+            "delay_p99": percentile(self.delays, 0.99),
+            "delay_worst": max(self.delays, default=0.0),
+            "timings": self.timings,
+            "failure": self.failure,
+        }
+
+
+async def turns(
+    peers: dict[str, Peer], make: Callable[[], Any], rounds: int, warm_ups: int = WARM_UPS
+) -> dict[str, Samples]:
+    """Let peers stage what ``make`` returns, in a new random order each round, and close them.
+
+    Args:
+        peers: By the name to report them under.
+        make: Returns what to stage, once for each staging; not measured.
+        rounds: How often each peer is measured.
+        warm_ups: How often each stages before.
+    """
+    samples = {name: Samples() for name in peers}
+    for peer in peers.values():
+        for _ in range(warm_ups):
+            await peer.stage(make())
+    for _ in range(rounds):
+        for name in random.sample(list(peers), len(peers)):
+            await _measure(peers[name], make(), samples[name])
+    for peer in peers.values():
+        await peer.close()
+    return samples
+
+
+async def _measure(peer: Peer, tree: Any, samples: Samples) -> None:
+    if isinstance(peer, Limit):
+        begin = perf_counter()
+        await peer.stage(tree)
+        samples.seconds.append(perf_counter() - begin)
+        return
+    delay = LoopDelay()
+    async with delay:
+        begin = perf_counter()
+        staged = await peer.stage(tree)
+        samples.seconds.append(perf_counter() - begin)
+    # Dropping it is the user's own affair, and the same for every peer.
+    del staged
+    samples.delays += delay.delays
+    samples.timings = vars(getattr(peer, "timings", None) or Samples()) if hasattr(peer, "timings") else {}
+
+
+async def cold_turns(names: list[str], work: str, rounds: int, *options: str) -> dict[str, Samples]:
+    """Measure the first staging in a process, in a fresh one each time.
+
+    Args:
+        names: Of peers.
+        work: A key of WORK.
+        rounds: How often each.
+        *options: ``shared``; ``ready``: the machine has just had the memory in use, so that a hypervisor need not
+            find it first.
+    """
+    samples = {name: Samples() for name in names}
+    for _ in range(rounds):
+        for name in random.sample(names, len(names)):
+            await _fresh(name, work, samples[name], options)
+    return samples
+
+
+async def fails(name: str, work: str, *options: str) -> Samples:
+    """Measure a peer that may fail; its error is then the result."""
+    samples = Samples()
+    await _fresh(name, work, samples, options)
+    return samples
+
+
+async def _fresh(name: str, work: str, samples: Samples, options: tuple[str, ...]) -> None:
+    script = Path(__file__).with_name("staging.py")
+    uvloop = ["--uvloop"] if type(asyncio.get_running_loop()).__module__ == "uvloop" else []
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, script, "--cold", name, work, *options, *uvloop, stdout=-1, stderr=-1
+    )
+    output, errors = await process.communicate()
+    if process.returncode:
+        samples.failure = errors.decode().strip().splitlines()[-1][:120]
+        return
+    answer = json.loads(output.splitlines()[-1])
+    samples.seconds.append(answer["seconds"])
+    samples.delays += answer["delays"]
+    samples.timings = answer["timings"]
+
+
+async def cold(name: str, work: str, options: list[str]) -> None:
+    """Stage once, in a process that does nothing else, and print what it took."""
+    tree = WORK[work]()
+    peer = PEERS[name](use_shared_memory=True) if "shared" in options else PEERS[name]()
+    samples = Samples()
+    if "ready" in options:
+        have_ready(sum(tensor.nbytes for tensor in tree.values()))
+    await _measure(peer, tree, samples)
+    print(json.dumps({"seconds": samples.seconds[0], "delays": samples.delays, "timings": samples.timings}))
+    await peer.close()
+
+
+def have_ready(nbytes: int) -> None:
+    """Use as much memory and a little more, and give it back to the kernel.
+
+    On a virtual machine the kernel's free memory need not exist: the hypervisor finds it when it is first touched, at
+    its own speed, and takes it away again seconds after it was freed.
+    """
+    memory = mmap.mmap(-1, nbytes + nbytes // 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    array = numpy.frombuffer(memory, numpy.uint8)
+    array[:: mmap.PAGESIZE] = 1
+    del array
+    memory.close()

@@ -1,0 +1,303 @@
+"""The rows of the table: what is measured, and what it should come to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import statistics
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import torch
+from delays import percentile
+from echo import Echo
+from measuring import Samples, cold_turns, fails, turns
+from peers import PEERS, Limit, Peer
+from workloads import Adam350M, few_large, leaves_of, many_small
+
+__all__ = ["ROWS", "Check", "Row"]
+
+GIB, MIB = 2**30, 2**20
+RIVALS = ["DefaultStager", "torch_checkpointing"]
+WARM = ["aiostage", *RIVALS, "copy.deepcopy"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure and the most that it should be."""
+
+    what: str
+    figure: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+@dataclass
+class Row:
+    """One row, measured."""
+
+    number: int
+    work: str
+    samples: dict[str, Samples] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def at_most(self, limit: float, *others: str, of: str = "aiostage") -> None:
+        """Add a check of a peer's time by others'."""
+        for other in others:
+            if not self.samples[other].failure:
+                figure = self.samples[of].ratio(self.samples[other])
+                self.checks.append(Check(f"{of} / {other}", figure, limit))
+
+    def punctual(self) -> None:
+        """Add the checks of the event loop's delay."""
+        for name, samples in self.samples.items():
+            if name.startswith("aiostage"):
+                self.checks += [
+                    Check(f"row 7: {name}, 99th percentile of the loop's delay, ms", _p99(samples), 1),
+                    Check(f"row 7: {name}, worst, ms", 1e3 * max(samples.delays), 5),
+                ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything for a file."""
+        samples = {name: each.as_json() for name, each in self.samples.items()}
+        checks = [vars(check) | {"met": check.met} for check in self.checks]
+        return {"row": self.number, "work": self.work, "samples": samples, "checks": checks, "notes": self.notes}
+
+
+def _p99(samples: Samples) -> float:
+    return 1e3 * percentile(samples.delays, 0.99)
+
+
+def _peers(names: list[str]) -> dict[str, Peer]:
+    return {name: PEERS[name]() for name in names}
+
+
+async def large_warm(rounds: int) -> AsyncIterator[Row]:
+    """Measure 2 GiB in 64 tensors, warm."""
+    tree = few_large()
+    row = Row(1, "2 GiB in 64 tensors, warm")
+    row.samples = await turns(_peers([*WARM, "_foreach_copy_"]), lambda: tree, rounds)
+    row.at_most(1.10, "_foreach_copy_")
+    row.at_most(1.0, "torch_checkpointing")
+    row.punctual()
+    yield row
+
+
+async def large_cold(rounds: int) -> AsyncIterator[Row]:
+    """Measure 2 GiB in 64 tensors, first staging."""
+    names = [*WARM, "populate + copy", "populate + copy, 4 KiB pages"]
+    for options, where in ((("ready",), "memory that the machine has ready"), ((), "memory as the hypervisor has it")):
+        row = Row(2, f"2 GiB in 64 tensors, cold, {where}")
+        row.samples = await cold_turns(names, "large", rounds, *options)
+        row.at_most(1 / 12, *RIVALS)
+        row.at_most(1.25, "populate + copy")
+        row.punctual()
+        yield row
+
+
+async def small_warm(rounds: int) -> AsyncIterator[Row]:
+    """Measure 50,000 tensors of 1 KiB, warm."""
+    tree = many_small()
+    row = Row(3, "50,000 tensors of 1 KiB, warm")
+    row.samples = await turns(_peers([*WARM, "_foreach_copy_"]), lambda: tree, rounds)
+    row.at_most(1 / 12, *RIVALS)
+    row.punctual()
+    yield row
+
+
+async def small_cold(rounds: int) -> AsyncIterator[Row]:
+    """Measure 50,000 tensors of 1 KiB, first staging."""
+    row = Row(4, "50,000 tensors of 1 KiB, cold")
+    row.samples = await cold_turns(WARM, "small", rounds)
+    row.at_most(1 / 5, *RIVALS)
+    row.punctual()
+    yield row
+
+
+async def small_shared(rounds: int) -> AsyncIterator[Row]:
+    """Measure 50,000 tensors of 1 KiB in memory that another process can open."""
+    tree = many_small()
+    row = Row(5, "50,000 tensors of 1 KiB, shared memory, warm")
+    peers = {"aiostage, shared": PEERS["aiostage"](use_shared_memory=True), "aiostage": PEERS["aiostage"]()}
+    row.samples = await turns(peers, lambda: tree, rounds)
+    row.at_most(1.3, "aiostage", of="aiostage, shared")
+    row.punctual()
+    for name in RIVALS:
+        row.samples[f"{name}, shared"] = await fails(name, "small", "shared")
+    yield row
+    row = Row(5, "50,000 tensors of 1 KiB, shared memory, cold")
+    shared = await cold_turns(["aiostage"], "small", rounds, "shared")
+    row.samples = {"aiostage, shared": shared["aiostage"], **await cold_turns(["aiostage"], "small", rounds)}
+    row.at_most(1.3, "aiostage", of="aiostage, shared")
+    row.punctual()
+    yield row
+
+
+async def adam(rounds: int) -> AsyncIterator[Row]:
+    """Measure the state of a model and its optimizer."""
+    trained = Adam350M()
+    gc.collect()
+    leaves = leaves_of(trained.state_dict())
+    nbytes = sum(leaf.nbytes for leaf in leaves)
+    row = Row(6, f"model and Adam of 350 M parameters, {len(leaves)} tensors, {nbytes / GIB:.2f} GiB, warm")
+    names = ["aiostage", "_foreach_copy_"]
+    if _available() > 4.2 * nbytes:
+        names += RIVALS
+    else:
+        row.notes.append("Too little memory for the rivals.")
+    row.samples = await turns(_peers(names), trained.state_dict, rounds)
+    row.at_most(1.15, "_foreach_copy_")
+    row.punctual()
+    yield row
+
+
+async def casting(rounds: int) -> AsyncIterator[Row]:
+    """Measure staging float32 as bfloat16."""
+    tree = few_large()
+    row = Row(8, "2 GiB of float32 staged as bfloat16")
+    peak = await _peak_growth(PEERS["aiostage"](dtype=torch.bfloat16), tree)
+    row.checks.append(Check("growth of peak memory, MiB", peak / MIB, GIB / MIB + 64))
+    peers = {"aiostage, cast": PEERS["aiostage"](dtype=torch.bfloat16), "aiostage": PEERS["aiostage"]()}
+    row.samples = await turns(peers, lambda: tree, rounds)
+    row.at_most(1.0, "aiostage", of="aiostage, cast")
+    row.punctual()
+    yield row
+
+
+async def _peak_growth(peer: Peer, tree: Any) -> float:
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    await peer.stage(tree)
+    growth = _status("VmHWM") - before
+    await peer.close()
+    return growth
+
+
+def _status(name: str) -> int:
+    """Return a figure of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _available() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+async def serving(rounds: int) -> AsyncIterator[Row]:
+    """Measure an HTTP service while 2 GiB is staged back to back."""
+    tree = few_large()
+    row = Row(9, "requests a second of an HTTP service while 2 GiB is staged back to back")
+    served: dict[str, list[float]] = {}
+    copied: dict[str, list[float]] = {}
+    ours, theirs, limit = PEERS["aiostage"](), PEERS["DefaultStager"](), Limit()
+    for peer in (ours, theirs, limit):
+        await peer.stage(tree)
+        await peer.stage(tree)
+
+    async def note(name: str, work: Callable[[float], Awaitable[int]], seconds: float) -> int:
+        begin, already = perf_counter(), echo.served
+        copies = await work(seconds)
+        spent = perf_counter() - begin
+        served.setdefault(name, []).append((echo.served - already) / spent)
+        copied.setdefault(name, []).append(2 * copies / spent)
+        return copies
+
+    async with Echo() as echo:
+        for _ in range(rounds):
+            await note("nothing", _idle, 0.5)
+            copies = await note("aiostage", partial(_back_to_back, ours, tree), 1.5)
+            await note("_foreach_copy_ in a thread, as often", partial(_paced, limit, tree, copies), 1.5)
+            await note("DefaultStager in a thread", partial(_back_to_back, theirs, tree), 1.5)
+    await ours.close()
+    await theirs.close()
+    row.notes += [
+        f"{name}: {statistics.median(rates):.0f} requests a second, {statistics.median(copied[name]):.1f} GiB/s copied"
+        for name, rates in served.items()
+    ]
+    for other, limit_ratio in (("_foreach_copy_ in a thread, as often", 0.9), ("DefaultStager in a thread", 2.0)):
+        pairs = zip(served["aiostage"], served[other], strict=True)
+        figure = statistics.median(mine / others for mine, others in pairs)
+        row.checks.append(Check(f"requests beside aiostage / beside {other}", figure, limit_ratio, at_least=True))
+    yield row
+
+
+async def _idle(seconds: float) -> int:
+    await asyncio.sleep(seconds)
+    return 0
+
+
+async def _back_to_back(peer: Peer, tree: Any, seconds: float) -> int:
+    begin, count = perf_counter(), 0
+    while perf_counter() - begin < seconds:
+        await peer.stage(tree)
+        count += 1
+    return count
+
+
+async def _paced(limit: Limit, tree: Any, copies: int, seconds: float) -> int:
+    """Copy in a thread, evenly spread over the time."""
+    sources, done = leaves_of(tree), threading.Event()
+
+    def copy() -> None:
+        begin = perf_counter()
+        for number in range(copies):
+            limit.copy(sources)
+            sleep(max(0, begin + (number + 1) * seconds / copies - perf_counter()))
+        done.set()
+
+    await asyncio.to_thread(copy)
+    return copies
+
+
+async def growth(rounds: int) -> AsyncIterator[Row]:
+    """Measure how the cost grows with the number of tensors and with their size."""
+    row = Row(10, "growth")
+    costs = {}
+    for count in (1_000, 10_000, 100_000, 1_000_000):
+        name = f"{count} tensors of 256 bytes"
+        row.samples[name] = await _alone(many_small(count, 256), rounds)
+        costs[count] = 1e6 * row.samples[name].median / count
+    row.notes.append("Microseconds a tensor: " + ", ".join(f"{count}: {cost:.2f}" for count, cost in costs.items()))
+    row.checks.append(Check("cost a tensor, of 1,000,000 by 10,000", costs[1_000_000] / costs[10_000], 1.25))
+    speeds = {}
+    for mebibytes in (1, 32, 256, 1024, 4096, 8192):
+        if _available() < 2.2 * mebibytes * MIB:
+            row.notes.append(f"Too little memory for {mebibytes} MiB.")
+            continue
+        name = f"{mebibytes} MiB in 64 tensors"
+        row.samples[name] = await _alone(few_large(mebibytes * MIB), rounds)
+        speeds[mebibytes] = row.samples[name].median / mebibytes * 1024
+    row.notes.append("ms a GiB: " + ", ".join(f"{size} MiB: {1e3 * cost:.0f}" for size, cost in speeds.items()))
+    largest = max(speeds)
+    row.checks.append(Check(f"cost a byte, of {largest} MiB by 1024 MiB", speeds[largest] / speeds[1024], 1.25))
+    yield row
+
+
+async def _alone(tree: Any, rounds: int) -> Samples:
+    return (await turns({"aiostage": PEERS["aiostage"]()}, lambda: tree, rounds))["aiostage"]
+
+
+ROWS: dict[int, Callable[[int], AsyncIterator[Row]]] = {
+    1: large_warm,
+    2: large_cold,
+    3: small_warm,
+    4: small_cold,
+    5: small_shared,
+    6: adam,
+    8: casting,
+    9: serving,
+    10: growth,
+}
+"""Row 7, the loop's delay, is measured beside the others."""
