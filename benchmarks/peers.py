@@ -101,6 +101,13 @@ class Limit(Peer):
         torch._foreach_copy_(self.warm, sources)
 
 
+class LimitInThread(Limit):
+    """The same in a worker thread, beside the event loop."""
+
+    async def stage(self, tree: Any) -> None:
+        await asyncio.to_thread(self.copy, leaves_of(tree))
+
+
 class PopulateAndCopy(Peer):
     """No stager: cold memory faulted in by the kernel at one go, then one fused copy."""
 
@@ -137,6 +144,7 @@ PEERS: dict[str, type[Any]] = {
     "torch_checkpointing": TorchCheckpointing,
     "copy.deepcopy": Deepcopy,
     "_foreach_copy_": Limit,
+    "_foreach_copy_ in a thread": LimitInThread,
     "populate + copy": PopulateAndCopy,
     "populate + copy, 4 KiB pages": PopulateSmallAndCopy,
 }

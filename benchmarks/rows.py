@@ -5,25 +5,27 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import statistics
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
 from delays import percentile
 from echo import Echo
-from measuring import Samples, cold_turns, fails, turns
-from peers import PEERS, Limit, Peer
+from measuring import WARM_UPS, Samples, cold_turns, fails, turns
+from peers import PEERS, Peer
 from workloads import Adam350M, few_large, leaves_of, many_small
 
 __all__ = ["ROWS", "Check", "Row"]
 
 GIB, MIB = 2**30, 2**20
+_PACE_SECONDS, _COPIES = 0.5, 4
+"""Slow enough for every peer to keep up with beside a busy service, so that all copy the same amount in the same time."""
+
 RIVALS = ["DefaultStager", "torch_checkpointing"]
 WARM = ["aiostage", *RIVALS, "copy.deepcopy"]
 
@@ -88,7 +90,9 @@ async def large_warm(rounds: int) -> AsyncIterator[Row]:
     """Measure 2 GiB in 64 tensors, warm."""
     tree = few_large()
     row = Row(1, "2 GiB in 64 tensors, warm")
-    row.samples = await turns(_peers([*WARM, "_foreach_copy_"]), lambda: tree, rounds)
+    row.samples = await turns(_peers(["aiostage", *RIVALS, "_foreach_copy_"]), lambda: tree, rounds)
+    # By itself: the kernel is busy for a while with the memory that it gives back each time.
+    row.samples |= await turns(_peers(["copy.deepcopy"]), lambda: tree, rounds, warm_ups=1)
     row.at_most(1.10, "_foreach_copy_")
     row.at_most(1.0, "torch_checkpointing")
     row.punctual()
@@ -196,69 +200,31 @@ def _available() -> int:
 
 
 async def serving(rounds: int) -> AsyncIterator[Row]:
-    """Measure an HTTP service while 2 GiB is staged back to back."""
+    """Measure an HTTP service while 2 GiB is copied again and again, by each peer equally often."""
     tree = few_large()
-    row = Row(9, "requests a second of an HTTP service while 2 GiB is staged back to back")
-    served: dict[str, list[float]] = {}
-    copied: dict[str, list[float]] = {}
-    ours, theirs, limit = PEERS["aiostage"](), PEERS["DefaultStager"](), Limit()
-    for peer in (ours, theirs, limit):
-        await peer.stage(tree)
-        await peer.stage(tree)
-
-    async def note(name: str, work: Callable[[float], Awaitable[int]], seconds: float) -> int:
-        begin, already = perf_counter(), echo.served
-        copies = await work(seconds)
-        spent = perf_counter() - begin
-        served.setdefault(name, []).append((echo.served - already) / spent)
-        copied.setdefault(name, []).append(2 * copies / spent)
-        return copies
-
+    row = Row(9, f"requests a second of an HTTP service while 2 GiB is staged every {_PACE_SECONDS} s")
+    peers = _peers(["aiostage", "DefaultStager", "_foreach_copy_ in a thread"])
+    rates: dict[str, list[float]] = {name: [] for name in ["no copies", *peers]}
+    for peer in peers.values():
+        for _ in range(WARM_UPS):
+            await peer.stage(tree)
     async with Echo() as echo:
         for _ in range(rounds):
-            await note("nothing", _idle, 0.5)
-            copies = await note("aiostage", partial(_back_to_back, ours, tree), 1.5)
-            await note("_foreach_copy_ in a thread, as often", partial(_paced, limit, tree, copies), 1.5)
-            await note("DefaultStager in a thread", partial(_back_to_back, theirs, tree), 1.5)
-    await ours.close()
-    await theirs.close()
-    row.notes += [
-        f"{name}: {statistics.median(rates):.0f} requests a second, {statistics.median(copied[name]):.1f} GiB/s copied"
-        for name, rates in served.items()
-    ]
-    for other, limit_ratio in (("_foreach_copy_ in a thread, as often", 0.9), ("DefaultStager in a thread", 2.0)):
-        pairs = zip(served["aiostage"], served[other], strict=True)
-        figure = statistics.median(mine / others for mine, others in pairs)
-        row.checks.append(Check(f"requests beside aiostage / beside {other}", figure, limit_ratio, at_least=True))
+            for name in random.sample(list(rates), len(rates)):
+                begin, already = perf_counter(), echo.served
+                for number in range(1, _COPIES + 1):
+                    if name in peers:
+                        await peers[name].stage(tree)
+                    await asyncio.sleep(max(0, begin + number * _PACE_SECONDS - perf_counter()))
+                rates[name].append((echo.served - already) / (perf_counter() - begin))
+    for peer in peers.values():
+        await peer.close()
+    row.notes += [f"{name}: {statistics.median(each):.0f} requests a second" for name, each in rates.items()]
+    for other, limit in (("_foreach_copy_ in a thread", 0.9), ("DefaultStager", 2.0)):
+        pairs = zip(rates["aiostage"], rates[other], strict=True)
+        figure = statistics.median(mine / theirs for mine, theirs in pairs)
+        row.checks.append(Check(f"requests beside aiostage / beside {other}", figure, limit, at_least=True))
     yield row
-
-
-async def _idle(seconds: float) -> int:
-    await asyncio.sleep(seconds)
-    return 0
-
-
-async def _back_to_back(peer: Peer, tree: Any, seconds: float) -> int:
-    begin, count = perf_counter(), 0
-    while perf_counter() - begin < seconds:
-        await peer.stage(tree)
-        count += 1
-    return count
-
-
-async def _paced(limit: Limit, tree: Any, copies: int, seconds: float) -> int:
-    """Copy in a thread, evenly spread over the time."""
-    sources, done = leaves_of(tree), threading.Event()
-
-    def copy() -> None:
-        begin = perf_counter()
-        for number in range(copies):
-            limit.copy(sources)
-            sleep(max(0, begin + (number + 1) * seconds / copies - perf_counter()))
-        done.set()
-
-    await asyncio.to_thread(copy)
-    return copies
 
 
 async def growth(rounds: int) -> AsyncIterator[Row]:
