@@ -24,7 +24,7 @@ __all__ = ["ROWS", "Check", "Row"]
 
 GIB, MIB = 2**30, 2**20
 _PACE_SECONDS, _COPIES = 0.5, 4
-"""Slow enough for every peer to keep up with beside a busy service, so that all copy the same amount in the same time."""
+"""Slow enough for every peer to keep up with beside a busy service, so that all copy as much in the same time."""
 
 RIVALS = ["DefaultStager", "torch_checkpointing"]
 WARM = ["aiostage", *RIVALS, "copy.deepcopy"]
