@@ -50,6 +50,7 @@ def test_importing_touches_no_device_and_nothing_optional() -> None:
         "import sys, aiostage, torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "optional = {'uvloop', 'obstore', 'trio', 'safetensors', 'torch.distributed.checkpoint'}\n"
+        "optional |= {'opentelemetry', 'tqdm.auto'}\n"
         "assert not optional & set(sys.modules), optional & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from aiostage.leaf import Path, StagedLeaf, format_path
 from aiostage.observe import begin, inside
 
 __all__ = ["Staging"]
+
+_logger = logging.getLogger("aiostage")
 
 
 class Staging:
@@ -347,7 +350,9 @@ class Staging:
         self._walk.release()
 
     def _end(self, error: BaseException | None) -> None:
-        """Tell observers that it is over, and what became of it."""
+        """Tell the log and observers that it is over, and what became of it."""
+        if error is None:
+            _logger.debug("staged %d bytes of %d leaves: %s", self.nbytes, self.leaves, self.timings)
         span = self.timings.span
         if span is not None:
             span.span.attributes |= {"nbytes": self.nbytes, "leaves": self.leaves, "batches": len(self._batches)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from aiostage._loop.cleanup import finish
@@ -9,12 +12,16 @@ from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Storage
 from aiostage.checkpoint.into import Transfer, compare
+from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 
 __all__ = ["load"]
+
+_logger = logging.getLogger("aiostage")
 
 _THREADS = 2
 
@@ -22,7 +29,13 @@ _ATTEMPTS = 10
 """How often reading begins anew when the checkpoint is replaced meanwhile."""
 
 
-async def load(source: Target, *, into: Any = None, verify: bool = True) -> Any:
+async def load(
+    source: Target,
+    *,
+    into: Any = None,
+    verify: bool = True,
+    progress: ProgressOption[LoadProgress] = None,
+) -> Any:
     """Read a checkpoint.
 
     Args:
@@ -30,6 +43,8 @@ async def load(source: Target, *, into: Any = None, verify: bool = True) -> Any:
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
             tensor is put into its dicts and lists. None: return a new tree.
         verify: Compare every byte read with the checksums. Without, only the structure is checked.
+        progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are read; what
+            it raises ends the load.
 
     Returns:
         The tree that was saved, in host memory; or ``into``.
@@ -44,16 +59,20 @@ async def load(source: Target, *, into: Any = None, verify: bool = True) -> Any:
     a second time. May be cancelled: either nothing of ``into`` has been changed then, or everything.
     """
     storage, name = locate(source)
-    workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
-    try:
-        tree = await _load(storage, name, workers, slices, verify=verify)
-        if into is None:
-            return tree
-        transfer = await slices.run(compare(into, tree))
-        await _carry_out(transfer, workers, slices)
-        return into
-    finally:
-        workers.stop()
+    with span("load", source=name), reporting(progress, f"loading {name}") as report:
+        workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        try:
+            begin = perf_counter()
+            tree = await _load(storage, name, workers, slices, verify=verify, report=report)
+            _logger.info("read %s from %r in %.3f s", name, storage, perf_counter() - begin)
+            if into is None:
+                return tree
+            with span("into"):
+                transfer = await slices.run(compare(into, tree))
+                await _carry_out(transfer, workers, slices)
+            return into
+        finally:
+            workers.stop()
 
 
 async def _carry_out(transfer: Transfer, workers: Workers, slices: Slices) -> None:
@@ -73,12 +92,20 @@ async def _carry_out(transfer: Transfer, workers: Workers, slices: Slices) -> No
     await finish(complete)
 
 
-async def _load(storage: Storage, name: str, workers: Workers, slices: Slices, *, verify: bool) -> Any:
+async def _load(
+    storage: Storage,
+    name: str,
+    workers: Workers,
+    slices: Slices,
+    *,
+    verify: bool,
+    report: Callable[[LoadProgress], object] | None,
+) -> Any:
     """Load a tree; again if the checkpoint was replaced, and so removed, while it was read."""
     for _ in range(_ATTEMPTS):
         reader = await storage.read(name)
         try:
-            return await CheckpointReader(reader, workers, slices, verify=verify).tree()
+            return await CheckpointReader(reader, name, workers, slices, verify=verify, progress=report).tree()
         except CheckpointNotFoundError:
             # If it was deleted, the next attempt says so.
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Buffer, Reader
 from aiostage.checkpoint.decode import Memory, TreeDecoder, is_spread
 from aiostage.checkpoint.outgoing import PartBuffers
+from aiostage.checkpoint.progress import LoadProgress
 from aiostage.errors import CheckpointCorruptError, HostMemoryError
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
@@ -36,13 +37,27 @@ class CheckpointReader:
 
     Args:
         reader: Of the checkpoint; the caller's to close.
+        name: Of the checkpoint.
         workers: Run everything that blocks.
         slices: Run everything else.
         verify: Whether to compare every byte read with the checksums.
+        progress: Called on the event loop as parts are read.
     """
 
-    def __init__(self, reader: Reader, workers: Workers, slices: Slices, *, verify: bool) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        name: str,
+        workers: Workers,
+        slices: Slices,
+        *,
+        verify: bool,
+        progress: Callable[[LoadProgress], object] | None = None,
+    ) -> None:
         self._reader = reader
+        self._name = name
+        self._progress = progress
+        self._read_bytes = self._total_bytes = 0
         self._workers = workers
         self._slices = slices
         self._verify = verify
@@ -63,10 +78,12 @@ class CheckpointReader:
         May be cancelled; nothing is left behind then.
         """
         path = self._path(MANIFEST_NAME)
-        text = await self._reader.manifest()
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
-        manifest = await self._slices.run(read_manifest(await self._workers.run(text.tobytes), path=path))
+        with span("manifest"):
+            text = await self._reader.manifest()
+            if len(text) > MAX_MANIFEST_BYTES:
+                raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
+            manifest = await self._slices.run(read_manifest(await self._workers.run(text.tobytes), path=path))
+        self._total_bytes = sum(file.nbytes for file in manifest.files)
         buffers = PartBuffers(manifest.part_bytes)
         for record in manifest.files:
             nbytes = await self._reader.size(record.name)
@@ -75,9 +92,16 @@ class CheckpointReader:
                     f"it is {nbytes} bytes long and not {record.nbytes}.", path=self._path(record.name)
                 )
             await self._read(record, buffers)
-        memory = Memory(self._records, self._data, path=path)
-        await self._spread(memory, manifest.nodes)
-        return await self._slices.run(TreeDecoder(manifest.nodes, memory, path=path).build())
+        with span("decode"):
+            memory = Memory(self._records, self._data, path=path)
+            await self._spread(memory, manifest.nodes)
+            return await self._slices.run(TreeDecoder(manifest.nodes, memory, path=path).build())
+
+    def _has_read(self, nbytes: int) -> None:
+        """Report progress."""
+        self._read_bytes += nbytes
+        if self._progress is not None:
+            self._progress(LoadProgress(name=self._name, total_bytes=self._total_bytes, read_bytes=self._read_bytes))
 
     def _path(self, name: str) -> str:
         """Return where a file is, for errors."""
@@ -96,6 +120,8 @@ class CheckpointReader:
             parts = iter(await self._slices.run(cut(contents, buffers.part_bytes)))
             with span("read", file=record.name, nbytes=record.nbytes):
                 await together(*[partial(self._read_parts, record, parts, buffers)] * _PARTS_AT_ONCE)
+        else:
+            self._has_read(record.nbytes)
 
     async def _header(self, record: FileRecord) -> bytes:
         """Read the header of a safetensors file, without the length before it."""
@@ -122,6 +148,7 @@ class CheckpointReader:
                 await self._workers.run(partial(self._check, record, part, buffer))
             if data is None:
                 await self._workers.run(partial(scatter, part, torch.from_numpy(memory)))
+            self._has_read(part.nbytes)
 
     def _check(self, record: FileRecord, part: Part, data: Buffer) -> None:
         with span("digest", nbytes=part.nbytes):

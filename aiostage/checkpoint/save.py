@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from aiostage.storage.locate import Target, locate
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
 __all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "save", "write_checkpoint"]
+
+_logger = logging.getLogger("aiostage")
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
@@ -96,22 +99,23 @@ async def save(
     """
     begin = perf_counter()
     storage, name = locate(target)
-    own = AsyncStager()
-    # Called before anything is awaited: the moment of the copy is the caller's.
-    staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
-    captured = 0.0
+    with span("save", target=name):
+        own = AsyncStager()
+        # Called before anything is awaited: the moment of the copy is the caller's.
+        staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
+        captured = 0.0
 
-    async def write(writer: CheckpointWriter, draft: Draft) -> Written:
-        nonlocal captured
-        staged = await staging
-        captured = perf_counter() - begin
-        return await writer.write(draft, staged)
+        async def write(writer: CheckpointWriter, draft: Draft) -> Written:
+            nonlocal captured
+            staged = await staging
+            captured = perf_counter() - begin
+            return await writer.write(draft, staged)
 
-    try:
-        written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
-    finally:
-        staging.close()
-        await own.aclose()
+        try:
+            written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
+        finally:
+            staging.close()
+            await own.aclose()
     return _info(written, captured, perf_counter() - begin)
 
 
@@ -148,7 +152,8 @@ async def write_checkpoint(
     async def write(writer: CheckpointWriter, draft: Draft) -> Written:
         return await writer.write(draft, staged)
 
-    written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
+    with span("save", target=name):
+        written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
     return _info(written, 0.0, perf_counter() - begin)
 
 
@@ -163,7 +168,7 @@ async def _write(
     """Write into a draft that is gone afterwards, unless it was committed."""
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
-    with span("save", target=name), reporting(progress, f"saving {name}") as report:
+    with reporting(progress, f"saving {name}") as report:
         writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, progress=report)
         try:
             draft = await storage.open(name, overwrite=overwrite)
@@ -177,6 +182,7 @@ async def _write(
 
 
 def _info(written: Written, captured: float, committed: float) -> CheckpointInfo:
+    _logger.info("saved %s: %d bytes in %d leaves, %.3f s", written.location, written.nbytes, written.leaves, committed)
     return CheckpointInfo(
         location=written.location,
         nbytes=written.nbytes,
