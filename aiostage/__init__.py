@@ -16,6 +16,7 @@ from aiostage.errors import (
     HostMemoryError,
     StagerClosedError,
     StagingError,
+    StorageError,
     TornSnapshotError,
     UnsupportedLeafError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "StagerStatistics",
     "StagingError",
     "StagingOptions",
+    "StorageError",
     "SupportsQuery",
     "TornSnapshotError",
     "UnsupportedLeafError",

@@ -19,6 +19,7 @@ __all__ = [
     "HostMemoryError",
     "StagerClosedError",
     "StagingError",
+    "StorageError",
     "TornSnapshotError",
     "UnsupportedLeafError",
 ]
@@ -116,6 +117,10 @@ class CheckpointCorruptError(CheckpointError, ValueError):
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
     """There is already something where a checkpoint was to be written."""
+
+
+class StorageError(CheckpointError, OSError):
+    """A storage refused, or could not be reached, after all the retries that it was told to make."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):

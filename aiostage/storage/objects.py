@@ -1,0 +1,302 @@
+"""Checkpoints in object stores: S3 and what speaks its language, Google Cloud Storage, Azure, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
+from aiostage.storage.bucket import Bucket, Entry, Found, Version
+from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
+
+try:
+    import obstore
+    import obstore.store
+    from obstore.exceptions import (
+        AlreadyExistsError,
+        BaseError,
+        PermissionDeniedError,
+        PreconditionError,
+        UnauthenticatedError,
+    )
+except ImportError as error:
+    raise ImportError('object stores need obstore: pip install "aiostage[objects]"') from error
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+__all__ = ["SCHEMES", "ObjectStorage"]
+
+SCHEMES = frozenset(("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "memory"))
+"""The kinds of URLs that :meth:`ObjectStorage.from_url` takes."""
+
+PART_BYTES = 16 << 20
+"""One request of an upload. Measured without a network: 8 MiB is slower, 32 MiB no faster."""
+
+_SCHEME_OF = {"gcs": "gs", "azure": "az"}
+
+_MAX_PARTS = 10_000
+"""What S3 takes for one object."""
+
+_MIB = 1 << 20
+
+_IN_FLIGHT = 4
+"""Requests of one upload at once."""
+
+_COPY_THREADS = 2
+
+T = TypeVar("T")
+
+_log = logging.getLogger("aiostage")
+
+_memories: dict[str, ObjectStore] = {}
+"""What ``memory://`` URLs name, so that one process finds again what it has put there."""
+
+
+class ObjectStorage(RemoteStorage):
+    """Checkpoints in an object store, through obstore. Needs asyncio: obstore cannot be awaited on trio.
+
+    What is sent comes straight from the memory handed in; files of 16 MiB and more are multipart uploads of at most
+    four requests at once, two files at a time. Retries, time limits, credentials and encryption are the store's own
+    configuration.
+
+    Args:
+        store: A store of obstore; what its own options and the environment say goes.
+        prefix: Below which everything is.
+        lease_seconds: A writer that has given no sign of life for so long is taken for dead by :meth:`sweep`.
+            Living ones give four in that while, from a thread of their own.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        prefix = prefix.strip("/")
+        location = _location(store)
+        bucket = _ObjectBucket(lambda: store, prefix, f"{location.removesuffix('/')}/{prefix}" if prefix else location)
+        super().__init__(bucket, lease_seconds=lease_seconds)
+
+    @classmethod
+    def from_url(cls, url: str, *, lease_seconds: float = DEFAULT_LEASE_SECONDS, **options: Any) -> ObjectStorage:
+        """Return the storage that a URL names.
+
+        Args:
+            url: For example ``"s3://bucket/prefix"``, ``"gs://bucket/prefix"``, ``"az://container/prefix"``, or
+                ``"memory://name/prefix"``, which is there for one process and as long as that lives.
+            lease_seconds: See the class.
+            options: For the store, as ``obstore.store.from_url`` takes them: ``region``, ``endpoint``,
+                ``retry_config``, ``client_options``, ... Without any, the environment says.
+
+        Returns:
+            The storage. The store itself, which takes some milliseconds to set up, is made when it is first needed.
+
+        Raises:
+            ValueError: If the URL is of another kind.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in SCHEMES or not parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"{url!r} is not the URL of a bucket; its form is s3://bucket/prefix")
+        prefix = parts.path.strip("/")
+        if parts.scheme == "memory":
+            store = _memories.setdefault(parts.netloc, obstore.store.MemoryStore())
+            bucket = _ObjectBucket(lambda: store, prefix, url.rstrip("/"))
+        else:
+            bucket = _ObjectBucket(partial(obstore.store.from_url, url, **options), "", url.rstrip("/"))
+        storage = cls.__new__(cls)
+        RemoteStorage.__init__(storage, bucket, lease_seconds=lease_seconds)
+        return storage
+
+
+class _ObjectBucket(Bucket):
+    """A store of obstore.
+
+    Futures of obstore are cancelled only where nothing depends on what becomes of the request: an upload whose
+    beginning is cancelled goes on without anybody knowing its name, and a small object may still appear.
+    """
+
+    def __init__(self, make: Callable[[], ObjectStore], prefix: str, location: str) -> None:
+        self._make = make
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._location = location
+        self._store: ObjectStore | None = None
+        self._workers = Workers(_COPY_THREADS, "aiostage-objects")
+
+    @property
+    def location(self) -> str:
+        return self._location
+
+    async def get(self, path: str, *, at_most: int) -> Found:
+        store = await self._connected()
+        with self._translated(path):
+            result = await obstore.get_async(store, self._prefix + path)
+            meta = result.meta
+            if meta["size"] > at_most:
+                raise CheckpointCorruptError(
+                    f"it is {meta['size']} bytes long, and {at_most} are the most.", path=f"{self._location}/{path}"
+                )
+            data = await result.bytes_async()
+        return Found(bytes(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
+
+    async def size(self, path: str) -> int:
+        store = await self._connected()
+        with self._translated(path):
+            return (await obstore.head_async(store, self._prefix + path))["size"]
+
+    async def read(self, path: str, offset: int, into: Buffer) -> int:
+        store = await self._connected()
+        try:
+            with self._translated(path):
+                data = await obstore.get_range_async(store, self._prefix + path, start=offset, length=into.nbytes)
+        except StorageError:
+            # A range that begins behind the end is an error of each store's own.
+            if offset >= await self.size(path):
+                return 0
+            raise
+        source = np.frombuffer(memoryview(data), np.uint8)
+        target = np.frombuffer(into, np.uint8)[: source.size]
+        await self._workers.run(partial(np.copyto, target, source))
+        return int(source.size)
+
+    async def put(self, path: str, data: Buffer) -> None:
+        await self._put(path, data, "overwrite")
+
+    async def create(self, path: str, data: Buffer) -> None:
+        await self._put(path, data, "create")
+
+    async def replace(self, path: str, data: Buffer, seen: Version) -> None:
+        try:
+            await self._put(path, data, seen.mark or "overwrite")
+        except NotImplementedError:
+            # The store cannot compare. Of several writers that replace at once, the last one wins.
+            await self._put(path, data, "overwrite")
+
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        store = await self._connected()
+        capacity = max(PART_BYTES, math.ceil(nbytes / _MAX_PARTS / _MIB) * _MIB)
+        writer = obstore.open_writer_async(store, self._prefix + path, buffer_size=capacity, max_concurrency=_IN_FLIGHT)
+        sent = 0
+        try:
+            async for part in parts:
+                begins = sent < capacity <= sent + part.nbytes
+                sent += part.nbytes
+                if sent > nbytes:
+                    break
+                with self._translated(path):
+                    written = writer.write(part)
+                    # Nothing may refer to the part while the next one is waited for.
+                    del part
+                    await (_settled(written) if begins else written)
+            if sent != nbytes:
+                raise CheckpointError(
+                    f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
+                )
+            with self._translated(path):
+                await _settled(writer.close())
+        except BaseException as error:
+            # A coroutine that is being closed may not wait.
+            if not isinstance(error, GeneratorExit):
+                await self._give_up(path, writer, error)
+            raise
+
+    async def list(self, prefix: str) -> Sequence[Entry]:
+        store = await self._connected()
+        found = []
+        with self._translated(prefix):
+            async for metas in obstore.list(store, (self._prefix + prefix) or None, chunk_size=1000):
+                found += [Entry(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
+        return found
+
+    async def delete(self, paths: Sequence[str]) -> None:
+        store = await self._connected()
+        if not paths:
+            return
+        try:
+            with self._translated(paths[0]):
+                await obstore.delete_async(store, [self._prefix + path for path in paths])
+        except FileNotFoundError:
+            # Some stores mind what is not there, and may then have left what is.
+            for path in paths:
+                with suppress(FileNotFoundError), self._translated(path):
+                    await obstore.delete_async(store, self._prefix + path)
+
+    def touch(self, path: str, data: bytes) -> None:
+        with self._translated(path):
+            obstore.put(self._store or self._make(), self._prefix + path, data, use_multipart=False)
+
+    async def _put(self, path: str, data: Buffer, mode: Any) -> None:
+        store = await self._connected()
+        with self._translated(path):
+            await _settled(obstore.put_async(store, self._prefix + path, data, mode=mode, use_multipart=False))
+
+    async def _give_up(self, path: str, writer: obstore.AsyncWritableFile, error: BaseException) -> None:
+        """Abort an upload, whatever happens meanwhile."""
+        try:
+            await _settled(writer.__aexit__(type(error), error, None))
+        except (BaseError, OSError) as failure:
+            # It was closed, which aborts by itself where that is possible, or the store is out of reach.
+            _log.debug("could not abort the upload of %s/%s: %s", self._location, path, failure)
+
+    async def _connected(self) -> ObjectStore:
+        """Return the store."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise CheckpointError(
+                "obstore cannot be awaited on trio.", path=self._location, remedy="Run on asyncio or uvloop."
+            ) from None
+        if self._store is None:
+            try:
+                self._store = await self._workers.run(self._make)
+            except (BaseError, ValueError, TypeError, OSError) as error:
+                raise StorageError(f"the store cannot be set up: {_short(error)}", path=self._location) from error
+        return self._store
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        """Turn the errors of obstore into those of a bucket."""
+        location = f"{self._location}/{path}" if path else self._location
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (AlreadyExistsError, PreconditionError) as error:
+            raise FileExistsError(f"{location}: {_short(error)}") from error
+        except NotImplementedError:
+            raise
+        except (BaseError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+            raise StorageError(
+                _short(error),
+                path=location,
+                remedy="Check the credentials, what they allow, and the endpoint." if refused else None,
+            ) from error
+
+
+async def _settled(future: Any) -> Any:
+    """Wait until a request has an outcome, also when cancelled, and only then be cancelled."""
+    return await finish(lambda: asyncio.shield(future))
+
+
+def _location(store: ObjectStore) -> str:
+    """Return where a store is, as a person would write it."""
+    kind = type(store).__name__.removesuffix("Store").lower()
+    config = getattr(store, "config", {})
+    name = config.get("bucket") or config.get("container_name")
+    steps = [str(step).strip("/") for step in (name, getattr(store, "prefix", None)) if step]
+    return f"{_SCHEME_OF.get(kind, kind)}://{'/'.join(steps)}"
+
+
+def _short(error: BaseException) -> str:
+    """Return what an error says, without its inner life."""
+    text = " ".join(str(error).split("\n\nDebug source:", 1)[0].split())
+    return text if text.endswith(".") else f"{text}."

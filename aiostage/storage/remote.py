@@ -1,0 +1,306 @@
+"""Checkpoints in a flat store of objects: which objects there are, and what makes them appear and go as one.
+
+A checkpoint NAME is ``NAME/checkpoint.json``, a pointer of a few bytes, and a folder ``NAME/data-TOKEN/`` that the
+pointer names and that looks like a checkpoint on a disk. Every draft has a folder of its own, so that writers never
+touch each other's files, dead or alive. Writing the pointer is what commits: where there must be none before, with a
+condition that the store checks, so that of two writers one wins. Replacing a checkpoint replaces the pointer in one
+step, and removes the old folder afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterable, Sequence
+from functools import partial
+
+import anyio
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    StorageError,
+)
+from aiostage.storage.bucket import Bucket
+from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.lease import BEATS_PER_LEASE, LEASE_NAME, Heartbeat, write_lease
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES
+from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder, write_pointer
+from aiostage.storage.ranges import read_ranges
+from aiostage.storage.sweep import sweep
+
+__all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage"]
+
+DEFAULT_LEASE_SECONDS = 3600.0
+"""A guess: far longer than any store is out of reach, shorter than debris is a burden."""
+
+_TOKEN_BYTES = 8
+
+_FILES_AT_ONCE = 2
+"""Files of one draft that are on their way at once. Each already is in several parts."""
+
+_ATTEMPTS = 100
+"""How often a race with another writer is retried before it is called an error. Each attempt can only fail when
+somebody else's has succeeded."""
+
+_log = logging.getLogger("aiostage")
+
+
+class RemoteStorage(Storage):
+    """Checkpoints in a bucket.
+
+    Args:
+        bucket: Where.
+        lease_seconds: A writer that has given no sign of life for so long is taken for dead by :meth:`sweep`.
+    """
+
+    def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        if not lease_seconds > 0:
+            raise ValueError(f"lease_seconds must be above 0, not {lease_seconds!r}")
+        self._bucket = bucket
+        self._lease_seconds = lease_seconds
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._bucket.location!r})"
+
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        """Begin a checkpoint; see :meth:`aiostage.Storage.open`."""
+        _check_name(name)
+        location = f"{self._bucket.location}/{name}"
+        try:
+            pointer = await find_pointer(self._bucket, name)
+        except CheckpointCorruptError as error:
+            raise CheckpointExistsError(
+                f"{error} It is not replaced.",
+                path=location,
+                remedy="Choose another target, or remove what is there.",
+            ) from error
+        if pointer is not None and not overwrite:
+            raise _exists(location)
+        draft = _RemoteDraft(self._bucket, name, overwrite=overwrite, lease_seconds=self._lease_seconds)
+        try:
+            await draft.begin()
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit):
+                await draft.abort()
+            raise
+        return draft
+
+    async def read(self, name: str) -> Reader:
+        """Open a committed checkpoint; see :meth:`aiostage.Storage.read`."""
+        _check_name(name)
+        pointer = await find_pointer(self._bucket, name)
+        if pointer is None:
+            raise CheckpointNotFoundError("there is no checkpoint.", path=f"{self._bucket.location}/{name}")
+        return _RemoteReader(self._bucket, name, pointer.folder)
+
+    async def list(self) -> Sequence[str]:
+        """Return the names of all committed checkpoints; see :meth:`aiostage.Storage.list`."""
+        end = f"/{POINTER_NAME}"
+        return [entry.path.removesuffix(end) for entry in await self._bucket.list("") if entry.path.endswith(end)]
+
+    async def delete(self, name: str) -> None:
+        """Remove a checkpoint; see :meth:`aiostage.Storage.delete`."""
+        _check_name(name)
+        pointer = await find_pointer(self._bucket, name)
+        if pointer is None:
+            return
+        await self._bucket.delete([f"{name}/{POINTER_NAME}"])
+        await remove_folder(self._bucket, f"{name}/{pointer.folder}")
+
+    async def sweep(self) -> None:
+        """Remove what dead writers have left behind; see :meth:`aiostage.Storage.sweep`.
+
+        A folder that no checkpoint points to is removed once nothing in it has been written for as long as its lease
+        holds, and for ``lease_seconds`` of this storage, both by the store's own clock. A living writer renews its
+        lease four times in that while.
+        """
+        await sweep(self._bucket, self._lease_seconds)
+
+
+class _RemoteDraft(Draft):
+    """A folder that nobody points to yet."""
+
+    def __init__(self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float) -> None:
+        self._bucket = bucket
+        self._name = name
+        self._overwrite = overwrite
+        self._token = secrets.token_hex(_TOKEN_BYTES)
+        self._folder = f"data-{self._token}"
+        self._path = f"{name}/{self._folder}"
+        self._lease = write_lease(lease_seconds)
+        self._interval = lease_seconds / BEATS_PER_LEASE
+        self._workers = Workers(1, "aiostage-lease")
+        self._heartbeat: Heartbeat | None = None
+        self._files = anyio.Semaphore(_FILES_AT_ONCE)
+        self._ended = False
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is going to be."""
+        return f"{self._bucket.location}/{self._name}"
+
+    async def begin(self) -> None:
+        """Give the first sign of life."""
+        await self._bucket.put(f"{self._path}/{LEASE_NAME}", memoryview(self._lease))
+        beat = partial(self._bucket.touch, f"{self._path}/{LEASE_NAME}", self._lease)
+        self._heartbeat = Heartbeat(beat, self._interval, "aiostage-heartbeat")
+
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        """Write one file; see :meth:`aiostage.Draft.write`."""
+        if not name or "/" in name or name in (".", "..", LEASE_NAME):
+            raise ValueError(f"{name!r} is not a plain name for a file")
+        async with self._files:
+            await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
+
+    async def commit(self, manifest: Buffer) -> None:
+        """Write the manifest and then the pointer; see :meth:`aiostage.Draft.commit`."""
+        await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
+        try:
+            await self._bucket.size(f"{self._path}/{LEASE_NAME}")
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                "its files have been taken for debris and removed.",
+                path=self.location,
+                remedy="Give all who write here the same, longer lease_seconds.",
+            ) from error
+        old = await self._point()
+        self._ended = True
+        await finish(self._stop_heartbeat)
+        if old is not None:
+            try:
+                await remove_folder(self._bucket, f"{self._name}/{old}")
+            except StorageError as error:
+                _log.warning("could not remove what %s has replaced: %s", self.location, error)
+
+    async def abort(self) -> None:
+        """Remove everything written, unless it was committed; see :meth:`aiostage.Draft.abort`."""
+        if not self._ended:
+            # Repeated from the start if it is cancelled meanwhile, which does no harm.
+            await finish(self._remove)
+
+    async def _remove(self) -> None:
+        await self._stop_heartbeat()
+        try:
+            if not await self._is_committed():
+                await remove_folder(self._bucket, self._path)
+        except CheckpointError as error:
+            _log.warning("could not remove what is left of %s: %s", self.location, error)
+        self._ended = True
+
+    async def _stop_heartbeat(self) -> None:
+        if self._heartbeat is not None:
+            await self._workers.run(self._heartbeat.stop)
+
+    async def _point(self) -> str | None:
+        """Write the pointer; return the name of the folder that the one before pointed to, if there was one."""
+        path = f"{self._name}/{POINTER_NAME}"
+        data = write_pointer(self._folder)
+        for _ in range(_ATTEMPTS):
+            old = await find_pointer(self._bucket, self._name)
+            try:
+                if old is None:
+                    await self._bucket.create(path, data)
+                elif self._overwrite:
+                    await self._bucket.replace(path, data, old.version)
+                else:
+                    raise _exists(self.location)
+            except FileExistsError:
+                # Also when an answer was lost and the request repeated: then it is this draft's own that is there.
+                if await self._is_committed():
+                    return old.folder if old is not None else None
+                if not self._overwrite:
+                    raise _exists(self.location) from None
+            except StorageError:
+                if not await self._is_committed():
+                    raise
+                return old.folder if old is not None else None
+            else:
+                return old.folder if old is not None else None
+        raise CheckpointError("other writers keep replacing it.", path=self.location)
+
+    async def _is_committed(self) -> bool:
+        """Return whether the pointer is this draft's."""
+        pointer = await find_pointer(self._bucket, self._name)
+        return pointer is not None and pointer.folder == self._folder
+
+
+class _RemoteReader(Reader):
+    """A folder that a pointer has named."""
+
+    def __init__(self, bucket: Bucket, name: str, folder: str) -> None:
+        self._bucket = bucket
+        self._name = name
+        self._folder = folder
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is."""
+        return f"{self._bucket.location}/{self._name}"
+
+    async def manifest(self) -> Buffer:
+        """Return the contents of the manifest; see :meth:`aiostage.Reader.manifest`."""
+        try:
+            found = await self._bucket.get(self._path(MANIFEST_NAME), at_most=MAX_MANIFEST_BYTES)
+        except FileNotFoundError as error:
+            raise await self._missing(MANIFEST_NAME) from error
+        return memoryview(found.data)
+
+    async def size(self, name: str) -> int:
+        """Return how long a file is, in bytes; see :meth:`aiostage.Reader.size`."""
+        try:
+            return await self._bucket.size(self._path(name))
+        except FileNotFoundError as error:
+            raise await self._missing(name) from error
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        """Fill a writable buffer with a range of a file; see :meth:`aiostage.Reader.read`."""
+        path = self._path(name)
+        try:
+            count = await read_ranges(partial(self._bucket.read, path), offset, into)
+        except FileNotFoundError as error:
+            raise await self._missing(name) from error
+        if count < into.nbytes:
+            raise CheckpointCorruptError(
+                f"it ends before byte {offset + into.nbytes}.", path=f"{self._bucket.location}/{path}"
+            )
+
+    async def aclose(self) -> None:
+        """Let go of it: nothing is held."""
+
+    def _path(self, name: str) -> str:
+        if not name or "/" in name or name in (".", ".."):
+            # Names come from a manifest, which may be hostile.
+            raise CheckpointCorruptError(f"{name!r} is not a plain name for a file.", path=self.location)
+        return f"{self._name}/{self._folder}/{name}"
+
+    async def _missing(self, name: str) -> CheckpointError:
+        """Return the error that says why a file is not there."""
+        pointer = await find_pointer(self._bucket, self._name)
+        if pointer is None:
+            return CheckpointNotFoundError("it was deleted while it was being read.", path=self.location)
+        if pointer.folder != self._folder:
+            return CheckpointNotFoundError("it was replaced while it was being read.", path=self.location)
+        return CheckpointCorruptError("the file is missing.", path=f"{self._bucket.location}/{self._path(name)}")
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that would lead elsewhere.
+
+    Raises:
+        ValueError: If it is not a relative path of plain steps.
+    """
+    for step in name.split("/"):
+        if step in ("", ".", "..") or not step.isprintable() or FOLDER.fullmatch(step) or step == POINTER_NAME:
+            raise ValueError(f"{name!r} is not a name for a checkpoint: {step!r} cannot be a step of it")
+
+
+def _exists(location: str) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        "there is already a checkpoint.", path=location, remedy="Choose another target or pass overwrite=True."
+    )

@@ -1,0 +1,41 @@
+"""What tests of storages share: parts to write, and looking at what is there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from aiostage.abc import Draft, Storage
+
+PART = 8 << 20
+
+
+def some_bytes(nbytes: int, seed: int = 0) -> memoryview:
+    return memoryview(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8))
+
+
+async def parts_of(data: memoryview, size: int = PART) -> AsyncIterator[memoryview]:
+    for start in range(0, data.nbytes, size):
+        yield data[start : start + size]
+
+
+async def write(draft: Draft, name: str, data: memoryview, size: int = PART) -> None:
+    await draft.write(name, data.nbytes, parts_of(data, size))
+
+
+async def save(storage: Storage, name: str, data: memoryview, *, overwrite: bool = False) -> None:
+    """Write a checkpoint with one file, whose first bytes are its manifest."""
+    draft = await storage.open(name, overwrite=overwrite)
+    await write(draft, "data", data)
+    await draft.commit(data[:100])
+
+
+async def content(storage: Storage, name: str) -> tuple[bytes, bytes]:
+    """Return the manifest and the file of a checkpoint."""
+    reader = await storage.read(name)
+    manifest = bytes(await reader.manifest())
+    data = bytearray(await reader.size("data"))
+    await reader.read("data", 0, memoryview(data))
+    await reader.aclose()
+    return manifest, bytes(data)

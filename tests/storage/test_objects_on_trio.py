@@ -1,0 +1,15 @@
+"""obstore needs asyncio, and whoever runs trio is told so."""
+
+from __future__ import annotations
+
+import pytest
+from obstore.store import MemoryStore
+
+from aiostage import CheckpointError
+from aiostage.storage.objects import ObjectStorage
+
+
+@pytest.mark.anyio
+async def test_trio_is_told() -> None:
+    with pytest.raises(CheckpointError, match="cannot be awaited on trio"):
+        await ObjectStorage(MemoryStore()).list()

@@ -1,0 +1,156 @@
+"""What dead writers leave is removed, and nothing that a living one is at work on."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import MemoryStore, S3Store
+
+from aiostage import CheckpointError
+from aiostage.storage import sweep as module
+from aiostage.storage.lease import Heartbeat, lease_seconds, write_lease
+from aiostage.storage.objects import ObjectStorage
+from tests.servers.weed import BUCKET
+from tests.storage.buckets import content, save, some_bytes, write
+
+pytestmark = pytest.mark.asyncio
+
+LEASE = 3600.0
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> Any:
+    if request.param == "memory":
+        return MemoryStore()
+    return S3Store(BUCKET, prefix=secrets.token_hex(4), **request.getfixturevalue("s3_server").options())
+
+
+def paths(store: Any) -> list[str]:
+    return sorted(meta["path"] for meta in obstore.list(store).collect())
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let a sweep believe that it takes place later than it does."""
+    now = module._now
+
+    async def then(bucket: Any) -> datetime:
+        return await now(bucket) + timedelta(seconds=seconds)
+
+    monkeypatch.setattr(module, "_now", then)
+
+
+async def die(storage: ObjectStorage, name: str, *, overwrite: bool = False) -> None:
+    """Leave what a writer leaves that ends before it commits."""
+    await write(await storage.open(name, overwrite=overwrite), "data", some_bytes(1000))
+
+
+async def test_debris_goes_once_its_lease_is_over(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    await die(storage, "a")
+    await die(storage, "b/c")
+    await save(storage, "d", some_bytes(1000))
+    await die(storage, "d", overwrite=True)
+    obstore.put(store, "a/mine", b"")
+    obstore.put(store, "data-0123456789abcdef/mine", b"")
+    everything = paths(store)
+    await storage.sweep()
+    assert paths(store) == everything
+    later(monkeypatch, LEASE - 5)
+    await storage.sweep()
+    assert paths(store) == everything
+    later(monkeypatch, 10)
+    await storage.sweep()
+    kept = [path for path in paths(store) if not path.startswith("d/")]
+    assert kept == ["a/mine", "data-0123456789abcdef/mine"]
+    assert (await content(storage, "d"))[1] == bytes(some_bytes(1000))
+    assert len(paths(store)) == 6
+
+
+async def test_a_longer_lease_counts(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    await die(ObjectStorage(store, lease_seconds=2 * LEASE), "a")
+    everything = paths(store)
+    later(monkeypatch, 1.5 * LEASE)
+    await ObjectStorage(store, lease_seconds=LEASE).sweep()
+    assert paths(store) == everything
+    later(monkeypatch, LEASE)
+    await ObjectStorage(store, lease_seconds=LEASE).sweep()
+    assert paths(store) == []
+
+
+async def test_a_living_writer_renews_its_lease() -> None:
+    store = MemoryStore()
+    storage = ObjectStorage(store, lease_seconds=0.1)
+    draft = await storage.open("a")
+    (lease,) = paths(store)
+    first = obstore.head(store, lease)["last_modified"]
+    while obstore.head(store, lease)["last_modified"] == first:
+        await asyncio.sleep(0.005)
+    await draft.abort()
+    assert paths(store) == []
+
+
+async def test_whoever_was_taken_for_dead_cannot_commit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    draft = await storage.open("a")
+    await write(draft, "data", some_bytes(1000))
+    later(monkeypatch, LEASE + 5)
+    await storage.sweep()
+    assert paths(store) == []
+    with pytest.raises(CheckpointError, match="taken for debris and removed"):
+        await draft.commit(memoryview(b"{}"))
+    await draft.abort()
+    assert paths(store) == []
+
+
+async def test_a_commit_between_the_looks_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    draft = await storage.open("a")
+    await write(draft, "data", some_bytes(1000))
+
+    async def commit_then_tell(bucket: Any) -> datetime:
+        await draft.commit(some_bytes(1000)[:100])
+        return datetime.now(UTC) + timedelta(days=1)
+
+    monkeypatch.setattr(module, "_now", commit_then_tell)
+    await storage.sweep()
+    assert (await content(storage, "a"))[1] == bytes(some_bytes(1000))
+
+
+async def test_a_dropped_draft_stops_its_heartbeat() -> None:
+    before = set(threading.enumerate())
+    draft = await ObjectStorage(MemoryStore()).open("a")
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "aiostage-heartbeat"]
+    assert thread not in before
+    del draft
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+async def test_a_beat_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    beaten = threading.Event()
+    outcomes = iter([OSError("out of reach"), None])
+
+    def beat() -> None:
+        outcome = next(outcomes, None)
+        if outcome is not None:
+            raise outcome
+        beaten.set()
+
+    heart = Heartbeat(beat, 0.001, "heart")
+    await asyncio.to_thread(beaten.wait, 10)
+    await asyncio.to_thread(heart.stop)
+    assert beaten.is_set()
+    assert "could not renew a lease" in caplog.text
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"seconds": "x"}', b"\xff", b'{"seconds": []}'])
+async def test_leases_that_cannot_be_read(data: bytes) -> None:
+    assert lease_seconds(data) == 0.0
+    assert lease_seconds(write_lease(5.0)) == 5.0
