@@ -18,9 +18,7 @@ Root: TypeAlias = "str | os.PathLike[str] | Storage | Any"
 Target: TypeAlias = "str | os.PathLike[str] | tuple[Root, str]"
 """Where one checkpoint lies: a path, a URL, or a root and a name below it."""
 
-_OBJECT_SCHEMES = frozenset(
-    ("s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https", "memory")
-)
+_OBJECT_SCHEMES = frozenset(("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https", "memory"))
 """What obstore opens; everything else is left to fsspec, as is what begins with ``fsspec+``."""
 
 
