@@ -146,7 +146,8 @@ class Backend(ABC):
 
         Returns:
             The flat device tensor, its elements in the order of ``sources``, and how many device operations were
-            enqueued. It belongs to the stream: dropping it is safe once later work of other streams waits for it.
+            enqueued. It belongs to the stream, and may be dropped once what reads it has been enqueued there: its
+            memory goes to later work of the same stream only.
 
         Raises:
             torch.OutOfMemoryError: If the device has no room for the flat tensor.

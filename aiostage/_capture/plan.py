@@ -12,7 +12,18 @@ import torch
 
 from aiostage._capture.faithful import Spec
 
-__all__ = ["BATCH_BYTES", "BATCH_LEAVES", "Batch", "Block", "MixedCast", "Piece", "Plan", "Run", "compile_plan"]
+__all__ = [
+    "BATCH_BYTES",
+    "BATCH_LEAVES",
+    "SMALL_BYTES",
+    "Batch",
+    "Block",
+    "MixedCast",
+    "Piece",
+    "Plan",
+    "Run",
+    "compile_plan",
+]
 
 BATCH_BYTES = 32 * 2**20
 """How much one copy moves at most. Measured: at 18 GB/s this is 2 ms, long enough that the hand-over to a thread does
@@ -21,6 +32,11 @@ not show and short enough that a cancellation is answered soon."""
 BATCH_LEAVES = 2048
 """How many leaves one batch has at most. Every batch costs a worker thread two turns with the GIL, each of which the
 event loop's thread has to give up first, so small leaves go in large batches."""
+
+SMALL_BYTES = 64 * 1024
+"""Up to this size leaves on a device are gathered there first, and copied before all others. A copy of its own costs
+about as much as moving this many bytes at 10 GB/s does, and copies of pieces below some 28 KiB were reported to
+collapse altogether. What forward changes, statistics and counters, is small too."""
 
 RUN_LEAVES = 256
 """How many leaves are built, and copied by one operation, at most: either takes about a quarter of a millisecond, and
@@ -108,7 +124,8 @@ class Batch:
         blocks: Blocks that are built here.
         whole: Leaves copied as they are, from the source tensor to the staged one.
         pieces: Ranges of elements of leaves, copied as flat memory.
-        lands: Leaves that are complete once this batch and those before it have been copied.
+        lands: Leaves that are complete once this batch has been copied, and those before it that it continues.
+        continues: Whether it goes on with leaves that the batch before it has begun.
     """
 
     device: torch.device | None
@@ -119,6 +136,7 @@ class Batch:
     whole: Sequence[int]
     pieces: tuple[Piece, ...]
     lands: Sequence[int]
+    continues: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +146,14 @@ class Plan:
     Attributes:
         nbytes: Size of the arena that it needs.
         batches: In the order of the arena.
+        order: Their numbers in the order in which they are to be copied: host memory, then what is small on devices,
+            which is soon done and what forward changes, then the rest as it stands in the tree.
         empty: Runs of leaves without elements.
     """
 
     nbytes: int
     batches: tuple[Batch, ...]
+    order: tuple[int, ...]
     empty: tuple[Run, ...]
 
 
@@ -140,7 +161,8 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
     """Lay out an arena, yielding between small steps.
 
     Leaves that share memory with no other get slots of their own, leaves of one spec side by side, larger dtypes first
-    so that no slot needs padding. Leaves whose memory overlaps come after them, as blocks.
+    so that no slot needs padding, and on devices the small ones of each dtype in batches of their own. Leaves whose
+    memory overlaps come after them, as blocks.
 
     Args:
         specs: One for each leaf; None for a leaf without memory of its own.
@@ -161,13 +183,13 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
         yield
     empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
-    full.sort(key=lambda entry: (str(entry[0].device or ""), -entry[0].target.itemsize))
+    full.sort(key=lambda entry: (str(entry[0].device or ""), -entry[0].target.itemsize, not _is_small(entry[0])))
     for spec, indices in full:
         yield from builder.add_leaves(spec, indices)
     for group in groups:
         yield from builder.add_block(group)
     builder.cut()
-    return Plan(builder.offset, tuple(builder.batches), empty)
+    return Plan(builder.offset, tuple(builder.batches), builder.order(), empty)
 
 
 def _separate(
@@ -236,11 +258,17 @@ class _Builder:
         self.addresses = addresses
         self.batches: list[Batch] = []
         self.offset = 0
+        self.inside = False
+        """Whether a batch that ends now leaves something to the next that has to be copied after it."""
+        self._continues = False
+        self._ranks: list[tuple[bool, bool, int]] = []
         self._reset()
 
     def _reset(self) -> None:
         self.device: torch.device | None = None
+        self.small = False
         self.start = self.offset
+        self.first: int | None = None
         self.runs: list[Run] = []
         self.blocks: list[Block] = []
         self.whole: list[int] = []
@@ -257,17 +285,28 @@ class _Builder:
         """End the batch under way."""
         if self.runs or self.blocks or self.pieces:
             runs, blocks, pieces = tuple(self.runs), tuple(self.blocks), tuple(self.pieces)
-            self.batches.append(
-                Batch(self.device, self.start, self.offset, runs, blocks, self.whole, pieces, self.lands)
+            batch = Batch(
+                self.device, self.start, self.offset, runs, blocks, self.whole, pieces, self.lands, self._continues
             )
+            self.batches.append(batch)
+            rank = (self.device is not None, not self.small, self.first or 0)
+            self._ranks.append(self._ranks[-1] if batch.continues else rank)
+            self._continues = self.inside
         self._reset()
 
-    def make_room(self, device: torch.device | None, nbytes: int, leaves: int) -> None:
-        """End the batch under way if what comes next does not belong in it."""
+    def order(self) -> tuple[int, ...]:
+        """Return the order in which the batches are to be copied; those that continue another stay behind it."""
+        return tuple(sorted(range(len(self.batches)), key=self._ranks.__getitem__))
+
+    def make_room(self, device: torch.device | None, nbytes: int, leaves: int, first: int, *, small: bool) -> None:
+        """End the batch under way if what comes next, of which ``first`` is the first leaf, does not belong in it."""
         full = self.offset + nbytes - self.start > BATCH_BYTES or len(self.whole) + leaves > BATCH_LEAVES
-        if full or device != self.device:
+        if full or device != self.device or small != self.small:
             self.cut()
         self.device = device
+        self.small = small
+        if self.first is None:
+            self.first = first
 
     def add_leaves(self, spec: Spec, indices: list[int]) -> Steps:
         """Give leaves of one spec consecutive slots."""
@@ -275,7 +314,7 @@ class _Builder:
         at_once = max(1, min(RUN_LEAVES, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
-            self.make_room(spec.device, size * len(members), len(members))
+            self.make_room(spec.device, size * len(members), len(members), members[0], small=_is_small(spec))
             run = Run(spec, members, self.offset)
             self.runs.append(run)
             if run.is_whole:
@@ -283,18 +322,21 @@ class _Builder:
                 self.offset += size * len(members)
             else:
                 for index in members:
-                    self.add_range(spec, index, 0, spec.extent)
+                    self.add_range(spec, index, 0, spec.extent, small=_is_small(spec))
             self.lands += members
             yield
 
-    def add_range(self, spec: Spec, index: int, start: int, length: int) -> None:
+    def add_range(self, spec: Spec, index: int, start: int, length: int, *, small: bool) -> None:
         """Add elements of a leaf as pieces, cut where a batch is full."""
         step = max(1, BATCH_BYTES // max(spec.dtype.itemsize, spec.target.itemsize))
+        inside = self.inside
         for first in range(start, start + length, step):
             count = min(step, start + length - first)
-            self.make_room(spec.device, count * spec.target.itemsize, 1)
+            self.make_room(spec.device, count * spec.target.itemsize, 1, index, small=small)
             self.pieces.append(Piece(index, first, count, self.offset))
             self.offset += count * spec.target.itemsize
+            self.inside = True
+        self.inside = inside
 
     def add_block(self, members: list[int]) -> Steps:
         """Place leaves that overlap; they come in the order of their addresses."""
@@ -311,19 +353,28 @@ class _Builder:
             numerator = denominator = 1
         self.cut()
         origin = self.start = self.offset = _congruent(self.offset, 0 if casts else base)
+        reach = max(self.addresses[index] + self.spec(index).nbytes for index in members)
+        small = first.device is not None and reach - base <= SMALL_BYTES
         covered = base
         for index in members:
             spec, begin = self.spec(index), self.addresses[index]
             if begin + spec.nbytes > covered:
                 skip = max(0, covered - begin) // spec.dtype.itemsize
                 self.offset = origin + (begin - base + skip * spec.dtype.itemsize) * numerator // denominator
-                self.add_range(spec, index, skip, spec.extent - skip)
+                self.add_range(spec, index, skip, spec.extent - skip, small=small)
+                self.inside = True
                 covered = begin + spec.nbytes
             yield
         offsets = tuple((self.addresses[index] - base) * numerator // denominator for index in members)
         self.blocks.append(Block(tuple(members), offsets, origin, self.offset - origin))
         self.lands += members
+        self.inside = False
         self.cut()
+
+
+def _is_small(spec: Spec) -> bool:
+    """Return whether a leaf is copied from its device together with others, and before larger ones."""
+    return spec.device is not None and max(spec.nbytes, spec.staged_nbytes) <= SMALL_BYTES
 
 
 def _congruent(offset: int, address: int) -> int:

@@ -10,15 +10,11 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import Spec
-from aiostage._capture.plan import Batch
+from aiostage._capture.plan import SMALL_BYTES, Batch
 from aiostage._loop.transfers import Traffic, Transfer
 from aiostage.abc import Backend, SupportsQuery
 
 __all__ = ["DeviceCopy", "Flight"]
-
-_PACKED_BYTES = 64 * 1024
-"""Up to this size leaves are gathered on their device first: a copy of its own costs about as much as moving this many
-bytes at 10 GB/s does, and copies of pieces below some 28 KiB were reported to collapse altogether."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +29,7 @@ class Flight:
         number: Of the batch.
         copies: How many copies to host memory they are.
         launches: How many operations were enqueued in all.
-        keep: Sources, temporaries and the arena.
+        keep: Sources, destinations and the arena.
     """
 
     event: SupportsQuery
@@ -74,46 +70,61 @@ class DeviceCopy:
         self._whole = [(_known(specs[index]), tensors[index], staged[index]) for index in batch.whole]
         self._pieces = [(piece, _known(specs[piece.index]), tensors[piece.index]) for piece in batch.pieces]
         self._memory = memory
+        self._leaves = [tensors[index] for index in batch.whole] + [tensors[piece.index] for piece in batch.pieces]
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._launches = 0
-        self._keep: list[object] = []
 
-    def enqueue(self, backend: Backend, stream: Any, traffic: Traffic) -> Flight:
+    def enqueue(self, backend: Backend, stream: Any) -> None:
         """Tell the device to copy. May block while the host memory is not pinned.
 
         Args:
             backend: How to reach the device.
             stream: A side stream of the batch's device that waits for the caller's work already.
-            traffic: Where to announce them.
 
-        Returns:
-            The copies under way.
+        Raises:
+            Exception: What the device says. Some copies may be under way all the same.
         """
         with torch.no_grad():
             self._take_whole(backend, stream)
             self._take_pieces()
+            for source in self._leaves:
+                backend.keep(source, stream)
             self._launches += backend.copy(self._destinations, self._sources, stream)
-        for source in self._sources:
-            backend.keep(source, stream)
-        keep = [*self._keep, self._whole, self._pieces, self._destinations, self._sources, self._memory]
+
+    def take_off(self, backend: Backend, stream: Any, traffic: Traffic) -> Flight:
+        """Return the copies under way, also those of an :meth:`enqueue` that has failed half-way.
+
+        Args:
+            backend: How to reach the device.
+            stream: The one that they were enqueued on.
+            traffic: Where to announce them.
+
+        Raises:
+            Exception: What the device says; then it has failed, and copies no more.
+        """
         event = backend.record(stream)
         transfer = traffic.announce(self.device, self.nbytes, stream)
-        copies = len(self._destinations)
-        return Flight(event, transfer, self.device, self.nbytes, self.number, copies, self._launches, keep)
+        copies, launches = len(self._destinations), self._launches
+        keep: list[object] = [self._leaves, self._destinations, self._memory]
+        # What was gathered belongs to the stream. Let go of now, its memory serves the next batch; kept, all small
+        # leaves would lie on the device twice until they have landed.
+        self._sources = []
+        return Flight(event, transfer, self.device, self.nbytes, self.number, copies, launches, keep)
 
     def _take_whole(self, backend: Backend, stream: Any) -> None:
         """Note the leaves that are copied as they are, small ones in consecutive slots as one."""
         pack: list[torch.Tensor] = []
         dtype: torch.dtype | None = None
+        base: int = self._memory.ctypes.data
         begin = end = 0
         for spec, tensor, staged in self._whole:
             source = tensor.detach()
-            if spec.nbytes > _PACKED_BYTES or spec.target is not spec.dtype or spec.by_value:
+            if spec.nbytes > SMALL_BYTES or spec.target is not spec.dtype or spec.by_value:
                 self._destinations.append(staged.detach())
                 self._sources.append(source)
                 continue
-            address = staged.data_ptr() - self._memory.ctypes.data
+            address = staged.data_ptr() - base
             if pack and (address != end or spec.dtype is not dtype):
                 self._take_pack(pack, begin, backend, stream)
                 pack = []
@@ -137,9 +148,6 @@ class DeviceCopy:
                 self._destinations += torch.split(destination, sizes)
                 self._sources += sources
                 return
-            for source in sources:
-                backend.keep(source, stream)
-            self._keep.append(sources)
             self._launches += launches
             sources = [flat]
         self._destinations.append(destination)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -58,7 +59,11 @@ class _Airborne:
 
     def _watch(self) -> None:
         if not self._deserted.empty() and self._watching.acquire(blocking=False):
-            threading.Thread(target=self._watch_all, name="aiostage-landing", daemon=True).start()
+            try:
+                threading.Thread(target=self._watch_all, name="aiostage-landing", daemon=True).start()
+            except RuntimeError:
+                # No thread can be had. Memory stays referred to until the next flight is deserted.
+                self._watching.release()
 
     def _watch_all(self) -> None:
         watched: list[Flight] = []
@@ -98,7 +103,7 @@ async def land(flight: Flight, streams: SideStreams) -> None:
     try:
         await wait_transfer(flight.event, flight.transfer)
     except StagingError:
-        streams.forget(flight.device)
+        streams.forget(flight.device, flight.transfer.stream)
         raise
     airborne.landed(flight)
 
@@ -112,13 +117,17 @@ class Flights:
         backend: How to reach the devices.
         streams: Where to copy.
         traffic: Where to announce the copies.
+
+    Raises:
+        StagingError: If the device has failed.
     """
 
     def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic) -> None:
         self._backend = backend
         self._streams = streams
         self._traffic = traffic
-        self._moments = [Moment.record(backend)]
+        with _failures_named():
+            self._moment = Moment.record(backend)
         self._flights: dict[int, Flight] = {}
         self._in_order: list[Flight] = []
         self._lock = threading.Lock()
@@ -130,7 +139,8 @@ class Flights:
 
     def renew(self) -> None:
         """Make the copies follow what the caller has enqueued by now as well."""
-        self._moments.append(Moment.record(self._backend))
+        with _failures_named():
+            self._moment.renew()
 
     async def launch(self, copies: Sequence[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
         """Enqueue copies on side streams, behind the moment.
@@ -141,13 +151,20 @@ class Flights:
             max_bytes: How many bytes may be under way at once; a single copy may be larger. None for any number.
 
         Raises:
-            Exception: What the device says.
+            torch.OutOfMemoryError: If the device has no room for casting what is to be cast.
+            StagingError: If the device has failed.
 
         When cancelled, what has not been enqueued is dropped.
         """
+        with _failures_named():
+            await self._launch(copies, launcher, max_bytes)
+
+    async def _launch(self, copies: Sequence[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
+        streams = {}
         for device in {copy.device: None for copy in copies}:
-            for moment in self._moments:
-                moment.order_before(self._streams.of(device), device)
+            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
+            streams[device] = self._streams.of(device)
+            self._moment.order_before(streams[device], device)
         rounds = list(_rounds(copies, max_bytes))
         for number, copies_of_round in enumerate(rounds):
             if number >= 2:
@@ -155,13 +172,23 @@ class Flights:
                     await self.land(copy.number)
             job = launcher.job()
             for copy in copies_of_round:
-                job.put(partial(self._enqueue, copy))
+                job.put(partial(self._enqueue, copy, streams[copy.device]))
             job.close()
             await job.join()
 
-    def _enqueue(self, copy: DeviceCopy) -> None:
+    def _enqueue(self, copy: DeviceCopy, stream: Any) -> None:
         """Enqueue one copy, in a worker thread."""
-        flight = copy.enqueue(self._backend, self._streams.of(copy.device), self._traffic)
+        try:
+            copy.enqueue(self._backend, stream)
+        except Exception:
+            # Some of it may be under way, into memory that must not be given away. Should that not even be
+            # recorded, the device has failed and copies no more.
+            with suppress(Exception):
+                self._add(copy.take_off(self._backend, stream, self._traffic))
+            raise
+        self._add(copy.take_off(self._backend, stream, self._traffic))
+
+    def _add(self, flight: Flight) -> None:
         airborne.add(flight)
         with self._lock:
             self._flights[flight.number] = flight
@@ -180,13 +207,15 @@ class Flights:
         """
         await land(self._flights[number], self._streams)
 
-    def order_before(self, stream: Any | None) -> None:
-        """Make later work wait, on the device, for the copies enqueued so far.
+    def order_before(self, stream: Any | None, numbers: Collection[int] | None) -> None:
+        """Make later work wait, on the device, for copies enqueued so far.
 
         Args:
             stream: Whose work; None is the calling thread's current stream of every device that copies.
+            numbers: The batches to wait for; None for all.
         """
-        last: dict[torch.device, Flight] = {flight.device: flight for flight in self}
+        flights = [flight for flight in self if numbers is None or flight.number in numbers]
+        last: dict[torch.device, Flight] = {flight.device: flight for flight in flights}
         for device, flight in last.items():
             self._backend.wait(self._backend.current_stream(device) if stream is None else stream, flight.event)
 
@@ -194,6 +223,20 @@ class Flights:
         """Let what is still under way be watched over by a thread."""
         with self._lock:
             self._abandon()
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """Raise what a device says as an error of staging. A full device can be named no better than PyTorch does."""
+    try:
+        yield
+    except (StagingError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StagingError(
+            f"the device cannot be told to copy: {type(error).__name__}: {error}",
+            remedy="A failed kernel may show only here. What was enqueued on the device cannot be relied on.",
+        ) from error
 
 
 def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[Sequence[DeviceCopy]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from aiostage._device.streams import Moment
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job
+from aiostage.abc import Backend
 from aiostage.errors import CheckpointMismatchError
 from aiostage.leaf import Path, format_path
 
@@ -38,9 +40,11 @@ async def restore(resources: Resources, staged: Any, into: Any) -> None:
     try:
         await slices.run(_check(source, target))
         batches = await slices.run(_batches(source, target))
+        arrivals.renew()
         # Half a restore is neither the old state nor the new: once begun it is finished.
         await finish(partial(_copy, batches, resources.workers.job(), arrivals))
     finally:
+        arrivals.abandon()
         source.walk.release()
         target.walk.release()
 
@@ -79,25 +83,42 @@ class _Arrivals:
         self._streams = resources.streams
         self._traffic = resources.traffic
         self._moment = Moment.record(resources.backend) if resources.backend is not None else None
-        self._followed: set[torch.device] = set()
+        self._beside: dict[torch.device, Any] = {}
         self._flights: list[Flight] = []
         self._ordered = 0
 
+    def renew(self) -> None:
+        """Make the copies follow what the caller has enqueued by now as well."""
+        if self._moment is not None:
+            self._moment.renew()
+
     def follow_the_caller(self, device: torch.device) -> None:
         """Make the copies to a device wait for the caller's moment."""
-        if self._moment is not None and self._streams is not None and device not in self._followed:
-            self._followed.add(device)
-            self._moment.order_before(self._streams.of(device), device)
+        if self._moment is not None and self._streams is not None and device not in self._beside:
+            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
+            stream = self._beside[device] = self._streams.of(device)
+            self._moment.order_before(stream, device)
 
     def enqueue(self, batch: _Batch, device: torch.device) -> None:
         """Tell the device to copy; runs in a worker thread."""
-        assert self._backend is not None and self._streams is not None  # noqa: S101, PT018 - or there is no device
-        stream = self._streams.of(device)
-        with torch.no_grad():
-            launches = self._backend.copy(batch.destinations, batch.values, stream)
-        for tensor in batch.destinations:
-            self._backend.keep(tensor, stream)
-        event = self._backend.record(stream)
+        backend, stream = self._backend, self._beside[device]
+        assert backend is not None  # noqa: S101 - or there is no device
+        launches = 0
+        try:
+            with torch.no_grad():
+                launches = backend.copy(batch.destinations, batch.values, stream)
+            for tensor in batch.destinations:
+                backend.keep(tensor, stream)
+        except Exception:
+            # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
+            with suppress(Exception):
+                self._take_off(backend, batch, device, launches)
+            raise
+        self._take_off(backend, batch, device, launches)
+
+    def _take_off(self, backend: Backend, batch: _Batch, device: torch.device, launches: int) -> None:
+        stream = self._beside[device]
+        event = backend.record(stream)
         keep: list[object] = [batch.destinations, batch.values]
         transfer = self._traffic.announce((device, "arrivals"), batch.nbytes, stream)
         flight = Flight(event, transfer, device, batch.nbytes, len(self._flights), len(batch.values), launches, keep)
@@ -106,13 +127,23 @@ class _Arrivals:
 
     async def land(self) -> None:
         """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing."""
-        if self._backend is None or self._streams is None:
+        if self._streams is None:
             return
-        for flight in self._flights[self._ordered :]:
-            self._backend.wait(self._backend.current_stream(flight.device), flight.event)
-            self._ordered += 1
+        self._order()
         for flight in self._flights:
             await land(flight, self._streams)
+
+    def abandon(self) -> None:
+        """Let what is still under way, after a failure, be watched over by a thread. Otherwise nothing is."""
+        with suppress(Exception):
+            self._order()
+        airborne.desert(self._flights)
+
+    def _order(self) -> None:
+        for flight in self._flights[self._ordered :]:
+            if self._backend is not None:
+                self._backend.wait(self._backend.current_stream(flight.device), flight.event)
+            self._ordered += 1
 
 
 class _Leaves:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import changed
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.rebuild import Results, build_block, build_run, finish_leaves, perform
 from aiostage._capture.walk import Walk
+from aiostage._copy.changes import Changes, within
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.flights import Flights
 from aiostage._copy.host import HostCopy
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._loop.cleanup import finish
-from aiostage._loop.slices import Slices
+from aiostage._loop.slices import Slices, exhausted
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError, UnsupportedLeafError
@@ -57,7 +57,7 @@ class Staging:
         self._lease: Lease | None = None
         self._results: Results | None = None
         self._tree: Any = None
-        self._torn: list[Path] | None = None
+        self._changes = Changes(self._walk)
         self.plan: Plan | None = None
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
@@ -65,12 +65,12 @@ class Staging:
         self.timings.span = begin("stage")
         self._landed: set[int] = set()
         self._flights: Flights | None = None
-        if resources.backend is not None and resources.streams is not None:
-            self._flights = Flights(resources.backend, resources.streams, resources.traffic)
         self._looking = self._look(source)
         self._refused: BaseException | None = None
         self._looked = False
         try:
+            if resources.backend is not None and resources.streams is not None:
+                self._flights = Flights(resources.backend, resources.streams, resources.traffic)
             self._looked = self._slices.take(self._looking)
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.
@@ -150,35 +150,48 @@ class Staging:
             await self.job.progressed(self.job.done)
         return number in self._landed
 
-    def order_before(self, stream: Any | None) -> None:
+    def order_before(self, stream: Any | None, parts: Collection[Path] | None) -> None:
         """Make later work of a stream wait, on the device, for the copies, and look for changes up to now.
 
+        Args:
+            stream: Whose work; None for the current stream of each device that copies.
+            parts: Where the leaves are that it waits for; None for everything.
+
         Raises:
+            KeyError: If one of the parts has no tensor in it that is copied.
             StagingError: If copies from host memory are under way, for which no stream can wait.
         """
-        if any(batch.device is None and n not in self._landed for n, batch in enumerate(self._batches)):
-            raise StagingError(
-                "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
-                remedy="Await source_free() or captured() before you change them.",
-            )
+        leaves = numbers = None
+        if parts is not None:
+            leaves, numbers = exhausted(within(parts, self._walk, self._batches))
+        for number, batch in enumerate(self._batches):
+            if batch.device is None and number not in self._landed and (numbers is None or number in numbers):
+                raise StagingError(
+                    "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
+                    remedy="Await source_free() or captured() before you change them.",
+                )
         if self._flights is not None:
-            self._flights.order_before(stream)
-        if self._torn is None and self._options.detect_torn:
-            looking = self._changed()
-            while True:
-                try:
-                    next(looking)
-                except StopIteration as stop:
-                    self._torn = stop.value
-                    return
+            self._flights.order_before(stream, numbers)
+        if self._options.detect_torn:
+            exhausted(self._changes.compare(leaves))
 
-    def batches_under(self, prefix: Path) -> list[int]:
-        """Return the batches that copy the leaves whose paths begin with a prefix."""
-        return [
-            number
-            for number, batch in enumerate(self._batches)
-            if not prefix or any(self._walk.path(index)[: len(prefix)] == prefix for index in batch.lands)
-        ]
+    async def parts_free(self, parts: Collection[Path]) -> bool:
+        """Wait until some parts of the tree have been copied.
+
+        Returns:
+            False if they will not be, as :meth:`land` says.
+
+        Raises:
+            KeyError: If one of the parts has no tensor in it that is copied.
+            StagingError: If the device has failed.
+
+        Cancelling changes nothing.
+        """
+        _, numbers = await self._slices.run(within(parts, self._walk, self._batches))
+        for number in numbers:
+            if not await self.land(number):
+                return False
+        return True
 
     # Its parts
 
@@ -262,7 +275,7 @@ class Staging:
         if self._lease is None:
             return from_devices
         memory = self._lease.buffer
-        for number, batch in enumerate(plan.batches):
+        for number, batch in self.in_order():
             for run in batch.runs:
                 _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
                 yield
@@ -307,10 +320,9 @@ class Staging:
             resources.check_open()
         if self._options.detect_torn:
             with Phase(self.timings, "check"):
-                if self._torn is None:
-                    self._torn = await self._slices.run(self._changed())
-            if self._torn:
-                raise TornSnapshotError([format_path(path) for path in self._torn])
+                await self._slices.run(self._changes.compare())
+            if self._changes.paths:
+                raise TornSnapshotError([format_path(path) for path in self._changes.paths])
         if not early:
             self._tree = await self._rebuild()
         counts = resources.counts
@@ -322,12 +334,6 @@ class Staging:
             counts.copies += flight.copies
             counts.launches += flight.launches
         return self._tree
-
-    def _changed(self) -> Generator[None, None, list[Path]]:
-        """Return the paths of what has changed since it was met."""
-        leaves = yield from changed(self._walk.leaves)
-        containers = yield from self._walk.witness.changed()
-        return [*map(self._walk.path, leaves), *containers]
 
     async def _rebuild(self) -> Any:
         """Make the staged tree."""
@@ -363,6 +369,11 @@ class Staging:
     @property
     def _batches(self) -> Sequence[Batch]:
         return self.plan.batches if self.plan is not None else ()
+
+    def in_order(self) -> Iterator[tuple[int, Batch]]:
+        """Return the batches with their numbers, in the order in which they are copied."""
+        order = self.plan.order if self.plan is not None else ()
+        return ((number, self._batches[number]) for number in order)
 
     @property
     def leaves(self) -> int:

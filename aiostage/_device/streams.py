@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ __all__ = ["Moment", "SideStreams"]
 
 
 class Moment:
-    """What the caller had enqueued when it called: one event on its current stream of every active device.
+    """What the caller had enqueued when it called: an event on its current stream of every active device.
 
     Made by :meth:`record`, which has to run in the caller's thread and before anything is awaited; used from any
     thread afterwards.
@@ -22,21 +21,30 @@ class Moment:
 
     __slots__ = ("_backend", "_events")
 
-    def __init__(self, backend: Backend, events: Mapping[torch.device, SupportsQuery]) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._events = events
+        self._events: dict[torch.device, list[tuple[Any, SupportsQuery]]] = {}
 
     @classmethod
     def record(cls, backend: Backend) -> Moment:
         """Record the calling thread's moment. Costs some microseconds a device, and nothing before one is used."""
-        return cls(
-            backend, {device: backend.record(backend.current_stream(device)) for device in backend.active_devices()}
-        )
+        moment = cls(backend)
+        moment.renew()
+        return moment
+
+    def renew(self) -> None:
+        """Move the moment to now: on the streams it was recorded on, and on those that are current by now."""
+        for device in self._backend.active_devices():
+            streams = [stream for stream, _ in self._events.get(device, ())]
+            current = self._backend.current_stream(device)
+            if current not in streams:
+                streams.append(current)
+            self._events[device] = [(stream, self._backend.record(stream)) for stream in streams]
 
     @property
-    def events(self) -> Mapping[torch.device, SupportsQuery]:
-        """The event of each device."""
-        return MappingProxyType(self._events)
+    def events(self) -> Mapping[torch.device, Sequence[SupportsQuery]]:
+        """The events of each device."""
+        return {device: [event for _, event in recorded] for device, recorded in self._events.items()}
 
     def order_before(self, stream: Any, device: torch.device) -> None:
         """Make later work of a stream wait, on the device, for what the caller had enqueued on that device.
@@ -46,11 +54,12 @@ class Moment:
             device: Which one. PyTorch orders copies between devices on the current streams of both, so that the
                 events of other devices say nothing about tensors on this one.
         """
-        event = self._events.get(device)
-        if event is None:
+        events = self.events.get(device)
+        if events is None:
             # The device came into use after the call, so there is nothing of the caller's that was enqueued before it.
-            event = self._backend.record(self._backend.current_stream(device))
-        self._backend.wait(stream, event)
+            events = [self._backend.record(self._backend.current_stream(device))]
+        for event in events:
+            self._backend.wait(stream, event)
 
 
 class SideStreams:
@@ -78,6 +87,7 @@ class SideStreams:
             stream = self._streams.setdefault(device, made)
         return stream
 
-    def forget(self, device: torch.device) -> None:
-        """Make a new stream for a device next time: on the one there was, something has failed."""
-        self._streams.pop(device, None)
+    def forget(self, device: torch.device, stream: Any) -> None:
+        """Make a new stream for a device next time, if it still is this one, on which something has failed."""
+        if self._streams.get(device) is stream:
+            self._streams.pop(device, None)

@@ -186,7 +186,10 @@ class _Polling:
             _wake(self._leader)
         else:
             self._agenda.clear()
-            self._alarm.close()
+            self._alarm.close_soon(unless=self._is_wanted)
+
+    def _is_wanted(self) -> bool:
+        return bool(self._watches)
 
     def _plan(self, watch: _Watch) -> None:
         heapq.heappush(self._agenda, (watch.next_look(), next(self._order), watch))

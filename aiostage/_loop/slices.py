@@ -10,7 +10,7 @@ from anyio.lowlevel import checkpoint
 
 from aiostage._loop.collection import CollectionPause
 
-__all__ = ["Slices"]
+__all__ = ["Slices", "exhausted"]
 
 T = TypeVar("T")
 
@@ -86,3 +86,13 @@ class Slices:
                 next(work)
         finally:
             self.longest_hold = max(self.longest_hold, perf_counter() - begin)
+
+
+def exhausted(work: Generator[None, None, T]) -> T:
+    """Run a generator to its end at once, and return what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result

@@ -17,6 +17,10 @@ _FINEST_SECONDS = 50e-6
 """Between two looks when something is about to happen. A look costs the loop some 20 to 40 us, so this is as often as
 looking can be without being all that the loop does."""
 
+_FINEST_BEFORE_ARRIVAL_SECONDS = 25e-6
+"""The same where it is about to happen by a forecast: the loop is given its turns and not slept on there, so that
+looking is all that it does anyway."""
+
 _COARSEST_SECONDS = 0.01
 """Between two looks at what gives no sign of when it will happen."""
 
@@ -56,15 +60,17 @@ def time_to_next_look(elapsed: float, remaining: float | None, uncertainty: floa
         remaining: Seconds until it is expected, negative when overdue, or None if nothing is known.
         uncertainty: By how many seconds that may well be wrong.
     """
+    finest = _FINEST_SECONDS
     if remaining is None:
         interval = min(elapsed / 32, _COARSEST_SECONDS)
     elif remaining > 2 * uncertainty:
         interval = (remaining - uncertainty) / 2
     elif remaining > -2 * uncertainty:
         interval = uncertainty / (16 if abs(remaining) < uncertainty else 8)
+        finest = _FINEST_BEFORE_ARRIVAL_SECONDS
     else:
         interval = min(-remaining / 8, _COARSEST_SECONDS)
-    return max(interval, _FINEST_SECONDS)
+    return max(interval, finest)
 
 
 @dataclass(eq=False, slots=True)

@@ -65,7 +65,9 @@ class TestSideStreams:
             assert streams.of(first) is not streams.of(second)
             assert streams.of(first).low_priority
             before = streams.of(first)
-            streams.forget(first)
+            streams.forget(first, streams.of(second))
+            assert streams.of(first) is before
+            streams.forget(first, before)
             assert streams.of(first) is not before
             assert not SideStreams(accelerator, low_priority=False).of(first).low_priority
 
