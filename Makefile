@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench orchestrator docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/async_trainer.py
@@ -21,6 +21,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/staging.py
+
+orchestrator: $(READY)
+	$(BIN)/python examples/orchestrator
 
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -21,7 +21,8 @@ ROWS = [
     {"snapshot", "sharing", "storage"},
     {"stager"},
     {"checkpoint"},
-    {"dcp", "integrations", "testing", "tracing", "cli"},
+    {"blocking", "dcp", "testing", "tracing"},
+    {"integrations", "cli"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Storage moves bytes; it must not know how they were staged.

@@ -51,7 +51,16 @@ class SaveHandle:
         Several tasks may wait. May be cancelled; the save goes on.
         """
         await self.ended()
-        error = self.take_error()
+        return self.outcome()
+
+    def outcome(self) -> CheckpointInfo:
+        """Return what was saved, or raise what it failed of, without waiting.
+
+        Raises:
+            RuntimeError: If it is still under way; look at :meth:`done`.
+            Exception: As :meth:`committed` does.
+        """
+        error = self.take_error() if self.done() else None
         if error is not None:
             try:
                 raise error
@@ -59,7 +68,7 @@ class SaveHandle:
                 # The traceback now has this frame in it, which must not lead back to the error.
                 del error
         if self._info is None:
-            raise RuntimeError(f"the save of step {self._step} has ended with neither a result nor an error")
+            raise RuntimeError(f"the save of step {self._step} is still under way; await committed()")
         return self._info
 
     async def ended(self) -> None:

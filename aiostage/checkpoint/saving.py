@@ -53,7 +53,9 @@ class Saving:
         self._captured_after: float | None = None
         # Set also when there will be no capture any more.
         self._captured = anyio.Event()
-        self._scope = anyio.CancelScope()
+        # Made when it runs: the save may be called for in a thread without an event loop.
+        self._scope: anyio.CancelScope | None = None
+        self._abandoned = False
         self._target = (storage, name_of(step))
         self._progress = progress
         self._source: Any = stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
@@ -70,7 +72,9 @@ class Saving:
 
     def abandon(self) -> None:
         """End it, with nothing left behind, unless it is committed already. Its handle tells when that is done."""
-        self._scope.cancel()
+        self._abandoned = True
+        if self._scope is not None:
+            self._scope.cancel()
 
     def drop(self) -> None:
         """Give it up before it was run."""
@@ -87,7 +91,9 @@ class Saving:
             "the save was abandoned before it was committed.", path=self._target[1]
         )
         try:
-            with self._scope:
+            with anyio.CancelScope() as self._scope:
+                if self._abandoned:
+                    self._scope.cancel()
                 outcome = await self._write()
         except Exception as error:
             # Its frames refer to the staged memory, which must not live as long as the report.

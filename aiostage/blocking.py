@@ -1,0 +1,211 @@
+"""The checkpointer for trainers that are not asynchronous: the same one, on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
+from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress
+from aiostage.checkpoint.save import CheckpointInfo
+from aiostage.errors import CheckpointError
+from aiostage.storage.locate import Root
+
+__all__ = ["Checkpointer", "SaveHandle"]
+
+T = TypeVar("T")
+
+
+class SaveHandle:
+    """A captured checkpoint on its way into its storage. Made by :meth:`Checkpointer.save`."""
+
+    def __init__(self, portal: BlockingPortal, handle: AsyncSaveHandle) -> None:
+        self._portal = portal
+        self._handle = handle
+
+    def __repr__(self) -> str:
+        return repr(self._handle)
+
+    @property
+    def step(self) -> int:
+        """The step that was saved."""
+        return self._handle.step
+
+    def done(self) -> bool:
+        """Return whether it is committed, or has failed."""
+        return self._handle.done()
+
+    def committed(self) -> CheckpointInfo:
+        """Block until the checkpoint is complete and safe in its storage.
+
+        Returns:
+            What was saved.
+
+        Raises:
+            Exception: As :meth:`aiostage.SaveHandle.committed` does.
+        """
+        if self._handle.done():
+            # The portal may have ended since.
+            return self._handle.outcome()
+        return self._portal.call(self._handle.committed)
+
+
+class Checkpointer:
+    """An :class:`aiostage.Checkpointer` that blocks its caller only until a checkpoint is captured.
+
+    For trainers without an event loop: Lightning, Hugging Face's Trainer, a plain loop. Copies, digests and writes
+    happen on an event loop in a background thread, and in that loop's workers. Enter it with ``with``; leaving waits
+    for what is under way and raises what has failed unnoticed. May be used from several threads.
+
+    Args:
+        target: As for :class:`aiostage.Checkpointer`.
+        stager: As for :class:`aiostage.Checkpointer`.
+        keep: As for :class:`aiostage.Checkpointer`.
+        keep_also: As for :class:`aiostage.Checkpointer`; called in the background thread.
+        max_in_flight: As for :class:`aiostage.Checkpointer`.
+        progress: As for :class:`aiostage.Checkpointer`; called in the background thread.
+        save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        target: Root,
+        stager: CheckpointStager | None = None,
+        *,
+        keep: int | None = None,
+        keep_also: Callable[[int], bool] | None = None,
+        max_in_flight: int = 1,
+        progress: ProgressOption[SaveProgress] = None,
+        save_on_signals: Sequence[signal.Signals] = (),
+    ) -> None:
+        self._checkpointer = AsyncCheckpointer(
+            target,
+            stager,
+            keep=keep,
+            keep_also=keep_also,
+            max_in_flight=max_in_flight,
+            progress=progress,
+        )
+        self._signals = tuple(save_on_signals)
+        self._exit: ExitStack | None = None
+        self._portal: BlockingPortal | None = None
+        self._preempted = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<blocking {self._checkpointer!r}>"
+
+    @property
+    def preempted(self) -> threading.Event:
+        """Set when the process has to end soon: by one of ``save_on_signals``, or by you.
+
+        The trainer looks at it between two steps, saves a last time and leaves the block, which waits for the commit.
+        """
+        return self._preempted
+
+    def save(self, step: int, state_dict: Any) -> SaveHandle:
+        """Capture a checkpoint, and leave the writing to the background.
+
+        Args:
+            step: Which one, from 0. There must be no checkpoint of it yet.
+            state_dict: A tree as for :func:`aiostage.save`. It may change once this returns.
+
+        Returns:
+            A handle on the rest.
+
+        Raises:
+            Exception: As :meth:`aiostage.Checkpointer.save` does.
+        """
+        portal = self._entered()
+        # Called in this thread: its current streams are those that the copies have to follow.
+        return SaveHandle(portal, portal.call(_awaited, self._checkpointer.save(step, state_dict)))
+
+    def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints, in ascending order."""
+        return self._entered().call(self._checkpointer.steps)
+
+    def latest(self) -> int | None:
+        """Return the highest step that there is a checkpoint of, or None if there is none."""
+        return self._entered().call(self._checkpointer.latest)
+
+    def restore(self, into: Any = None, step: int | None = None) -> Any:
+        """Read a checkpoint.
+
+        Args:
+            into: A live tree to change in place. None: return a new tree.
+            step: Which one. None: the latest.
+
+        Returns:
+            The tree that was saved, in host memory; or ``into``.
+
+        Raises:
+            Exception: As :meth:`aiostage.Checkpointer.restore` does.
+        """
+        return self._entered().call(partial(self._checkpointer.restore, into, step))
+
+    def delete(self, step: int) -> None:
+        """Remove a checkpoint. One that is not there is no error.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        self._entered().call(self._checkpointer.delete, step)
+
+    def close(self) -> None:
+        """Leave the block without ``with``: wait for what is under way. May be called more than once.
+
+        Raises:
+            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+        """
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Checkpointer:
+        """Start the background thread, and remove what writers that died have left behind.
+
+        Raises:
+            CheckpointError: If it was entered before.
+            ValueError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+        """
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="aiostage-checkpointer"))
+            stack.enter_context(self._portal.wrap_async_context_manager(self._checkpointer))
+            for number in self._signals:
+                before = signal.signal(number, self._preempt)
+                stack.callback(signal.signal, number, before if before is not None else signal.SIG_DFL)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the saves under way, also after an error in the block: what was captured is good."""
+        stack, self._exit, self._portal = self._exit, None, None
+        if stack is not None:
+            stack.__exit__(kind, error, traceback)
+
+    def _preempt(self, number: int, frame: FrameType | None) -> None:
+        self._preempted.set()
+
+    def _entered(self) -> BlockingPortal:
+        if self._portal is None:
+            raise CheckpointError(
+                "the checkpointer was not entered, or was left.", remedy="Use it inside its `with` block."
+            )
+        return self._portal
+
+
+async def _awaited(awaitable: Awaitable[T]) -> T:
+    return await awaitable

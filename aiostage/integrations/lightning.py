@@ -1,0 +1,147 @@
+"""Lightning's checkpoints through aiostage: captured while training waits, written while it goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from aiostage.checkpoint.load import load
+from aiostage.checkpoint.save import save
+from aiostage.errors import CheckpointNotFoundError
+from aiostage.options import StagingOptions
+from aiostage.stager import AsyncStager
+
+try:
+    from pytorch_lightning.plugins.io import CheckpointIO
+except ImportError as error:
+    raise ImportError("this needs Lightning: pip install pytorch-lightning") from error
+
+__all__ = ["AiostageCheckpointIO"]
+
+
+class AiostageCheckpointIO(CheckpointIO):
+    """A plugin for ``Trainer(plugins=[...])`` that saves and loads what ``ModelCheckpoint`` asks for.
+
+    ``save_checkpoint`` returns once the state is captured. Files are written, and old checkpoints removed, in that
+    order, by an event loop in a background thread. Checkpoints are directories in aiostage's format: what JSON cannot
+    carry beside the tensors is refused with its path.
+
+    Args:
+        options: How to stage.
+    """
+
+    def __init__(self, options: StagingOptions | None = None) -> None:
+        self._options = options
+        self._exit: ExitStack | None = None
+        self._portal: BlockingPortal | None = None
+        self._stager: AsyncStager | None = None
+        self._turn = anyio.Lock()
+        self._under_way: list[Future[Any]] = []
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Capture a checkpoint, and leave the writing to the background.
+
+        Args:
+            checkpoint: What Lightning wants to keep.
+            path: The directory to make; a checkpoint that is there is replaced.
+            storage_options: Nothing is known; must be None.
+
+        Raises:
+            TypeError: If there are ``storage_options``.
+            Exception: What an earlier save has failed of.
+        """
+        if storage_options is not None:
+            raise TypeError("AiostageCheckpointIO takes no storage_options")
+        self._raise_failures()
+        portal, stager = self._begun()
+        # Called in this thread: its current streams are those that the copies have to follow.
+        staged = portal.call(_awaited, stager.stage(checkpoint))
+        self._in_background(partial(save, staged, os.fspath(path), overwrite=True))
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, after those under way have been written.
+
+        Args:
+            path: A directory that :meth:`save_checkpoint` has made.
+            map_location: Not used: tensors come in host memory, and Lightning copies them where they belong.
+            weights_only: Not used: a checkpoint holds no code.
+
+        Raises:
+            CheckpointNotFoundError: If there is no checkpoint.
+            CheckpointCorruptError: If it is damaged.
+        """
+        self._wait()
+        portal, _ = self._begun()
+        checkpoint: dict[str, Any] = portal.call(load, os.fspath(path))
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, after what was asked for before has been written."""
+        self._in_background(partial(_remove, os.fspath(path)))
+
+    def teardown(self) -> None:
+        """Wait for what is under way, and end the background thread. What was torn down may be used again.
+
+        Raises:
+            Exception: What a save has failed of.
+        """
+        stack, self._exit = self._exit, None
+        self._portal = self._stager = None
+        if stack is not None:
+            stack.close()
+        self._raise_failures()
+
+    def _begun(self) -> tuple[BlockingPortal, AsyncStager]:
+        if self._portal is None or self._stager is None:
+            with ExitStack() as stack:
+                self._portal = stack.enter_context(start_blocking_portal(name="aiostage-lightning"))
+                stager = AsyncStager(self._options)
+                self._stager = stack.enter_context(self._portal.wrap_async_context_manager(stager))
+                # Last in, first out: everything is written before the stager closes.
+                stack.callback(self._wait)
+                self._exit = stack.pop_all()
+        return self._portal, self._stager
+
+    def _in_background(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        async def in_turn() -> None:
+            async with self._turn:
+                await call()
+
+        portal, _ = self._begun()
+        self._under_way.append(portal.start_task_soon(in_turn))
+
+    def _wait(self) -> None:
+        for future in self._under_way:
+            future.exception()
+
+    def _raise_failures(self) -> None:
+        """Raise what a save that has ended has failed of."""
+        ended = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if not future.done()]
+        errors = [error for future in ended if isinstance(error := future.exception(), Exception)]
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup(f"{len(errors)} checkpoints failed", errors)
+
+
+async def _awaited(awaitable: Coroutine[Any, Any, Any]) -> Any:
+    return await awaitable
+
+
+async def _remove(path: str) -> None:
+    if not await anyio.Path(path).exists():
+        raise CheckpointNotFoundError("there is no checkpoint to remove.", path=path)
+    await anyio.to_thread.run_sync(shutil.rmtree, path)

@@ -1,0 +1,243 @@
+"""The orchestrator end to end: real processes, real HTTP, a real browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.examples import browser
+
+ROOT = Path(__file__).parent.parent.parent
+ORCHESTRATOR = ROOT / "examples" / "orchestrator"
+TOKEN = "only-for-tests"
+SOON = 90.0
+"""Seconds in which whatever is waited for has happened, on a machine that has other things to do."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Service:
+    """A running orchestrator."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.allowed = {"Authorization": f"Bearer {TOKEN}"}
+
+    def get(self, path: str) -> Any:
+        answer = self.client.get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        answer = self.client.post(path, headers=self.allowed, json=body)
+        assert answer.status_code in (201, 202), answer.text
+        return answer.json()
+
+    def job(self, name: str = "job-0") -> dict[str, Any]:
+        return self.get(f"/api/jobs/{name}")
+
+    def until(self, condition: Callable[[dict[str, Any]], Any], name: str = "job-0") -> dict[str, Any]:
+        """Wait until a job is as it should be, and return it."""
+        deadline = time.monotonic() + SOON
+        while not condition(job := self.job(name)):
+            assert self.process.poll() is None, "the service has ended"
+            assert time.monotonic() < deadline, f"never came about: {job}"
+            time.sleep(0.05)
+        return job
+
+    def end(self) -> None:
+        """End it as a service manager would, and see that it takes everything with it."""
+        workers = [job["pid"] for job in self.get("/api/jobs") if job["pid"]]
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) in (0, -signal.SIGTERM)
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "workers outlive the service"
+
+
+@contextmanager
+def orchestrator(root: Path, **options: Any) -> Iterator[Service]:
+    port = free_port()
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, str(ORCHESTRATOR), "--port", str(port), "--root", str(root), *words],
+        env=os.environ | {"ORCHESTRATOR_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        service = Service(process, port)
+        deadline = time.monotonic() + SOON
+        while True:
+            try:
+                service.get("/health")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, "the service does not start"
+                assert time.monotonic() < deadline, "the service does not answer"
+                time.sleep(0.1)
+        yield service
+        service.end()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def committed(job: dict[str, Any], reason: str | None = None) -> list[dict[str, Any]]:
+    return [c for c in job["checkpoints"] if c["stage"] == "committed" and reason in (None, c["reason"])]
+
+
+def uninterrupted(steps: int, width: int) -> list[list[float]]:
+    """Return the losses of a run that nobody disturbs, from a process like the workers'."""
+    program = (
+        "import json, torch; torch.set_num_threads(1)\n"
+        "from training import Digits, Trainer\n"
+        f"trainer = Trainer(Digits(), seed=0, width={width})\n"
+        f"print(json.dumps([[step + 1, trainer.step()] for step in range({steps})]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ORCHESTRATOR)}
+    outcome = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    return json.loads(outcome.stdout)
+
+
+def test_checkpoints_on_schedule_on_demand_and_before_preemption(tmp_path: Path) -> None:
+    with orchestrator(tmp_path, jobs=2, width=128, steps=100_000, every=1) as service:
+        for name in ("job-0", "job-1"):
+            job = service.until(lambda job: len(committed(job, "schedule")) >= 2 and job["score"], name)
+            assert job["state"] == "running"
+            assert 0 < job["score"]["step"] <= job["step"], "the evaluator has seen weights in shared memory"
+        demanded = service.post("/api/jobs/job-0/checkpoint")["id"]
+        service.until(lambda job: demanded in [c["id"] for c in committed(job, "demand")])
+        service.post("/api/jobs/job-1/preempt")
+        preempted = service.until(lambda job: job["state"] == "preempted" and job["pid"] is None, "job-1")
+        last = preempted["checkpoints"][-1]
+        assert (last["reason"], last["stage"], last["step"]) == ("preemption", "committed", preempted["step"])
+        kept = sorted(path.name for path in (tmp_path / "job-1").iterdir())
+        assert len(kept) == 3, "only the newest are kept"
+        service.post("/api/jobs/job-1/resume")
+        assert service.until(lambda job: job["step"] > preempted["step"], "job-1")["restarts"] == 0
+
+        metrics = service.client.get("/metrics").text
+        assert 'orchestrator_job_running{job="job-0"} 1.0' in metrics
+        assert "orchestrator_checkpoints_total" in metrics
+        assert "/api/jobs/{name}/preempt" in service.get("/openapi.json")["paths"]
+        assert service.get("/health")["status"] == "ok"
+
+
+def test_changes_need_the_token_and_a_job_that_can(tmp_path: Path) -> None:
+    with orchestrator(tmp_path, jobs=1, width=64, steps=100_000, every=0) as service:
+        service.until(lambda job: job["state"] == "running")
+        post = service.client.post
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic x"}):
+            for path in ("/api/jobs/job-0/checkpoint", "/api/jobs/job-0/preempt", "/api/jobs"):
+                assert post(path, headers=headers, json={"name": "more"}).status_code == 401
+        assert [job["name"] for job in service.get("/api/jobs")] == ["job-0"]
+        assert post("/api/jobs/nobody/checkpoint", headers=service.allowed).status_code == 404
+        assert post("/api/jobs/job-0/resume", headers=service.allowed).status_code == 409
+        assert post("/api/jobs", headers=service.allowed, json={"name": "job-0"}).status_code == 409
+        assert post("/api/jobs", headers=service.allowed, json={"name": "../up"}).status_code == 422
+        service.post("/api/jobs", {"name": "more", "width": 64, "steps": 5, "pace": 0})
+        assert service.until(lambda job: job["state"] == "finished", "more")["step"] == 5
+
+
+def test_a_worker_killed_while_it_saves_resumes_with_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    steps, width, kills = 45, 1536, 2
+    with orchestrator(tmp_path, jobs=1, width=width, steps=steps, every=0, pace=0.1) as service:
+        lost = 0
+        for number in range(kills):
+            service.until(lambda job, least=15 * (number + 1): job["state"] == "running" and job["step"] >= least)
+            service.post("/api/jobs/job-0/checkpoint")
+            # From the moment that the worker has begun until it has committed: wherever that is, it dies.
+            job = service.until(lambda job: job["checkpoints"][-1]["stage"] != "asked")
+            if number:
+                time.sleep(0.02 * number)
+            os.kill(job["pid"], signal.SIGKILL)
+            job = service.until(lambda job, pid=job["pid"]: job["state"] == "running" and job["pid"] != pid)
+            lost += sum(c["stage"] == "lost" for c in job["checkpoints"])
+        assert lost, "at least one died before it had committed"
+        job = service.until(lambda job: job["state"] == "finished")
+        assert job["restarts"] == kills
+        losses = service.get("/api/jobs/job-0/losses")
+    assert losses == uninterrupted(steps, width)
+
+
+def test_a_hundred_requests_a_second_while_four_workers_checkpoint(tmp_path: Path) -> None:
+    rate, seconds = 100, 4
+
+    async def load(url: str) -> list[int]:
+        async def one(client: httpx.AsyncClient, due: float) -> int:
+            await asyncio.sleep(due)
+            return (await client.get("/api/jobs")).status_code
+
+        limits = httpx.Limits(max_connections=50)
+        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits, trust_env=False) as client:
+            return await asyncio.gather(*(one(client, number / rate) for number in range(rate * seconds)))
+
+    with orchestrator(tmp_path, jobs=4, width=768, steps=100_000, every=1, pace=0.25) as service:
+        names = [f"job-{number}" for number in range(4)]
+        before = {}
+        for name in names:
+            before[name] = service.until(lambda job: committed(job), name)["checkpoints"][-1]["id"]
+        begin = time.monotonic()
+        statuses = asyncio.run(load(service.url))
+        assert statuses == [200] * (rate * seconds)
+        assert time.monotonic() - begin < 5 * seconds, "far from keeping up"
+        for name in names:
+            service.until(lambda job, last=before[name]: int(committed(job)[-1]["id"]) > int(last), name)
+
+
+@pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))
+def test_the_page_shows_it_all_live(tmp_path: Path) -> None:
+    screenshot = os.environ.get("ORCHESTRATOR_SCREENSHOT")
+    with (
+        orchestrator(tmp_path / "root", jobs=2, width=512, steps=100_000, every=1) as service,
+        browser.browser(tmp_path / "profile", free_port) as window,
+    ):
+        window.open(service.url)
+        window.until("return document.getElementById('link').textContent === 'live'")
+        for name in ("job-0", "job-1"):
+            card = f"document.getElementById('job-card-{name}')"
+            window.until(f"return {card} && {card}.innerText.includes('running')")
+            window.until(f"return {card}.innerText.includes('committed')")
+            window.until(f"return {card}.innerText.includes('evaluator: ')")
+            assert window.until(f"return {card}.querySelector('svg path').getAttribute('d').length") > 20
+            assert window.until(f"return {card}.querySelectorAll('svg rect').length") >= 2
+        step = "parseInt(document.getElementById('job-card-job-0').innerText.match(/step (\\d+) of/)[1])"
+        before = window.run(f"return {step}")
+        window.until(f"return {step} > {before}")
+        # A button without the token is refused, where everybody can see it.
+        click = "document.querySelectorAll('#job-card-job-0 button')[1].click()"
+        window.run(click)
+        window.until("return document.getElementById('notice').innerText.includes('token')")
+        window.run(
+            "const field = document.getElementById('token'); field.value = arguments[0];"
+            "field.dispatchEvent(new Event('input'))",
+            TOKEN,
+        )
+        if screenshot:
+            time.sleep(6)
+            window.screenshot(Path(screenshot))
+        window.run(click)
+        window.until("return document.getElementById('job-card-job-0').innerText.includes('preempted')")
+        window.run("document.querySelectorAll('#job-card-job-0 button')[2].click()")
+        window.until("return document.getElementById('job-card-job-0').innerText.includes('running')")
+        assert service.job()["checkpoints"][-1]["reason"] in ("preemption", "schedule")

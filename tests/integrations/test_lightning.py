@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lightning = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+import aiostage
+from aiostage.integrations.lightning import AiostageCheckpointIO
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+DATA = torch.utils.data.TensorDataset(
+    torch.randn(64, 8, generator=torch.Generator().manual_seed(1)),
+    torch.randn(64, 1, generator=torch.Generator().manual_seed(2)),
+)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(8, 1)
+        self.losses: list[float] = []
+
+    def training_step(self, batch, index):
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def trainer(root: Path, plugin: AiostageCheckpointIO, epochs: int, **options):
+    keep = ModelCheckpoint(root / "checkpoints", filename="{epoch}", save_top_k=2, monitor="epoch", mode="max")
+    return lightning.Trainer(
+        default_root_dir=root,
+        max_epochs=epochs,
+        accelerator="cpu",
+        plugins=[plugin],
+        callbacks=[keep],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def loader():
+    return torch.utils.data.DataLoader(DATA, batch_size=16)
+
+
+class Epoch(lightning.Callback):
+    """Gives ModelCheckpoint something to prefer later epochs by."""
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        pl_module.log("epoch", float(trainer.current_epoch))
+
+
+def test_a_run_that_is_resumed_goes_on_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = Module()
+    plugin = AiostageCheckpointIO()
+    trainer(tmp_path / "whole", plugin, 6).fit(whole, loader())
+    first = Module()
+    begun = trainer(tmp_path / "parts", plugin, 3)
+    begun.fit(first, loader())
+    path = begun.checkpoint_callback.best_model_path
+    assert Path(path, "manifest.json").is_file()
+    second = Module()
+    trainer(tmp_path / "parts", plugin, 6).fit(second, loader(), ckpt_path=path)
+    assert first.losses + second.losses == whole.losses
+
+
+def test_old_checkpoints_are_removed_and_the_files_are_ordinary(tmp_path: Path) -> None:
+    module = Module()
+    trainer(tmp_path, AiostageCheckpointIO(), 5).fit(module, loader())
+    found = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(found) == 2
+    from safetensors.torch import load_file
+
+    weights = load_file(found[-1] / "model.safetensors")
+    assert torch.equal(weights["state_dict.net.weight"], module.net.weight)
+
+
+def test_a_failed_save_is_told_at_the_latest_at_the_end(tmp_path: Path) -> None:
+    plugin = AiostageCheckpointIO()
+    blocked = tmp_path / "blocked"
+    blocked.write_text("not a checkpoint")
+    plugin.save_checkpoint({"weight": torch.ones(3)}, blocked)
+    with pytest.raises(aiostage.CheckpointExistsError):
+        plugin.teardown()
+    plugin.save_checkpoint({"weight": torch.ones(3)}, tmp_path / "fine")
+    assert torch.equal(plugin.load_checkpoint(tmp_path / "fine")["weight"], torch.ones(3))
+    plugin.remove_checkpoint(tmp_path / "fine")
+    plugin.teardown()
+    assert not (tmp_path / "fine").exists()
+
+
+def test_what_is_saved_may_change_at_once(tmp_path: Path) -> None:
+    plugin = AiostageCheckpointIO()
+    weight = torch.ones(1000)
+    for number in range(5):
+        plugin.save_checkpoint({"weight": weight}, tmp_path / str(number))
+        weight += 1
+    for number in range(5):
+        assert plugin.load_checkpoint(tmp_path / str(number))["weight"][0] == number + 1
+    plugin.teardown()
+    with pytest.raises(TypeError, match="storage_options"):
+        plugin.save_checkpoint({}, tmp_path / "x", storage_options={})

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from aiostage.blocking import Checkpointer
+from aiostage.integrations.transformers import CheckpointCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(8, 1)
+
+    def forward(self, x, labels):
+        return {"loss": torch.nn.functional.mse_loss(self.net(x), labels)}
+
+
+DATA = [{"x": torch.full((8,), number / 10.0), "labels": torch.tensor([float(number)])} for number in range(16)]
+
+
+def train(model: Model, root: Path, callback: CheckpointCallback, steps: int):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(root / "output"),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=[callback])
+    trainer.train()
+    return trainer
+
+
+def test_saves_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
+    model = Model()
+    with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
+        trainer = train(model, tmp_path, CheckpointCallback(checkpoints, every=3), 8)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [6, 8]
+        fresh = Model()
+        with torch.no_grad():
+            fresh.net.weight.zero_()
+        # The Trainer makes an optimizer of two groups, with weight decay and without.
+        optimizer = torch.optim.AdamW([{"params": [fresh.net.weight]}, {"params": [fresh.net.bias]}])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        assert CheckpointCallback(checkpoints, every=1).restore(fresh, optimizer, scheduler) == 8
+    assert torch.equal(fresh.net.weight, model.net.weight)
+    theirs = [moments["exp_avg"] for moments in trainer.optimizer.state.values()]
+    ours = [moments["exp_avg"] for moments in optimizer.state.values()]
+    assert all(map(torch.equal, ours, theirs))
+    assert scheduler.last_epoch == 8
+
+
+def test_stops_when_preempted(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.preempted.set()
+        trainer = train(Model(), tmp_path, CheckpointCallback(checkpoints, every=100), 50)
+        assert trainer.state.global_step == 1
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1]
+
+
+def test_nonsense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        CheckpointCallback(Checkpointer(tmp_path), every=0)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import aiostage
+from aiostage.blocking import Checkpointer
+
+
+def state(number: int) -> dict[str, object]:
+    return {"weight": torch.full((1000,), float(number)), "step": number}
+
+
+def test_saves_restores_and_keeps_the_last(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+        handles = [checkpoints.save(number, state(number)) for number in range(4)]
+        infos = [handle.committed() for handle in handles]
+        assert [info.nbytes for info in infos] == [4000] * 4
+        assert checkpoints.latest() == 3
+        assert torch.equal(checkpoints.restore()["weight"], torch.full((1000,), 3.0))
+        live = state(0)
+        assert checkpoints.restore(live, 2) is live
+        assert live["step"] == 2
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        checkpoints.delete(2)
+        assert checkpoints.steps() == [3]
+    assert handles[0].committed() == infos[0], "also when it is over"
+    assert all(handle.done() for handle in handles)
+    assert not [thread for thread in threading.enumerate() if thread.name == "aiostage-checkpointer"]
+
+
+def test_the_source_may_change_once_save_has_returned(tmp_path: Path) -> None:
+    weight = torch.zeros(1 << 20)
+    with Checkpointer(tmp_path, max_in_flight=4) as checkpoints:
+        for number in range(4):
+            checkpoints.save(number, {"weight": weight})
+            weight += 1
+    with Checkpointer(tmp_path) as checkpoints:
+        for number in range(4):
+            assert checkpoints.restore(step=number)["weight"].unique().tolist() == [number]
+
+
+def test_leaving_waits_and_tells_of_failures(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+    assert (tmp_path / "step-00000001" / "manifest.json").is_file()
+    with Checkpointer(tmp_path) as checkpoints, pytest.raises(aiostage.CheckpointExistsError):
+        checkpoints.save(1, state(1)).committed()
+    with pytest.raises(aiostage.UnsupportedLeafError), Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(2, {"no": object()})
+
+
+def test_used_outside_its_block(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    with pytest.raises(aiostage.CheckpointError, match="not entered"):
+        checkpoints.save(1, state(1))
+    with checkpoints:
+        pass
+    with pytest.raises(aiostage.CheckpointError, match="not entered"):
+        checkpoints.latest()
+    checkpoints.close()
+
+
+def test_close_does_what_leaving_does(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path).__enter__()
+    handle = checkpoints.save(5, state(5))
+    checkpoints.close()
+    assert handle.done()
+    checkpoints.close()
+
+
+def test_an_error_in_the_block_does_not_lose_what_was_captured(tmp_path: Path) -> None:
+    handles = []
+
+    def train() -> None:
+        with Checkpointer(tmp_path) as checkpoints:
+            handles.append(checkpoints.save(1, state(1)))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert handles[0].committed().nbytes == 4000
+
+
+def test_signals_set_preempted_and_get_their_handlers_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Checkpointer(tmp_path, save_on_signals=[signal.SIGUSR1]) as checkpoints:
+        assert not checkpoints.preempted.is_set()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert checkpoints.preempted.wait(10)
+        checkpoints.save(1, state(1))
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_several_threads_may_save(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, max_in_flight=2) as checkpoints:
+        threads = [threading.Thread(target=checkpoints.save, args=(number, state(number))) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [0, 1, 2, 3]
