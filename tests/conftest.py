@@ -14,7 +14,8 @@ from blockbuster import blockbuster_ctx
 
 import aiostage
 
-pytest.register_assert_rewrite("aiostage.testing.suites")
+SUITES = ("aiostage.testing.stager_suite", "aiostage.testing.storage_suite")
+pytest.register_assert_rewrite(*SUITES)
 
 from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
 from tests.servers.weed import S3Server, find_weed, running_weed  # noqa: E402
@@ -67,7 +68,10 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def _nothing_blocks() -> Iterator[None]:
     """Fail a test whose coroutine calls something of aiostage that blocks the event loop."""
-    with blockbuster_ctx("aiostage", excluded_modules=["aiostage.testing.probes", "aiostage.testing.suites"]):
+    with blockbuster_ctx(
+        "aiostage",
+        excluded_modules=["aiostage.testing.probes", "aiostage.testing.stager_suite", "aiostage.testing.storage_suite"],
+    ):
         yield
 
 

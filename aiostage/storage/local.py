@@ -219,7 +219,8 @@ class _LocalReader(Reader):
     """An open directory, and the files in it that were looked at."""
 
     def __init__(self, directory: Descriptor, path: str, workers: Workers) -> None:
-        self._directory = directory
+        # None once closed.
+        self._directory: Descriptor | None = directory
         self._path = path
         self._workers = workers
         self._files: dict[str, InputFile] = {}
@@ -240,7 +241,7 @@ class _LocalReader(Reader):
     async def aclose(self) -> None:
         # Nobody waits for steps that still run; they keep the descriptors that they use.
         self._files.clear()
-        del self._directory
+        self._directory = None
 
     def _manifest(self) -> Buffer:
         file = self._file(MANIFEST_NAME)
@@ -259,10 +260,13 @@ class _LocalReader(Reader):
         file = self._files.get(name)
         if file is None:
             path = os.path.join(self._path, name)
+            directory = self._directory
+            if directory is None:
+                raise CheckpointError("the reader is closed.", path=path, remedy="Read before aclose().")
             try:
-                file = InputFile(self._directory, name, path=path)
+                file = InputFile(directory, name, path=path)
             except CheckpointCorruptError:
-                if is_current(self._directory, self._path):
+                if is_current(directory, self._path):
                     raise
                 raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
             file = self._files.setdefault(name, file)

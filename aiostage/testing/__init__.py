@@ -11,7 +11,8 @@ from aiostage.testing.simulator import (
     SimulatedStatistics,
     SimulatedStream,
 )
-from aiostage.testing.suites import StagerSuite
+from aiostage.testing.stager_suite import StagerSuite
+from aiostage.testing.storage_suite import StorageSuite
 
 __all__ = [
     "LeakProbe",
@@ -25,6 +26,7 @@ __all__ = [
     "SimulatedStatistics",
     "SimulatedStream",
     "StagerSuite",
+    "StorageSuite",
     "Timeline",
     "VirtualClock",
     "at_every_await",

@@ -7,8 +7,9 @@ Inherit from the suite, say how the object is made, and mark the class for pytes
         def make_stager(self):
             return MyStager()
 
-Nothing here imports pytest. For readable failures call ``pytest.register_assert_rewrite("aiostage.testing.suites")`` in
-a conftest before anything imports the suites.
+Nothing here imports pytest. For readable failures say in a conftest, before anything imports ``aiostage.testing``::
+
+    pytest.register_assert_rewrite("aiostage.testing.stager_suite", "aiostage.testing.storage_suite")
 """
 
 from __future__ import annotations

@@ -1,0 +1,369 @@
+"""The tests that every storage has to pass, for storages of one's own. Used like the suite for stagers."""
+
+from __future__ import annotations
+
+import unittest
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+import numpy
+from anyio.lowlevel import checkpoint
+
+from aiostage.abc import Draft, Reader, Storage
+from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.testing.cancelling import at_every_await
+from aiostage.testing.stager_suite import require_asyncio
+
+__all__ = ["StorageSuite"]
+
+
+def _content(nbytes: int, seed: int = 1) -> bytes:
+    """Return bytes that differ from place to place and from seed to seed."""
+    places = numpy.arange(nbytes)
+    return ((seed * 37 + places * 11 + places // 251) % 256).astype(numpy.uint8).tobytes()
+
+
+class StorageSuite(ABC):
+    """What a :class:`~aiostage.abc.Storage` promises, as tests.
+
+    Attributes:
+        part_bytes: Size of the parts that files are written in, a multiple of 4096. Make it as large as it takes for a
+            file of three parts to be written in pieces.
+        names: Names that checkpoints are written under.
+    """
+
+    part_bytes = 8192
+    names = ("checkpoint", "runs/a/10", "with space-and_dots.v1")
+
+    @abstractmethod
+    def make_storage(self) -> Storage:
+        """Return a storage with nothing in it. Called inside a coroutine, once for each test."""
+
+    # What the tests are made of
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Files of every kind of size."""
+        part = self.part_bytes
+        sizes = {"empty.bin": 0, "one.bin": 1, "odd.bin": 4097, "part.bin": part, "parts.bin": 2 * part + 5}
+        return {name: _content(size, seed) for seed, (name, size) in enumerate(sizes.items())}
+
+    async def _parts(self, content: bytes) -> AsyncIterator[memoryview]:
+        for start in range(0, len(content), self.part_bytes):
+            await checkpoint()
+            yield memoryview(content)[start : start + self.part_bytes]
+
+    async def _write(self, draft: Draft, files: Mapping[str, bytes]) -> None:
+        for name, content in files.items():
+            await draft.write(name, len(content), self._parts(content))
+
+    async def _save(
+        self, storage: Storage, name: str, files: Mapping[str, bytes], manifest: bytes, *, overwrite: bool = False
+    ) -> None:
+        draft = await storage.open(name, overwrite=overwrite)
+        try:
+            await self._write(draft, files)
+            await draft.commit(memoryview(manifest))
+        except BaseException:
+            await draft.abort()
+            raise
+
+    async def _contents(self, reader: Reader, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        found = {}
+        for name in files:
+            into = bytearray(await reader.size(name))
+            await reader.read(name, 0, memoryview(into))
+            found[name] = bytes(into)
+        return found
+
+    async def _check(self, storage: Storage, name: str, files: Mapping[str, bytes], manifest: bytes) -> None:
+        """Check that a checkpoint is there and whole."""
+        reader = await storage.read(name)
+        try:
+            assert bytes(await reader.manifest()) == manifest
+            assert await self._contents(reader, files) == files
+        finally:
+            await reader.aclose()
+
+    async def _check_missing(self, storage: Storage, name: str) -> None:
+        try:
+            await (await storage.read(name)).aclose()
+        except CheckpointNotFoundError:
+            return
+        raise AssertionError(f"there is a checkpoint {name!r} that should not be there")
+
+    async def _check_raises(self, kind: type[Exception], coroutine: Coroutine[Any, Any, object]) -> None:
+        try:
+            await coroutine
+        except kind:
+            return
+        raise AssertionError(f"this has to raise {kind.__name__}")
+
+    # Writing and reading
+
+    async def test_what_is_written_is_read(self) -> None:
+        storage = self.make_storage()
+        for number, name in enumerate(self.names):
+            await self._save(storage, name, self.files, b"manifest %d" % number)
+        for number, name in enumerate(self.names):
+            await self._check(storage, name, self.files, b"manifest %d" % number)
+        assert sorted(await storage.list()) == sorted(self.names)
+
+    async def test_ranges(self) -> None:
+        storage = self.make_storage()
+        content = _content(2 * self.part_bytes + 5)
+        await self._save(storage, "a", {"file.bin": content}, b"m")
+        reader = await storage.read("a")
+        assert await reader.size("file.bin") == len(content)
+        for start, stop in ((0, 1), (1, 4096), (4095, 4097), (self.part_bytes - 1, len(content)), (7, 7)):
+            into = bytearray(stop - start)
+            await reader.read("file.bin", start, memoryview(into))
+            assert bytes(into) == content[start:stop], (start, stop)
+        await reader.aclose()
+
+    async def test_files_at_once(self) -> None:
+        storage = self.make_storage()
+        draft = await storage.open("a")
+        async with anyio.create_task_group() as tasks:
+            for name, content in self.files.items():
+                tasks.start_soon(draft.write, name, len(content), self._parts(content))
+        await draft.commit(memoryview(b"m"))
+        await self._check(storage, "a", self.files, b"m")
+        reader = await storage.read("a")
+        found = {name: bytearray(len(content)) for name, content in self.files.items()}
+        async with anyio.create_task_group() as tasks:
+            for name, into in found.items():
+                tasks.start_soon(reader.read, name, 0, memoryview(into))
+        await reader.aclose()
+        assert found == self.files
+
+    async def test_parts_are_let_go_of(self) -> None:
+        storage = self.make_storage()
+        memory = bytearray(_content(3 * self.part_bytes))
+
+        async def parts() -> AsyncIterator[memoryview]:
+            for start in range(0, len(memory), self.part_bytes):
+                yield memoryview(memory)[start : start + self.part_bytes]
+
+        draft = await storage.open("a")
+        await draft.write("file.bin", len(memory), parts())
+        # A bytearray that is looked at by anybody cannot change its size.
+        memory.clear()
+        await draft.abort()
+
+    async def test_what_is_not_there(self) -> None:
+        storage = self.make_storage()
+        assert list(await storage.list()) == []
+        await self._check_missing(storage, "a")
+        await self._save(storage, "a", {"file.bin": b"12345"}, b"m")
+        await self._check_missing(storage, "b")
+        reader = await storage.read("a")
+        await self._check_raises(CheckpointCorruptError, reader.size("other.bin"))
+        await self._check_raises(CheckpointCorruptError, reader.read("other.bin", 0, memoryview(bytearray(1))))
+        await self._check_raises(CheckpointCorruptError, reader.read("file.bin", 3, memoryview(bytearray(3))))
+        await reader.aclose()
+        await reader.aclose()
+
+    # Appearing and disappearing
+
+    async def test_nothing_is_seen_before_it_is_committed(self) -> None:
+        storage = self.make_storage()
+        draft = await storage.open("a")
+        await self._check_missing(storage, "a")
+        await self._write(draft, self.files)
+        await self._check_missing(storage, "a")
+        assert list(await storage.list()) == []
+        await draft.commit(memoryview(b"m"))
+        await self._check(storage, "a", self.files, b"m")
+        assert list(await storage.list()) == ["a"]
+        await draft.abort()
+        await self._check(storage, "a", self.files, b"m")
+
+    async def test_nothing_is_left_of_what_is_aborted(self) -> None:
+        storage = self.make_storage()
+        draft = await storage.open("a")
+        await self._write(draft, self.files)
+        await draft.abort()
+        await draft.abort()
+        await self._check_missing(storage, "a")
+        assert list(await storage.list()) == []
+        await self._save(storage, "a", {"file.bin": b"1"}, b"m")
+        await self._check(storage, "a", {"file.bin": b"1"}, b"m")
+
+    async def test_a_source_that_fails(self) -> None:
+        storage = self.make_storage()
+
+        async def parts() -> AsyncIterator[memoryview]:
+            yield memoryview(_content(self.part_bytes))
+            raise ZeroDivisionError
+
+        draft = await storage.open("a")
+        await self._check_raises(ZeroDivisionError, draft.write("file.bin", 2 * self.part_bytes, parts()))
+        await self._write(draft, {"file.bin": b"again"})
+        await draft.commit(memoryview(b"m"))
+        await self._check(storage, "a", {"file.bin": b"again"}, b"m")
+
+    async def test_replacing(self) -> None:
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"old")
+        await self._check_raises(CheckpointExistsError, storage.open("a"))
+        draft = await storage.open("a", overwrite=True)
+        await self._write(draft, {"new.bin": b"new"})
+        await self._check(storage, "a", self.files, b"old")
+        await draft.commit(memoryview(b"new"))
+        await self._check(storage, "a", {"new.bin": b"new"}, b"new")
+        assert list(await storage.list()) == ["a"]
+
+    async def test_replacing_is_given_up(self) -> None:
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"old")
+        draft = await storage.open("a", overwrite=True)
+        await self._write(draft, {"parts.bin": b"new"})
+        await draft.abort()
+        await self._check(storage, "a", self.files, b"old")
+
+    async def test_deleting(self) -> None:
+        storage = self.make_storage()
+        for name in self.names:
+            await self._save(storage, name, self.files, b"m")
+        await storage.delete(self.names[0])
+        await storage.delete(self.names[0])
+        await storage.delete("never there")
+        await self._check_missing(storage, self.names[0])
+        assert sorted(await storage.list()) == sorted(self.names[1:])
+        await self._save(storage, self.names[0], {"file.bin": b"1"}, b"again")
+        await self._check(storage, self.names[0], {"file.bin": b"1"}, b"again")
+
+    async def test_a_reader_is_not_disturbed(self) -> None:
+        storage = self.make_storage()
+        for disturb in ("replace", "delete"):
+            await self._save(storage, "a", self.files, b"old", overwrite=True)
+            reader = await storage.read("a")
+            assert bytes(await reader.manifest()) == b"old"
+            if disturb == "replace":
+                await self._save(storage, "a", dict.fromkeys(self.files, b"new"), b"new", overwrite=True)
+            else:
+                await storage.delete("a")
+            try:
+                assert await self._contents(reader, self.files) == self.files
+            except CheckpointNotFoundError:
+                # It may say that it is gone; it may not show something else.
+                pass
+            finally:
+                await reader.aclose()
+
+    # Several at once
+
+    async def test_the_first_of_two_writers_wins(self) -> None:
+        storage = self.make_storage()
+        first, second = await storage.open("a"), await storage.open("a")
+        await self._write(first, {"file.bin": b"first"})
+        await self._write(second, {"file.bin": b"the second"})
+        await first.commit(memoryview(b"1"))
+        await self._check_raises(CheckpointExistsError, second.commit(memoryview(b"2")))
+        await second.abort()
+        await self._check(storage, "a", {"file.bin": b"first"}, b"1")
+
+    async def test_the_last_of_two_writers_wins_if_it_may_replace(self) -> None:
+        storage = self.make_storage()
+        first, second = await storage.open("a", overwrite=True), await storage.open("a", overwrite=True)
+        await self._write(first, {"file.bin": b"first"})
+        await self._write(second, {"file.bin": b"the second"})
+        await second.commit(memoryview(b"2"))
+        await self._check(storage, "a", {"file.bin": b"the second"}, b"2")
+        await first.commit(memoryview(b"1"))
+        await self._check(storage, "a", {"file.bin": b"first"}, b"1")
+
+    async def test_sweeping_leaves_the_living_alone(self) -> None:
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"m")
+        draft = await storage.open("b")
+        await self._write(draft, {"file.bin": b"12"})
+        await storage.sweep()
+        await self._write(draft, {"more.bin": b"34"})
+        await draft.commit(memoryview(b"b"))
+        await self._check(storage, "a", self.files, b"m")
+        await self._check(storage, "b", {"file.bin": b"12", "more.bin": b"34"}, b"b")
+
+    # Cancellation
+
+    async def test_a_save_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        files = {"file.bin": _content(2 * self.part_bytes + 5)}
+        async for _ in at_every_await(partial(self._save, storage, "a", files, b"m")):
+            if list(await storage.list()) == ["a"]:
+                # Cancelled after it was committed.
+                await self._check(storage, "a", files, b"m")
+                await storage.delete("a")
+            await self._check_missing(storage, "a")
+        await self._check(storage, "a", files, b"m")
+
+    async def test_replacing_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        old, new = {"file.bin": b"old"}, {"file.bin": b"new!"}
+        await self._save(storage, "a", old, b"1")
+        async for _ in at_every_await(partial(self._save, storage, "a", new, b"2", overwrite=True)):
+            reader = await storage.read("a")
+            manifest = bytes(await reader.manifest())
+            await reader.aclose()
+            await self._check(storage, "a", old if manifest == b"1" else new, manifest)
+            await self._save(storage, "a", old, b"1", overwrite=True)
+        await self._check(storage, "a", new, b"2")
+
+    async def test_reading_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"m")
+        async for _ in at_every_await(partial(self._check, storage, "a", self.files, b"m")):
+            await self._check(storage, "a", self.files, b"m")
+
+    async def test_deleting_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        files = {"file.bin": b"1"}
+        await self._save(storage, "a", files, b"m")
+        async for _ in at_every_await(partial(storage.delete, "a")):
+            if list(await storage.list()) == ["a"]:
+                await self._check(storage, "a", files, b"m")
+            else:
+                await self._check_missing(storage, "a")
+            await self._save(storage, "a", files, b"m", overwrite=True)
+        await self._check_missing(storage, "a")
+
+    async def test_sweeping_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"m")
+        async for _ in at_every_await(storage.sweep):
+            await self._check(storage, "a", self.files, b"m")
+
+    # Debris
+
+    async def leave_debris(self, storage: Storage, name: str) -> None:
+        """Leave behind what a writer leaves that is killed. Override it where a test can do that."""
+        raise unittest.SkipTest("leave_debris() says nothing of what a killed writer leaves here")
+
+    async def count_debris(self, storage: Storage) -> int:
+        """Return how many things there are that belong to no committed checkpoint."""
+        raise unittest.SkipTest("count_debris() says nothing of what can be left here")
+
+    async def test_sweeping_removes_what_the_dead_have_left(self) -> None:
+        storage = self.make_storage()
+        await self._save(storage, "a", self.files, b"m")
+        await self.leave_debris(storage, "b")
+        assert await self.count_debris(storage)
+        await storage.sweep()
+        assert await self.count_debris(storage) == 0
+        await self._check(storage, "a", self.files, b"m")
+
+    async def test_nothing_is_left_of_what_is_cancelled(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        files = {"file.bin": _content(2 * self.part_bytes + 5)}
+        async for _ in at_every_await(partial(self._save, storage, "a", files, b"m", overwrite=True)):
+            assert await self.count_debris(storage) == 0
