@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aiostage import Checkpointer
+from aiostage.checkpoint.retention import name_of, step_of, surplus
+from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.test_checkpointer import Gate, tree, until
+
+
+@pytest.mark.parametrize("step", [0, 7, 99_999_999, 123_456_789_012])
+def test_names_lead_back_to_steps(step: int) -> None:
+    assert step_of(name_of(step)) == step
+
+
+@pytest.mark.parametrize(
+    "name", ["step-7", "step-000000007", "step-0000000x", "step--0000007", "a/step-00000007", "step-00000007.old", ""]
+)
+def test_other_names_are_nobodys_steps(name: str) -> None:
+    assert step_of(name) is None
+
+
+def test_names() -> None:
+    assert name_of(100) == "step-00000100"
+
+
+@pytest.mark.parametrize(
+    ("keep", "newest", "expected"),
+    [(None, 50, []), (9, 50, []), (5, 50, []), (2, 50, [10, 20, 30]), (1, 50, [10, 20, 30, 40]), (2, 10, [20, 30])],
+)
+def test_surplus(keep: int | None, newest: int, expected: list[int]) -> None:
+    assert surplus([30, 10, 50, 20, 40], keep=keep, keep_also=None, newest=newest) == expected
+
+
+def test_milestones_stay() -> None:
+    assert surplus(range(0, 60, 10), keep=1, keep_also=lambda step: step % 20 == 0, newest=50) == [10, 30]
+
+
+@pytest.mark.asyncio
+async def test_old_checkpoints_go_when_a_new_one_is_committed() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    gate.open.set()
+    async with Checkpointer(storage, keep=2, keep_also=lambda step: step % 100 == 0) as checkpoints:
+        for step in range(100, 160, 10):
+            await checkpoints.save(step, tree(step))
+        await until(lambda: not checkpoints._savings)
+        assert await checkpoints.steps() == [100, 140, 150]
+        # Not before.
+        gate.open = type(gate.open)()
+        await checkpoints.save(160, tree(160))
+        await until(lambda: gate.waiting == 7)
+        assert await checkpoints.steps() == [100, 140, 150]
+        gate.open.set()
+    assert await checkpoints.steps() == [100, 150, 160]
+
+
+@pytest.mark.asyncio
+async def test_what_is_nobodys_step_is_left_alone(tmp_path: Path) -> None:
+    for name in ("step-1", "best", "step-00000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000002").write_text("text")
+    async with Checkpointer(tmp_path, keep=1) as checkpoints:
+        for step in (5, 6):
+            await checkpoints.save(step, tree(step))
+    assert await checkpoints.steps() == [6]
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"step-1", "best", "step-00000001", "step-00000002", "step-00000006"}
+
+
+@pytest.mark.asyncio
+async def test_after_going_back_the_newest_stays() -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage) as checkpoints:
+        for step in (1, 2, 3):
+            await checkpoints.save(step * 100, tree(step))
+    async with Checkpointer(storage, keep=2) as checkpoints:
+        await checkpoints.save(110, tree(0))
+        await until(lambda: not checkpoints._savings)
+        assert await checkpoints.steps() == [110, 200, 300]
+        await checkpoints.delete(200)
+        await checkpoints.delete(300)
+        await checkpoints.save(120, tree(0))
+        await checkpoints.save(130, tree(0))
+    assert await checkpoints.steps() == [120, 130]
+
+
+@pytest.mark.asyncio
+async def test_saves_that_end_in_another_order() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+
+    async def hold_back_the_first(operation: str, name: str) -> None:
+        if name.endswith("1"):
+            await gate.pass_through(operation, name)
+
+    storage.before = hold_back_the_first
+    async with Checkpointer(storage, keep=1, max_in_flight=2) as checkpoints:
+        first = await checkpoints.save(1, tree(1))
+        await (await checkpoints.save(2, tree(2))).committed()
+        assert not first.done()
+        gate.open.set()
+        await first.committed()
+    assert await checkpoints.steps() == [2]
+
+
+@pytest.mark.asyncio
+async def test_a_removal_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    storage = MemoryStorage()
+
+    async def refuse(operation: str, name: str) -> None:
+        if operation == "delete":
+            raise PermissionError(13, "Permission denied", name)
+
+    storage.before = refuse
+    async with Checkpointer(storage, keep=1) as checkpoints:
+        for step in range(3):
+            # The save is none the worse.
+            await (await checkpoints.save(step, tree(step))).committed()
+        await until(lambda: not checkpoints._savings)
+        assert await checkpoints.steps() == [0, 1, 2]
+        assert "Permission denied" in caplog.text
+        storage.before = None
+        await checkpoints.save(3, tree(3))
+    assert await checkpoints.steps() == [3]
+    storage.before = refuse
+
+    async def run() -> None:
+        async with Checkpointer(storage, keep=1) as checkpoints:
+            await checkpoints.save(4, tree(4))
+
+    with pytest.raises(PermissionError):
+        await run()
+    assert await checkpoints.steps() == [3, 4]
+
+
+@pytest.mark.asyncio
+async def test_what_the_predicate_raises_is_told() -> None:
+    async def run() -> None:
+        async with Checkpointer(MemoryStorage(), keep=1, keep_also=lambda step: bool(1 // step)) as checkpoints:
+            for step in range(2):
+                await checkpoints.save(step, tree(step))
+
+    with pytest.raises(ZeroDivisionError):
+        await run()
