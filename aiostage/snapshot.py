@@ -97,6 +97,42 @@ class Snapshot(Generic[T]):
         if not await self._staging.parts_free([tuple(path_prefix)]):
             await self._complete()
 
+    @property
+    def memory(self) -> range:
+        """The addresses of the staged memory; empty until the snapshot is entered."""
+        return self._staging.memory
+
+    async def outline(self) -> T:
+        """Return the staged tree, whose tensors may not have their values yet; for writers that use :meth:`landed`.
+
+        Raises:
+            The errors of :meth:`result`.
+
+        Waits for the capture only if the tree cannot be made without looking at values.
+        """
+        if self._state != "captured":
+            self._check_entered()
+            if await self._staging.outline():
+                return self._staging.tree  # type: ignore[no-any-return]
+        return await self.result()
+
+    async def landed(self, address: int, nbytes: int) -> None:
+        """Wait until bytes of the staged memory have their final values; for addresses elsewhere, do not wait.
+
+        Args:
+            address: Of the first byte.
+            nbytes: How many.
+
+        Raises:
+            The errors of :meth:`result`, except that a change of the source is noticed at capture only.
+
+        May be cancelled; that changes nothing.
+        """
+        if self._state != "captured":
+            self._check_entered()
+            if not await self._staging.landed(address, nbytes):
+                await self._complete()
+
     def order_before(self, stream: Any | None = None, *, parts: Iterable[Path] | None = None) -> None:
         """Make later work on a device wait there for the copies, so that the caller need not wait.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
+import anyio
 import numpy as np
 import torch
 
@@ -56,14 +59,18 @@ class Staging:
         # would keep it for as long as somebody keeps the error.
         self._lease: Lease | None = None
         self._results: Results | None = None
-        self._tree: Any = None
+        self.tree: Any = None
         self._changes = Changes(self._walk)
         self.plan: Plan | None = None
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
         self.timings = Timings()
         self.timings.span = begin("stage")
+        self.memory = range(0)
+        """The addresses of the staged memory."""
         self._landed: set[int] = set()
+        self._rebuilding = anyio.Lock()
+        self._outlined = self._retired = False
         self._flights: Flights | None = None
         self._looking = self._look(source)
         self._refused: BaseException | None = None
@@ -149,6 +156,43 @@ class Staging:
         while number not in self._landed and not self.job.finished():
             await self.job.progressed(self.job.done)
         return number in self._landed
+
+    async def outline(self) -> bool:
+        """Make the staged tree, :attr:`tree`, although its bytes may not have arrived.
+
+        Returns:
+            False if that is not possible, because making it looks at them, or because the staging has ended.
+
+        May be cancelled, and called again then.
+        """
+        # What is put into containers needs no bytes in it yet; whatever may look at values does.
+        if self._walk.calls_out or self._walk.leaves.composites:
+            return False
+        async with self._rebuilding:
+            if not (self._outlined or self._retired):
+                await self._rebuild()
+                self._outlined = True
+        return not self._retired
+
+    async def landed(self, address: int, nbytes: int) -> bool:
+        """Wait until the copies into a range of staged memory have been made; elsewhere there is nothing to wait for.
+
+        Returns:
+            False if they will not be: the staging has failed, was abandoned or closed.
+
+        Raises:
+            StagingError: If the device has failed.
+
+        Cancelling changes nothing.
+        """
+        start = max(address - self.memory.start, 0)
+        stop = min(address + nbytes, self.memory.stop) - self.memory.start
+        for number in range(bisect_right(self._batches, start, key=_stop), len(self._batches)):
+            if self._batches[number].start >= stop:
+                break
+            if not await self.land(number):
+                return False
+        return True
 
     def order_before(self, stream: Any | None, parts: Collection[Path] | None) -> None:
         """Make later work of a stream wait, on the device, for the copies, and look for changes up to now.
@@ -275,6 +319,7 @@ class Staging:
         if self._lease is None:
             return from_devices
         memory = self._lease.buffer
+        self.memory = range(memory.ctypes.data, memory.ctypes.data + memory.nbytes)
         for number, batch in self.in_order():
             for run in batch.runs:
                 _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
@@ -307,24 +352,23 @@ class Staging:
                 self._landed.add(number)
 
     async def _complete(self) -> Any:
-        resources, walk, leaves = self._resources, self._walk, self._walk.leaves
-        # Putting staged tensors into containers needs no bytes in them yet; whatever may look at values does.
-        early = not (walk.calls_out or leaves.composites)
-        if early:
-            self._tree = await self._rebuild()
+        resources = self._resources
+        early = await self.outline()
         with Phase(self.timings, "copy"):
             await self.job.join()
             for number, batch in enumerate(self._batches):
                 if batch.device is not None:
                     await self.land(number)
             resources.check_open()
+            if self.job.cancelled:
+                raise StagingError("the staging was abandoned while somebody waited for it.")
         if self._options.detect_torn:
             with Phase(self.timings, "check"):
                 await self._slices.run(self._changes.compare())
             if self._changes.paths:
                 raise TornSnapshotError([format_path(path) for path in self._changes.paths])
         if not early:
-            self._tree = await self._rebuild()
+            await self._rebuild()
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._specs)
@@ -333,16 +377,16 @@ class Staging:
         for flight in self._flights or ():
             counts.copies += flight.copies
             counts.launches += flight.launches
-        return self._tree
+        return self.tree
 
-    async def _rebuild(self) -> Any:
+    async def _rebuild(self) -> None:
         """Make the staged tree."""
         walk = self._walk
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
             self._results = walk.results(self.staged)
             await self._slices.run(perform(walk.program, self._results))
-            return walk.tree(self._results)
+            self.tree = walk.tree(self._results)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""
@@ -350,8 +394,9 @@ class Staging:
         counts = self._resources.counts
         counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
         self.timings.yields = self._slices.yields
+        self._retired = True
         self._lease = None
-        self._results = self._tree = self._flights = self._refused = None
+        self._results = self.tree = self._flights = self._refused = None
         self._looking.close()
         self._walk.release()
 
@@ -399,6 +444,8 @@ class Staging:
         """Size of the staged copy."""
         return self.plan.nbytes if self.plan is not None else 0
 
+
+_stop = attrgetter("stop")
 
 _NOTHING = np.empty(0, dtype=np.uint8)
 

@@ -13,7 +13,7 @@ async def together(*calls: Callable[[], Awaitable[object]]) -> None:
     """Run coroutines at once and wait for all of them.
 
     Args:
-        calls: Each is called for something to await.
+        calls: Each is called for something to await. The last runs in the calling task, the others beside it.
 
     Raises:
         BaseException: What the first of them to fail has raised, itself and not in a group; the others have been
@@ -31,8 +31,9 @@ async def together(*calls: Callable[[], Awaitable[object]]) -> None:
             group.cancel_scope.cancel()
 
     async with anyio.create_task_group() as group:
-        for call in calls:
+        for call in calls[:-1]:
             group.start_soon(run, call)
+        await run(calls[-1])
     if failures:
         try:
             raise failures[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,16 +39,23 @@ class TensorFile:
     contents: list[Content]
 
 
-def tensor_files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[TensorFile]]:
+def tensor_files(
+    tensors: Sequence[FileTensor], max_shard_bytes: int, memory: range = range(0)
+) -> Generator[None, None, list[TensorFile]]:
     """Distribute tensors over files in their order, yielding now and then.
 
     Args:
         tensors: In the order of the tree.
         max_shard_bytes: How much data one file may have. A tensor larger than that has a file of its own.
+        memory: Addresses of memory that was laid out like a file, and is filled from its start. What is in it is
+            written in its order, across all files.
 
     Returns:
         The files; at least one.
     """
+    if memory:
+        tensors = sorted(tensors, key=partial(_place, memory))
+        yield
     shards = yield from _shards(tensors, max_shard_bytes)
     files = []
     for number, shard in enumerate(shards, 1):
@@ -59,6 +67,12 @@ def tensor_files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generat
         yield from _add_memory(shard, contents)
         files.append(TensorFile(name, shard, contents))
     return files
+
+
+def _place(memory: range, tensor: FileTensor) -> tuple[int, int]:
+    """Return what to sort tensors by: every one aligned to its elements, and then by their places in memory."""
+    address = tensor.memory if isinstance(tensor.memory, int) else tensor.memory.data_ptr()
+    return -tensor.element_bytes, address - memory.start if address in memory else len(memory)
 
 
 def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[list[FileTensor]]]:

@@ -17,7 +17,7 @@ from aiostage.errors import CheckpointError
 from aiostage.observe import span
 from aiostage.storage.files import aligned_memory
 from aiostage.storage.manifest import FileRecord
-from aiostage.storage.parts import Part, digest, gather, whole
+from aiostage.storage.parts import Part, digest, gather, places, whole
 
 __all__ = ["OutgoingFile", "PartBuffers"]
 
@@ -53,7 +53,7 @@ class OutgoingFile:
         parts: All of them.
         workers: Gather and digest.
         buffers: For parts that are not one piece of memory.
-        landed: Waits until the memory of a part has its final contents.
+        landed: Waits until memory, given by its address and size, has its final contents.
         sent: Called on the event loop with the number of bytes that were handed over since the last call.
     """
 
@@ -64,7 +64,7 @@ class OutgoingFile:
         *,
         workers: Workers,
         buffers: PartBuffers,
-        landed: Callable[[Part], Awaitable[None]] | None = None,
+        landed: Callable[[int, int], Awaitable[None]] | None = None,
         sent: Callable[[int], object] | None = None,
     ) -> None:
         self.name = name
@@ -120,7 +120,8 @@ class OutgoingFile:
             raise StopAsyncIteration
         part = self._parts[self._next]
         if self._landed is not None:
-            await self._landed(part)
+            for address, nbytes in places(part):
+                await self._landed(address, nbytes)
         data = whole(part)
         buffer = data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
         self._next += 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import CheckpointWriter, Written, give_up
@@ -102,21 +104,46 @@ async def save(
     with span("save", target=name):
         own = AsyncStager()
         # Called before anything is awaited: the moment of the copy is the caller's.
-        staging = state_dict.result() if isinstance(state_dict, Snapshot) else (stager or own).stage(state_dict)
-        captured = 0.0
+        source = _source(state_dict, stager if stager is not None else own)
+        captured: list[float] = []
 
         async def write(writer: CheckpointWriter, draft: Draft) -> Written:
-            nonlocal captured
-            staged = await staging
-            captured = perf_counter() - begin
-            return await writer.write(draft, staged)
+            if not isinstance(source, Snapshot):
+                staged = await source
+                captured.append(perf_counter())
+                return await writer.write(draft, staged)
+            async with nullcontext() if source is state_dict else source:
+                return await _stream(writer, draft, source, captured)
 
         try:
             written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
         finally:
-            staging.close()
+            if not isinstance(source, Snapshot):
+                source.close()
             await own.aclose()
-    return _info(written, captured, perf_counter() - begin)
+    return _info(written, captured[0] - begin, perf_counter() - begin)
+
+
+def _source(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
+    """Return a snapshot, whose bytes can be written as they land, or else a coroutine that returns a staged tree."""
+    if isinstance(state_dict, Snapshot):
+        return state_dict
+    return stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
+
+
+async def _stream(writer: CheckpointWriter, draft: Draft, snapshot: Snapshot[Any], captured: list[float]) -> Written:
+    """Write a snapshot while it is being taken, and note when it is captured."""
+    written: list[Written] = []
+
+    async def write() -> None:
+        written.append(await writer.write(draft, await snapshot.outline(), snapshot))
+
+    async def capture() -> None:
+        await snapshot.captured()
+        captured.append(perf_counter())
+
+    await together(capture, write)
+    return written[0]
 
 
 async def write_checkpoint(

@@ -17,6 +17,7 @@ from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
 from aiostage.checkpoint.outgoing import OutgoingFile, PartBuffers
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.observe import span
+from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import FileRecord, write_manifest
 from aiostage.storage.parts import PART_BYTES, Content, cut, digest
@@ -65,18 +66,20 @@ class CheckpointWriter:
         self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0
 
-    async def write(self, draft: Draft, staged: Any) -> Written:
+    async def write(self, draft: Draft, staged: Any, snapshot: Snapshot[Any] | None = None) -> Written:
         """Write a tree and commit it.
 
         Args:
             draft: Where. It is the caller's to abort it if this raises.
             staged: In host memory; does not change until this returns.
+            snapshot: Whose outline the tree is; its bytes are then written as they land. None if all are there.
 
         Returns:
             What was written.
 
         Raises:
             UnsupportedLeafError: If something cannot be carried; nothing was written.
+            TornSnapshotError: If the source of the snapshot changed before it was captured.
             CheckpointExistsError: If something has appeared at the target meanwhile.
             OSError: If the storage refuses.
 
@@ -87,12 +90,13 @@ class CheckpointWriter:
             await self._slices.run(encoder.walk(staged))
             tensors = await self._file_tensors(encoder)
             tensor_bytes = sum(tensor.nbytes for tensor in tensors)
-            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes))
+            memory = snapshot.memory if snapshot is not None else range(0)
+            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, memory))
             files = [(shard.name, shard.contents) for shard in shards]
             if len(shards) > 1:
                 files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
         self._total = sum(content.nbytes for _, contents in files for content in contents)
-        records = [await self._send(draft, name, contents) for name, contents in files]
+        records = [await self._send(draft, name, contents, snapshot) for name, contents in files]
         manifest = memoryview(
             await self._slices.run(
                 write_manifest(
@@ -105,6 +109,8 @@ class CheckpointWriter:
             )
         )
         digests = await self._workers.run(partial(_digests, manifest))
+        if snapshot is not None:
+            await snapshot.captured()
         with span("commit"):
             await draft.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
@@ -120,9 +126,17 @@ class CheckpointWriter:
         overlapping = await self._workers.run(partial(groups, starts, stops))
         return await self._slices.run(file_tensors(leaves, overlapping))
 
-    async def _send(self, draft: Draft, name: str, contents: Sequence[Content]) -> FileRecord:
-        parts = await self._slices.run(cut(contents, PART_BYTES))
-        file = OutgoingFile(name, parts, workers=self._workers, buffers=self._buffers, sent=self._sent)
+    async def _send(
+        self, draft: Draft, name: str, contents: Sequence[Content], snapshot: Snapshot[Any] | None
+    ) -> FileRecord:
+        file = OutgoingFile(
+            name,
+            await self._slices.run(cut(contents, PART_BYTES)),
+            workers=self._workers,
+            buffers=self._buffers,
+            landed=snapshot.landed if snapshot is not None else None,
+            sent=self._sent,
+        )
         return await file.send(draft)
 
     def _sent(self, nbytes: int) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "gather",
     "memory_of",
     "parts_in",
+    "places",
     "scatter",
     "whole",
 ]
@@ -194,6 +195,17 @@ def whole(part: Part) -> torch.Tensor | None:
     if len(part.pieces) == 1 and isinstance(part.pieces[0], torch.Tensor):
         return part.pieces[0]
     return None
+
+
+def places(part: Part) -> Iterator[tuple[int, int]]:
+    """Iterate over where in memory a part comes from: addresses, and how many bytes from there on it may read."""
+    for piece in part.pieces:
+        if isinstance(piece, torch.Tensor):
+            yield piece.data_ptr(), piece.numel()
+        elif isinstance(piece, Scattered):
+            tensor = piece.tensor
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            yield tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
 def gather(part: Part, buffer: torch.Tensor) -> None:

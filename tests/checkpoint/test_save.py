@@ -85,7 +85,7 @@ async def test_shards_and_index_open_elsewhere(tmp_path: Path) -> None:
     index = json.loads((info.path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": info.nbytes}
     shards = [name for name in info.files if name.endswith(".safetensors")]
-    assert shards == [f"model-{n:05}-of-00003.safetensors" for n in range(1, 4)]
+    assert shards == [f"model-{n:05}-of-00004.safetensors" for n in range(1, 5)]
     assert info.files == (*shards, "model.safetensors.index.json", "manifest.json")
     found: dict[str, torch.Tensor] = {}
     for name in shards:
