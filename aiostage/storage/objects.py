@@ -213,12 +213,13 @@ class _ObjectBucket(Bucket):
             return
         try:
             with self._translated(paths[0]):
-                await obstore.delete_async(store, [self._prefix + path for path in paths])
+                # A deletion that was sent may land after its cancellation, on what was written meanwhile.
+                await _settled(obstore.delete_async(store, [self._prefix + path for path in paths]))
         except FileNotFoundError:
             # Some stores mind what is not there, and may then have left what is.
             for path in paths:
                 with suppress(FileNotFoundError), self._translated(path):
-                    await obstore.delete_async(store, self._prefix + path)
+                    await _settled(obstore.delete_async(store, self._prefix + path))
 
     def touch(self, path: str, data: bytes) -> None:
         with self._translated(path):

@@ -2,104 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable
 from typing import ClassVar
 
 import pytest
 from anyio.lowlevel import checkpoint
 
-from aiostage import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.abc import Buffer, Draft, Storage
 from aiostage.testing import StorageSuite
-
-
-class MemoryStorage(Storage):
-    """Keeps checkpoints in a dict; the smallest storage that is right."""
-
-    def __init__(self) -> None:
-        self.committed: dict[str, dict[str, bytes]] = {}
-
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
-        await checkpoint()
-        if name in self.committed and not overwrite:
-            raise CheckpointExistsError("there is one.", path=name)
-        return MemoryDraft(self, name, overwrite)
-
-    async def read(self, name: str) -> Reader:
-        await checkpoint()
-        if name not in self.committed:
-            raise CheckpointNotFoundError("there is none.", path=name)
-        return MemoryReader(name, self.committed[name])
-
-    async def list(self) -> Sequence[str]:
-        await checkpoint()
-        return list(self.committed)
-
-    async def delete(self, name: str) -> None:
-        await checkpoint()
-        self.committed.pop(name, None)
-
-    async def sweep(self) -> None:
-        await checkpoint()
-
-
-class MemoryDraft(Draft):
-    def __init__(self, storage: MemoryStorage, name: str, overwrite: bool) -> None:
-        self.storage, self.name, self.overwrite = storage, name, overwrite
-        self.files: dict[str, bytes] = {}
-
-    @property
-    def location(self) -> str:
-        return self.name
-
-    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        content = bytearray()
-        async for part in parts:
-            content += part
-            del part
-        assert len(content) == nbytes
-        self.files[name] = bytes(content)
-        await checkpoint()
-
-    async def commit(self, manifest: Buffer) -> None:
-        await checkpoint()
-        if self.name in self.storage.committed and not self.overwrite:
-            raise CheckpointExistsError("another writer was faster.", path=self.name)
-        self.storage.committed[self.name] = self.files | {"": bytes(manifest)}
-
-    async def abort(self) -> None:
-        self.files = {}
-
-
-class MemoryReader(Reader):
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
-        self.name, self.files = name, files
-
-    @property
-    def location(self) -> str:
-        return self.name
-
-    async def manifest(self) -> Buffer:
-        await checkpoint()
-        return memoryview(self.files[""])
-
-    async def size(self, name: str) -> int:
-        return len(self._file(name))
-
-    async def read(self, name: str, offset: int, into: Buffer) -> None:
-        await checkpoint()
-        content = self._file(name)[offset : offset + len(into)]
-        if len(content) < len(into):
-            raise CheckpointCorruptError("it ends too early.", path=name)
-        into[:] = content
-
-    async def aclose(self) -> None:
-        return
-
-    def _file(self, name: str) -> bytes:
-        if name not in self.files:
-            raise CheckpointCorruptError("there is no such file.", path=name)
-        return self.files[name]
+from tests.checkpoint.memory_storage import MANIFEST, MemoryDraft, MemoryStorage
 
 
 @pytest.mark.asyncio
@@ -117,7 +29,7 @@ class TestMemoryStorageOnTrio(StorageSuite):
 class SeenTooEarly(MemoryDraft):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         await super().write(name, nbytes, parts)
-        self.storage.committed[self.name] = self.files | {"": b""}
+        self.storage.checkpoints[self.name] = self.files | {MANIFEST: b""}
 
 
 class KeepsParts(MemoryDraft):
@@ -137,14 +49,14 @@ class Halves(MemoryDraft):
     """Commits in two steps."""
 
     async def commit(self, manifest: Buffer) -> None:
-        self.storage.committed[self.name] = {"": bytes(manifest)}
+        self.storage.checkpoints[self.name] = {MANIFEST: bytes(manifest)}
         await checkpoint()
-        self.storage.committed[self.name] |= self.files
+        self.storage.checkpoints[self.name] |= self.files
 
 
 class AbortsTheCommitted(MemoryDraft):
     async def abort(self) -> None:
-        self.storage.committed.pop(self.name, None)
+        self.storage.checkpoints.pop(self.name, None)
 
 
 class Truncates(MemoryDraft):
@@ -169,8 +81,9 @@ class Truncates(MemoryDraft):
 async def test_the_suite_finds_what_is_wrong(draft: type[MemoryDraft], test: str) -> None:
     class Broken(MemoryStorage):
         async def open(self, name: str, *, overwrite: bool = False) -> Draft:
-            await super().open(name, overwrite=overwrite)
-            return draft(self, name, overwrite)
+            made = await super().open(name, overwrite=overwrite)
+            made.__class__ = draft
+            return made
 
     class Suite(StorageSuite):
         def make_storage(self) -> Storage:
