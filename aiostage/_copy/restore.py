@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,15 +13,12 @@ from aiostage._capture.faithful import Refusal
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
-from aiostage._copy.device import Flight
-from aiostage._copy.flights import airborne, land
+from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.resources import Resources
-from aiostage._device.streams import Moment
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job
-from aiostage.abc import Backend
 from aiostage.errors import CheckpointMismatchError
 from aiostage.leaf import Path, format_path
 
@@ -34,35 +30,40 @@ _AT_ONCE = 64
 
 async def restore(resources: Resources, staged: Any, into: Any) -> None:
     """Copy every tensor of one tree into its twin in the other, after both were found to match."""
-    arrivals = _Arrivals(resources)
+    arrivals: Arrivals | None = None
+    if resources.backend is not None and resources.streams is not None:
+        arrivals = Arrivals(resources.backend, resources.streams, resources.traffic)
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
         await slices.run(_check(source, target))
         batches = await slices.run(_batches(source, target))
-        arrivals.renew()
+        if arrivals is not None:
+            arrivals.renew()
         # Half a restore is neither the old state nor the new: once begun it is finished.
         await finish(partial(_copy, batches, resources.workers.job(), arrivals))
     finally:
-        arrivals.abandon()
+        if arrivals is not None:
+            arrivals.abandon()
         source.walk.release()
         target.walk.release()
 
 
-async def _copy(batches: list[_Batch], job: Job, arrivals: _Arrivals) -> None:
+async def _copy(batches: list[_Batch], job: Job, arrivals: Arrivals | None) -> None:
     """Make the copies; may be called again after a cancellation, and then goes on."""
     while batches:
         batch = batches.pop()
-        if batch.device is None:
+        if batch.device is None or arrivals is None:
             job.put(partial(copy_tensors, batch.destinations, batch.values))
         else:
             arrivals.follow_the_caller(batch.device)
-            job.put(partial(arrivals.enqueue, batch, batch.device))
+            job.put(partial(arrivals.enqueue, batch.destinations, batch.values, batch.device))
     job.close()
     await job.settled()
     if job.error is not None:
         raise job.error
-    await arrivals.land()
+    if arrivals is not None:
+        await arrivals.land()
 
 
 @dataclass(slots=True)
@@ -73,77 +74,6 @@ class _Batch:
     destinations: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     nbytes: int = 0
-
-
-class _Arrivals:
-    """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of."""
-
-    def __init__(self, resources: Resources) -> None:
-        self._backend = resources.backend
-        self._streams = resources.streams
-        self._traffic = resources.traffic
-        self._moment = Moment.record(resources.backend) if resources.backend is not None else None
-        self._beside: dict[torch.device, Any] = {}
-        self._flights: list[Flight] = []
-        self._ordered = 0
-
-    def renew(self) -> None:
-        """Make the copies follow what the caller has enqueued by now as well."""
-        if self._moment is not None:
-            self._moment.renew()
-
-    def follow_the_caller(self, device: torch.device) -> None:
-        """Make the copies to a device wait for the caller's moment."""
-        if self._moment is not None and self._streams is not None and device not in self._beside:
-            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
-            stream = self._beside[device] = self._streams.of(device)
-            self._moment.order_before(stream, device)
-
-    def enqueue(self, batch: _Batch, device: torch.device) -> None:
-        """Tell the device to copy; runs in a worker thread."""
-        backend, stream = self._backend, self._beside[device]
-        assert backend is not None  # noqa: S101 - or there is no device
-        launches = 0
-        try:
-            with torch.no_grad():
-                launches = backend.copy(batch.destinations, batch.values, stream)
-            for tensor in batch.destinations:
-                backend.keep(tensor, stream)
-        except Exception:
-            # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
-            with suppress(Exception):
-                self._take_off(backend, batch, device, launches)
-            raise
-        self._take_off(backend, batch, device, launches)
-
-    def _take_off(self, backend: Backend, batch: _Batch, device: torch.device, launches: int) -> None:
-        stream = self._beside[device]
-        event = backend.record(stream)
-        keep: list[object] = [batch.destinations, batch.values]
-        transfer = self._traffic.announce((device, "arrivals"), batch.nbytes, stream)
-        flight = Flight(event, transfer, device, batch.nbytes, len(self._flights), len(batch.values), launches, keep)
-        airborne.add(flight)
-        self._flights.append(flight)
-
-    async def land(self) -> None:
-        """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing."""
-        if self._streams is None:
-            return
-        self._order()
-        for flight in self._flights:
-            await land(flight, self._streams)
-
-    def abandon(self) -> None:
-        """Let what is still under way, after a failure, be watched over by a thread. Otherwise nothing is."""
-        with suppress(Exception):
-            self._order()
-        airborne.desert(self._flights)
-
-    def _order(self) -> None:
-        for flight in self._flights[self._ordered :]:
-            if self._backend is not None:
-                self._backend.wait(self._backend.current_stream(flight.device), flight.event)
-            self._ordered += 1
 
 
 class _Leaves:

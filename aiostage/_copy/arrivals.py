@@ -1,0 +1,116 @@
+"""Copies from host memory into live tensors on devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from aiostage._copy.device import Flight
+from aiostage._copy.flights import airborne, land
+from aiostage._device.streams import Moment, SideStreams
+from aiostage._loop.transfers import Traffic
+from aiostage.abc import Backend
+
+__all__ = ["Arrivals"]
+
+
+class Arrivals:
+    """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of.
+
+    Made in the thread of the call, which is the moment that the copies follow.
+
+    Args:
+        backend: How to reach the devices.
+        streams: Where to copy.
+        traffic: Where to announce the copies.
+    """
+
+    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic) -> None:
+        self._backend = backend
+        self._streams = streams
+        self._traffic = traffic
+        self._moment = Moment.record(backend)
+        self._beside: dict[torch.device, Any] = {}
+        self._flights: list[Flight] = []
+        self._not_ordered: list[Flight] = []
+        self._count = 0
+
+    def renew(self) -> None:
+        """Make the copies follow what the caller has enqueued by now as well."""
+        self._moment.renew()
+
+    def follow_the_caller(self, device: torch.device) -> None:
+        """Make the copies to a device wait for the caller's moment."""
+        if device not in self._beside:
+            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
+            stream = self._beside[device] = self._streams.of(device)
+            self._moment.order_before(stream, device)
+
+    def enqueue(
+        self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
+    ) -> Flight:
+        """Tell a device to copy; runs in a worker thread.
+
+        Args:
+            destinations: On the device, which follows the caller already.
+            sources: In host memory, kept alive until the copies have been made.
+            device: Which one.
+
+        Returns:
+            The copies under way, for :meth:`land`.
+        """
+        stream, launches = self._beside[device], 0
+        try:
+            with torch.no_grad():
+                launches = self._backend.copy(destinations, sources, stream)
+            for tensor in destinations:
+                self._backend.keep(tensor, stream)
+        except Exception:
+            # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
+            with suppress(Exception):
+                self._take_off(destinations, sources, device, launches)
+            raise
+        return self._take_off(destinations, sources, device, launches)
+
+    def _take_off(
+        self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device, launches: int
+    ) -> Flight:
+        stream = self._beside[device]
+        event = self._backend.record(stream)
+        nbytes = sum(source.nbytes for source in sources)
+        keep: list[object] = [destinations, sources]
+        transfer = self._traffic.announce((device, "arrivals"), nbytes, stream)
+        self._count += 1
+        flight = Flight(event, transfer, device, nbytes, self._count, len(sources), launches, keep)
+        airborne.add(flight)
+        self._flights.append(flight)
+        self._not_ordered.append(flight)
+        return flight
+
+    async def land(self, flight: Flight | None = None) -> None:
+        """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing.
+
+        Args:
+            flight: For which to wait; None for all.
+        """
+        self._order()
+        for each in tuple(self._flights) if flight is None else (flight,):
+            await land(each, self._streams)
+            # Another may have waited for the same one.
+            if each in self._flights:
+                self._flights.remove(each)
+
+    def abandon(self) -> None:
+        """Let what is still under way, after a failure, be watched over by a thread. Otherwise nothing is."""
+        with suppress(Exception):
+            self._order()
+        airborne.desert(self._flights)
+
+    def _order(self) -> None:
+        while self._not_ordered:
+            flight = self._not_ordered[0]
+            self._backend.wait(self._backend.current_stream(flight.device), flight.event)
+            self._not_ordered.remove(flight)
