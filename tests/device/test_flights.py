@@ -1,0 +1,245 @@
+"""Launching copies: in which order, on which streams, what they keep alive, and what a launch that fails leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
+from aiostage._copy.flights import airborne
+from aiostage.testing.clock import VirtualClock
+from aiostage.testing.simulator import SimulatedAccelerator, SimulatedDeviceError
+from tests.staging.holding import until
+
+SIZE = 64
+MIB = 2**20
+
+
+def full(accelerator: SimulatedAccelerator, value: float, size: int = SIZE) -> torch.Tensor:
+    return accelerator.to_device(torch.full((size,), float(value)))
+
+
+class FailsHalfWay(SimulatedAccelerator):
+    """Enqueues all copies of a call but the last, and then raises, as often as it is told to."""
+
+    failures = 0
+
+    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
+        if not self.failures:
+            return super().copy(destinations, sources, stream)
+        self.failures -= 1
+        super().copy(destinations[:-1], sources[:-1], stream)
+        raise torch.OutOfMemoryError("no room to cast")
+
+
+@pytest.mark.asyncio
+class TestAFailureHalfWay:
+    async def test_keeps_the_memory_of_what_is_under_way(self):
+        with FailsHalfWay(clock=VirtualClock()) as accelerator:
+            state = {str(n): full(accelerator, n, MIB) for n in range(3)}
+            accelerator.synchronize()
+            async with AsyncStager(backend=accelerator) as stager:
+                accelerator.failures = 1
+                with pytest.raises(torch.OutOfMemoryError, match="no room to cast"):
+                    await stager.stage(state)
+                gc.collect()
+                assert stager.statistics().leases == 1, "copies into it are under way"
+                # Leaving the block would raise if one of them met memory that is gone.
+                accelerator.synchronize()
+                await until(lambda: len(airborne) == 0)
+                await until(lambda: stager.statistics().leases == 0)
+
+    async def test_of_a_restore_leaves_nothing_in_the_air(self):
+        with FailsHalfWay(seed=1, spontaneous=True) as accelerator:
+            live = {str(n): full(accelerator, n, 3 * MIB) for n in range(8)}
+            async with AsyncStager(backend=accelerator) as stager:
+                staged = await stager.stage(live)
+                accelerator.failures = 1
+                with pytest.raises(torch.OutOfMemoryError):
+                    await stager.restore(staged, into=live)
+                accelerator.synchronize()
+                await until(lambda: len(airborne) == 0)
+                await stager.restore(staged, into=live)
+                accelerator.synchronize()
+                assert [float(live[str(n)].mean()) for n in range(8)] == list(range(8))
+
+    async def test_of_the_device_at_the_call_is_raised_where_it_is_awaited(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {"a": full(accelerator, 1)}
+            async with AsyncStager(backend=accelerator) as stager:
+                accelerator.fail_device()
+                coroutine = stager.stage(state)
+                with pytest.raises(StagingError, match="cannot be told to copy") as caught:
+                    await coroutine
+                assert isinstance(caught.value.__cause__, SimulatedDeviceError)
+                accelerator.recover()
+
+
+@pytest.mark.asyncio
+class TestStreams:
+    async def test_a_launch_stays_on_the_stream_that_waits(self):
+        """Another staging has failed meanwhile, and the next ones are to have a new stream."""
+        for seed in range(10):
+            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+                state = {str(n): full(accelerator, 0, 3 * MIB) for n in range(6)}
+                accelerator.synchronize()
+                for tensor in state.values():
+                    accelerator.launch(lambda t: t.fill_(7), tensor, seconds=1e-3)
+                options = StagingOptions(max_bytes_in_flight=24 * MIB)
+                async with AsyncStager(options, backend=accelerator) as stager:
+                    streams = stager._resources.streams
+                    assert streams is not None
+                    task = asyncio.ensure_future(stager.stage(state))
+                    await until(lambda: len(airborne) > 0 or task.done())  # noqa: B023
+                    streams.forget(accelerator.devices[0], streams.of(accelerator.devices[0]))
+                    staged = await task
+                assert all(bool((tensor == 7).all()) for tensor in staged.values())
+
+    async def test_what_the_caller_writes_during_the_walk_is_seen_on_its_stream(self):
+        """The versions that count are those that the walk meets, so the copies have to follow those writes."""
+        torn = seen = 0
+        for seed in range(100):
+            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+                state = {str(n): full(accelerator, 0) for n in range(20)}
+                accelerator.synchronize()
+                stream = accelerator.side_stream(accelerator.devices[0])
+                async with AsyncStager(StagingOptions(max_loop_hold=1e-9), backend=accelerator) as stager:
+                    with stream:
+                        task = asyncio.ensure_future(stager.stage(state))
+                    for _ in range(seed % 10):
+                        await asyncio.sleep(0)
+                    accelerator.launch(lambda t: t.fill_(7), state["19"], seconds=1e-3, stream=stream)
+                    try:
+                        staged = await task
+                    except TornSnapshotError:
+                        torn += 1
+                    else:
+                        seen += 1
+                        assert bool((staged["19"] == 7).all())
+        assert torn
+        assert seen
+
+
+@pytest.mark.asyncio
+class TestOrder:
+    async def test_what_is_small_comes_first_and_then_the_tree(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {
+                "last": full(accelerator, 1, 6 * MIB),
+                "half": full(accelerator, 1, 6 * MIB).half(),
+                "float": full(accelerator, 2, 6 * MIB),
+                "counter": accelerator.to_device(torch.tensor(3)),
+                "host": torch.ones(3),
+                "statistics": full(accelerator, 4),
+            }
+            state["half"] = accelerator.to_device(torch.ones(6 * MIB).half())
+            accelerator.synchronize()
+            order = []
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                accelerator.synchronize()
+                async for leaf in snapshot:
+                    order.append(leaf.path[0])
+            assert order == ["host", "counter", "statistics", "last", "half", "float"]
+
+    async def test_small_leaves_are_free_while_large_ones_are_not(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {"large": full(accelerator, 1, 9 * MIB), "small": [full(accelerator, 2)]}
+            accelerator.synchronize()
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                waiting = asyncio.ensure_future(snapshot.source_free(("small",)))
+                copies = 0
+                while not waiting.done():
+                    copies += accelerator.statistics().pending > 0 and accelerator.step()
+                    await asyncio.sleep(0.001)
+                await waiting
+                assert accelerator.statistics().pending > 0, "the large one is still to be copied"
+                accelerator.synchronize()
+                await snapshot.captured()
+
+    async def test_a_leaf_of_several_batches_is_free_when_its_last_byte_is(self):
+        for order in (("a", "b"), ("b", "a")):
+            with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+                tensors = {"a": full(accelerator, 1, 20 * MIB), "b": full(accelerator, 2, 20 * MIB)[::2]}
+                state = {name: tensors[name] for name in order}
+                async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                    async for leaf in snapshot:
+                        assert bool((leaf.tensor == (1 if leaf.path == ("a",) else 2)).all())
+
+
+@pytest.mark.asyncio
+class TestOrderBeforeParts:
+    async def test_only_their_changes_count_no_more(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {"mean": full(accelerator, 1), "weight": full(accelerator, 1)}
+            accelerator.synchronize()
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                snapshot.order_before(parts=[("mean",)])
+                for tensor in state.values():
+                    accelerator.launch(lambda t: t.fill_(2), tensor)
+                accelerator.synchronize()
+                with pytest.raises(TornSnapshotError) as caught:
+                    await snapshot.result()
+                assert caught.value.paths == ("state_dict['weight']",)
+
+    async def test_changes_made_before_it_still_do(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {"mean": full(accelerator, 1), "weight": full(accelerator, 1)}
+            accelerator.synchronize()
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                accelerator.launch(lambda t: t.fill_(2), state["mean"])
+                snapshot.order_before(parts=[("mean",)])
+                snapshot.order_before()
+                accelerator.synchronize()
+                with pytest.raises(TornSnapshotError) as caught:
+                    await snapshot.result()
+                assert caught.value.paths == ("state_dict['mean']",)
+
+    async def test_later_work_waits_for_the_parts_and_not_for_the_rest(self):
+        with SimulatedAccelerator(clock=VirtualClock(), bandwidth=1e9) as accelerator:
+            state = {"weight": full(accelerator, 1, 9 * MIB), "mean": full(accelerator, 1)}
+            accelerator.synchronize()
+            began = accelerator.clock.time()
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                stream = accelerator.current_stream(accelerator.devices[0])
+                snapshot.order_before(parts=[("mean",)])
+                forward = stream.record_event()
+                snapshot.order_before()
+                step = stream.record_event()
+                accelerator.synchronize()
+                assert forward.completed_at is not None
+                assert step.completed_at is not None
+                assert forward.completed_at - began < 1e-3
+                assert step.completed_at - began > 30e-3
+                await snapshot.captured()
+
+    async def test_an_unknown_part_is_an_error_and_orders_nothing(self):
+        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+            state = {"a": full(accelerator, 1)}
+            accelerator.synchronize()
+            async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
+                with pytest.raises(KeyError, match=r"state_dict\['b'\] leads to no tensor"):
+                    snapshot.order_before(parts=[("a",), ("b",)])
+                accelerator.launch(lambda t: t.fill_(2), state["a"])
+                accelerator.synchronize()
+                with pytest.raises(TornSnapshotError):
+                    await snapshot.result()
+
+
+@pytest.mark.asyncio
+async def test_packing_takes_the_device_memory_of_one_batch_and_not_of_all() -> None:
+    with SimulatedAccelerator(seed=1, spontaneous=True, memory_bytes=256 * MIB) as accelerator:
+        state = {str(n): full(accelerator, n, 8192) for n in range(4000)}
+        accelerator.synchronize()
+        statistics = accelerator.statistics()
+        before = statistics.allocated_bytes + statistics.cached_bytes
+        assert before > 120 * MIB
+        async with AsyncStager(backend=accelerator) as stager:
+            staged = await stager.stage(state)
+        assert all(float(staged[str(n)][-1]) == n for n in range(4000))
+        statistics = accelerator.statistics()
+        assert statistics.allocated_bytes + statistics.cached_bytes - before <= 2 * 32 * MIB
