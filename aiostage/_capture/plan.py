@@ -311,6 +311,11 @@ class _Builder:
     def add_leaves(self, spec: Spec, indices: list[int]) -> Steps:
         """Give leaves of one spec consecutive slots."""
         size = spec.staged_nbytes
+        padding = -self.offset % spec.target.itemsize
+        if padding:
+            # Another device begins, and with it the largest elements.
+            self.cut()
+            self.start = self.offset = self.offset + padding
         at_once = max(1, min(RUN_LEAVES, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]

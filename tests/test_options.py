@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.distributed.checkpoint._experimental.staging import CheckpointStagerConfig
+from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingOptions
+
+from aiostage import AcceleratorUnavailableError, AsyncStager, StagingOptions
+from aiostage.testing import SimulatedAccelerator
+
+
+def test_defaults_are_whatever_the_machine_can_do() -> None:
+    options = StagingOptions()
+    assert (options.use_pinned_memory, options.use_non_blocking_copy) == (None, None)
+    assert (options.use_async_staging, options.use_shared_memory, options.detect_torn) == (True, False, True)
+    assert options.max_loop_hold == 0.001
+    AsyncStager(options)
+
+
+def test_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StagingOptions().max_loop_hold = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        StagingOptions(True)  # type: ignore[misc]
+    assert StagingOptions() == StagingOptions()
+    assert hash(StagingOptions()) == hash(StagingOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"use_shared_memory": None}, TypeError, "use_shared_memory must be bool, not None"),
+        ({"use_async_staging": 1}, TypeError, "use_async_staging must be bool, not 1"),
+        ({"low_priority_copies": "no"}, TypeError, "low_priority_copies must be bool, not 'no'"),
+        ({"detect_torn": 0}, TypeError, "detect_torn must be bool, not 0"),
+        ({"use_pinned_memory": 1}, TypeError, "use_pinned_memory must be bool, not 1"),
+        ({"use_non_blocking_copy": "yes"}, TypeError, "use_non_blocking_copy must be bool, not 'yes'"),
+        ({"max_loop_hold": "1"}, TypeError, "max_loop_hold must be a number of seconds, not '1'"),
+        ({"max_loop_hold": True}, TypeError, "max_loop_hold must be a number of seconds, not True"),
+        ({"max_loop_hold": 0}, ValueError, "above 0 seconds .*, not 0"),
+        ({"max_loop_hold": -1.0}, ValueError, "above 0 seconds .*, not -1.0"),
+        ({"max_loop_hold": math.nan}, ValueError, "above 0 seconds .*, not nan"),
+        ({"max_host_bytes": 0}, ValueError, "max_host_bytes must be above 0 .*, not 0"),
+        ({"max_host_bytes": -5}, ValueError, "max_host_bytes must be above 0 .*, not -5"),
+        (
+            {"max_host_bytes": 1e9},
+            TypeError,
+            "max_host_bytes must be a whole number of bytes .*, not 1000000000.0",
+        ),
+        ({"max_host_bytes": True}, TypeError, "max_host_bytes must be a whole number of bytes or None, not True"),
+        ({"max_bytes_in_flight": 0}, ValueError, "max_bytes_in_flight must be above 0 .*, not 0"),
+        ({"max_bytes_in_flight": "1"}, TypeError, "max_bytes_in_flight must be a whole number of bytes or None"),
+        ({"dtype": torch.int8}, ValueError, "floating-point dtype, not torch.int8"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype, a function .*, not 'bfloat16'"),
+        ({"passthrough": ["model"]}, TypeError, r"passthrough must be a function .*, not \['model'\]"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_with_its_value(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        StagingOptions(**changes)
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1, math.inf])
+def test_any_time_above_nothing(seconds: float) -> None:
+    assert StagingOptions(max_loop_hold=seconds).max_loop_hold == seconds
+
+
+class TestFromTorch:
+    @pytest.mark.parametrize("make", [TorchStagingOptions, CheckpointStagerConfig])
+    def test_takes_all_four(self, make: type) -> None:
+        ours = StagingOptions.from_torch(
+            make(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+        )
+        assert ours == StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+
+    def test_changes_come_on_top(self) -> None:
+        theirs = TorchStagingOptions(True, True, True, True)
+        ours = StagingOptions.from_torch(theirs, use_pinned_memory=None, max_host_bytes=2**30)
+        assert (ours.use_pinned_memory, ours.use_shared_memory, ours.max_host_bytes) == (None, True, 2**30)
+
+    def test_something_else_is_refused_with_what_it_lacks(self) -> None:
+        with pytest.raises(TypeError, match="dict has no use_pinned_memory, use_shared_memory"):
+            StagingOptions.from_torch({})
+        with pytest.raises(TypeError, match="unexpected keyword argument 'pinned'"):
+            StagingOptions.from_torch(TorchStagingOptions(False, False, False, False), pinned=True)
+
+
+@pytest.mark.parametrize("name", ["use_pinned_memory", "use_non_blocking_copy"])
+def test_what_cannot_be_met_is_refused_when_the_stager_is_built(name: str) -> None:
+    with SimulatedAccelerator() as accelerator:
+        AsyncStager(StagingOptions(**{name: True}), backend=accelerator)
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    with pytest.raises(AcceleratorUnavailableError, match=rf"{name}=True cannot be met: .+\. Set {name}=None"):
+        AsyncStager(StagingOptions(**{name: True}))
