@@ -203,7 +203,8 @@ async def test_errors_and_cancellations_are_told() -> None:
             # Left without a word.
             async with stager.snapshot(live):
                 pass
-            task = asyncio.create_task(stager.stage(live))
+            # Large enough that it cannot be done by then.
+            task = asyncio.create_task(stager.stage({"large": torch.zeros(64 << 20)}))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
