@@ -23,7 +23,7 @@ ACCESS_KEY = "k"
 SECRET_KEY = "s"
 
 _READY_SECONDS = 20.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 3.0
 _GRPC = 10_000
 """Each of the server's ports is joined by another one so much higher."""
 
