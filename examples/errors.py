@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import torch
+from obstore.store import S3Store
 
 import aiostage
 from aiostage import AsyncStager, StagingOptions
@@ -71,6 +72,18 @@ async def corrupt(folder: Path) -> None:
     await aiostage.load(folder / "checkpoint")
 
 
+async def unreachable(folder: Path) -> None:
+    nobody = "http://127.0.0.1:9"
+    store = S3Store(
+        "bucket",
+        endpoint=nobody,
+        skip_signature=True,
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
+    await aiostage.load((store, "checkpoint"))
+
+
 PROVOKED: dict[type[aiostage.StagingError], Callable[[Path], Awaitable[None]]] = {
     aiostage.StagerClosedError: closed,
     aiostage.TornSnapshotError: torn,
@@ -81,6 +94,7 @@ PROVOKED: dict[type[aiostage.StagingError], Callable[[Path], Awaitable[None]]] =
     aiostage.CheckpointNotFoundError: not_found,
     aiostage.CheckpointMismatchError: mismatch,
     aiostage.CheckpointCorruptError: corrupt,
+    aiostage.StorageError: unreachable,
 }
 
 
@@ -92,7 +106,8 @@ async def main() -> None:
             except kind as error:
                 family = "a CheckpointError, " if isinstance(error, aiostage.CheckpointError) else ""
                 standard = next(base.__name__ for base in kind.__mro__ if base.__module__ == "builtins")
-                print(f"{kind.__name__}, {family}a {standard}\n    {str(error).replace(name, '.')}\n")
+                article = "an" if standard[0] in "AEIOU" else "a"
+                print(f"{kind.__name__}, {family}{article} {standard}\n    {str(error).replace(name, '.')}\n")
             else:
                 raise AssertionError(f"{kind.__name__} was not raised")
 

@@ -95,6 +95,12 @@ def test_the_reference_has_every_public_name(module: Any) -> None:
         assert not missing, f"the section of {name} in docs/reference.md does not say what {missing} are"
 
 
+@pytest.mark.parametrize("name", aiostage.__all__)
+def test_an_example_uses_every_public_name(name: str) -> None:
+    used = re.compile(rf"\b{name}\b")
+    assert any(used.search(example.read_text()) for example in (ROOT / "examples").rglob("*.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

@@ -8,6 +8,8 @@ from typing import Any, assert_type
 import torch
 
 import aiostage
+import aiostage.testing
+from aiostage.abc import Storage
 
 
 class Mine(aiostage.CheckpointStager):
@@ -52,3 +54,37 @@ async def main(model: torch.nn.Module) -> None:
         await mine.stage(state)
     fence: aiostage.SupportsQuery = Fence()
     assert_type(fence.query(), bool)
+    await aiostage.wait_event(fence)
+    await aiostage.load("checkpoint", into=state, verify=False)
+    theirs = aiostage.StagingOptions.from_torch(object(), max_loop_hold=0.002)
+    assert_type(theirs, aiostage.StagingOptions)
+
+
+def told(error: aiostage.StagingError) -> tuple[str, ...]:
+    if isinstance(error, aiostage.TornSnapshotError):
+        return error.paths
+    if isinstance(error, aiostage.CheckpointMismatchError):
+        return error.missing + error.unexpected + error.mismatched
+    assert_type(error.path, str | None)
+    assert_type(error.remedy, str | None)
+    return (error.reason,)
+
+
+class TestMine(aiostage.testing.StagerSuite):
+    def make_stager(self) -> aiostage.CheckpointStager:
+        return Mine()
+
+
+class TestStorage(aiostage.testing.StorageSuite):
+    def make_storage(self) -> Storage:
+        raise NotImplementedError
+
+
+async def watch(stager: aiostage.AsyncStager) -> None:
+    with aiostage.testing.LoopProbe(threshold=0.05, inside=lambda file: "mine" in file) as probe:
+        await stager.stage([1])
+    assert_type(probe.holds, list[aiostage.testing.LoopHold])
+    leaks = aiostage.testing.LeakProbe(stager)
+    assert_type(leaks.leftovers(), aiostage.testing.Leftovers)
+    async for number in aiostage.testing.at_every_await(lambda: stager.aclose()):
+        assert_type(number, int)

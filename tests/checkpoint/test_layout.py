@@ -1,0 +1,127 @@
+"""Which tensor goes into which file and where, and which leaves share memory: by themselves, without a disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiostage.checkpoint.blocks import FileTensor, groups
+from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, index_content, tensor_files
+
+
+def exhaust(work: Generator[None, None, Any]) -> Any:
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value
+
+
+def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:
+    memory = torch.zeros(nbytes, dtype=torch.uint8)
+    return FileTensor(name, "U8", (nbytes,), nbytes, element_bytes, memory, memory)
+
+
+def files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[TensorFile]:
+    return exhaust(tensor_files(tensors, max_shard_bytes))  # type: ignore[no-any-return]
+
+
+def header(file: TensorFile) -> dict[str, Any]:
+    raw = bytes(file.contents[0].numpy())  # type: ignore[union-attr]
+    assert int.from_bytes(raw[:8], "little") == len(raw) - 8
+    return json.loads(raw[8:])  # type: ignore[no-any-return]
+
+
+def names(found: Sequence[TensorFile]) -> list[list[str]]:
+    return [[tensor.name for tensor in file.tensors] for file in found]
+
+
+def test_one_file_is_called_as_other_programs_expect() -> None:
+    (file,) = files([file_tensor("a", 10), file_tensor("b", 20)], 30)
+    assert file.name == SINGLE_NAME
+
+
+def test_no_tensors_are_one_file_without_tensors() -> None:
+    (file,) = files([], 100)
+    assert file.name == SINGLE_NAME
+    assert set(header(file)) <= {"__metadata__"}
+
+
+def test_shards_are_filled_in_the_order_of_the_tree() -> None:
+    found = files([file_tensor(name, 40) for name in "abcde"], 100)
+    assert [file.name for file in found] == [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert names(found) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_tensor_that_is_too_large_has_a_file_of_its_own() -> None:
+    found = files([file_tensor("a", 10), file_tensor("large", 500), file_tensor("b", 10)], 100)
+    assert names(found) == [["a"], ["large"], ["b"]]
+
+
+def test_larger_elements_come_first_so_that_all_are_aligned() -> None:
+    tensors = [file_tensor("a", 3, 1), file_tensor("b", 16, 8), file_tensor("c", 6, 2), file_tensor("d", 8, 8)]
+    (file,) = files(tensors, 1000)
+    assert names([file]) == [["b", "d", "c", "a"]]
+    entries = {name: entry for name, entry in header(file).items() if name != "__metadata__"}
+    position = 0
+    for tensor in file.tensors:
+        start, stop = entries[tensor.name]["data_offsets"]
+        assert (start, stop - start) == (position, tensor.nbytes)
+        assert start % tensor.element_bytes == 0
+        position = stop
+
+
+def test_neighbours_in_memory_become_one_piece() -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    address = memory.data_ptr()
+    tensors = [FileTensor(f"t{n}", "U8", (1024,), 1024, 1, address + 1024 * n, memory) for n in range(1024)]
+    (file,) = files(tensors, 1 << 30)
+    assert len(file.contents) == 2
+    apart = [FileTensor(f"t{n}", "U8", (1024,), 1024, 1, address + 2048 * n, memory) for n in range(4)]
+    (file,) = files(apart, 1 << 30)
+    assert len(file.contents) == 5
+
+
+def test_the_index_says_which_tensor_is_where() -> None:
+    found = files([file_tensor(name, 40) for name in ("a", "b", 'with "quotes"')], 50)
+    (content,) = exhaust(index_content(found))
+    index = json.loads(bytes(content.numpy()))
+    assert index["metadata"]["total_size"] == 120
+    assert index["weight_map"] == {tensor.name: file.name for file in found for tensor in file.tensors}
+
+
+def test_many_tensors_are_distributed_in_small_steps() -> None:
+    assert sum(1 for _ in tensor_files([file_tensor(str(n), 1) for n in range(5000)], 1000)) >= 10
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=20))
+def test_leaves_that_overlap_are_grouped_and_no_others(spans: list[tuple[int, int]]) -> None:
+    starts = [0 if not size else 1 + start for start, size in spans]
+    stops = [start + size for start, (_, size) in zip(starts, spans, strict=True)]
+    parent = list(range(len(spans)))
+
+    def root(index: int) -> int:
+        return index if parent[index] == index else root(parent[index])
+
+    for one in range(len(spans)):
+        for other in range(one):
+            if max(starts[one], starts[other]) < min(stops[one], stops[other]):
+                parent[root(one)] = root(other)
+    together: dict[int, set[int]] = {}
+    for index in range(len(spans)):
+        together.setdefault(root(index), set()).add(index)
+    expected = {frozenset(members) for members in together.values() if len(members) > 1}
+    found = groups(starts, stops) if spans else []
+    assert {frozenset(members) for members in found} == expected
+    assert sum(map(len, found)) == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_leaves(count: int) -> None:
+    assert groups([4096] * count, [5000] * count) == []
