@@ -1,7 +1,33 @@
 """Where checkpoints lie: the protocol, and the storages that come with it."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from aiostage.abc import Buffer, Draft, Reader, Storage
 from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import locate, storage_at
 
-__all__ = ["Buffer", "Draft", "LocalStorage", "Reader", "Storage", "locate", "storage_at"]
+if TYPE_CHECKING:
+    from aiostage.storage.objects import ObjectStorage
+    from aiostage.storage.remote_files import FsspecStorage
+
+__all__ = [
+    "Buffer",
+    "Draft",
+    "FsspecStorage",
+    "LocalStorage",
+    "ObjectStorage",
+    "Reader",
+    "Storage",
+    "locate",
+    "storage_at",
+]
+
+_NEEDS_AN_EXTRA = {"FsspecStorage": "remote_files", "ObjectStorage": "objects"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs a package that need not be installed, once it is asked for."""
+    if name not in _NEEDS_AN_EXTRA:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_NEEDS_AN_EXTRA[name]}"), name)

@@ -1,0 +1,242 @@
+"""Checkpoints wherever fsspec reaches: its file systems block, so they run in worker threads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import fsspec
+import numpy as np
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
+from aiostage.storage.bucket import Bucket, Entry, Found, Version
+from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
+
+__all__ = ["FsspecStorage"]
+
+_THREADS = 8
+"""As many requests at once; each thread of a remote file system only waits."""
+
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call the time of the last change."""
+
+T = TypeVar("T")
+
+
+class FsspecStorage(RemoteStorage):
+    """Checkpoints in a file system of fsspec.
+
+    Slower than :class:`~aiostage.storage.ObjectStorage` and :class:`~aiostage.storage.LocalStorage`, because every
+    file system copies what it is given, and only as atomic as the file system is: that of two writers one wins holds
+    where it can write a file only if there is none (``mode="create"``), as it can for S3, Google Cloud Storage and
+    local files. With others, two writers that commit in the same moment may both be told that they have won, and the
+    later one has.
+
+    A call that a cancelled task is waiting for goes on to its end before the task is cancelled.
+
+    Args:
+        filesystem: One of fsspec's, or what follows its interface.
+        root: Path below which everything is.
+        lease_seconds: See :class:`~aiostage.storage.ObjectStorage`. Where the file system does not tell when a file was
+            changed, :meth:`sweep` removes nothing.
+    """
+
+    def __init__(self, filesystem: Any, root: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        location = str(filesystem.unstrip_protocol(root)).rstrip("/")
+        bucket = _FsspecBucket(lambda: (filesystem, filesystem._strip_protocol(root)), location)
+        super().__init__(bucket, lease_seconds=lease_seconds)
+
+    @classmethod
+    def from_url(cls, url: str, *, lease_seconds: float = DEFAULT_LEASE_SECONDS, **options: Any) -> FsspecStorage:
+        """Return the storage that a URL names.
+
+        Args:
+            url: As fsspec takes them, chains such as ``"simplecache::gs://bucket/prefix"`` included; it may begin with
+                ``"fsspec+"``.
+            lease_seconds: See the class.
+            options: For the file system, as ``fsspec.core.url_to_fs`` takes them.
+
+        Returns:
+            The storage. The file system is made when it is first needed.
+        """
+        plain = url.removeprefix("fsspec+")
+        storage = cls.__new__(cls)
+        bucket = _FsspecBucket(partial(fsspec.core.url_to_fs, plain, **options), plain.rstrip("/"))
+        RemoteStorage.__init__(storage, bucket, lease_seconds=lease_seconds)
+        return storage
+
+
+class _FsspecBucket(Bucket):
+    """A file system of fsspec."""
+
+    def __init__(self, make: Callable[[], tuple[Any, str]], location: str) -> None:
+        self._make = make
+        self._location = location
+        self._made: tuple[Any, str] | None = None
+        self._workers = Workers(_THREADS, "aiostage-fsspec")
+
+    @property
+    def location(self) -> str:
+        return self._location
+
+    async def get(self, path: str, *, at_most: int) -> Found:
+        data = await self._run(path, lambda fs, full: fs.cat_file(full, start=0, end=at_most + 1))
+        if len(data) > at_most:
+            raise CheckpointCorruptError(f"it is longer than {at_most} bytes.", path=f"{self._location}/{path}")
+        return Found(bytes(data), Version(None))
+
+    async def size(self, path: str) -> int:
+        return await self._run(path, _size)
+
+    async def read(self, path: str, offset: int, into: Buffer) -> int:
+        def fill(fs: Any, full: str) -> int:
+            if offset >= _size(fs, full):
+                return 0
+            source = np.frombuffer(fs.cat_file(full, start=offset, end=offset + into.nbytes), np.uint8)
+            np.copyto(np.frombuffer(into, np.uint8)[: source.size], source)
+            return int(source.size)
+
+        return await self._run(path, fill)
+
+    async def put(self, path: str, data: Buffer) -> None:
+        await self._run(path, partial(_put, data=bytes(data)))
+
+    async def create(self, path: str, data: Buffer) -> None:
+        await self._run(path, partial(_create, data=bytes(data)))
+
+    async def replace(self, path: str, data: Buffer, seen: Version) -> None:
+        # No file system of fsspec compares what it replaces. Of several writers, the last one wins.
+        await self.put(path, data)
+
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        # Kept in a list, because a task that is cancelled meanwhile loses what a call returns.
+        opened: list[Any] = []
+        sent = 0
+        try:
+            await self._run(path, lambda fs, full: opened.append(_open(fs, full)))
+            async for part in parts:
+                sent += part.nbytes
+                if sent > nbytes:
+                    break
+                await self._run(path, partial(_write, opened[0], part))
+                # Nothing may refer to the part while the next one is waited for.
+                del part
+            if sent != nbytes:
+                raise CheckpointError(
+                    f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
+                )
+            await self._run(path, lambda _, __: opened[0].close())
+        except BaseException as error:
+            # A coroutine that is being closed may not wait.
+            if opened and not isinstance(error, GeneratorExit):
+                await finish(lambda: self._workers.run(partial(_give_up, opened[0])))
+            raise
+
+    async def list(self, prefix: str) -> Sequence[Entry]:
+        def find(fs: Any, full: str) -> list[Entry]:
+            _, root = self._filesystem()
+            start = len(root.rstrip("/")) + 1
+            return [Entry(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
+
+        try:
+            return await self._run(prefix, find)
+        except FileNotFoundError:
+            return []
+
+    async def delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                await self._run(path, lambda fs, full: fs.rm_file(full))
+
+    def touch(self, path: str, data: bytes) -> None:
+        fs, root = self._filesystem()
+        with self._translated(path):
+            fs.pipe_file(f"{root.rstrip('/')}/{path}", data)
+
+    async def _run(self, path: str, call: Callable[[Any, str], T]) -> T:
+        """Run a call with the file system and a full path in a worker thread."""
+
+        def step() -> T:
+            with self._translated(path):
+                fs, root = self._filesystem()
+                # What others have changed is not in a listing that was kept.
+                fs.invalidate_cache()
+                return call(fs, f"{root.rstrip('/')}/{path}" if path else root)
+
+        return await self._workers.run(step)
+
+    def _filesystem(self) -> tuple[Any, str]:
+        """Return the file system and the path of the root in it. May block."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        """Turn whatever a file system raises into the errors of a bucket."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError, CheckpointError):
+            raise
+        except Exception as error:
+            raise StorageError(
+                f"{type(error).__name__}: {error}", path=f"{self._location}/{path}" if path else self._location
+            ) from error
+
+
+def _size(fs: Any, full: str) -> int:
+    info = fs.info(full)
+    if info["type"] != "file":
+        raise FileNotFoundError(full)
+    return int(info["size"])
+
+
+def _put(fs: Any, full: str, data: bytes) -> None:
+    fs.makedirs(fs._parent(full), exist_ok=True)
+    fs.pipe_file(full, data)
+
+
+def _create(fs: Any, full: str, data: bytes) -> None:
+    # Looked for first, because there are file systems that do not know the mode and ignore it.
+    if fs.exists(full):
+        raise FileExistsError(full)
+    fs.makedirs(fs._parent(full), exist_ok=True)
+    fs.pipe_file(full, data, mode="create")
+
+
+def _open(fs: Any, full: str) -> Any:
+    fs.makedirs(fs._parent(full), exist_ok=True)
+    return fs.open(full, "wb")
+
+
+def _write(file: Any, part: Buffer, fs: Any, full: str) -> None:
+    while part:
+        # Some take all of it and return nothing, others say how much they took.
+        part = part[file.write(part) or part.nbytes :]
+
+
+def _give_up(file: Any) -> None:
+    """Close a file that is not to be. What there is of it lies where nobody looks, and goes with its folder."""
+    with suppress(Exception):
+        file.discard()
+    with suppress(Exception):
+        file.close()
+
+
+def _modified(info: Mapping[str, Any]) -> datetime | None:
+    """Return when a file was changed, however its file system says so."""
+    value = next((info[key] for key in _TIMES if info.get(key) is not None), None)
+    if isinstance(value, (int, float)):
+        return datetime.fromtimestamp(value, UTC)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        return None
+    return value if value.tzinfo is not None else value.replace(tzinfo=UTC)

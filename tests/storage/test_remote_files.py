@@ -1,0 +1,167 @@
+"""Checkpoints in file systems of fsspec: local files and memory, on all event loops."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from aiostage import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
+from aiostage.storage import FsspecStorage, locate
+from aiostage.storage import sweep as module
+from aiostage.storage.remote_files import _modified
+from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> FsspecStorage:
+    if request.param == "local":
+        return FsspecStorage(LocalFileSystem(), str(tmp_path / "runs"))
+    return FsspecStorage(MemoryFileSystem(), f"/{secrets.token_hex(4)}")
+
+
+def files(storage: Any) -> list[str]:
+    fs, root = storage._bucket._filesystem()
+    return sorted(path.removeprefix(root) for path in fs.find(root)) if fs.exists(root) else []
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 3 * PART + 5])
+async def test_what_is_written_is_read(storage: FsspecStorage, nbytes: int) -> None:
+    data = some_bytes(nbytes)
+    assert await storage.list() == []
+    await save(storage, "a/b", data)
+    assert await storage.list() == ["a/b"]
+    assert await content(storage, "a/b") == (bytes(data[:100]), bytes(data))
+    with pytest.raises(CheckpointExistsError):
+        await storage.open("a/b")
+    await save(storage, "a/b", some_bytes(10), overwrite=True)
+    assert (await content(storage, "a/b"))[1] == bytes(some_bytes(10))
+    assert len(files(storage)) == 4
+    await storage.delete("a/b")
+    assert files(storage) == []
+    with pytest.raises(CheckpointNotFoundError):
+        await storage.read("a/b")
+
+
+async def test_of_two_writers_one_wins(storage: FsspecStorage) -> None:
+    won: list[bytes] = []
+
+    async def writer(seed: int) -> None:
+        data = some_bytes(1000, seed)
+        draft = await storage.open("a")
+        await write(draft, "data", data)
+        await anyio.lowlevel.checkpoint()
+        try:
+            await draft.commit(data[:100])
+            won.append(bytes(data))
+        except CheckpointExistsError:
+            await draft.abort()
+
+    draft = await storage.open("a")
+    async with anyio.create_task_group() as group:
+        for seed in range(3):
+            group.start_soon(writer, seed)
+    with pytest.raises(CheckpointExistsError):
+        await draft.commit(memoryview(b"{}"))
+    await draft.abort()
+    if isinstance(storage._bucket._filesystem()[0], LocalFileSystem):  # type: ignore[attr-defined]
+        assert len(won) == 1
+        assert (await content(storage, "a"))[1] == won[0]
+        assert len(files(storage)) == 4
+
+
+@pytest.mark.parametrize("steps", range(24))
+async def test_cancelled_at_any_await(storage: FsspecStorage, steps: int) -> None:
+    data = some_bytes(2 * 4096)
+
+    async def whole() -> None:
+        draft = await storage.open("a")
+        try:
+            await write(draft, "data", data, 4096)
+            await draft.commit(data[:100])
+        except BaseException:
+            await draft.abort()
+            raise
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(whole)
+        for _ in range(steps):
+            await anyio.sleep(0.0005)
+        group.cancel_scope.cancel()
+    if await storage.list():
+        assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
+    else:
+        assert files(storage) == []
+
+
+async def test_parts_that_fail(storage: FsspecStorage) -> None:
+    async def failing() -> AsyncIterator[memoryview]:
+        yield some_bytes(4096)
+        raise OSError("no more")
+
+    draft = await storage.open("a")
+    with pytest.raises(OSError, match=r"^no more$"):
+        await draft.write("data", 8192, failing())
+    with pytest.raises(CheckpointError, match="was to be 5 bytes long"):
+        await draft.write("other", 5, parts_of(some_bytes(4)))
+    await draft.abort()
+    assert files(storage) == []
+
+
+async def test_debris_goes_once_its_lease_is_over(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    await save(storage, "a", some_bytes(10))
+    await write(await storage.open("b"), "data", some_bytes(10))
+    await storage.sweep()
+    assert len(files(storage)) == 6
+    now = module._now
+
+    async def then(bucket: Any) -> datetime:
+        return await now(bucket) + timedelta(seconds=3605)
+
+    monkeypatch.setattr(module, "_now", then)
+    await storage.sweep()
+    assert len(files(storage)) == 4
+    assert await storage.list() == ["a"]
+
+
+async def test_where_nobody_may_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    storage = FsspecStorage(LocalFileSystem(), str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=f"file://{tmp_path}/file/a/"):
+        await storage.open("a")
+
+
+async def test_urls(tmp_path: Path) -> None:
+    storage, name = locate(f"fsspec+file://{tmp_path}/runs/7")
+    assert (repr(storage), name) == (f"FsspecStorage('file://{tmp_path}/runs')", "7")
+    await save(storage, name, some_bytes(10))
+    assert os.listdir(tmp_path / "runs/7")
+    storage, _ = locate("nonsense://host/a")
+    with pytest.raises(StorageError, match="nonsense://host: ValueError: Protocol not known: nonsense"):
+        await storage.list()
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"mtime": 86400.0}, datetime(1970, 1, 2, tzinfo=UTC)),
+        ({"LastModified": datetime(1970, 1, 2, tzinfo=UTC)}, datetime(1970, 1, 2, tzinfo=UTC)),
+        ({"updated": "1970-01-02T00:00:00Z"}, datetime(1970, 1, 2, tzinfo=UTC)),
+        ({"created": datetime(1970, 1, 2)}, datetime(1970, 1, 2, tzinfo=UTC)),
+        ({"updated": "yesterday"}, None),
+        ({}, None),
+    ],
+)
+async def test_times(info: dict[str, Any], expected: datetime | None) -> None:
+    assert _modified(info) == expected
