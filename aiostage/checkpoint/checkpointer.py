@@ -17,12 +17,14 @@ from anyio.abc import TaskGroup
 
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.preemption import set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.retention import name_of, step_of, surplus
+from aiostage.checkpoint.retention import name_of, surplus
 from aiostage.checkpoint.saving import Saving
+from aiostage.checkpoint.shelf import Shelf
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.stager import AsyncStager
 from aiostage.storage.locate import Root, storage_at
@@ -43,7 +45,6 @@ class _Block:
         stager: Takes the copies.
         group: Owns the saves.
         slots: As many as saves may be under way.
-        removing: Held while old checkpoints are removed.
         exit: Ends all that was begun by entering.
         is_open: Whether saves are taken.
     """
@@ -51,7 +52,6 @@ class _Block:
     stager: CheckpointStager
     group: TaskGroup
     slots: anyio.Semaphore
-    removing: anyio.Lock
     exit: AsyncExitStack
     is_open: bool = True
 
@@ -72,6 +72,8 @@ class Checkpointer:
         keep_also: Says of a step whether its checkpoint is kept whatever its age.
         max_in_flight: How many saves may be under way at once. Each holds its staged copy; one more waits for its turn
             before it copies anything.
+        incremental: Write only what has changed since the last checkpoint, in blocks of 1 MiB, and refer to where the
+            rest lies. A checkpoint that others refer to keeps its files when it is removed, until none does.
         progress: As for :func:`save`, for every save.
         save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
 
@@ -88,6 +90,7 @@ class Checkpointer:
         keep: int | None = None,
         keep_also: Callable[[int], bool] | None = None,
         max_in_flight: int = 1,
+        incremental: bool = False,
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
@@ -99,6 +102,9 @@ class Checkpointer:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
         self._storage = storage_at(target)
         self._stager = stager
+        self._shelf = Shelf(self._storage, marking=incremental)
+        self._removing = anyio.Lock()
+        self._chain = Chain(self._storage, self._shelf, self._removing) if incremental else None
         self._keep = keep
         self._keep_also = keep_also
         self._progress = progress
@@ -158,6 +164,7 @@ class Checkpointer:
             stager=self._entered().stager,
             storage=self._storage,
             progress=self._progress,
+            chain=self._chain,
         )
         return self._begin(saving)
 
@@ -167,7 +174,7 @@ class Checkpointer:
         Raises:
             OSError: If the storage refuses.
         """
-        return sorted(step for name in await self._storage.list() if (step := step_of(name)) is not None)
+        return await self._shelf.steps()
 
     async def latest(self) -> int | None:
         """Return the highest step that there is a checkpoint of, or None if there is none.
@@ -196,7 +203,14 @@ class Checkpointer:
         May be cancelled: either nothing of ``into`` has been changed then, or everything.
         """
         if step is not None:
-            return await load((self._storage, name_of(step)), into=into)
+            name = name_of(operator.index(step))
+            if not await self._shelf.has(name):
+                raise CheckpointNotFoundError(
+                    "there is no such checkpoint.",
+                    path=f"{name} in {self._storage!r}",
+                    remedy="steps() has all of them.",
+                )
+            return await load((self._storage, name), into=into)
         for _ in range(_ATTEMPTS):
             latest = await self.latest()
             if latest is None:
@@ -213,11 +227,13 @@ class Checkpointer:
         To go back in a run, remove the later ones first: the latest is what a restart begins with.
 
         Raises:
+            CheckpointCorruptError: If one that stays is damaged and may refer to it.
             OSError: If the storage refuses.
 
         When cancelled, it is there as a whole, or can no longer be found.
         """
-        await self._storage.delete(name_of(operator.index(step)))
+        async with self._removing:
+            await self._shelf.remove([operator.index(step)])
 
     async def __aenter__(self) -> Checkpointer:
         """Remove what writers that died have left behind, and begin to listen for signals.
@@ -232,13 +248,15 @@ class Checkpointer:
         if self._block is not None:
             raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
         await self._storage.sweep()
+        async with self._removing:
+            await self._shelf.remove()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
             stager = self._stager
             if stager is None:
                 stager = await stack.enter_async_context(AsyncStager())
             group = await stack.enter_async_context(anyio.create_task_group())
-            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), anyio.Lock(), stack.pop_all())
+            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), stack.pop_all())
         return self
 
     async def __aexit__(
@@ -319,20 +337,21 @@ class Checkpointer:
         try:
             if await saving.run():
                 self._newest = max(self._newest, (saving.number, saving.handle.step))
-                await self._remove_surplus(block)
+                await self._remove_surplus()
             elif saving.is_captured:
                 self._failed.append(saving.handle)
         finally:
             self._savings.remove(saving)
             block.slots.release()
 
-    async def _remove_surplus(self, block: _Block) -> None:
+    async def _remove_surplus(self) -> None:
         """Remove old checkpoints. Where that fails the new one is none the worse: it is tried again after the next."""
         try:
-            async with block.removing:
+            async with self._removing:
                 steps = await self.steps() if self._keep is not None else []
-                for step in surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1]):
-                    await self._storage.delete(name_of(step))
+                old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])
+                in_use = self._chain.in_use if self._chain is not None else ()
+                await self._shelf.remove(step for step in old if name_of(step) not in in_use)
         except Exception as error:
             _log.warning("old checkpoints could not be removed: %r", error)
             self._not_removed = without_locals(error)

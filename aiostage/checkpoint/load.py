@@ -14,6 +14,7 @@ from aiostage.abc import Storage
 from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader
+from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
 from aiostage.observe import span
@@ -103,7 +104,7 @@ async def _load(
 ) -> Any:
     """Load a tree; again if the checkpoint was replaced, and so removed, while it was read."""
     for _ in range(_ATTEMPTS):
-        reader = await storage.read(name)
+        reader = ResolvingReader(storage, name, await storage.read(name))
         try:
             return await CheckpointReader(reader, name, workers, slices, verify=verify, progress=report).tree()
         except CheckpointNotFoundError:

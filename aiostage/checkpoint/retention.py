@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["name_of", "step_of", "surplus"]
+__all__ = ["mark_of", "name_of", "removed_of", "step_of", "surplus"]
 
 _NAME = re.compile(r"step-(\d{8,})")
+_MARK = ".removed"
 
 
 def name_of(step: int) -> str:
     """Return the name of a step's checkpoint; names sort as their steps do up to 99,999,999."""
     return f"step-{step:08}"
+
+
+def mark_of(name: str) -> str:
+    """Return what lies beside a checkpoint that was removed and of which others still need parts."""
+    return name + _MARK
+
+
+def removed_of(name: str) -> str | None:
+    """Return the checkpoint that a mark lies beside, or None if it is no mark."""
+    marked = name.removesuffix(_MARK)
+    return marked if marked != name and step_of(marked) is not None else None
 
 
 def step_of(name: str) -> int | None:

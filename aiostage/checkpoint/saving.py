@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +14,7 @@ import anyio
 from aiostage._loop.cleanup import without_locals
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Storage
+from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of
@@ -19,6 +22,7 @@ from aiostage.checkpoint.save import CheckpointInfo, save, write_checkpoint
 from aiostage.errors import CheckpointError
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
+from aiostage.storage.locate import Target
 
 __all__ = ["Saving"]
 
@@ -34,7 +38,8 @@ class Saving:
         state_dict: What to save.
         stager: Takes the copy.
         storage: Where to.
-        progress: Called on the event loop as parts are written.
+        progress: As for :func:`save`.
+        chain: Writes what has changed only; None: all is written.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Saving:
         stager: CheckpointStager,
         storage: Storage,
         progress: ProgressOption[SaveProgress],
+        chain: Chain | None,
     ) -> None:
         self.number = number
         self.handle = SaveHandle(step)
@@ -58,6 +64,7 @@ class Saving:
         self._abandoned = False
         self._target = (storage, name_of(step))
         self._progress = progress
+        self._chain = chain
         self._source: Any = stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
     async def captured(self) -> bool:
@@ -113,7 +120,7 @@ class Saving:
         else:
             staged = await self._source
             self._mark_captured()
-            info = await write_checkpoint(staged, self._target, progress=self._progress)
+            info = await self._send(partial(write_checkpoint, staged, progress=self._progress))
         committed = perf_counter() - self._began
         return replace(
             info, captured=committed if self._captured_after is None else self._captured_after, committed=committed
@@ -124,7 +131,7 @@ class Saving:
         written: list[CheckpointInfo] = []
 
         async def write() -> None:
-            written.append(await save(snapshot, self._target, progress=self._progress))
+            written.append(await self._send(partial(save, snapshot, progress=self._progress)))
 
         async def notice() -> None:
             await snapshot.captured()
@@ -132,6 +139,9 @@ class Saving:
 
         await together(write, notice)
         return written[0]
+
+    async def _send(self, write: Callable[[Target], Awaitable[CheckpointInfo]]) -> CheckpointInfo:
+        return await (write(self._target) if self._chain is None else self._chain.write(self._target[1], write))
 
     def _mark_captured(self) -> None:
         if not self.is_captured:

@@ -1,7 +1,8 @@
 """The manifest: one JSON document of short lines, so that it is written and read a line at a time.
 
 Its lines are, in this order: what it is, one line for each file, one for each node of the tree, and the digest of
-everything before it. To a JSON parser it is an ordinary object; nothing in it is nested deeper than a few levels,
+everything before it. In that of a checkpoint whose bytes lie in pieces, version 2, one line for each file comes before
+them, which says where. To a JSON parser it is an ordinary object; nothing in it is nested deeper than a few levels,
 however deep the tree is.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +19,31 @@ import xxhash
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.storage.files import DIRECT_ALIGNMENT
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
+from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, PlacedFile, Placement
 
-__all__ = ["FORMAT_VERSION", "MAX_MANIFEST_BYTES", "FileRecord", "Manifest", "read_manifest", "write_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_MANIFEST_BYTES",
+    "PLACED_VERSION",
+    "FileRecord",
+    "Manifest",
+    "read_manifest",
+    "read_placement",
+    "with_placement",
+    "write_manifest",
+]
 
 FORMAT = "aiostage"
 FORMAT_VERSION = 1
+PLACED_VERSION = 2
+"""Of checkpoints whose files lie in pieces. Others stay readable for those who know version 1 only."""
 
 MAX_MANIFEST_BYTES = 256 << 20
 """Larger ones are neither written nor read, so that a hostile one costs a bounded amount of memory. About three
 million tensors fit."""
 
 _CHUNK = 64
+_PLACES = b'"places":['
 _FILES = b'"files":['
 _NODES = b'],"nodes":['
 _DIGEST_BYTES = 16
@@ -140,35 +156,126 @@ def read_manifest(text: bytes, *, path: str) -> Generator[None, None, Manifest]:
     Raises:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
-    try:
+    with _damage(path):
         manifest = yield from _read(text, path)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, CheckpointCorruptError):
-            raise
-        raise CheckpointCorruptError(f"it is not a manifest of aiostage: {error!r}.", path=path) from error
     return manifest
 
 
-def _read(text: bytes, path: str) -> Generator[None, None, Manifest]:
-    lines = _lines(text)
-    about = json.loads(next(lines, b"").removesuffix(b",") + b"}")
+def with_placement(text: bytes, placement: Placement) -> bytearray:
+    """Add to a manifest where the files lie. Blocks.
+
+    Args:
+        text: What :func:`write_manifest` has made.
+        placement: Of all files that it names.
+
+    Returns:
+        The whole file.
+    """
+    head, files = text[:-_END_BYTES].split(_FILES, 1)
+    about = json.loads(head.rstrip(b",\n") + b"}")
+    sources = list(placement.held)
+    numbers = {source: number for number, source in enumerate(sources)}
+    about["version"] = PLACED_VERSION
+    about["digest_of_blocks"] = BLOCK_DIGEST_NAME
+    about["block_bytes"] = BLOCK_BYTES
+    about["sources"] = [[source, placement.held[source]] for source in sources]
+    lines = [
+        _dump(
+            {
+                "name": name,
+                "blocks": list(file.blocks),
+                "pieces": [[numbers[piece.source], piece.file, piece.offset, piece.nbytes] for piece in file.pieces],
+            }
+        ).encode()
+        for name, file in placement.files.items()
+    ]
+    placed = bytearray(_dump(about).encode()[:-1] + b",\n" + _PLACES + b"\n" + b",\n".join(lines) + b"\n],")
+    placed += _FILES + files
+    placed += _END % xxhash.xxh3_64_hexdigest(placed).encode()
+    if len(placed) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"its manifest takes more than {MAX_MANIFEST_BYTES >> 20} MiB.", remedy="Save without incremental=True."
+        )
+    return placed
+
+
+def read_placement(text: bytes, *, path: str) -> Placement | None:
+    """Read where the files of a checkpoint lie, from a manifest that may be damaged or hostile. Blocks.
+
+    Args:
+        text: The whole file.
+        path: Of the file, for errors.
+
+    Returns:
+        Where they lie; None if each lies as a whole in the checkpoint.
+
+    Raises:
+        CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
+    """
+    with _damage(path):
+        lines = _lines(text)
+        about = _about(lines, text, path)
+        if about["version"] != PLACED_VERSION:
+            return None
+        if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
+            raise ValueError(f"its blocks are {about['block_bytes']!r} bytes with {about['digest_of_blocks']!r}")
+        held: dict[str | None, int] = {}
+        for source, nbytes in about["sources"]:
+            held[None if source is None else _source(source)] = _whole_number(nbytes)
+        if next(lines, b"") != _PLACES:
+            raise ValueError("it does not say where its files lie")
+        sources = list(held)
+        files: dict[str, PlacedFile] = {}
+        for line in lines:
+            if line == b"]," + _FILES:
+                break
+            value = json.loads(line.removesuffix(b","))
+            files[_name(value["name"])] = _placed(value, sources)
+        return Placement(held, files)
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Say of whatever goes wrong in reading that the manifest is damaged."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        if isinstance(error, CheckpointCorruptError):
+            raise
+        raise CheckpointCorruptError(f"it is not a manifest of aiostage: {error!r}.", path=path) from error
+
+
+def _about(lines: Iterator[bytes], text: bytes, path: str) -> dict[str, Any]:
+    """Read the first line, and check whether the rest can be read and is whole."""
+    about: dict[str, Any] = json.loads(next(lines, b"").removesuffix(b",") + b"}")
     if about["format"] != FORMAT:
         raise ValueError(f"its format is {about['format']!r}")
-    if about["version"] != FORMAT_VERSION:
+    if about["version"] not in (FORMAT_VERSION, PLACED_VERSION):
         raise CheckpointCorruptError(
-            f"it is of format version {about['version']!r}, and only {FORMAT_VERSION} is known.",
+            f"it is of format version {about['version']!r}, and only {FORMAT_VERSION} and {PLACED_VERSION} are known.",
             path=path,
             remedy="Read it with a newer aiostage.",
         )
     body = memoryview(text)[:-_END_BYTES]
     if text[-_END_BYTES:] != _END % xxhash.xxh3_64_hexdigest(body).encode():
         raise CheckpointCorruptError("it does not match its own checksum.", path=path)
+    return about
+
+
+def _read(text: bytes, path: str) -> Generator[None, None, Manifest]:
+    lines = _lines(text)
+    about = _about(lines, text, path)
     if about["digest_of_parts"] != DIGEST_NAME:
         raise ValueError(f"its digests are {about['digest_of_parts']!r}")
     part_bytes = _whole_number(about["part_bytes"])
     if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % DIRECT_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
-    if next(lines, b"") != _FILES:
+    if about["version"] == PLACED_VERSION:
+        for line in lines:
+            if line == b"]," + _FILES:
+                break
+            yield
+    elif next(lines, b"") != _FILES:
         raise ValueError("it does not list its files")
     files = []
     for line in lines:
@@ -200,12 +307,37 @@ def _lines(text: bytes) -> Iterator[bytes]:
 
 def _file(value: Any, part_bytes: int) -> FileRecord:
     """Check one file. Its name must not lead out of the directory."""
-    name, nbytes, digests = value["name"], _whole_number(value["nbytes"]), value["digests"]
-    if not isinstance(name, str) or not name or name[0] == "." or not _NAME_CHARACTERS.issuperset(name):
-        raise ValueError(f"{name!r} is no name of a file")
+    name, nbytes, digests = _name(value["name"]), _whole_number(value["nbytes"]), value["digests"]
     if len(digests) != parts_in(nbytes, part_bytes) or not all(isinstance(text, str) for text in digests):
         raise ValueError(f"the file {name!r} has {len(digests)} digests for {nbytes} bytes")
     return FileRecord(name, nbytes, tuple(digests))
+
+
+def _placed(value: Any, sources: Sequence[str | None]) -> PlacedFile:
+    """Check where one file lies."""
+    pieces = [
+        Piece(sources[_whole_number(source)], _name(file), _whole_number(offset), _whole_number(nbytes))
+        for source, file, offset, nbytes in value["pieces"]
+    ]
+    blocks = value["blocks"]
+    placed = PlacedFile.of(blocks, pieces)
+    if len(blocks) != -(-placed.nbytes // BLOCK_BYTES) or not all(isinstance(text, str) for text in blocks):
+        raise ValueError(f"the file {value['name']!r} has {len(blocks)} blocks for {placed.nbytes} bytes")
+    return placed
+
+
+def _name(value: Any) -> str:
+    """Check the name of a file, which must not lead out of its checkpoint."""
+    if not isinstance(value, str) or not value or value[0] == "." or not _NAME_CHARACTERS.issuperset(value):
+        raise ValueError(f"{value!r} is no name of a file")
+    return value
+
+
+def _source(value: Any) -> str:
+    """Check the name of a checkpoint, which must not lead out of its storage."""
+    if not isinstance(value, str) or any(step in ("", ".", "..") for step in value.split("/")):
+        raise ValueError(f"{value!r} is no name of a checkpoint")
+    return value
 
 
 def _whole_number(value: Any) -> int:

@@ -213,7 +213,7 @@ async def test_files_of_two_checkpoints(tmp_path: Path) -> None:
 async def test_a_newer_format(tmp_path: Path) -> None:
     directory = await make(tmp_path)
     file = directory / MANIFEST
-    file.write_text(file.read_text().replace('"version":1', '"version":2'))
+    file.write_text(file.read_text().replace('"version":1', '"version":3'))
     assert "newer aiostage" in str(await corrupt(directory, MANIFEST))
 
 

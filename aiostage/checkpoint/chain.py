@@ -1,0 +1,77 @@
+"""The checkpoints of a run that refer to one another: each new one to where the bytes of the last one lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+
+import anyio
+
+from aiostage.abc import Storage
+from aiostage.checkpoint.incremental import Base, IncrementalStorage
+from aiostage.checkpoint.save import CheckpointInfo
+from aiostage.checkpoint.shelf import Shelf
+from aiostage.errors import CheckpointError
+from aiostage.storage.locate import Target
+
+__all__ = ["Chain"]
+
+
+class Chain:
+    """Writes checkpoints incrementally.
+
+    Args:
+        storage: Where to.
+        shelf: What there is.
+        removing: Held while checkpoints are removed, so that none is chosen to be compared with at that moment.
+    """
+
+    def __init__(self, storage: Storage, shelf: Shelf, removing: anyio.Lock) -> None:
+        self._storage = storage
+        self._shelf = shelf
+        self._removing = removing
+        self._last: Base | None = None
+        self._in_use: Counter[str] = Counter()
+
+    @property
+    def in_use(self) -> Collection[str]:
+        """The checkpoints that saves under way are compared with, which must not be removed."""
+        return +self._in_use
+
+    async def write(self, name: str, write: Callable[[Target], Awaitable[CheckpointInfo]]) -> CheckpointInfo:
+        """Write a checkpoint.
+
+        Args:
+            name: What it is called.
+            write: Writes it to a target, all of it.
+
+        Returns:
+            What was saved.
+
+        Raises:
+            CheckpointError: If another process has removed what it refers to meanwhile; it is gone again.
+            Exception: Whatever ``write`` raises.
+
+        When cancelled, either it was committed, or nothing of it is left.
+        """
+        async with self._removing:
+            base = await self._shelf.base(self._last)
+            if base is not None:
+                self._in_use[base.name] += 1
+        try:
+            storage = IncrementalStorage(self._storage, base)
+            info = await write((storage, name))
+            if base is not None and not await self._shelf.has(base.name):
+                await self._storage.delete(name)
+                raise CheckpointError(
+                    f"another process has removed {base.name}, to which it referred.",
+                    path=name,
+                    remedy="Save it again.",
+                )
+        finally:
+            if base is not None:
+                self._in_use[base.name] -= 1
+        if storage.placement is not None:
+            self._last = Base(name, storage.placement)
+            self._shelf.add(self._last)
+        return info

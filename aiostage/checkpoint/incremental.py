@@ -1,0 +1,264 @@
+"""Writing only what has changed since the last checkpoint, and referring to where the rest lies.
+
+It stands between a save and its storage, and needs nothing of the storage that other saves do not need too. Blocks
+whose digest is that of the last checkpoint's same block are not handed on; what is left of a file is written as a few
+files of limited size, because it is not known beforehand how much will be left. References always name the place
+where bytes really lie, never another reference.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+import anyio
+import numpy as np
+from anyio.abc import ObjectSendStream
+
+from aiostage._loop.together import together
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.storage.files import aligned_memory
+from aiostage.storage.manifest import with_placement
+from aiostage.storage.parts import PART_BYTES
+from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, Placement, block_digests, joined
+
+__all__ = ["Base", "IncrementalStorage"]
+
+_GROUP_BYTES = 4 * PART_BYTES
+"""How large the files are that changed blocks go to. Three of them are in memory at the most: one is being filled, one
+waits, one is being written."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a new one is compared with.
+
+    Attributes:
+        name: What it is called.
+        placement: Where its files lie.
+    """
+
+    name: str
+    placement: Placement
+
+    def file(self, name: str, nbytes: int) -> PlacedFile | None:
+        """Return where a file of a name and size lies, or None if there is none, with every source named."""
+        file = self.placement.files.get(name)
+        return file if file is not None and file.nbytes == nbytes else None
+
+    def worthwhile(self) -> frozenset[str]:
+        """Return the checkpoints that may be referred to.
+
+        What is referred to has to stay, and all else that the same checkpoint holds with it. So one of which less than
+        half is still in use is not referred to any more: storage never holds more than about twice what is needed.
+        """
+        used, held = self.placement.used(), self.placement.held
+        return frozenset(self._named(source) for source in held if 2 * used.get(source, 0) >= held[source])
+
+    def located(self, file: PlacedFile, start: int, stop: int) -> list[Piece]:
+        """Return where a range of a file lies, seen from another checkpoint."""
+        return [
+            Piece(self._named(piece.source), piece.file, piece.offset, piece.nbytes)
+            for piece in file.located(start, stop)
+        ]
+
+    def held(self, source: str) -> int:
+        """Return how many bytes a source holds."""
+        return self.placement.held[None if source == self.name else source]
+
+    def _named(self, source: str | None) -> str:
+        return self.name if source is None else source
+
+
+class IncrementalStorage(Storage):
+    """A storage for one save, which writes what has changed.
+
+    Args:
+        storage: Where to.
+        base: The checkpoint to compare with; None writes everything.
+    """
+
+    def __init__(self, storage: Storage, base: Base | None) -> None:
+        self._storage = storage
+        self._base = base
+        self._draft: _IncrementalDraft | None = None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the files of the new checkpoint lie, once it is committed."""
+        return self._draft.placement if self._draft is not None else None
+
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        """Begin a checkpoint. Raises as the storage's."""
+        self._draft = _IncrementalDraft(await self._storage.open(name, overwrite=overwrite), self._base)
+        return self._draft
+
+    async def read(self, name: str) -> Reader:
+        """Open a checkpoint. Raises as the storage's."""
+        return await self._storage.read(name)
+
+    async def list(self) -> Sequence[str]:
+        """Return the names of all checkpoints. Raises as the storage's."""
+        return await self._storage.list()
+
+    async def delete(self, name: str) -> None:
+        """Remove a checkpoint. Raises as the storage's."""
+        await self._storage.delete(name)
+
+    async def sweep(self) -> None:
+        """Remove what dead writers have left. Raises as the storage's."""
+        await self._storage.sweep()
+
+
+class _IncrementalDraft(Draft):
+    """A draft to which only what has changed is handed on."""
+
+    def __init__(self, draft: Draft, base: Base | None) -> None:
+        self._draft = draft
+        self._base = base
+        self._worthwhile = base.worthwhile() if base is not None else frozenset()
+        self._files: dict[str, PlacedFile] = {}
+        self._held = 0
+        self._workers = Workers(1, "aiostage-blocks")
+        self.placement: Placement | None = None
+
+    @property
+    def location(self) -> str:
+        return self._draft.location
+
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        old = self._base.file(name, nbytes) if self._base is not None else None
+        if old is None:
+            blocks: list[str] = []
+            async with aclosing(self._digested(parts, blocks)) as digested:
+                await self._draft.write(name, nbytes, digested)
+            self._files[name] = PlacedFile.of(blocks, [Piece(None, name, 0, nbytes)])
+            self._held += nbytes
+        else:
+            self._files[name] = await self._write_changed(name, old, parts)
+
+    async def commit(self, manifest: Buffer) -> None:
+        used: Counter[str | None] = Counter({None: 0})
+        for file in self._files.values():
+            used.update(piece.source for piece in file.pieces)
+        held = {
+            source: self._held if source is None or self._base is None else self._base.held(source) for source in used
+        }
+        placement = Placement(held, self._files)
+        text = await self._workers.run(lambda: with_placement(manifest.tobytes(), placement))
+        await self._draft.commit(memoryview(text))
+        self.placement = placement
+
+    async def abort(self) -> None:
+        await self._draft.abort()
+
+    async def _digested(self, parts: AsyncIterable[Buffer], blocks: list[str]) -> AsyncGenerator[Buffer, None]:
+        """Yield the parts of a file, and add the digests of their blocks to a list."""
+        async for part in parts:
+            blocks += await self._workers.run(partial(block_digests, part))
+            yield part
+            # It has to go when it has been written.
+            del part
+
+    async def _write_changed(self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]) -> PlacedFile:
+        """Write the blocks of a file that have changed."""
+        filled, full = anyio.create_memory_object_stream[_Group](0)
+        changes = _Changes(name, self._workers)
+        blocks: list[str] = []
+
+        async def fill() -> None:
+            async with filled:
+                async for part in parts:
+                    digests = await self._workers.run(partial(block_digests, part))
+                    for start, stop, new in self._runs(old, blocks, digests, len(part)):
+                        if new:
+                            await changes.add(part[start:stop], filled)
+                        else:
+                            position = len(blocks) * BLOCK_BYTES
+                            changes.pieces += self._located(old, position + start, position + stop)
+                    blocks.extend(digests)
+                    del part
+                await changes.finish(filled)
+
+        async def write() -> None:
+            async with full:
+                async for group in full:
+                    await self._draft.write(group.name, group.nbytes, group.parts())
+                    self._held += group.nbytes
+
+        await together(fill, write)
+        return PlacedFile.of(blocks, joined(changes.pieces))
+
+    def _runs(
+        self, old: PlacedFile, before: Sequence[str], digests: Sequence[str], nbytes: int
+    ) -> list[tuple[int, int, bool]]:
+        """Return runs of blocks of a part that are alike: start and stop in the part, and whether to write them."""
+        runs: list[tuple[int, int, bool]] = []
+        for index, digest in enumerate(digests):
+            start, stop = index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, nbytes)
+            position = (len(before) + index) * BLOCK_BYTES
+            new = digest != old.blocks[len(before) + index] or not all(
+                piece.source in self._worthwhile for piece in self._located(old, position, position + stop - start)
+            )
+            if runs and runs[-1][2] == new:
+                runs[-1] = (runs[-1][0], stop, new)
+            else:
+                runs.append((start, stop, new))
+        return runs
+
+    def _located(self, old: PlacedFile, start: int, stop: int) -> list[Piece]:
+        return self._base.located(old, start, stop) if self._base is not None else []
+
+
+class _Group:
+    """A file of changed blocks, while it is being filled and written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nbytes = 0
+        self._memory: np.ndarray[Any, Any] = aligned_memory(_GROUP_BYTES)
+
+    @property
+    def room(self) -> int:
+        return _GROUP_BYTES - self.nbytes
+
+    def append(self, data: Buffer) -> None:
+        """Copy data. Blocks."""
+        self._memory[self.nbytes : self.nbytes + len(data)] = np.frombuffer(data, np.uint8)
+        self.nbytes += len(data)
+
+    async def parts(self) -> AsyncIterator[Buffer]:
+        for start in range(0, self.nbytes, PART_BYTES):
+            yield self._memory.data[start : min(start + PART_BYTES, self.nbytes)]
+
+
+class _Changes:
+    """The changed blocks of a file, collected into groups. They are copied, so that the parts can go at once."""
+
+    def __init__(self, name: str, workers: Workers) -> None:
+        self.pieces: list[Piece] = []
+        self._names = (f"{name}.{number:05}" for number in count(1))
+        self._workers = workers
+        self._group: _Group | None = None
+
+    async def add(self, data: Buffer, filled: ObjectSendStream[_Group]) -> None:
+        while data:
+            group = self._group = self._group or _Group(next(self._names))
+            taken = data[: group.room]
+            self.pieces.append(Piece(None, group.name, group.nbytes, len(taken)))
+            await self._workers.run(partial(group.append, taken))
+            data = data[len(taken) :]
+            if not group.room:
+                await self.finish(filled)
+
+    async def finish(self, filled: ObjectSendStream[_Group]) -> None:
+        """Hand over what there is."""
+        if self._group is not None:
+            await filled.send(self._group)
+            self._group = None

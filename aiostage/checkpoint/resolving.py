@@ -1,0 +1,137 @@
+"""Reading a checkpoint whose files lie in pieces, some of them in other checkpoints, as if they lay in itself."""
+
+from __future__ import annotations
+
+import anyio
+
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Reader, Storage
+from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
+from aiostage.storage.placement import Piece, PlacedFile, Placement
+
+__all__ = ["ResolvingReader", "placement_of"]
+
+
+class ResolvingReader(Reader):
+    """A reader that follows references to other checkpoints of the same storage.
+
+    Args:
+        storage: Where they are.
+        name: Of the checkpoint.
+        reader: Of the checkpoint; closed with this.
+    """
+
+    def __init__(self, storage: Storage, name: str, reader: Reader) -> None:
+        self._storage = storage
+        self._name = name
+        self._reader = reader
+        self._others: dict[str, Reader] = {}
+        self._opening = anyio.Lock()
+        self._workers = Workers(1, "aiostage-load")
+        self._placement: Placement | None = None
+        self._is_known = False
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is."""
+        return self._reader.location
+
+    async def manifest(self) -> Buffer:
+        """Return the contents of the manifest.
+
+        Raises:
+            CheckpointCorruptError: If it is anything but a manifest.
+            OSError: If the storage refuses.
+        """
+        text = await self._reader.manifest()
+        path = self._path(MANIFEST_NAME)
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
+        self._placement = await self._workers.run(lambda: read_placement(text.tobytes(), path=path))
+        self._is_known = True
+        return text
+
+    async def placement(self) -> Placement | None:
+        """Return where the files lie; None if each lies as a whole in the checkpoint. Raises as :meth:`manifest`."""
+        if not self._is_known:
+            await self.manifest()
+        return self._placement
+
+    async def size(self, name: str) -> int:
+        """Return how long a file is, in bytes. Raises as :meth:`manifest`, and if there is no such file."""
+        file = await self._placed(name)
+        return file.nbytes if file is not None else await self._reader.size(name)
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        """Fill a buffer with a range of a file, wherever it lies.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file, it ends early, or what it refers to is missing.
+            CheckpointNotFoundError: If the checkpoint was deleted meanwhile.
+            OSError: If the storage refuses.
+        """
+        file = await self._placed(name)
+        if file is None:
+            await self._reader.read(name, offset, into)
+            return
+        if offset + len(into) > file.nbytes:
+            raise CheckpointCorruptError(f"it ends at byte {file.nbytes}; more was expected.", path=self._path(name))
+        position = 0
+        for piece in file.located(offset, offset + len(into)):
+            await self._read_piece(piece, into[position : position + piece.nbytes])
+            position += piece.nbytes
+
+    async def aclose(self) -> None:
+        """Let go of it and of the others. May be called more than once."""
+        self._workers.stop()
+        for reader in (self._reader, *self._others.values()):
+            await reader.aclose()
+
+    def _path(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    async def _placed(self, name: str) -> PlacedFile | None:
+        placement = await self.placement()
+        if placement is None:
+            return None
+        try:
+            return placement.files[name]
+        except KeyError:
+            raise CheckpointCorruptError("the manifest does not say where it lies.", path=self._path(name)) from None
+
+    async def _read_piece(self, piece: Piece, into: Buffer) -> None:
+        if piece.source is None:
+            await self._reader.read(piece.file, piece.offset, into)
+            return
+        try:
+            reader = await self._other(piece.source)
+            await reader.read(piece.file, piece.offset, into)
+        except CheckpointNotFoundError as error:
+            # Raises, if it has been deleted and then, rightly, what only it referred to.
+            await (await self._storage.read(self._name)).aclose()
+            raise CheckpointCorruptError(
+                f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
+            ) from error
+
+    async def _other(self, name: str) -> Reader:
+        async with self._opening:
+            if name not in self._others:
+                self._others[name] = await self._storage.read(name)
+            return self._others[name]
+
+
+async def placement_of(storage: Storage, name: str) -> Placement | None:
+    """Return where the files of a checkpoint lie; None if each lies as a whole in the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointCorruptError: If its manifest is damaged.
+        OSError: If the storage refuses.
+    """
+    reader = ResolvingReader(storage, name, await storage.read(name))
+    try:
+        return await reader.placement()
+    finally:
+        await reader.aclose()

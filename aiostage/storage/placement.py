@@ -1,0 +1,125 @@
+"""Where the bytes of a checkpoint's files lie, when they lie in pieces and not all of them in the checkpoint itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from aiostage.abc import Buffer
+
+__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "PlacedFile", "Placement", "block_digests", "joined"]
+
+BLOCK_BYTES = 1 << 20
+"""What is compared and referred to as a whole. Smaller ones find more that has not changed and make manifests longer:
+a terabyte has a million of these."""
+
+BLOCK_DIGEST_NAME = "xxh3_128"
+"""Equal digests, and equal lengths, are taken for equal bytes. By chance that fails once in 2 to the power of 128
+comparisons; XXH3 does not withstand somebody who makes two blocks of one digest on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes of a file, and where it lies.
+
+    Attributes:
+        source: Name of the checkpoint that has it, or None for the one that the piece belongs to.
+        file: Name of a file in there.
+        offset: Of the first byte in it.
+        nbytes: How many.
+    """
+
+    source: str | None
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedFile:
+    """Where one file lies.
+
+    Attributes:
+        nbytes: How long it is.
+        blocks: Digests of its blocks of :data:`BLOCK_BYTES`, in hexadecimal.
+        pieces: In order, without gaps; where one ends and the next begins need not be the end of a block.
+        starts: Where each piece starts in the file.
+    """
+
+    nbytes: int
+    blocks: Sequence[str]
+    pieces: Sequence[Piece]
+    starts: Sequence[int]
+
+    @classmethod
+    def of(cls, blocks: Sequence[str], pieces: Sequence[Piece]) -> PlacedFile:
+        """Return the file that is made of pieces."""
+        starts, position = [], 0
+        for piece in pieces:
+            starts.append(position)
+            position += piece.nbytes
+        return cls(position, blocks, pieces, starts)
+
+    def located(self, start: int, stop: int) -> Iterator[Piece]:
+        """Iterate over where a range of the file lies."""
+        index = bisect_right(self.starts, start) - 1
+        while start < stop:
+            piece = self.pieces[index]
+            skipped = start - self.starts[index]
+            nbytes = min(piece.nbytes - skipped, stop - start)
+            if nbytes:
+                yield Piece(piece.source, piece.file, piece.offset + skipped, nbytes)
+            start += nbytes
+            index += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where all files of a checkpoint lie.
+
+    Attributes:
+        held: How many bytes each checkpoint that pieces lie in has itself, referred to or not; None is this one.
+        files: By name.
+    """
+
+    held: Mapping[str | None, int]
+    files: Mapping[str, PlacedFile]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The other checkpoints that have to stay."""
+        return frozenset(source for source in self.held if source is not None)
+
+    def used(self) -> Mapping[str | None, int]:
+        """Return how many bytes of each source are referred to."""
+        found: Counter[str | None] = Counter()
+        for file in self.files.values():
+            for piece in file.pieces:
+                found[piece.source] += piece.nbytes
+        return found
+
+
+def block_digests(data: Buffer) -> list[str]:
+    """Return the digests of the blocks of a buffer. Releases the GIL while it computes."""
+    starts = range(0, len(data), BLOCK_BYTES)
+    return [xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in starts]
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Make one piece of those that lie one behind the other."""
+    found: list[Piece] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and (last.source, last.file) == (piece.source, piece.file)
+            and last.offset + last.nbytes == piece.offset
+        ):
+            found[-1] = Piece(last.source, last.file, last.offset, last.nbytes + piece.nbytes)
+        else:
+            found.append(piece)
+    return found

@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+import xxhash
+
+import aiostage
+from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, CheckpointError, CheckpointNotFoundError
+from aiostage.checkpoint.retention import name_of
+from aiostage.storage import LocalStorage
+from aiostage.storage.parts import PART_BYTES
+from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, joined
+from aiostage.testing import at_every_await
+from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.test_checkpointer import Copier, Gate, until
+
+MIB = 1 << 20
+
+
+def numbers(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+class LoRA:
+    """A frozen tower and a small adapter that learns."""
+
+    def __init__(self, layers: int = 20) -> None:
+        self.tower = {f"layer{n}": numbers(2 * MIB // 4, n) for n in range(layers)}
+        self.adapter = {f"layer{n}": numbers(MIB // 80, n) for n in range(layers)}
+
+    def train(self) -> None:
+        for tensor in self.adapter.values():
+            tensor.add_(1)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {"step": step, "adapter": self.adapter, "tower": self.tower}
+
+
+def copied(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: value.clone() for key, value in branch.items()} if isinstance(branch, dict) else branch
+        for name, branch in tree.items()
+    }
+
+
+async def settled(checkpoints: Checkpointer) -> None:
+    await until(lambda: not checkpoints._savings)
+
+
+def test_parts_are_whole_blocks() -> None:
+    assert PART_BYTES % BLOCK_BYTES == 0
+
+
+def test_ranges_of_a_file_in_pieces() -> None:
+    pieces = [Piece("a", "f", 100, 10), Piece(None, "g", 0, 0), Piece(None, "g", 0, 5), Piece("a", "f", 200, 10)]
+    file = PlacedFile.of([], pieces)
+    assert file.nbytes == 25
+    assert list(file.located(0, 25)) == [pieces[0], pieces[2], pieces[3]]
+    assert list(file.located(8, 16)) == [Piece("a", "f", 108, 2), pieces[2], Piece("a", "f", 200, 1)]
+    assert list(file.located(24, 25)) == [Piece("a", "f", 209, 1)]
+    assert list(file.located(7, 7)) == []
+    assert joined([Piece("a", "f", 0, 5), Piece("a", "f", 5, 5), Piece("b", "f", 10, 1)]) == [
+        Piece("a", "f", 0, 10),
+        Piece("b", "f", 10, 1),
+    ]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("own", [False, True])
+async def test_only_what_has_changed_is_written(own: bool) -> None:
+    storage, model = MemoryStorage(), LoRA()
+    kept = []
+    async with Checkpointer(storage, Copier() if own else None, incremental=True) as checkpoints:
+        for step in range(4):
+            state = model.state_dict(step)
+            if own:
+                # A stager of one's own, which takes no deep copies.
+                state = copied(state)
+            await checkpoints.save(step, state)
+            kept.append(copied(model.state_dict(step)))
+            await settled(checkpoints)
+            model.train()
+    written = [storage.written_bytes[name_of(step)] for step in range(4)]
+    total = sum(tensor.nbytes for branch in (model.tower, model.adapter) for tensor in branch.values())
+    assert total <= written[0] <= total + 64 * 1024
+    # The adapter is a quarter of a megabyte; blocks are what can be told apart.
+    assert all(0 < nbytes <= 2 * BLOCK_BYTES for nbytes in written[1:]), written
+    for step, state in enumerate(kept):
+        assert_same(state, await checkpoints.restore(step=step))
+
+
+@pytest.mark.asyncio
+async def test_nothing_has_changed(tmp_path: Path) -> None:
+    model = LoRA()
+    async with Checkpointer(tmp_path, incremental=True) as checkpoints:
+        for step in range(3):
+            await checkpoints.save(step, model.state_dict(0))
+    for step in (1, 2):
+        assert [path.name for path in (tmp_path / name_of(step)).iterdir()] == [MANIFEST]
+    manifest = json.loads((tmp_path / name_of(2) / MANIFEST).read_text())
+    # References name where bytes lie, never another reference.
+    assert {source for source, _ in manifest["sources"]} == {None, name_of(0)}
+    assert_same(model.state_dict(0), await aiostage.load(tmp_path / name_of(2)))
+
+
+@pytest.mark.asyncio
+async def test_everything_has_changed_and_much_of_it() -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(2):
+            state = {"large": numbers(20_000_000, step), "small": torch.tensor(step)}
+            await (await checkpoints.save(step, state)).committed()
+    # In files of limited size, so that no more than three of them are ever in memory.
+    sizes = {name: len(data) for name, data in storage.checkpoints[name_of(1)].items() if name != MANIFEST}
+    assert sorted(sizes) == [f"model.safetensors.0000{n}" for n in (1, 2, 3)]
+    assert max(sizes.values()) == 32 * MIB
+    assert_same(state, await checkpoints.restore())
+
+
+@pytest.mark.asyncio
+async def test_files_that_are_new_or_of_another_size() -> None:
+    storage = MemoryStorage()
+    states = [
+        {"a": numbers(3 * MIB, 0)},
+        {"a": numbers(3 * MIB, 0), "b": numbers(MIB, 1)},
+        {"a": numbers(MIB, 0)},
+        {},
+        {"a": numbers(MIB, 0), "view": numbers(MIB, 2)[::2]},
+    ]
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step, state in enumerate(states):
+            await checkpoints.save(step, state)
+    for step, state in enumerate(states):
+        assert_same(state, await checkpoints.restore(step=step))
+
+
+@pytest.mark.asyncio
+async def test_a_run_goes_on_after_a_restart(tmp_path: Path) -> None:
+    model = LoRA()
+    for step in range(3):
+        async with Checkpointer(tmp_path, incremental=True) as checkpoints:
+            if step:
+                assert_same(model.state_dict(step - 1), await checkpoints.restore())
+            model.train()
+            info = await (await checkpoints.save(step, model.state_dict(step))).committed()
+    assert info.nbytes > 40 * MIB
+    on_disk = sum(path.stat().st_size for path in info.path.iterdir())
+    assert on_disk < 3 * MIB
+    assert info.files == ("model.safetensors", MANIFEST)
+
+
+@pytest.mark.asyncio
+async def test_checkpoints_that_were_not_saved_so_are_written_anew(tmp_path: Path) -> None:
+    model = LoRA()
+    async with Checkpointer(tmp_path) as checkpoints:
+        await checkpoints.save(0, model.state_dict(0))
+    async with Checkpointer(tmp_path, incremental=True) as checkpoints:
+        await checkpoints.save(1, model.state_dict(1))
+        await checkpoints.save(2, model.state_dict(2))
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name_of(step)).iterdir()) for step in range(3)]
+    assert sizes[1] >= sizes[0] > 40 * MIB > 3 * MIB > sizes[2]
+    # And whole ones are readable for those who know nothing of pieces.
+    assert json.loads((tmp_path / name_of(0) / MANIFEST).read_text())["version"] == 1
+
+
+@pytest.mark.asyncio
+async def test_saves_that_overlap() -> None:
+    storage, model = MemoryStorage(), LoRA(3)
+    kept = []
+    async with AsyncStager() as stager, Checkpointer(storage, stager, incremental=True, keep=2, max_in_flight=3) as run:
+        for step in range(9):
+            await run.save(step, model.state_dict(step))
+            kept.append(copied(model.state_dict(step)))
+            model.train()
+    assert await run.steps() == [7, 8]
+    for step in (7, 8):
+        assert_same(kept[step], await run.restore(step=step))
+
+
+# --------------------------------------------------------------------------------------------------------- retention
+
+
+@pytest.mark.asyncio
+async def test_what_others_refer_to_stays() -> None:
+    storage, model = MemoryStorage(), LoRA()
+    async with Checkpointer(storage, incremental=True, keep=2) as checkpoints:
+        for step in range(5):
+            await checkpoints.save(step, model.state_dict(step))
+            await settled(checkpoints)
+            model.train()
+        assert await checkpoints.steps() == [3, 4]
+        # The first has the tower. What was between had only adapters, which nobody needs any more.
+        assert set(storage.checkpoints) == {name_of(0), f"{name_of(0)}.removed", name_of(3), name_of(4)}
+        with pytest.raises(CheckpointNotFoundError):
+            await checkpoints.restore(step=0)
+        for step in (3, 4):
+            assert (await checkpoints.restore(step=step))["step"] == step
+        # Now everything changes; when the last that refers to it has gone, it goes.
+        for tensor in model.tower.values():
+            tensor.neg_()
+        for step in (5, 6):
+            await checkpoints.save(step, model.state_dict(step))
+            await settled(checkpoints)
+            model.train()
+    assert set(storage.checkpoints) == {name_of(5), name_of(6)}
+    assert (await checkpoints.restore())["step"] == 6
+
+
+@pytest.mark.asyncio
+async def test_no_more_than_about_twice_what_is_needed_is_held() -> None:
+    storage = MemoryStorage()
+    state = {f"p{n:02}": numbers(MIB // 4, n) for n in range(32)}
+    needed, most = 32 * MIB, 0
+    async with Checkpointer(storage, incremental=True, keep=1) as checkpoints:
+        for step in range(40):
+            await checkpoints.save(step, state)
+            await settled(checkpoints)
+            held = sum(len(data) for files in storage.checkpoints.values() for data in files.values())
+            most = max(most, held)
+            assert_same(state, await checkpoints.restore())
+            # Another tensor each time.
+            state[f"p{step % 32:02}"].add_(1)
+    assert most < 2 * needed + 8 * MIB
+    assert sum(storage.written_bytes.values()) < 40 * needed / 4
+
+
+@pytest.mark.asyncio
+async def test_runs_that_are_no_longer_incremental_respect_references() -> None:
+    storage, model = MemoryStorage(), LoRA(3)
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(3):
+            await checkpoints.save(step, model.state_dict(step))
+            model.train()
+    async with Checkpointer(storage, keep=2) as checkpoints:
+        await checkpoints.save(3, model.state_dict(3))
+        await settled(checkpoints)
+        assert await checkpoints.steps() == [2, 3]
+        assert_same(await checkpoints.restore(step=2), await checkpoints.restore(step=2))
+        await checkpoints.delete(2)
+        assert set(storage.checkpoints) == {name_of(3)}
+
+
+@pytest.mark.asyncio
+async def test_removing_that_was_interrupted_is_finished_by_the_next() -> None:
+    class Killed(BaseException):
+        pass
+
+    async def run(die_at: int) -> bool:
+        storage, model = MemoryStorage(), LoRA(3)
+        async with Checkpointer(storage, incremental=True) as checkpoints:
+            for step in range(4):
+                await checkpoints.save(step, model.state_dict(step))
+                model.train()
+        operations = 0
+
+        async def die(operation: str, name: str) -> None:
+            nonlocal operations
+            operations += 1
+            if operations > die_at:
+                raise Killed
+
+        storage.before = die
+        try:
+            for step in (0, 1, 2):
+                await Checkpointer(storage).delete(step)
+        except Killed:
+            died = True
+        else:
+            died = False
+        storage.before = None
+        storage.drafts.clear()
+        reader = Checkpointer(storage)
+        assert (await reader.steps())[-1] == 3
+        for step in await reader.steps():
+            assert (await reader.restore(step=step))["step"] == step
+        async with Checkpointer(storage, incremental=True, keep=1) as checkpoints:
+            await checkpoints.save(4, model.state_dict(4))
+        assert set(storage.checkpoints) == {name_of(0), f"{name_of(0)}.removed", name_of(4)}
+        return died
+
+    die_at = 0
+    while await run(die_at):
+        die_at += 1
+    assert die_at > 10
+
+
+@pytest.mark.asyncio
+async def test_another_process_removes_what_a_save_refers_to() -> None:
+    storage, model = MemoryStorage(), LoRA(3)
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        await (await checkpoints.save(0, model.state_dict(0))).committed()
+        gate = Gate(storage)
+        handle = await checkpoints.save(1, model.state_dict(1))
+        await until(lambda: gate.waiting == 1)
+        storage.before = None
+        await Checkpointer(storage).delete(0)
+        gate.open.set()
+        with pytest.raises(CheckpointError, match="another process has removed step-00000000"):
+            await handle.committed()
+        # Nothing is left that could not be read, and the next one is whole.
+        assert storage.checkpoints == {}
+        await checkpoints.save(2, model.state_dict(2))
+    assert_same(model.state_dict(2), await checkpoints.restore())
+
+
+@pytest.mark.asyncio
+async def test_another_process_removes_what_a_save_refers_to_and_sees_it_in_time() -> None:
+    storage, model = MemoryStorage(), LoRA()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in (0, 1):
+            await (await checkpoints.save(step, model.state_dict(step))).committed()
+        await checkpoints.save(2, model.state_dict(2))
+        await settled(checkpoints)
+        other = Checkpointer(storage)
+        for step in (0, 1):
+            await other.delete(step)
+        await checkpoints.save(3, model.state_dict(3))
+    assert await checkpoints.steps() == [2, 3]
+    assert_same(model.state_dict(3), await checkpoints.restore())
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+def without_a_source(storage: MemoryStorage) -> None:
+    del storage.checkpoints[name_of(0)]
+
+
+def source_without_its_file(storage: MemoryStorage) -> None:
+    del storage.checkpoints[name_of(0)]["model.safetensors"]
+
+
+def shorter_source(storage: MemoryStorage) -> None:
+    files = storage.checkpoints[name_of(0)]
+    files["model.safetensors"] = files["model.safetensors"][: 20 * MIB]
+
+
+def other_bytes_in_the_source(storage: MemoryStorage) -> None:
+    files = storage.checkpoints[name_of(0)]
+    files["model.safetensors"] = files["model.safetensors"][: 20 * MIB] + bytes(
+        len(files["model.safetensors"]) - 20 * MIB
+    )
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "damage", [without_a_source, source_without_its_file, shorter_source, other_bytes_in_the_source]
+)
+async def test_damaged_sources(damage: Callable[[MemoryStorage], None]) -> None:
+    storage, model = MemoryStorage(), LoRA()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(2):
+            await checkpoints.save(step, model.state_dict(step))
+            model.train()
+    damage(storage)
+    with pytest.raises(CheckpointCorruptError):
+        await checkpoints.restore(step=1)
+
+
+def change(text: str, old: str, new: str) -> bytes:
+    assert old in text
+    return text.replace(old, new, 1).encode()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"step-00000000"', '"../step-00000000"'),
+        ('"step-00000000"', '"/etc"'),
+        ('"step-00000000"', "7"),
+        ('"pieces":[[', '"pieces":[[-1'),
+        ('"pieces":[[', '"pieces":[[9'),
+        ('"model.safetensors",', '"../model.safetensors",'),
+        ('"places":[', '"places":[['),
+        ('"block_bytes":1048576', '"block_bytes":1048577'),
+        ('"version":2', '"version":3'),
+        ('"blocks":["', '"blocks":["","'),
+    ],
+)
+@pytest.mark.parametrize("sound", [False, True])
+async def test_hostile_manifests(old: str, new: str, sound: bool) -> None:
+    storage, model = MemoryStorage(), LoRA(3)
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(2):
+            await checkpoints.save(step, model.state_dict(step))
+            model.train()
+    files = storage.checkpoints[name_of(1)]
+    changed = change(files[MANIFEST].decode(), old, new)
+    if sound:
+        # Also where the checksum is right.
+        body = changed[: changed.rindex(b'],"digest":')]
+        changed = body + b'],"digest":"%s"}\n' % xxhash.xxh3_64_hexdigest(body).encode()
+    files[MANIFEST] = changed
+    with pytest.raises(CheckpointCorruptError):
+        await checkpoints.restore(step=1)
+
+
+# ------------------------------------------------------------------------------------------------------ cancellation
+
+
+@pytest.mark.asyncio
+async def test_cancelled_at_every_await() -> None:
+    storage, model = MemoryStorage(), LoRA(3)
+    async with AsyncStager() as stager, Checkpointer(storage, stager, incremental=True) as checkpoints:
+        await (await checkpoints.save(0, model.state_dict(0))).committed()
+        rounds = 0
+
+        async def save() -> None:
+            nonlocal rounds
+            rounds += 1
+            await (await checkpoints.save(rounds, model.state_dict(rounds))).committed()
+
+        async for _ in at_every_await(save):
+            await settled(checkpoints)
+            assert storage.drafts == []
+            for step in await checkpoints.steps():
+                assert (await checkpoints.restore(step=step))["step"] == step
+    assert await checkpoints.latest() == rounds
+
+
+@pytest.mark.asyncio
+async def test_abandoned_in_the_middle_of_a_changed_file() -> None:
+    storage = MemoryStorage()
+    state = {"large": numbers(20_000_000, 0)}
+    with anyio.CancelScope() as scope:
+        async with Checkpointer(storage, incremental=True) as checkpoints:
+            await (await checkpoints.save(0, state)).committed()
+            state["large"].add_(1)
+            gate = Gate(storage, "write")
+            await checkpoints.save(1, state)
+            await until(lambda: gate.waiting == 1)
+            scope.cancel()
+    assert storage.drafts == []
+    storage.before = None
+    assert await checkpoints.steps() == [0]
+
+
+@pytest.mark.anyio
+async def test_on_trio(tmp_path: Path) -> None:
+    model = LoRA()
+    async with Checkpointer(LocalStorage(tmp_path), incremental=True, keep=1) as checkpoints:
+        for step in range(3):
+            await checkpoints.save(step, model.state_dict(step))
+            await settled(checkpoints)
+            model.train()
+    loaded = await checkpoints.restore()
+    assert loaded["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name_of(0), f"{name_of(0)}.removed", name_of(2)]
