@@ -335,11 +335,11 @@ def show_checkpoints(run: Run) -> None:
 
 
 def show_ways(runs: list[Run]) -> None:
-    print(f"{'medians of the checkpoints':<38} {'training waits':>15} {'worst heartbeat delay':>22}")
+    print(f"{'medians of the checkpoints':<41} {'training waits':>15} {'worst heartbeat delay':>22}")
     for run in runs:
         waits = median(row.to_captured for row in run.checkpoints)
         delay = median(row.worst_delay for row in run.checkpoints)
-        print(f"{run.way.__doc__:<38} {waits * 1e3:>12.0f} ms {delay * 1e3:>19.1f} ms")
+        print(f"{run.way.__doc__:<41} {waits * 1e3:>12.0f} ms {delay * 1e3:>19.1f} ms")
     print("\nTraining waits until its state is captured. The heartbeat wants to run every 10 ms, and everything else")
     print("that lives on the event loop waits as long as it does.")
 

@@ -176,7 +176,11 @@ class SpecTable:
         table = self._plain_specs
         for key, tensor in zip(keys, tensors, strict=True):
             if key not in table:
-                table[key] = self.spec(tensor)
+                try:
+                    table[key] = self.spec(tensor)
+                except Refusal:
+                    # The closer look tells which of them it is.
+                    return None
         specs = list(map(table.__getitem__, keys))
         offsets = map(torch.Tensor.storage_offset, tensors)
         storages = map(_storage_nbytes, map(torch.Tensor.untyped_storage, tensors))
@@ -301,12 +305,16 @@ def _finished(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _wrapper(tensor: Any) -> Composite:
-    names, context = tensor.__tensor_flatten__()
-    parts = tuple(getattr(tensor, name) for name in names)
+    attributes, context = tensor.__tensor_flatten__()
+    inner = {name: getattr(tensor, name) for name in attributes}
+    # Some name what is no tensor too. A DTensor's mesh stands for connections and stays the one that it is.
+    names = [name for name, value in inner.items() if isinstance(value, torch.Tensor)]
+    parts = tuple(inner[name] for name in names)
+    kept = {name: value for name, value in inner.items() if name not in names}
     cls, size, stride = type(tensor), tensor.size(), tensor.stride()
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        result = cls.__tensor_unflatten__(dict(zip(names, staged, strict=True)), context, size, stride)
+        result = cls.__tensor_unflatten__(dict(zip(names, staged, strict=True)) | kept, context, size, stride)
         return _finished(result, tensor)
 
     # Putting the source's own parts together costs nothing and shows which attributes that sets. What else is private
@@ -348,7 +356,12 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 
 
 def _quantized(tensor: torch.Tensor) -> Composite:
-    scheme = tensor.qscheme()
+    try:
+        scheme = tensor.qscheme()
+    except RuntimeError:
+        raise Refusal(
+            "it has a quantized dtype, but no quantizer.", "Make it with torch.quantize_per_tensor()."
+        ) from None
     affine: tuple[Any, ...]
     if scheme == torch.per_tensor_affine:
         parameters: tuple[torch.Tensor, ...] = ()

@@ -1,0 +1,251 @@
+"""What tensors can be: every dtype, layout and class is staged right, or refused by path before anything is copied."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch.testing._internal.two_tensor import TwoTensor
+
+from aiostage import AsyncStager, UnsupportedLeafError
+
+DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+def stage(tree: Any) -> Any:
+    """Stage twice, so that the plan is replayed too."""
+
+    async def run() -> Any:
+        async with AsyncStager() as stager:
+            first = await stager.stage(tree)
+            del first
+            return await stager.stage(tree)
+
+    return asyncio.run(run())
+
+
+def refused(leaf: Any) -> UnsupportedLeafError:
+    async def run() -> UnsupportedLeafError:
+        async with AsyncStager() as stager:
+            with pytest.raises(UnsupportedLeafError) as caught:
+                await stager.stage({"fine": torch.ones(3), "odd": [leaf]})
+            assert stager.statistics().arenas == 0
+            return caught.value
+
+    error = asyncio.run(run())
+    assert error.path == "state_dict['odd'][0]"
+    assert error.remedy
+    return error
+
+
+def bytes_of(tensor: torch.Tensor) -> list[int]:
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    start = tensor.storage_offset() * tensor.dtype.itemsize
+    return storage[start:].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_that_can_be_made(dtype: torch.dtype) -> None:
+    source = torch.empty(12, dtype=dtype)
+    if source.is_quantized:
+        # This is half of one; those below are whole.
+        assert "no quantizer" in refused(source).reason
+        return
+    raw = torch.empty(0, dtype=torch.uint8).set_(source.untyped_storage())
+    # No pattern that a bool cannot have.
+    raw.copy_(torch.arange(len(raw)) % 2 if dtype is torch.bool else torch.arange(len(raw)) * 37 % 251)
+    staged = stage({"a": source, "view": source[3:7]})
+    assert (staged["a"].dtype, staged["a"].shape) == (dtype, source.shape)
+    assert bytes_of(staged["a"]) == raw.tolist()
+    assert staged["view"].untyped_storage().data_ptr() == staged["a"].untyped_storage().data_ptr()
+    raw.zero_()
+    assert any(bytes_of(staged["a"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestQuantized:
+    def test_per_tensor(self) -> None:
+        source = torch.quantize_per_tensor(torch.arange(6.0).reshape(2, 3), 0.5, 3, torch.quint8)
+        staged = stage([source])[0]
+        assert (staged.q_scale(), staged.q_zero_point(), staged.qscheme()) == (0.5, 3, torch.per_tensor_affine)
+        assert torch.equal(staged.dequantize(), source.dequantize())
+
+    def test_per_channel(self) -> None:
+        source = torch.quantize_per_channel(
+            torch.arange(6.0).reshape(2, 3), torch.tensor([0.5, 0.25]), torch.tensor([0, 1]), 0, torch.qint8
+        )
+        staged = stage([source])[0]
+        assert torch.equal(staged.q_per_channel_scales(), source.q_per_channel_scales())
+        assert torch.equal(staged.int_repr(), source.int_repr())
+        assert staged.q_per_channel_axis() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+class TestLayouts:
+    dense = torch.tensor([[0.0, 1, 0, 0], [2, 0, 0, 3], [0, 0, 0, 0], [0, 4, 0, 0]])
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda dense: dense.to_sparse(),
+            lambda dense: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (4, 4), check_invariants=True),
+            lambda dense: dense.to_sparse_csr(),
+            lambda dense: dense.to_sparse_csc(),
+            lambda dense: dense.to_sparse_bsr((2, 2)),
+            lambda dense: dense.to_sparse_bsc((2, 2)),
+        ],
+        ids=["coo", "uncoalesced", "csr", "csc", "bsr", "bsc"],
+    )
+    def test_sparse(self, make: Any) -> None:
+        source = make(self.dense)
+        staged = stage([source])[0]
+        assert staged.layout is source.layout
+        assert torch.equal(staged.to_dense(), source.to_dense())
+        if source.layout is torch.sparse_coo:
+            assert staged.is_coalesced() == source.is_coalesced()
+            assert staged._nnz() == source._nnz()
+            source._values().zero_()
+        else:
+            source.values().zero_()
+        assert staged.to_dense().any()
+
+    def test_jagged(self) -> None:
+        source = torch.nested.nested_tensor([torch.ones(2), torch.arange(3.0)], layout=torch.jagged)
+        staged = stage([source])[0]
+        assert [part.tolist() for part in staged.unbind()] == [[1, 1], [0, 1, 2]]
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_nested_in_strided_layout_is_refused(self) -> None:
+        assert "strided" in refused(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])).reason
+
+    def test_without_data(self) -> None:
+        assert "meta" in refused(torch.empty(3, device="meta")).reason
+
+    def test_mkldnn(self) -> None:
+        assert "mkldnn" in refused(torch.ones(2, 2).to_mkldnn()).reason
+
+    def test_inside_a_transform(self) -> None:
+        caught: list[UnsupportedLeafError] = []
+
+        def inside(row: torch.Tensor) -> torch.Tensor:
+            caught.append(refused(row))
+            return row
+
+        torch.func.vmap(inside)(torch.ones(2, 3))
+        assert "torch.func" in caught[0].reason
+
+
+class Bare(torch.Tensor):
+    """A wrapper that does not tell what it wraps."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Bare:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+class Named(torch.Tensor):
+    pass
+
+
+class TestClasses:
+    def test_a_wrapper_is_taken_apart(self) -> None:
+        source = TwoTensor(torch.arange(3.0), torch.ones(3))
+        staged = stage({"w": source, "a": source.a})
+        assert type(staged["w"]) is TwoTensor
+        assert staged["w"].a.tolist() == [0, 1, 2]
+        assert staged["w"].a is not source.a
+        assert staged["w"].a is staged["a"]
+
+    def test_a_wrapper_that_does_not_tell_is_refused(self) -> None:
+        assert "__tensor_flatten__" in refused(Bare(torch.ones(2))).reason
+
+    def test_a_subclass_stays_one(self) -> None:
+        source = torch.arange(3.0).as_subclass(Named)
+        source.note = {"scale": torch.ones(1)}  # type: ignore[attr-defined]
+        staged = stage([source])[0]
+        assert type(staged) is Named
+        assert staged.tolist() == [0, 1, 2]
+        assert staged.note["scale"] is not source.note["scale"]  # type: ignore[attr-defined]
+
+    def test_uninitialized(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lazy = torch.nn.LazyLinear(3)
+        staged = stage(dict(lazy.named_parameters()))
+        assert type(staged["weight"]) is torch.nn.parameter.UninitializedParameter
+        assert staged["weight"] is not lazy.weight
+
+    def test_history_does_not_travel(self) -> None:
+        leaf = torch.ones(2, requires_grad=True)
+        staged = stage({"leaf": leaf, "made": leaf * 2})
+        assert staged["leaf"].requires_grad
+        assert not staged["made"].requires_grad
+        assert staged["made"].grad_fn is None
+
+    def test_gradients_come_along(self) -> None:
+        leaf = torch.ones(2, requires_grad=True)
+        (leaf * 3).sum().backward()
+        staged = stage([leaf])[0]
+        assert staged.grad.tolist() == [3, 3]
+        assert staged.grad is not leaf.grad
+
+
+class TestMemory:
+    def test_a_storage_that_is_too_small_is_refused(self) -> None:
+        tensor = torch.ones(4)
+        tensor.untyped_storage().resize_(8)
+        error = refused(tensor)
+        assert "storage of 8 bytes" in error.reason
+        assert "16" in error.reason
+
+    def test_what_torch_borrows_from_numpy(self) -> None:
+        array = torch.arange(6).numpy()
+        source = torch.from_numpy(array[1:5])
+        staged = stage([source])[0]
+        array[:] = 0
+        assert staged.tolist() == [1, 2, 3, 4]
+        assert staged.untyped_storage().nbytes() == 32
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+class TestDTensor:
+    @pytest.mark.parametrize("sharded", [True, False])
+    def test_is_staged_over_the_same_mesh(self, mesh: Any, sharded: bool) -> None:
+        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+        placement = Shard(0) if sharded else Replicate()
+        source = distribute_tensor(torch.arange(6.0).reshape(3, 2), mesh, [placement])
+        staged = stage({"d": source, "local": source.to_local()})
+        assert type(staged["d"]) is DTensor
+        assert staged["d"].placements == (placement,)
+        assert staged["d"].device_mesh == mesh
+        assert torch.equal(staged["d"].full_tensor(), torch.arange(6.0).reshape(3, 2))
+        source.to_local().zero_()
+        assert staged["d"].to_local().sum() == 15
+
+    def test_a_partial_one_is_refused(self, mesh: Any) -> None:
+        from torch.distributed.tensor import DTensor, Partial
+
+        source = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+        error = refused(source)
+        assert "partial" in error.reason
+        assert "Redistribute" in (error.remedy or "")
