@@ -11,7 +11,8 @@ import anyio
 from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging
 from aiostage._copy.timings import Timings
-from aiostage.errors import StagingError
+from aiostage._copy.window import Window
+from aiostage.errors import HostMemoryError, StagingError
 from aiostage.leaf import Path, StagedLeaf
 
 __all__ = ["Snapshot", "stage"]
@@ -27,8 +28,8 @@ class Snapshot(Generic[T]):
     tree lives for as long as whoever took :meth:`result` refers to it. Several tasks may wait for one snapshot.
     """
 
-    def __init__(self, resources: Resources, source: T) -> None:
-        self._staging = Staging(resources, source)
+    def __init__(self, resources: Resources, source: T, *, streamed: bool = False) -> None:
+        self._staging = Staging(resources, source, streamed=streamed)
         self._completing = anyio.Lock()
         self._tree: T | None = None
         self._state = "new"
@@ -71,9 +72,11 @@ class Snapshot(Generic[T]):
             TornSnapshotError: If the source changed on the way.
             StagerClosedError: If the stager was closed on the way.
             StagingError: If the snapshot was not entered, or was left or cancelled before.
+            HostMemoryError: If it is streamed, and its bytes only pass through memory.
 
         May be cancelled; the staging is then abandoned unless another task waits for it too.
         """
+        self._check_whole()
         await self._complete()
         return self._tree  # type: ignore[return-value]
 
@@ -102,6 +105,23 @@ class Snapshot(Generic[T]):
         """The addresses of the staged memory; empty until the snapshot is entered."""
         return self._staging.memory
 
+    @property
+    def window(self) -> Window | None:
+        """What the bytes pass through if they do not fit ``max_host_bytes``; the addresses then have no memory."""
+        return self._staging.window
+
+    async def fill(self) -> None:
+        """Copy through the window, if there is one, as its consumer makes room; returns when all is under way.
+
+        Raises:
+            HostMemoryError: If memory cannot be had.
+            StagerClosedError: If the stager was closed on the way.
+
+        May be cancelled; the staging is then abandoned.
+        """
+        if self._state == "entered":
+            await self._staging.fill()
+
     async def outline(self) -> T:
         """Return the staged tree, whose tensors may not have their values yet; for writers that use :meth:`landed`.
 
@@ -114,7 +134,8 @@ class Snapshot(Generic[T]):
             self._check_entered()
             if await self._staging.outline():
                 return self._staging.tree  # type: ignore[no-any-return]
-        return await self.result()
+        await self._complete()
+        return self._tree  # type: ignore[return-value]
 
     async def landed(self, address: int, nbytes: int) -> None:
         """Wait until bytes of the staged memory have their final values; for addresses elsewhere, do not wait.
@@ -165,6 +186,7 @@ class Snapshot(Generic[T]):
             TornSnapshotError: At the end, if the source changed on the way.
         """
         self._check_entered()
+        self._check_whole()
         staging = self._staging
         for number, batch in staging.in_order():
             if self._state != "captured" and not await staging.land(number):
@@ -201,6 +223,15 @@ class Snapshot(Generic[T]):
         if not captured:
             await self._staging.abandon(error)
         self._staging.staged = []
+        if self._staging.window is not None:
+            self._staging.window.close()
+
+    def _check_whole(self) -> None:
+        if self._staging.window is not None:
+            raise HostMemoryError(
+                f"the {self.nbytes} bytes of the copy only pass through memory, for max_host_bytes would not hold two.",
+                remedy="Give the snapshot to save(), or make it without streamed=True.",
+            )
 
     def _check_entered(self) -> None:
         if self._failure is not None:

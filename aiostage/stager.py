@@ -85,17 +85,20 @@ class AsyncStager(CheckpointStager):
         self._resources.check_open()
         return stage(self._resources, state_dict)
 
-    def snapshot(self, state_dict: T) -> Snapshot[T]:
+    def snapshot(self, state_dict: T, *, streamed: bool = False) -> Snapshot[T]:
         """Return a staging with a handle on it, to be entered with ``async with``.
 
         Args:
             state_dict: Any deep-copyable tree with tensors in it.
+            streamed: Let the copy be larger than ``max_host_bytes``. If two of it would not fit, it passes through
+                that much memory on its way to the one :func:`save` that the snapshot is given to; it is captured when
+                its last byte has been copied, which waits for the storage, and has no :meth:`Snapshot.result`.
 
         Raises:
             StagerClosedError: If the stager is closed.
         """
         self._resources.check_open()
-        return Snapshot(self._resources, state_dict)
+        return Snapshot(self._resources, state_dict, streamed=streamed)
 
     async def restore(self, staged: T, into: T) -> None:
         """Copy staged values back into live tensors, in place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -138,6 +138,17 @@ class Batch:
     lands: Sequence[int]
     continues: bool
 
+    def moved(self, distance: int) -> Batch:
+        """Return the same batch for memory in which everything lies ``distance`` bytes further on."""
+        return replace(
+            self,
+            start=self.start + distance,
+            stop=self.stop + distance,
+            runs=tuple(replace(run, offset=run.offset + distance) for run in self.runs),
+            blocks=tuple(replace(block, offset=block.offset + distance) for block in self.blocks),
+            pieces=tuple(replace(piece, offset=piece.offset + distance) for piece in self.pieces),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -162,7 +173,7 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
 
     Leaves that share memory with no other get slots of their own, leaves of one spec side by side, larger dtypes first
     so that no slot needs padding, and on devices the small ones of each dtype in batches of their own. Leaves whose
-    memory overlaps come after them, as blocks.
+    memory overlaps come after those of their size, as blocks. This is also the order of a file without gaps.
 
     Args:
         specs: One for each leaf; None for a leaf without memory of its own.
@@ -183,11 +194,15 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
         yield
     empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
-    full.sort(key=lambda entry: (str(entry[0].device or ""), -entry[0].target.itemsize, not _is_small(entry[0])))
-    for spec, indices in full:
-        yield from builder.add_leaves(spec, indices)
-    for group in groups:
-        yield from builder.add_block(group)
+    full.sort(key=lambda entry: (str(entry[0].device or ""), not _is_small(entry[0])))
+    sizes = [max(builder.spec(index).target.itemsize for index in group) for group in groups]
+    for itemsize in sorted({*sizes, *(spec.target.itemsize for spec, _ in full)}, reverse=True):
+        for spec, indices in full:
+            if spec.target.itemsize == itemsize:
+                yield from builder.add_leaves(spec, indices)
+        for group, size in zip(groups, sizes, strict=True):
+            if size == itemsize:
+                yield from builder.add_block(group)
     builder.cut()
     return Plan(builder.offset, tuple(builder.batches), builder.order(), empty)
 
@@ -258,6 +273,8 @@ class _Builder:
         self.addresses = addresses
         self.batches: list[Batch] = []
         self.offset = 0
+        self.aligned = True
+        """Whether the next leaf may follow at once; not so behind a block, which may end anywhere."""
         self.inside = False
         """Whether a batch that ends now leaves something to the next that has to be copied after it."""
         self._continues = False
@@ -310,6 +327,9 @@ class _Builder:
 
     def add_leaves(self, spec: Spec, indices: list[int]) -> Steps:
         """Give leaves of one spec consecutive slots."""
+        if not self.aligned:
+            self.offset = self.start = _congruent(self.offset, 0)
+            self.aligned = True
         size = spec.staged_nbytes
         padding = -self.offset % spec.target.itemsize
         if padding:
@@ -375,6 +395,7 @@ class _Builder:
         self.lands += members
         self.inside = False
         self.cut()
+        self.aligned = False
 
 
 def _is_small(spec: Spec) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class DeviceCopy:
         number: int,
         batch: Batch,
         tensors: Sequence[torch.Tensor],
-        staged: Sequence[torch.Tensor],
+        staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
         specs: Sequence[Spec | None],
         memory: np.ndarray[Any, Any],
     ) -> None:

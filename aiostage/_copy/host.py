@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -44,7 +44,7 @@ class HostCopy:
         self,
         batch: Batch,
         tensors: Sequence[torch.Tensor],
-        staged: Sequence[torch.Tensor],
+        staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
         specs: Sequence[Spec | None],
         addresses: Sequence[int],
         memory: np.ndarray[Any, Any],

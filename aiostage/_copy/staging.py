@@ -15,15 +15,17 @@ import torch
 
 from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.plan import Batch, MixedCast, Plan
-from aiostage._capture.rebuild import Results, build_block, build_run, finish_leaves, perform
+from aiostage._capture.rebuild import Results, finish_leaves, perform
 from aiostage._capture.walk import Walk
+from aiostage._copy.building import build_batch, build_destinations, build_empty
 from aiostage._copy.changes import Changes, within
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.flights import Flights
 from aiostage._copy.host import HostCopy
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
-from aiostage._loop.cleanup import finish
+from aiostage._copy.window import Chunk, Window
+from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.slices import Slices, exhausted
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
@@ -47,10 +49,12 @@ class Staging:
     Args:
         resources: Of the stager.
         source: The state dict.
+        streamed: Whether there will be a consumer, so that the copy may be larger than the memory for it.
     """
 
-    def __init__(self, resources: Resources, source: Any) -> None:
+    def __init__(self, resources: Resources, source: Any, *, streamed: bool = False) -> None:
         self._resources = resources
+        self._streamed = streamed
         self._options = resources.options
         self._slices = Slices(resources.options.max_loop_hold)
         self._walk = Walk(passthrough=resources.options.passthrough)
@@ -58,6 +62,8 @@ class Staging:
         # What holds memory is kept here and not in locals: there the traceback of an error, or of a cancellation,
         # would keep it for as long as somebody keeps the error.
         self._lease: Lease | None = None
+        self.window: Window | None = None
+        """What the copy passes through, if it is larger than the memory for it."""
         self._results: Results | None = None
         self.tree: Any = None
         self._changes = Changes(self._walk)
@@ -69,8 +75,9 @@ class Staging:
         self.memory = range(0)
         """The addresses of the staged memory."""
         self._landed: set[int] = set()
-        self._rebuilding = anyio.Lock()
+        self._outlining: anyio.Event | None = None
         self._outlined = self._retired = False
+        self._reason: Exception | None = None
         self._flights: Flights | None = None
         self._looking = self._look(source)
         self._refused: BaseException | None = None
@@ -129,6 +136,8 @@ class Staging:
         Copies that devices are making cannot be stopped; their memory is kept until they are done.
         """
         self.job.cancel()
+        if self.window is not None:
+            self.window.close()
         # A coroutine that is being closed may not wait; what runs keeps its memory.
         if not isinstance(error, GeneratorExit):
             await finish(self.job.settled)
@@ -150,6 +159,8 @@ class Staging:
         Cancelling changes nothing.
         """
         batch = self._batches[number]
+        if self.window is not None:
+            await self.window.launched(number)
         if batch.device is not None and self._flights is not None:
             await self._flights.land(number)
             self._landed.add(number)
@@ -165,13 +176,20 @@ class Staging:
 
         May be cancelled, and called again then.
         """
-        # What is put into containers needs no bytes in it yet; whatever may look at values does.
-        if self._walk.calls_out or self._walk.leaves.composites:
+        if not self._is_early:
             return False
-        async with self._rebuilding:
-            if not (self._outlined or self._retired):
+        while not (self._outlined or self._retired):
+            if self._outlining is not None:
+                await self._outlining.wait()
+                continue
+            # Not a lock: it could not be let go of by a coroutine that is closed after its loop has gone.
+            self._outlining = done = anyio.Event()
+            try:
                 await self._rebuild()
                 self._outlined = True
+            finally:
+                self._outlining = None
+                done.set()
         return not self._retired
 
     async def landed(self, address: int, nbytes: int) -> bool:
@@ -208,6 +226,11 @@ class Staging:
         leaves = numbers = None
         if parts is not None:
             leaves, numbers = exhausted(within(parts, self._walk, self._batches))
+        if self.window is not None and not self.job.finished():
+            raise StagingError(
+                "the copy passes through memory smaller than itself, so some of its copies wait for room.",
+                remedy="Await captured() before you change the source.",
+            )
         for number, batch in enumerate(self._batches):
             if batch.device is None and number not in self._landed and (numbers is None or number in numbers):
                 raise StagingError(
@@ -272,6 +295,10 @@ class Staging:
                     remedy="Leave one of the two out, or return None for it from the dtype function.",
                 ) from None
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
+        if plan.nbytes and self._is_streamed(plan.nbytes):
+            self.window = Window(plan, self._options.max_host_bytes or plan.nbytes)
+            await self._slices.run(self._build(plan))
+            return
         if plan.nbytes:
             with Phase(self.timings, "memory"):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False, device=device)
@@ -304,6 +331,20 @@ class Staging:
                 yield
         return specs
 
+    def _is_streamed(self, nbytes: int) -> bool:
+        """Return whether the copy is to pass through memory smaller than itself."""
+        limit = self._options.max_host_bytes
+        if not self._streamed or limit is None or not self._is_early:
+            return False
+        # Where two fit, the next one need not wait for the last.
+        return 2 * nbytes > limit
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether the tree can be made before its bytes have arrived."""
+        # What is put into containers needs no bytes in it yet; whatever may look at values does.
+        return not (self._walk.calls_out or self._walk.leaves.composites)
+
     def _build(self, plan: Plan) -> Generator[None, None, list[DeviceCopy]]:
         """Make the staged leaves, handing each batch over as soon as its leaves are there.
 
@@ -312,27 +353,73 @@ class Staging:
         """
         tensors, specs, addresses = self._walk.leaves.tensors, self._specs, self._walk.leaves.addresses
         staged = self.staged = [None] * len(tensors)
-        for run in plan.empty:
-            _place(staged, run.indices, build_run(_NOTHING, run))
-            yield
+        yield from build_empty(plan.empty, staged)
         from_devices: list[DeviceCopy] = []
-        if self._lease is None:
+        if self.window is not None:
+            memory = self.window.addresses
+        elif self._lease is not None:
+            memory = self._lease.buffer
+        else:
             return from_devices
-        memory = self._lease.buffer
         self.memory = range(memory.ctypes.data, memory.ctypes.data + memory.nbytes)
         for number, batch in self.in_order():
-            for run in batch.runs:
-                _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
-                yield
-            for block in batch.blocks:
-                members = [spec for index in block.indices if (spec := specs[index]) is not None]
-                part = memory[block.offset : block.offset + block.nbytes]
-                _place(staged, block.indices, build_block(part, block, members))
-                yield
+            yield from build_batch(batch, memory, staged, specs)
+            if self.window is not None:
+                continue
             if batch.device is not None:
                 from_devices.append(DeviceCopy(number, batch, tensors, staged, specs, memory))
             else:
                 copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
+                self._start(partial(self._copy, number, copies))
+            yield
+        return from_devices
+
+    async def fill(self) -> None:
+        """Copy, chunk after chunk, what does not fit the budget at once, as the consumer makes room for it.
+
+        Raises:
+            HostMemoryError: If memory cannot be had.
+            StagerClosedError: If the stager is closed.
+            StagingError: If the device has failed.
+
+        May be cancelled; whatever was begun is then dropped, as by :meth:`abandon`.
+        """
+        window = self.window
+        if window is None:
+            return
+        try:
+            for chunk in window.chunks:
+                with Phase(self.timings, "memory"):
+                    memory = await window.lease(chunk, self._resources.pool)
+                self._resources.check_open()
+                copies = await self._slices.run(self._build_chunk(chunk, memory))
+                if self._flights is not None and copies:
+                    with Phase(self.timings, "launch"):
+                        await self._flights.launch(
+                            copies, self._resources.launcher, self._resources.max_bytes_in_flight
+                        )
+                window.filled(chunk, memory)
+                # It has to go when its last part has been written.
+                del memory, copies
+            self.job.close()
+        except BaseException as error:
+            if isinstance(error, Exception):
+                # For whoever waits for the capture.
+                self._reason = without_locals(error)
+            await self.abandon(error)
+            raise
+
+    def _build_chunk(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> Generator[None, None, list[DeviceCopy]]:
+        """Start the copies into a chunk, and return those from devices."""
+        tensors, specs, addresses = self._walk.leaves.tensors, self._specs, self._walk.leaves.addresses
+        from_devices: list[DeviceCopy] = []
+        for number in chunk.batches:
+            batch = self._batches[number].moved(-chunk.start)
+            destinations = build_destinations(batch, memory)
+            if batch.device is not None:
+                from_devices.append(DeviceCopy(number, batch, tensors, destinations, specs, memory))
+            else:
+                copies = HostCopy(batch, tensors, destinations, specs, addresses, memory)
                 self._start(partial(self._copy, number, copies))
             yield
         return from_devices
@@ -360,6 +447,8 @@ class Staging:
                 if batch.device is not None:
                     await self.land(number)
             resources.check_open()
+            if self._reason is not None:
+                raise self._reason
             if self.job.cancelled:
                 raise StagingError("the staging was abandoned while somebody waited for it.")
         if self._options.detect_torn:
@@ -446,18 +535,6 @@ class Staging:
 
 
 _stop = attrgetter("stop")
-
-_NOTHING = np.empty(0, dtype=np.uint8)
-
-
-def _place(staged: list[Any], indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-    """Put tensors where their leaves' indices say."""
-    first, count = indices[0], len(indices)
-    if indices[-1] - first == count - 1:
-        staged[first : first + count] = tensors
-        return
-    for index, tensor in zip(indices, tensors, strict=True):
-        staged[index] = tensor
 
 
 def _check_target(target: object, path: Path) -> None:

@@ -72,6 +72,11 @@ class FileTensor:
     memory: int | torch.Tensor
     owner: object
 
+    @property
+    def address(self) -> int:
+        """Of the first byte; 0 without any."""
+        return self.memory if isinstance(self.memory, int) else self.memory.data_ptr()
+
 
 def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], list[int], list[int]]]:
     """Look at the memory of tensors, yielding now and then.

@@ -6,10 +6,13 @@ import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from aiostage.checkpoint.blocks import FileTensor
+from aiostage.errors import HostMemoryError
+from aiostage.snapshot import Snapshot
 from aiostage.storage.parts import Content, memory_of
 from aiostage.storage.safetensors import Record, header_cost, write_header
 
@@ -40,22 +43,27 @@ class TensorFile:
 
 
 def tensor_files(
-    tensors: Sequence[FileTensor], max_shard_bytes: int, memory: range = range(0)
+    tensors: Sequence[FileTensor], max_shard_bytes: int, snapshot: Snapshot[Any] | None = None
 ) -> Generator[None, None, list[TensorFile]]:
     """Distribute tensors over files in their order, yielding now and then.
 
     Args:
         tensors: In the order of the tree.
         max_shard_bytes: How much data one file may have. A tensor larger than that has a file of its own.
-        memory: Addresses of memory that was laid out like a file, and is filled from its start. What is in it is
-            written in its order, across all files.
+        snapshot: That the tensors are of. Its memory was laid out like a file and is filled from its start, so what is
+            in it is written in its order, across all files.
+
+    Raises:
+        HostMemoryError: If the bytes of the snapshot pass in an order that no file can have.
 
     Returns:
         The files; at least one.
     """
-    if memory:
-        tensors = sorted(tensors, key=partial(_place, memory))
+    if snapshot is not None:
+        tensors = sorted(tensors, key=partial(_place, snapshot.memory))
         yield
+        if snapshot.window is not None:
+            _check_order(tensors, snapshot.memory)
     shards = yield from _shards(tensors, max_shard_bytes)
     files = []
     for number, shard in enumerate(shards, 1):
@@ -71,8 +79,22 @@ def tensor_files(
 
 def _place(memory: range, tensor: FileTensor) -> tuple[int, int]:
     """Return what to sort tensors by: every one aligned to its elements, and then by their places in memory."""
-    address = tensor.memory if isinstance(tensor.memory, int) else tensor.memory.data_ptr()
+    address = tensor.address
     return -tensor.element_bytes, address - memory.start if address in memory else len(memory)
+
+
+def _check_order(tensors: Sequence[FileTensor], memory: range) -> None:
+    """Refuse what would have to be written in another order than that of the memory."""
+    last = 0
+    for tensor in tensors:
+        address = tensor.address
+        if address in memory:
+            if address < last:
+                raise HostMemoryError(
+                    f"the tensor {tensor.name!r} shares memory so that its bytes come too late to be written in turn.",
+                    remedy="Raise max_host_bytes so that the whole copy fits twice.",
+                )
+            last = address
 
 
 def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[list[FileTensor]]]:

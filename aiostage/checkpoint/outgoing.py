@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft
+from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.checkpoint.passing import collect
 from aiostage.errors import CheckpointError
 from aiostage.observe import span
-from aiostage.storage.files import aligned_memory
+from aiostage.snapshot import Snapshot
 from aiostage.storage.manifest import FileRecord
-from aiostage.storage.parts import Part, digest, gather, places, whole
+from aiostage.storage.parts import Part, digest, gather, place, whole
 
-__all__ = ["OutgoingFile", "PartBuffers"]
-
-
-class PartBuffers:
-    """Memory for parts that are gathered from many places, used again when nobody refers to what was made from it.
-
-    Args:
-        part_bytes: How large each is.
-    """
-
-    def __init__(self, part_bytes: int) -> None:
-        self.part_bytes = part_bytes
-        self._free: list[np.ndarray[Any, Any]] = []
-
-    def take(self) -> np.ndarray[Any, Any]:
-        """Return uninitialized memory. May be called from any thread."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = aligned_memory(self.part_bytes)
-        # An array with a base of its own, which everything that is made from it keeps alive.
-        lent: np.ndarray[Any, Any] = np.frombuffer(memory.data, np.uint8)
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return lent
+__all__ = ["OutgoingFile"]
 
 
 class OutgoingFile:
@@ -53,7 +30,7 @@ class OutgoingFile:
         parts: All of them.
         workers: Gather and digest.
         buffers: For parts that are not one piece of memory.
-        landed: Waits until memory, given by its address and size, has its final contents.
+        snapshot: Whose bytes the parts wait for; None if all are there.
         sent: Called on the event loop with the number of bytes that were handed over since the last call.
     """
 
@@ -64,7 +41,7 @@ class OutgoingFile:
         *,
         workers: Workers,
         buffers: PartBuffers,
-        landed: Callable[[int, int], Awaitable[None]] | None = None,
+        snapshot: Snapshot[Any] | None = None,
         sent: Callable[[int], object] | None = None,
     ) -> None:
         self.name = name
@@ -72,7 +49,7 @@ class OutgoingFile:
         self._parts = parts
         self._workers = workers
         self._buffers = buffers
-        self._landed = landed
+        self._snapshot = snapshot
         self._sent = sent
         self._next = self._reported = 0
         self._digests = [""] * len(parts)
@@ -119,15 +96,23 @@ class OutgoingFile:
         if self._next == len(self._parts):
             raise StopAsyncIteration
         part = self._parts[self._next]
-        if self._landed is not None:
-            for address, nbytes in places(part):
-                await self._landed(address, nbytes)
-        data = whole(part)
-        buffer = data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
+        data = await self._data(part)
         self._next += 1
         # While the bytes are hot, but not before they leave: the storage has threads of its own.
-        self._digesting.put(partial(self._digest, part.index, buffer))
-        return buffer
+        self._digesting.put(partial(self._digest, part.index, data))
+        return data
+
+    async def _data(self, part: Part) -> Buffer:
+        """Return the contents of a part, without copying them if they lie in one piece."""
+        if self._snapshot is not None:
+            if self._snapshot.window is not None:
+                return await collect(
+                    part, self._snapshot, self._snapshot.window, buffers=self._buffers, workers=self._workers
+                )
+            for piece in part.pieces:
+                await self._snapshot.landed(*place(piece))
+        data = whole(part)
+        return data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
 
     def _report(self) -> None:
         """Say of the part that was handed over last that it was."""

@@ -13,8 +13,8 @@ from aiostage._loop.slices import Slices
 from aiostage._loop.together import together
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Buffer, Reader
+from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.decode import Memory, TreeDecoder, is_spread
-from aiostage.checkpoint.outgoing import PartBuffers
 from aiostage.checkpoint.progress import LoadProgress
 from aiostage.errors import CheckpointCorruptError, HostMemoryError
 from aiostage.observe import span

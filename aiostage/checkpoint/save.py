@@ -128,7 +128,7 @@ def _source(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Corout
     """Return a snapshot, whose bytes can be written as they land, or else a coroutine that returns a staged tree."""
     if isinstance(state_dict, Snapshot):
         return state_dict
-    return stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
+    return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 
 async def _stream(writer: CheckpointWriter, draft: Draft, snapshot: Snapshot[Any], captured: list[float]) -> Written:
@@ -139,6 +139,7 @@ async def _stream(writer: CheckpointWriter, draft: Draft, snapshot: Snapshot[Any
         written.append(await writer.write(draft, await snapshot.outline(), snapshot))
 
     async def capture() -> None:
+        await snapshot.fill()
         await snapshot.captured()
         captured.append(perf_counter())
 

@@ -12,9 +12,10 @@ from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Draft
 from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
+from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.encode import TreeEncoder
 from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
-from aiostage.checkpoint.outgoing import OutgoingFile, PartBuffers
+from aiostage.checkpoint.outgoing import OutgoingFile
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
@@ -90,8 +91,7 @@ class CheckpointWriter:
             await self._slices.run(encoder.walk(staged))
             tensors = await self._file_tensors(encoder)
             tensor_bytes = sum(tensor.nbytes for tensor in tensors)
-            memory = snapshot.memory if snapshot is not None else range(0)
-            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, memory))
+            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, snapshot))
             files = [(shard.name, shard.contents) for shard in shards]
             if len(shards) > 1:
                 files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
@@ -110,6 +110,9 @@ class CheckpointWriter:
         )
         digests = await self._workers.run(partial(_digests, manifest))
         if snapshot is not None:
+            if snapshot.window is not None:
+                # Nobody else will take what no file has asked for.
+                snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
         with span("commit"):
             await draft.commit(manifest)
@@ -134,7 +137,7 @@ class CheckpointWriter:
             await self._slices.run(cut(contents, PART_BYTES)),
             workers=self._workers,
             buffers=self._buffers,
-            landed=snapshot.landed if snapshot is not None else None,
+            snapshot=snapshot,
             sent=self._sent,
         )
         return await file.send(draft)

@@ -20,6 +20,7 @@ __all__ = [
     "Content",
     "Hole",
     "Part",
+    "Piece",
     "Scattered",
     "cut",
     "digest",
@@ -27,7 +28,7 @@ __all__ = [
     "gather",
     "memory_of",
     "parts_in",
-    "places",
+    "place",
     "scatter",
     "whole",
 ]
@@ -122,7 +123,8 @@ def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]
 Content: TypeAlias = "torch.Tensor | Hole"
 """Consecutive bytes of a file: a tensor whose elements are written in index order, or a hole."""
 
-_Piece: TypeAlias = "torch.Tensor | Scattered | Hole"
+Piece: TypeAlias = "torch.Tensor | Scattered | Hole"
+"""Of a part: one-dimensional uint8 memory, scattered elements, or a hole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class Part:
     index: int
     offset: int
     nbytes: int
-    pieces: list[_Piece]
+    pieces: list[Piece]
 
 
 def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, list[Part]]:
@@ -153,7 +155,7 @@ def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, l
         The parts in order; at least one, if only an empty one.
     """
     parts = [Part(0, 0, 0, [])]
-    pieces: list[_Piece] = parts[0].pieces
+    pieces: list[Piece] = parts[0].pieces
     position, room = 0, part_bytes
     for number, content in enumerate(contents):
         taken, nbytes = 0, content.nbytes
@@ -178,7 +180,7 @@ def _close(parts: list[Part], position: int) -> None:
     parts[-1] = Part(last.index, last.offset, position - last.offset, last.pieces)
 
 
-def _piece(content: Content, start: int, stop: int) -> _Piece:
+def _piece(content: Content, start: int, stop: int) -> Piece:
     """Return the bytes of a content from ``start`` to ``stop``."""
     if isinstance(content, Hole):
         return Hole(stop - start)
@@ -197,15 +199,15 @@ def whole(part: Part) -> torch.Tensor | None:
     return None
 
 
-def places(part: Part) -> Iterator[tuple[int, int]]:
-    """Iterate over where in memory a part comes from: addresses, and how many bytes from there on it may read."""
-    for piece in part.pieces:
-        if isinstance(piece, torch.Tensor):
-            yield piece.data_ptr(), piece.numel()
-        elif isinstance(piece, Scattered):
-            tensor = piece.tensor
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            yield tensor.data_ptr(), (last + 1) * tensor.element_size()
+def place(piece: Piece) -> tuple[int, int]:
+    """Return where in memory a piece comes from: an address, and how many bytes from there on it may read."""
+    if isinstance(piece, torch.Tensor):
+        return piece.data_ptr(), piece.numel()
+    if isinstance(piece, Scattered):
+        tensor = piece.tensor
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), (last + 1) * tensor.element_size()
+    return 0, 0
 
 
 def gather(part: Part, buffer: torch.Tensor) -> None:
@@ -240,7 +242,7 @@ def scatter(part: Part, buffer: torch.Tensor) -> None:
             torch._foreach_copy_([piece for piece, _ in pairs], [place for _, place in pairs])
 
 
-def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[_Piece], Sequence[torch.Tensor]]]:
+def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[Piece], Sequence[torch.Tensor]]]:
     """Iterate over small groups of pieces, with their places in a buffer."""
     position = 0
     for start in range(0, len(part.pieces), _GROUP):

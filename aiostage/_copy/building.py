@@ -1,0 +1,70 @@
+"""Making the staged leaves of a batch over the memory that it is copied into."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage._capture.faithful import Spec
+from aiostage._capture.plan import Batch, Run
+from aiostage._capture.rebuild import build_block, build_run
+
+__all__ = ["build_batch", "build_destinations", "build_empty"]
+
+_NOTHING = np.empty(0, dtype=np.uint8)
+
+
+def build_empty(runs: Sequence[Run], staged: list[Any]) -> Generator[None, None, None]:
+    """Make the leaves that have no elements, yielding now and then.
+
+    Args:
+        runs: Of such leaves.
+        staged: Where to put them, by their indices.
+    """
+    for run in runs:
+        _place(staged, run.indices, build_run(_NOTHING, run))
+        yield
+
+
+def build_batch(
+    batch: Batch, memory: np.ndarray[Any, Any], staged: list[Any], specs: Sequence[Spec | None]
+) -> Generator[None, None, None]:
+    """Make the leaves that begin in a batch, yielding now and then.
+
+    Args:
+        batch: Whose leaves to make.
+        memory: One-dimensional uint8, the whole arena.
+        staged: Where to put them, by their indices.
+        specs: Of all leaves.
+    """
+    for run in batch.runs:
+        _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
+        yield
+    for block in batch.blocks:
+        members = [spec for index in block.indices if (spec := specs[index]) is not None]
+        part = memory[block.offset : block.offset + block.nbytes]
+        _place(staged, block.indices, build_block(part, block, members))
+        yield
+
+
+def build_destinations(batch: Batch, memory: np.ndarray[Any, Any]) -> dict[int, torch.Tensor]:
+    """Return what copying a batch writes to as leaves, by their indices; the rest it finds in the memory."""
+    made: dict[int, torch.Tensor] = {}
+    for run in batch.runs:
+        if run.is_whole:
+            leaves = build_run(memory[run.offset : run.offset + run.nbytes], run)
+            made.update(zip(run.indices, leaves, strict=True))
+    return made
+
+
+def _place(staged: list[Any], indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+    """Put tensors where their leaves' indices say."""
+    first, count = indices[0], len(indices)
+    if indices[-1] - first == count - 1:
+        staged[first : first + count] = tensors
+        return
+    for index, tensor in zip(indices, tensors, strict=True):
+        staged[index] = tensor

@@ -1,0 +1,90 @@
+"""Parts of files whose bytes are not all in memory at the same time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from aiostage._copy.window import Chunk, Window
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer
+from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.snapshot import Snapshot
+from aiostage.storage.parts import Part, Piece, Scattered, gather, place
+
+__all__ = ["collect"]
+
+
+async def collect(
+    part: Part, snapshot: Snapshot[Any], window: Window, *, buffers: PartBuffers, workers: Workers
+) -> Buffer:
+    """Return the contents of a part of a file, taking its bytes from a window as they come.
+
+    No chunk is held while the next one is waited for, so that saves which share a budget cannot wait for each other.
+
+    Args:
+        part: The parts of a file have to be asked for in order.
+        snapshot: Whose bytes they are.
+        window: That they pass through.
+        buffers: For parts that are not in one chunk.
+        workers: Gather.
+
+    Returns:
+        The chunk's own memory where all of it lies in one, in order; else a copy.
+
+    Raises:
+        The errors of :meth:`Snapshot.landed` and :meth:`Window.take`.
+
+    May be cancelled; nothing is held then.
+    """
+    steps = [step for piece in part.pieces for step in _split(piece, window)]
+    if len(steps) == 1 and isinstance(steps[0], torch.Tensor):
+        arrived = await _arrive(steps[0], snapshot, window)
+        assert isinstance(arrived, torch.Tensor)  # noqa: S101 - it stays what it was
+        return arrived.numpy().data
+    lent = buffers.take()
+    memory = torch.from_numpy(lent)
+    pieces: list[Piece] = []
+    position = 0
+    chunk: Chunk | None = None
+    for step in steps:
+        needed = window.chunk_of(place(step)[0]) or chunk
+        if pieces and needed is not chunk:
+            position += await _gather(pieces, memory[position:], workers)
+            pieces = []
+        chunk = needed
+        pieces.append(await _arrive(step, snapshot, window))
+    await _gather(pieces, memory[position:], workers)
+    return lent.data[: part.nbytes]
+
+
+async def _gather(pieces: list[Piece], memory: torch.Tensor, workers: Workers) -> int:
+    """Copy pieces one after the other, and return how many bytes they are."""
+    nbytes = sum(piece.nbytes for piece in pieces)
+    await workers.run(partial(gather, Part(0, 0, nbytes, pieces), memory))
+    return nbytes
+
+
+async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piece:
+    """Return a piece at the addresses where its bytes are, once they are there."""
+    address, nbytes = place(piece)
+    if window.chunk_of(address) is None:
+        return piece
+    memory = torch.from_numpy(await window.take(address, nbytes))
+    await snapshot.landed(address, nbytes)
+    if not isinstance(piece, Scattered):
+        return memory
+    tensor = torch.empty(0, dtype=piece.tensor.dtype)
+    tensor.set_(memory.untyped_storage(), 0, piece.tensor.shape, piece.tensor.stride())
+    return Scattered(tensor, piece.start, piece.stop)
+
+
+def _split(piece: Piece, window: Window) -> list[Piece]:
+    """Cut flat memory where chunks end; nothing else can be cut."""
+    address, nbytes = place(piece)
+    if not isinstance(piece, torch.Tensor) or window.chunk_of(address) is None:
+        return [piece]
+    cuts = window.split(address, nbytes)
+    return [piece[start - address : start - address + length] for start, length in cuts]
