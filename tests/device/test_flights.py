@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -35,6 +35,17 @@ class FailsHalfWay(SimulatedAccelerator):
         self.failures -= 1
         super().copy(destinations[:-1], sources[:-1], stream)
         raise torch.OutOfMemoryError("no room to cast")
+
+
+class CallsBack(SimulatedAccelerator):
+    """Lets something happen between one batch and the next."""
+
+    after_copy: Callable[[], object] = staticmethod(lambda: None)
+
+    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
+        launches = super().copy(destinations, sources, stream)
+        self.after_copy()
+        return launches
 
 
 @pytest.mark.asyncio
@@ -83,20 +94,20 @@ class TestAFailureHalfWay:
 @pytest.mark.asyncio
 class TestStreams:
     async def test_a_launch_stays_on_the_stream_that_waits(self):
-        """Another staging has failed meanwhile, and the next ones are to have a new stream."""
-        for seed in range(10):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
-                state = {str(n): full(accelerator, 0, 3 * MIB) for n in range(6)}
+        """Another staging fails meanwhile, after which the next ones are to have a new stream."""
+        for seed in range(4):
+            with CallsBack(seed=seed) as accelerator:
+                state = {str(n): full(accelerator, 0, 5 * MIB) for n in range(4)}
                 accelerator.synchronize()
                 for tensor in state.values():
                     accelerator.launch(lambda t: t.fill_(7), tensor, seconds=1e-3)
-                options = StagingOptions(max_bytes_in_flight=24 * MIB)
-                async with AsyncStager(options, backend=accelerator) as stager:
-                    streams = stager._resources.streams
+                async with AsyncStager(backend=accelerator) as stager:
+                    streams, device = stager._resources.streams, accelerator.devices[0]
                     assert streams is not None
+                    accelerator.after_copy = lambda: streams.forget(device, streams.of(device))  # noqa: B023
                     task = asyncio.ensure_future(stager.stage(state))
-                    await until(lambda: len(airborne) > 0 or task.done())  # noqa: B023
-                    streams.forget(accelerator.devices[0], streams.of(accelerator.devices[0]))
+                    await until(lambda: len(airborne) == 4)
+                    accelerator.synchronize()
                     staged = await task
                 assert all(bool((tensor == 7).all()) for tensor in staged.values())
 
