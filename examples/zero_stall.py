@@ -1,7 +1,7 @@
 """A trainer that checkpoints in every step and never waits for it: the device orders the step behind the copies.
 
 The device is a simulated one, in real time: kernels last as long as they are told to, and copies as long as 0.4 GB/s
-take. With a GPU nothing changes but the kernels: `AsyncStager()` finds it, and `loss.backward()` enqueues work likewise.
+take. With a GPU nothing changes but the kernels: `AsyncStager()` finds it, and `loss.backward()` enqueues its work too.
 """
 
 from __future__ import annotations
