@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 
 from aiostage._loop.cleanup import finish
@@ -67,7 +66,7 @@ class FsspecStorage(RemoteStorage):
         """
         plain = url.removeprefix("fsspec+")
         storage = cls.__new__(cls)
-        bucket = _FsspecBucket(partial(fsspec.core.url_to_fs, plain, **options), plain.rstrip("/"))
+        bucket = _FsspecBucket(partial(_open_url, plain, options), plain.rstrip("/"))
         RemoteStorage.__init__(storage, bucket, lease_seconds=lease_seconds)
         return storage
 
@@ -188,6 +187,18 @@ class _FsspecBucket(Bucket):
             raise StorageError(
                 f"{type(error).__name__}: {error}", path=f"{self._location}/{path}" if path else self._location
             ) from error
+
+
+def _open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path in it. Blocks: importing fsspec alone reads files."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise StorageError(
+            "such URLs need fsspec.", path=url, remedy="Install it with: pip install 'aiostage[fsspec]'"
+        ) from error
+    made: tuple[Any, str] = url_to_fs(url, **options)
+    return made
 
 
 def _size(fs: Any, full: str) -> int:
