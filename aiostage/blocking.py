@@ -72,6 +72,7 @@ class Checkpointer:
         keep: As for :class:`aiostage.Checkpointer`.
         keep_also: As for :class:`aiostage.Checkpointer`; called in the background thread.
         max_in_flight: As for :class:`aiostage.Checkpointer`.
+        incremental: As for :class:`aiostage.Checkpointer`.
         progress: As for :class:`aiostage.Checkpointer`; called in the background thread.
         save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
 
@@ -88,6 +89,7 @@ class Checkpointer:
         keep: int | None = None,
         keep_also: Callable[[int], bool] | None = None,
         max_in_flight: int = 1,
+        incremental: bool = False,
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
@@ -97,6 +99,7 @@ class Checkpointer:
             keep=keep,
             keep_also=keep_also,
             max_in_flight=max_in_flight,
+            incremental=incremental,
             progress=progress,
         )
         self._signals = tuple(save_on_signals)

@@ -108,3 +108,13 @@ def test_several_threads_may_save(tmp_path: Path) -> None:
             thread.join()
     with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.steps() == [0, 1, 2, 3]
+
+
+def test_what_has_not_changed_is_not_written_again(tmp_path: Path) -> None:
+    frozen = torch.rand(4 << 20)
+    with Checkpointer(tmp_path, incremental=True) as checkpoints:
+        for number in range(2):
+            checkpoints.save(number, {"frozen": frozen, "step": number}).committed()
+        sizes = [sum(file.stat().st_size for file in (tmp_path / f"step-0000000{n}").iterdir()) for n in range(2)]
+        assert sizes[1] < sizes[0] / 100
+        assert torch.equal(checkpoints.restore()["frozen"], frozen)
