@@ -26,7 +26,7 @@ from aiostage.abc import Buffer, Draft, Reader, Storage
 from aiostage.storage.files import aligned_memory
 from aiostage.storage.manifest import with_placement
 from aiostage.storage.parts import PART_BYTES
-from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, Placement, block_digests, joined
+from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, Placement, append, block_digests
 
 __all__ = ["Base", "IncrementalStorage"]
 
@@ -99,6 +99,11 @@ class IncrementalStorage(Storage):
         self._draft = _IncrementalDraft(await self._storage.open(name, overwrite=overwrite), self._base)
         return self._draft
 
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes were written."""
+        return self._draft.written_bytes if self._draft is not None else 0
+
     async def read(self, name: str) -> Reader:
         """Open a checkpoint. Raises as the storage's."""
         return await self._storage.read(name)
@@ -122,7 +127,7 @@ class _IncrementalDraft(Draft):
     def __init__(self, draft: Draft, base: Base | None) -> None:
         self._draft = draft
         self._base = base
-        self._worthwhile = base.worthwhile() if base is not None else frozenset()
+        self._worthwhile: frozenset[str] | None = None
         self._files: dict[str, PlacedFile] = {}
         self._held = 0
         self._workers = Workers(1, "aiostage-blocks")
@@ -134,6 +139,8 @@ class _IncrementalDraft(Draft):
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         old = self._base.file(name, nbytes) if self._base is not None else None
+        if self._base is not None and self._worthwhile is None:
+            self._worthwhile = await self._workers.run(self._base.worthwhile)
         if old is None:
             blocks: list[str] = []
             async with aclosing(self._digested(parts, blocks)) as digested:
@@ -144,19 +151,21 @@ class _IncrementalDraft(Draft):
             self._files[name] = await self._write_changed(name, old, parts)
 
     async def commit(self, manifest: Buffer) -> None:
-        used: Counter[str | None] = Counter({None: 0})
-        for file in self._files.values():
-            used.update(piece.source for piece in file.pieces)
-        held = {
-            source: self._held if source is None or self._base is None else self._base.held(source) for source in used
-        }
-        placement = Placement(held, self._files)
-        text = await self._workers.run(lambda: with_placement(manifest.tobytes(), placement))
+        placement, text = await self._workers.run(partial(self._placed, manifest))
         await self._draft.commit(memoryview(text))
         self.placement = placement
 
     async def abort(self) -> None:
         await self._draft.abort()
+
+    def _placed(self, manifest: Buffer) -> tuple[Placement, bytearray]:
+        """Return where everything lies, and a manifest that says so. Blocks."""
+        sources = {piece.source for file in self._files.values() for piece in file.pieces}
+        held: dict[str | None, int] = {None: self._held}
+        for source in sources - {None}:
+            held[source] = self._base.held(source) if self._base is not None and source is not None else 0
+        placement = Placement(held, self._files)
+        return placement, with_placement(manifest.tobytes(), placement)
 
     async def _digested(self, parts: AsyncIterable[Buffer], blocks: list[str]) -> AsyncGenerator[Buffer, None]:
         """Yield the parts of a file, and add the digests of their blocks to a list."""
@@ -181,7 +190,8 @@ class _IncrementalDraft(Draft):
                             await changes.add(part[start:stop], filled)
                         else:
                             position = len(blocks) * BLOCK_BYTES
-                            changes.pieces += self._located(old, position + start, position + stop)
+                            for piece in self._located(old, position + start, position + stop):
+                                append(changes.pieces, piece)
                     blocks.extend(digests)
                     del part
                 await changes.finish(filled)
@@ -193,7 +203,7 @@ class _IncrementalDraft(Draft):
                     self._held += group.nbytes
 
         await together(fill, write)
-        return PlacedFile.of(blocks, joined(changes.pieces))
+        return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
 
     def _runs(
         self, old: PlacedFile, before: Sequence[str], digests: Sequence[str], nbytes: int
@@ -251,7 +261,7 @@ class _Changes:
         while data:
             group = self._group = self._group or _Group(next(self._names))
             taken = data[: group.room]
-            self.pieces.append(Piece(None, group.name, group.nbytes, len(taken)))
+            append(self.pieces, Piece(None, group.name, group.nbytes, len(taken)))
             await self._workers.run(partial(group.append, taken))
             data = data[len(taken) :]
             if not group.room:

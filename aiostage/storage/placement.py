@@ -11,7 +11,7 @@ import xxhash
 
 from aiostage.abc import Buffer
 
-__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "PlacedFile", "Placement", "block_digests", "joined"]
+__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "PlacedFile", "Placement", "append", "block_digests"]
 
 BLOCK_BYTES = 1 << 20
 """What is compared and referred to as a whole. Smaller ones find more that has not changed and make manifests longer:
@@ -109,17 +109,14 @@ def block_digests(data: Buffer) -> list[str]:
     return [xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in starts]
 
 
-def joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Make one piece of those that lie one behind the other."""
-    found: list[Piece] = []
-    for piece in pieces:
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and (last.source, last.file) == (piece.source, piece.file)
-            and last.offset + last.nbytes == piece.offset
-        ):
-            found[-1] = Piece(last.source, last.file, last.offset, last.nbytes + piece.nbytes)
-        else:
-            found.append(piece)
-    return found
+def append(pieces: list[Piece], piece: Piece) -> None:
+    """Add a piece behind others; it becomes one with the last if it lies behind that too."""
+    last = pieces[-1] if pieces else None
+    if (
+        last is not None
+        and (last.source, last.file) == (piece.source, piece.file)
+        and last.offset + last.nbytes == piece.offset
+    ):
+        pieces[-1] = Piece(last.source, last.file, last.offset, last.nbytes + piece.nbytes)
+    else:
+        pieces.append(piece)
