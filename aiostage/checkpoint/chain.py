@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 
 import anyio
 
@@ -72,6 +73,7 @@ class Chain:
             if base is not None:
                 self._in_use[base.name] -= 1
         if storage.placement is not None:
+            info = replace(info, written_bytes=storage.written_bytes)
             self._last = Base(name, storage.placement)
             self._shelf.add(self._last)
         return info

@@ -8,7 +8,6 @@ where bytes really lie, never another reference.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -96,12 +95,15 @@ class IncrementalStorage(Storage):
 
     async def open(self, name: str, *, overwrite: bool = False) -> Draft:
         """Begin a checkpoint. Raises as the storage's."""
-        self._draft = _IncrementalDraft(await self._storage.open(name, overwrite=overwrite), self._base)
+        workers = Workers(1, "aiostage-blocks")
+        worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
+        draft = await self._storage.open(name, overwrite=overwrite)
+        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers)
         return self._draft
 
     @property
     def written_bytes(self) -> int:
-        """How many bytes were written."""
+        """How many bytes were written, the manifest included."""
         return self._draft.written_bytes if self._draft is not None else 0
 
     async def read(self, name: str) -> Reader:
@@ -124,14 +126,15 @@ class IncrementalStorage(Storage):
 class _IncrementalDraft(Draft):
     """A draft to which only what has changed is handed on."""
 
-    def __init__(self, draft: Draft, base: Base | None) -> None:
+    def __init__(self, draft: Draft, base: Base | None, worthwhile: frozenset[str], workers: Workers) -> None:
         self._draft = draft
         self._base = base
-        self._worthwhile: frozenset[str] | None = None
+        self._worthwhile = worthwhile
+        self._workers = workers
         self._files: dict[str, PlacedFile] = {}
         self._held = 0
-        self._workers = Workers(1, "aiostage-blocks")
         self.placement: Placement | None = None
+        self.written_bytes = 0
 
     @property
     def location(self) -> str:
@@ -139,8 +142,6 @@ class _IncrementalDraft(Draft):
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         old = self._base.file(name, nbytes) if self._base is not None else None
-        if self._base is not None and self._worthwhile is None:
-            self._worthwhile = await self._workers.run(self._base.worthwhile)
         if old is None:
             blocks: list[str] = []
             async with aclosing(self._digested(parts, blocks)) as digested:
@@ -153,7 +154,7 @@ class _IncrementalDraft(Draft):
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
         await self._draft.commit(memoryview(text))
-        self.placement = placement
+        self.placement, self.written_bytes = placement, self._held + len(text)
 
     async def abort(self) -> None:
         await self._draft.abort()

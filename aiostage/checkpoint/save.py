@@ -36,6 +36,8 @@ class CheckpointInfo:
         location: Where it is: an absolute path, or a URL.
         nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
         leaves: How many tensors the tree has.
+        written_bytes: Size of the files that were written, in bytes. If only what has changed was written, it may be
+            far less than ``nbytes``.
         files: The names of all files, the manifest last.
         checksums: For each file the digest of its parts' digests, or of itself if it has one part only, for example
             ``"xxh3_64:0123456789abcdef"``.
@@ -46,6 +48,7 @@ class CheckpointInfo:
     location: str
     nbytes: int
     leaves: int
+    written_bytes: int
     files: tuple[str, ...]
     checksums: Mapping[str, str]
     captured: float
@@ -215,6 +218,7 @@ def _info(written: Written, captured: float, committed: float) -> CheckpointInfo
         location=written.location,
         nbytes=written.nbytes,
         leaves=written.leaves,
+        written_bytes=sum(file.nbytes for file in written.files),
         files=tuple(file.name for file in written.files),
         checksums={file.name: f"{DIGEST_NAME}:{digest_of_parts(file.digests)}" for file in written.files},
         captured=captured,

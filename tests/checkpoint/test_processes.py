@@ -59,3 +59,20 @@ async def check(directory: Path, won: list[set[int]]) -> None:
         assert step in won[loaded["writer"]]
         assert_same(tree(step, loaded["writer"]), loaded)
     assert len(list(directory.iterdir())) == len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", ["whole", "incremental"])
+def test_a_run_that_is_killed_again_and_again(mode: str, tmp_path: Path) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.dying_run", str(tmp_path), mode],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    # It has got somewhere in its short lives.
+    assert int(outcome.stdout) > 20

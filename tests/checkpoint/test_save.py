@@ -43,6 +43,7 @@ async def test_info(tmp_path: Path) -> None:
     assert (info.nbytes, info.leaves) == (4 * 200 + 48, 5)
     assert info.files == ("model.safetensors", "manifest.json")
     assert sorted(info.files) == sorted(os.listdir(info.path))
+    assert info.written_bytes == sum((info.path / name).stat().st_size for name in info.files)
     for name in info.files:
         assert info.checksums[name] == f"xxh3_64:{xxhash.xxh3_64_hexdigest((info.path / name).read_bytes())}"
     assert 0 < info.captured <= info.committed
