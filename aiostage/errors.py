@@ -6,7 +6,7 @@ Every class also inherits the standard-library exception it is one of, so that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "HostMemoryError",
+    "RankFailedError",
     "StagerClosedError",
     "StagingError",
     "StorageError",
@@ -151,6 +152,31 @@ class CheckpointMismatchError(CheckpointError, ValueError):
             f"the checkpoint does not fit the live state dict; {'; '.join(parts)}.",
             remedy="Load without into= to get the checkpoint as its own tree.",
         )
+
+
+class RankFailedError(CheckpointError):
+    """A save or load of many ranks failed because of some of them. Every rank that is still there raises it.
+
+    Args:
+        failures: What was wrong with each of them, by global rank.
+        lost: Whether the ranks may have lost each other, so that their process group was closed.
+
+    Attributes:
+        failures: What was wrong with each of them, by global rank.
+        lost: Whether the ranks may have lost each other, so that their process group was closed.
+    """
+
+    def __init__(self, failures: Mapping[int, str], *, lost: bool = False) -> None:
+        self.failures = dict(failures)
+        self.lost = lost
+        reasons = [f"rank {rank} failed: {reason}" for rank, reason in sorted(self.failures.items())]
+        remedy = (
+            "The process group that aiostage made for checkpoints is closed; the next call makes another one, which "
+            "needs every rank to be there."
+            if lost
+            else "The process group is as it was, and the next call may follow."
+        )
+        super().__init__(f"{listed(reasons)}.", remedy=remedy)
 
 
 def listed(paths: Sequence[str]) -> str:

@@ -1,0 +1,80 @@
+"""DCP's in-place load as a coroutine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+from torch.distributed.checkpoint.storage import StorageReader
+
+from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+
+__all__ = ["load"]
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: Any = None,
+    no_dist: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> Coroutine[Any, Any, None]:
+    """Return a coroutine that loads a checkpoint into a state dict, in place, together with other ranks.
+
+    It is ``torch.distributed.checkpoint.load`` in a thread, on the process group and in the order of
+    :func:`~aiostage.dcp.save`: a load that follows a save waits for it. Tensors are overwritten, other values replaced,
+    and values with ``state_dict`` and ``load_state_dict`` methods asked and told, in that thread.
+
+    Args:
+        state_dict: What to load, over tensors on their devices. Do not touch it until the coroutine returns.
+        checkpoint_id: Where from, for the reader; a directory if there is no reader.
+        storage_reader: One of DCP's, or a :class:`StorageReader`. None: the one that DCP finds for the id.
+        planner: DCP's; None is DCP's default.
+        process_group: Whose ranks load together; None for all.
+        no_dist: This process loads alone, as it does if there are no process groups.
+        timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
+
+    Returns:
+        A coroutine.
+
+    Raises:
+        RankFailedError: If any rank failed. Tensors may have been overwritten then, unless it failed before all ranks
+            came together.
+        ValueError: If there is neither an id nor a reader, or this rank is not in the group, or the timeout is not
+            above 0.
+
+    When cancelled before all ranks have come together, nothing is loaded, and the others raise
+    :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
+    """
+    if storage_reader is None and checkpoint_id is None:
+        raise ValueError("a load needs a checkpoint_id or a storage_reader to say where from")
+    call: Call[None] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+    return _load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner))
+
+
+async def _load(call: Call[None], read: Action[None]) -> None:
+    call.hand_over(read)
+    await call.complete()
+
+
+def _read(
+    state_dict: dict[str, Any],
+    checkpoint_id: str | os.PathLike[str] | None,
+    storage_reader: StorageReader | None,
+    planner: LoadPlanner | None,
+) -> Callable[[Any], None]:
+    """Find the reader, and return what needs the other ranks."""
+    reader: Any = _storage_setup(storage_reader, checkpoint_id, reader=True)
+
+    def together(group: Any) -> None:
+        torch_load(state_dict, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+
+    return together

@@ -1,0 +1,230 @@
+"""DCP's save on a staged copy, beside a running event loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from aiostage.abc import CheckpointStager
+from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+from aiostage.errors import StagingError
+from aiostage.stager import AsyncStager
+
+__all__ = ["Saving", "save", "start_save"]
+
+
+class Saving:
+    """A save under way, in two moments. Made by :func:`start_save`.
+
+    Awaiting either moment stages. From there on the save goes on by itself, in a thread, whether anybody waits or not.
+    One of which no moment is ever awaited stages nothing, and the other ranks are told when it is dropped.
+    """
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, Any],
+        stager: CheckpointStager | None,
+        call: Call[Metadata],
+        write: Callable[[Any], Action[Metadata]],
+    ) -> None:
+        self._call = call
+        self._write = write
+        self._capturing = anyio.Lock()
+        self._captured = False
+        self._failure: Exception | None = None
+        try:
+            # Called now, for the moment of the copy is the caller's.
+            now = {key: item.state_dict() if isinstance(item, Stateful) else item for key, item in state_dict.items()}
+            self._staging: Coroutine[Any, Any, Any] = stager.stage(now) if stager is not None else _stage_once(now)
+        except Exception as error:
+            # Raised where other errors of staging are, because the other ranks have to be told.
+            self._staging = _raise(error)
+
+    async def captured(self) -> None:
+        """Wait until the state may be changed without changing what is saved.
+
+        Raises:
+            Exception: What a ``state_dict`` method has raised.
+            UnsupportedLeafError: If a leaf cannot be staged faithfully; nothing was copied.
+            TornSnapshotError: If the state changed on the way.
+            HostMemoryError: If memory for the copy cannot be had.
+            StagerClosedError: If the stager was closed on the way.
+
+        When it raises, no rank saves, and each of the others raises :class:`~aiostage.RankFailedError` that names this
+        one. The same if it is cancelled once it has begun to stage.
+        """
+        async with self._capturing:
+            if self._failure is not None:
+                raise self._failure
+            if self._captured:
+                return
+            try:
+                staged = await self._staging
+            except GeneratorExit:
+                # A coroutine that is being closed may not wait. The other ranks are told when this is dropped.
+                raise
+            except BaseException as error:
+                given_up = StagingError("the save was cancelled before the state was captured.", remedy="Save again.")
+                self._failure = error if isinstance(error, Exception) else given_up
+                await self._call.refuse(_reason(self._failure))
+                raise
+            self._captured = True
+            self._call.hand_over(self._write(staged))
+
+    async def committed(self) -> Metadata:
+        """Wait until the checkpoint is complete in its storage, on all ranks.
+
+        Returns:
+            DCP's metadata of the checkpoint.
+
+        Raises:
+            RankFailedError: If any rank failed.
+            The errors of :meth:`captured`.
+
+        May be cancelled: before the state is captured that gives up the save, later it changes nothing.
+        """
+        await self.captured()
+        return await self._call.outcome()
+
+    async def complete(self) -> Metadata:
+        """Wait until committed; when cancelled, give up the save, or complete it if that is too late."""
+        try:
+            return await self._call.complete(self.captured)
+        finally:
+            # It may have been cancelled before it began.
+            self._staging.close()
+
+
+def start_save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: Any = None,
+    stager: CheckpointStager | None = None,
+    no_dist: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> Saving:
+    """Begin a save, to be waited for in two moments: the awaitable twin of PyTorch's ``AsyncSaveResponse``.
+
+    A plain function: the caller's moment is that of the call. Every rank of the group has to make the same calls in
+    the same order; they are carried out in that order, whichever is staged first.
+
+    Args:
+        state_dict: As for ``torch.distributed.checkpoint.save``. Values with ``state_dict`` and ``load_state_dict``
+            methods are asked for their state now, on the calling thread.
+        checkpoint_id: Where to, for the writer; a directory if there is no writer.
+        storage_writer: One of DCP's, or a :class:`StorageWriter`. None: the one that DCP finds for the id.
+        planner: DCP's; None is DCP's default.
+        process_group: Whose ranks save together; None for all. Its own collectives are not used.
+        stager: Takes the copy. None: one is made for this call. A stager of your own uses its memory again in the
+            next save.
+        no_dist: This process saves alone, as it does if there are no process groups.
+        timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to write.
+
+    Returns:
+        A handle with ``captured()`` and ``committed()``.
+
+    Raises:
+        ValueError: If there is neither an id nor a writer, or this rank is not in the group, or the timeout is not
+            above 0.
+    """
+    if storage_writer is None and checkpoint_id is None:
+        raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
+    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+
+    def write(staged: Any) -> Action[Metadata]:
+        return partial(_write, staged, checkpoint_id, storage_writer, planner)
+
+    return Saving(state_dict, stager, call, write)
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: Any = None,
+    stager: CheckpointStager | None = None,
+    no_dist: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> Coroutine[Any, Any, Metadata]:
+    """Return a coroutine that saves a staged copy with ``torch.distributed.checkpoint``, together with other ranks.
+
+    Planning, writing and DCP's collectives run in a thread, the collectives on a gloo process group that is made once
+    for each group and used for nothing else. A plain function: the caller's moment is that of the call.
+
+    Args:
+        state_dict: As for :func:`start_save`.
+        checkpoint_id: As for :func:`start_save`.
+        storage_writer: As for :func:`start_save`.
+        planner: As for :func:`start_save`.
+        process_group: As for :func:`start_save`.
+        stager: As for :func:`start_save`.
+        no_dist: As for :func:`start_save`.
+        timeout: As for :func:`start_save`.
+
+    Returns:
+        A coroutine that returns DCP's metadata once the checkpoint is complete on all ranks.
+
+    Raises:
+        RankFailedError: If any other rank failed, or this one while planning or writing.
+        The errors of :meth:`Saving.captured`, if this rank cannot stage.
+        ValueError: As for :func:`start_save`.
+
+    When cancelled before all ranks have come together, no rank saves, and the others raise
+    :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
+    """
+    return start_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        process_group=process_group,
+        stager=stager,
+        no_dist=no_dist,
+        timeout=timeout,
+    ).complete()
+
+
+def _write(
+    staged: Any,
+    checkpoint_id: str | os.PathLike[str] | None,
+    storage_writer: StorageWriter | None,
+    planner: SavePlanner | None,
+) -> Callable[[Any], Metadata]:
+    """Find the writer, and return what needs the other ranks."""
+    writer: Any = _storage_setup(storage_writer, checkpoint_id, reader=False)
+
+    def together(group: Any) -> Metadata:
+        metadata: Metadata = torch_save(
+            staged, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
+        )
+        return metadata
+
+    return together
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+async def _stage_once(state_dict: Any) -> Any:
+    async with AsyncStager() as stager:
+        return await stager.stage(state_dict)
+
+
+async def _raise(error: Exception) -> Any:
+    raise error

@@ -1,0 +1,228 @@
+"""One process, without process groups."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+
+from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, dcp
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning"),
+]
+
+
+class Slow(FileSystemWriter):
+    """Writes when told to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        asyncio.run_coroutine_threadsafe(self.go.wait(), self._loop).result(20)
+        return super().write_data(plan, planner)
+
+
+@pytest.mark.asyncio
+class TestSaveAndLoad:
+    async def test_round_trip(self, tmp_path: Path) -> None:
+        state = {"a": torch.arange(4.0), "nested": {"step": 3}}
+        metadata = await dcp.save(state, checkpoint_id=tmp_path / "a")
+        assert sorted(metadata.state_dict_metadata) == ["a", "nested.step"]
+        into = {"a": torch.zeros(4), "nested": {"step": 0}}
+        tensor = into["a"]
+        await dcp.load(into, checkpoint_id=tmp_path / "a")
+        assert into["a"] is tensor
+        assert tensor.tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
+        assert into["nested"] == {"step": 3}
+        plain = {"a": torch.zeros(4)}
+        checkpoint.load(plain, checkpoint_id=tmp_path / "a", no_dist=True)
+        assert plain["a"].tolist() == [0, 1, 2, 3]
+
+    async def test_the_moment_is_the_call(self, tmp_path: Path) -> None:
+        class Model:
+            def __init__(self) -> None:
+                self.weights = [torch.ones(2)]
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"w": self.weights[-1]}
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                self.weights = [state_dict["w"]]
+
+        model = Model()
+        coroutine = dcp.save({"model": model}, checkpoint_id=tmp_path / "a")
+        model.weights.append(torch.zeros(2))
+        await coroutine
+        await dcp.load({"model": model}, checkpoint_id=tmp_path / "a")
+        assert model.weights[0].tolist() == [1, 1]
+
+    async def test_training_goes_on_once_captured(self, tmp_path: Path) -> None:
+        weights = torch.ones(1000)
+        writer = Slow(tmp_path / "a")
+        saving = dcp.start_save({"w": weights}, storage_writer=writer)
+        await saving.captured()
+        weights.zero_()
+        await writer.begun.wait()
+        writer.go.set()
+        await asyncio.gather(saving.committed(), saving.committed())
+        into = {"w": torch.zeros(1000)}
+        await dcp.load(into, checkpoint_id=tmp_path / "a")
+        assert into["w"].sum() == 1000
+
+    async def test_saves_in_flight_keep_their_memory(self, tmp_path: Path) -> None:
+        weights = torch.zeros(1000)
+        async with AsyncStager() as stager:
+            writers, savings = [], []
+            for number in range(3):
+                weights.fill_(number)
+                writers.append(Slow(tmp_path / str(number)))
+                savings.append(dcp.start_save({"w": weights}, storage_writer=writers[-1], stager=stager))
+                await savings[-1].captured()
+            assert stager.statistics().leases == 3
+            for writer, saving in zip(writers, savings, strict=True):
+                writer.go.set()
+                await saving.committed()
+            for number in range(3):
+                into = {"w": torch.zeros(1000)}
+                await dcp.load(into, checkpoint_id=tmp_path / str(number))
+                assert into["w"].unique().tolist() == [number]
+            assert stager.statistics().leases == 0
+
+    async def test_a_failed_writer(self, tmp_path: Path) -> None:
+        class Breaks(FileSystemWriter):
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                planner.resolve_data(plan.items[0])
+                raise OSError(28, "No space left on device")
+
+        async with AsyncStager() as stager:
+            with pytest.raises(RankFailedError, match=r"rank 0 failed: OSError: .*No space left") as raised:
+                await dcp.save({"w": torch.ones(9)}, storage_writer=Breaks(tmp_path / "a"), stager=stager)
+            gc.collect()
+            # While the error is held, the staged memory is not.
+            assert stager.statistics().leases == 0
+        assert not raised.value.lost
+
+    async def test_staging_errors_come_as_they_are(self, tmp_path: Path) -> None:
+        saving = dcp.start_save({"w": torch.ones(2, device="meta")}, checkpoint_id=tmp_path / "a")
+        for _ in range(2):
+            with pytest.raises(UnsupportedLeafError):
+                await saving.captured()
+            with pytest.raises(UnsupportedLeafError):
+                await saving.committed()
+        assert not list(tmp_path.iterdir())
+
+    async def test_closed_stager(self, tmp_path: Path) -> None:
+        stager = AsyncStager()
+        await stager.aclose()
+        with pytest.raises(StagerClosedError):
+            await dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "a", stager=stager)
+
+    async def test_missing_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(RankFailedError, match="No such file"):
+            await dcp.load({"w": torch.ones(2)}, checkpoint_id=tmp_path / "a")
+
+    @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
+    async def test_refuses(self, tmp_path: Path, timeout: float) -> None:
+        with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
+            dcp.save({}, checkpoint_id=tmp_path / "a", timeout=timeout)
+        with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_writer"):
+            dcp.save({})
+        with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_reader"):
+            dcp.load({})
+
+
+@pytest.mark.asyncio
+class TestCancellation:
+    async def test_while_writing_completes_first(self, tmp_path: Path) -> None:
+        writer = Slow(tmp_path / "a")
+        task = asyncio.ensure_future(dcp.save({"w": torch.ones(9)}, storage_writer=writer))
+        await writer.begun.wait()
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        writer.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (tmp_path / "a" / ".metadata").exists()
+
+    async def test_while_another_save_is_written_gives_up(self, tmp_path: Path) -> None:
+        writer = Slow(tmp_path / "a")
+        async with AsyncStager() as stager:
+            first = dcp.start_save({"w": torch.ones(9)}, storage_writer=writer)
+            await first.captured()
+            await writer.begun.wait()
+            task = asyncio.ensure_future(dcp.save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "b", stager=stager))
+            while stager.statistics().stagings == 0:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gc.collect()
+            assert stager.statistics().leases == 0
+            writer.go.set()
+            await first.committed()
+        assert not (tmp_path / "b").exists()
+
+    async def test_at_every_turn(self, tmp_path: Path) -> None:
+        """Cancelled after any number of turns, it saves whole or not at all, keeps nothing, and the next save works."""
+        async with AsyncStager() as stager:
+            for turns in range(60):
+                target = tmp_path / str(turns)
+                task = asyncio.ensure_future(dcp.save({"w": torch.ones(9)}, checkpoint_id=target, stager=stager))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+                if target.exists():
+                    assert (target / ".metadata").exists()
+                gc.collect()
+                assert stager.statistics().leases == 0
+            await dcp.save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "last", stager=stager)
+
+    async def test_waiting_may_be_cancelled_and_the_save_goes_on(self, tmp_path: Path) -> None:
+        writer = Slow(tmp_path / "a")
+        saving = dcp.start_save({"w": torch.ones(9)}, storage_writer=writer)
+        await saving.captured()
+        task = asyncio.ensure_future(saving.committed())
+        await writer.begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        writer.go.set()
+        await saving.committed()
+        assert (tmp_path / "a" / ".metadata").exists()
+
+    async def test_while_staging_gives_up(self, tmp_path: Path) -> None:
+        saving = dcp.start_save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "a")
+        task = asyncio.ensure_future(saving.captured())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(StagingError, match="cancelled before the state was captured"):
+            await saving.committed()
+        assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.anyio
+async def test_on_trio(tmp_path: Path) -> None:
+    await dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "a")
+    into = {"w": torch.zeros(2)}
+    await dcp.load(into, checkpoint_id=tmp_path / "a")
+    assert into["w"].tolist() == [1, 1]
