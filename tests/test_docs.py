@@ -17,6 +17,7 @@ import pytest
 
 import aiostage
 import aiostage.abc
+import aiostage.dcp
 import aiostage.testing
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def sections(text: str) -> dict[str, str]:
     return {name: text[place : min((end for end in ends if end > place), default=None)] for name, place in places}
 
 
-@pytest.mark.parametrize("module", [aiostage, aiostage.abc, aiostage.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [aiostage, aiostage.abc, aiostage.dcp, aiostage.testing], ids=lambda module: module.__name__)
 def test_the_reference_has_every_public_name(module: Any) -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
     missing = [name for name in module.__all__ if f"`{name}`" not in text]

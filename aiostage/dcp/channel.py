@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from traceback import clear_frames
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio.lowlevel
@@ -228,7 +227,6 @@ class Channel:
         except Exception as error:
             # The frames refer to the group, and its connections are closed only once nothing does. Peers that wait
             # for this rank wake up by that.
-            clear_frames(error.__traceback__)
             broken = error.with_traceback(None)
         else:
             _leave(roll)
@@ -299,12 +297,12 @@ def _act(together: Callable[[Any], T], group: Any, ranks: Sequence[int]) -> T:
         return together(group)
     except CheckpointException as error:
         failures = {}
-        # Staged tensors must not live as long as the report that writing them failed.
-        clear_frames(error.__traceback__)
         for rank, (raised, _) in error.failures.items():
-            clear_frames(raised.__traceback__)
             failures[ranks[rank]] = f"{type(raised).__name__}: {raised}"
-        raise RankFailedError(failures) from error
+            # The frames lead to the staged tensors, which must not live as long as the report that writing them failed.
+            # Clearing frames would not do, for DCP's are those of closures. The error has them as text.
+            raised.__traceback__ = None
+        raise RankFailedError(failures) from error.with_traceback(None)
 
 
 def _leave(roll: RollCall) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +29,7 @@ class Saving:
     """A save under way, in two moments. Made by :func:`start_save`.
 
     Awaiting either moment stages. From there on the save goes on by itself, in a thread, whether anybody waits or not.
-    One of which no moment is ever awaited stages nothing, and the other ranks are told when it is dropped.
+    One that is dropped before saves nothing, with a warning, and the other ranks are told.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Saving:
         stager: CheckpointStager | None,
         call: Call[Metadata],
         write: Callable[[Any], Action[Metadata]],
+        *,
+        warn_if_dropped: bool,
     ) -> None:
         self._call = call
         self._write = write
@@ -49,6 +53,9 @@ class Saving:
         except Exception as error:
             # Raised where other errors of staging are, because the other ranks have to be told.
             self._staging = _raise(error)
+        # The coroutine would warn by itself, but of something that the caller has never seen.
+        self._dropped = weakref.finalize(self, _drop, self._staging, warn=warn_if_dropped)
+        self._dropped.atexit = False
 
     async def captured(self) -> None:
         """Wait until the state may be changed without changing what is saved.
@@ -69,6 +76,7 @@ class Saving:
             if self._captured:
                 return
             try:
+                self._dropped.detach()
                 staged = await self._staging
             except GeneratorExit:
                 # A coroutine that is being closed may not wait. The other ranks are told when this is dropped.
@@ -101,7 +109,8 @@ class Saving:
         try:
             return await self._call.complete(self.captured)
         finally:
-            # It may have been cancelled before it began.
+            # It may have been cancelled before it began to stage.
+            self._dropped.detach()
             self._staging.close()
 
 
@@ -140,14 +149,8 @@ def start_save(
         ValueError: If there is neither an id nor a writer, or this rank is not in the group, or the timeout is not
             above 0.
     """
-    if storage_writer is None and checkpoint_id is None:
-        raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
-    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
-
-    def write(staged: Any) -> Action[Metadata]:
-        return partial(_write, staged, checkpoint_id, storage_writer, planner)
-
-    return Saving(state_dict, stager, call, write)
+    place = (checkpoint_id, storage_writer, planner)
+    return _begin(state_dict, place, process_group, stager, no_dist=no_dist, timeout=timeout, warn_if_dropped=True)
 
 
 def save(
@@ -187,16 +190,32 @@ def save(
     When cancelled before all ranks have come together, no rank saves, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
-    return start_save(
-        state_dict,
-        checkpoint_id=checkpoint_id,
-        storage_writer=storage_writer,
-        planner=planner,
-        process_group=process_group,
-        stager=stager,
-        no_dist=no_dist,
-        timeout=timeout,
+    place = (checkpoint_id, storage_writer, planner)
+    # Python itself warns of the coroutine if it is never awaited.
+    return _begin(
+        state_dict, place, process_group, stager, no_dist=no_dist, timeout=timeout, warn_if_dropped=False
     ).complete()
+
+
+def _begin(
+    state_dict: Mapping[str, Any],
+    place: tuple[str | os.PathLike[str] | None, StorageWriter | None, SavePlanner | None],
+    process_group: Any,
+    stager: CheckpointStager | None,
+    *,
+    no_dist: bool,
+    timeout: float,
+    warn_if_dropped: bool,
+) -> Saving:
+    checkpoint_id, storage_writer, planner = place
+    if storage_writer is None and checkpoint_id is None:
+        raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
+    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+
+    def write(staged: Any) -> Action[Metadata]:
+        return partial(_write, staged, checkpoint_id, storage_writer, planner)
+
+    return Saving(state_dict, stager, call, write, warn_if_dropped=warn_if_dropped)
 
 
 def _write(
@@ -219,6 +238,12 @@ def _write(
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _drop(staging: Coroutine[Any, Any, Any], *, warn: bool) -> None:
+    staging.close()
+    if warn:
+        warnings.warn("a save was dropped before it was awaited, so nothing was saved", RuntimeWarning, stacklevel=2)
 
 
 async def _stage_once(state_dict: Any) -> Any:

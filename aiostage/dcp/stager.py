@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import threading
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.staging import AsyncStager as TorchAsyncStager
 
-from aiostage.errors import StagerClosedError
+from aiostage.errors import StagerClosedError, StagingError
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import share
 from aiostage.stager import AsyncStager
@@ -31,9 +32,11 @@ class StagedDict(dict[Any, Any]):
 
     def __reduce__(self) -> Any:
         """Pickle as a plain dict; in shared memory as a handle, where each tensor would get a descriptor of its own."""
-        if self._shared_arenas is None:
-            return dict, (dict(self),)
-        return _open, (share(dict(self), self._shared_arenas()),)
+        if self._shared_arenas is not None:
+            # What holds no tensors, or cannot be pickled, is pickled in the ordinary way, or says why not there.
+            with contextlib.suppress(StagingError):
+                return _open, (share(dict(self), self._shared_arenas()),)
+        return dict, (dict(self),)
 
 
 def _open(handle: Any) -> Any:

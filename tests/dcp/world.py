@@ -29,8 +29,12 @@ def _serve(rank: int, size: int, port: int, generation: int, pipe: Any) -> None:
     store = dist.PrefixStore(f"world-{generation}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=50))
     pipe.send((True, None))
-    while (message := pipe.recv()) is not None:
-        module, name, arguments = message
+    while True:
+        try:
+            module, name, arguments = pipe.recv()
+        except (EOFError, TypeError):
+            # Told to end, or whoever tells has gone.
+            break
         try:
             outcome = getattr(importlib.import_module(module), name)(*arguments)
             if asyncio.iscoroutine(outcome):
@@ -51,7 +55,7 @@ class World:
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(rank, size, self._store.port, 0, theirs), daemon=True)
+            process = CONTEXT.Process(target=_serve, args=(rank, size, self._store.port, 0, theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)

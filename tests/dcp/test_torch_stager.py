@@ -1,0 +1,274 @@
+"""Our staging in PyTorch's savers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import pickle
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.staging import AsyncStager as TorchAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+
+from aiostage import StagerClosedError, StagingOptions, UnsupportedLeafError
+from aiostage.dcp import TorchStager
+from tests.dcp.test_together import sharded
+from tests.dcp.world import World
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+WAITING = StagingOptions(use_async_staging=False)
+SHARED = StagingOptions(use_shared_memory=True)
+
+
+@pytest.fixture
+def stager() -> Iterator[TorchStager]:
+    stager = TorchStager()
+    yield stager
+    stager.close()
+
+
+def loaded(path: Path, like: torch.Tensor) -> torch.Tensor:
+    into = {"w": torch.zeros_like(like)}
+    checkpoint.load(into, checkpoint_id=path, no_dist=True)
+    return into["w"]
+
+
+class TestAsyncSave:
+    def test_future(self, stager: TorchStager, tmp_path: Path) -> None:
+        assert isinstance(stager, TorchAsyncStager)
+        weights = torch.arange(8.0)
+        response = checkpoint.async_save(
+            {"w": weights}, checkpoint_id=tmp_path / "a", async_stager=stager, no_dist=True
+        )
+        assert isinstance(response, AsyncSaveResponse)
+        response.staging_completion.result(20)
+        weights.zero_()
+        response.upload_completion.result(20)
+        assert loaded(tmp_path / "a", weights).tolist() == list(range(8))
+
+    def test_waiting(self, tmp_path: Path) -> None:
+        stager = TorchStager(WAITING)
+        weights = torch.arange(8.0)
+        future = checkpoint.async_save({"w": weights}, checkpoint_id=tmp_path / "a", async_stager=stager, no_dist=True)
+        assert isinstance(future, Future)
+        weights.zero_()
+        future.result(20)
+        assert loaded(tmp_path / "a", weights).tolist() == list(range(8))
+        stager.close()
+
+    @pytest.mark.asyncio
+    async def test_with_a_running_loop(self, stager: TorchStager, tmp_path: Path) -> None:
+        weights = torch.arange(8.0)
+        response: Any = checkpoint.async_save(
+            {"w": weights}, checkpoint_id=tmp_path / "a", async_stager=stager, no_dist=True
+        )
+        await asyncio.wrap_future(response.upload_completion)
+        assert loaded(tmp_path / "a", weights).tolist() == list(range(8))
+
+    def test_many_saves_at_once(self, stager: TorchStager, tmp_path: Path) -> None:
+        weights, responses = torch.zeros(1000), []
+        for number in range(5):
+            weights.fill_(number)
+            response: Any = checkpoint.async_save(
+                {"w": weights}, checkpoint_id=tmp_path / str(number), async_stager=stager, no_dist=True
+            )
+            response.staging_completion.result(20)
+            responses.append(response)
+        for number, response in enumerate(responses):
+            response.upload_completion.result(20)
+            assert loaded(tmp_path / str(number), weights).unique().tolist() == [number]
+        assert stager.statistics().stagings == 5
+
+
+class TestStage:
+    def test_no_result_is_overwritten(self, stager: TorchStager) -> None:
+        weights = torch.zeros(100)
+        staged = []
+        for number in range(4):
+            weights.fill_(number)
+            staged.append(stager.stage({"w": weights}).result(20))
+        assert [tree["w"].unique().tolist() for tree in staged] == [[0], [1], [2], [3]]
+        assert stager.statistics().leases == 4
+        staged.clear()
+        gc.collect()
+        assert stager.statistics().leases == 0
+
+    def test_memory_is_used_again(self, stager: TorchStager) -> None:
+        for _ in range(5):
+            stager.stage({"w": torch.zeros(100)}).result(20)
+        assert stager.statistics().arenas == 1
+
+    def test_synchronize(self, stager: TorchStager) -> None:
+        stager.synchronize_staging()
+        future = stager.stage({"w": torch.zeros(100)})
+        stager.synchronize_staging()
+        assert future.done()
+        failing = stager.stage({"w": torch.zeros(1, device="meta")})
+        stager.synchronize_staging()
+        with pytest.raises(UnsupportedLeafError):
+            failing.result(0)
+
+    def test_closing(self) -> None:
+        stager = TorchStager()
+        staged = stager.stage({"w": torch.ones(3)}).result(20)
+        stager.close()
+        stager.close()
+        assert staged["w"].tolist() == [1, 1, 1]
+        with pytest.raises(StagerClosedError):
+            stager.stage({})
+
+    def test_dropping_ends_the_thread(self) -> None:
+        stager = TorchStager()
+        stager.stage({"w": torch.ones(3)}).result(20)
+        thread = stager._thread
+        del stager
+        gc.collect()
+        thread.join(20)
+        assert not thread.is_alive()
+
+    def test_a_stager_that_nobody_closes_keeps_no_interpreter_from_exiting(self) -> None:
+        import subprocess
+        import sys
+
+        program = "from aiostage.dcp import TorchStager; s = TorchStager(); print(s.stage({}).result(20))"
+        done = subprocess.run([sys.executable, "-c", program], check=True, timeout=50, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("{}\n", "")
+
+    def test_the_moment_is_the_callers(self) -> None:
+        threads = []
+
+        class Odd(dict[str, Any]):
+            def __iter__(self) -> Iterator[str]:
+                threads.append(threading.get_ident())
+                return super().__iter__()
+
+        stager = TorchStager()
+        stager.stage(Odd(a=torch.ones(2), b=1), ["b"]).result(20)
+        assert threads[0] == threading.get_ident()
+        stager.close()
+
+
+class TestTorchCheckpointing:
+    """The interface of ``torch_checkpointing``'s stagers."""
+
+    def test_keys_not_requiring_copy(self, stager: TorchStager) -> None:
+        kept, weights = object(), torch.ones(3)
+        source = OrderedDict(a=weights, kept=kept, z=1)
+        staged = stager.stage(source, keys_not_requiring_copy=["kept"]).result(20)
+        assert type(staged) is OrderedDict
+        assert list(staged) == ["a", "kept", "z"]
+        assert staged["kept"] is kept
+        weights.zero_()
+        assert staged["a"].tolist() == [1, 1, 1]
+
+    def test_get_staged_state_dict(self, stager: TorchStager) -> None:
+        assert stager.get_staged_state_dict() is None
+        staged = stager.stage({"w": torch.ones(3)}).result(20)
+        assert stager.get_staged_state_dict() is staged
+        del staged
+        gc.collect()
+        # It is not kept for the asking, for its memory would not come back before the next save.
+        assert stager.get_staged_state_dict() is None
+        assert stager.pinned_num_bytes() == 0
+
+    def test_it_is_all_that_a_stager_has_to_have(self, stager: TorchStager, tmp_path: Path) -> None:
+        staging = pytest.importorskip("torch_checkpointing.staging", reason="torch-checkpointing is in the bench extra")
+        missing = [name for name in staging.CheckpointStager.__abstractmethods__ if not hasattr(stager, name)]
+        assert not missing
+
+
+class TestPickling:
+    def test_plain(self, stager: TorchStager) -> None:
+        staged = stager.stage({"w": torch.ones(3), "n": 3}).result(20)
+        copy = pickle.loads(pickle.dumps(staged))
+        assert type(copy) is dict
+        assert copy["w"].tolist() == [1, 1, 1]
+
+    def test_shared_memory_goes_as_a_handle(self) -> None:
+        stager = TorchStager(SHARED)
+        staged = stager.stage({"w": torch.ones(1_000_000), "n": 3}).result(20)
+        pickled = pickle.dumps(staged)
+        assert len(pickled) < 10_000
+        copy = pickle.loads(pickled)
+        assert copy["w"].sum() == 1_000_000
+        assert copy["n"] == 3
+        assert pickle.loads(pickle.dumps(stager.stage({"n": 3}).result(20))) == {"n": 3}
+        stager.close()
+
+
+def in_another_process(path: str, options: StagingOptions | None, tensors: int) -> tuple[bool, int]:
+    """Save by PyTorch's process executor, thrice with one stager."""
+    stager = TorchStager(options)
+    descriptors = 0
+    for number in range(3):
+        state: dict[str, Any] = {f"w{n}": torch.full((10,), float(number)) for n in range(tensors)}
+        state["sharded"] = sharded(number)
+        response: Any = checkpoint.async_save(
+            state,
+            checkpoint_id=f"{path}-{number}",
+            async_stager=stager,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        response.staging_completion.result(40)
+        before = len(os.listdir("/proc/self/fd"))
+        for tensor in state.values():
+            tensor.zero_()
+        response.upload_completion.result(40)
+        descriptors = max(descriptors, len(os.listdir("/proc/self/fd")) - before)
+    stager.close()
+    same = True
+    for number in range(3):
+        into: dict[str, Any] = {f"w{n}": torch.zeros(10) for n in range(tensors)}
+        into["sharded"] = sharded(100)
+        checkpoint.load(into, checkpoint_id=f"{path}-{number}")
+        same &= all(into[f"w{n}"].unique().tolist() == [number] for n in range(tensors))
+        same &= torch.equal(into["sharded"].to_local(), sharded(number).to_local())
+    return same, descriptors
+
+
+def stop_the_saver_process() -> None:
+    from torch.distributed.checkpoint import _async_process_executor as executor
+
+    executor._CHECKPOINT_PROCESS = None
+    gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [None, SHARED], ids=["sent", "shared"])
+def test_process_executor(pair: World, tmp_path: Path, options: StagingOptions | None) -> None:
+    try:
+        for same, descriptors in pair.run(in_another_process, str(tmp_path / "a"), options, 300):
+            assert same
+            if options is SHARED:
+                assert descriptors < 10
+    finally:
+        pair.run(stop_the_saver_process)
+
+
+def with_two_ranks(path: str) -> bool:
+    stager = TorchStager()
+    state = {"sharded": sharded(5)}
+    response: Any = checkpoint.async_save(state, checkpoint_id=path, async_stager=stager)
+    response.staging_completion.result(40)
+    state["sharded"].to_local().zero_()
+    response.upload_completion.result(40)
+    stager.close()
+    into = {"sharded": sharded(100)}
+    checkpoint.load(into, checkpoint_id=path)
+    dist.barrier()
+    return torch.equal(into["sharded"].to_local(), sharded(5).to_local())
+
+
+def test_thread_executor_with_two_ranks(pair: World, tmp_path: Path) -> None:
+    assert pair.run(with_two_ranks, str(tmp_path / "a")) == [True, True]
