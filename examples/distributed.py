@@ -1,7 +1,7 @@
 """Sharded training with FSDP that saves from an event loop, and a load on another number of processes.
 
-    torchrun --nproc-per-node 4 examples/distributed.py
-    python examples/distributed.py            # starts two processes by itself
+torchrun --nproc-per-node 4 examples/distributed.py
+python examples/distributed.py            # starts two processes by itself
 """
 
 from __future__ import annotations

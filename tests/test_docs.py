@@ -82,7 +82,9 @@ def sections(text: str) -> dict[str, str]:
     return {name: text[place : min((end for end in ends if end > place), default=None)] for name, place in places}
 
 
-@pytest.mark.parametrize("module", [aiostage, aiostage.abc, aiostage.dcp, aiostage.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [aiostage, aiostage.abc, aiostage.dcp, aiostage.testing], ids=lambda module: module.__name__
+)
 def test_the_reference_has_every_public_name(module: Any) -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
     missing = [name for name in module.__all__ if f"`{name}`" not in text]
