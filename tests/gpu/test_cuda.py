@@ -161,11 +161,13 @@ class TestLeftBehind:
             torch.cuda.synchronize()
             gc.collect()
             before = torch.cuda.memory_allocated(), stager.statistics().pinned_bytes
+            free = torch.cuda.mem_get_info()[0]
             for _ in range(100):
                 await stager.stage(state)
             torch.cuda.synchronize()
             gc.collect()
             assert (torch.cuda.memory_allocated(), stager.statistics().pinned_bytes) == before
+            assert torch.cuda.mem_get_info()[0] >= free - 64 * MIB
 
     async def test_nothing_of_a_cancelled_staging(self):
         state = {str(n): torch.ones(8 * MIB, device=DEVICE) for n in range(8)}
