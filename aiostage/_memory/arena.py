@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -47,6 +48,9 @@ class Arena:
         address: Where it begins.
         reserved: Whether all its pages are certain to be had; not so for a new shared arena.
         pinning: Undoes the registration with an accelerator when called; None while it is not registered.
+        registering: Held while it is being registered or closed. A registration cannot be broken off, so it may still
+            run when the arena has been taken back, granted again, or is no longer wanted.
+        closed: Whether it has been closed.
     """
 
     __slots__ = (
@@ -57,8 +61,10 @@ class Arena:
         "_memory",
         "_warm",
         "address",
+        "closed",
         "nbytes",
         "pinning",
+        "registering",
         "reserved",
     )
 
@@ -71,6 +77,8 @@ class Arena:
         self.address: int = _over(memory).ctypes.data
         self.reserved = file is None
         self.pinning: weakref.finalize[..., Any] | None = None
+        self.registering = threading.Lock()
+        self.closed = False
         self._huge = sys.platform == "linux" and file is None
         if self._huge:
             self._advise(mmap.MADV_HUGEPAGE)
@@ -191,11 +199,13 @@ class Arena:
 
         Blocks. Call it from a worker thread, or not at all: dropping the arena comes to the same.
         """
-        try:
-            if self.pinning is not None:
-                self.pinning()
-        finally:
-            self._unmap()
+        with self.registering:
+            self.closed = True
+            try:
+                if self.pinning is not None:
+                    self.pinning()
+            finally:
+                self._unmap()
 
     def _unmap(self) -> None:
         if self._file is not None:

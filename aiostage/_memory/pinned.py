@@ -47,7 +47,9 @@ class Pinning:
         return not (arena.pinned or self.failed)
 
     def register(self, arena: Arena, device: torch.device) -> None:
-        """Register an arena with a device. Blocks, for some 0.1 s a GiB: call it from a worker thread.
+        """Register an arena with a device, unless that has been done or it was closed meanwhile.
+
+        Blocks, for some 0.1 s a GiB: call it from a worker thread.
 
         Args:
             arena: Best populated before, which many threads can do at once and the driver does with one.
@@ -56,13 +58,16 @@ class Pinning:
         Raises:
             AcceleratorUnavailableError: If the driver refuses and pinning is required.
         """
-        try:
-            self._backend.register(arena.address, arena.nbytes, device)
-        except OSError as error:
-            self._refused(arena, device, error)
-            return
-        arena.pinning = weakref.finalize(arena, self._backend.unregister, arena.address, device)
-        arena.pinning.atexit = False
+        with arena.registering:
+            if arena.closed or not self.wants(arena):
+                return
+            try:
+                self._backend.register(arena.address, arena.nbytes, device)
+            except OSError as error:
+                self._refused(arena, device, error)
+                return
+            arena.pinning = weakref.finalize(arena, self._backend.unregister, arena.address, device)
+            arena.pinning.atexit = False
 
     def _refused(self, arena: Arena, device: torch.device, error: OSError) -> None:
         reason = f"{device} cannot register {arena.nbytes} bytes of host memory: {error}. {_memory_lock_limit()}"

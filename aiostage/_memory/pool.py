@@ -256,7 +256,22 @@ class Pool:
             extent = arena.nbytes if pin else whole_pages(nbytes)
             await self._each(arena.populate, (cold for cold in pieces(0, extent) if not arena.is_warm(*cold)))
         if pinning is not None and device is not None and pin:
-            await self._workers.run(partial(pinning.register, arena, device))
+            await self._register(pinning, arena, device)
+
+    async def _register(self, pinning: Pinning, arena: Arena, device: torch.device) -> None:
+        """Register an arena. Cancelled, it does not wait for the driver: whoever gets the arena next does."""
+        job = self._workers.job()
+        job.put(partial(pinning.register, arena, device))
+        job.close()
+        try:
+            try:
+                await job.settled()
+            finally:
+                job.cancel()
+            await job.join()
+        finally:
+            # An error's traceback has this frame in it, which must not lead back to the error.
+            del job
 
     async def _each(self, work: Callable[[int, int], None], ranges: Iterable[tuple[int, int]]) -> None:
         job = self._workers.job()

@@ -140,13 +140,34 @@ class TestPools:
         while not registry.entered.is_set():
             await asyncio.sleep(0)
         task.cancel()
-        registry.go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert registry.calls == [], "the driver is still at it, and nobody has waited for it"
         assert pool.statistics().leases == 0
-        lease = await pool.acquire(MIB, device=DEVICE)
+        following = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
+        await asyncio.sleep(0.01)
+        assert not following.done(), "the same arena, which is about to be registered"
+        registry.go.set()
+        lease = await following
         assert list(registry.registered) == [lease.arena.address]
         assert registry.calls == ["register"]
+
+    async def test_closed_while_registering(self, workers: Workers):
+        registry = Registry()
+        registry.go.clear()
+        pool = Pool(workers, pinning=Pinning(registry))
+        task = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
+        while not registry.entered.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        closing = asyncio.create_task(pool.aclose())
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+        registry.go.set()
+        await closing
+        assert registry.calls == ["register", "unregister"]
 
     async def test_cancelled_at_every_await(self, workers: Workers):
         registry = Registry()
@@ -167,6 +188,14 @@ def test_an_arena_that_is_dropped_is_unregistered_first():
     assert arena.pinned
     del arena
     assert registry.registered == {}
+
+
+def test_an_arena_that_was_closed_in_the_meantime_is_not_registered():
+    registry = Registry()
+    arena = Arena.pageable(MIB)
+    arena.close()
+    Pinning(registry).register(arena, DEVICE)
+    assert registry.calls == []
 
 
 def test_a_closed_arena_is_not_pinned():
