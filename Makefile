@@ -4,10 +4,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
 
 .PHONY: demo test lint bench orchestrator docs clean
 
-demo: $(READY)
+demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
 
 test: $(READY)
@@ -31,8 +32,15 @@ docs: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aiostage needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
+
+# Less than the tests need, so that the demonstration begins sooner.
+$(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $(READY)
+	touch $@ $(DEMO_READY)

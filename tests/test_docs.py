@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"(?:<!-- skip: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 async def run(code: str, line: int, document: Path, namespace: dict[str, Any]) -> None:
@@ -58,8 +59,15 @@ def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
 def test_every_link_leads_somewhere(document: Path) -> None:
-    for target, _ in LINK.findall(document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for target, anchor in LINK.findall(document.read_text()):
+        path = document.parent / target if target else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if anchor:
+            anchors = {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                for heading in HEADING.findall(path.read_text())
+            }
+            assert anchor in anchors, f"{document.name} links to #{anchor}, which {path.name} does not have"
 
 
 def test_every_page_can_be_reached_from_the_index() -> None:
@@ -67,7 +75,7 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     reached, pages = {index}, [index]
     while pages:
         page = pages.pop()
-        linked = {(page.parent / target).resolve() for target, _ in LINK.findall(page.read_text())}
+        linked = {(page.parent / target).resolve() for target, _ in LINK.findall(page.read_text()) if target}
         new = {target for target in linked if target.suffix == ".md"} - reached
         reached |= new
         pages += new

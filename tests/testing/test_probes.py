@@ -212,7 +212,7 @@ from aiostage.options import StagingOptions
 from aiostage import AsyncStager
 
 def compute(*_):
-    end = time.thread_time() + 0.6
+    end = time.thread_time() + 0.45
     while time.thread_time() < end:
         pass
 
