@@ -65,7 +65,9 @@ class Saving:
         self._target = (storage, name_of(step))
         self._progress = progress
         self._chain = chain
-        self._source: Any = stager.snapshot(state_dict) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
+        self._source: Any = (
+            stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
+        )
 
     async def captured(self) -> bool:
         """Wait until the source may change; return False if the save has ended before. Cancelling changes nothing."""
@@ -134,7 +136,11 @@ class Saving:
             written.append(await self._send(partial(save, snapshot, progress=self._progress)))
 
         async def notice() -> None:
-            await snapshot.captured()
+            try:
+                await snapshot.captured()
+            except Exception:
+                # The save waits for the same capture, and tells of it, or of what has brought it about.
+                return
             self._mark_captured()
 
         await together(write, notice)

@@ -76,6 +76,8 @@ class MemoryDraft(Draft):
         data = bytearray()
         async for part in parts:
             data += part
+            # It has to go when it has been stored.
+            del part
         assert len(data) == nbytes
         self.files[name] = bytes(data)
         self.storage.written_bytes[self.name] += nbytes

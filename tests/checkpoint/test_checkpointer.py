@@ -20,6 +20,7 @@ from aiostage import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CheckpointStager,
+    StagingOptions,
     TornSnapshotError,
 )
 from aiostage.testing import at_every_await
@@ -39,12 +40,15 @@ class Gate:
         self.operation = operation
         self.open = anyio.Event()
         self.waiting = 0
+        self.refuse = False
         storage.before = self.pass_through
 
     async def pass_through(self, operation: str, name: str) -> None:
         if operation == self.operation:
             self.waiting += 1
             await self.open.wait()
+            if self.refuse:
+                raise OSError(28, "No space left on device", name)
 
 
 async def turns(count: int = 300) -> None:
@@ -172,6 +176,39 @@ async def test_overlapping_saves_are_bounded(limit: int) -> None:
         await asyncio.gather(*saves)
     assert storage.most_drafts == limit
     assert await checkpoints.steps() == list(range(6))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_more_than_fits_the_budget(incremental: bool) -> None:
+    storage = MemoryStorage()
+    options = StagingOptions(max_host_bytes=24 << 20)
+    async with AsyncStager(options) as stager, Checkpointer(storage, stager, incremental=incremental) as checkpoints:
+        source = {f"p{n}": torch.full((1 << 20,), float(n)) for n in range(12)}
+        expected = {name: tensor.clone() for name, tensor in source.items()}
+        for step in range(2):
+            handle = await checkpoints.save(step, source)
+            # Captured, so it may change.
+            for tensor in source.values():
+                tensor.add_(1)
+            await handle.committed()
+            assert_same(expected, await checkpoints.restore(step=step))
+            for tensor in expected.values():
+                tensor.add_(1)
+        # The storage refuses in the middle, when not everything is captured.
+        gate = Gate(storage, "write")
+        saving = asyncio.create_task(checkpoints.save(2, source))
+        await until(lambda: gate.waiting == 1)
+        await turns()
+        assert not saving.done()
+        gate.refuse = True
+        gate.open.set()
+        with pytest.raises(OSError, match="No space left"):
+            await saving
+        storage.before = None
+        await checkpoints.save(3, source)
+    assert storage.drafts == []
+    assert_same(expected, await checkpoints.restore())
 
 
 @pytest.mark.asyncio
