@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,6 +104,7 @@ class Bucket(ABC):
 
         Raises:
             FileExistsError: If there is one.
+            NotImplementedError: If the store cannot write on a condition.
         """
 
     @abstractmethod
@@ -122,8 +123,11 @@ class Bucket(ABC):
         """
 
     @abstractmethod
-    async def list(self, prefix: str) -> Sequence[Entry]:
-        """Return all objects below a path, at any depth; all that there are for the empty path."""
+    def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
+        """Iterate over all objects below a path, at any depth; all that there are for the empty path.
+
+        They come in batches that are looked through in a fraction of a millisecond.
+        """
 
     @abstractmethod
     async def delete(self, paths: Sequence[str]) -> None:

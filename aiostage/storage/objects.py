@@ -7,7 +7,7 @@ import atexit
 import logging
 import math
 import time
-from collections.abc import AsyncIterable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +50,8 @@ _IN_FLIGHT = 4
 """Requests of one upload at once."""
 
 _COPY_THREADS = 2
+
+_BATCH = 200
 
 # The threads of obstore let go of Python objects a little after they have answered. One that finds the interpreter
 # gone then aborts the process: 8 of 60 programs that ended right after an upload ended like that, and none with this.
@@ -205,13 +207,17 @@ class _ObjectBucket(Bucket):
                 await self._give_up(path, writer, error)
             raise
 
-    async def list(self, prefix: str) -> Sequence[Entry]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
         store = await self._connected()
-        found = []
         with self._translated(prefix):
-            async for metas in obstore.list(store, (self._prefix + prefix) or None, chunk_size=1000):
-                found += [Entry(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
-        return found
+            batches = obstore.list(store, (self._prefix + prefix) or None, chunk_size=_BATCH)
+        while True:
+            with self._translated(prefix):
+                try:
+                    metas = await anext(batches)
+                except StopAsyncIteration:
+                    return
+            yield [Entry(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
 
     async def delete(self, paths: Sequence[str]) -> None:
         store = await self._connected()

@@ -67,7 +67,7 @@ def write_pointer(folder: str) -> Buffer:
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
     """Remove all objects below a path, the lease last: its age tells when whoever left the rest was alive."""
-    paths = [entry.path for entry in await bucket.list(folder)]
+    paths = [entry.path async for batch in bucket.list(folder) for entry in batch]
     lease = f"{folder}/{LEASE_NAME}"
     await bucket.delete([path for path in paths if path != lease])
     if lease in paths:

@@ -102,7 +102,12 @@ class RemoteStorage(Storage):
     async def list(self) -> Sequence[str]:
         """Return the names of all committed checkpoints; see :meth:`aiostage.Storage.list`."""
         end = f"/{POINTER_NAME}"
-        return [entry.path.removesuffix(end) for entry in await self._bucket.list("") if entry.path.endswith(end)]
+        return [
+            entry.path.removesuffix(end)
+            async for batch in self._bucket.list("")
+            for entry in batch
+            if entry.path.endswith(end)
+        ]
 
     async def delete(self, name: str) -> None:
         """Remove a checkpoint; see :meth:`aiostage.Storage.delete`."""
@@ -205,7 +210,7 @@ class _RemoteDraft(Draft):
             old = await find_pointer(self._bucket, self._name)
             try:
                 if old is None:
-                    await self._bucket.create(path, data)
+                    await self._create(path, data)
                 elif self._overwrite:
                     await self._bucket.replace(path, data, old.version)
                 else:
@@ -223,6 +228,19 @@ class _RemoteDraft(Draft):
             else:
                 return old.folder if old is not None else None
         raise CheckpointError("other writers keep replacing it.", path=self.location)
+
+    async def _create(self, path: str, data: Buffer) -> None:
+        """Write the pointer where there is none."""
+        try:
+            await self._bucket.create(path, data)
+        except NotImplementedError as error:
+            if not self._overwrite:
+                raise StorageError(
+                    "the store cannot write an object only where there is none, so it cannot tell writers apart.",
+                    path=self.location,
+                    remedy="Allow it conditional writes (conditional_put), or pass overwrite=True.",
+                ) from error
+            await self._bucket.put(path, data)
 
     async def _is_committed(self) -> bool:
         """Return whether the pointer is this draft's."""

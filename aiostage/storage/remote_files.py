@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from anyio.lowlevel import checkpoint
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
@@ -21,6 +22,8 @@ __all__ = ["FsspecStorage"]
 
 _THREADS = 8
 """As many requests at once; each thread of a remote file system only waits."""
+
+_BATCH = 200
 
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the time of the last change."""
@@ -137,16 +140,20 @@ class _FsspecBucket(Bucket):
                 await finish(lambda: self._workers.run(partial(_give_up, opened[0])))
             raise
 
-    async def list(self, prefix: str) -> Sequence[Entry]:
-        def find(fs: Any, full: str) -> list[Entry]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
+        def find(fs: Any, full: str) -> list[Sequence[Entry]]:
             _, root = self._filesystem()
             start = len(root.rstrip("/")) + 1
-            return [Entry(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
+            entries = [Entry(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
+            return [entries[first : first + _BATCH] for first in range(0, len(entries), _BATCH)]
 
         try:
-            return await self._run(prefix, find)
+            batches = await self._run(prefix, find)
         except FileNotFoundError:
-            return []
+            return
+        for batch in batches:
+            yield batch
+            await checkpoint()
 
     async def delete(self, paths: Sequence[str]) -> None:
         for path in paths:

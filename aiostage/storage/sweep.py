@@ -10,7 +10,7 @@ from datetime import datetime
 from aiostage._loop.cleanup import finish
 from aiostage.storage.bucket import Bucket, Entry
 from aiostage.storage.lease import LEASE_NAME, lease_seconds
-from aiostage.storage.pointer import FOLDER, find_pointer, remove_folder
+from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder
 
 __all__ = ["sweep"]
 
@@ -29,29 +29,41 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
     Raises:
         StorageError: If the store refuses. What is left is found again.
     """
-    drafts = _drafts(await bucket.list(""))
-    candidates = [(name, folder) for name, folder in drafts if not await _is_used(bucket, name, folder)]
+    candidates = [
+        (name, folder)
+        for name, folders in (await _suspects(bucket)).items()
+        for folder in folders
+        if not await _is_used(bucket, name, folder)
+    ]
     if not candidates:
         return
     now = await _now(bucket)
     for name, folder in candidates:
         path = f"{name}/{folder}"
         # Looked at once more, because time has gone by since the listing.
-        age = _age(await bucket.list(path), now)
+        age = _age([entry async for batch in bucket.list(path) for entry in batch], now)
         if age is None or age <= seconds or age <= await _lease(bucket, path) or await _is_used(bucket, name, folder):
             continue
         _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, path)
         await remove_folder(bucket, path)
 
 
-def _drafts(entries: Sequence[Entry]) -> Sequence[tuple[str, str]]:
-    """Return the names of checkpoints and the folders of their drafts, committed or not."""
-    found: dict[tuple[str, str], None] = {}
-    for entry in entries:
-        name, folder, _ = ("/" + entry.path).rsplit("/", 2) if "/" in entry.path else ("", "", "")
-        if name and FOLDER.fullmatch(folder):
-            found[name[1:], folder] = None
-    return list(found)
+async def _suspects(bucket: Bucket) -> dict[str, set[str]]:
+    """Return the folders of drafts, by the names of checkpoints, that a listing alone does not clear.
+
+    A pointer and one folder is what a committed checkpoint looks like, and most are: nobody has to ask about them.
+    """
+    pointers: set[str] = set()
+    found: dict[str, set[str]] = {}
+    async for batch in bucket.list(""):
+        for entry in batch:
+            name, _, last = entry.path.rpartition("/")
+            if last == POINTER_NAME:
+                pointers.add(name)
+            above, _, folder = name.rpartition("/")
+            if above and FOLDER.fullmatch(folder):
+                found.setdefault(above, set()).add(folder)
+    return {name: folders for name, folders in found.items() if name not in pointers or len(folders) > 1}
 
 
 async def _is_used(bucket: Bucket, name: str, folder: str) -> bool:
@@ -82,7 +94,7 @@ async def _now(bucket: Bucket) -> datetime:
     path = f"{folder}/now"
     try:
         await bucket.put(path, memoryview(b"."))
-        times = [entry.modified for entry in await bucket.list(folder)]
+        times = [entry.modified async for batch in bucket.list(folder) for entry in batch]
     finally:
         await finish(lambda: bucket.delete([path]))
     return next((time for time in times if time is not None), datetime.min)

@@ -327,6 +327,13 @@ async def test_a_wrong_secret(s3_server: S3Server, prefix: str) -> None:
     assert "Debug source" not in str(caught.value)
 
 
+async def test_a_store_without_conditions(s3_server: S3Server, prefix: str) -> None:
+    storage = ObjectStorage(S3Store(BUCKET, conditional_put="disabled", **s3_server.options()), prefix)
+    with pytest.raises(StorageError, match=r"cannot write an object only where there is none.*conditional_put"):
+        await save(storage, "a", some_bytes(10))
+    await save(storage, "b", some_bytes(10), overwrite=True)
+
+
 async def test_a_server_that_is_not_there(prefix: str) -> None:
     storage = ObjectStorage.from_url(
         f"s3://{BUCKET}/{prefix}", **S3Server(1, 0).options(), retry_config={"max_retries": 1}
