@@ -47,8 +47,9 @@ class _Airborne:
         self._flights.add(flight)
 
     def landed(self, flight: Flight) -> None:
-        """Let go of a flight that is over."""
+        """Let go of a flight that is over, and of what it kept alive, which may be wanted by others."""
         self._flights.discard(flight)
+        flight.keep.clear()
 
     def desert(self, flights: Sequence[Flight]) -> None:
         """Watch over flights that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
@@ -70,15 +71,20 @@ class _Airborne:
         while True:
             while not self._deserted.empty():
                 watched.append(self._deserted.get())
-            # No name here may be left that refers to a flight which is over.
-            self._flights -= {flight for flight in watched if _is_over(flight)}
-            watched = [flight for flight in watched if flight in self._flights]
+            watched = self._not_over(watched)
             if not watched:
                 break
             time.sleep(_POLL_SECONDS)
         self._watching.release()
         # One may have come between the look at the queue and here.
         self._watch()
+
+    def _not_over(self, watched: Sequence[Flight]) -> list[Flight]:
+        """Let go of what is over, and return the rest. In the thread no name may be left that refers to the former."""
+        for flight in watched:
+            if _is_over(flight):
+                self.landed(flight)
+        return [flight for flight in watched if flight in self._flights]
 
 
 def _is_over(flight: Flight) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
 from aiostage._copy.flights import airborne
 from aiostage.testing.clock import VirtualClock
@@ -254,3 +256,22 @@ async def test_packing_takes_the_device_memory_of_one_batch_and_not_of_all() -> 
         assert all(float(staged[str(n)][-1]) == n for n in range(4000))
         statistics = accelerator.statistics()
         assert statistics.allocated_bytes + statistics.cached_bytes - before <= 2 * 32 * MIB
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("budget", [48 * MIB, 200 * MIB, None])
+async def test_what_has_landed_lets_go_of_memory_that_the_rest_waits_for(budget: int | None, tmp_path: Path) -> None:
+    with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        state = {
+            "large": [full(accelerator, n, 6 * MIB) for n in range(3)],
+            "small": [full(accelerator, n) for n in range(50)],
+            "counter": accelerator.to_device(torch.tensor(5)),
+            "host": torch.full((3 * MIB,), 4.0),
+        }
+        accelerator.synchronize()
+        async with AsyncStager(StagingOptions(max_host_bytes=budget), backend=accelerator) as stager:
+            await aiostage.save(state, tmp_path / "saved", stager=stager)
+        loaded = await aiostage.load(tmp_path / "saved")
+    assert [float(tensor.mean()) for tensor in loaded["large"]] == [0, 1, 2]
+    assert [float(tensor.mean()) for tensor in loaded["small"]] == list(range(50))
+    assert (int(loaded["counter"]), float(loaded["host"].mean())) == (5, 4)
