@@ -36,18 +36,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStorage"]
 
-PART_BYTES = 16 << 20
-"""One request of an upload. Measured without a network: 8 MiB is slower, 32 MiB no faster."""
+_MIN_REQUEST_BYTES = 5 << 20
+"""What S3 wants of every request of an upload but the last."""
 
-_SCHEME_OF = {"gcs": "gs", "azure": "az"}
-
-_MAX_PARTS = 10_000
+_MAX_REQUESTS = 10_000
 """What S3 takes for one object."""
 
-_MIB = 1 << 20
-
-_IN_FLIGHT = 4
+_IN_FLIGHT = 8
 """Requests of one upload at once."""
+
+_SCHEME_OF = {"gcs": "gs", "azure": "az"}
 
 _COPY_THREADS = 2
 
@@ -68,8 +66,8 @@ _memories: dict[str, ObjectStore] = {}
 class ObjectStorage(RemoteStorage):
     """Checkpoints in an object store, through obstore. Needs asyncio: obstore cannot be awaited on trio.
 
-    What is sent comes straight from the memory handed in; files of 16 MiB and more are multipart uploads of at most
-    four requests at once, two files at a time. Retries, time limits, credentials and encryption are the store's own
+    What is sent comes straight from the memory handed in. Files of more than one part are multipart uploads of at most
+    eight requests at once, two files at a time. Retries, time limits, credentials and encryption are the store's own
     configuration.
 
     Args:
@@ -181,11 +179,13 @@ class _ObjectBucket(Bucket):
 
     async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         store = await self._connected()
-        capacity = max(PART_BYTES, math.ceil(nbytes / _MAX_PARTS / _MIB) * _MIB)
-        writer = obstore.open_writer_async(store, self._prefix + path, buffer_size=capacity, max_concurrency=_IN_FLIGHT)
-        sent = 0
+        writer: obstore.AsyncWritableFile | None = None
+        capacity = sent = 0
         try:
             async for part in parts:
+                if writer is None:
+                    capacity = _request_bytes(nbytes, part.nbytes)
+                    writer = self._writer(store, path, capacity)
                 begins = sent < capacity <= sent + part.nbytes
                 sent += part.nbytes
                 if sent > nbytes:
@@ -199,11 +199,12 @@ class _ObjectBucket(Bucket):
                 raise CheckpointError(
                     f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
                 )
+            writer = writer if writer is not None else self._writer(store, path, 1)
             with self._translated(path):
                 await _settled(writer.close())
         except BaseException as error:
             # A coroutine that is being closed may not wait.
-            if not isinstance(error, GeneratorExit):
+            if writer is not None and not isinstance(error, GeneratorExit):
                 await self._give_up(path, writer, error)
             raise
 
@@ -241,6 +242,9 @@ class _ObjectBucket(Bucket):
         store = await self._connected()
         with self._translated(path):
             await _settled(obstore.put_async(store, self._prefix + path, data, mode=mode, use_multipart=False))
+
+    def _writer(self, store: ObjectStore, path: str, capacity: int) -> obstore.AsyncWritableFile:
+        return obstore.open_writer_async(store, self._prefix + path, buffer_size=capacity, max_concurrency=_IN_FLIGHT)
 
     async def _give_up(self, path: str, writer: obstore.AsyncWritableFile, error: BaseException) -> None:
         """Abort an upload, whatever happens meanwhile."""
@@ -286,6 +290,18 @@ class _ObjectBucket(Bucket):
                 path=location,
                 remedy="Check the credentials, what they allow, and the endpoint." if refused else None,
             ) from error
+
+
+def _request_bytes(nbytes: int, part_bytes: int) -> int:
+    """Return how many bytes each request of an upload carries: a part, or as few as the store's limits allow.
+
+    Parts that wait for others to fill a request hold memory that the source may need for the others.
+    """
+    if nbytes <= part_bytes:
+        # More than there is: one plain request.
+        return nbytes + 1
+    wanted = max(_MIN_REQUEST_BYTES, math.ceil(nbytes / _MAX_REQUESTS))
+    return math.ceil(wanted / part_bytes) * part_bytes
 
 
 async def _settled(future: Any) -> Any:

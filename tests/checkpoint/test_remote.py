@@ -58,6 +58,13 @@ async def test_a_tree_to_s3_and_back(store: S3Store, s3_server: S3Server) -> Non
     assert open_uploads(s3_server, str(store.prefix)) == []
 
 
+async def test_more_than_fits_the_budget(store: S3Store) -> None:
+    source = {f"layer {number}": torch.full((1 << 20,), float(number)) for number in range(24)}
+    async with aiostage.AsyncStager(aiostage.StagingOptions(max_host_bytes=40 << 20)) as stager:
+        await aiostage.save(source, (store, "a"), stager=stager)
+    assert_same(await aiostage.load((store, "a")), source)
+
+
 @pytest.mark.parametrize("steps", range(0, 60, 12))
 async def test_a_save_that_is_cancelled(store: S3Store, s3_server: S3Server, steps: int) -> None:
     task = asyncio.ensure_future(aiostage.save({"a": torch.ones(10_000_000)}, (store, "a")))
