@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test lint bench orchestrator docs clean
+.PHONY: demo test test-all lint bench bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# With the tests of four processes, which take some minutes more.
+test-all: $(READY)
+	$(BIN)/python -m pytest -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -22,6 +26,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/staging.py
+
+# Saves and loads of 1, 2, 4 and 8 processes beside plain DCP.
+bench-distributed: $(READY)
+	$(BIN)/python benchmarks/distributed.py
 
 orchestrator: $(READY)
 	$(BIN)/python examples/orchestrator

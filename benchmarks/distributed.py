@@ -1,0 +1,262 @@
+"""What a distributed save and load cost on 1 to 8 processes, beside plain DCP: run by `make bench-distributed`.
+
+Each rank holds its share of a sharded state of fixed size a rank (weak scaling), on one machine, so that processors and
+disk are shared by all ranks: what grows here is the work of the machine; the bytes and collectives of a rank
+are counted, and do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import pickle
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from aiostage import AsyncStager, dcp
+
+SIZES = (1, 2, 4, 8)
+TIMEOUT = 120.0
+
+
+class Loop:
+    """How late a 1 ms ticker runs, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+
+    async def __aenter__(self) -> Loop:
+        self._task = asyncio.create_task(self._tick())
+        await asyncio.sleep(0.005)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.sleep(0.005)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(0.001)
+            self.worst = max(self.worst, (time.perf_counter() - begin - 0.001) * 1000)
+
+
+def sharded_state(tensors: int, bytes_a_rank: int) -> dict[str, DTensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = bytes_a_rank // tensors // 4 // 256
+    return {
+        f"layers.{number}.weight": DTensor.from_local(torch.randn(rows, 256), mesh, [Shard(0)], run_check=False)
+        for number in range(tensors)
+    }
+
+
+class Counted:
+    """Counts the object collectives of DCP and the bytes that this rank gives to them."""
+
+    NAMES = ("gather_object", "scatter_object_list", "broadcast_object_list", "all_gather_object", "barrier")
+
+    def __enter__(self) -> Counted:
+        self.calls: dict[str, int] = dict.fromkeys(self.NAMES, 0)
+        self.nbytes = 0
+        self._kept = {name: getattr(dist, name) for name in self.NAMES}
+        for name in self.NAMES:
+            setattr(dist, name, self._counting(name, self._kept[name]))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, function in self._kept.items():
+            setattr(dist, name, function)
+
+    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            self.calls[name] += 1
+            given = {
+                "gather_object": lambda: keywords.get("obj"),
+                "scatter_object_list": lambda: keywords.get("scatter_object_input_list"),
+                "broadcast_object_list": lambda: keywords.get("object_list"),
+                "all_gather_object": lambda: keywords.get("obj"),
+                "barrier": lambda: None,
+            }[name]()
+            self.nbytes += len(pickle.dumps(given)) if given is not None else 0
+            return function(*arguments, **keywords)
+
+        return call
+
+
+def whole_job(seconds: float) -> float:
+    """The slowest rank."""
+    value = torch.tensor(seconds)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
+
+
+async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    state = sharded_state(arguments.tensors, arguments.megabytes << 20)
+    found: dict[str, list[float]] = {}
+    number = 0
+
+    async def timed(name: str, action: Callable[[Path], Any]) -> None:
+        nonlocal number
+        number += 1
+        place = folder / f"{name.replace(' ', '-')}-{number}"
+        dist.barrier()
+        begin = time.perf_counter()
+        async with Loop() as loop:
+            blocked = await action(place)
+            seconds = whole_job(time.perf_counter() - begin)
+        found.setdefault(f"{name}: total, s", []).append(seconds)
+        found.setdefault(f"{name}: training waits, s", []).append(whole_job(seconds if blocked is None else blocked))
+        found.setdefault(f"{name}: loop held, ms", []).append(whole_job(loop.worst))
+        dist.barrier()
+        if dist.get_rank() == 0 and place.exists():
+            shutil.rmtree(place)
+
+    stager = AsyncStager()
+
+    async def ours(place: Path) -> float:
+        begin = time.perf_counter()
+        saving = dcp.start_save(
+            dict(state), storage_writer=FileSystemWriter(place, sync_files=False), stager=stager, timeout=TIMEOUT
+        )
+        await saving.captured()
+        blocked = time.perf_counter() - begin
+        await saving.committed()
+        return blocked
+
+    async def plain(place: Path) -> None:
+        checkpoint.save(dict(state), storage_writer=FileSystemWriter(place, sync_files=False))
+
+    async def torch_async(place: Path) -> float:
+        begin = time.perf_counter()
+        future = checkpoint.async_save(dict(state), storage_writer=FileSystemWriter(place, sync_files=False))
+        blocked = time.perf_counter() - begin
+        await asyncio.wrap_future(future)  # type: ignore[arg-type]
+        return blocked
+
+    # The first rounds make groups and memory.
+    for round_number in range(arguments.rounds + 1):
+        for name, action in (("aiostage.dcp.save", ours), ("dcp.save", plain), ("dcp.async_save", torch_async)):
+            await timed(name, action)
+        if round_number == 0:
+            found.clear()
+
+    place = folder / "kept"
+    await dcp.save(dict(state), storage_writer=FileSystemWriter(place, sync_files=False), timeout=TIMEOUT)
+    into = {key: tensor.clone() for key, tensor in state.items()}
+    for _ in range(arguments.rounds):
+        dist.barrier()
+        begin = time.perf_counter()
+        await dcp.load(into, checkpoint_id=place, timeout=TIMEOUT)
+        found.setdefault("aiostage.dcp.load, s", []).append(whole_job(time.perf_counter() - begin))
+        dist.barrier()
+        begin = time.perf_counter()
+        checkpoint.load(into, checkpoint_id=place)
+        found.setdefault("dcp.load, s", []).append(whole_job(time.perf_counter() - begin))
+
+    counts: dict[str, Any] = {}
+    for caching in (False, True):
+        for _ in range(2):
+            planner = DefaultSavePlanner(enable_plan_caching=caching)
+            writer = FileSystemWriter(folder / f"counted-{caching}", sync_files=False)
+            with Counted() as counted, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                begin = time.perf_counter()
+                await dcp.save(dict(state), storage_writer=writer, planner=planner, stager=stager, timeout=TIMEOUT)
+                seconds = time.perf_counter() - begin
+        name = "with plan caching, second save" if caching else "without plan caching"
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, counted.nbytes)
+        counts[name] = {
+            "collectives": sum(counted.calls.values()),
+            "bytes sent by rank 0": everybody[0],
+            "bytes sent by the last rank": everybody[-1],
+            "seconds": seconds,
+        }
+    counts["metadata bytes"] = (place / ".metadata").stat().st_size
+    counts["metadata bytes a shard"] = counts["metadata bytes"] // arguments.tensors // dist.get_world_size()
+    counts["descriptors of gloo a rank"] = descriptors()
+    await dcp.close()
+    counts["descriptors of gloo a rank"] -= descriptors()
+    counts["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    await stager.aclose()
+    gc.collect()
+    return {"times": {name: round(statistics.median(values), 4) for name, values in found.items()}, "counts": counts}
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def rank(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    result = asyncio.run(measure(arguments, Path(arguments.folder)))
+    if dist.get_rank() == 0:
+        print(json.dumps({"processes": dist.get_world_size()} | result), flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=64, help="of state for each rank")
+    parser.add_argument("--tensors", type=int, default=200, help="of which each rank has a shard")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        rank(arguments)
+        return
+    rows = []
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory(prefix="aiostage-bench-") as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+            command += [__file__, "--folder", folder, "--megabytes", str(arguments.megabytes)]
+            command += ["--tensors", str(arguments.tensors), "--rounds", str(arguments.rounds)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    print(f"{arguments.tensors} tensors, {arguments.megabytes} MiB a rank; medians of {arguments.rounds} rounds")
+    print_table("", rows, lambda row: row["times"])
+    for name in ("without plan caching", "with plan caching, second save"):
+        print_table(name, rows, lambda row, name=name: row["counts"][name])
+    rest = [key for key in rows[0]["counts"] if not isinstance(rows[0]["counts"][key], dict)]
+    print_table("", rows, lambda row: {key: row["counts"][key] for key in rest})
+
+
+def print_table(title: str, rows: list[dict[str, Any]], pick: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    print(f"\n| {title or 'processes'} | " + " | ".join(str(row["processes"]) for row in rows) + " |")
+    print("| --- |" + " ---: |" * len(rows))
+    for name in pick(rows[0]):
+        values = [pick(row)[name] for row in rows]
+        print(
+            f"| {name} | "
+            + " | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+            + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()
