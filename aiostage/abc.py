@@ -11,7 +11,19 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 
-__all__ = ["Backend", "Buffer", "CheckpointStager", "Draft", "Observer", "Reader", "Span", "Storage", "SupportsQuery"]
+__all__ = [
+    "Backend",
+    "Buffer",
+    "CheckpointStager",
+    "Draft",
+    "Observer",
+    "Reader",
+    "SharedDraft",
+    "SharedStorage",
+    "Span",
+    "Storage",
+    "SupportsQuery",
+]
 
 T = TypeVar("T")
 
@@ -245,6 +257,30 @@ class Storage(ABC):
         """
 
 
+class SharedStorage(Storage):
+    """A storage in which several processes may write one checkpoint. This is all that it has to have besides."""
+
+    @abstractmethod
+    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
+        """Begin a checkpoint; see :meth:`Storage.open`."""
+
+    @abstractmethod
+    async def join(self, name: str, ticket: str) -> Draft:
+        """Join a checkpoint that another process has begun.
+
+        Args:
+            name: Under which that has opened it.
+            ticket: From its :meth:`SharedDraft.ticket`.
+
+        Returns:
+            A draft of which only ``write`` may be called. Its files are committed or removed with the others by
+            whoever has opened the checkpoint, which has to outlive the writing.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+
+
 class Draft(ABC):
     """A checkpoint that is being written. These methods are all that a draft has to have.
 
@@ -287,6 +323,18 @@ class Draft(ABC):
     @abstractmethod
     async def abort(self) -> None:
         """Remove everything written, unless it was committed. May be called more than once; bears no cancellation."""
+
+
+class SharedDraft(Draft):
+    """A draft that other processes may join. This is all that it has to have besides."""
+
+    @abstractmethod
+    async def ticket(self) -> str:
+        """Return what other processes need for :meth:`SharedStorage.join`.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
 
 
 class Reader(ABC):

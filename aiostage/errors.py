@@ -169,7 +169,7 @@ class RankFailedError(CheckpointError):
     def __init__(self, failures: Mapping[int, str], *, lost: bool = False) -> None:
         self.failures = dict(failures)
         self.lost = lost
-        reasons = [f"rank {rank} failed: {reason}" for rank, reason in sorted(self.failures.items())]
+        reasons = [f"rank {rank} failed: {reason.rstrip('.')}" for rank, reason in sorted(self.failures.items())]
         remedy = (
             "The process group that aiostage made for checkpoints is closed; the next call makes another one, which "
             "needs every rank to be there."

@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+from aiostage.dcp.storage import StorageWriter
 from aiostage.errors import StagingError
 from aiostage.stager import AsyncStager
 
@@ -118,7 +119,7 @@ def start_save(
     state_dict: Mapping[str, Any],
     *,
     checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
+    storage_writer: TorchStorageWriter | None = None,
     planner: SavePlanner | None = None,
     process_group: Any = None,
     stager: CheckpointStager | None = None,
@@ -157,7 +158,7 @@ def save(
     state_dict: Mapping[str, Any],
     *,
     checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
+    storage_writer: TorchStorageWriter | None = None,
     planner: SavePlanner | None = None,
     process_group: Any = None,
     stager: CheckpointStager | None = None,
@@ -199,7 +200,7 @@ def save(
 
 def _begin(
     state_dict: Mapping[str, Any],
-    place: tuple[str | os.PathLike[str] | None, StorageWriter | None, SavePlanner | None],
+    place: tuple[str | os.PathLike[str] | None, TorchStorageWriter | None, SavePlanner | None],
     process_group: Any,
     stager: CheckpointStager | None,
     *,
@@ -221,16 +222,22 @@ def _begin(
 def _write(
     staged: Any,
     checkpoint_id: str | os.PathLike[str] | None,
-    storage_writer: StorageWriter | None,
+    storage_writer: TorchStorageWriter | None,
     planner: SavePlanner | None,
 ) -> Callable[[Any], Metadata]:
     """Find the writer, and return what needs the other ranks."""
     writer: Any = _storage_setup(storage_writer, checkpoint_id, reader=False)
 
     def together(group: Any) -> Metadata:
-        metadata: Metadata = torch_save(
-            staged, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
-        )
+        try:
+            metadata: Metadata = torch_save(
+                staged, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
+            )
+        except BaseException:
+            # DCP itself never tells a writer that a save has failed.
+            if isinstance(writer, StorageWriter):
+                writer.abandon()
+            raise
         return metadata
 
     return together

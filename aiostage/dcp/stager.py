@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -13,6 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.staging import AsyncStager as TorchAsyncStager
 
+from aiostage.dcp.loop_thread import LoopThread
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import share
@@ -61,12 +60,7 @@ class TorchStager(TorchAsyncStager):
     def __init__(self, options: StagingOptions | None = None) -> None:
         self._options = options if options is not None else StagingOptions()
         self._stager = AsyncStager(self._options)
-        self._loop = asyncio.new_event_loop()
-        # A daemon, so that a stager nobody closes keeps no interpreter from exiting.
-        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="aiostage-torch-stager", daemon=True)
-        self._thread.start()
-        self._dropped = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
-        self._dropped.atexit = False
+        self._loop = LoopThread("aiostage-torch-stager")
         self._pending: Future[Any] | None = None
         self._latest: weakref.ref[StagedDict] | None = None
 
@@ -88,14 +82,14 @@ class TorchStager(TorchAsyncStager):
 
         Except for the last at the call, errors come from the future, if there is one.
         """
-        if not self._dropped.alive:
+        if not self._loop.running:
             raise StagerClosedError
         kept = {key: state_dict[key] for key in keys_not_requiring_copy}
         copied = {key: state_dict[key] for key in state_dict if key not in kept} if kept else state_dict
         frame = copy.copy(state_dict) if kept else None
         # Called in this thread: what has to be waited for is on its streams.
         staging = self._stager.stage(copied)
-        future = asyncio.run_coroutine_threadsafe(self._finish(staging, frame), self._loop)
+        future = self._loop.submit(self._finish(staging, frame))
         if not self._options.use_async_staging:
             return future.result()
         self._pending = future
@@ -138,15 +132,6 @@ class TorchStager(TorchAsyncStager):
 
     def close(self) -> None:
         """Close: stagings under way end with StagerClosedError. Staged state dicts stay valid. Idempotent."""
-        if self._dropped.alive:
-            asyncio.run_coroutine_threadsafe(self._stager.aclose(), self._loop).result()
-            self._dropped()
-            self._thread.join()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run the loop until it is told to stop. Refers to no stager, so that dropping one stops it."""
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+        if self._loop.running:
+            self._loop.run(self._stager.aclose())
+            self._loop.stop()

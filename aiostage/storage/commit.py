@@ -34,6 +34,7 @@ __all__ = [
     "check_target",
     "committed_below",
     "delete_committed",
+    "joined_path",
     "open_committed",
     "sweep_below",
 ]
@@ -233,6 +234,21 @@ def sweep_below(root: str) -> None:
     for path, names in _directories(root):
         for target in {target for name in names if (target := _target(path, name)) is not None}:
             _sweep(target)
+
+
+def joined_path(target: str, ticket: str) -> str:
+    """Return the path of a draft that another process writes for a target, from its last step. Blocks.
+
+    Raises:
+        ValueError: If that is not one for this target.
+        FileNotFoundError: If it is not there, or no longer.
+    """
+    path = os.path.join(os.path.dirname(target), ticket)
+    if os.path.basename(ticket) != ticket or not path.startswith(_prefix(target)):
+        raise ValueError(f"{ticket!r} is not the ticket of a draft for {target}: pass what ticket() has returned")
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: the draft is gone, or on a file system that this machine does not share")
+    return path
 
 
 def _directories(root: str) -> Iterator[tuple[str, list[str]]]:

@@ -9,7 +9,7 @@ from threading import Lock
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.observe import span
 from aiostage.storage.commit import (
@@ -18,6 +18,7 @@ from aiostage.storage.commit import (
     check_target,
     committed_below,
     delete_committed,
+    joined_path,
     open_committed,
     sweep_below,
 )
@@ -37,7 +38,7 @@ _DIRECT_FROM = 1 << 20
 """Smaller files go through the page cache: direct I/O saves nothing there."""
 
 
-class LocalStorage(Storage):
+class LocalStorage(SharedStorage):
     """Checkpoints as directories below one directory.
 
     A checkpoint is written beside its place and moved there in one step when all of it is on the disk, also its name.
@@ -56,7 +57,7 @@ class LocalStorage(Storage):
     def __repr__(self) -> str:
         return f"<LocalStorage {self._root}>"
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
         """Begin a checkpoint, which nobody sees before it is committed.
 
         Args:
@@ -72,12 +73,26 @@ class LocalStorage(Storage):
         """
         _check(name)
 
-        def make() -> Draft:
+        def make() -> SharedDraft:
             target = os.path.realpath(self._path(name))
             check_target(target, overwrite=overwrite)
             return _LocalDraft(target, overwrite, self._workers)
 
         return await self._workers.run(make)
+
+    async def join(self, name: str, ticket: str) -> Draft:
+        """Join a checkpoint that another process has begun, on this machine or on another with the same file system.
+
+        Args:
+            name: Under which that has opened it.
+            ticket: From its draft.
+
+        Raises:
+            ValueError: If the name leads out of the root, or the ticket is none for it.
+            OSError: If the file system refuses.
+        """
+        _check(name)
+        return await self._workers.run(partial(self._join, name, ticket))
 
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; it goes on to be the same one if it is replaced meanwhile.
@@ -123,34 +138,33 @@ class LocalStorage(Storage):
             self._root, self._resolved = os.path.abspath(self._root), True
         return os.path.normpath(os.path.join(self._root, name))
 
+    def _join(self, name: str, ticket: str) -> Draft:
+        target = os.path.realpath(self._path(name))
+        return _JoinedDraft(joined_path(target, ticket), target, self._workers)
+
     def _read(self, name: str) -> Reader:
         path = os.path.realpath(self._path(name))
         return _LocalReader(open_committed(path), path, self._workers)
 
 
-class _LocalDraft(Draft):
-    """A directory under way."""
+class _JoinedDraft(Draft):
+    """A directory under way that another process has made, and commits or removes."""
 
-    def __init__(self, target: str, overwrite: bool, workers: Workers) -> None:
+    def __init__(self, path: str, target: str, workers: Workers) -> None:
+        self._path = path
         self._target = target
-        self._overwrite = overwrite
         self._workers = workers
-        self._made: DraftDirectory | None = None
-        self._making = Lock()
 
     @property
     def location(self) -> str:
         return self._target
 
-    def _directory(self) -> DraftDirectory:
-        """Return the directory, which is there from the first file on. Blocks."""
-        with self._making:
-            if self._made is None:
-                self._made = DraftDirectory(self._target)
-            return self._made
+    def _writing_to(self) -> str:
+        """Return the path of the directory. Blocks."""
+        return self._path
 
     def _create(self, name: str, nbytes: int) -> OutputFile:
-        path = os.path.join(self._directory().path, name)
+        path = os.path.join(self._writing_to(), name)
         return OutputFile(path, nbytes, direct=nbytes >= _DIRECT_FROM)
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
@@ -192,6 +206,35 @@ class _LocalDraft(Draft):
             del job
         if offset != file.nbytes:
             raise CheckpointError(f"it was to be {file.nbytes} bytes long, but {offset} came.", path=file.path)
+
+    async def commit(self, manifest: Buffer) -> None:
+        raise CheckpointError("only the process that has opened it can commit it.", path=self._target)
+
+    async def abort(self) -> None:
+        """Leave it to the process that has opened it."""
+
+
+class _LocalDraft(_JoinedDraft, SharedDraft):
+    """A directory under way."""
+
+    def __init__(self, target: str, overwrite: bool, workers: Workers) -> None:
+        super().__init__("", target, workers)
+        self._overwrite = overwrite
+        self._made: DraftDirectory | None = None
+        self._making = Lock()
+
+    def _directory(self) -> DraftDirectory:
+        """Return the directory, which is there from the first file on. Blocks."""
+        with self._making:
+            if self._made is None:
+                self._made = DraftDirectory(self._target)
+            return self._made
+
+    def _writing_to(self) -> str:
+        return self._directory().path
+
+    async def ticket(self) -> str:
+        return os.path.basename(await self._workers.run(self._writing_to))
 
     async def commit(self, manifest: Buffer) -> None:
         await self._workers.run(partial(self._commit, manifest))

@@ -10,6 +10,7 @@ step, and removes the old folder afterwards.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ import anyio
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
 from aiostage.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -51,7 +52,7 @@ somebody else's has succeeded."""
 _log = logging.getLogger("aiostage")
 
 
-class RemoteStorage(Storage):
+class RemoteStorage(SharedStorage):
     """Checkpoints in a bucket.
 
     Args:
@@ -68,7 +69,7 @@ class RemoteStorage(Storage):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._bucket.location!r})"
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
         """Begin a checkpoint; see :meth:`aiostage.Storage.open`."""
         _check_name(name)
         location = f"{self._bucket.location}/{name}"
@@ -90,6 +91,13 @@ class RemoteStorage(Storage):
                 await draft.abort()
             raise
         return draft
+
+    async def join(self, name: str, ticket: str) -> Draft:
+        """Join a checkpoint that another process has begun; see :meth:`aiostage.abc.SharedStorage.join`."""
+        _check_name(name)
+        if not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", ticket):
+            raise ValueError(f"{ticket!r} is not the ticket of a draft: pass what ticket() has returned")
+        return _RemoteDraft(self._bucket, name, overwrite=False, lease_seconds=self._lease_seconds, joined=ticket)
 
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; see :meth:`aiostage.Storage.read`."""
@@ -128,14 +136,18 @@ class RemoteStorage(Storage):
         await sweep(self._bucket, self._lease_seconds)
 
 
-class _RemoteDraft(Draft):
+class _RemoteDraft(SharedDraft):
     """A folder that nobody points to yet."""
 
-    def __init__(self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float) -> None:
+    def __init__(
+        self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float, joined: str | None = None
+    ) -> None:
         self._bucket = bucket
         self._name = name
         self._overwrite = overwrite
-        self._token = secrets.token_hex(_TOKEN_BYTES)
+        # Another process gives the signs of life of one that is joined, and ends it.
+        self._joined = self._ended = joined is not None
+        self._token = joined or secrets.token_hex(_TOKEN_BYTES)
         self._folder = f"data-{self._token}"
         self._path = f"{name}/{self._folder}"
         self._lease = write_lease(lease_seconds)
@@ -143,12 +155,15 @@ class _RemoteDraft(Draft):
         self._workers = Workers(1, "aiostage-lease")
         self._heartbeat: Heartbeat | None = None
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
-        self._ended = False
 
     @property
     def location(self) -> str:
         """Where the checkpoint is going to be."""
         return f"{self._bucket.location}/{self._name}"
+
+    async def ticket(self) -> str:
+        """Return what names the folder; see :meth:`aiostage.abc.SharedDraft.ticket`."""
+        return self._token
 
     async def begin(self) -> None:
         """Give the first sign of life."""
@@ -165,6 +180,8 @@ class _RemoteDraft(Draft):
 
     async def commit(self, manifest: Buffer) -> None:
         """Write the manifest and then the pointer; see :meth:`aiostage.Draft.commit`."""
+        if self._joined:
+            raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
         try:
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")

@@ -131,7 +131,7 @@ class TestStage:
     def test_dropping_ends_the_thread(self) -> None:
         stager = TorchStager()
         stager.stage({"w": torch.ones(3)}).result(20)
-        thread = stager._thread
+        thread = stager._loop.thread
         del stager
         gc.collect()
         thread.join(20)

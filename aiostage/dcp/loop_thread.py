@@ -1,0 +1,57 @@
+"""An event loop in a thread, for code that PyTorch calls from threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["LoopThread"]
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An asyncio event loop in a daemon thread, which ends when this is stopped or dropped.
+
+    A daemon, so that what nobody closes keeps no interpreter from exiting.
+
+    Args:
+        name: Of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
+        self.thread.start()
+        self._stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._stop.atexit = False
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes coroutines."""
+        return self._stop.alive
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine in the loop, from any other thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop and wait for it."""
+        return self.submit(coroutine).result()
+
+    def stop(self) -> None:
+        """End the loop and wait for its thread. Idempotent."""
+        self._stop()
+        self.thread.join()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    # Refers to the loop alone, so that dropping its owner stops it.
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()

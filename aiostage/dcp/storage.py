@@ -1,0 +1,387 @@
+"""DCP's writer and reader over our storages: local disks, object stores, whatever :class:`~aiostage.abc.Storage` is.
+
+A checkpoint is one file for each rank, ``.metadata`` as DCP pickles it, and a manifest; it appears whole or not at all.
+The files hold the bytes of tensors as they are in memory, so that staged tensors are written without being copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+import json
+import os
+import pickle
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import storage as torch_storage
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.futures import Future
+
+from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
+from aiostage.dcp.loop_thread import LoopThread
+from aiostage.errors import CheckpointCorruptError
+from aiostage.storage.locate import Root, storage_at
+from aiostage.storage.parts import PART_BYTES, Part, cut, digest, gather, whole
+
+__all__ = ["StorageReader", "StorageWriter"]
+
+METADATA_NAME = ".metadata"
+"""DCP's own name for it."""
+
+FORMAT = "aiostage-dcp"
+VERSION = 1
+
+_RECORDS_AT_ONCE = 4
+"""How many records a rank reads at once. A guess: enough to hide the latency of an object store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where the bytes of one item are.
+
+    Attributes:
+        file: Its name.
+        offset: Of the first byte in the file.
+        nbytes: How many there are.
+        digest: Of them.
+        dtype: Of the elements, or None for what DCP has pickled.
+        shape: Of the shard.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    digest: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Of one rank in the checkpoint that is being written."""
+
+    name: str
+    ticket: str
+    file: str
+
+
+class StorageWriter(torch_storage.StorageWriter):
+    """DCP's writer to a storage. A checkpoint appears whole or not at all, and replaces an older one in one step.
+
+    Works with :func:`aiostage.dcp.save` and with ``torch.distributed.checkpoint.save``. Planners must not cache plans:
+    a cached plan leads to the files of an earlier save, which is refused.
+
+    Args:
+        root: A path, a URL such as ``s3://bucket/prefix``, a store of obstore, or a storage that several processes may
+            write at once. Every rank needs to reach the same; each checkpoint lies under its ``checkpoint_id`` below.
+        overwrite: Whether a checkpoint of the same name may be replaced.
+
+    Raises:
+        TypeError: If the storage does not let several processes write one checkpoint.
+    """
+
+    def __init__(self, root: Root, *, overwrite: bool = False) -> None:
+        storage = storage_at(root)
+        if not isinstance(storage, SharedStorage):
+            raise TypeError(f"{storage!r} is not a SharedStorage, in which several processes may write one checkpoint")
+        self._storage = storage
+        self._overwrite = overwrite
+        self._name: str | None = None
+        self._draft: SharedDraft | None = None
+        self._ticket = ""
+        self._loops: list[LoopThread] = []
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a checkpoint of a name below the root, giving up one that was not finished."""
+        self.abandon()
+        self._name = None if checkpoint_id is None else os.fspath(checkpoint_id)
+
+    def set_up_storage_writer(
+        self, is_coordinator: bool, *args: Any, use_collectives: bool = True, **kwargs: Any
+    ) -> None:
+        """Prepare for a save.
+
+        Raises:
+            ValueError: If there is no name, or the ranks are not to coordinate.
+        """
+        if self._name is None:
+            raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
+        if not use_collectives:
+            raise ValueError("this writer needs the ranks to coordinate: pass use_collectives=True")
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Open the checkpoint, on the coordinator, and tell every rank how to join it."""
+        name = str(self._name)
+
+        async def begin() -> None:
+            self._draft = await self._storage.open(name, overwrite=self._overwrite)
+            self._ticket = await self._draft.ticket()
+
+        self._loop().run(begin())
+        return [
+            dataclasses.replace(plan, storage_data=_Share(name, self._ticket, f"rank-{rank:05}.bin"))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[torch_storage.WriteResult]]:
+        """Write this rank's file."""
+        written: Future[list[torch_storage.WriteResult]] = Future()
+        written.set_result(self._loop().run(self._write(plan.storage_data, plan.items, planner)))
+        return written
+
+    async def _write(
+        self, share: _Share, items: Sequence[WriteItem], planner: SavePlanner
+    ) -> list[torch_storage.WriteResult]:
+        contents = [(item, _content(item, planner)) for item in items]
+        # Wide elements first, so that each record begins at a multiple of its elements' size.
+        contents.sort(key=lambda pair: -pair[1].element_size() if pair[0].type != WriteItemType.BYTE_IO else 0)
+        results, offset = [], 0
+        for item, tensor in contents:
+            pickled = item.type == WriteItemType.BYTE_IO
+            record = Record(
+                file=share.file,
+                offset=offset,
+                nbytes=tensor.nbytes,
+                digest=digest(_bytes(tensor)),
+                dtype=None if pickled else tensor.dtype,
+                shape=tuple(tensor.shape),
+            )
+            results.append(torch_storage.WriteResult(item.index, tensor.nbytes, (share.ticket, record)))
+            offset += tensor.nbytes
+        if offset:
+            draft: Draft = self._draft or await self._storage.join(share.name, share.ticket)
+            parts = _finished(cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES))
+            contents.clear()
+            await draft.write(share.file, offset, _buffers(parts))
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[torch_storage.WriteResult]]) -> None:
+        """Write the metadata and make the checkpoint appear, on the coordinator.
+
+        Raises:
+            ValueError: If a rank has followed a plan of an earlier save.
+            CheckpointExistsError: If another writer was faster and must not be replaced.
+        """
+        records = {result.index: result.storage_data for written in results for result in written}
+        if any(ticket != self._ticket for ticket, _ in records.values()):
+            raise ValueError("a rank has followed a cached plan: use a planner with enable_plan_caching=False")
+        metadata.storage_data = {index: record for index, (_, record) in records.items()}
+        pickled = pickle.dumps(metadata)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "metadata": {"name": METADATA_NAME, "nbytes": len(pickled), "xxh3_64": digest(memoryview(pickled))},
+        }
+
+        async def commit(draft: SharedDraft) -> None:
+            await draft.write(METADATA_NAME, len(pickled), _buffers(_finished(cut([_tensor(pickled)], PART_BYTES))))
+            await draft.commit(memoryview(json.dumps(manifest).encode()))
+
+        assert self._draft is not None  # noqa: S101 - DCP has called prepare_global_plan
+        self._loop().run(commit(self._draft))
+        self._draft = None
+
+    def abandon(self) -> None:
+        """Remove what was written of a checkpoint that was not finished; :func:`aiostage.dcp.save` does it."""
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            self._loop().run(draft.abort())
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether it is a name."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+    def _loop(self) -> LoopThread:
+        if not self._loops:
+            self._loops.append(LoopThread("aiostage-dcp-writer"))
+        return self._loops[0]
+
+
+class StorageReader(torch_storage.StorageReader):
+    """DCP's reader of what :class:`StorageWriter` has written, on any number of ranks. Every record is verified.
+
+    Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``.
+
+    Args:
+        root: As for the writer; any :class:`~aiostage.abc.Storage` will do.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._storage: Storage = storage_at(root)
+        self._name: str | None = None
+        self._reader: Reader | None = None
+        self._records: dict[Any, Record] = {}
+        self._loops: list[LoopThread] = []
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Read a checkpoint of a name below the root."""
+        self._name = None if checkpoint_id is None else os.fspath(checkpoint_id)
+        self._reader, self._records = None, {}
+
+    def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
+        """Open the checkpoint and read what is in it.
+
+        Raises:
+            ValueError: If there is no name.
+            CheckpointNotFoundError: If there is no checkpoint of that name.
+            CheckpointCorruptError: If it is damaged, or not one of DCP's.
+        """
+        if self._name is None:
+            raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
+        metadata: Metadata = pickle.loads(self._loop().run(self._read_metadata(self._name)))
+        return metadata
+
+    async def _read_metadata(self, name: str) -> Buffer:
+        self._reader = reader = await self._storage.read(name)
+        manifest = json.loads(bytes(await reader.manifest()))
+        if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+            raise CheckpointCorruptError(
+                "it is not a checkpoint of aiostage.dcp.",
+                path=reader.location,
+                remedy="Read it with aiostage.load.",
+            )
+        # Pickled, so it is executed: only what the manifest vouches for is.
+        return await self._read(
+            reader, METADATA_NAME, 0, manifest["metadata"]["nbytes"], manifest["metadata"]["xxh3_64"]
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:
+        """Take over where everything is."""
+        self._records = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this rank needs, each record once."""
+        wanted: dict[Record, list[ReadItem]] = {}
+        for item in plan.items:
+            wanted.setdefault(self._records[item.storage_index], []).append(item)
+        self._loop().run(self._read_all(wanted, planner))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    async def _read_all(self, wanted: dict[Record, list[ReadItem]], planner: LoadPlanner) -> None:
+        assert self._reader is not None  # noqa: S101 - DCP has called read_metadata
+        reader, records = self._reader, iter(wanted)
+
+        async def work() -> None:
+            for record in records:
+                data = await self._read(reader, record.file, record.offset, record.nbytes, record.digest)
+                for item in wanted[record]:
+                    _deliver(item, record, data, planner)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_RECORDS_AT_ONCE):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        self._reader = None
+        await reader.aclose()
+
+    async def _read(self, reader: Reader, file: str, offset: int, nbytes: int, expected: str) -> Buffer:
+        data = _bytes(torch.empty(nbytes, dtype=torch.uint8))
+        if nbytes:
+            await reader.read(file, offset, data)
+        if digest(data) != expected:
+            raise CheckpointCorruptError(
+                f"bytes {offset} to {offset + nbytes} are not those that were written.",
+                path=f"{reader.location}/{file}",
+                remedy="Load an older checkpoint.",
+            )
+        return data
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether it is a name."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+    def _loop(self) -> LoopThread:
+        if not self._loops:
+            self._loops.append(LoopThread("aiostage-dcp-reader"))
+        return self._loops[0]
+
+
+def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+    """Return what is to be written for an item, in host memory and in index order."""
+    data = planner.resolve_data(item)
+    if item.type == WriteItemType.BYTE_IO:
+        return _tensor(data.getvalue())  # type: ignore[union-attr]
+    tensor: torch.Tensor = data  # type: ignore[assignment]
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner) -> None:
+    if item.type == LoadItemType.BYTE_IO:
+        planner.load_bytes(item, io.BytesIO(data))
+        return
+    dtype = record.dtype or torch.uint8
+    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype)
+    tensor = tensor.view(record.shape)
+    part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+    target = planner.resolve_tensor(item).detach()
+    if target.size() != part.size():
+        raise ValueError(f"{item.dest_index.fqn} has shape {tuple(target.size())}, the checkpoint {tuple(part.size())}")
+    target.copy_(part)
+    planner.commit_tensor(item, target)
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> Buffer:
+    """Return the memory of a contiguous tensor."""
+    data: Buffer = tensor.view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _finished(steps: Any) -> list[Part]:
+    """Run a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            parts: list[Part] = stop.value
+            return parts
+
+
+async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
+    """Iterate over the bytes of parts: the staged memory itself where that is one piece, and a copy elsewhere."""
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        memory = whole(part)
+        if memory is None:
+            memory = torch.empty(part.nbytes, dtype=torch.uint8)
+            gather(part, memory)
+        data = _bytes(memory)
+        del part, memory
+        yield data

@@ -1,0 +1,175 @@
+"""DCP's checkpoints in our storages."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultSavePlanner
+
+import aiostage
+from aiostage import AsyncStager, CheckpointCorruptError, RankFailedError, dcp
+from aiostage.abc import Storage
+from aiostage.storage import LocalStorage
+from tests.dcp import models
+from tests.dcp.test_together import TIMEOUT, Counter, groups, sharded
+from tests.dcp.world import World
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+EVERYTHING = {
+    "empty": torch.empty(0, 3),
+    "scalar": torch.tensor(3.0, dtype=torch.float64),
+    "bfloat16": torch.randn(7, dtype=torch.bfloat16),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.randn(3, dtype=torch.complex64).conj(),
+    "strided": torch.randn(30, 40).t(),
+    "large": torch.randn(3_000_000),
+    "float8": torch.randn(5).to(torch.float8_e4m3fn),
+    "nested": {"step": 3, "name": "a", "list": [1, torch.arange(5)]},
+}
+
+
+def empty_like(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return torch.zeros(tree.shape, dtype=tree.dtype)
+    if isinstance(tree, dict):
+        return {key: empty_like(value) for key, value in tree.items()}
+    return [empty_like(value) for value in tree] if isinstance(tree, list) else None
+
+
+@pytest.mark.asyncio
+class TestAlone:
+    @pytest.mark.parametrize("kind", ["local", "memory"])
+    async def test_everything(self, tmp_path: Path, kind: str) -> None:
+        root = tmp_path if kind == "local" else f"memory://{tmp_path.name}/{os.getpid()}"
+        async with AsyncStager() as stager:
+            writer = dcp.StorageWriter(root)
+            await dcp.save(EVERYTHING, checkpoint_id="a", storage_writer=writer, stager=stager)
+            # Staged memory is not kept by what was written from it.
+            assert stager.statistics().leases == 0
+        into = empty_like(EVERYTHING)
+        await dcp.load(into, checkpoint_id="a", storage_reader=dcp.StorageReader(root))
+        assert not list(models.compare(EVERYTHING, into, ""))
+        assert into["nested"]["name"] == "a"
+        plain = empty_like(EVERYTHING)
+        plainly = partial(checkpoint.load, checkpoint_id="a", storage_reader=dcp.StorageReader(root), no_dist=True)
+        await asyncio.to_thread(plainly, plain)
+        assert not list(models.compare(EVERYTHING, plain, ""))
+
+    async def test_appears_whole_and_replaces_in_one_step(self, tmp_path: Path) -> None:
+        for number in range(3):
+            writer = dcp.StorageWriter(tmp_path, overwrite=True)
+            await dcp.save({"n": torch.full((5,), number)}, checkpoint_id="a", storage_writer=writer)
+            into = {"n": torch.zeros(5, dtype=torch.int64)}
+            await dcp.load(into, checkpoint_id="a", storage_reader=dcp.StorageReader(tmp_path))
+            assert into["n"].unique().tolist() == [number]
+        assert await LocalStorage(tmp_path).list() == ["a"]
+        assert sorted(os.listdir(tmp_path)) == ["a"]
+        with pytest.raises(RankFailedError, match="CheckpointExistsError"):
+            await dcp.save({}, checkpoint_id="a", storage_writer=dcp.StorageWriter(tmp_path))
+
+    async def test_a_failed_save_leaves_nothing(self, tmp_path: Path) -> None:
+        writer = dcp.StorageWriter(tmp_path, overwrite=True)
+        await dcp.save({"n": torch.ones(5)}, checkpoint_id="a", storage_writer=writer)
+
+        class Breaks(DefaultSavePlanner):
+            def resolve_data(self, write_item: Any) -> Any:
+                raise OSError(5, "Input/output error")
+
+        with pytest.raises(RankFailedError, match="Input/output error"):
+            await dcp.save({"n": torch.zeros(5)}, checkpoint_id="a", storage_writer=writer, planner=Breaks())
+        assert os.listdir(tmp_path) == ["a"]
+        into = {"n": torch.zeros(5)}
+        await dcp.load(into, checkpoint_id="a", storage_reader=dcp.StorageReader(tmp_path))
+        assert into["n"].sum() == 5
+
+    async def test_damage_is_found(self, tmp_path: Path) -> None:
+        await dcp.save({"n": torch.ones(5000)}, checkpoint_id="a", storage_writer=dcp.StorageWriter(tmp_path))
+        for file in ("rank-00000.bin", ".metadata"):
+            path = tmp_path / "a" / file
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            with pytest.raises(RankFailedError, match="not those that were written"):
+                await dcp.load({"n": torch.ones(5000)}, checkpoint_id="a", storage_reader=dcp.StorageReader(tmp_path))
+            path.write_bytes(whole)
+
+    async def test_is_none_of_dcps(self, tmp_path: Path) -> None:
+        await aiostage.save({"n": torch.ones(5)}, tmp_path / "ours")
+        for name, reason in (("ours", "not a checkpoint of aiostage.dcp"), ("none", "there is no checkpoint")):
+            with pytest.raises(RankFailedError, match=reason):
+                await dcp.load({"n": torch.ones(5)}, checkpoint_id=name, storage_reader=dcp.StorageReader(tmp_path))
+        await dcp.save({"n": torch.ones(5)}, checkpoint_id="dcp", storage_writer=dcp.StorageWriter(tmp_path))
+        with pytest.raises(CheckpointCorruptError):
+            await aiostage.load(tmp_path / "dcp")
+
+    async def test_refuses(self, tmp_path: Path) -> None:
+        class Private(Storage):
+            open = read = list = delete = sweep = None  # type: ignore[assignment]
+
+        with pytest.raises(TypeError, match="is not a SharedStorage"):
+            dcp.StorageWriter(Private())  # type: ignore[abstract]
+        with pytest.raises(RankFailedError, match="needs a name: pass checkpoint_id"):
+            await dcp.save({}, storage_writer=dcp.StorageWriter(tmp_path))
+        # DCP keeps plans for each name of a class, as long as the process lives.
+        caching: Any = type(f"Caching{tmp_path.name}", (DefaultSavePlanner,), {})
+        planner = partial(caching, enable_plan_caching=True)
+        writer = dcp.StorageWriter(tmp_path)
+        await dcp.save({"n": torch.ones(5)}, checkpoint_id="a", storage_writer=writer, planner=planner())
+        with pytest.raises(RankFailedError, match="enable_plan_caching=False"):
+            await dcp.save({"n": torch.ones(5)}, checkpoint_id="b", storage_writer=writer, planner=planner())
+        assert os.listdir(tmp_path) == ["a"]
+
+
+async def saved_by_both(root: str) -> int:
+    state = {"sharded": sharded(), "counter": Counter(4), "step": 3, "mine": torch.full((9,), float(dist.get_rank()))}
+    await dcp.save(state, checkpoint_id="a/b", storage_writer=dcp.StorageWriter(root), timeout=TIMEOUT)
+    # Plain DCP by the same writer.
+    checkpoint.save(state, checkpoint_id="plain", storage_writer=dcp.StorageWriter(root))
+    for name in ("a/b", "plain"):
+        into = {"sharded": sharded(100), "counter": Counter(0), "step": 0}
+        await dcp.load(into, checkpoint_id=name, storage_reader=dcp.StorageReader(root), timeout=TIMEOUT)
+        assert torch.equal(into["sharded"].to_local(), state["sharded"].to_local())  # type: ignore[attr-defined]
+        assert into["counter"].count == 4  # type: ignore[attr-defined]
+        assert into["step"] == 3
+    return len(groups())
+
+
+class BreaksOnOne(DefaultSavePlanner):
+    def resolve_data(self, write_item: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError(5, "Input/output error")
+        return super().resolve_data(write_item)
+
+
+async def one_fails(root: str) -> str:
+    writer = dcp.StorageWriter(root, overwrite=True)
+    with pytest.raises(RankFailedError) as raised:
+        await dcp.save(
+            {"sharded": sharded(7)}, checkpoint_id="a/b", storage_writer=writer, planner=BreaksOnOne(), timeout=TIMEOUT
+        )
+    dist.barrier()
+    into = {"sharded": sharded(100)}
+    await dcp.load(into, checkpoint_id="a/b", storage_reader=dcp.StorageReader(root), timeout=TIMEOUT)
+    assert torch.equal(into["sharded"].to_local(), sharded().to_local())
+    return str(raised.value)
+
+
+def test_two_ranks_write_one_checkpoint(pair: World, tmp_path: Path) -> None:
+    pair.run(saved_by_both, str(tmp_path))
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == [
+        ".metadata",
+        "manifest.json",
+        "rank-00000.bin",
+        "rank-00001.bin",
+    ]
+    for message in pair.run(one_fails, str(tmp_path)):
+        assert message.startswith("rank 1 failed: OSError: [Errno 5] Input/output error")
+    assert os.listdir(tmp_path / "a") == ["b"], "a failed save leaves something behind"
