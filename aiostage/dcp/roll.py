@@ -62,9 +62,11 @@ class RollCall:
             self._store.set(f"{self._key}/here/{self._rank}", "")
             if self._store.add(f"{self._key}/arrived", 1) == self._size:
                 return self._settle("verdict", {})
-            if not self._wait("verdict", timeout) and self._store.add(f"{self._key}/late", 1) > 1:
-                # Another rank is out of patience too and is looking for the absent; one is enough.
-                self._wait("verdict", GRACE)
+            if self._wait("verdict", timeout):
+                return self._settle("verdict", {})
+            if self._store.add(f"{self._key}/late", 1) > 1 and self._wait("verdict", GRACE):
+                # Another rank ran out of patience too and has looked for the absent; one is enough.
+                return self._settle("verdict", {})
             absent = self._without("here")
             late = dict.fromkeys(absent, f"it did not arrive within {timeout:g} seconds")
             return self._settle("verdict", late)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
-from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, dcp
+from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, adapt, dcp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -140,6 +142,43 @@ class TestSaveAndLoad:
             dcp.save({})
         with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_reader"):
             dcp.load({})
+
+
+def _default_stager() -> Any:
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    return DefaultStager(StagingOptions(False, False, True, False))
+
+
+def _experimental_stager() -> Any:
+    from torch.distributed.checkpoint._experimental.staging import CheckpointStagerConfig, DefaultStager
+
+    return DefaultStager(CheckpointStagerConfig(False, False, True, False))
+
+
+def _blocking_stager() -> Any:
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    return BlockingAsyncStager()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("make", [_default_stager, _experimental_stager, _blocking_stager])
+async def test_with_pytorchs_stagers(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """One after the other, because they overwrite what they have returned before."""
+    weights = torch.zeros(100)
+    async with adapt(make()) as stager:
+        for number in range(3):
+            weights.fill_(number)
+            saving = dcp.start_save({"w": weights}, checkpoint_id=tmp_path / str(number), stager=stager)
+            await saving.captured()
+            weights.fill_(-1)
+            await saving.committed()
+            into = {"w": torch.zeros(100)}
+            await dcp.load(into, checkpoint_id=tmp_path / str(number))
+            assert into["w"].unique().tolist() == [number]
+        with pytest.raises(TypeError, match="cannot pickle"):
+            await dcp.save({"bad": threading.Lock()}, checkpoint_id=tmp_path / "bad", stager=stager)
 
 
 @pytest.mark.asyncio

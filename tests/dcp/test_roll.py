@@ -1,0 +1,165 @@
+"""The roll call, its ranks as threads over a store in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from aiostage.dcp import roll
+from aiostage.dcp.roll import RollCall, StoreLostError
+
+
+def together(size: int, act: Callable[[RollCall, int], Any], store: Any = None) -> list[Any]:
+    store = store if store is not None else dist.HashStore()
+    with ThreadPoolExecutor(size) as pool:
+        ranks = range(size)
+        return list(pool.map(lambda rank: act(RollCall(store, 0, rank, size), rank), ranks))
+
+
+def test_all_come() -> None:
+    assert together(5, lambda call, _: call.arrive(10)) == [{}] * 5
+
+
+def test_one_is_late_and_everybody_says_the_same() -> None:
+    def act(call: RollCall, rank: int) -> Mapping[int, str]:
+        if rank == 1:
+            time.sleep(0.5)
+        return call.arrive(0.1)
+
+    assert together(4, act) == [{1: "it did not arrive within 0.1 seconds"}] * 4
+
+
+def test_one_refuses_before_the_others_come() -> None:
+    store = dist.HashStore()
+    assert RollCall(store, 0, 2, 3).refuse("no room")
+    assert together(2, lambda call, _: RollCall(store, 0, call._rank, 3).arrive(10)) == [{2: "no room"}] * 2
+
+
+def test_one_refuses_while_the_others_wait() -> None:
+    def act(call: RollCall, rank: int) -> Any:
+        if rank == 0:
+            time.sleep(0.2)
+            return call.refuse("no room")
+        return call.arrive(10)
+
+    assert together(3, act) == [True, {0: "no room"}, {0: "no room"}]
+
+
+def test_too_late_to_refuse() -> None:
+    def act(call: RollCall, rank: int) -> Any:
+        assert call.arrive(10) == {}
+        return call.refuse("changed my mind")
+
+    assert together(3, act) == [False] * 3
+
+
+def test_of_two_that_refuse_one_is_named() -> None:
+    outcomes = together(2, lambda call, rank: call.refuse(str(rank)))
+    assert sorted(outcomes) == [False, True]
+
+
+class TestBlame:
+    def test_the_one_whose_process_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(roll, "GRACE", 0.4)
+
+        def act(call: RollCall, rank: int) -> Any:
+            if rank == 0:
+                return call.blame("Connection closed by peer")
+            if rank == 1:
+                # Busy with writing; its process answers from another thread.
+                while not call.answer():
+                    time.sleep(0.01)
+            return None
+
+        assert together(3, act)[0] == {2: "its process was lost"}
+
+    def test_the_one_that_does_not_come_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(roll, "GRACE", 0.4)
+
+        def act(call: RollCall, rank: int) -> Any:
+            if rank != 2:
+                return call.blame("Timed out")
+            while not call.answer():
+                time.sleep(0.01)
+            return None
+
+        assert together(3, act)[:2] == [{2: "it keeps the others waiting"}] * 2
+
+    def test_nobody_in_particular(self) -> None:
+        def act(call: RollCall, rank: int) -> Any:
+            if rank == 0:
+                call.leave()
+                return None
+            return call.blame("Connection reset")
+
+        first, *others = together(3, act)
+        assert first is None
+        assert others[0] == others[1]
+        assert list(others[0].values()) == ["Connection reset"]
+
+    def test_nobody_asks(self) -> None:
+        assert not RollCall(dist.HashStore(), 0, 0, 2).answer()
+
+
+def test_nothing_is_left_in_the_store() -> None:
+    store = dist.HashStore()
+
+    def act(call: RollCall, rank: int) -> None:
+        call.arrive(10)
+        call.answer()
+        call.blame("broken")
+        call.forget()
+
+    together(3, act, store)
+    assert store.num_keys() == 0
+
+
+def test_calls_do_not_disturb_each_other() -> None:
+    store = dist.HashStore()
+    RollCall(store, 0, 0, 2).refuse("not this one")
+    assert together(2, lambda call, rank: RollCall(store, 1, rank, 2).arrive(10)) == [{}, {}]
+
+
+@pytest.mark.parametrize("size", [2, 20])
+def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
+    store = dist.HashStore()
+    counts: list[int] = [0] * size
+
+    class Counting:
+        def __init__(self, rank: int) -> None:
+            self._rank = rank
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                # Lists of keys count by their length.
+                counts[self._rank] += len(arguments[0]) if isinstance(arguments[0], list) else 1
+                return getattr(store, name)(*arguments)
+
+            return call
+
+    def act(rank: int) -> None:
+        call = RollCall(Counting(rank), 0, rank, size)
+        assert call.arrive(10) == {}
+        call.leave()
+        call.forget()
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(act, range(size)))
+    assert max(counts[1:]) <= 8
+    assert counts[0] <= 13
+
+
+def test_a_store_that_is_gone() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = store.clone()
+    call = RollCall(client, 0, 0, 2)
+    call.leave()
+    del store
+    for act in (lambda: call.arrive(1), lambda: call.refuse(""), call.leave, call.answer, lambda: call.blame("")):
+        with pytest.raises(StoreLostError):
+            act()
