@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
@@ -148,11 +148,11 @@ class Flights:
         with _failures_named():
             self._moment.renew()
 
-    async def launch(self, copies: Sequence[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
+    async def launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
         """Enqueue copies on side streams, behind the moment.
 
         Args:
-            copies: In the order in which they are to be made.
+            copies: In the order in which they are to be made. Emptied.
             launcher: One thread to do it in.
             max_bytes: How many bytes may be under way at once; a single copy may be larger. None for any number.
 
@@ -165,22 +165,39 @@ class Flights:
         with _failures_named():
             await self._launch(copies, launcher, max_bytes)
 
-    async def _launch(self, copies: Sequence[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
+    async def _launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
         streams = {}
         for device in {copy.device: None for copy in copies}:
             # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
             streams[device] = self._streams.of(device)
             self._moment.order_before(streams[device], device)
         rounds = list(_rounds(copies, max_bytes))
-        for number, copies_of_round in enumerate(rounds):
-            if number >= 2:
-                for copy in rounds[number - 2]:
-                    await self.land(copy.number)
-            job = launcher.job()
-            for copy in copies_of_round:
-                job.put(partial(self._enqueue, copy, streams[copy.device]))
-            job.close()
+        try:
+            for number, members in enumerate(rounds):
+                if number >= 2:
+                    await self._land_all([copy.number for copy in rounds[number - 2]])
+                await self._enqueue_all(members, streams, launcher)
+        finally:
+            # An error's traceback has this frame in it, and those of the callers, which must not keep memory alive.
+            for each in (copies, *rounds):
+                each.clear()
+
+    async def _enqueue_all(
+        self, copies: Sequence[DeviceCopy], streams: Mapping[torch.device, Any], launcher: Workers
+    ) -> None:
+        job = launcher.job()
+        for step in [partial(self._enqueue, copy, streams[copy.device]) for copy in copies]:
+            job.put(step)
+        job.close()
+        try:
             await job.join()
+        finally:
+            # Nor may it lead back to the error.
+            del job, step
+
+    async def _land_all(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            await self.land(number)
 
     def _enqueue(self, copy: DeviceCopy, stream: Any) -> None:
         """Enqueue one copy, in a worker thread."""
@@ -245,10 +262,10 @@ def _failures_named() -> Iterator[None]:
         ) from error
 
 
-def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[Sequence[DeviceCopy]]:
+def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[list[DeviceCopy]]:
     """Split copies into rounds of half the limit: one flies while the next is launched."""
     if max_bytes is None:
-        yield copies
+        yield list(copies)
         return
     batch: list[DeviceCopy] = []
     for copy in copies:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,14 @@ class TestAFailureHalfWay:
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager:
                 accelerator.failures = 1
-                with pytest.raises(torch.OutOfMemoryError, match="no room to cast"):
+                with pytest.raises(torch.OutOfMemoryError, match="no room to cast") as caught:
                     await stager.stage(state)
-                gc.collect()
                 assert stager.statistics().leases == 1, "copies into it are under way"
                 # Leaving the block would raise if one of them met memory that is gone.
                 accelerator.synchronize()
                 await until(lambda: len(airborne) == 0)
                 await until(lambda: stager.statistics().leases == 0)
+                assert caught.value.__traceback__ is not None, "which keeps nothing alive, nor needs the collector"
 
     async def test_of_a_restore_leaves_nothing_in_the_air(self):
         with FailsHalfWay(seed=1, spontaneous=True) as accelerator:
