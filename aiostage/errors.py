@@ -154,7 +154,7 @@ class CheckpointMismatchError(CheckpointError, ValueError):
         )
 
 
-class RankFailedError(CheckpointError):
+class RankFailedError(CheckpointError, RuntimeError):
     """A save or load of many ranks failed because of some of them. Every rank that is still there raises it.
 
     Args:

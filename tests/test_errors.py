@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from aiostage import errors
-from aiostage.errors import CheckpointMismatchError, StagerClosedError, StagingError, TornSnapshotError
+from aiostage.errors import (
+    CheckpointMismatchError,
+    RankFailedError,
+    StagerClosedError,
+    StagingError,
+    TornSnapshotError,
+)
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
 
@@ -24,6 +30,8 @@ def examples() -> list[StagingError]:
             made.append(cls(["state_dict['a']", "state_dict['b'].c"]))
         elif cls is CheckpointMismatchError:
             made.append(cls(missing=["a"], unexpected=["b", "c"], mismatched=["d: shape (2,) and (3,)"]))
+        elif cls is RankFailedError:
+            made.append(cls({3: "it is broken.", 1: "it is gone."}, lost=True))
         else:
             made.append(cls("it is broken.", path="state_dict['a']", remedy="Mend it."))
     return made
