@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from aiostage._loop.cleanup import without_locals
+
 __all__ = ["together"]
 
 
@@ -29,6 +31,10 @@ async def together(*calls: Callable[[], Awaitable[object]]) -> None:
         except Exception as error:
             failures.append(error)
             group.cancel_scope.cancel()
+        except BaseException as error:
+            # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory.
+            without_locals(error)
+            raise
 
     async with anyio.create_task_group() as group:
         for call in calls[:-1]:

@@ -109,6 +109,10 @@ class Saving:
             outcome = without_locals(error)
             if self.is_captured:
                 _log.error("the checkpoint of step %d failed: %r", self.handle.step, error)
+        except BaseException as error:
+            # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory either.
+            without_locals(error)
+            raise
         finally:
             self._source = None
             self.handle.end(outcome)
