@@ -187,6 +187,45 @@ class TestTorchCheckpointing:
         missing = [name for name in staging.CheckpointStager.__abstractmethods__ if not hasattr(stager, name)]
         assert not missing
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [None, SHARED], ids=["sent", "shared"])
+    def test_in_its_saver(self, tmp_path: Path, options: StagingOptions | None) -> None:
+        reason = "torch-checkpointing is in the bench extra"
+        builder = pytest.importorskip("torch_checkpointing.builder", reason=reason)
+        base = pytest.importorskip("torch_checkpointing.checkpoint_base", reason=reason)
+        staging = pytest.importorskip("torch_checkpointing.staging", reason=reason)
+
+        class Items(base.CheckpointBase):  # type: ignore[misc]
+            def get_items(self) -> dict[str, Any]:
+                return {"model": base.CheckpointItem({"w": weights, "n": 3})}
+
+            def load_state_dict(self, state_dict: Any) -> None:
+                raise NotImplementedError
+
+        weights, stager = torch.zeros(1000), TorchStager(options)
+        saver = builder.make_async_checkpoint_saver(
+            config=builder.AsyncCheckpointSaverConfig(
+                staging_config=staging.CheckpointStagerConfig(False, False, False, False)
+            ),
+            # Its direct I/O fails on files whose size is not a multiple of the sector's.
+            storage_config=builder.LocalFileSystemStorageConfig(use_direct_io=False),
+        )
+        # There is no argument for it.
+        saver._checkpoint_stager.close()
+        saver._checkpoint_stager = stager
+        for number in range(3):
+            weights.fill_(number)
+            staged, written = saver.save(str(tmp_path / str(number)), Items())
+            staged.result(40)
+            weights.fill_(-1)
+            written.result(40)
+        saver.close()
+        with pytest.raises(StagerClosedError):
+            stager.stage({})
+        for number in range(3):
+            (file,) = (path for path in (tmp_path / str(number)).rglob("*model*") if path.is_file())
+            assert torch.load(file, weights_only=True)["w"].unique().tolist() == [number]
+
 
 class TestPickling:
     def test_plain(self, stager: TorchStager) -> None:
