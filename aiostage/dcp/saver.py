@@ -150,8 +150,9 @@ def start_save(
         ValueError: If there is neither an id nor a writer, or this rank is not in the group, or the timeout is not
             above 0.
     """
-    place = (checkpoint_id, storage_writer, planner)
-    return _begin(state_dict, place, process_group, stager, no_dist=no_dist, timeout=timeout, warn_if_dropped=True)
+    write = _writing(checkpoint_id, storage_writer, planner)
+    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+    return Saving(state_dict, stager, call, write, warn_if_dropped=True)
 
 
 def save(
@@ -191,32 +192,19 @@ def save(
     When cancelled before all ranks have come together, no rank saves, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
-    place = (checkpoint_id, storage_writer, planner)
+    write = _writing(checkpoint_id, storage_writer, planner)
+    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
     # Python itself warns of the coroutine if it is never awaited.
-    return _begin(
-        state_dict, place, process_group, stager, no_dist=no_dist, timeout=timeout, warn_if_dropped=False
-    ).complete()
+    return Saving(state_dict, stager, call, write, warn_if_dropped=False).complete()
 
 
-def _begin(
-    state_dict: Mapping[str, Any],
-    place: tuple[str | os.PathLike[str] | None, TorchStorageWriter | None, SavePlanner | None],
-    process_group: Any,
-    stager: CheckpointStager | None,
-    *,
-    no_dist: bool,
-    timeout: float,
-    warn_if_dropped: bool,
-) -> Saving:
-    checkpoint_id, storage_writer, planner = place
+def _writing(
+    checkpoint_id: str | os.PathLike[str] | None, storage_writer: TorchStorageWriter | None, planner: SavePlanner | None
+) -> Callable[[Any], Action[Metadata]]:
+    """Return what makes an action of a staged state dict."""
     if storage_writer is None and checkpoint_id is None:
         raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
-    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
-
-    def write(staged: Any) -> Action[Metadata]:
-        return partial(_write, staged, checkpoint_id, storage_writer, planner)
-
-    return Saving(state_dict, stager, call, write, warn_if_dropped=warn_if_dropped)
+    return lambda staged: partial(_write, staged, checkpoint_id, storage_writer, planner)
 
 
 def _write(
