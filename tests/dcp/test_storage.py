@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 import torch
 import torch.distributed as dist
+from obstore.store import S3Store
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, RankFailedError, dcp
 from aiostage.abc import Storage
-from aiostage.storage import LocalStorage
+from aiostage.storage import LocalStorage, ObjectStorage
 from tests.dcp import models
 from tests.dcp.test_together import TIMEOUT, Counter, groups, sharded
 from tests.dcp.world import World
+from tests.servers.s3 import open_uploads
+from tests.servers.weed import BUCKET, S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -173,3 +178,46 @@ def test_two_ranks_write_one_checkpoint(pair: World, tmp_path: Path) -> None:
     for message in pair.run(one_fails, str(tmp_path)):
         assert message.startswith("rank 1 failed: OSError: [Errno 5] Input/output error")
     assert os.listdir(tmp_path / "a") == ["b"], "a failed save leaves something behind"
+
+
+def storage_of(options: dict[str, Any], prefix: str) -> ObjectStorage:
+    return ObjectStorage(S3Store(BUCKET, prefix=prefix, **options))
+
+
+async def to_s3(options: dict[str, Any], prefix: str) -> None:
+    state = {"sharded": sharded(), "mine": torch.full((5_000_000,), float(dist.get_rank())), "step": 3}
+    async with AsyncStager() as stager:
+        writer = dcp.StorageWriter(storage_of(options, prefix), overwrite=True)
+        saving = dcp.start_save(state, checkpoint_id="latest", storage_writer=writer, stager=stager, timeout=TIMEOUT)
+        await saving.captured()
+        state["sharded"].to_local().zero_()  # type: ignore[attr-defined]
+        await saving.committed()
+        assert stager.statistics().leases == 0
+    into = {"sharded": sharded(100), "step": 0}
+    reader = dcp.StorageReader(storage_of(options, prefix))
+    await dcp.load(into, checkpoint_id="latest", storage_reader=reader, timeout=TIMEOUT)
+    assert torch.equal(into["sharded"].to_local(), sharded().to_local())  # type: ignore[attr-defined]
+    assert into["step"] == 3
+    # One rank fails: the checkpoint of before is there, and nothing else.
+    with pytest.raises(RankFailedError):
+        await dcp.save(
+            {"sharded": sharded(7)},
+            checkpoint_id="latest",
+            storage_writer=writer,
+            planner=BreaksOnOne(),
+            timeout=TIMEOUT,
+        )
+    into = {"sharded": sharded(100)}
+    await dcp.load(into, checkpoint_id="latest", storage_reader=reader, timeout=TIMEOUT)
+    assert torch.equal(into["sharded"].to_local(), sharded().to_local())
+
+
+@pytest.mark.slow
+def test_two_ranks_to_s3(pair: World, s3_server: S3Server) -> None:
+    prefix = secrets.token_hex(4)
+    pair.run(to_s3, s3_server.options(), prefix)
+    store = S3Store(BUCKET, prefix=prefix, **s3_server.options())
+    paths = sorted(meta["path"] for batch in obstore.list(store) for meta in batch)
+    assert len({path.split("/")[1] for path in paths if "/data-" in path}) == 1, paths
+    assert sum(path.endswith(".bin") for path in paths) == 2
+    assert open_uploads(s3_server, prefix) == []
