@@ -135,25 +135,27 @@ class _ObjectBucket(Bucket):
     async def get(self, path: str, *, at_most: int) -> Found:
         store = await self._connected()
         with self._translated(path):
-            result = await obstore.get_async(store, self._prefix + path)
+            result = await _answered(obstore.get_async(store, self._prefix + path))
             meta = result.meta
             if meta["size"] > at_most:
                 raise CheckpointCorruptError(
                     f"it is {meta['size']} bytes long, and {at_most} are the most.", path=f"{self._location}/{path}"
                 )
-            data = await result.bytes_async()
+            data = await _answered(result.bytes_async())
         return Found(bytes(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
 
     async def size(self, path: str) -> int:
         store = await self._connected()
         with self._translated(path):
-            return (await obstore.head_async(store, self._prefix + path))["size"]
+            return int((await _answered(obstore.head_async(store, self._prefix + path)))["size"])
 
     async def read(self, path: str, offset: int, into: Buffer) -> int:
         store = await self._connected()
         try:
             with self._translated(path):
-                data = await obstore.get_range_async(store, self._prefix + path, start=offset, length=into.nbytes)
+                data = await _answered(
+                    obstore.get_range_async(store, self._prefix + path, start=offset, length=into.nbytes)
+                )
         except StorageError:
             # A range that begins behind the end is an error of each store's own.
             if offset >= await self.size(path):
@@ -194,7 +196,7 @@ class _ObjectBucket(Bucket):
                     written = writer.write(part)
                     # Nothing may refer to the part while the next one is waited for.
                     del part
-                    await (_settled(written) if begins else written)
+                    await (_settled(written) if begins else _answered(written))
             if sent != nbytes:
                 raise CheckpointError(
                     f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
@@ -215,7 +217,7 @@ class _ObjectBucket(Bucket):
         while True:
             with self._translated(prefix):
                 try:
-                    metas = await anext(batches)
+                    metas = await _answered(anext(batches))
                 except StopAsyncIteration:
                     return
             yield [Entry(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
@@ -302,6 +304,14 @@ def _request_bytes(nbytes: int, part_bytes: int) -> int:
         return nbytes + 1
     wanted = max(_MIN_REQUEST_BYTES, math.ceil(nbytes / _MAX_REQUESTS))
     return math.ceil(wanted / part_bytes) * part_bytes
+
+
+async def _answered(future: Any) -> Any:
+    """Wait for a request that may be given up: whoever stops waiting, however, gives it up."""
+    try:
+        return await future
+    finally:
+        future.cancel()
 
 
 async def _settled(future: Any) -> Any:

@@ -155,6 +155,8 @@ class _RemoteDraft(SharedDraft):
         self._workers = Workers(1, "aiostage-lease")
         self._heartbeat: Heartbeat | None = None
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
+        self._replaced: str | None = None
+        self._committed = False
 
     @property
     def location(self) -> str:
@@ -191,26 +193,24 @@ class _RemoteDraft(SharedDraft):
                 path=self.location,
                 remedy="Give all who write here the same, longer lease_seconds.",
             ) from error
-        old = await self._point()
-        self._ended = True
-        await finish(self._stop_heartbeat)
-        if old is not None:
-            try:
-                await remove_folder(self._bucket, f"{self._name}/{old}")
-            except StorageError as error:
-                _log.warning("could not remove what %s has replaced: %s", self.location, error)
+        await self._point()
+        self._committed = True
+        await finish(self._clean_up)
 
     async def abort(self) -> None:
         """Remove everything written, unless it was committed; see :meth:`aiostage.Draft.abort`."""
         if not self._ended:
             # Repeated from the start if it is cancelled meanwhile, which does no harm.
-            await finish(self._remove)
+            await finish(self._clean_up)
 
-    async def _remove(self) -> None:
+    async def _clean_up(self) -> None:
+        """Remove what nobody points to: what this draft has replaced if it was committed, else the draft."""
         await self._stop_heartbeat()
         try:
-            if not await self._is_committed():
-                await remove_folder(self._bucket, self._path)
+            committed = self._committed or await self._is_committed()
+            stale = self._replaced if committed else self._folder
+            if stale is not None:
+                await remove_folder(self._bucket, f"{self._name}/{stale}")
         except CheckpointError as error:
             _log.warning("could not remove what is left of %s: %s", self.location, error)
         self._ended = True
@@ -219,31 +219,29 @@ class _RemoteDraft(SharedDraft):
         if self._heartbeat is not None:
             await self._workers.run(self._heartbeat.stop)
 
-    async def _point(self) -> str | None:
-        """Write the pointer; return the name of the folder that the one before pointed to, if there was one."""
+    async def _point(self) -> None:
+        """Write the pointer."""
         path = f"{self._name}/{POINTER_NAME}"
         data = write_pointer(self._folder)
         for _ in range(_ATTEMPTS):
             old = await find_pointer(self._bucket, self._name)
+            if old is not None and not self._overwrite:
+                raise _exists(self.location)
+            self._replaced = old.folder if old is not None else None
             try:
                 if old is None:
                     await self._create(path, data)
-                elif self._overwrite:
-                    await self._bucket.replace(path, data, old.version)
                 else:
-                    raise _exists(self.location)
-            except FileExistsError:
-                # Also when an answer was lost and the request repeated: then it is this draft's own that is there.
+                    await self._bucket.replace(path, data, old.version)
+                return
+            except (FileExistsError, StorageError) as error:
+                # An answer may have been lost, and the request repeated by the store: then the pointer is this draft's.
                 if await self._is_committed():
-                    return old.folder if old is not None else None
+                    return
+                if isinstance(error, StorageError):
+                    raise
                 if not self._overwrite:
                     raise _exists(self.location) from None
-            except StorageError:
-                if not await self._is_committed():
-                    raise
-                return old.folder if old is not None else None
-            else:
-                return old.folder if old is not None else None
         raise CheckpointError("other writers keep replacing it.", path=self.location)
 
     async def _create(self, path: str, data: Buffer) -> None:

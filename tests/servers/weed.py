@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 BUCKET = "ckpt"
 ACCESS_KEY = "k"
@@ -121,18 +123,13 @@ def running_weed(binary: str) -> Iterator[S3Server]:
 
 
 def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the bucket is there: a request without a signature is then refused, and not unknown."""
+    """Wait until the server takes an object, and with it has made the bucket."""
+    store = S3Store(BUCKET, **server.options(), retry_config={"max_retries": 0})
     deadline = time.monotonic() + _READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            urllib.request.urlopen(f"{server.endpoint}/{BUCKET}", timeout=1).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 403:
-                return
-        except OSError:
-            pass
-        time.sleep(0.05)
+            obstore.put(store, ".ready", b"")
+            return
+        except BaseError:
+            time.sleep(0.05)
     raise RuntimeError(f"the server did not come up:\n{log.read_text(errors='replace')[-4000:]}")

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 
+import obstore
 import pytest
-from obstore.store import MemoryStore, S3Store
+from obstore.store import MemoryStore, ObjectStore, S3Store
 
 from aiostage.abc import Storage
 from aiostage.storage.objects import ObjectStorage
-from aiostage.testing import StorageSuite
+from aiostage.testing import StorageSuite, at_every_await
+from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
+from tests.storage.buckets import content, some_bytes, write
+
+
+async def strays(store: ObjectStore, prefix: str) -> list[str]:
+    """Return the objects that are neither a pointer nor in a folder that one names."""
+    paths = [meta["path"] for meta in await obstore.list(store, prefix).collect_async()]
+    pointers = [path for path in paths if path.endswith("/checkpoint.json")]
+    folders = []
+    for path in pointers:
+        content = json.loads(bytes(await (await obstore.get_async(store, path)).bytes_async()))
+        folders.append(path.removesuffix("checkpoint.json") + content["data"] + "/")
+    return [path for path in paths if path not in pointers and not path.startswith(tuple(folders))]
 
 
 @pytest.mark.asyncio
 class TestMemoryStore(StorageSuite):
     def make_storage(self) -> Storage:
-        return ObjectStorage(MemoryStore(), "run")
+        self.store = MemoryStore()
+        return ObjectStorage(self.store, "run")
+
+    async def count_debris(self, storage: Storage) -> int:
+        return len(await strays(self.store, "run"))
 
 
 @pytest.mark.asyncio
@@ -26,4 +46,31 @@ class TestS3(StorageSuite):
         self.server = s3_server
 
     def make_storage(self) -> Storage:
-        return ObjectStorage(S3Store(BUCKET, **self.server.options()), f"run-{secrets.token_hex(4)}")
+        self.store = S3Store(BUCKET, **self.server.options())
+        self.prefix = f"run-{secrets.token_hex(4)}"
+        return ObjectStorage(self.store, self.prefix)
+
+    async def count_debris(self, storage: Storage) -> int:
+        uploads = await asyncio.to_thread(open_uploads, self.server, self.prefix)
+        return len(uploads) + len(await strays(self.store, self.prefix))
+
+
+@pytest.mark.asyncio
+async def test_an_upload_of_many_requests_cancelled_at_every_await(s3_server: S3Server) -> None:
+    store, prefix = S3Store(BUCKET, **s3_server.options()), f"run-{secrets.token_hex(4)}"
+    storage = ObjectStorage(store, prefix)
+    data = some_bytes((10 << 20) + 5)
+
+    async def whole() -> None:
+        draft = await storage.open("a", overwrite=True)
+        try:
+            await write(draft, "data", data, 5 << 20)
+            await draft.commit(data[:100])
+        except BaseException:
+            await draft.abort()
+            raise
+
+    async for number in at_every_await(whole):
+        assert await asyncio.to_thread(open_uploads, s3_server, prefix) == [], number
+        assert await strays(store, prefix) == [], number
+    assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
