@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD
 from aiostage.checkpoint.composites import COMPOSITES, assemble
+from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_scalar, torch_constant
-from aiostage.errors import CheckpointCorruptError
 from aiostage.storage.safetensors import DTYPES, Record
 
 __all__ = ["Memory", "TreeDecoder", "is_spread"]
@@ -39,21 +39,13 @@ _MAPPINGS = frozenset(MAPPINGS.values())
 _QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong with the nodes of a manifest that the manifest is wrong."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-        raise CheckpointCorruptError(f"its nodes do not describe a tree: {error!r}.", path=path) from error
-
-
 class Memory:
     """The memory of the files' tensors.
 
     Args:
         records: What the files contain, by name.
-        data: The bytes of each, as one-dimensional uint8 in host memory.
+        data: The bytes of each, as one-dimensional uint8 in host memory; or of its size on the meta device, for leaves
+            that have everything except elements.
         path: Of the manifest, for errors.
     """
 
@@ -61,7 +53,8 @@ class Memory:
         self._path = path
         self._records = records
         self._data = data
-        self._spread: dict[object, torch.Tensor] = {}
+        self._spread: dict[_View, torch.Tensor] = {}
+        self._origins: dict[int, str] = {}
 
     def tensor(self, form: dict[str, Any]) -> torch.Tensor:
         """Return the leaf that a node describes, over the memory of its file's tensor.
@@ -75,13 +68,27 @@ class Memory:
         (offset,) = _sizes([form.get("offset", 0)])
         return _over(self._data[view.name], view, offset)
 
+    def origin(self, leaf: torch.Tensor) -> Record:
+        """Return of which tensor of a file a leaf has the elements, in index order.
+
+        Args:
+            leaf: From :meth:`tensor`, on the meta device.
+        """
+        storage = leaf.untyped_storage()._cdata
+        if not self._origins:
+            for name, data in self._data.items():
+                self._origins[data.untyped_storage()._cdata] = name
+            for view, data in self._spread.items():
+                self._origins[data.untyped_storage()._cdata] = view.name
+        return self._records[self._origins[storage]]
+
     def spread(self, form: dict[str, Any]) -> None:
         """Lay the elements of a leaf out as its strides want them, before it is asked for. Blocks.
 
         Raises:
             CheckpointCorruptError: If the node does not fit the memory.
         """
-        with _reading(self._path):
+        with reading(self._path):
             view = self._view(form)
             if view not in self._spread:
                 self._spread[view] = _spread(self._data[view.name], view)
@@ -96,6 +103,8 @@ class Memory:
             raise ValueError(f"{dtype} needs a quantization scheme")
         if len(stride) != len(shape):
             raise ValueError(f"there are {len(shape)} sizes and {len(stride)} strides")
+        if "offset" not in form and math.prod(shape) * dtype.itemsize != record.stop - record.start:
+            raise ValueError(f"the elements of {name!r} are not {dtype} {list(shape)}")
         return _View(name, dtype, shape, stride)
 
 
@@ -125,12 +134,13 @@ def _over(data: torch.Tensor, view: _View, offset: int) -> torch.Tensor:
     """Return a tensor that looks at memory, after checking that it stays inside."""
     if offset + view.extent > data.numel() // view.dtype.itemsize:
         raise ValueError(f"{view} from {offset} on exceeds {data.numel()} bytes")
+    storage, device = data.untyped_storage(), data.device
     if view.dtype is not torch.complex32:
-        return torch.empty(0, dtype=view.dtype).set_(data.untyped_storage(), offset, view.shape, view.stride)
+        return torch.empty(0, dtype=view.dtype, device=device).set_(storage, offset, view.shape, view.stride)
     with warnings.catch_warnings():
         # They are called experimental whenever one is made; whoever saved it has been told.
         warnings.simplefilter("ignore", UserWarning)
-        return torch.empty(0, dtype=view.dtype).set_(data.untyped_storage(), offset, view.shape, view.stride)
+        return torch.empty(0, dtype=view.dtype, device=device).set_(storage, offset, view.shape, view.stride)
 
 
 def _spread(elements: torch.Tensor, view: _View) -> torch.Tensor:
@@ -138,6 +148,8 @@ def _spread(elements: torch.Tensor, view: _View) -> torch.Tensor:
     extent, count = view.extent, elements.numel() // view.dtype.itemsize
     if extent > MAX_SPREAD * count:
         raise ValueError(f"strides {view.stride} spread {count} elements too far")
+    if elements.is_meta:
+        return torch.empty(extent * view.dtype.itemsize, dtype=torch.uint8, device=elements.device)
     memory = torch.zeros(extent * view.dtype.itemsize, dtype=torch.uint8)
     if extent:
         carrier = CARRIERS[view.dtype.itemsize]
@@ -165,16 +177,15 @@ class TreeDecoder:
     """Builds the tree that a table of nodes describes.
 
     Args:
-        nodes: From a manifest, in its order.
+        table: Of the nodes, of which those that are reached are wanted.
         memory: Of the tensors.
         path: Of the manifest, for errors.
     """
 
-    def __init__(self, nodes: Sequence[Any], memory: Memory, *, path: str) -> None:
-        self._lines = nodes
+    def __init__(self, table: NodeTable, memory: Memory, *, path: str) -> None:
+        self._table = table
         self._memory = memory
         self._path = path
-        self._nodes: list[tuple[dict[str, Any], list[Any]]] = []
         self._made: list[Any] = []
 
     def build(self) -> Generator[None, None, Any]:
@@ -186,28 +197,29 @@ class TreeDecoder:
         Raises:
             CheckpointCorruptError: If the nodes do not describe one.
         """
-        with _reading(self._path):
+        with reading(self._path):
             return (yield from self._build())
 
     def _build(self) -> Generator[None, None, Any]:
-        yield from self._join_lines()
-        (root, _) = self._nodes.pop()
+        table = self._table
         # What may contain itself exists first, then everything that is made whole, then the former is filled.
-        for form, _ in self._nodes:
+        for form in table.forms:
             kind = form["is"]
             self._made.append(_NEW[kind](form) if kind in _NEW else _NOT_MADE)
-        for index, (form, children) in enumerate(self._nodes):
+        wanted = [index for index, how in enumerate(table.reached) if how]
+        for count, index in enumerate(wanted):
             if self._made[index] is _NOT_MADE:
-                self._made[index] = self._make(form, children)
-            if index % _CHUNK == 0:
+                self._made[index] = self._make(table.forms[index], table.children[index])
+            if count % _CHUNK == 0:
                 yield
-        for made, (form, children) in zip(self._made, self._nodes, strict=True):
+        for index in wanted:
+            made, form = self._made[index], table.forms[index]
             if form["is"] in _NEW:
-                yield from self._fill(made, form, children)
+                yield from self._fill(made, form, table.children[index])
             if "attributes" in form:
                 vars(made).update({name: self._child(child) for name, child in form["attributes"].items()})
             yield
-        return self._child(root["root"])
+        return self._child(table.root)
 
     def _make(self, form: dict[str, Any], children: list[Any]) -> Any:
         """Make an object that cannot be changed later, or has nothing in it that could refer to it."""
@@ -244,27 +256,11 @@ class TreeDecoder:
                 _EXTEND[form["is"]](made, map(self._child, children[start : start + _CHUNK]))
                 yield
 
-    def _join_lines(self) -> Generator[None, None, None]:
-        """Give every node what further lines add to it."""
-        for count, line in enumerate(self._lines):
-            if line.get("is") != "more":
-                self._nodes.append((line, []))
-            children = self._nodes[-1][1]
-            if "of" in line:
-                children += line["of"]
-            for pair in line.get("pairs", ()):
-                key, value = pair
-                children += (key, value)
-            for item in line.get("items", {}).items():
-                children += item
-            if count % _CHUNK == 0:
-                yield
-
     def _child(self, child: Any) -> Any:
-        if type(child) is not list:
+        index = self._table.node(child)
+        if index is None:
             return child
-        (index,) = child
-        made = self._made[index] if index >= 0 else _NOT_MADE
+        made = self._made[index]
         if made is _NOT_MADE:
             raise ValueError(f"a node refers to node {index}, which does not come before it")
         return made

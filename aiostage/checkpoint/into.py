@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from aiostage.checkpoint.blocks import CARRIERS
+from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.errors import CheckpointMismatchError
 from aiostage.leaf import Path, format_path
 from aiostage.storage.safetensors import DTYPE_NAMES
 
-__all__ = ["Transfer", "compare"]
+__all__ = ["Transfer", "compare", "copyable"]
 
 _CHUNK = 64
 _BATCH_BYTES = 32 << 20
@@ -31,52 +31,42 @@ class Transfer:
     """What has to be done to make a live tree equal a loaded one.
 
     Attributes:
-        host: Batches of live tensors in host memory, each with the tensors to copy into them.
-        device: Live tensors elsewhere, each with the tensor to copy into it.
+        pairs: Live tensors, each with the loaded one and the place of both. Loaded ones on the meta device stand for
+            elements that have not been read yet.
         assignments: Mutable containers, each with a key or an index and the value to put there.
     """
 
     def __init__(self) -> None:
-        self.host: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-        self.device: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
-        self._room = 0
+        self._batches: list[_Batch] = []
 
-    def add(self, live: torch.Tensor, loaded: torch.Tensor) -> None:
-        """Have one tensor copied into another."""
+    def add(self, live: torch.Tensor, loaded: torch.Tensor, device: torch.device | None) -> None:
+        """Have one tensor copied into another.
+
+        Args:
+            live: Any tensor.
+            loaded: In host memory.
+            device: That the live one is on, None for host memory.
+        """
         if live.numel() == 0:
             return
-        live, loaded = _copyable(live), _copyable(loaded)
+        live, loaded = copyable(live), copyable(loaded)
         for dimension, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
             if size > 1 and stride == 0:
                 # The two were found to be laid out alike, so one element stands for all.
                 live, loaded = live.narrow(dimension, 0, 1), loaded.narrow(dimension, 0, 1)
-        if live.device.type != "cpu":
-            self.device.append((live, loaded))
-            return
-        alone = live.is_conj() or live.is_neg()
-        if alone or self._room < live.nbytes or len(self.host[-1][0]) >= _BATCH_LEAVES:
-            self.host.append(([], []))
-            self._room = _BATCH_BYTES
         # Fused copies do not take conjugate and negative views.
-        self._room -= self._room if alone else live.nbytes
-        self.host[-1][0].append(live)
-        self.host[-1][1].append(loaded)
+        alone = live.is_conj() or live.is_neg()
+        last = self._batches[-1] if self._batches else None
+        if last is None or alone or not last.takes(live, device):
+            last = _Batch(device)
+            self._batches.append(last)
+        last.add(live, loaded, full=alone)
 
-    def batches(self) -> Iterator[Callable[[], None]]:
-        """Iterate over calls that copy in host memory, each in one go. They block."""
-        return (partial(_copy, live, loaded) for live, loaded in self.host)
-
-    def copy_to_devices(self) -> Generator[None, None, None]:
-        """Copy to accelerators, behind what the calling thread has enqueued there; yields after each.
-
-        May be interrupted and called again for what is left.
-        """
-        while self.device:
-            live, loaded = self.device.pop()
-            with torch.no_grad():
-                live.copy_(loaded)
-            yield
+    def batches(self) -> Iterator[tuple[torch.device | None, list[torch.Tensor], list[torch.Tensor]]]:
+        """Iterate over what can be copied in one go: device, live tensors, and what is copied into them."""
+        return ((batch.device, batch.live, batch.loaded) for batch in self._batches)
 
     def assign(self) -> None:
         """Put the values that are not tensors into their containers."""
@@ -84,16 +74,25 @@ class Transfer:
             container[key] = value
 
 
-def _copy(live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
-    # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
-    with torch.no_grad():
-        if len(live) == 1:
-            live[0].copy_(loaded[0])
-        else:
-            torch._foreach_copy_(live, loaded)
+class _Batch:
+    """Live tensors of one device, with their values."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device
+        self.live: list[torch.Tensor] = []
+        self.loaded: list[torch.Tensor] = []
+        self._room = _BATCH_BYTES
+
+    def takes(self, live: torch.Tensor, device: torch.device | None) -> bool:
+        return device == self.device and live.nbytes <= self._room and len(self.live) < _BATCH_LEAVES
+
+    def add(self, live: torch.Tensor, loaded: torch.Tensor, *, full: bool) -> None:
+        self.live.append(live)
+        self.loaded.append(loaded)
+        self._room = 0 if full else self._room - live.nbytes
 
 
-def compare(live: Any, loaded: Any) -> Generator[None, None, Transfer]:
+def compare(live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None) -> Generator[None, None, Transfer]:
     """Compare two trees without changing either, yielding now and then.
 
     Dicts, lists and tuples are compared key by key. A tensor fits a tensor of the same shape and dtype; anything else
@@ -101,15 +100,16 @@ def compare(live: Any, loaded: Any) -> Generator[None, None, Transfer]:
 
     Args:
         live: The tree that is to be changed.
-        loaded: The tree with the new values, which the live one will own in part.
+        loaded: The tree with the new values, which the live one will own in part. What is left out of it is left alone.
+        wanted: Whether what is at a path is wanted, with all below it; only that can be missing. None: everything is.
 
     Returns:
-        What has to be done.
+        What has to be done, without copies.
 
     Raises:
         CheckpointMismatchError: If the trees do not fit, with every place where they do not.
     """
-    comparison = _Comparison()
+    comparison = _Comparison(wanted)
     yield from comparison.run(live, loaded)
     yield from comparison.check_ties()
     if comparison.missing or comparison.unexpected or comparison.mismatched:
@@ -118,17 +118,15 @@ def compare(live: Any, loaded: Any) -> Generator[None, None, Transfer]:
         )
     transfer = Transfer()
     transfer.assignments = comparison.assignments
-    for count, (_, target, source) in enumerate(comparison.pairs):
-        transfer.add(target, source)
-        if count % _CHUNK == 0:
-            yield
+    transfer.pairs = comparison.pairs
     return transfer
 
 
 class _Comparison:
     """A walk through two trees side by side."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[Path], bool] | None) -> None:
+        self._wanted = wanted
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
@@ -151,6 +149,8 @@ class _Comparison:
     def _visit(
         self, place: _Place, live: Any, loaded: Any, where: tuple[Any, Any] | None
     ) -> Generator[None, None, None]:
+        if loaded is LEFT_OUT:
+            return
         if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
             reason = _why_not(live, loaded)
             if reason is None:
@@ -159,7 +159,11 @@ class _Comparison:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
             if isinstance(live, tuple) and where is not None and not _has_state(live) and not _has_state(loaded):
-                self.assignments.append((*where, loaded))
+                merged = _merged(live, loaded)
+                if merged is None:
+                    self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")
+                else:
+                    self.assignments.append((*where, merged))
             elif (id(live), id(loaded)) not in self._seen:
                 self._seen.add((id(live), id(loaded)))
                 yield from self._descend(place, live, loaded)
@@ -181,7 +185,7 @@ class _Comparison:
             here = (key, place)
             if key in theirs:
                 found.append((here, value, theirs[key], (live, key) if mutable else None))
-            else:
+            elif (yield from self._misses(here, value)):
                 self.missing.append(format_path(_path(here)))
             if count % _CHUNK == 0:
                 yield
@@ -191,6 +195,26 @@ class _Comparison:
             if count % _CHUNK == 0:
                 yield
         self._todo += reversed(found)
+
+    def _misses(self, place: _Place, live: Any) -> Generator[None, None, bool]:
+        """Return whether the checkpoint should have what is at a place, or something below it."""
+        if self._wanted is None or any(self._wanted(_path(at)) for at in _ways(place)):
+            return True
+        todo: list[tuple[_Place, Any]] = [(place, live)]
+        seen: set[int] = set()
+        while todo:
+            at, value = todo.pop()
+            if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            for count, (key, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
+                here = (key, at)
+                if self._wanted(_path(here)):
+                    return True
+                todo.append((here, item))
+                if count % _CHUNK == 0:
+                    yield
+        return False
 
     def _mismatch(self, place: _Place, reason: str) -> None:
         self.mismatched.append(f"{format_path(_path(place))} ({reason})")
@@ -229,13 +253,19 @@ def _tied_alike(first: _Pair, second: _Pair) -> bool:
     """Return whether two loaded tensors share memory in the way in which their live ones do."""
     (_, live, loaded), (_, other, other_loaded) = first, second
     distance = other.data_ptr() - live.data_ptr()
-    if loaded.untyped_storage().data_ptr() != other_loaded.untyped_storage().data_ptr():
+    # Those that have not been read yet have no address.
+    if loaded.untyped_storage()._cdata != other_loaded.untyped_storage()._cdata:
         return False
-    if other_loaded.data_ptr() - loaded.data_ptr() != distance:
+    if _offset(other_loaded) - _offset(loaded) != distance:
         return False
     if distance == 0 and live.stride() == other.stride() and loaded.stride() == other_loaded.stride():
         return True
     return live.stride() == loaded.stride() and other.stride() == other_loaded.stride()
+
+
+def _offset(tensor: torch.Tensor) -> int:
+    """Return how many bytes lie between the beginning of a tensor's storage and its first element."""
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _reach(tensor: torch.Tensor) -> int:
@@ -244,12 +274,19 @@ def _reach(tensor: torch.Tensor) -> int:
     return extent * tensor.element_size()
 
 
-def _copyable(tensor: torch.Tensor) -> torch.Tensor:
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor over the same memory of a dtype that torch can copy."""
     if tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex:
         return tensor.detach()
     carrier = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
     return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _ways(place: _Place) -> Iterator[_Place]:
+    """Iterate over a place and those above it, but not the root."""
+    while place is not None:
+        yield place
+        place = place[1]
 
 
 def _path(place: _Place) -> Path:
@@ -274,6 +311,23 @@ def _has_state(value: Any) -> bool:
         if isinstance(item, tuple):
             todo.extend(item)
     return False
+
+
+def _merged(live: tuple[Any, ...], loaded: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return a loaded tuple with live values where something was left out of it; None if it has other places."""
+    if not any(theirs is LEFT_OUT or isinstance(theirs, tuple) for theirs in loaded):
+        return loaded
+    merged: list[Any] = []
+    for place, theirs in enumerate(loaded):
+        mine = live[place] if place < len(live) else None
+        if theirs is LEFT_OUT and len(live) != len(loaded):
+            return None
+        if isinstance(theirs, tuple) and isinstance(mine, tuple):
+            theirs = _merged(mine, theirs)
+            if theirs is None:
+                return None
+        merged.append(mine if theirs is LEFT_OUT else theirs)
+    return tuple(merged) if type(loaded) is tuple else loaded
 
 
 def _equal(live: Any, loaded: Any) -> bool:

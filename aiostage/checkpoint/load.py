@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
+import torch
+
+from aiostage._copy.arrivals import Arrivals
+from aiostage._copy.host import copy_tensors
+from aiostage._device import SideStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
-from aiostage._loop.workers import Workers
-from aiostage.abc import Storage
+from aiostage._loop.transfers import Traffic
+from aiostage._loop.workers import Job, Workers
+from aiostage.abc import Backend, Reader
+from aiostage.checkpoint.incoming import Destinations
 from aiostage.checkpoint.into import Transfer, compare
+from aiostage.checkpoint.nodes import LEFT_OUT
+from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.reader import CheckpointReader
+from aiostage.checkpoint.reader import CheckpointReader, Outline, allocate
 from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
+from aiostage.storage.manifest import FileRecord
+from aiostage.storage.parts import Part
 
 __all__ = ["load"]
 
 _logger = logging.getLogger("aiostage")
 
 _THREADS = 2
+_CHUNK = 64
 
 _ATTEMPTS = 10
 """How often reading begins anew when the checkpoint is replaced meanwhile."""
@@ -34,8 +49,11 @@ async def load(
     source: Target,
     *,
     into: Any = None,
+    in_place: bool = False,
+    only: Only | None = None,
     verify: bool = True,
     progress: ProgressOption[LoadProgress] = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Read a checkpoint.
 
@@ -43,9 +61,16 @@ async def load(
         source: Where :func:`save` has put it.
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
             tensor is put into its dicts and lists. None: return a new tree.
+        in_place: Read straight into the tensors of ``into``, with 64 MiB of host memory or so, however large the
+            checkpoint is. Should a file be damaged, or the load fail or be cancelled, ``into`` is then left with old
+            and new values, and damaged ones perhaps.
+        only: What to load: patterns with ``*`` and ``?`` of paths such as ``model.layers.0.weight``; or a function of a
+            path that returns whether it is wanted. What is chosen is loaded with all that is below it. Nothing
+            else is read, or touched in ``into``; from a new tree it is missing, and None in lists and tuples.
         verify: Compare every byte read with the checksums. Without, only the structure is checked.
         progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are read; what
             it raises ends the load.
+        backend: How to reach the devices of ``into``; None is ``torch.accelerator``.
 
     Returns:
         The tree that was saved, in host memory; or ``into``.
@@ -53,63 +78,208 @@ async def load(
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
         CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign.
-        CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not.
+        CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not. Nothing
+            was changed then, nor read but headers.
+        HostMemoryError: If memory for the tensors cannot be had.
+        StagingError: If a device has failed.
+        ValueError: If ``only`` matches nothing, or there is nothing to be ``in_place`` in.
         OSError: If the storage refuses.
 
-    ``into`` is not changed before everything was read, verified and compared, for which the tensors are in host memory
-    a second time. May be cancelled: either nothing of ``into`` has been changed then, or everything.
+    Unless ``in_place``, ``into`` is not changed before everything was read, verified and compared, for which the
+    tensors are in host memory a second time. May be cancelled: either nothing of ``into`` has been changed then, or
+    everything.
     """
     storage, name = locate(source)
+    if in_place and into is None:
+        raise ValueError("in_place=True needs a live tree to load into: pass into=")
+    selection = Selection(only) if only is not None else None
     with span("load", source=name), reporting(progress, f"loading {name}") as report:
-        workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        loading = _Loading(into, selection, in_place, verify, backend, name, report)
         try:
             begin = perf_counter()
-            tree = await _load(storage, name, workers, slices, verify=verify, report=report)
-            _logger.info("read %s from %r in %.3f s", name, storage, perf_counter() - begin)
-            if into is None:
-                return tree
-            with span("into"):
-                transfer = await slices.run(compare(into, tree))
-                await _carry_out(transfer, workers, slices)
-            return into
+            for _ in range(_ATTEMPTS):
+                reader = ResolvingReader(storage, name, await storage.read(name))
+                try:
+                    tree = await loading.attempt(reader)
+                    _logger.info("loaded %s in %.3f s", reader.location, perf_counter() - begin)
+                    return tree
+                except CheckpointNotFoundError:
+                    # Replaced while it was read; if it was deleted, the next attempt says so.
+                    continue
+                finally:
+                    await reader.aclose()
         finally:
-            workers.stop()
+            loading.close()
+    raise CheckpointError("it keeps being replaced while it is read.", path=name)
 
 
-async def _carry_out(transfer: Transfer, workers: Workers, slices: Slices) -> None:
-    """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation has to wait."""
-    job = workers.job()
-    for batch in transfer.batches():
-        job.put(batch)
-    job.close()
+class _Loading:
+    """One call of :func:`load`."""
 
-    async def complete() -> None:
+    def __init__(
+        self,
+        into: Any,
+        selection: Selection | None,
+        in_place: bool,
+        verify: bool,
+        backend: Backend | None,
+        name: str,
+        report: Callable[[LoadProgress], object] | None,
+    ) -> None:
+        self._into = into
+        self._selection = selection
+        self._in_place = in_place
+        self._verify = verify
+        self._name = name
+        self._report = report
+        self._workers, self._slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        backend = backend if backend is not None else default_backend()
+        self._arrivals: Arrivals | None = None
+        self._device_of: Callable[[torch.Tensor], torch.device | None] = _host_memory
+        if into is not None and backend.unavailable_reason is None:
+            self._arrivals = Arrivals(backend, SideStreams(backend), Traffic())
+            self._device_of = backend.device_of
+
+    def close(self) -> None:
+        """Let the threads end, and what devices may still be copying be watched over."""
+        if self._arrivals is not None:
+            self._arrivals.abandon()
+        self._workers.stop()
+
+    async def attempt(self, reader: Reader) -> Any:
+        """Read one checkpoint."""
+        destinations = Destinations(self._device_of, self._arrivals)
+        checkpoint = CheckpointReader(
+            reader, self._workers, self._slices, destinations, verify=self._verify, progress=self._progressed
+        )
+        outline = await checkpoint.open()
+        instead = None if self._into is None else LEFT_OUT
+        names = await checkpoint.names(outline, self._selection, instead)
+        # What is needed to make the tree comes first, into memory of its own.
+        first = [name for name, plain in names.items() if self._into is None or not plain]
+        data = await self._slices.run(allocate(first, outline.records, path=checkpoint.manifest_path))
+        if first or self._into is None:
+            everything = self._into is None and self._reads_everything
+            await checkpoint.read(await checkpoint.plan(outline, data, everything=everything))
+        if self._into is not None:
+            others = [name for name, plain in names.items() if plain]
+            data |= await self._slices.run(_without_elements(others, outline))
+        tree, memory = await checkpoint.decode(outline, data)
+        if self._into is None:
+            return tree
+        with span("compare"):
+            wanted = self._selection.chooses if self._selection is not None else None
+            transfer = await self._slices.run(compare(self._into, tree, wanted))
+            placement = await self._slices.run(
+                place(
+                    transfer,
+                    memory,
+                    outline.positions,
+                    self._device_of,
+                    in_place=self._in_place,
+                    path=checkpoint.manifest_path,
+                )
+            )
+        parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
+        await self._slices.run(self._follow_the_caller(placement, transfer))
+        if placement.direct:
+            await self._read_in_place(checkpoint, parts, placement.direct)
+        else:
+            await checkpoint.read(parts)
+        with span("into"):
+            await self._carry_out(transfer)
+        return self._into
+
+    async def _read_in_place(
+        self, checkpoint: CheckpointReader, parts: Sequence[tuple[FileRecord, Part]], live: Sequence[torch.Tensor]
+    ) -> None:
+        """Read into live tensors, and have PyTorch know before and after, which cannot see that they change."""
+
+        async def count() -> None:
+            await self._slices.run(_count_changes(live))
+
+        await count()
+        try:
+            await checkpoint.read(parts)
+        except BaseException as error:
+            error.add_note("Tensors of the live tree were being read into: some have new values, some old ones.")
+            if isinstance(error, GeneratorExit):
+                # It may not wait.
+                deque(_count_changes(live), maxlen=0)
+            else:
+                await finish(count)
+            raise
+        await finish(count)
+
+    @property
+    def _reads_everything(self) -> bool:
+        return self._verify and self._selection is None
+
+    def _progressed(self, read_bytes: int, total_bytes: int) -> None:
+        if self._report is not None:
+            self._report(LoadProgress(name=self._name, total_bytes=total_bytes, read_bytes=read_bytes))
+
+    def _follow_the_caller(self, placement: Placement, transfer: Transfer) -> Generator[None, None, None]:
+        """Have copies to devices wait for what the caller has enqueued there until now."""
+        if self._arrivals is None:
+            return
+        self._arrivals.renew()
+        devices = {device for device, _, _ in transfer.batches()}
+        for count, tensor in enumerate(placement.direct):
+            devices.add(self._device_of(tensor))
+            if count % _CHUNK == 0:
+                yield
+        for device in devices:
+            if device is not None:
+                self._arrivals.follow_the_caller(device)
+
+    async def _carry_out(self, transfer: Transfer) -> None:
+        """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
+        job = self._workers.job()
+        for device, live, loaded in transfer.batches():
+            job.put(partial(self._copy, device, live, loaded))
+        job.close()
+        await finish(partial(self._complete, transfer, job))
+
+    def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
+        if device is not None and self._arrivals is not None:
+            self._arrivals.enqueue(live, loaded, device)
+        elif len(live) == 1:
+            # One alone may be of a kind that fused copies do not take.
+            with torch.no_grad():
+                live[0].copy_(loaded[0])
+        else:
+            copy_tensors(live, loaded)
+
+    async def _complete(self, transfer: Transfer, job: Job) -> None:
         await job.settled()
         if job.error is not None:
             raise job.error
-        await slices.run(transfer.copy_to_devices())
+        if self._arrivals is not None:
+            await self._arrivals.land()
         transfer.assign()
 
-    await finish(complete)
+
+def _host_memory(tensor: torch.Tensor) -> torch.device | None:
+    """Return that a tensor can be copied to without knowing of streams, wherever it is."""
+    return None
 
 
-async def _load(
-    storage: Storage,
-    name: str,
-    workers: Workers,
-    slices: Slices,
-    *,
-    verify: bool,
-    report: Callable[[LoadProgress], object] | None,
-) -> Any:
-    """Load a tree; again if the checkpoint was replaced, and so removed, while it was read."""
-    for _ in range(_ATTEMPTS):
-        reader = ResolvingReader(storage, name, await storage.read(name))
-        try:
-            return await CheckpointReader(reader, name, workers, slices, verify=verify, progress=report).tree()
-        except CheckpointNotFoundError:
-            # If it was deleted, the next attempt says so.
-            continue
-        finally:
-            await reader.aclose()
-    raise CheckpointError("it keeps being replaced while it is read.", path=name)
+def _without_elements(names: Iterable[str], outline: Outline) -> Generator[None, None, dict[str, torch.Tensor]]:
+    """Return tensors of the right size that have no memory, to see what the tree will be like."""
+    found = {}
+    for count, name in enumerate(names):
+        record = outline.records[name]
+        found[name] = torch.empty(record.stop - record.start, dtype=torch.uint8, device="meta")
+        if count % _CHUNK == 0:
+            yield
+    return found
+
+
+def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:
+    """Count a change of tensors, by which a staging under way notices it."""
+    for count, tensor in enumerate(live):
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+        if count % _CHUNK == 0:
+            yield

@@ -1,8 +1,9 @@
-"""Reading a checkpoint: the manifest, then the files that it names, then the tree over their memory."""
+"""Reading a checkpoint: the manifest and the headers first, which say all but the elements, then the elements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,26 +11,58 @@ import torch
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
-from aiostage._loop.together import together
 from aiostage._loop.workers import Job, Workers
-from aiostage.abc import Buffer, Reader
+from aiostage.abc import Reader
 from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.decode import Memory, TreeDecoder, is_spread
-from aiostage.checkpoint.progress import LoadProgress
+from aiostage.checkpoint.incoming import Destinations, Incoming
+from aiostage.checkpoint.nodes import NodeTable, reading
+from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, HostMemoryError
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, read_manifest
-from aiostage.storage.parts import Content, Hole, Part, cut, digest, scatter, whole
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
+from aiostage.storage.parts import Content, Hole, Part, cut
 from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, Record, read_header
 
-__all__ = ["CheckpointReader"]
+__all__ = ["CheckpointReader", "Outline", "TensorFile", "allocate"]
 
 _CHUNK = 64
 _SUFFIX = ".safetensors"
 
-_PARTS_AT_ONCE = 4
-"""Parts that are being read, or compared with their digests, at any time."""
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A file of a checkpoint, and the tensors in it.
+
+    Attributes:
+        file: What the manifest says of it.
+        start: Where the data begins.
+        records: The tensors, in the order of their data; none in files of another kind.
+    """
+
+    file: FileRecord
+    start: int
+    records: Sequence[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """All of a checkpoint but the elements of its tensors.
+
+    Attributes:
+        manifest: What it says.
+        table: The tree.
+        files: Every file but the manifest.
+        records: The tensors of all files, by name.
+        positions: Where the data of each begins in its file.
+    """
+
+    manifest: Manifest
+    table: NodeTable
+    files: Sequence[TensorFile]
+    records: Mapping[str, Record]
+    positions: Mapping[str, int]
 
 
 class CheckpointReader:
@@ -37,149 +70,182 @@ class CheckpointReader:
 
     Args:
         reader: Of the checkpoint; the caller's to close.
-        name: Of the checkpoint.
         workers: Run everything that blocks.
         slices: Run everything else.
+        destinations: Where the tensors are that are read into.
         verify: Whether to compare every byte read with the checksums.
-        progress: Called on the event loop as parts are read.
+        progress: Called on the event loop with how many bytes were read, and how many there are to read.
     """
 
     def __init__(
         self,
         reader: Reader,
-        name: str,
         workers: Workers,
         slices: Slices,
+        destinations: Destinations,
         *,
         verify: bool,
-        progress: Callable[[LoadProgress], object] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         self._reader = reader
-        self._name = name
-        self._progress = progress
-        self._read_bytes = self._total_bytes = 0
         self._workers = workers
         self._slices = slices
+        self._destinations = destinations
         self._verify = verify
-        self._records: dict[str, Record] = {}
-        self._data: dict[str, torch.Tensor] = {}
+        self._progress = progress
+        self._read_bytes = self._total_bytes = 0
 
-    async def tree(self) -> Any:
-        """Read everything.
+    @property
+    def manifest_path(self) -> str:
+        """Where the manifest is, for errors."""
+        return self._path(MANIFEST_NAME)
 
-        Returns:
-            The tree, in host memory.
+    async def open(self) -> Outline:
+        """Read and check everything but the elements of tensors.
 
         Raises:
             CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign.
-            HostMemoryError: If memory for the tensors cannot be had.
-            OSError: If the file system refuses.
+            OSError: If the storage refuses.
 
         May be cancelled; nothing is left behind then.
         """
-        path = self._path(MANIFEST_NAME)
         with span("manifest"):
             text = await self._reader.manifest()
             if len(text) > MAX_MANIFEST_BYTES:
-                raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
-            manifest = await self._slices.run(read_manifest(await self._workers.run(text.tobytes), path=path))
-        self._total_bytes = sum(file.nbytes for file in manifest.files)
-        buffers = PartBuffers(manifest.part_bytes)
-        for record in manifest.files:
-            nbytes = await self._reader.size(record.name)
-            if nbytes != record.nbytes:
                 raise CheckpointCorruptError(
-                    f"it is {nbytes} bytes long and not {record.nbytes}.", path=self._path(record.name)
+                    f"it is {len(text)} bytes long, too long for a manifest.", path=self.manifest_path
                 )
-            await self._read(record, buffers)
-        with span("decode"):
-            memory = Memory(self._records, self._data, path=path)
-            await self._spread(memory, manifest.nodes)
-            return await self._slices.run(TreeDecoder(manifest.nodes, memory, path=path).build())
+            content = await self._workers.run(text.tobytes)
+            manifest = await self._slices.run(read_manifest(content, path=self.manifest_path))
+            with reading(self.manifest_path):
+                table = await self._slices.run(NodeTable.read(manifest.nodes))
+        self._incoming = Incoming(
+            self._reader,
+            self._workers,
+            PartBuffers(manifest.part_bytes),
+            self._destinations,
+            verify=self._verify,
+            arrived=self._arrived,
+        )
+        with span("headers"):
+            return await self._outline(manifest, table)
 
-    def _has_read(self, nbytes: int) -> None:
-        """Report progress."""
-        self._read_bytes += nbytes
-        if self._progress is not None:
-            self._progress(LoadProgress(name=self._name, total_bytes=self._total_bytes, read_bytes=self._read_bytes))
+    async def _outline(self, manifest: Manifest, table: NodeTable) -> Outline:
+        files: list[TensorFile] = []
+        records: dict[str, Record] = {}
+        positions: dict[str, int] = {}
+        for file in manifest.files:
+            path = self._path(file.name)
+            nbytes = await self._reader.size(file.name)
+            if nbytes != file.nbytes:
+                raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
+            found, start = [], 0
+            if file.name.endswith(_SUFFIX):
+                header = await self._header(file)
+                start = HEADER_LENGTH_BYTES + len(header)
+                found = await self._slices.run(read_header(header, nbytes - start, path=path))
+                await self._slices.run(_index(found, start, records, positions, path))
+            files.append(TensorFile(file, start, found))
+        return Outline(manifest, table, files, records, positions)
+
+    async def _header(self, file: FileRecord) -> bytes:
+        """Read the header of a safetensors file, without the length before it."""
+        path, nbytes = self._path(file.name), file.nbytes
+        if nbytes < HEADER_LENGTH_BYTES:
+            raise CheckpointCorruptError(f"it is only {nbytes} bytes long.", path=path)
+        length = await self._incoming.beginning(file, HEADER_LENGTH_BYTES)
+        header_bytes = int.from_bytes(length, "little")
+        if header_bytes > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
+            raise CheckpointCorruptError(f"it says that its header is {header_bytes} bytes long.", path=path)
+        return (await self._incoming.beginning(file, HEADER_LENGTH_BYTES + header_bytes))[HEADER_LENGTH_BYTES:]
+
+    async def plan(
+        self, outline: Outline, contents: Mapping[str, torch.Tensor], *, everything: bool
+    ) -> list[tuple[FileRecord, Part]]:
+        """Find out which parts have to be read.
+
+        Args:
+            outline: From :meth:`open`.
+            contents: Where tensors go, by name; what is not named is not wanted.
+            everything: Also those that nobody wants, in order to verify them.
+
+        Returns:
+            Each part, with its file.
+        """
+        found: list[tuple[FileRecord, Part]] = []
+        for each in outline.files:
+            pieces = await self._slices.run(_contents(each, contents))
+            parts = await self._slices.run(cut(pieces, outline.manifest.part_bytes))
+            if not everything:
+                parts = await self._slices.run(_wanted(parts))
+            found += [(each.file, part) for part in parts]
+        self._total_bytes += sum(part.nbytes for _, part in found)
+        return found
+
+    async def read(self, parts: Sequence[tuple[FileRecord, Part]]) -> None:
+        """Read parts into their places.
+
+        Raises:
+            CheckpointCorruptError: If a digest differs, or a file ends early; the places are then undefined.
+            StagingError: If a device has failed.
+            OSError: If the storage refuses.
+
+        When cancelled, waits for what is being read and copied; the places are then undefined.
+        """
+        with span("read", nbytes=sum(part.nbytes for _, part in parts), parts=len(parts)):
+            await self._incoming.receive(parts)
+
+    async def decode(self, outline: Outline, data: Mapping[str, torch.Tensor]) -> tuple[Any, Memory]:
+        """Make the tree.
+
+        Args:
+            outline: From :meth:`open`; its ``table`` may have been pruned.
+            data: The bytes of the tensors that the table needs; those on the meta device give leaves without elements.
+
+        Returns:
+            The tree and its memory.
+
+        Raises:
+            CheckpointCorruptError: If the nodes do not describe a tree over the data.
+        """
+        with span("decode"):
+            memory = Memory(outline.records, data, path=self.manifest_path)
+            await self._spread(memory, outline.table)
+            decoder = TreeDecoder(outline.table, memory, path=self.manifest_path)
+            return await self._slices.run(decoder.build()), memory
+
+    async def names(self, outline: Outline, selection: Selection | None, instead: object) -> dict[str, bool]:
+        """Leave out of the table what is not selected, and return which tensors the rest needs.
+
+        Returns:
+            As :meth:`NodeTable.tensor_names` does.
+
+        Raises:
+            CheckpointCorruptError: If the nodes do not describe a tree.
+            ValueError: If nothing is selected, or a pattern matches nothing.
+        """
+        if selection is not None:
+            await self._slices.run(selection.prune(outline.table, instead))
+        with reading(self.manifest_path):
+            names = await self._slices.run(outline.table.tensor_names())
+            await self._slices.run(_look_up(names, outline.records))
+        return names
 
     def _path(self, name: str) -> str:
         """Return where a file is, for errors."""
         return f"{self._reader.location}/{name}"
 
-    async def _read(self, record: FileRecord, buffers: PartBuffers) -> None:
-        """Read a file and keep its tensors."""
-        contents: list[Content] = [Hole(record.nbytes)]
-        if record.name.endswith(_SUFFIX):
-            header = await self._header(record)
-            start = HEADER_LENGTH_BYTES + len(header)
-            path = self._path(record.name)
-            tensors = await self._slices.run(read_header(header, record.nbytes - start, path=path))
-            contents = [Hole(start), *await self._slices.run(self._allocate(tensors, path))]
-        if len(contents) > 1 or self._verify:
-            parts = iter(await self._slices.run(cut(contents, buffers.part_bytes)))
-            with span("read", file=record.name, nbytes=record.nbytes):
-                await together(*[partial(self._read_parts, record, parts, buffers)] * _PARTS_AT_ONCE)
-        else:
-            self._has_read(record.nbytes)
+    def _arrived(self, nbytes: int) -> None:
+        """Report progress."""
+        self._read_bytes += nbytes
+        if self._progress is not None:
+            self._progress(self._read_bytes, self._total_bytes)
 
-    async def _header(self, record: FileRecord) -> bytes:
-        """Read the header of a safetensors file, without the length before it."""
-        path, nbytes = self._path(record.name), record.nbytes
-        if nbytes < HEADER_LENGTH_BYTES:
-            raise CheckpointCorruptError(f"it is only {nbytes} bytes long.", path=path)
-        length = bytearray(HEADER_LENGTH_BYTES)
-        await self._reader.read(record.name, 0, memoryview(length))
-        header_bytes = int.from_bytes(length, "little")
-        if header_bytes > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
-            raise CheckpointCorruptError(f"it says that its header is {header_bytes} bytes long.", path=path)
-        header = bytearray(header_bytes)
-        await self._reader.read(record.name, HEADER_LENGTH_BYTES, memoryview(header))
-        return await self._workers.run(partial(bytes, header))
-
-    async def _read_parts(self, record: FileRecord, parts: Iterator[Part], buffers: PartBuffers) -> None:
-        """Read parts into their places, one after the other, until there is none left."""
-        for part in parts:
-            data = whole(part)
-            memory = data.numpy() if data is not None else buffers.take()
-            buffer = memory.data[: part.nbytes]
-            await self._reader.read(record.name, part.offset, buffer)
-            if self._verify:
-                await self._workers.run(partial(self._check, record, part, buffer))
-            if data is None:
-                await self._workers.run(partial(scatter, part, torch.from_numpy(memory)))
-            self._has_read(part.nbytes)
-
-    def _check(self, record: FileRecord, part: Part, data: Buffer) -> None:
-        with span("digest", nbytes=part.nbytes):
-            found = digest(data)
-        if found != record.digests[part.index]:
-            raise CheckpointCorruptError(
-                f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.",
-                path=self._path(record.name),
-            )
-
-    def _allocate(self, records: Sequence[Record], path: str) -> Generator[None, None, list[torch.Tensor]]:
-        """Get memory for the tensors of a file."""
-        found = []
-        for index, record in enumerate(records):
-            if record.name in self._records:
-                raise CheckpointCorruptError(f"another file has the tensor {record.name!r} too.", path=path)
-            try:
-                data = torch.empty(record.stop - record.start, dtype=torch.uint8)
-            except RuntimeError as error:
-                raise HostMemoryError(f"no memory for the tensor {record.name!r}: {error}", path=path) from error
-            self._records[record.name], self._data[record.name] = record, data
-            found.append(data)
-            if index % _CHUNK == 0:
-                yield
-        return found
-
-    async def _spread(self, memory: Memory, nodes: Sequence[Any]) -> None:
+    async def _spread(self, memory: Memory, table: NodeTable) -> None:
         """Lay out the leaves that are in a file otherwise than in memory."""
         job = self._workers.job()
         try:
-            await self._slices.run(_submit(job, memory, nodes))
+            await self._slices.run(_submit(job, memory, table))
         except BaseException as error:
             job.cancel()
             if not isinstance(error, GeneratorExit):
@@ -193,9 +259,70 @@ class CheckpointReader:
             del job
 
 
-def _submit(job: Job, memory: Memory, nodes: Sequence[Any]) -> Generator[None, None, None]:
-    for index, node in enumerate(nodes):
-        if is_spread(node):
-            job.put(partial(memory.spread, node))
+def allocate(
+    names: Collection[str], records: Mapping[str, Record], *, path: str
+) -> Generator[None, None, dict[str, torch.Tensor]]:
+    """Get host memory for tensors of files, yielding now and then.
+
+    Raises:
+        HostMemoryError: If there is not enough.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for count, name in enumerate(names):
+        nbytes = records[name].stop - records[name].start
+        try:
+            found[name] = torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
+        if count % _CHUNK == 0:
+            yield
+    return found
+
+
+def _index(
+    found: Sequence[Record], start: int, records: dict[str, Record], positions: dict[str, int], path: str
+) -> Generator[None, None, None]:
+    for count, record in enumerate(found):
+        if record.name in records:
+            raise CheckpointCorruptError(f"another file has the tensor {record.name!r} too.", path=path)
+        records[record.name] = record
+        positions[record.name] = start + record.start
+        if count % _CHUNK == 0:
+            yield
+
+
+def _contents(file: TensorFile, contents: Mapping[str, torch.Tensor]) -> Generator[None, None, list[Content]]:
+    """Return what a file consists of."""
+    if not file.start:
+        return [Hole(file.file.nbytes)]
+    found: list[Content] = [Hole(file.start)]
+    for count, record in enumerate(file.records):
+        found.append(contents.get(record.name, Hole(record.stop - record.start)))
+        if count % _CHUNK == 0:
+            yield
+    return found
+
+
+def _wanted(parts: Sequence[Part]) -> Generator[None, None, list[Part]]:
+    """Return the parts of which somebody wants something."""
+    found: list[Part] = []
+    for part in parts:
+        if not all(isinstance(piece, Hole) for piece in part.pieces):
+            found.append(part)
+        yield
+    return found
+
+
+def _look_up(names: Collection[str], records: Mapping[str, Record]) -> Generator[None, None, None]:
+    for count, name in enumerate(names):
+        records[name]
+        if count % _CHUNK == 0:
+            yield
+
+
+def _submit(job: Job, memory: Memory, table: NodeTable) -> Generator[None, None, None]:
+    for index, (form, how) in enumerate(zip(table.forms, table.reached, strict=True)):
+        if how and is_spread(form):
+            job.put(partial(memory.spread, form))
         if index % _CHUNK == 0:
             yield

@@ -93,12 +93,21 @@ class Scattered:
         """How many bytes the elements are."""
         return (self.stop - self.start) * self.tensor.element_size()
 
+    def blocks(self, memory: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Iterate over blocks of the tensor, each with where its elements are in one-dimensional uint8 memory.
+
+        Args:
+            memory: As large as the elements, aligned to one.
+        """
+        elements, position = memory.view(self.tensor.dtype), 0
+        for run in _runs(self.tensor, self.start, self.stop):
+            yield run, elements[position : position + run.numel()].view(run.shape)
+            position += run.numel()
+
     def collect(self, destination: torch.Tensor) -> None:
         """Copy the elements to one-dimensional uint8 memory of their size, aligned to one element."""
-        elements, position = destination.view(self.tensor.dtype), 0
-        for run in _runs(self.tensor, self.start, self.stop):
-            elements[position : position + run.numel()].view(run.shape).copy_(run)
-            position += run.numel()
+        for block, elements in self.blocks(destination):
+            elements.copy_(block)
 
 
 def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:

@@ -1,0 +1,202 @@
+"""The parts of a checkpoint on their way from a storage to where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage._copy.arrivals import Arrivals
+from aiostage._copy.device import Flight
+from aiostage._copy.host import copy_tensors
+from aiostage._loop.cleanup import finish
+from aiostage._loop.together import together
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Reader
+from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.errors import CheckpointCorruptError
+from aiostage.observe import span
+from aiostage.storage.manifest import FileRecord
+from aiostage.storage.parts import Part, Scattered, digest, scatter, whole
+
+__all__ = ["Destinations", "Incoming"]
+
+_PARTS_AT_ONCE = 4
+"""Parts that are being read, compared with their digests or copied to where they belong, at any time. Each may have a
+buffer, so this also bounds the host memory that reading takes."""
+
+_HEADS = 2
+"""First parts of files that are kept after their header was read, so that small files are read once."""
+
+_GROUP = 256
+"""Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destinations:
+    """Where tensors are.
+
+    Attributes:
+        device_of: Returns the device that a tensor is on, or None for host memory.
+        arrivals: Brings values there, and follows the caller on each device already; None when there is no device.
+    """
+
+    device_of: Callable[[torch.Tensor], torch.device | None]
+    arrivals: Arrivals | None
+
+
+class Incoming:
+    """Reads parts, compares them with their digests, and brings them to where they belong.
+
+    Args:
+        reader: Of the checkpoint.
+        workers: Run everything that blocks.
+        buffers: For parts that do not go to one piece of host memory. At most four are in use at any time.
+        destinations: Where the tensors are that parts are read into.
+        verify: Whether to compare parts with their digests.
+        arrived: Called on the event loop with the number of bytes that have come since the last call.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        workers: Workers,
+        buffers: PartBuffers,
+        destinations: Destinations,
+        *,
+        verify: bool,
+        arrived: Callable[[int], object],
+    ) -> None:
+        self._reader = reader
+        self._workers = workers
+        self._buffers = buffers
+        self._destinations = destinations
+        self._verify = verify
+        self._arrived = arrived
+        self._heads: dict[str, np.ndarray[Any, Any]] = {}
+
+    async def beginning(self, file: FileRecord, nbytes: int) -> bytes:
+        """Return the first bytes of a file, from parts that were compared with their digests.
+
+        Raises:
+            CheckpointCorruptError: If a digest differs, or the file ends early.
+            OSError: If the storage refuses.
+        """
+        if not self._verify:
+            found = bytearray(nbytes)
+            await self._reader.read(file.name, 0, memoryview(found))
+            return await self._workers.run(partial(bytes, found))
+        pieces: list[Buffer] = []
+        part_bytes = self._buffers.part_bytes
+        for index, offset in enumerate(range(0, nbytes, part_bytes)):
+            part = Part(index, offset, min(part_bytes, file.nbytes - offset), [])
+            memory = self._heads.get(file.name) if index == 0 else None
+            if memory is None:
+                memory = self._buffers.take()
+                await self._read(file, part, memory.data[: part.nbytes])
+            if index == 0 and len(self._heads) < _HEADS:
+                self._heads[file.name] = memory
+            pieces.append(memory.data[: min(part.nbytes, nbytes - offset)])
+        return await self._workers.run(partial(b"".join, pieces))
+
+    async def receive(self, parts: Sequence[tuple[FileRecord, Part]]) -> None:
+        """Read parts into their places, several at once.
+
+        Raises:
+            CheckpointCorruptError: If a digest differs, or a file ends early; the places are then undefined.
+            StagingError: If a device has failed.
+            OSError: If the storage refuses.
+
+        When cancelled, waits for what is being read and copied; the places are then undefined.
+        """
+        queue = iter(parts)
+        await together(*[partial(self._receive, queue)] * min(_PARTS_AT_ONCE, len(parts)))
+
+    async def _receive(self, queue: Iterator[tuple[FileRecord, Part]]) -> None:
+        """Take one part after the other, until there is none left."""
+        for file, part in queue:
+            head = self._heads.pop(file.name, None) if part.index == 0 else None
+            data = whole(part)
+            if head is not None:
+                await self._place(part, torch.from_numpy(head))
+            elif data is not None and self._destinations.device_of(data) is None:
+                await self._read(file, part, data.numpy().data)
+            else:
+                memory = self._buffers.take()
+                await self._read(file, part, memory.data[: part.nbytes])
+                await self._place(part, torch.from_numpy(memory))
+                # It goes to the next part when nothing refers to it any more.
+                del memory
+            self._arrived(part.nbytes)
+
+    async def _read(self, file: FileRecord, part: Part, buffer: Buffer) -> None:
+        await self._reader.read(file.name, part.offset, buffer)
+        if self._verify:
+            await self._workers.run(partial(self._check, file, part, buffer))
+
+    def _check(self, file: FileRecord, part: Part, data: Buffer) -> None:
+        with span("digest", nbytes=part.nbytes):
+            found = digest(data)
+        if found != file.digests[part.index]:
+            raise CheckpointCorruptError(
+                f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.",
+                path=f"{self._reader.location}/{file.name}",
+            )
+
+    async def _place(self, part: Part, buffer: torch.Tensor) -> None:
+        """Copy a part from a buffer to where it belongs."""
+        arrivals = self._destinations.arrivals
+        if arrivals is None and not any(isinstance(piece, Scattered) for piece in part.pieces):
+            await self._workers.run(partial(scatter, part, buffer))
+            return
+        flights = await self._workers.run(partial(self._copy, part, buffer))
+        if arrivals is not None:
+            for flight in flights:
+                # Live tensors must not change any more once this has returned.
+                await finish(partial(arrivals.land, flight))
+
+    def _device_of(self, piece: object) -> torch.device | None:
+        if isinstance(piece, Scattered):
+            return self._destinations.device_of(piece.tensor)
+        return self._destinations.device_of(piece) if isinstance(piece, torch.Tensor) else None
+
+    def _copy(self, part: Part, buffer: torch.Tensor) -> list[Flight]:
+        """Copy pieces wherever they belong; returns what devices are still doing. Runs in a worker thread."""
+        flights: list[Flight] = []
+        for device, places, values in _batches(part, buffer, self._device_of):
+            if device is None or self._destinations.arrivals is None:
+                copy_tensors(places, values)
+            else:
+                flights.append(self._destinations.arrivals.enqueue(places, values, device))
+        return flights
+
+
+def _batches(
+    part: Part, buffer: torch.Tensor, device_of: Callable[[object], torch.device | None]
+) -> Iterator[tuple[torch.device | None, list[torch.Tensor], list[torch.Tensor]]]:
+    """Group the pieces of a part by device, each with its bytes in a buffer."""
+    position = 0
+    places: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    current: torch.device | None = None
+    for piece in part.pieces:
+        memory = buffer[position : position + piece.nbytes]
+        position += piece.nbytes
+        device = device_of(piece)
+        if places and (device != current or len(places) >= _GROUP):
+            yield current, places, values
+            places, values = [], []
+        current = device
+        if isinstance(piece, Scattered):
+            for block, elements in piece.blocks(memory):
+                places.append(block)
+                values.append(elements)
+        elif isinstance(piece, torch.Tensor):
+            places.append(piece)
+            values.append(memory)
+    if places:
+        yield current, places, values

@@ -1,0 +1,146 @@
+"""The table of nodes that a manifest spells: what refers to what, and which tensors a tree over it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from aiostage.checkpoint.values import MAPPINGS
+from aiostage.errors import CheckpointCorruptError
+
+__all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading"]
+
+_CHUNK = 64
+_MAPPINGS = frozenset(MAPPINGS.values())
+
+LOOKED_INTO = _MAPPINGS | {"list", "tuple"}
+"""Kinds of containers that live trees are compared in key by key; others are values, and replaced as a whole."""
+
+
+class _LeftOut:
+    """Stands where a child was that nobody wants."""
+
+    def __repr__(self) -> str:
+        return "<left out>"
+
+
+LEFT_OUT = _LeftOut()
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Say of whatever goes wrong with the nodes of a manifest that the manifest is wrong."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CheckpointCorruptError):
+            raise
+        raise CheckpointCorruptError(f"its nodes do not describe a tree: {error!r}.", path=path) from error
+
+
+class NodeTable:
+    """The nodes of a tree.
+
+    Attributes:
+        forms: What describes each node, as JSON.
+        children: What each contains: JSON scalars, and references to nodes. Of mappings, keys and values by turns.
+        root: The tree, a child like others.
+        reached: Whether each is part of the tree, once :meth:`tensor_names` has looked.
+    """
+
+    def __init__(self) -> None:
+        self.forms: list[dict[str, Any]] = []
+        self.children: list[list[Any]] = []
+        self.root: Any = None
+        self.reached = bytearray()
+
+    @classmethod
+    def read(cls, lines: Sequence[Any]) -> Generator[None, None, NodeTable]:
+        """Join the lines of a manifest, yielding now and then.
+
+        Raises:
+            ValueError: If they are no table. Other exceptions are possible too.
+        """
+        table = cls()
+        for count, line in enumerate(lines[:-1]):
+            if line.get("is") != "more":
+                table.forms.append(line)
+                table.children.append([])
+            children = table.children[-1]
+            if "of" in line:
+                children += line["of"]
+            for pair in line.get("pairs", ()):
+                key, value = pair
+                children += (key, value)
+            for item in line.get("items", {}).items():
+                children += item
+            if count % _CHUNK == 0:
+                yield
+        table.root = lines[-1]["root"]
+        return table
+
+    def node(self, child: Any) -> int | None:
+        """Return the number of the node that a child refers to, or None if it is a scalar.
+
+        Raises:
+            ValueError: If it refers to nothing.
+        """
+        if type(child) is not list:
+            return None
+        (index,) = child
+        if type(index) is not int or not 0 <= index < len(self.forms):
+            raise ValueError(f"there is no node {index!r}")
+        return index
+
+    def edges(self, index: int) -> Iterator[tuple[Any, Any]]:
+        """Iterate over keys and children of a mapping, list or tuple."""
+        children = self.children[index]
+        if self.forms[index]["is"] in _MAPPINGS:
+            return zip(children[::2], children[1::2], strict=True)
+        return iter(enumerate(children))
+
+    def tensor_names(self) -> Generator[None, None, dict[str, bool]]:
+        """Find the tensors of files that the tree needs, yielding now and then.
+
+        Returns:
+            For each name whether all that refers to it are leaves of its elements in index order, reached through
+            nothing but dicts, lists and tuples, so that the bytes of the file can go straight into a live tensor.
+        """
+        # 1 for nodes that are reached plainly, 2 for those also reached in another way, and all below them.
+        reached = self.reached = bytearray(len(self.forms))
+        todo: list[tuple[int, int]] = []
+        root = self.node(self.root)
+        if root is not None:
+            todo.append((root, 1))
+        found: dict[str, bool] = {}
+        count = 0
+        while todo:
+            index, how = todo.pop()
+            if reached[index] >= how:
+                continue
+            reached[index] = how
+            form = self.forms[index]
+            if form["is"] == "tensor":
+                name = form["name"]
+                found[name] = found.get(name, True) and how == 1 and "offset" not in form
+            yield from self._add_children(todo, index, how)
+            count += 1
+            if count % _CHUNK == 0:
+                yield
+        return found
+
+    def _add_children(self, todo: list[tuple[int, int]], index: int, how: int) -> Generator[None, None, None]:
+        form = self.forms[index]
+        mapping, plain = form["is"] in _MAPPINGS, form["is"] in LOOKED_INTO
+        for place, child in enumerate(self.children[index]):
+            node = self.node(child)
+            if node is not None:
+                # Keys are values too.
+                todo.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
+            if place % _CHUNK == _CHUNK - 1:
+                yield
+        for child in form.get("attributes", {}).values():
+            node = self.node(child)
+            if node is not None:
+                todo.append((node, 2))

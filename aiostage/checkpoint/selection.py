@@ -1,0 +1,190 @@
+"""Which parts of a checkpoint are wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable
+from fnmatch import translate
+from typing import TypeAlias
+
+from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable
+from aiostage.errors import listed
+from aiostage.leaf import Path
+
+__all__ = ["Only", "Selection"]
+
+_CHUNK = 16
+_EXAMPLES = 5
+
+Only: TypeAlias = "str | Iterable[str] | Callable[[Path], bool]"
+"""Patterns of paths with dots between their steps, or a function of a path."""
+
+_Place: TypeAlias = "tuple[object, _Place] | None"
+
+
+class Selection:
+    """What the user wants of a tree. What is chosen is taken with all that is below it.
+
+    Args:
+        only: Patterns as ``fnmatch`` knows them, against paths such as ``model.layers.0.weight``; or a function that is
+            called with the path of each container and each leaf, and returns whether it is wanted.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there is no pattern.
+    """
+
+    def __init__(self, only: Only) -> None:
+        self._function: Callable[[Path], bool] | None = None
+        self._patterns: dict[str, re.Pattern[str]] = {}
+        self._unmatched: set[str] = set()
+        self._examples: list[str] = []
+        if callable(only):
+            self._function = only
+            return
+        patterns = [only] if isinstance(only, str) else list(only)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"only must be patterns or a function of a path, not {only!r}")
+        if not patterns:
+            raise ValueError("only=[] selects nothing; None selects everything")
+        self._patterns = {pattern: re.compile(translate(pattern)) for pattern in patterns}
+        self._unmatched = set(patterns)
+
+    def chooses(self, path: Path) -> bool:
+        """Return whether what is at a path is wanted, and all below it."""
+        if self._function is not None:
+            return bool(self._function(path))
+        text = ".".join(map(str, path))
+        if len(self._examples) < _EXAMPLES:
+            self._examples.append(text)
+        chosen = False
+        for pattern, compiled in self._patterns.items():
+            if compiled.match(text):
+                chosen = True
+                self._unmatched.discard(pattern)
+        return chosen
+
+    def prune(self, table: NodeTable, instead: object) -> Generator[None, None, None]:
+        """Leave out of a table what is not wanted, yielding now and then.
+
+        Of a container that is reached by several paths, the first counts.
+
+        Args:
+            table: Changed in place. From dicts what is not wanted vanishes.
+            instead: Stands for it in lists and tuples, where places count.
+
+        Raises:
+            ValueError: If nothing is wanted, or a pattern matches nothing.
+        """
+        yield from _Pruning(table, self, instead).run()
+        if self._unmatched:
+            raise ValueError(
+                f"only={listed(sorted(self._unmatched))} matches nothing in the checkpoint. "
+                f"Its first paths are {', '.join(self._examples)}."
+            )
+
+
+class _Pruning:
+    """Finds out what is kept of a table, and keeps it."""
+
+    def __init__(self, table: NodeTable, selection: Selection, instead: object) -> None:
+        self._table = table
+        self._selection = selection
+        self._instead = instead
+        self._whole: set[int] = set()
+        self._partly: set[int] = set()
+        # For each container that is looked into, which of its children are kept.
+        self._kept: dict[int, set[int]] = {}
+        # For each container, who has it as which child, so that what keeps it is kept too.
+        self._parents: dict[int, list[tuple[int, int]]] = {}
+
+    def run(self) -> Generator[None, None, None]:
+        table = self._table
+        root = table.node(table.root)
+        if root is None or table.forms[root]["is"] not in LOOKED_INTO:
+            raise ValueError("only= selects parts of dicts, lists and tuples, and the checkpoint is none of these")
+        yield from self._look(root)
+        partly = self._partly - self._whole
+        if root in partly and not self._kept.get(root):
+            raise ValueError("only= selects nothing of the checkpoint")
+        for count, index in enumerate(partly):
+            self._cut(index)
+            if count % _CHUNK == 0:
+                yield
+
+    def _look(self, root: int) -> Generator[None, None, None]:
+        """Walk from the root through what may be kept in part."""
+        todo: list[tuple[int, _Place]] = [(root, None)]
+        self._partly.add(root)
+        count = 0
+        while todo:
+            index, place = todo.pop()
+            found: list[tuple[int, _Place]] = []
+            for number, (key, child) in enumerate(self._table.edges(index)):
+                here = (key, place)
+                node = self._table.node(child)
+                if self._selection.chooses(_path(self._key(here))):
+                    self._keep(index, number)
+                    if node is not None:
+                        yield from self._keep_below(node)
+                elif node is not None and self._table.forms[node]["is"] in LOOKED_INTO:
+                    if node in self._whole or self._kept.get(node):
+                        self._keep(index, number)
+                    self._parents.setdefault(node, []).append((index, number))
+                    if node not in self._partly:
+                        self._partly.add(node)
+                        found.append((node, here))
+                count += 1
+                if count % _CHUNK == 0:
+                    yield
+            todo += reversed(found)
+
+    def _key(self, place: tuple[object, _Place]) -> _Place:
+        """Return a place whose last step is a value and not a reference: keys of tuples are shown as such."""
+        key, before = place
+        return (repr(key), before) if isinstance(key, list) else place
+
+    def _keep(self, index: int, number: int) -> None:
+        """Keep a child of a container, and the container for whoever has it."""
+        todo = [(index, number)]
+        while todo:
+            index, number = todo.pop()
+            kept = self._kept.setdefault(index, set())
+            first = not kept
+            kept.add(number)
+            if first:
+                todo += self._parents.get(index, ())
+
+    def _keep_below(self, index: int) -> Generator[None, None, None]:
+        """Keep a node and everything below it."""
+        todo = [index]
+        while todo:
+            index = todo.pop()
+            if index in self._whole or self._table.forms[index]["is"] not in LOOKED_INTO:
+                continue
+            self._whole.add(index)
+            for parent, number in self._parents.get(index, ()):
+                self._keep(parent, number)
+            for _, child in self._table.edges(index):
+                node = self._table.node(child)
+                if node is not None:
+                    todo.append(node)
+            yield
+
+    def _cut(self, index: int) -> None:
+        """Leave the children out of a container that are not kept."""
+        kept = self._kept.get(index, set())
+        children = self._table.children[index]
+        if self._table.forms[index]["is"] in ("list", "tuple"):
+            children[:] = [child if number in kept else self._instead for number, child in enumerate(children)]
+            return
+        pairs = list(self._table.edges(index))
+        children[:] = [item for number, pair in enumerate(pairs) if number in kept for item in pair]
+
+
+def _path(place: _Place) -> Path:
+    steps = []
+    while place is not None:
+        step, place = place
+        steps.append(step)
+    return tuple(reversed(steps))
