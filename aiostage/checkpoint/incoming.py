@@ -113,6 +113,8 @@ class Incoming:
 
         When cancelled, waits for what is being read and copied; the places are then undefined.
         """
+        if not parts:
+            return
         queue = iter(parts)
         await together(*[partial(self._receive, queue)] * min(_PARTS_AT_ONCE, len(parts)))
 

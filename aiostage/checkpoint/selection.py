@@ -78,10 +78,35 @@ class Selection:
         """
         yield from _Pruning(table, self, instead).run()
         if self._unmatched:
+            # Below what was chosen as a whole nobody has looked yet.
+            yield from self._look_below(table)
+        if self._unmatched:
             raise ValueError(
-                f"only={listed(sorted(self._unmatched))} matches nothing in the checkpoint. "
+                f"only={listed(sorted(map(repr, self._unmatched)))} matches nothing in the checkpoint. "
                 f"Its first paths are {', '.join(self._examples)}."
             )
+
+
+    def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
+        """Match the paths of all that is kept."""
+        root = table.node(table.root)
+        todo: list[tuple[int, _Place]] = [(root, None)] if root is not None else []
+        seen: set[int] = set()
+        count = 0
+        while todo and self._unmatched:
+            index, place = todo.pop()
+            if index in seen or table.forms[index]["is"] not in LOOKED_INTO:
+                continue
+            seen.add(index)
+            for key, child in table.edges(index):
+                here = (_shown(key), place)
+                self.chooses(_path(here))
+                node = table.node(child)
+                if node is not None:
+                    todo.append((node, here))
+                count += 1
+                if count % _CHUNK == 0:
+                    yield
 
 
 class _Pruning:
@@ -121,9 +146,9 @@ class _Pruning:
             index, place = todo.pop()
             found: list[tuple[int, _Place]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
-                here = (key, place)
+                here = (_shown(key), place)
                 node = self._table.node(child)
-                if self._selection.chooses(_path(self._key(here))):
+                if self._selection.chooses(_path(here)):
                     self._keep(index, number)
                     if node is not None:
                         yield from self._keep_below(node)
@@ -138,11 +163,6 @@ class _Pruning:
                 if count % _CHUNK == 0:
                     yield
             todo += reversed(found)
-
-    def _key(self, place: tuple[object, _Place]) -> _Place:
-        """Return a place whose last step is a value and not a reference: keys of tuples are shown as such."""
-        key, before = place
-        return (repr(key), before) if isinstance(key, list) else place
 
     def _keep(self, index: int, number: int) -> None:
         """Keep a child of a container, and the container for whoever has it."""
@@ -180,6 +200,11 @@ class _Pruning:
             return
         pairs = list(self._table.edges(index))
         children[:] = [item for number, pair in enumerate(pairs) if number in kept for item in pair]
+
+
+def _shown(key: object) -> object:
+    """Return a key as part of a path; one that is a node, as tuples are, by its number."""
+    return f"<node {key[0]}>" if isinstance(key, list) else key
 
 
 def _path(place: _Place) -> Path:

@@ -1,0 +1,62 @@
+"""A storage that counts what is read from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiostage.abc import Buffer, Draft, Reader, Storage
+
+
+class CountingStorage(Storage):
+    """Passes everything on to another storage.
+
+    Attributes:
+        read_bytes: Of each file, how many bytes were asked for.
+        before: Awaited before each read, with the file and the offset.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.read_bytes: Counter[str] = Counter()
+        self.before: Callable[[str, int], Awaitable[None]] | None = None
+
+    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        return await self._storage.open(name, overwrite=overwrite)
+
+    async def read(self, name: str) -> Reader:
+        return _CountingReader(await self._storage.read(name), self)
+
+    async def list(self) -> Sequence[str]:
+        return await self._storage.list()
+
+    async def delete(self, name: str) -> None:
+        await self._storage.delete(name)
+
+    async def sweep(self) -> None:
+        await self._storage.sweep()
+
+
+class _CountingReader(Reader):
+    def __init__(self, reader: Reader, storage: CountingStorage) -> None:
+        self._reader = reader
+        self._storage = storage
+
+    @property
+    def location(self) -> str:
+        return self._reader.location
+
+    async def manifest(self) -> Buffer:
+        return await self._reader.manifest()
+
+    async def size(self, name: str) -> int:
+        return await self._reader.size(name)
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        if self._storage.before is not None:
+            await self._storage.before(name, offset)
+        self._storage.read_bytes[name] += len(into)
+        await self._reader.read(name, offset, into)
+
+    async def aclose(self) -> None:
+        await self._reader.aclose()

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiostage
+from aiostage import AsyncStager, CheckpointCorruptError, CheckpointMismatchError, TornSnapshotError
+from aiostage.checkpoint.save import write_checkpoint
+from aiostage.storage import LocalStorage
+from aiostage.testing import SimulatedAccelerator
+from aiostage.testing.cancelling import at_every_await
+from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.counting import CountingStorage
+from tests.checkpoint.leftovers import nothing_left
+from tests.checkpoint.test_load import tree
+
+PART = 8 << 20
+
+
+def large(value: float) -> dict[str, Any]:
+    """Return a tree of several parts, some leaves across the borders of parts."""
+    value = float(value)
+    return {
+        "step": int(value),
+        "a": torch.full((3_000_001,), value),
+        "b": torch.full((2000, 1500), value).t(),
+        "c": [torch.nn.Parameter(torch.full((3,), value)), torch.full((5_000_001,), int(value), dtype=torch.int8)],
+        "d": torch.full((1_000_003,), value, dtype=torch.bfloat16),
+    }
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("make", [tree, large])
+async def test_every_kind_of_live_tensor(tmp_path: Path, in_place: bool, make: Callable[[int], Any]) -> None:
+    await write_checkpoint(make(2), tmp_path / "checkpoint")
+    live = make(1)
+    addresses = [value.data_ptr() for value in live.values() if isinstance(value, torch.Tensor)]
+    assert await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place) is live
+    assert_same(make(2), live)
+    assert addresses == [value.data_ptr() for value in live.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_live_tensors_that_are_laid_out_otherwise(tmp_path: Path, in_place: bool) -> None:
+    saved: dict[str, Any] = {
+        "plain": torch.arange(24.0).view(4, 6),
+        "turned": torch.arange(24.0).view(4, 6).t(),
+        "negative": torch.arange(3.0),
+        "conjugate": torch.tensor([1 + 2j, 3 - 4j]),
+        "every other": torch.arange(5, dtype=torch.int16),
+        "tied": [torch.ones(7)] * 2,
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        "scalar": torch.tensor(4.0),
+    }
+    await write_checkpoint(saved, tmp_path / "checkpoint")
+    live: dict[str, Any] = {
+        "plain": torch.zeros(6, 4).t(),
+        "turned": torch.zeros(6, 4),
+        "negative": torch.zeros(3, dtype=torch.complex64).conj().imag,
+        "conjugate": torch.zeros(2, dtype=torch.complex64).conj(),
+        "every other": torch.zeros(10, dtype=torch.int16)[::2],
+        "tied": [torch.zeros(7), torch.zeros(7)],
+        "odd": torch.zeros(6, dtype=torch.uint8)[::2].view(torch.float8_e8m0fnu),
+        "scalar": torch.zeros(()),
+    }
+    assert live["negative"].is_neg()
+    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place)
+    saved |= {"tied": saved["tied"][0], "tied too": saved["tied"][1]}
+    live |= {"tied": live["tied"][0], "tied too": live["tied"][1]}
+    for name, value in saved.items():
+        assert live[name].shape == value.shape
+        assert live[name].resolve_neg().resolve_conj().tolist() == value.tolist(), name
+
+
+@pytest.mark.asyncio
+async def test_what_does_not_fit_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    storage = CountingStorage(LocalStorage(tmp_path))
+    for in_place in (False, True):
+        storage.read_bytes.clear()
+        live = large(1) | {"a": torch.zeros(3)}
+        with pytest.raises(CheckpointMismatchError, match="'a'"):
+            await aiostage.load((storage, "checkpoint"), into=live, in_place=in_place)
+        # The part that the header is in.
+        assert storage.read_bytes.total() <= PART
+        assert_same(large(1) | {"a": torch.zeros(3)}, live)
+
+
+@pytest.mark.asyncio
+async def test_everything_is_read_once(tmp_path: Path) -> None:
+    info = await write_checkpoint(large(2), tmp_path / "checkpoint")
+    size = (info.path / "model.safetensors").stat().st_size
+    storage = CountingStorage(LocalStorage(tmp_path))
+    for options in ({}, {"into": large(1)}, {"into": large(1), "in_place": True}):
+        storage.read_bytes.clear()
+        await aiostage.load((storage, "checkpoint"), **options)
+        assert storage.read_bytes == {"model.safetensors": size}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_damage(tmp_path: Path, in_place: bool) -> None:
+    info = await write_checkpoint(large(2), tmp_path / "checkpoint")
+    with (info.path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    live = large(1)
+    with pytest.raises(CheckpointCorruptError, match="do not match their checksum") as caught:
+        await aiostage.load(info.path, into=live, in_place=in_place)
+    assert caught.value.path == str(info.path / "model.safetensors")
+    assert live["step"] == 1
+    if in_place:
+        assert "some have new values, some old ones" in caught.value.__notes__[0]
+    else:
+        assert not hasattr(caught.value, "__notes__")
+        assert_same(large(1), live)
+
+
+@pytest.mark.asyncio
+async def test_nothing_to_be_in_place_in(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass into="):
+        await aiostage.load(tmp_path / "checkpoint", in_place=True)
+
+
+@pytest.mark.asyncio
+async def test_cancelled_at_every_await(tmp_path: Path) -> None:
+    await write_checkpoint(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
+    live = tree(1)
+
+    async def load() -> None:
+        await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+
+    count = 0
+    with nothing_left():
+        async for _ in at_every_await(load):
+            count += 1
+            before = live["parameter"].tolist()
+            await asyncio.sleep(0.002)
+            assert live["parameter"].tolist() == before, "something still writes"
+            assert live["step"] in (1, 2)
+    assert count > 8
+    await load()
+    assert_same(tree(2), live)
+
+
+@pytest.mark.asyncio
+async def test_a_staging_meanwhile_notices(tmp_path: Path) -> None:
+    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    live = large(1)
+    storage = CountingStorage(LocalStorage(tmp_path))
+    async with AsyncStager() as stager, stager.snapshot(live) as snapshot:
+        await aiostage.load((storage, "checkpoint"), into=live, in_place=True)
+        with pytest.raises(TornSnapshotError, match=r"\['a'\]"):
+            await snapshot.captured()
+        # One that begins while parts are being read is torn too.
+        reading, staged = asyncio.Event(), asyncio.Event()
+
+        async def wait(name: str, offset: int) -> None:
+            if offset:
+                reading.set()
+                await staged.wait()
+
+        storage.before = wait
+        load = asyncio.ensure_future(aiostage.load((storage, "checkpoint"), into=live, in_place=True))
+        await reading.wait()
+        async with stager.snapshot(live) as late:
+            staged.set()
+            await load
+            with pytest.raises(TornSnapshotError):
+                await late.captured()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_devices(tmp_path: Path, in_place: bool) -> None:
+    saved = large(2)
+    await write_checkpoint(saved, tmp_path / "checkpoint")
+    for seed in range(5):
+        with SimulatedAccelerator(2, seed=seed, spontaneous=True) as accelerator:
+            first, second = accelerator.devices
+            live = large(1)
+            live["a"] = accelerator.to_device(live["a"], first)
+            live["b"] = accelerator.to_device(large(1)["b"].contiguous(), second)
+            live["d"] = accelerator.to_device(live["d"], second)
+            # Work of the caller that is still under way when it calls, and more that comes afterwards.
+            accelerator.launch(lambda t: t.fill_(9), live["a"], seconds=1e-3)
+            await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place, backend=accelerator)
+            seen = accelerator.empty(live["a"].numel(), device=first)
+            accelerator.launch(lambda to, source: to.copy_(source), seen, reads=[live["a"]])
+            accelerator.synchronize()
+            for name in ("a", "b", "d"):
+                assert torch.equal(live[name], saved[name]), name
+            assert torch.equal(seen, saved["a"])
+            assert torch.equal(live["c"][1], saved["c"][1])
+            assert live["step"] == 2
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_fails(tmp_path: Path) -> None:
+    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    with (
+        nothing_left(("aiostage-load", "aiostage-disk")),
+        SimulatedAccelerator(seed=1, spontaneous=True) as accelerator,
+    ):
+        live = {name: accelerator.to_device(value) for name, value in large(1).items() if name in "abd"}
+        accelerator.fail_next("copy", after=1)
+        with pytest.raises(aiostage.StagingError) as caught:
+            await aiostage.load(
+                tmp_path / "checkpoint", into=live, only=["a", "b", "d"], in_place=True, backend=accelerator
+            )
+        assert caught.value.__notes__
+        accelerator.recover()
+
+
+MEMORY = """
+import asyncio, resource, sys
+import torch
+import aiostage
+from aiostage.testing import SimulatedAccelerator
+
+where, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+accelerator = SimulatedAccelerator(memory_bytes=size + (64 << 20)) if where == "device" else None
+live = {n: torch.ones(size // 16 // 4) for n in "0123456789abcdef"}
+if accelerator:
+    live = {n: accelerator.to_device(live.pop(n)) for n in list(live)}
+    accelerator.synchronize()
+
+async def main():
+    # Once, for whatever is allocated only once.
+    await aiostage.load(path + "-small", only="0")
+    before = peak()
+    await aiostage.load(path, into=live, in_place=True, **({"backend": accelerator} if accelerator else {}))
+    print(peak() - before)
+    assert all(float(value.min()) == 2 == float(value.max()) for value in live.values())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_host_memory_is_bounded(tmp_path: Path) -> None:
+    size = 256 << 20
+    await write_checkpoint({n: torch.full((size // 64,), 2.0) for n in "0123456789abcdef"}, tmp_path / "checkpoint")
+    await write_checkpoint({"0": torch.zeros(3)}, tmp_path / "checkpoint-small")
+    for where in ("host", "device"):
+        outcome = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", MEMORY, where, str(tmp_path / "checkpoint"), str(size)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        assert int(outcome.stdout) < 96 << 20, where
+
+
+@pytest.mark.anyio
+async def test_on_trio(tmp_path: Path) -> None:
+    await write_checkpoint(tree(2), tmp_path / "checkpoint")
+    live = tree(1)
+    with nothing_left():
+        await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    assert_same(tree(2), live)
