@@ -58,7 +58,6 @@ class Incoming:
         buffers: For parts that do not go to one piece of host memory. At most four are in use at any time.
         destinations: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
-        arrived: Called on the event loop with the number of bytes that have come since the last call.
     """
 
     def __init__(
@@ -69,14 +68,12 @@ class Incoming:
         destinations: Destinations,
         *,
         verify: bool,
-        arrived: Callable[[int], object],
     ) -> None:
         self._reader = reader
         self._workers = workers
         self._buffers = buffers
         self._destinations = destinations
         self._verify = verify
-        self._arrived = arrived
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
 
     async def beginning(self, file: FileRecord, nbytes: int) -> bytes:
@@ -98,13 +95,19 @@ class Incoming:
             if memory is None:
                 memory = self._buffers.take()
                 await self._read(file, part, memory.data[: part.nbytes])
-            if index == 0 and len(self._heads) < _HEADS:
+            if index == 0 and file.name not in self._heads:
                 self._heads[file.name] = memory
+                if len(self._heads) > _HEADS:
+                    self._heads.pop(next(iter(self._heads)))
             pieces.append(memory.data[: min(part.nbytes, nbytes - offset)])
         return await self._workers.run(partial(b"".join, pieces))
 
-    async def receive(self, parts: Sequence[tuple[FileRecord, Part]]) -> None:
+    async def receive(self, parts: Sequence[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Read parts into their places, several at once.
+
+        Args:
+            parts: Each with its file.
+            arrived: Called on the event loop with the number of bytes that have come since the last call.
 
         Raises:
             CheckpointCorruptError: If a digest differs, or a file ends early; the places are then undefined.
@@ -116,9 +119,9 @@ class Incoming:
         if not parts:
             return
         queue = iter(parts)
-        await together(*[partial(self._receive, queue)] * min(_PARTS_AT_ONCE, len(parts)))
+        await together(*[partial(self._receive, queue, arrived)] * min(_PARTS_AT_ONCE, len(parts)))
 
-    async def _receive(self, queue: Iterator[tuple[FileRecord, Part]]) -> None:
+    async def _receive(self, queue: Iterator[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Take one part after the other, until there is none left."""
         for file, part in queue:
             head = self._heads.pop(file.name, None) if part.index == 0 else None
@@ -133,7 +136,7 @@ class Incoming:
                 await self._place(part, torch.from_numpy(memory))
                 # It goes to the next part when nothing refers to it any more.
                 del memory
-            self._arrived(part.nbytes)
+            arrived(part.nbytes)
 
     async def _read(self, file: FileRecord, part: Part, buffer: Buffer) -> None:
         await self._reader.read(file.name, part.offset, buffer)

@@ -125,7 +125,6 @@ class CheckpointReader:
             PartBuffers(manifest.part_bytes),
             self._destinations,
             verify=self._verify,
-            arrived=self._arrived,
         )
         with span("headers"):
             return await self._outline(manifest, table)
@@ -193,7 +192,7 @@ class CheckpointReader:
         When cancelled, waits for what is being read and copied; the places are then undefined.
         """
         with span("read", nbytes=sum(part.nbytes for _, part in parts), parts=len(parts)):
-            await self._incoming.receive(parts)
+            await self._incoming.receive(parts, self._arrived)
 
     async def decode(self, outline: Outline, data: Mapping[str, torch.Tensor]) -> tuple[Any, Memory]:
         """Make the tree.

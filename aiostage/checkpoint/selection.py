@@ -86,7 +86,6 @@ class Selection:
                 f"Its first paths are {', '.join(self._examples)}."
             )
 
-
     def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
