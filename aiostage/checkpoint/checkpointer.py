@@ -136,7 +136,8 @@ class Checkpointer:
 
         Args:
             step: Which one, from 0. There must be no checkpoint of it yet.
-            state_dict: A tree as for :func:`save`. It must not change before the coroutine has returned.
+            state_dict: A tree as for :func:`save`, which must not change before the coroutine has returned; or an
+                entered :class:`~aiostage.Snapshot`, which may be left as soon as it has, and is not copied again.
 
         Returns:
             A coroutine, which waits for its turn if ``max_in_flight`` saves are under way; then for the copy. It

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -65,9 +65,7 @@ class Saving:
         self._target = (storage, name_of(step))
         self._progress = progress
         self._chain = chain
-        self._source: Any = (
-            stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
-        )
+        self._source: Any = _source(state_dict, stager)
 
     async def captured(self) -> bool:
         """Wait until the source may change; return False if the save has ended before. Cancelling changes nothing."""
@@ -157,3 +155,11 @@ class Saving:
         if not self.is_captured:
             self._captured_after = perf_counter() - self._began
             self._captured.set()
+
+
+def _source(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
+    """Return a snapshot to be entered, or a coroutine that returns a staged tree."""
+    if isinstance(state_dict, Snapshot):
+        # Whoever has entered it may leave it before it is written; the tree stays.
+        return state_dict.result()
+    return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)

@@ -154,6 +154,26 @@ async def test_the_source_may_change_once_captured() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_a_snapshot_that_others_use_too(incremental: bool) -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage, "write")
+    async with AsyncStager() as stager, Checkpointer(storage, stager, incremental=incremental) as checkpoints:
+        source = tree(1)
+        async with stager.snapshot(source) as snapshot:
+            handle = await checkpoints.save(1, snapshot)
+            staged = await snapshot.result()
+        source["weights"].zero_()
+        # No second copy.
+        assert stager.statistics().stagings == 1
+        assert not handle.done()
+        gate.open.set()
+        await handle.committed()
+        assert_same(tree(1), staged)
+    assert_same(tree(1), await checkpoints.restore())
+
+
+@pytest.mark.asyncio
 async def test_a_source_that_changes_before_is_torn() -> None:
     async with AsyncStager() as stager, Checkpointer(MemoryStorage(), stager) as checkpoints:
         source = tree(1)
