@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import trio
 import uvloop
 from blockbuster import blockbuster_ctx
 
@@ -43,13 +44,25 @@ def is_ours(file: str) -> bool:
     return file.startswith(HOUSE) and not file.startswith(HOUSE + "/testing")
 
 
+def new_probe() -> LoopProbe:
+    """Return a probe that is asked when the test is over."""
+    probe = LoopProbe(threshold=LONGEST_HOLD_SECONDS, interval=0.02, inside=is_ours)
+    probes.append(probe)
+    return probe
+
+
 def probed(make: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
     """Return a loop with a probe on it."""
     loop = make()
-    probe = LoopProbe(threshold=LONGEST_HOLD_SECONDS, interval=0.02, inside=is_ours)
-    probes.append(probe)
-    loop.call_soon(probe.start)
+    loop.call_soon(new_probe().start)
     return loop
+
+
+class ProbedTrio(trio.abc.Instrument):
+    """Puts a probe on a trio loop when it begins."""
+
+    def before_run(self) -> None:
+        new_probe().start()
 
 
 def pytest_asyncio_loop_factories(
@@ -60,18 +73,15 @@ def pytest_asyncio_loop_factories(
 
 
 @pytest.fixture
-def anyio_backend() -> str:
+def anyio_backend() -> tuple[str, dict[str, object]]:
     """Run tests marked for anyio on trio; asyncio has pytest-asyncio."""
-    return "trio"
+    return "trio", {"instruments": [ProbedTrio()]}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_blocks() -> Iterator[None]:
     """Fail a test whose coroutine calls something of aiostage that blocks the event loop."""
-    with blockbuster_ctx(
-        "aiostage",
-        excluded_modules=["aiostage.testing.probes", "aiostage.testing.stager_suite", "aiostage.testing.storage_suite"],
-    ):
+    with blockbuster_ctx("aiostage", excluded_modules=["aiostage.testing.probes", *SUITES]):
         yield
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 from types import FrameType, TracebackType
@@ -218,8 +219,14 @@ def _follow_trio(begin: Callable[[], None], end: Callable[[], None]) -> Callable
             end()
 
     tracker = Tracker()
+
+    def forget() -> None:
+        # A loop that has ended has no instruments.
+        with suppress(RuntimeError):
+            trio.lowlevel.remove_instrument(tracker)
+
     trio.lowlevel.add_instrument(tracker)
-    return lambda: trio.lowlevel.remove_instrument(tracker)
+    return forget
 
 
 @dataclass(frozen=True, slots=True)

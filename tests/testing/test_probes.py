@@ -226,6 +226,10 @@ async def test_ours():
     async with AsyncStager() as stager:
         await stager.stage([Slow()])
 
+@pytest.mark.anyio
+async def test_ours_on_trio():
+    await test_ours()
+
 @pytest.mark.asyncio
 @pytest.mark.holds_the_loop
 async def test_on_purpose():
@@ -251,6 +255,8 @@ def test_the_policy_fails_a_test_in_which_aiostage_holds_the_loop(tmp_path: Path
         timeout=50,
         check=False,
     )
-    assert "4 passed, 2 errors" in outcome.stdout or "6 passed, 2 errors" in outcome.stdout, outcome.stdout
+    assert "7 passed, 3 errors" in outcome.stdout, outcome.stdout
+    assert "ERROR" in outcome.stdout
+    assert "test_ours_on_trio" in outcome.stdout
     assert "in __deepcopy__" in outcome.stdout
     assert "test_theirs" not in outcome.stdout
