@@ -1,0 +1,71 @@
+"""Whether a checkpoint is whole, without loading it."""
+
+from __future__ import annotations
+
+import torch
+
+from aiostage._loop.slices import Slices
+from aiostage._loop.workers import Workers
+from aiostage.checkpoint.incoming import Destinations
+from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
+from aiostage.checkpoint.reader import CheckpointReader, Outline
+from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.writer import MAX_HOLD
+from aiostage.observe import span
+from aiostage.storage.locate import Target, locate
+
+__all__ = ["outline_of", "verify"]
+
+_THREADS = 2
+
+
+async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = None) -> Outline:
+    """Read a checkpoint and compare every byte with its checksums, in about 64 MiB of memory.
+
+    Args:
+        source: Where :func:`~aiostage.save` has put it.
+        progress: As for :func:`~aiostage.load`.
+
+    Returns:
+        What it consists of.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint, or it was replaced meanwhile.
+        CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign, with the file.
+        OSError: If the storage refuses.
+
+    May be cancelled; nothing is left behind then.
+    """
+    return await _look(source, progress, elements=True)
+
+
+async def outline_of(source: Target) -> Outline:
+    """Read everything of a checkpoint but the elements of its tensors. Arguments and errors as for :func:`verify`."""
+    return await _look(source, None, elements=False)
+
+
+async def _look(source: Target, progress: ProgressOption[LoadProgress], *, elements: bool) -> Outline:
+    storage, name = locate(source)
+    with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
+        workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+
+        def progressed(read_bytes: int, total_bytes: int) -> None:
+            if report is not None:
+                report(LoadProgress(name=name, total_bytes=total_bytes, read_bytes=read_bytes))
+
+        reader = ResolvingReader(storage, name, await storage.read(name))
+        try:
+            nowhere = Destinations(_host_memory, None)
+            checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)
+            outline = await checkpoint.open()
+            await checkpoint.names(outline, None, None)
+            if elements:
+                await checkpoint.read(await checkpoint.plan(outline, {}, everything=True))
+            return outline
+        finally:
+            await reader.aclose()
+            workers.stop()
+
+
+def _host_memory(tensor: torch.Tensor) -> torch.device | None:
+    return None

@@ -1,0 +1,92 @@
+"""What a checkpoint consists of, in lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from aiostage.checkpoint.nodes import LOOKED_INTO, reading
+from aiostage.checkpoint.reader import Outline
+from aiostage.checkpoint.verify import outline_of
+from aiostage.storage.locate import Target
+from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
+
+__all__ = ["inspect"]
+
+_LONGEST_VALUE = 60
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+async def inspect(source: Target, *, tree: bool = True) -> AsyncIterator[str]:
+    """Describe a checkpoint; only its manifest and headers are read.
+
+    Args:
+        source: Where it is.
+        tree: Whether the tree is described too.
+
+    Returns:
+        An iterator over lines.
+
+    Raises:
+        The errors of :func:`~aiostage.checkpoint.verify.verify`.
+    """
+    outline = await outline_of(source)
+    manifest = outline.manifest
+    yield f"{source}: {manifest.leaves:,} tensors, {_size(manifest.nbytes)}"
+    for each in outline.files:
+        digest = f"{DIGEST_NAME}:{digest_of_parts(each.file.digests)}"
+        yield f"  {each.file.name:<40} {_size(each.file.nbytes):>12}  {len(each.records):>6} tensors  {digest}"
+    if tree:
+        yield ""
+        with reading(f"{source}"):
+            for line in _tree(outline):
+                yield line
+
+
+def _tree(outline: Outline) -> Iterator[str]:
+    """Iterate over one line for each leaf, with its path; a container that is met again is only named."""
+    table = outline.table
+    todo: list[tuple[str, Any]] = [("", table.root)]
+    paths: dict[int, str] = {}
+    while todo:
+        path, child = todo.pop()
+        index = table.node(child)
+        if index is None:
+            yield f"{path or '.'} = {_short(child)}"
+        elif index in paths:
+            yield f"{path} is {paths[index] or '.'}"
+        else:
+            paths[index] = path
+            form = table.forms[index]
+            if form["is"] in LOOKED_INTO:
+                yield f"{path or '.'}: {form['is']} of {sum(1 for _ in table.edges(index))}"
+                below = [(f"{path}.{_key(key)}" if path else _key(key), value) for key, value in table.edges(index)]
+                todo += reversed(below)
+            else:
+                yield f"{path or '.'}: {_leaf(outline, form)}"
+
+
+def _leaf(outline: Outline, form: dict[str, Any]) -> str:
+    if form["is"] != "tensor":
+        return f"{form['is']} {_short(form.get('value', form.get('shape', '')))}".rstrip()
+    record = outline.records[form["name"]]
+    dtype, shape = form.get("dtype", record.dtype), form.get("shape", list(record.shape))
+    cls = form.get("class", "tensor")
+    shared = "" if "offset" not in form else f", a view of {form['name']}"
+    return f"{cls} {dtype} {tuple(shape)} {_size(record.stop - record.start)}{shared}"
+
+
+def _key(key: Any) -> str:
+    return f"<node {key[0]}>" if isinstance(key, list) else str(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{nbytes} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"

@@ -1,0 +1,83 @@
+"""The command line: which command, with which arguments, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import anyio
+
+from aiostage.checkpoint.verify import verify
+from aiostage.cli.bench import bench
+from aiostage.cli.inspect import inspect
+from aiostage.errors import StagingError
+from aiostage.storage.locate import Target
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: As a shell passes them, without the program; None for those of the process.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if it is not, with the reason on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        anyio.run(options.run, options)
+    except (StagingError, OSError, ValueError, ImportError) as error:
+        print(f"aiostage {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aiostage", description="Look at checkpoints, and at how fast staging is here."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    look = commands.add_parser("inspect", help="print the tree, the tensors and the files of a checkpoint")
+    look.add_argument("source", help="a path, or a URL such as s3://bucket/runs/7")
+    look.add_argument("--files", action="store_true", help="print the files only, not the tree")
+    look.set_defaults(run=_inspect)
+    check = commands.add_parser("verify", help="compare every byte of checkpoints with their checksums")
+    check.add_argument("sources", nargs="+", metavar="source", help="a path, or a URL such as s3://bucket/runs/7")
+    check.add_argument("--progress", action="store_true", help="show a bar (needs tqdm)")
+    check.set_defaults(run=_verify)
+    measure = commands.add_parser("bench", help="measure staging on this machine")
+    measure.add_argument("--mebibytes", type=_positive, default=512, help="size of the state dict (512)")
+    measure.add_argument("--tensors", type=_positive, default=64, help="how many tensors it has (64)")
+    measure.add_argument("--rounds", type=_positive, default=5, help="how often it is staged (5)")
+    measure.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+async def _inspect(options: argparse.Namespace) -> None:
+    async for line in inspect(options.source, tree=not options.files):
+        print(line)
+
+
+async def _verify(options: argparse.Namespace) -> None:
+    sources: list[Target] = options.sources
+    for source in sources:
+        outline = await verify(source, progress=options.progress)
+        nbytes = sum(file.file.nbytes for file in outline.files)
+        print(f"{source}: {len(outline.files)} files, {nbytes:,} bytes, all as they were written")
+
+
+async def _bench(options: argparse.Namespace) -> None:
+    async for line in bench(options.mebibytes << 20, options.tensors, options.rounds):
+        print(line)

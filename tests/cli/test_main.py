@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiostage
+from aiostage.cli.main import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    tied = torch.ones(3)
+    state: dict[str, Any] = {
+        "step": 3,
+        "model": {"weight": torch.zeros(2, 4, dtype=torch.bfloat16), "layers": [tied, tied]},
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "text": "x" * 1000,
+        "bytes": b"abc",
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    state["itself"] = state
+    return asyncio.run(aiostage.save(state, tmp_path / "checkpoint")).path
+
+
+def damage(checkpoint: Path) -> None:
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+
+
+def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{checkpoint}: 5 tensors, 96 B"
+    assert re.match(r"  model.safetensors +4\.1 KiB +5 tensors  xxh3_64:[0-9a-f]{16}$", shown[1])
+    assert shown[2:] == [
+        "",
+        ".: dict of 7",
+        "step = 3",
+        "model: dict of 2",
+        "model.weight: tensor BF16 (2, 4) 16 B",
+        "model.layers: list of 2",
+        "model.layers.0: tensor F32 (3,) 12 B",
+        "model.layers.1 is model.layers.0",
+        "parameter: Parameter F32 (2,) 8 B",
+        "text = '" + "x" * 58 + "…",
+        "bytes: bytes 'YWJj'",
+        "sparse: sparse [3, 3]",
+        "itself is .",
+    ]
+    assert main(["inspect", "--files", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.splitlines() == shown[:2]
+
+
+def test_inspect_reads_no_elements(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = 3 << 23
+    path = asyncio.run(aiostage.save({"a": torch.zeros(size, dtype=torch.uint8)}, checkpoint.parent / "large")).path
+    damage(path)
+    assert main(["inspect", str(path)]) == 0
+    assert f"a: tensor U8 ({size},) 24.0 MiB" in capsys.readouterr().out
+
+
+def test_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(checkpoint), str(checkpoint), "--progress"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{checkpoint}: 1 files, 4,192 bytes, all as they were written\n" * 2
+    assert "verifying checkpoint: 100%" in shown.err
+    damage(checkpoint)
+    assert main(["verify", str(checkpoint)]) == 1
+    shown = capsys.readouterr()
+    assert not shown.out
+    file = checkpoint / "model.safetensors"
+    assert shown.err == f"aiostage verify: {file}: bytes 0 to 4192 do not match their checksum.\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_is_no_checkpoint(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == f"aiostage {command}: {tmp_path / 'nowhere'}: there is no checkpoint.\n"
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--mebibytes", "1", "--tensors", "3", "--rounds", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("3 tensors, 1 MiB in host memory")
+    assert [line[:30].rstrip() for line in shown[1:-1]] == [
+        "plain copy into warm memory",
+        "first staging",
+        "later stagings",
+        "save to disk",
+        "load in place, verified",
+    ]
+    for line in shown[1:-1]:
+        assert re.search(r"\d+\.\d ms +\d+\.\d\d GB/s   worst \d+\.\d ms$", line)
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspect"], ["bench", "--rounds", "0"], ["unknown"]])
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: aiostage" in capsys.readouterr().err
+
+
+def test_as_a_program(checkpoint: Path) -> None:
+    damage(checkpoint)
+    outcome = subprocess.run(
+        [sys.executable, "-m", "aiostage.cli", "verify", str(checkpoint)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert "do not match their checksum" in outcome.stderr
