@@ -284,7 +284,10 @@ def stop_the_saver_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [None, SHARED], ids=["sent", "shared"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(None, id="sent", marks=pytest.mark.distributed_slow), pytest.param(SHARED, id="shared")],
+)
 def test_process_executor(pair: World, tmp_path: Path, options: StagingOptions | None) -> None:
     try:
         for same, descriptors in pair.run(in_another_process, str(tmp_path / "a"), options, 300):

@@ -22,11 +22,10 @@ class RemoteError(AssertionError):
     """What a rank raised, with its traceback."""
 
 
-def _serve(rank: int, size: int, port: int, generation: int, pipe: Any) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
-    store = dist.PrefixStore(f"world-{generation}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=50))
     pipe.send((True, None))
     while True:
@@ -51,11 +50,12 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         # Kept by this process, as torchrun's agent does, so that it outlives any rank.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store: dist.TCPStore | None = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(rank, size, self._store.port, 0, theirs))
+            process = CONTEXT.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -84,6 +84,10 @@ class World:
             self._pipes[rank].send((function.__module__, function.__qualname__, arguments))
         return self._answers(timeout, asked if answering is None else answering)
 
+    def lose_the_store(self) -> None:
+        """Let the rendezvous store go, as when the host that keeps it dies."""
+        self._store = None
+
     def _answers(self, timeout: float, ranks: Sequence[int]) -> list[Any]:
         answers, errors = [], []
         for rank in ranks:
@@ -107,8 +111,9 @@ class World:
             except OSError:
                 # Killed by its test.
                 continue
+        # Those that were killed leave the others nothing to wait for.
         for process in self._processes:
-            process.join(5 if error is None else 0.1)
+            process.join(5 if error is None and all(other.exitcode in (None, 0) for other in self._processes) else 0.1)
             if process.is_alive():
                 process.kill()
                 process.join()

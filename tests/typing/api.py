@@ -6,8 +6,10 @@ from collections import OrderedDict
 from typing import Any, assert_type
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 import aiostage
+import aiostage.dcp
 import aiostage.testing
 from aiostage.abc import Storage
 
@@ -52,6 +54,11 @@ async def main(model: torch.nn.Module) -> None:
         assert_type(await adapted.stage([1]), list[int])
     async with Mine() as mine:
         await mine.stage(state)
+    assert_type(await aiostage.dcp.save({"model": model}, checkpoint_id="a"), Metadata)
+    saving = aiostage.dcp.start_save({"model": model}, storage_writer=aiostage.dcp.StorageWriter("s3://bucket/run"))
+    assert_type(saving, aiostage.dcp.Saving)
+    assert_type(await saving.committed(), Metadata)
+    await aiostage.dcp.load({"model": model}, storage_reader=aiostage.dcp.StorageReader("checkpoints"))
     fence: aiostage.SupportsQuery = Fence()
     assert_type(fence.query(), bool)
     await aiostage.wait_event(fence)
