@@ -1,0 +1,85 @@
+"""What other programs make of our files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+import aiostage
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+
+
+def state() -> dict[str, Any]:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.LayerNorm(20), torch.nn.Linear(20, 10))
+    found: dict[str, Any] = {"model": dict(model.state_dict()), "step": 7}
+    found["dtypes"] = {str(dtype): (torch.arange(12) % 2).view(3, 4).to(dtype) for dtype in DTYPES}
+    found["float8"] = torch.ones(5).to(torch.float8_e4m3fn)
+    found["turned"] = torch.arange(6.0).view(2, 3).t()
+    return found
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found[prefix + key] = value
+    return found
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.asyncio
+async def test_safetensors(tmp_path: Path) -> None:
+    saved = state()
+    info = await aiostage.save(saved, tmp_path / "checkpoint")
+    path = info.path / "model.safetensors"
+    assert_equal(load_file(path), flat(saved))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert torch.equal(file.get_slice("model.0.weight")[3:5], saved["model"]["0.weight"][3:5])
+
+
+@pytest.mark.asyncio
+async def test_shards_as_hubs_have_them(tmp_path: Path) -> None:
+    saved = state()
+    info = await aiostage.save(saved, tmp_path / "checkpoint", max_shard_bytes=1000)
+    index = json.loads((info.path / "model.safetensors.index.json").read_text())
+    expected = flat(saved)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    found: dict[str, torch.Tensor] = {}
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    assert shards == [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    for shard in shards:
+        loaded = load_file(info.path / shard)
+        assert set(loaded) == {name for name, where in index["weight_map"].items() if where == shard}
+        found |= loaded
+    assert_equal(found, expected)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 1000])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_distributed_checkpoints_reader(tmp_path: Path, max_shard_bytes: int) -> None:
+    saved = state()
+    info = await aiostage.save(saved, tmp_path / "checkpoint", max_shard_bytes=max_shard_bytes)
+    expected = flat(saved)
+    found = {name: torch.zeros_like(tensor).contiguous() for name, tensor in expected.items()}
+    dcp.load(found, storage_reader=HuggingFaceStorageReader(str(info.path)), no_dist=True)
+    assert_equal(found, expected)
