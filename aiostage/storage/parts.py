@@ -40,7 +40,7 @@ PART_BYTES = 8 << 20
 """How much is written, read and checked at once. 8 MiB from two threads was as fast as larger parts, and a part
 that fits caches is hashed and written while it is hot."""
 
-MAX_PART_BYTES = 1 << 30
+MAX_PART_BYTES = 64 << 20
 """Larger parts are not read, so that a hostile manifest costs a bounded amount of memory."""
 
 _GROUP = 256
