@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Generator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 
 from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Spec, SpecTable, take_apart
+from aiostage._loop.collection import untrack_all
 
 try:
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -28,7 +28,7 @@ NO_VERSION = -1
 """Stands for the version of tensors that have none (inference tensors)."""
 
 _address = torch.Tensor.data_ptr
-_version = attrgetter("_version")
+_version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _DENSE = {"dense"}
 
 
@@ -85,6 +85,8 @@ class Leaves:
         self.gradients: list[tuple[int, int]] = []
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
+        # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
+        untrack_all((self.tensors, self.specs, self.addresses, self.versions))
         self._count = 0
         self._early: dict[int, int] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -104,6 +106,16 @@ class Leaves:
         self._seen |= identities
         self.tensors += tensors
         return start
+
+    def are_new(self, start: int) -> bool:
+        """Take notice of the tensors from ``start`` on, which were appended without a look.
+
+        Returns:
+            Whether all of them were met for the first time and none has attributes.
+        """
+        tensors = self.tensors[start:]
+        self._seen.update(map(id, tensors))
+        return len(self._seen) == len(self.tensors) and not _have_attributes(tensors)
 
     def copy_now(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a host copy of one tensor, made at once, for an object that copies itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -47,6 +47,9 @@ ATOMIC = frozenset(
     )
 )
 """Classes whose instances are passed through: immutable, or code rather than state."""
+
+_AT_ONCE = 128
+"""Frames emptied between two yields."""
 
 
 class Memo:
@@ -126,10 +129,17 @@ class Memo:
         self.leaves.release()
         for held in (self.copies, self.late, self.alive, self.stack):
             held.clear()
-        for _, origin, _ in self.origins:
+        for _ in self.releasing():
+            pass
+
+    def releasing(self) -> Generator[None, None, None]:
+        """Let go of what the frames hold, yielding between small steps."""
+        for number, (_, origin, _) in enumerate(self.origins):
             frame: Frame | None = origin
             while frame is not None and frame.finish is not released:
                 frame.finish = released
                 frame.sources = frame.copies = []
                 frame.holes = []
                 frame = frame.parent
+            if number % _AT_ONCE == 0:
+                yield

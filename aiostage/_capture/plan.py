@@ -29,7 +29,7 @@ BATCH_BYTES = 32 * 2**20
 """How much one copy moves at most. Measured: at 18 GB/s this is 2 ms, long enough that the hand-over to a thread does
 not show and short enough that a cancellation is answered soon."""
 
-BATCH_LEAVES = 2048
+BATCH_LEAVES = 4096
 """How many leaves one batch has at most. Every batch costs a worker thread two turns with the GIL, each of which the
 event loop's thread has to give up first, so small leaves go in large batches."""
 
@@ -227,8 +227,13 @@ def _separate(
         yield
     groups: list[list[int]] = []
     for indices, sizes in sharing.values():
-        starts = np.array([addresses[index] for index in indices])
-        stops = starts + np.array(sizes)
+        parts = []
+        for first in range(0, len(indices), LOOKED_AT):
+            part = slice(first, first + LOOKED_AT)
+            parts.append(np.array([[addresses[index] for index in indices[part]], sizes[part]]))
+            yield
+        starts, extents = np.concatenate(parts, axis=1)
+        stops = starts + extents
         order = np.argsort(starts, kind="stable")
         yield
         reach = np.maximum.accumulate(stops[order])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +11,7 @@ import torch
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Leaves
 from aiostage._capture.plan import Block, Run
+from aiostage._loop.collection import untrack_all
 
 __all__ = ["Holes", "Results", "Step", "build_block", "build_run", "finish_leaves", "perform"]
 
@@ -43,7 +42,7 @@ class Results:
 
     __slots__ = ("late", "staged")
 
-    def __init__(self, staged: list[Any], late: int) -> None:
+    def __init__(self, staged: list[Any], late: int = 0) -> None:
         self.staged = staged
         self.late: list[Any] = [None] * late
 
@@ -61,16 +60,6 @@ class Results:
     def __getitem__(self, reference: int) -> Any:
         return self.staged[reference] if reference >= 0 else self.late[~reference]
 
-
-_untrack = ctypes.PyDLL(None).PyObject_GC_UnTrack
-"""Takes an object from the cyclic garbage collector's lists. A staged leaf refers to nothing but its memory, so no
-circle can go through it (unless somebody hangs an attribute on it that leads back). Tens of thousands of leaves at once
-would make the collector look at all of them together, which holds the event loop for 20 ms at 50,000, and would bring
-forward a look at the whole heap. It is public C API, and freeing an object that is not in the lists is allowed for."""
-_untrack.argtypes = [ctypes.py_object]
-_untrack.restype = None
-
-_consume = deque[None](maxlen=0).extend
 
 Step: TypeAlias = Callable[[Results], None]
 """One step of the program that rebuilds the tree."""
@@ -93,7 +82,14 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
-        _consume(map(_untrack, tensors))
+        # A staged leaf refers to nothing but its memory, so no circle can go through it (unless somebody hangs an
+        # attribute on it that leads back).
+        untrack_all(tensors)
+    elif not spec.shape and dtype is not None:
+        size = spec.staged_nbytes
+        scalars = (np.ndarray((), dtype, memory, start) for start in range(0, count * size, size))
+        tensors = list(map(torch.from_numpy, scalars))
+        untrack_all(tensors)
     else:
         size = spec.staged_nbytes
         tensors = [

@@ -15,6 +15,9 @@ __all__ = ["Witness"]
 _CHUNK = 2048
 """Children compared between two yields, at about 20 ns each."""
 
+_CONTAINER_COST = 32
+"""What a container costs, in terms of children."""
+
 
 class _HasPath(Protocol):
     def path(self, slot: int) -> Path: ...
@@ -64,18 +67,30 @@ class Witness:
         Where something was added, removed or moved it is the path of the container.
         """
         paths: dict[Path, None] = {}
+        looked_at = 0
         for source, before, frame, slot in self._keys:
-            if len(source) != len(before) or not (yield from _same(source, before)):
+            if len(source) != len(before) or not (
+                _same_now(source, before) if len(before) <= _CHUNK else (yield from _same(source, before))
+            ):
                 paths[frame.path(slot)] = None
-            yield
+            looked_at += len(before) + _CONTAINER_COST
+            if looked_at >= _CHUNK:
+                yield
+                looked_at = 0
         for source, before, steps, frame, slot in self._contents:
             if len(source) != len(before):
                 paths[frame.path(slot)] = None
-            elif not (yield from _same(source, before)) and (path := frame.path(slot)) not in paths:
+            elif (
+                not (_same_now(source, before) if len(before) <= _CHUNK else (yield from _same(source, before)))
+                and (path := frame.path(slot)) not in paths
+            ):
                 for step, now, then in zip(steps, source, before, strict=False):
                     if now is not then:
                         paths[(*path, step)] = None
-            yield
+            looked_at += len(before) + _CONTAINER_COST
+            if looked_at >= _CHUNK:
+                yield
+                looked_at = 0
         for members, identities, frame, slot in self._sets:
             if set(map(id, members)) != identities:
                 paths[frame.path(slot)] = None
@@ -86,6 +101,10 @@ class Witness:
                     paths[(*frame.path(slot), Attribute(name))] = None
             yield
         return list(paths)
+
+
+def _same_now(now: Iterable[Any], before: Sequence[Any]) -> bool:
+    return all(map(is_, now, before))
 
 
 def _same(now: Iterable[Any], before: Sequence[Any]) -> Generator[None, None, bool]:

@@ -22,7 +22,7 @@ from aiostage._capture.frames import HIDDEN, Frame
 from aiostage._capture.leaves import Leaves
 from aiostage._capture.memo import ATOMIC, Memo
 from aiostage._capture.objects import copy_object
-from aiostage._capture.rebuild import Results, Step
+from aiostage._capture.rebuild import Results, perform
 from aiostage._capture.versions import Witness
 from aiostage.leaf import Attribute, Path
 
@@ -54,9 +54,9 @@ class Walk:
         return self._memo.leaves
 
     @property
-    def program(self) -> list[Step]:
-        """What is left to do once they are staged."""
-        return self._memo.program
+    def late(self) -> int:
+        """How many objects can only be made once the leaves are there."""
+        return self._memo.late_count
 
     @property
     def witness(self) -> Witness:
@@ -85,17 +85,18 @@ class Walk:
                 frame.finish(frame)
             yield
 
-    def results(self, staged: list[Any]) -> Results:
-        """Return what the program's steps work on."""
-        return Results(staged, self._memo.late_count)
-
-    def tree(self, results: Results) -> Any:
-        """Return the staged tree, once the program has run."""
+    def rebuild(self, results: Results) -> Generator[None, None, Any]:
+        """Build what is left to be built around the staged leaves, and return the staged tree."""
+        yield from perform(self._memo.program, results)
         return self._root if self._root_reference is None else results[self._root_reference]
 
     def path(self, leaf: int) -> Path:
         """Return the path of a leaf: the first that led to it."""
         return self._memo.path(leaf)
+
+    def releasing(self) -> Generator[None, None, None]:
+        """Do the larger part of :meth:`release`, yielding between small steps."""
+        yield from self._memo.releasing()
 
     def release(self) -> None:
         """Let go of the source and of the copy; only paths can be asked for from now on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Sequence
 
 from aiostage._capture.leaves import changed
+from aiostage._capture.plain import PlainWalk
 from aiostage._capture.plan import Batch
 from aiostage._capture.walk import Walk
 from aiostage.leaf import Path, format_path
@@ -22,7 +23,7 @@ class Changes:
         walk: Which met the leaves and containers.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk | PlainWalk) -> None:
         self._walk = walk
         self._torn: dict[Path, None] = {}
         self._settled: set[int] = set()
@@ -52,7 +53,7 @@ class Changes:
 
 
 def within(
-    parts: Collection[Path], walk: Walk, batches: Sequence[Batch]
+    parts: Collection[Path], walk: Walk | PlainWalk, batches: Sequence[Batch]
 ) -> Generator[None, None, tuple[set[int], set[int]]]:
     """Find what lies in some parts of a tree, yielding between small steps.
 

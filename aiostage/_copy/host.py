@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from time import sleep
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
-from aiostage._capture.plan import Batch, Run
+from aiostage._capture.plan import Batch
 from aiostage._loop.workers import Job
 
 __all__ = ["HostCopy", "copy_tensors"]
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 4 * 2**20
 """How much is moved between two looks at whether anybody still wants it: 0.2 ms into warm memory, and up to 10 ms where
@@ -32,13 +36,16 @@ class HostCopy:
     Args:
         batch: What to copy.
         tensors: The source leaves, kept alive until the copy has run.
-        staged: Their staged copies, built where the batch needs them.
+        staged: Where their staged copies are once they are built.
         specs: Of the leaves.
         addresses: Of the source leaves.
         memory: One-dimensional uint8, the whole arena, kept alive like the sources.
+
+    Attributes:
+        ready: Whether it can run before the staged leaves of the batch are built: it writes to the arena alone.
     """
 
-    __slots__ = ("_destinations", "_joins", "_keep", "_moves", "_sources")
+    __slots__ = ("_apart", "_joins", "_keep", "_moves", "_pieces", "_staged", "ready")
 
     def __init__(
         self,
@@ -49,54 +56,44 @@ class HostCopy:
         addresses: Sequence[int],
         memory: np.ndarray[Any, Any],
     ) -> None:
-        self._destinations: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
-        self._joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._staged = staged
+        self._apart: list[tuple[int, torch.Tensor]] = []
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._joins: list[tuple[Callable[..., torch.Tensor], torch.Tensor, list[torch.Tensor]]] = []
         self._moves: list[tuple[int, int, int]] = []
-        self._keep: list[object] = []
-        if batch.start + len(batch.whole) * _MOVED_BYTES > batch.stop:
-            # Small on average, so looking at each would cost more than it saves.
-            apart = self._join(batch, tensors, memory)
-            self._destinations = [staged[index] for run in apart for index in run.indices]
-            self._sources = [tensors[index] for run in apart for index in run.indices]
-        else:
-            for index in batch.whole:
-                spec = _known(specs[index])
-                if _is_memory(spec) and spec.nbytes >= _MOVED_BYTES:
-                    self._move(staged[index].data_ptr(), addresses[index], spec.nbytes, tensors[index])
+        self._keep: list[object] = [memory]
+        base = memory.ctypes.data
+        for spec, same in groupby(filter(_is_whole, batch.runs), _spec):
+            runs = list(same)
+            sources = [tensor for run in runs for tensor in _pick(tensors, run.indices)]
+            if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
+                self._apart += zip([index for run in runs for index in run.indices], sources, strict=True)
+            elif spec.nbytes >= _MOVED_BYTES:
+                for run in runs:
+                    for number, index in enumerate(run.indices):
+                        self._moves.append((base + run.offset + number * spec.nbytes, addresses[index], spec.nbytes))
+                self._keep.append(sources)
+            else:
+                # Runs of one spec follow each other in the arena too.
+                flat = torch.from_numpy(memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]).view(spec.dtype)
+                if spec.shape:
+                    shape = (len(sources) * spec.shape[0], *spec.shape[1:])
+                    self._joins.append((torch.cat, flat.view(shape), sources))
                 else:
-                    self._destinations.append(staged[index])
-                    self._sources.append(tensors[index])
+                    self._joins.append((torch.stack, flat, sources))
         for piece in batch.pieces:
             spec, tensor = _known(specs[piece.index]), tensors[piece.index]
             if _is_memory(spec):
                 size = spec.dtype.itemsize
                 address = addresses[piece.index] + piece.start * size
-                self._move(memory.ctypes.data + piece.offset, address, piece.length * size, tensor)
+                self._moves.append((base + piece.offset, address, piece.length * size))
+                self._keep.append(tensor)
             else:
                 stop = piece.offset + piece.length * spec.target.itemsize
-                self._destinations.append(torch.from_numpy(memory[piece.offset : stop]).view(spec.target))
+                destination = torch.from_numpy(memory[piece.offset : stop]).view(spec.target)
                 first = tensor.storage_offset() + piece.start
-                self._sources.append(tensor.detach().as_strided((piece.length,), (1,), first))
-        self._keep.append(memory)
-
-    def _join(self, batch: Batch, tensors: Sequence[torch.Tensor], memory: np.ndarray[Any, Any]) -> list[Run]:
-        """Copy runs by concatenating their leaves, as many at once as possible; return those where that will not do."""
-        apart: list[Run] = []
-        for spec, same in groupby(filter(_is_whole, batch.runs), _spec):
-            runs = list(same)
-            if not (_is_memory(spec) and spec.shape and spec.cls in PLAIN_CLASSES):
-                apart += runs
-                continue
-            sources = [tensors[index] for run in runs for index in run.indices]
-            # Runs of one spec follow each other in the arena too.
-            flat = torch.from_numpy(memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]).view(spec.dtype)
-            self._joins.append((flat.view(len(sources) * spec.shape[0], *spec.shape[1:]), sources))
-        return apart
-
-    def _move(self, destination: int, source: int, nbytes: int, tensor: torch.Tensor) -> None:
-        self._moves.append((destination, source, nbytes))
-        self._keep.append(tensor)
+                self._pieces.append((destination, tensor.detach().as_strided((piece.length,), (1,), first)))
+        self.ready = not self._apart
 
     def run(self, job: Job) -> bool:
         """Copy. Blocks; the GIL is released meanwhile.
@@ -112,12 +109,20 @@ class HostCopy:
                 if job.cancelled:
                     return False
                 ctypes.memmove(destination + start, source + start, min(_PIECE_BYTES, nbytes - start))
+                # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
+                # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
+                _yield_core()
         with torch.no_grad():
-            for joined, sources in self._joins:
+            for join, joined, sources in self._joins:
                 # Half the cost of _foreach_copy_ for small leaves, which it copies one operation at a time.
-                torch.cat(sources, out=joined)
-        if self._destinations:
-            copy_tensors(self._destinations, self._sources)
+                join(sources, out=joined)
+        destinations = [destination for destination, _ in self._pieces]
+        sources = [source for _, source in self._pieces]
+        for index, source_leaf in self._apart:
+            destinations.append(self._staged[index])
+            sources.append(source_leaf)
+        if destinations:
+            copy_tensors(destinations, sources)
         return True
 
 
@@ -128,8 +133,26 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
         torch._foreach_copy_(destinations, sources)
 
 
+if sys.platform == "win32":
+
+    def _yield_core() -> None:
+        sleep(0)
+
+else:
+    # os.sched_yield() keeps the GIL, and with it from running whom the core is for.
+    _yield_core = ctypes.CDLL(None).sched_yield
+
+
 _is_whole = attrgetter("is_whole")
 _spec = attrgetter("spec")
+
+
+def _pick(items: Sequence[T], indices: Sequence[int]) -> Sequence[T]:
+    """Return the items at increasing indices."""
+    first, last = indices[0], indices[-1]
+    if last - first == len(indices) - 1:
+        return items[first : last + 1]
+    return [items[index] for index in indices]
 
 
 def _known(spec: Spec | None) -> Spec:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import Refusal, Spec
+from aiostage._capture.plain import NotPlain, PlainWalk
 from aiostage._capture.plan import Batch, MixedCast, Plan
-from aiostage._capture.rebuild import Results, finish_leaves, perform
+from aiostage._capture.rebuild import Results, finish_leaves
 from aiostage._capture.walk import Walk
 from aiostage._copy.building import build_batch, build_destinations, build_empty
 from aiostage._copy.changes import Changes, within
@@ -26,6 +27,7 @@ from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.cleanup import finish, without_locals
+from aiostage._loop.collection import untrack_all
 from aiostage._loop.slices import Slices, exhausted
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
@@ -57,7 +59,7 @@ class Staging:
         self._streamed = streamed
         self._options = resources.options
         self._slices = Slices(resources.options.max_loop_hold)
-        self._walk = Walk(passthrough=resources.options.passthrough)
+        self._walk: Walk | PlainWalk = PlainWalk()
         self._specs: list[Spec | None] = []
         # What holds memory is kept here and not in locals: there the traceback of an error, or of a cancellation,
         # would keep it for as long as somebody keeps the error.
@@ -264,9 +266,9 @@ class Staging:
 
     def _look(self, source: Any) -> Generator[None, None, None]:
         """Find the leaves, and what each of them is."""
-        walk, leaves = self._walk, self._walk.leaves
         with Phase(self.timings, "walk"):
-            yield from walk.run(source)
+            yield from self._find(source)
+        walk, leaves = self._walk, self._walk.leaves
         with Phase(self.timings, "inspect"):
             try:
                 yield from leaves.inspect(self._resources.inspection)
@@ -276,8 +278,20 @@ class Staging:
             if self._options.dtype is not None:
                 self._specs = yield from self._cast()
 
+    def _find(self, source: Any) -> Generator[None, None, None]:
+        """Find the leaves, the short way if it leads to the end."""
+        if self._options.passthrough is None:
+            try:
+                yield from self._walk.run(source)
+                return
+            except NotPlain:
+                # Its nodes refer to each other in circles, and to the source.
+                self._walk.release()
+        self._walk = Walk(passthrough=self._options.passthrough)
+        self._changes = Changes(self._walk)
+        yield from self._walk.run(source)
+
     async def _begin(self) -> None:
-        walk, leaves = self._walk, self._walk.leaves
         if self._refused is not None:
             raise self._refused
         if not self._looked:
@@ -285,6 +299,7 @@ class Staging:
             if self._flights is not None:
                 # What was written meanwhile is in the versions that were read, so the copies have to have it too.
                 self._flights.renew()
+        walk, leaves = self._walk, self._walk.leaves
         with Phase(self.timings, "plan"):
             try:
                 plan = self.plan = await self._slices.run(self._resources.plan(self._specs, leaves.addresses))
@@ -353,6 +368,7 @@ class Staging:
         """
         tensors, specs, addresses = self._walk.leaves.tensors, self._specs, self._walk.leaves.addresses
         staged = self.staged = [None] * len(tensors)
+        untrack_all((staged,))
         yield from build_empty(plan.empty, staged)
         from_devices: list[DeviceCopy] = []
         if self.window is not None:
@@ -362,15 +378,24 @@ class Staging:
         else:
             return from_devices
         self.memory = range(memory.ctypes.data, memory.ctypes.data + memory.nbytes)
+        waiting: dict[int, HostCopy] = {}
+        # Threads copy what they can while the leaves are being built here.
+        for number, batch in self.in_order() if self.window is None else ():
+            if batch.device is None:
+                copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
+                if copies.ready:
+                    self._start(partial(self._copy, number, copies))
+                else:
+                    waiting[number] = copies
+                yield
         for number, batch in self.in_order():
             yield from build_batch(batch, memory, staged, specs)
             if self.window is not None:
                 continue
             if batch.device is not None:
                 from_devices.append(DeviceCopy(number, batch, tensors, staged, specs, memory))
-            else:
-                copies = HostCopy(batch, tensors, staged, specs, addresses, memory)
-                self._start(partial(self._copy, number, copies))
+            elif number in waiting:
+                self._start(partial(self._copy, number, waiting.pop(number)))
             yield
         return from_devices
 
@@ -458,6 +483,7 @@ class Staging:
                 raise TornSnapshotError([format_path(path) for path in self._changes.paths])
         if not early:
             await self._rebuild()
+        await self._slices.run(self._walk.releasing())
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._specs)
@@ -473,9 +499,8 @@ class Staging:
         walk = self._walk
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
-            self._results = walk.results(self.staged)
-            await self._slices.run(perform(walk.program, self._results))
-            self.tree = walk.tree(self._results)
+            self._results = Results(self.staged, walk.late)
+            self.tree = await self._slices.run(walk.rebuild(self._results))
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""

@@ -15,6 +15,10 @@ __all__ = ["Slices", "exhausted"]
 T = TypeVar("T")
 
 
+_SHARE = 0.6
+"""How much of its time a slice plans with. The rest is for the step that is under way when it is up, and for getting
+the GIL back from threads that have just been given it."""
+
 _collection_pause = CollectionPause()
 
 
@@ -78,7 +82,7 @@ class Slices:
 
     def _slice(self, work: Generator[None, None, object]) -> None:
         begin = perf_counter()
-        deadline = begin + self.max_hold
+        deadline = begin + self.max_hold * _SHARE
         try:
             # At least one step, or a max_hold below the clock's own cost would never get anywhere.
             next(work)

@@ -78,7 +78,8 @@ def suspensions(coroutine: Any) -> int:
 
 @pytest.mark.parametrize("use_async_staging", [False])
 def test_yields_follow_the_limit(use_async_staging: bool) -> None:
-    tree = [[torch.ones(1), {"a": n}] for n in range(2000)]
+    # Not plain, so that it is walked child by child.
+    tree = [[torch.ones(1), {"a": n}, slice(n)] for n in range(2000)]
 
     def yields(max_loop_hold: float) -> int:
         stager = AsyncStager(StagingOptions(max_loop_hold=max_loop_hold, use_async_staging=use_async_staging))
@@ -96,7 +97,7 @@ def test_yields_follow_the_limit(use_async_staging: bool) -> None:
 
 
 def test_every_yield_is_a_turn_of_the_loop() -> None:
-    tree = [[torch.ones(1)] for _ in range(100)]
+    tree = [[torch.ones(1), slice(n)] for n in range(100)]
     few = suspensions(AsyncStager(StagingOptions(max_loop_hold=math.inf)).stage(tree))
     many = suspensions(AsyncStager(StagingOptions(max_loop_hold=1e-9)).stage(tree))
     assert many > few + 200

@@ -117,13 +117,14 @@ class TestStreams:
         torn = seen = 0
         for seed in range(100):
             with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
-                state = {str(n): full(accelerator, 0) for n in range(20)}
+                # A slice is not plain, so that the walk takes a while.
+                state = {"row": slice(1), **{str(n): full(accelerator, 0) for n in range(20)}}
                 accelerator.synchronize()
                 stream = accelerator.side_stream(accelerator.devices[0])
                 async with AsyncStager(StagingOptions(max_loop_hold=1e-9), backend=accelerator) as stager:
                     with stream:
                         task = asyncio.ensure_future(stager.stage(state))
-                    for _ in range(seed % 10):
+                    for _ in range(seed % 14):
                         await asyncio.sleep(0)
                     accelerator.launch(lambda t: t.fill_(7), state["19"], seconds=1e-3, stream=stream)
                     try:

@@ -20,6 +20,8 @@ SOURCE = {
     "pair": (torch.ones(2), [torch.zeros(3)]),
     "sparse": torch.eye(3).to_sparse(),
     "big": torch.ones(3_000_000),
+    # Ends the short walk, so that both are cancelled.
+    "rows": [slice(n) for n in range(4)],
 }
 EAGER = StagingOptions(max_loop_hold=1e-9)
 """Yields between any two small steps, so that there are many awaits to be cancelled at."""
