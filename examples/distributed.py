@@ -87,6 +87,13 @@ async def train(folder: Path) -> None:
         for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(ours.to_local(), theirs.to_local())  # type: ignore[attr-defined]
 
+        # Into a storage, where it replaces the one of before in one step: a directory here, s3://bucket/run elsewhere.
+        writer = dcp.StorageWriter(folder / "storage", overwrite=True)
+        for _ in range(2):
+            await dcp.save(into, checkpoint_id="latest", storage_writer=writer, stager=stager, timeout=TIMEOUT)
+        reader = dcp.StorageReader(folder / "storage")
+        await dcp.load(into, checkpoint_id="latest", storage_reader=reader, timeout=TIMEOUT)
+
         # PyTorch's own saver with our staging: one argument.
         torch_stager = dcp.TorchStager()
         response = checkpoint.async_save(into, checkpoint_id=folder / "by-pytorch", async_stager=torch_stager)
