@@ -185,12 +185,13 @@ class Checkpointer:
         """
         return max(await self.steps(), default=None)
 
-    async def restore(self, into: Any = None, step: int | None = None) -> Any:
+    async def restore(self, into: Any = None, step: int | None = None, **options: Any) -> Any:
         """Read a checkpoint.
 
         Args:
             into: A live tree to change in place, as for :func:`load`. None: return a new tree.
             step: Which one. None: the latest.
+            **options: More that :func:`load` takes: ``in_place``, ``only``, ``verify``, ``progress``, ``backend``.
 
         Returns:
             The tree that was saved, in host memory; or ``into``.
@@ -201,7 +202,7 @@ class Checkpointer:
             CheckpointMismatchError: If it does not fit ``into``.
             OSError: If the storage refuses.
 
-        May be cancelled: either nothing of ``into`` has been changed then, or everything.
+        May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
         """
         if step is not None:
             name = name_of(operator.index(step))
@@ -211,13 +212,13 @@ class Checkpointer:
                     path=f"{name} in {self._storage!r}",
                     remedy="steps() has all of them.",
                 )
-            return await load((self._storage, name), into=into)
+            return await load((self._storage, name), into=into, **options)
         for _ in range(_ATTEMPTS):
             latest = await self.latest()
             if latest is None:
                 raise CheckpointNotFoundError("there is no checkpoint to restore.", path=repr(self._storage))
             try:
-                return await load((self._storage, name_of(latest)), into=into)
+                return await load((self._storage, name_of(latest)), into=into, **options)
             except CheckpointNotFoundError:
                 continue
         raise CheckpointError("others keep removing the latest checkpoint.", path=repr(self._storage))

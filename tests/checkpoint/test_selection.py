@@ -153,3 +153,14 @@ async def test_circles_and_what_is_shared(tmp_path: Path) -> None:
         deep = [deep]
     await write_checkpoint({"deep": deep, "flat": 1}, tmp_path / "deep")
     assert await aiostage.load(tmp_path / "deep", only="flat") == {"flat": 1}
+
+
+@pytest.mark.asyncio
+async def test_a_checkpointer_restores_parts_in_place(tmp_path: Path) -> None:
+    live = tree(1)
+    async with aiostage.Checkpointer(tmp_path) as checkpoints:
+        await (await checkpoints.save(5, tree(2))).committed()
+        await checkpoints.restore(live, only="model", in_place=True)
+        assert live["model"]["head"].tolist() == [2] * 4
+        assert live["step"] == 1
+        assert await checkpoints.restore(step=5, only="step") == {"step": 2}
