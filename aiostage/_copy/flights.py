@@ -112,6 +112,8 @@ async def land(flight: Flight, streams: SideStreams) -> None:
         streams.forget(flight.device, flight.transfer.stream)
         raise
     airborne.landed(flight)
+    # Whoever counts flights may go on to refer to it, but memory is used again before that is over.
+    flight.keep.clear()
 
 
 class Flights:

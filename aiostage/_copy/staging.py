@@ -531,6 +531,9 @@ class Staging:
 
     def in_order(self) -> Iterator[tuple[int, Batch]]:
         """Return the batches with their numbers, in the order in which they are copied."""
+        if self._streamed:
+            # That of the files, so that writing can begin with the first.
+            return iter(enumerate(self._batches))
         order = self.plan.order if self.plan is not None else ()
         return ((number, self._batches[number]) for number in order)
 

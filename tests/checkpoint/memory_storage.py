@@ -75,6 +75,7 @@ class MemoryDraft(Draft):
         await self.storage.happens("write", self.name)
         data = bytearray()
         async for part in parts:
+            await self.storage.happens("part", self.name)
             data += part
             # It has to go when it has been stored.
             del part
