@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test test-all lint bench bench-distributed orchestrator docs clean
+.PHONY: demo test test-all lint bench bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
@@ -33,6 +33,10 @@ bench-distributed: $(READY)
 
 orchestrator: $(READY)
 	$(BIN)/python examples/orchestrator
+
+bench-pipeline: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/pipeline.py
 
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py
