@@ -284,7 +284,7 @@ async def test_nothing_is_copied_and_everything_let_go(storage: ObjectStorage, s
     await draft.abort()
 
 
-@pytest.mark.parametrize("steps", range(0, 40, 3))
+@pytest.mark.parametrize("steps", range(0, 40, 8))
 async def test_cancelled_at_any_await(
     steps: int, s3_server: S3Server, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
