@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -54,8 +54,6 @@ _BATCH = 200
 # The threads of obstore let go of Python objects a little after they have answered. One that finds the interpreter
 # gone then aborts the process: 8 of 60 programs that ended right after an upload ended like that, and none with this.
 atexit.register(time.sleep, 0.02)
-
-T = TypeVar("T")
 
 _log = logging.getLogger("aiostage")
 
