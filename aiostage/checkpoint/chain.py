@@ -50,7 +50,7 @@ class Chain:
             What was saved.
 
         Raises:
-            CheckpointError: If another process has removed what it refers to meanwhile; it is gone again.
+            CheckpointError: If somebody has removed what it refers to meanwhile; it is gone again.
             Exception: Whatever ``write`` raises.
 
         When cancelled, either it was committed, or nothing of it is left.
@@ -65,7 +65,7 @@ class Chain:
             if base is not None and not await self._shelf.has(base.name):
                 await self._storage.delete(name)
                 raise CheckpointError(
-                    f"another process has removed {base.name}, to which it referred.",
+                    f"{base.name}, to which it referred, was removed meanwhile.",
                     path=name,
                     remedy="Save it again.",
                 )

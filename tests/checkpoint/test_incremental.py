@@ -302,7 +302,7 @@ async def test_another_process_removes_what_a_save_refers_to() -> None:
         storage.before = None
         await Checkpointer(storage).delete(0)
         gate.open.set()
-        with pytest.raises(CheckpointError, match="another process has removed step-00000000"):
+        with pytest.raises(CheckpointError, match="step-00000000, to which it referred, was removed"):
             await handle.committed()
         # Nothing is left that could not be read, and the next one is whole.
         assert storage.checkpoints == {}
