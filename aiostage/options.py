@@ -34,7 +34,8 @@ class StagingOptions:
         max_loop_hold: How long a staging may hold the event loop before it yields, in seconds. ``math.inf`` makes
             the walk one indivisible step.
         max_host_bytes: Budget for arenas, in bytes. A staging over the budget waits for a lease to end; one that
-            can never fit raises :class:`~aiostage.HostMemoryError`. None: no limit.
+            can never fit raises :class:`~aiostage.HostMemoryError`, but a save of it passes through as much memory as
+            there is. None: no limit.
         max_bytes_in_flight: How many bytes each staging may have devices copy at once, so that staging leaves the next
             step some of the bus. None: no limit. A single copy of at most 32 MiB may be larger.
         low_priority_copies: Copy on streams of low priority, so that kernels of the next step go first.
