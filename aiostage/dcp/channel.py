@@ -268,7 +268,9 @@ class Channel:
             )
             distributed_c10d._world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(self._ranks)}
             self._group = group
-        self._group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout))
+        backend = self._group._get_backend(torch.device("cpu"))
+        # With TORCH_DISTRIBUTED_DEBUG=DETAIL it is wrapped.
+        getattr(backend, "wrapped_pg", backend)._set_default_timeout(timedelta(seconds=timeout))
         return self._group
 
     def _drop_group(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,31 @@ async def the_group_is_made_once_and_closed(path: str) -> None:
     await dcp.save({"a": torch.ones(1)}, checkpoint_id=f"{path}-3", timeout=TIMEOUT)
     assert len(groups()) == 1
     assert groups() != first
+
+
+async def many(path: str) -> list[tuple[int, int]]:
+    """Descriptors and threads after a few saves and after many, some of which fail."""
+    counts = []
+    async with AsyncStager() as stager:
+        for number in range(12):
+            state = {"a": torch.ones(1, device="meta" if number % 3 == 1 and dist.get_rank() else "cpu")}
+            with contextlib.suppress(RankFailedError, UnsupportedLeafError):
+                await dcp.save(state, checkpoint_id=f"{path}-{number}", stager=stager, timeout=TIMEOUT)
+            counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        assert stager.statistics().leases == 0
+    return [counts[3], counts[-1]]
+
+
+async def with_debugging(path: str) -> None:
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL wraps every group that is made."""
+    await dcp.close()
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        await dcp.save({"a": torch.ones(1)}, checkpoint_id=path, timeout=TIMEOUT)
+        await dcp.close()
+    finally:
+        dist.set_debug_level(level)
 
 
 async def over_part_of_the_ranks(path: str) -> str:
@@ -253,6 +280,15 @@ class TestTogether:
 
     def test_the_group_is_made_once_and_can_be_closed(self, pair: World, tmp_path: Path) -> None:
         pair.run(the_group_is_made_once_and_closed, str(tmp_path / "a"))
+
+    def test_nothing_grows(self, pair: World, tmp_path: Path) -> None:
+        for few, many_ in pair.run(many, str(tmp_path / "a")):
+            assert many_[0] <= few[0]
+            # Two messengers may be needed at once, or have been idle for long enough to end.
+            assert many_[1] <= few[1] + 2
+
+    def test_with_debugging(self, pair: World, tmp_path: Path) -> None:
+        pair.run(with_debugging, str(tmp_path / "a"))
 
     def test_over_part_of_the_ranks(self, pair: World, tmp_path: Path) -> None:
         assert pair.run(over_part_of_the_ranks, str(tmp_path / "a")) == ["", ".metadata,__0_0.distcp"]
