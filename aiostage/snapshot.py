@@ -46,6 +46,11 @@ class Snapshot(Generic[T]):
         return self._staging.leaves
 
     @property
+    def is_captured(self) -> bool:
+        """Whether the source may be changed."""
+        return self._state == "captured"
+
+    @property
     def timings(self) -> Timings:
         """Where the time went so far, in seconds for each phase."""
         return self._staging.timings

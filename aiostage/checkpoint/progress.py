@@ -29,7 +29,7 @@ class SaveProgress(Progress):
     """How far a save has come.
 
     Attributes:
-        staged_bytes: How many bytes have been copied to host memory.
+        staged_bytes: How many bytes have been copied to host memory, at least.
         written_bytes: How many bytes the storage has taken.
     """
 

@@ -66,6 +66,7 @@ class CheckpointWriter:
         self._slices = Slices(MAX_HOLD)
         self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0
+        self._snapshot: Snapshot[Any] | None = None
 
     async def write(self, draft: Draft, staged: Any, snapshot: Snapshot[Any] | None = None) -> Written:
         """Write a tree and commit it.
@@ -86,6 +87,7 @@ class CheckpointWriter:
 
         May be cancelled: then either everything was committed already, or nothing of it can be seen.
         """
+        self._snapshot = snapshot
         encoder = TreeEncoder()
         with span("layout"):
             await self._slices.run(encoder.walk(staged))
@@ -146,9 +148,13 @@ class CheckpointWriter:
         """Report progress."""
         self._written += nbytes
         if self._progress is not None:
+            everything = self._snapshot is None or self._snapshot.is_captured
             self._progress(
                 SaveProgress(
-                    name=self._name, total_bytes=self._total, staged_bytes=self._total, written_bytes=self._written
+                    name=self._name,
+                    total_bytes=self._total,
+                    staged_bytes=self._total if everything else self._written,
+                    written_bytes=self._written,
                 )
             )
 
