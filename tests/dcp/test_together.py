@@ -203,6 +203,39 @@ async def failing(path: str, how: str) -> tuple[str, str, dict[int, str]]:
     return outcome
 
 
+async def failing_load(path: str) -> dict[int, str]:
+    """Rank 1 wants what the checkpoint does not have."""
+    await dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
+    group = groups()
+    with pytest.raises(RankFailedError) as raised:
+        await dcp.load({"a" if dist.get_rank() == 0 else "b": torch.zeros(2)}, checkpoint_id=path, timeout=TIMEOUT)
+    assert groups() == group
+    into = {"a": torch.zeros(2)}
+    await dcp.load(into, checkpoint_id=path, timeout=TIMEOUT)
+    assert into["a"].sum() == 2
+    return raised.value.failures
+
+
+async def cancelled_load(path: str) -> str:
+    """Rank 1 is cancelled before rank 0 comes; what rank 0 has is as it was."""
+    await dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
+    into = {"a": torch.zeros(2)}
+    load = dcp.load(into, checkpoint_id=path, timeout=TIMEOUT)
+    if dist.get_rank() == 1:
+        task = asyncio.ensure_future(load)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        dist.barrier()
+        return ""
+    dist.barrier()
+    with pytest.raises(RankFailedError) as raised:
+        await load
+    assert into["a"].sum() == 0
+    return str(raised.value)
+
+
 async def cancelled_while_waiting(path: str) -> str:
     """Rank 1 is cancelled before rank 0 comes."""
     call = dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
@@ -316,6 +349,15 @@ class TestOneRankFails:
         assert others[1].startswith(f"rank 1 failed: {reason}")
         assert list(others[2]) == [1]
         assert own[0] == raised.__name__
+
+    def test_a_load(self, pair: World, tmp_path: Path) -> None:
+        for failures in pair.run(failing_load, str(tmp_path / "a")):
+            assert list(failures) == [1]
+            assert "Missing key in checkpoint state_dict: b" in failures[1]
+
+    def test_a_cancelled_load(self, pair: World, tmp_path: Path) -> None:
+        outcomes = pair.run(cancelled_load, str(tmp_path / "a"))
+        assert outcomes[0].startswith("rank 1 failed: it was cancelled.")
 
     def test_cancelled_while_waiting(self, pair: World, tmp_path: Path) -> None:
         outcomes = pair.run(cancelled_while_waiting, str(tmp_path / "a"))
