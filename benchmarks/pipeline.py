@@ -140,12 +140,13 @@ async def way_torch_checkpointing(nbytes: int) -> AsyncIterator[Save]:
 
 @asynccontextmanager
 async def way_torchsnapshot(nbytes: int) -> AsyncIterator[Save]:
-    """torchsnapshot, archived in 2024."""
+    """torchsnapshot, archived in 2024. It starts event loops of its own, so it has to be called in a thread."""
     import torchsnapshot
 
     async def save(tree: dict[str, Any], path: str) -> float:
         begin = perf_counter()
-        pending = torchsnapshot.Snapshot.async_take(path, {"state": torchsnapshot.StateDict(**tree)})
+        state = {"state": torchsnapshot.StateDict(**tree)}
+        pending = await asyncio.to_thread(torchsnapshot.Snapshot.async_take, path, state)
         returned = perf_counter() - begin
         await asyncio.to_thread(pending.wait)
         return returned
@@ -270,7 +271,9 @@ def main() -> None:
             command += ["--gib", str(options.gib), "--saves", str(options.saves)]
             outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if outcome.returncode:
-            reason = (outcome.stderr.strip().splitlines() or [str(outcome.returncode)])[-1]
+            lines = outcome.stderr.strip().splitlines() or [str(outcome.returncode)]
+            # What follows the error itself are complaints of what was left behind.
+            reason = next((line for line in reversed(lines) if line.partition(":")[0].endswith("Error")), lines[-1])
             print(f"| {name} | does not run here: {reason[:120]} | | | | | |", flush=True)
         else:
             print(report(name, json.loads(outcome.stdout.strip().splitlines()[-1])), flush=True)
