@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -25,6 +28,9 @@ _THREADS = 8
 
 _BATCH = 200
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What a disk says that knows no hard links."""
+
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the time of the last change."""
 
@@ -36,9 +42,9 @@ class FsspecStorage(RemoteStorage):
 
     Slower than :class:`~aiostage.storage.ObjectStorage` and :class:`~aiostage.storage.LocalStorage`, because every
     file system copies what it is given, and only as atomic as the file system is: that of two writers one wins holds
-    where it can write a file only if there is none (``mode="create"``), as it can for S3, Google Cloud Storage and
-    local files. With others, two writers that commit in the same moment may both be told that they have won, and the
-    later one has.
+    for fsspec's ``LocalFileSystem``, and where ``pipe_file(mode="create")`` writes a file only if there is none, as it
+    does for S3 and Google Cloud Storage. With others, two writers that commit in the same moment may both be told that
+    they have won, and the later one has.
 
     A call that a cancelled task is waiting for goes on to its end before the task is cancelled.
 
@@ -107,7 +113,11 @@ class _FsspecBucket(Bucket):
         return await self._run(path, fill)
 
     async def put(self, path: str, data: Buffer) -> None:
-        await self._run(path, partial(_put, data=bytes(data)))
+        def put(fs: Any, full: str) -> None:
+            fs.makedirs(fs._parent(full), exist_ok=True)
+            _put(fs, full, bytes(data))
+
+        await self._run(path, put)
 
     async def create(self, path: str, data: Buffer) -> None:
         await self._run(path, partial(_create, data=bytes(data)))
@@ -163,7 +173,7 @@ class _FsspecBucket(Bucket):
     def touch(self, path: str, data: bytes) -> None:
         fs, root = self._filesystem()
         with self._translated(path):
-            fs.pipe_file(f"{root.rstrip('/')}/{path}", data)
+            _put(fs, f"{root.rstrip('/')}/{path}", data)
 
     async def _run(self, path: str, call: Callable[[Any, str], T]) -> T:
         """Run a call with the file system and a full path in a worker thread."""
@@ -216,16 +226,58 @@ def _size(fs: Any, full: str) -> int:
 
 
 def _put(fs: Any, full: str, data: bytes) -> None:
-    fs.makedirs(fs._parent(full), exist_ok=True)
-    fs.pipe_file(full, data)
+    """Write a file whose folder is there."""
+    if _is_local(fs):
+        with _draft(full, data) as draft:
+            os.replace(draft, full)
+    else:
+        fs.pipe_file(full, data)
 
 
 def _create(fs: Any, full: str, data: bytes) -> None:
+    """Write a file where there is none."""
     # Looked for first, because there are file systems that do not know the mode and ignore it.
     if fs.exists(full):
         raise FileExistsError(full)
     fs.makedirs(fs._parent(full), exist_ok=True)
-    fs.pipe_file(full, data, mode="create")
+    if not _is_local(fs):
+        fs.pipe_file(full, data, mode="create")
+        return
+    with _draft(full, data) as draft:
+        try:
+            os.link(draft, full)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # For a moment it is there and not whole, but no two writers can both have made it.
+            with open(full, "xb") as file:
+                file.write(data)
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+@contextmanager
+def _draft(full: str, data: bytes) -> Iterator[str]:
+    """Write a local file that is about to appear at a path.
+
+    fsspec truncates a local file and then fills it, and creates one after it has looked whether there is one. The file
+    lies in a folder that a sweep takes for what it is, debris, if this process dies here.
+    """
+    folder = f"{os.path.dirname(full)}/data-{secrets.token_hex(8)}"
+    draft = f"{folder}/draft"
+    os.mkdir(folder)
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+        yield draft
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(draft)
+        os.rmdir(folder)
 
 
 def _open(fs: Any, full: str) -> Any:

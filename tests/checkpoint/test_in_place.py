@@ -15,8 +15,7 @@ import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, CheckpointMismatchError, TornSnapshotError
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.storage import LocalStorage
-from aiostage.testing import SimulatedAccelerator
-from aiostage.testing.cancelling import at_every_await
+from aiostage.testing import SimulatedAccelerator, at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.counting import CountingStorage
 from tests.checkpoint.leftovers import nothing_left

@@ -15,9 +15,9 @@ import torch
 import aiostage
 from aiostage import CheckpointMismatchError, CheckpointNotFoundError
 from aiostage.checkpoint.save import write_checkpoint
+from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same, data_of
 from tests.checkpoint.leftovers import nothing_left
-from tests.memory.cancelling import at_every_await
 
 
 def tree(step: int = 1) -> dict[str, Any]:

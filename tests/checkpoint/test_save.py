@@ -18,9 +18,9 @@ import aiostage
 from aiostage import AsyncStager, CheckpointExistsError, CheckpointStager
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.checkpoint.save import write_checkpoint
+from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import OWN, nothing_left
-from tests.memory.cancelling import at_every_await
 
 
 def tree(step: int = 1) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from aiostage._copy import window
 from aiostage._copy.host import HostCopy
 from aiostage._loop.workers import Job
 from aiostage.checkpoint import writer
+from aiostage.testing import at_every_await
 from aiostage.testing.simulator import SimulatedAccelerator
 from aiostage.tracing import trace
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.trees import trees
-from tests.memory.cancelling import at_every_await
 
 KIB = 1 << 10
 BATCH = 64 * KIB

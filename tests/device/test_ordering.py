@@ -12,9 +12,9 @@ import torch
 
 from aiostage import AsyncStager, StagerClosedError, StagingError, StagingOptions, TornSnapshotError
 from aiostage._copy.flights import airborne
+from aiostage.testing import at_every_await
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.simulator import SimulatedAccelerator
-from tests.memory.cancelling import at_every_await
 from tests.staging.holding import until
 
 SIZE = 64

@@ -21,7 +21,7 @@ from aiostage._loop import alarm, polling
 from aiostage._loop.polling import wait_event, wait_transfer
 from aiostage._loop.transfers import Traffic
 from aiostage.errors import StagingError
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 
 RUNS: dict[str, Callable[[Callable[[], Awaitable[object]]], object]] = {
     "asyncio": asyncio.run,

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from aiostage._loop.slices import Slices
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 
 NO_TIME = 1e-12
 

@@ -11,7 +11,7 @@ import pytest
 
 from aiostage._loop import workers as workers_module
 from aiostage._loop.workers import Job, Workers
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 
 SOON = 10.0
 """Seconds until a wait that should not take any is given up."""

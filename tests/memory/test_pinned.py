@@ -14,7 +14,7 @@ from aiostage._memory.arena import Arena
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.errors import AcceleratorUnavailableError
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ from aiostage._loop.workers import Workers
 from aiostage._memory.arena import PAGE_BYTES
 from aiostage._memory.pool import Lease, Pool, PoolStatistics
 from aiostage.errors import HostMemoryError, StagerClosedError
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 
 MIB = 1 << 20
 SOON = 10.0

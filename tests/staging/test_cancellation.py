@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions
-from tests.memory.cancelling import at_every_await
+from aiostage.testing import at_every_await
 from tests.staging.holding import copies_held, until
 
 SOURCE = {

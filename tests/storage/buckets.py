@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 import numpy as np
 
@@ -39,3 +40,13 @@ async def content(storage: Storage, name: str) -> tuple[bytes, bytes]:
     await reader.read("data", 0, memoryview(data))
     await reader.aclose()
     return manifest, bytes(data)
+
+
+def is_pointer(path: str) -> bool:
+    return path.endswith("/checkpoint.json")
+
+
+def strays(paths: Iterable[str], pointers: Mapping[str, bytes]) -> list[str]:
+    """Return which paths are neither a pointer's nor in a folder that one names, given what the pointers say."""
+    folders = [path.removesuffix("checkpoint.json") + json.loads(data)["data"] + "/" for path, data in pointers.items()]
+    return [path for path in paths if not is_pointer(path) and not path.startswith(tuple(folders))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 
 import obstore
@@ -15,18 +14,14 @@ from aiostage.storage.objects import ObjectStorage
 from aiostage.testing import StorageSuite, at_every_await
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
-from tests.storage.buckets import content, some_bytes, write
+from tests.storage.buckets import content, is_pointer, some_bytes, strays, write
 
 
-async def strays(store: ObjectStore, prefix: str) -> list[str]:
-    """Return the objects that are neither a pointer nor in a folder that one names."""
+async def strays_in(store: ObjectStore, prefix: str) -> list[str]:
+    """Return the objects that belong to no committed checkpoint."""
     paths = [meta["path"] for meta in await obstore.list(store, prefix).collect_async()]
-    pointers = [path for path in paths if path.endswith("/checkpoint.json")]
-    folders = []
-    for path in pointers:
-        content = json.loads(bytes(await (await obstore.get_async(store, path)).bytes_async()))
-        folders.append(path.removesuffix("checkpoint.json") + content["data"] + "/")
-    return [path for path in paths if path not in pointers and not path.startswith(tuple(folders))]
+    found = filter(is_pointer, paths)
+    return strays(paths, {path: bytes(await (await obstore.get_async(store, path)).bytes_async()) for path in found})
 
 
 @pytest.mark.asyncio
@@ -36,7 +31,7 @@ class TestMemoryStore(StorageSuite):
         return ObjectStorage(self.store, "run")
 
     async def count_debris(self, storage: Storage) -> int:
-        return len(await strays(self.store, "run"))
+        return len(await strays_in(self.store, "run"))
 
 
 @pytest.mark.asyncio
@@ -52,7 +47,7 @@ class TestS3(StorageSuite):
 
     async def count_debris(self, storage: Storage) -> int:
         uploads = await asyncio.to_thread(open_uploads, self.server, self.prefix)
-        return len(uploads) + len(await strays(self.store, self.prefix))
+        return len(uploads) + len(await strays_in(self.store, self.prefix))
 
 
 @pytest.mark.asyncio
@@ -72,5 +67,5 @@ async def test_an_upload_of_many_requests_cancelled_at_every_await(s3_server: S3
 
     async for number in at_every_await(whole):
         assert await asyncio.to_thread(open_uploads, s3_server, prefix) == [], number
-        assert await strays(store, prefix) == [], number
+        assert await strays_in(store, prefix) == [], number
     assert await content(storage, "a") == (bytes(data[:100]), bytes(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -81,28 +82,32 @@ async def test_of_two_writers_one_wins(storage: FsspecStorage) -> None:
         assert len(files(storage)) == 4
 
 
-@pytest.mark.parametrize("steps", range(24))
-async def test_cancelled_at_any_await(storage: FsspecStorage, steps: int) -> None:
-    data = some_bytes(2 * 4096)
+@pytest.mark.parametrize("links", [True, False])
+async def test_local_pointers_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """However the calls of two writers fall, both having seen that there is none."""
 
-    async def whole() -> None:
-        draft = await storage.open("a")
-        try:
-            await write(draft, "data", data, 4096)
-            await draft.commit(data[:100])
-        except BaseException:
-            await draft.abort()
-            raise
+    def without_links(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), target)
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(whole)
-        for _ in range(steps):
-            await anyio.sleep(0.0005)
-        group.cancel_scope.cancel()
-    if await storage.list():
-        assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
-    else:
-        assert files(storage) == []
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    monkeypatch.setattr(LocalFileSystem, "exists", lambda fs, path: False)
+    bucket = FsspecStorage(LocalFileSystem(), str(tmp_path))._bucket
+    await bucket.create("a/pointer", memoryview(b"first"))
+    with pytest.raises(FileExistsError):
+        await bucket.create("a/pointer", memoryview(b"second"))
+    assert (await bucket.get("a/pointer", at_most=10)).data == b"first"
+    assert os.listdir(tmp_path / "a") == ["pointer"]
+
+
+async def test_a_local_file_is_replaced_whole(tmp_path: Path) -> None:
+    bucket = FsspecStorage(LocalFileSystem(), str(tmp_path))._bucket
+    await bucket.put("a/pointer", memoryview(b"first"))
+    with (tmp_path / "a/pointer").open("rb") as seen:
+        await bucket.put("a/pointer", memoryview(b"second"))
+        assert seen.read() == b"first"
+    assert (tmp_path / "a/pointer").read_bytes() == b"second"
+    assert os.listdir(tmp_path / "a") == ["pointer"]
 
 
 async def test_parts_that_fail(storage: FsspecStorage) -> None:
