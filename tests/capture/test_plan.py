@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from aiostage._capture import plan as module
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import MixedCast, Plan, compile_plan
+from tests.exhausting import exhaust
 
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.uint8, torch.float16, torch.float32, torch.complex64, torch.complex128]
@@ -31,14 +32,6 @@ def spec(
     if stride is None:
         stride = torch.empty(tuple(shape), device="meta").stride()
     return Spec(torch.Tensor, dtype, target or dtype, tuple(shape), tuple(stride), False, device, by_value)
-
-
-def exhaust(work: Generator[None, None, Plan]) -> Plan:
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
 
 
 def compiled(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Plan:

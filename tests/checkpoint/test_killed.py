@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.checkpoint.programs import output_of
 
 
 @pytest.mark.slow
@@ -16,16 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
     ("mode", "way"), [("overwrite", "exchanging"), ("overwrite", "moving aside"), ("new", "exchanging")]
 )
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new(mode: str, way: str, tmp_path: Path) -> None:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.dying", str(tmp_path), mode, way],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    found = {int(step): count for step, count in json.loads(outcome.stdout).items()}
+    output = json.loads(output_of("tests.checkpoint.dying", str(tmp_path), mode, way))
+    found = {int(step): count for step, count in output.items()}
     # Nothing or the old checkpoint before it is published, the new one after.
     assert set(found) == {1 if mode == "overwrite" else 0, 2}
     assert sum(found.values()) > 20

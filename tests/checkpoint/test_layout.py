@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 
 from aiostage.checkpoint.blocks import FileTensor, groups
 from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, index_content, tensor_files
-
-
-def exhaust(work: Generator[None, None, Any]) -> Any:
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
+from tests.exhausting import exhaust
 
 
 def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:

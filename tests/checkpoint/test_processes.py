@@ -9,9 +9,9 @@ import pytest
 
 from aiostage import Checkpointer
 from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.writing import tree
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 12
 KEEP = 4
 
@@ -65,14 +65,6 @@ async def check(directory: Path, won: list[set[int]]) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mode", ["whole", "incremental"])
 def test_a_run_that_is_killed_again_and_again(mode: str, tmp_path: Path) -> None:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.dying_run", str(tmp_path), mode],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    output = output_of("tests.checkpoint.dying_run", str(tmp_path), mode)
     # It has got somewhere in its short lives.
-    assert int(outcome.stdout) > 20
+    assert int(output) > 20

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +27,13 @@ from aiostage.tracing import trace
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.programs import output_of
 from tests.checkpoint.trees import trees
 
 KIB = 1 << 10
 BATCH = 64 * KIB
 PART = 16 * KIB
 BUDGET = 5 * (BATCH + 4 * KIB)
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -363,15 +361,6 @@ def test_any_tree_passes_or_is_refused(tree: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.measuring", str(tmp_path / "checkpoint")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    found = json.loads(outcome.stdout)
+    found = json.loads(output_of("tests.checkpoint.measuring", str(tmp_path / "checkpoint")))
     assert found["nbytes"] > 3 * found["budget"]
     assert found["peak"] <= found["budget"] + 64 * (1 << 20)

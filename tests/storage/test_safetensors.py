@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,7 @@ from aiostage.storage.safetensors import (
     read_header,
     write_header,
 )
-
-
-def exhaust(work: Generator[None, None, Any]) -> Any:
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
+from tests.exhausting import exhaust
 
 
 def header_of(*records: Record) -> bytes:

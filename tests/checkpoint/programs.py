@@ -1,0 +1,24 @@
+"""Tests that need a process of their own: programs beside the tests, run to their end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TIMEOUT = 110
+
+
+def output_of(module: str, *arguments: str) -> str:
+    """Run a module of the tests as a program, and return what it prints; it has to end well."""
+    outcome = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout
