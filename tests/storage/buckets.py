@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 
 import numpy as np
 
@@ -16,13 +17,15 @@ def some_bytes(nbytes: int, seed: int = 0) -> memoryview:
     return memoryview(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8))
 
 
-async def parts_of(data: memoryview, size: int = PART) -> AsyncIterator[memoryview]:
+async def parts_of(data: memoryview, size: int = PART) -> AsyncGenerator[memoryview, None]:
     for start in range(0, data.nbytes, size):
         yield data[start : start + size]
 
 
 async def write(draft: Draft, name: str, data: memoryview, size: int = PART) -> None:
-    await draft.write(name, data.nbytes, parts_of(data, size))
+    # What a cancelled write leaves of it would be for the collector, and trio warns of that.
+    async with aclosing(parts_of(data, size)) as parts:
+        await draft.write(name, data.nbytes, parts)
 
 
 async def save(storage: Storage, name: str, data: memoryview, *, overwrite: bool = False) -> None:
