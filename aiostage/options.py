@@ -84,7 +84,8 @@ class StagingOptions:
                 raise ValueError(
                     f"dtype casts floating-point leaves and must be a floating-point dtype, not {self.dtype}"
                 )
-        elif self.dtype is not None and not callable(self.dtype):
+        elif self.dtype is not None and (isinstance(self.dtype, type) or not callable(self.dtype)):
+            # Classes such as int and numpy.float32 can be called too, but are meant as dtypes.
             raise TypeError(f"dtype must be a torch.dtype, a function of path and tensor, or None, not {self.dtype!r}")
         if self.passthrough is not None and not callable(self.passthrough):
             raise TypeError(f"passthrough must be a function of path and object or None, not {self.passthrough!r}")

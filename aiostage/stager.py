@@ -18,7 +18,7 @@ from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import SharedTree, share
 from aiostage.snapshot import Snapshot, stage
 
-__all__ = ["AsyncStager", "adapt"]
+__all__ = ["AsyncStager", "adapt", "check_stager"]
 
 T = TypeVar("T")
 
@@ -36,9 +36,15 @@ class AsyncStager(CheckpointStager):
 
     Raises:
         AcceleratorUnavailableError: If an option demands what this machine does not have.
+        TypeError: If the options are not :class:`StagingOptions`.
     """
 
     def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
+        if options is not None and not isinstance(options, StagingOptions):
+            raise TypeError(
+                f"options must be aiostage.StagingOptions, not {options!r}. "
+                "StagingOptions.from_torch() takes over those of PyTorch's stagers."
+            )
         self._options = options if options is not None else StagingOptions()
         backend = backend if backend is not None else default_backend()
         _check_available(self._options, backend)
@@ -230,3 +236,16 @@ def adapt(stager: Any) -> CheckpointStager:
     if not callable(getattr(stager, "stage", None)):
         raise TypeError(f"adapt takes an object with a stage() method, not {type(stager).__qualname__}")
     return _Adapted(stager)
+
+
+def check_stager(stager: object) -> None:
+    """Check what was given as ``stager=``.
+
+    Raises:
+        TypeError: If it is neither a :class:`CheckpointStager` nor None.
+    """
+    if stager is not None and not isinstance(stager, CheckpointStager):
+        raise TypeError(
+            f"stager must be a CheckpointStager such as AsyncStager, or None, not {stager!r}. "
+            "aiostage.adapt() makes one of PyTorch's stagers."
+        )

@@ -55,6 +55,7 @@ def test_frozen_and_keyword_only() -> None:
         ({"max_bytes_in_flight": "1"}, TypeError, "max_bytes_in_flight must be a whole number of bytes or None"),
         ({"dtype": torch.int8}, ValueError, "floating-point dtype, not torch.int8"),
         ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype, a function .*, not 'bfloat16'"),
+        ({"dtype": int}, TypeError, "dtype must be a torch.dtype, a function .*, not <class 'int'>"),
         ({"passthrough": ["model"]}, TypeError, r"passthrough must be a function .*, not \['model'\]"),
     ],
     ids=str,

@@ -22,14 +22,14 @@ PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
 
 _REFUSED_KEYS = {
-    "Meta": "it is a meta tensor and has no data",
-    "Mkldnn": "it is in the mkldnn layout, whose memory has no defined order",
-    "FuncTorch": "it is inside a torch.func transform",
-    "Functionalize": "it is a functionalization wrapper",
-    "ZeroTensor": "it is an autograd zero tensor without memory",
-    "NestedTensor": "it is a nested tensor in the strided layout",
+    "Meta": ("it is a meta tensor and has no data.", "Give its module memory with to_empty() and values first."),
+    "Mkldnn": ("it is in the mkldnn layout, whose memory has no defined order.", "Stage its to_dense()."),
+    "FuncTorch": ("it is inside a torch.func transform.", "Stage outside of the transform."),
+    "Functionalize": ("it is a functionalization wrapper.", "Stage outside of the transform."),
+    "ZeroTensor": ("it is an autograd zero tensor without memory.", "Stage its clone()."),
+    "NestedTensor": ("it is a nested tensor in the strided layout.", "Use torch.jagged, or stage its unbind()."),
 }
-"""Dispatch keys, up to the name of the device, that mean that a tensor cannot be copied, and why."""
+"""Dispatch keys, up to the name of the device, that mean that a tensor cannot be copied, why, and the way out."""
 
 _HANDLED_KEYS = {
     "SparseCsr": "sparse_compressed",
@@ -237,9 +237,9 @@ def _on_host(tensor: torch.Tensor) -> None:
 def _meaning(keys: object) -> str | Refusal:
     """Read a key set through its printed names, the one form that has every key and survives torch's versions."""
     names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
-    for prefix, reason in _REFUSED_KEYS.items():
+    for prefix, (reason, remedy) in _REFUSED_KEYS.items():
         if any(name.startswith(prefix) for name in names):
-            return Refusal(f"{reason}.", "Materialize it first, for example with to_dense() or on a real device.")
+            return Refusal(reason, remedy)
     for prefix, meaning in _HANDLED_KEYS.items():
         if any(name.startswith(prefix) for name in names):
             return meaning

@@ -267,6 +267,6 @@ def _wake(waiter: _Waiter) -> None:
 
 def _failure(event: SupportsQuery, error: Exception) -> StagingError:
     return StagingError(
-        f"waiting for {event!r} failed: {type(error).__name__}: {error}",
+        f"waiting for {event!r} failed: {type(error).__name__}: {str(error).rstrip('.')}.",
         remedy="What was enqueued on its stream cannot be relied on.",
     )

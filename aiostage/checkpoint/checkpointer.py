@@ -26,7 +26,7 @@ from aiostage.checkpoint.retention import name_of, surplus
 from aiostage.checkpoint.saving import Saving
 from aiostage.checkpoint.shelf import Shelf
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
-from aiostage.stager import AsyncStager
+from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
 __all__ = ["Checkpointer"]
@@ -94,12 +94,13 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
-        if keep is not None and keep < 1:
+        if keep is not None and _whole("keep", keep) < 1:
             raise ValueError(f"keep must be at least 1, or None to keep all, not {keep!r}")
-        if max_in_flight < 1:
+        if _whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        check_stager(stager)
         self._storage = storage_at(target)
         self._stager = stager
         self._shelf = Shelf(self._storage, marking=incremental)
@@ -155,7 +156,7 @@ class Checkpointer:
 
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
-        step = operator.index(step)
+        step = _whole("a step", step)
         if step < 0:
             raise ValueError(f"a step is a whole number from 0, not {step}")
         saving = Saving(
@@ -205,7 +206,7 @@ class Checkpointer:
         May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
         """
         if step is not None:
-            name = name_of(operator.index(step))
+            name = name_of(_whole("a step", step))
             if not await self._shelf.has(name):
                 raise CheckpointNotFoundError(
                     "there is no such checkpoint.",
@@ -235,7 +236,7 @@ class Checkpointer:
         When cancelled, it is there as a whole, or can no longer be found.
         """
         async with self._removing:
-            await self._shelf.remove([operator.index(step)])
+            await self._shelf.remove([_whole("a step", step)])
 
     async def __aenter__(self) -> Checkpointer:
         """Remove what writers that died have left behind, and begin to listen for signals.
@@ -359,3 +360,11 @@ class Checkpointer:
             self._not_removed = without_locals(error)
         else:
             self._not_removed = None
+
+
+def _whole(name: str, number: object) -> int:
+    """Return a number as an int, NumPy's included."""
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {number!r}") from None

@@ -16,7 +16,7 @@ from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import CheckpointWriter, Written, give_up
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
-from aiostage.stager import AsyncStager
+from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
@@ -103,6 +103,7 @@ async def save(
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
     begin = perf_counter()
+    check_stager(stager)
     storage, name = locate(target)
     with span("save", target=name):
         own = AsyncStager()

@@ -42,8 +42,10 @@ class Selection:
         if callable(only):
             self._function = only
             return
-        patterns = [only] if isinstance(only, str) else list(only)
-        if not all(isinstance(pattern, str) for pattern in patterns):
+        patterns: list[str] = []
+        if isinstance(only, Iterable):
+            patterns = [only] if isinstance(only, str) else list(only)
+        if not isinstance(only, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"only must be patterns or a function of a path, not {only!r}")
         if not patterns:
             raise ValueError("only=[] selects nothing; None selects everything")
@@ -80,6 +82,10 @@ class Selection:
         if self._unmatched:
             # Below what was chosen as a whole nobody has looked yet.
             yield from self._look_below(table)
+        self.check_matched()
+
+    def check_matched(self) -> None:
+        """Raise a ValueError if a pattern has matched nothing so far."""
         if self._unmatched:
             raise ValueError(
                 f"only={listed(sorted(map(repr, self._unmatched)))} matches nothing in the checkpoint. "
@@ -130,6 +136,7 @@ class _Pruning:
         yield from self._look(root)
         partly = self._partly - self._whole
         if root in partly and not self._kept.get(root):
+            self._selection.check_matched()
             raise ValueError("only= selects nothing of the checkpoint")
         for count, index in enumerate(partly):
             self._cut(index)

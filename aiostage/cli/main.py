@@ -75,7 +75,8 @@ async def _verify(options: argparse.Namespace) -> None:
     for source in sources:
         outline = await verify(source, progress=options.progress)
         nbytes = sum(file.file.nbytes for file in outline.files)
-        print(f"{source}: {len(outline.files)} files, {nbytes:,} bytes, all as they were written")
+        files = "1 file" if len(outline.files) == 1 else f"{len(outline.files)} files"
+        print(f"{source}: {files}, {nbytes:,} bytes, all as they were written")
 
 
 async def _bench(options: argparse.Namespace) -> None:

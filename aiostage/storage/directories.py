@@ -55,6 +55,8 @@ def make_parents(path: str) -> None:
     """Make missing directories so that they outlast a power failure. Blocks."""
     missing = []
     while not os.path.isdir(path):
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
         missing.append(path)
         path = os.path.dirname(path)
     for new in reversed(missing):

@@ -39,7 +39,7 @@ def locate(target: Target) -> tuple[Storage, str]:
     if not isinstance(target, (str, os.PathLike)):
         raise TypeError(
             f"a checkpoint is at a path, at a URL, or at a pair of a storage and a name, not at {target!r}. "
-            "Pass (storage, name)."
+            "Pass a path such as 'checkpoints/100', or (storage, name)."
         )
     text = os.fsdecode(target)
     if not _is_url(text):
@@ -47,8 +47,9 @@ def locate(target: Target) -> tuple[Storage, str]:
     if text.startswith("file://"):
         return _locate_path(_path_of(text))
     root, _, name = text.rstrip("/").rpartition("/")
-    if root.endswith(":/") or not name:
-        raise ValueError(f"{text!r} names no checkpoint: add a path to it, as in {text.rstrip('/')}/checkpoint")
+    if root.endswith(":/") or not root or name.endswith(":"):
+        scheme = text.partition("://")[0]
+        raise ValueError(f"{text!r} names no checkpoint; the form of a URL is {scheme}://bucket/path/of/checkpoint")
     return storage_at(root), name
 
 

@@ -181,6 +181,7 @@ class _ObjectBucket(Bucket):
         store = await self._connected()
         writer: obstore.AsyncWritableFile | None = None
         capacity = sent = 0
+        closing = False
         try:
             async for part in parts:
                 if writer is None:
@@ -200,11 +201,16 @@ class _ObjectBucket(Bucket):
                     f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
                 )
             writer = writer if writer is not None else self._writer(store, path, 1)
+            closing = True
             with self._translated(path):
                 await _settled(writer.close())
         except BaseException as error:
-            # A coroutine that is being closed may not wait.
-            if writer is not None and not isinstance(error, GeneratorExit):
+            if closing:
+                # Closing that fails aborts by itself if the store can be reached, and does not tell whether it could.
+                if isinstance(error, StorageError) and sent >= capacity:
+                    self._warn_of_open_upload(path, error)
+            elif writer is not None and not isinstance(error, GeneratorExit):
+                # A coroutine that is being closed may not wait.
                 await self._give_up(path, writer, error)
             raise
 
@@ -251,8 +257,16 @@ class _ObjectBucket(Bucket):
         try:
             await _settled(writer.__aexit__(type(error), error, None))
         except (BaseError, OSError) as failure:
-            # It was closed, which aborts by itself where that is possible, or the store is out of reach.
-            _log.debug("could not abort the upload of %s/%s: %s", self._location, path, failure)
+            self._warn_of_open_upload(path, failure)
+
+    def _warn_of_open_upload(self, path: str, failure: BaseException) -> None:
+        # Its parts are in no listing, and are paid for.
+        _log.warning(
+            "the upload of %s/%s could not be ended, and may stay open until a rule of the bucket aborts it: %s",
+            self._location,
+            path,
+            _short(failure),
+        )
 
     async def _connected(self) -> ObjectStore:
         """Return the store."""

@@ -209,11 +209,19 @@ class _FsspecBucket(Bucket):
 def _open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it. Blocks: importing fsspec alone reads files."""
     try:
-        from fsspec.core import url_to_fs
+        from fsspec.core import split_protocol, url_to_fs
+        from fsspec.registry import known_implementations, registry
     except ImportError as error:
         raise StorageError(
             "such URLs need fsspec.", path=url, remedy="Install it with: pip install 'aiostage[fsspec]'"
         ) from error
+    scheme = split_protocol(url.partition("::")[0])[0]
+    if scheme is not None and scheme not in known_implementations and scheme not in registry:
+        raise StorageError(
+            f"there is no file system for {scheme}:// URLs.",
+            path=url,
+            remedy="Use a path, s3://, gs://, az://, or a scheme that fsspec.available_protocols() lists.",
+        )
     made: tuple[Any, str] = url_to_fs(url, **options)
     return made
 

@@ -379,6 +379,9 @@ async def test_misuse(tmp_path: Path) -> None:
     for arguments in ({"keep": 0}, {"max_in_flight": 0}, {"keep_also": bool}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             Checkpointer(tmp_path, **arguments)  # type: ignore[arg-type]
+    for arguments in ({"keep": "3"}, {"max_in_flight": 1.5}, {"stager": object()}):
+        with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be"):
+            Checkpointer(tmp_path, **arguments)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="7"):
         Checkpointer(7)
     checkpoints = Checkpointer(tmp_path)
@@ -387,7 +390,7 @@ async def test_misuse(tmp_path: Path) -> None:
     async with checkpoints:
         with pytest.raises(ValueError, match="-1"):
             checkpoints.save(-1, tree(1))
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"a step must be a whole number, not 1\.5"):
             checkpoints.save(1.5, tree(1))  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match="entered before"):
             await checkpoints.__aenter__()

@@ -130,8 +130,11 @@ async def test_what_matches_nothing(tmp_path: Path) -> None:
         await aiostage.load(path, only=lambda at: False)
     with pytest.raises(ValueError, match="None selects everything"):
         await aiostage.load(path, only=[])
-    with pytest.raises(TypeError, match="patterns or a function"):
-        await aiostage.load(path, only=[1])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"'modle.\*' matches nothing .* step, model"):
+        await aiostage.load(path, only="modle.*")
+    for only in ([1], 1):
+        with pytest.raises(TypeError, match="patterns or a function"):
+            await aiostage.load(path, only=only)  # type: ignore[arg-type]
     await write_checkpoint(torch.ones(1), tmp_path / "tensor")
     with pytest.raises(ValueError, match="selects parts of dicts"):
         await aiostage.load(tmp_path / "tensor", only="*")

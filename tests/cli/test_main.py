@@ -70,7 +70,7 @@ def test_inspect_reads_no_elements(checkpoint: Path, capsys: pytest.CaptureFixtu
 def test_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint), str(checkpoint), "--progress"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"{checkpoint}: 1 files, 4,192 bytes, all as they were written\n" * 2
+    assert shown.out == f"{checkpoint}: 1 file, 4,192 bytes, all as they were written\n" * 2
     assert "verifying checkpoint: 100%" in shown.err
     damage(checkpoint)
     assert main(["verify", str(checkpoint)]) == 1

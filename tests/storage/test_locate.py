@@ -61,9 +61,10 @@ def test_what_is_no_root(root: object) -> None:
         storage_at(root)
 
 
-def test_a_url_has_to_name_one() -> None:
-    with pytest.raises(ValueError, match="s3://bucket"):
-        locate("s3://bucket")
+@pytest.mark.parametrize("url", ["s3://", "s3://bucket", "s3://bucket/"])
+def test_a_url_has_to_name_one(url: str) -> None:
+    with pytest.raises(ValueError, match=f"'{url}' names no checkpoint; .* s3://bucket/path"):
+        locate(url)
 
 
 @pytest.mark.asyncio

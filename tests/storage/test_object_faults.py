@@ -27,6 +27,7 @@ pytestmark = pytest.mark.asyncio
 BEGIN = r"^POST .*\?uploads"
 SEND = r"^PUT .*partNumber="
 COMPLETE = r"^POST .*\?uploadId="
+ABORT = r"^DELETE .*\?uploadId="
 SMALL = r"^PUT .*/small$"
 MANIFEST = r"^PUT .*/manifest.json$"
 POINTER = r"^PUT .*/checkpoint.json$"
@@ -178,6 +179,22 @@ async def test_what_stays_is_an_error(
         await attempt.run()
     assert what_is_left(s3_server, prefix) == []
     await attempt.memory_is_back()
+
+
+async def test_an_upload_that_cannot_be_aborted_is_a_warning(
+    storage: ObjectStorage,
+    s3_server: S3Server,
+    proxy: FaultProxy,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is paid for until somebody ends it."""
+    proxy.faults += [Fault("status", SEND, number=403), Fault("status", ABORT, number=403)]
+    with pytest.raises(StorageError):
+        await Attempt(storage).run()
+    assert len(open_uploads(s3_server, prefix)) == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(message.startswith(f"the upload of s3://{BUCKET}/{prefix}/a/") for message in warnings)
 
 
 async def test_an_answer_to_the_beginning_of_an_upload_that_is_lost(
