@@ -93,7 +93,8 @@ class Snapshot(Generic[T]):
 
         Raises:
             KeyError: If there is no such part with tensors in it.
-            StagingError: If the snapshot was not entered, or was left, abandoned or closed before; or if the device
+            StagerClosedError: If the stager was closed on the way.
+            StagingError: If the snapshot was not entered, or was left or abandoned before; or if the device
                 has failed.
 
         May be cancelled; that changes nothing. Whether that part was left alone until now is known when the snapshot

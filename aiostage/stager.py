@@ -52,7 +52,7 @@ class AsyncStager(CheckpointStager):
 
     def __repr__(self) -> str:
         """Show the options, and what is held now."""
-        state = "closed" if self._resources.closed else f"{self.statistics().leases} leases"
+        state = "closed" if self._resources.closing.closed else f"{self.statistics().leases} leases"
         return f"<AsyncStager {state} {self._options}>"
 
     async def prewarm(self, state_dict: object) -> None:
@@ -115,7 +115,8 @@ class AsyncStager(CheckpointStager):
 
         Raises:
             CheckpointMismatchError: If the two trees differ in paths, shapes or dtypes; nothing was changed.
-            StagerClosedError: If the stager is closed.
+            StagerClosedError: If the stager is closed. Once the copies have begun it is only the waiting that ends so:
+                they are made all the same, before what the caller's stream is given next.
 
         May be cancelled: before the first copy nothing is changed; afterwards the copies are finished first, so that
         live tensors are never half restored.
@@ -166,10 +167,12 @@ class AsyncStager(CheckpointStager):
     async def aclose(self) -> None:
         """Close: stagings under way end with StagerClosedError, free memory is given back, the rest as leases end.
 
-        Idempotent. When cancelled it closes all the same and then is cancelled. Staged trees stay valid.
+        Idempotent. When cancelled it closes all the same and then is cancelled. Staged trees stay valid. It waits for
+        copies that threads are making, and not for devices: they may have failed, and what they were told to copy keeps
+        its memory until it is done.
         """
         resources = self._resources
-        resources.closed = True
+        resources.closing.close()
         resources.pool.close()
         for staging in tuple(resources.running):
             staging.job.cancel()

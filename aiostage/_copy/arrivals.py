@@ -11,6 +11,7 @@ import torch
 from aiostage._copy.device import Flight
 from aiostage._copy.flights import airborne, land
 from aiostage._device.streams import Moment, SideStreams
+from aiostage._loop.closing import Closing
 from aiostage._loop.transfers import Traffic
 from aiostage.abc import Backend
 
@@ -26,12 +27,16 @@ class Arrivals:
         backend: How to reach the devices.
         streams: Where to copy.
         traffic: Where to announce the copies.
+        closing: Of the stager, after which nobody waits for them; None where there is none.
     """
 
-    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic) -> None:
+    def __init__(
+        self, backend: Backend, streams: SideStreams, traffic: Traffic, closing: Closing | None = None
+    ) -> None:
         self._backend = backend
         self._streams = streams
         self._traffic = traffic
+        self._closing = closing
         self._moment = Moment.record(backend)
         self._beside: dict[torch.device, Any] = {}
         self._flights: list[Flight] = []
@@ -95,10 +100,14 @@ class Arrivals:
 
         Args:
             flight: For which to wait; None for all.
+
+        Raises:
+            StagingError: If the device has failed.
+            StagerClosedError: If the stager is closed; later work waits for the copies all the same.
         """
         self._order()
         for each in tuple(self._flights) if flight is None else (flight,):
-            await land(each, self._streams)
+            await land(each, self._streams, self._closing)
             # Another may have waited for the same one.
             if each in self._flights:
                 self._flights.remove(each)

@@ -15,11 +15,13 @@ import torch
 
 from aiostage._copy.device import DeviceCopy, Flight
 from aiostage._device.streams import Moment, SideStreams
+from aiostage._loop.cleanup import finish
+from aiostage._loop.closing import Closing
 from aiostage._loop.polling import wait_transfer
 from aiostage._loop.transfers import Traffic
-from aiostage._loop.workers import Workers
+from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Backend
-from aiostage.errors import StagingError
+from aiostage.errors import StagerClosedError, StagingError
 
 __all__ = ["Flights", "airborne", "land"]
 
@@ -98,16 +100,19 @@ def _is_over(flight: Flight) -> bool:
 airborne = _Airborne()
 
 
-async def land(flight: Flight, streams: SideStreams) -> None:
+async def land(flight: Flight, streams: SideStreams, closing: Closing | None) -> None:
     """Wait until copies have been made.
 
     Raises:
         StagingError: If the device has failed.
+        StagerClosedError: If the stager is closed.
 
     Cancelling changes nothing.
     """
     try:
-        await wait_transfer(flight.event, flight.transfer)
+        await wait_transfer(flight.event, flight.transfer, closing)
+    except StagerClosedError:
+        raise
     except StagingError:
         streams.forget(flight.device, flight.transfer.stream)
         raise
@@ -125,15 +130,17 @@ class Flights:
         backend: How to reach the devices.
         streams: Where to copy.
         traffic: Where to announce the copies.
+        closing: After which nobody waits for them.
 
     Raises:
         StagingError: If the device has failed.
     """
 
-    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic) -> None:
+    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic, closing: Closing) -> None:
         self._backend = backend
         self._streams = streams
         self._traffic = traffic
+        self._closing = closing
         with _failures_named():
             self._moment = Moment.record(backend)
         self._flights: dict[int, Flight] = {}
@@ -161,6 +168,7 @@ class Flights:
         Raises:
             torch.OutOfMemoryError: If the device has no room for casting what is to be cast.
             StagingError: If the device has failed.
+            StagerClosedError: If the stager is closed.
 
         When cancelled, what has not been enqueued is dropped.
         """
@@ -192,10 +200,25 @@ class Flights:
             job.put(step)
         job.close()
         try:
+            with self._closing.telling(job.cancel):
+                try:
+                    await self._launched(job)
+                except BaseException as error:
+                    job.cancel()
+                    # A coroutine that is being closed may not wait.
+                    if not isinstance(error, GeneratorExit):
+                        await finish(partial(self._launched, job))
+                    raise
+            self._closing.check()
             await job.join()
         finally:
             # Nor may it lead back to the error.
             del job, step
+
+    async def _launched(self, job: Job) -> None:
+        """Wait until launches are over. Those of a closed stager may hang with their device, and keep their memory."""
+        while not (job.finished() or self._closing.closed):
+            await job.progressed(job.done)
 
     async def _land_all(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -227,10 +250,11 @@ class Flights:
 
         Raises:
             StagingError: If the device has failed.
+            StagerClosedError: If the stager is closed.
 
         Cancelling changes nothing.
         """
-        await land(self._flights[number], self._streams)
+        await land(self._flights[number], self._streams, self._closing)
 
     def order_before(self, stream: Any | None, numbers: Collection[int] | None) -> None:
         """Make later work wait, on the device, for copies enqueued so far.

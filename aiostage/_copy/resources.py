@@ -10,12 +10,12 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import SideStreams
+from aiostage._loop.closing import Closing
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Backend
-from aiostage.errors import StagerClosedError
 from aiostage.options import StagingOptions
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Resources:
         self.inspection = Inspection(backend.device_of if backend is not None else None)
         self.counts = Counts()
         self.running: set[Staging] = set()
-        self.closed = False
+        self.closing = Closing()
         self._known: tuple[list[Spec | None], list[int], Plan] | None = None
 
     @property
@@ -87,8 +87,7 @@ class Resources:
 
     def check_open(self) -> None:
         """Raise StagerClosedError if the stager is closed."""
-        if self.closed:
-            raise StagerClosedError
+        self.closing.check()
 
     def stop(self) -> None:
         """Let the threads end."""

@@ -32,7 +32,7 @@ async def restore(resources: Resources, staged: Any, into: Any) -> None:
     """Copy every tensor of one tree into its twin in the other, after both were found to match."""
     arrivals: Arrivals | None = None
     if resources.backend is not None and resources.streams is not None:
-        arrivals = Arrivals(resources.backend, resources.streams, resources.traffic)
+        arrivals = Arrivals(resources.backend, resources.streams, resources.traffic, resources.closing)
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:

@@ -86,7 +86,7 @@ class Staging:
         self._looked = False
         try:
             if resources.backend is not None and resources.streams is not None:
-                self._flights = Flights(resources.backend, resources.streams, resources.traffic)
+                self._flights = Flights(resources.backend, resources.streams, resources.traffic, resources.closing)
             self._looked = self._slices.take(self._looking)
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.
@@ -414,25 +414,26 @@ class Staging:
             return
         try:
             for chunk in window.chunks:
-                with Phase(self.timings, "memory"):
-                    memory = await window.lease(chunk, self._resources.pool)
-                self._resources.check_open()
-                copies = await self._slices.run(self._build_chunk(chunk, memory))
-                if self._flights is not None and copies:
-                    with Phase(self.timings, "launch"):
-                        await self._flights.launch(
-                            copies, self._resources.launcher, self._resources.max_bytes_in_flight
-                        )
-                window.filled(chunk, memory)
-                # It has to go when its last part has been written.
-                del memory, copies
+                await self._fill_chunk(window, chunk)
             self.job.close()
         except BaseException as error:
+            without_locals(error)
             if isinstance(error, Exception):
                 # For whoever waits for the capture.
-                self._reason = without_locals(error)
+                self._reason = error
             await self.abandon(error)
             raise
+
+    async def _fill_chunk(self, window: Window, chunk: Chunk) -> None:
+        """Get memory for a chunk and start the copies into it. Here alone memory is in locals, which end with it."""
+        with Phase(self.timings, "memory"):
+            memory = await window.lease(chunk, self._resources.pool)
+        self._resources.check_open()
+        copies = await self._slices.run(self._build_chunk(chunk, memory))
+        if self._flights is not None and copies:
+            with Phase(self.timings, "launch"):
+                await self._flights.launch(copies, self._resources.launcher, self._resources.max_bytes_in_flight)
+        window.filled(chunk, memory)
 
     def _build_chunk(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> Generator[None, None, list[DeviceCopy]]:
         """Start the copies into a chunk, and return those from devices."""

@@ -9,7 +9,8 @@ asked when nobody does, and nothing is left behind when the last one has gone.
 from __future__ import annotations
 
 import heapq
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Final
@@ -19,9 +20,10 @@ import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
 from aiostage._loop.alarm import Alarm
+from aiostage._loop.closing import Closing
 from aiostage._loop.transfers import Transfer, time_to_next_look
 from aiostage.abc import SupportsQuery
-from aiostage.errors import StagingError
+from aiostage.errors import StagerClosedError, StagingError
 
 __all__ = ["wait_event", "wait_transfer"]
 
@@ -53,23 +55,27 @@ async def wait_event(event: SupportsQuery) -> None:
 
     Cancelling changes nothing but that this waiter leaves.
     """
-    await _wait(event, None)
+    await _wait(event, None, None)
 
 
-async def wait_transfer(event: SupportsQuery, transfer: Transfer) -> None:
+async def wait_transfer(event: SupportsQuery, transfer: Transfer, closing: Closing | None = None) -> None:
     """Wait like :func:`wait_event` for an event behind a transfer, asking mostly when it should be done.
 
     Args:
         event: Done when the bytes have arrived.
         transfer: The bytes, announced when the device was told to move them.
+        closing: Of the stager that wants them. Once that is closed, nobody waits any more.
 
     Raises:
         StagingError: If ``query`` raises, or has raised for an event of the same stream before.
+        StagerClosedError: If the stager is closed.
     """
-    await _wait(event, transfer)
+    await _wait(event, transfer, closing)
 
 
-async def _wait(event: SupportsQuery, transfer: Transfer | None) -> None:
+async def _wait(event: SupportsQuery, transfer: Transfer | None, closing: Closing | None) -> None:
+    if closing is not None:
+        closing.check()
     current = _polling.get()
     polling = current() if current is not None else None
     if polling is None or not polling.watches(event):
@@ -82,7 +88,7 @@ async def _wait(event: SupportsQuery, transfer: Transfer | None) -> None:
     if polling is None:
         polling = _Polling()
         _polling.set(ref(polling))
-    await polling.wait(event, transfer)
+    await polling.wait(event, transfer, closing)
 
 
 class _Watch:
@@ -109,14 +115,16 @@ class _Watch:
 
 
 class _Waiter:
-    """One call of :func:`wait_event`. It is woken once: when its event is done, or to lead."""
+    """One call of :func:`wait_event`. It is woken when its event is done, when it is sent away, or to lead."""
 
-    __slots__ = ("done", "error", "wake", "watch")
+    __slots__ = ("__weakref__", "done", "error", "is_sent_away", "wake", "watch")
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
         self.wake = anyio.Event()
+        # Whether there is nothing to wait for any more.
         self.done = False
+        self.is_sent_away = False
         self.error: Exception | None = None
 
 
@@ -138,25 +146,41 @@ class _Polling:
         """Return whether somebody waits for an event already."""
         return id(event) in self._watches
 
-    async def wait(self, event: SupportsQuery, transfer: Transfer | None) -> None:
+    async def wait(self, event: SupportsQuery, transfer: Transfer | None, closing: Closing | None) -> None:
         """Wait for an event that was not done a moment ago."""
         waiter = self._join(event, transfer)
         try:
-            if self._leader is not waiter:
-                await waiter.wake.wait()
-            while not waiter.done:
-                self._set_alarm()
-                if self._is_imminent():
-                    # Waking from a sleep takes longer than the sleep would.
-                    while monotonic() < self._alarm_at:
-                        await checkpoint()
-                else:
-                    await self._alarm.wait()
-                self._look()
+            # Weakly: a stager must not keep a coroutine alive whose loop has gone.
+            with nullcontext() if closing is None else closing.telling(partial(_send_away, ref(self), ref(waiter))):
+                await self._until_done(waiter)
         finally:
             self._leave(waiter)
+        if waiter.is_sent_away:
+            raise StagerClosedError
         if waiter.error is not None:
             raise _failure(event, waiter.error) from waiter.error
+
+    async def _until_done(self, waiter: _Waiter) -> None:
+        """Wait, and lead whenever nobody else does, until a waiter's event is done or it is sent away."""
+        if self._leader is not waiter:
+            await waiter.wake.wait()
+        while not waiter.done:
+            self._set_alarm()
+            if self._is_imminent():
+                # Waking from a sleep takes longer than the sleep would.
+                while monotonic() < self._alarm_at:
+                    await checkpoint()
+            else:
+                await self._alarm.wait()
+            self._look()
+
+    def send_away(self, waiter: _Waiter) -> None:
+        """Have a waiter leave, although its event is not done."""
+        if not waiter.done:
+            waiter.done = waiter.is_sent_away = True
+            _wake(waiter)
+            if self._leader is waiter:
+                self._alarm.set(monotonic())
 
     def _join(self, event: SupportsQuery, transfer: Transfer | None) -> _Waiter:
         watch = self._watches.get(id(event))
@@ -257,6 +281,12 @@ def _ask(event: SupportsQuery, transfer: Transfer | None, since: float | None = 
     if done and transfer is not None and since is not None:
         transfer.arrived(monotonic(), since)
     return bool(done), None
+
+
+def _send_away(polling: ReferenceType[_Polling], waiter: ReferenceType[_Waiter]) -> None:
+    there, whom = polling(), waiter()
+    if there is not None and whom is not None:
+        there.send_away(whom)
 
 
 def _wake(waiter: _Waiter) -> None:

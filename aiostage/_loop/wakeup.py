@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from typing import Any
 
 import anyio
 from anyio.lowlevel import current_token
 
-__all__ = ["Wakeup"]
+__all__ = ["Wakeup", "post"]
 
 
 class Wakeup:
@@ -33,13 +34,7 @@ class Wakeup:
             Whether there is a loop to wake them in. False once it has closed, and its coroutines with it.
         """
         self._set = True
-        post = self._native.call_soon_threadsafe if _is_asyncio(self._native) else self._native.run_sync_soon
-        try:
-            post(self._event.set)
-        except RuntimeError:
-            # asyncio's loop is closed, or trio's run is over.
-            return False
-        return True
+        return post(self._native, self._event.set)
 
     def is_set(self) -> bool:
         """Return whether :meth:`set` has been called; the waiters may still be about to run."""
@@ -64,6 +59,24 @@ class Wakeup:
         else:
             with anyio.move_on_after(at_most):
                 await self._event.wait()
+
+
+def post(native: Any, call: Callable[[], object]) -> bool:
+    """Have something called in an event loop. May be called from any thread, and from a finalizer.
+
+    Args:
+        native: anyio's ``native_token`` of the loop.
+        call: What to call there, between two steps of its coroutines.
+
+    Returns:
+        Whether there is such a loop still.
+    """
+    try:
+        (native.call_soon_threadsafe if _is_asyncio(native) else native.run_sync_soon)(call)
+    except RuntimeError:
+        # asyncio's loop is closed, or trio's run is over.
+        return False
+    return True
 
 
 def _is_asyncio(native: object) -> bool:

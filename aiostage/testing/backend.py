@@ -39,8 +39,12 @@ class SimulatedBackend(Backend):
         memory_bytes: int,
         max_registered_bytes: int | None,
         poison_freed: bool,
+        bus_bandwidth: float | None,
     ) -> None:
-        self._scheduler = Scheduler(clock, seed, spontaneous=spontaneous, settle=self._settle)
+        self._scheduler = Scheduler(
+            clock, seed, spontaneous=spontaneous, settle=self._settle, bus_bandwidth=bus_bandwidth
+        )
+        self._has_bus = bus_bandwidth is not None
         # The type that PyTorch keeps for devices which it does not know: none of its functions takes it by mistake.
         names = [torch.device("privateuseone", index) for index in range(devices)]
         self._devices = {name: Device(name, DeviceMemory(memory_bytes)) for name in names}
@@ -81,7 +85,7 @@ class SimulatedBackend(Backend):
         return self._scheduler.current_stream(device)
 
     def side_stream(self, device: torch.device, *, low_priority: bool = True) -> SimulatedStream:
-        """Return a new stream of a device. Priorities are kept but decide nothing."""
+        """Return a new stream of a device. Priorities decide who goes first on the bus, if there is one."""
         self._devices[device].in_use = True
         return self._scheduler.add(self._devices[device], low_priority=low_priority)
 
@@ -111,7 +115,8 @@ class SimulatedBackend(Backend):
                 name="copy",
                 seconds=self._copy_seconds(source.nbytes),
                 run=partial(self._copy_one, *((host, device) if to_host else (device, host))),
-                engine="to host" if to_host else "to device",
+                engine=None if self._has_bus else "to host" if to_host else "to device",
+                moved_bytes=source.nbytes,
             )
             self._scheduler.enqueue(stream, operation)
         count_change(destinations)
@@ -208,8 +213,9 @@ class SimulatedBackend(Backend):
         tensors: Sequence[TensorReference],
         seconds: float,
         stream: SimulatedStream,
+        moved_bytes: int = 0,
     ) -> None:
-        operation = Operation(name=name, seconds=seconds, run=partial(_call, kernel, tensors))
+        operation = Operation(name=name, seconds=seconds, run=partial(_call, kernel, tensors), moved_bytes=moved_bytes)
         self._scheduler.enqueue(stream, operation)
 
     def _copy_one(self, destination: TensorReference, source: TensorReference) -> None:

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from aiostage.testing.bus import Bus
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.streams import Device, Operation, SimulatedDeviceError, SimulatedStream
 
@@ -39,10 +40,17 @@ class Scheduler:
         seed: Of the choice among the streams that could go on; None takes the one that would be done first.
         spontaneous: Execute some operations, chosen by the seed, at each call.
         settle: Called, with the lock held, before anything is executed or enqueued.
+        bus_bandwidth: Of the bus of each device, in bytes a second; None for no bus.
     """
 
     def __init__(
-        self, clock: VirtualClock | None, seed: int | None, *, spontaneous: bool, settle: Callable[[], None]
+        self,
+        clock: VirtualClock | None,
+        seed: int | None,
+        *,
+        spontaneous: bool,
+        settle: Callable[[], None],
+        bus_bandwidth: float | None,
     ) -> None:
         self.lock = threading.Condition()
         """Held wherever the state of queues and memory is looked at, and notified when it changes."""
@@ -53,6 +61,8 @@ class Scheduler:
         self._random = random.Random(seed) if seed is not None else None
         self._spontaneous = spontaneous
         self._settle = settle
+        self._bus_bandwidth = bus_bandwidth
+        self._buses: dict[torch.device, Bus] = {}
         self._executing = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -159,14 +169,14 @@ class Scheduler:
             elif stream not in ready:
                 raise ValueError(f"{stream!r} has nothing that can be executed now")
             with self.lock:
-                operation, finish = self._take(stream)
+                operation, finish = self._take(stream, ready)
             self._perform(stream, operation, finish)
         return True
 
     def due(self) -> float | None:
         """Return when the operation that is done first would be done, or None if there is none."""
         ready = self.ready()
-        return self._finish(self._first(ready)) if ready else None
+        return self._finishes(ready)[self._first(ready)] if ready else None
 
     def happen(self) -> None:
         """Execute the operation that is due first."""
@@ -204,8 +214,21 @@ class Scheduler:
             stream.error = stream.error or event.error
         return bool(stream.queue)
 
+    def _finishes(self, ready: list[SimulatedStream]) -> dict[SimulatedStream, float]:
+        """Return when the operation at the head of each queue would be done."""
+        if self._bus_bandwidth is None:
+            return {stream: self._finish(stream) for stream in ready}
+        finishes: dict[SimulatedStream, float] = {}
+        for device, streams in _by_device(ready).items():
+            finishes |= self._bus(device).finishes(streams)
+        return finishes
+
+    def _bus(self, device: torch.device) -> Bus:
+        assert self._bus_bandwidth is not None  # noqa: S101 - asked for only where there are buses
+        return self._buses.setdefault(device, Bus(self._bus_bandwidth))
+
     def _finish(self, stream: SimulatedStream) -> float:
-        """Return when the operation at the head of a queue would be done."""
+        """Return when the operation at the head of a queue would be done, where there is no bus."""
         operation = stream.queue[0]
         start = max(stream.time, operation.enqueued_at)
         if operation.engine is not None:
@@ -213,10 +236,13 @@ class Scheduler:
         return start + operation.seconds
 
     def _first(self, ready: list[SimulatedStream]) -> SimulatedStream:
-        return min(ready, key=self._finish)
+        finishes = self._finishes(ready)
+        return min(ready, key=lambda stream: finishes[stream])
 
-    def _take(self, stream: SimulatedStream) -> tuple[Operation, float]:
-        finish = self._finish(stream)
+    def _take(self, stream: SimulatedStream, ready: list[SimulatedStream]) -> tuple[Operation, float]:
+        finish = self._finishes(ready)[stream]
+        if self._bus_bandwidth is not None:
+            self._bus(stream.device).pass_time(_by_device(ready)[stream.device], finish)
         operation = stream.queue.popleft()
         if operation.engine is not None:
             stream.on.engine_free_at[operation.engine] = finish
@@ -253,9 +279,16 @@ class Scheduler:
                         return
                     continue
                 stream = self._first(ready)
-                remaining = self._finish(stream) - self.now()
+                remaining = self._finishes(ready)[stream] - self.now()
                 if remaining > 0:
                     self.lock.wait(remaining)
                     continue
-                operation, finish = self._take(stream)
+                operation, finish = self._take(stream, ready)
             self._perform(stream, operation, finish)
+
+
+def _by_device(streams: list[SimulatedStream]) -> dict[torch.device, list[SimulatedStream]]:
+    grouped: dict[torch.device, list[SimulatedStream]] = {}
+    for stream in streams:
+        grouped.setdefault(stream.device, []).append(stream)
+    return grouped

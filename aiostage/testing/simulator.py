@@ -71,7 +71,9 @@ class SimulatedAccelerator(SimulatedBackend):
             that would be done first comes first.
         spontaneous: Execute a few operations, chosen by the seed, whenever anything is enqueued or queried, so that
             nobody has to step. Needs a seed.
-        bandwidth: Of copies, in bytes a second; each direction of each device has it to itself.
+        bandwidth: Of a copy, in bytes a second; each direction of each device has it to itself.
+        bus_bandwidth: What all that moves bytes on one device shares, in bytes a second: copies of both directions, of
+            which several may then run at once, and kernels that say how much they move. None: there is no bus.
         latency: Of each copy, in seconds.
         memory_bytes: Memory of each device.
         max_registered_bytes: How much host memory can be registered at a time. None: any amount.
@@ -79,7 +81,7 @@ class SimulatedAccelerator(SimulatedBackend):
             allocation of that stream could do so.
 
     Raises:
-        ValueError: If there is no device, or ``spontaneous`` has no seed.
+        ValueError: If there is no device, the bus has no bandwidth, or ``spontaneous`` has no seed.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class SimulatedAccelerator(SimulatedBackend):
         seed: int | None = None,
         spontaneous: bool = False,
         bandwidth: float = 25e9,
+        bus_bandwidth: float | None = None,
         latency: float = 10e-6,
         memory_bytes: int = 1 << 30,
         max_registered_bytes: int | None = None,
@@ -97,6 +100,8 @@ class SimulatedAccelerator(SimulatedBackend):
     ) -> None:
         if devices < 1:
             raise ValueError(f"a simulated accelerator has 1 device or more, not {devices!r}")
+        if bus_bandwidth is not None and not bus_bandwidth > 0:
+            raise ValueError(f"bus_bandwidth is above 0 bytes a second, or None, not {bus_bandwidth!r}")
         if spontaneous and seed is None:
             raise ValueError("spontaneous=True needs a seed to choose by")
         self._clock = VirtualClock() if clock is None and seed is not None else clock
@@ -110,6 +115,7 @@ class SimulatedAccelerator(SimulatedBackend):
             memory_bytes=memory_bytes,
             max_registered_bytes=max_registered_bytes,
             poison_freed=poison_freed,
+            bus_bandwidth=bus_bandwidth,
         )
         if self._clock is not None:
             self._clock.attach(self._scheduler)
@@ -189,6 +195,7 @@ class SimulatedAccelerator(SimulatedBackend):
             [self._reference(copied, stream)],
             self._copy_seconds(value.nbytes),
             stream,
+            value.nbytes,
         )
         return copied
 
@@ -198,6 +205,7 @@ class SimulatedAccelerator(SimulatedBackend):
         *writes: torch.Tensor,
         reads: Sequence[torch.Tensor] = (),
         seconds: float = 0.0,
+        moved_bytes: int = 0,
         stream: SimulatedStream | None = None,
     ) -> None:
         """Enqueue a kernel. As with PyTorch's own operations, the versions of what it writes go up now.
@@ -207,7 +215,8 @@ class SimulatedAccelerator(SimulatedBackend):
                 their place then. What it raises fails the stream.
             *writes: Device tensors that it changes.
             reads: Device tensors that it only reads.
-            seconds: How long it takes.
+            seconds: How long it takes alone.
+            moved_bytes: How many bytes it moves meanwhile over the device's bus, if there is one.
             stream: Where; None is the current stream of the first tensor's device, or of the current device.
 
         Raises:
@@ -218,7 +227,7 @@ class SimulatedAccelerator(SimulatedBackend):
             stream = self._stream(self.device_of(tensors[0]) if tensors else None)
         references = [self._reference(tensor, stream) for tensor in tensors]
         count_change(writes)
-        self._enqueue_kernel("kernel", kernel, references, seconds, stream)
+        self._enqueue_kernel("kernel", kernel, references, seconds, stream, moved_bytes)
         with self._scheduler.lock:
             self._kernels += 1
 

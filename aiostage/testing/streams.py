@@ -82,7 +82,9 @@ class Operation:
         completes: The event that it completes.
         waits_for: The event before which nothing behind it may start.
         engine: The copy engine that it keeps busy.
+        moved_bytes: How many bytes it moves, where devices have a bus.
         enqueued_at: Before this it cannot have started.
+        done: Which part of it was done when the bus last looked.
     """
 
     name: str
@@ -91,7 +93,9 @@ class Operation:
     completes: SimulatedEvent | None = None
     waits_for: SimulatedEvent | None = None
     engine: str | None = None
+    moved_bytes: int = 0
     enqueued_at: float = 0.0
+    done: float = 0.0
 
 
 class SimulatedEvent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,25 @@ class TestAFailureHalfWay:
                 await until(lambda: len(airborne) == 0)
                 await until(lambda: stager.statistics().leases == 0)
                 assert caught.value.__traceback__ is not None, "which keeps nothing alive, nor needs the collector"
+
+    async def test_of_a_copy_through_a_window_keeps_no_memory_by_its_error(self):
+        with FailsHalfWay(clock=VirtualClock()) as accelerator:
+            state = {str(n): full(accelerator, n, 9 * MIB) for n in range(3)}
+            accelerator.synchronize()
+            async with AsyncStager(StagingOptions(max_host_bytes=80 * MIB), backend=accelerator) as stager:
+                async with stager.snapshot(state, streamed=True) as snapshot:
+                    assert snapshot.window is not None
+                    accelerator.failures = 1
+                    errors = []
+                    for wait in (snapshot.fill, snapshot.captured):
+                        with pytest.raises(torch.OutOfMemoryError, match="no room to cast") as caught:
+                            await wait()
+                        errors.append(caught.value)
+                    accelerator.synchronize()
+                    await until(lambda: len(airborne) == 0)
+                    gc.collect()
+                    assert stager.statistics().leases == 0
+                assert len(errors) == 2, "kept until here"
 
     async def test_of_a_restore_leaves_nothing_in_the_air(self):
         with FailsHalfWay(seed=1, spontaneous=True) as accelerator:

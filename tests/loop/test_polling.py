@@ -18,9 +18,10 @@ import uvloop
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop import alarm, polling
+from aiostage._loop.closing import Closing
 from aiostage._loop.polling import wait_event, wait_transfer
 from aiostage._loop.transfers import Traffic
-from aiostage.errors import StagingError
+from aiostage.errors import StagerClosedError, StagingError
 from aiostage.testing import at_every_await
 
 RUNS: dict[str, Callable[[Callable[[], Awaitable[object]]], object]] = {
@@ -423,6 +424,64 @@ class TestErrors:
         await asked_again(good)
         good.done = True
         await tasks[1]
+
+
+class TestClosing:
+    @pytest.mark.parametrize("loop", RUNS)
+    def test_a_wait_that_is_forecast_to_last_an_hour_ends_at_once(self, loop: str):
+        """Those who lead and those who do not, of one event and of several, and nobody else."""
+
+        async def main() -> None:
+            closing, other, traffic = Closing(), Closing(), Traffic()
+            traffic.announce("device", 1 << 30)._lane.seconds_per_byte = 3600 / 2**30
+            events = [Event() for _ in range(3)]
+            ended: list[str] = []
+
+            async def wait(event: Event, of: Closing, name: str) -> None:
+                try:
+                    await wait_transfer(event, traffic.announce("device", 1 << 30), of)
+                except StagerClosedError:
+                    name += " sent away"
+                ended.append(name)
+
+            async with anyio.create_task_group() as group:
+                for event in events:
+                    for _ in range(2):
+                        group.start_soon(wait, event, closing, "waiter")
+                group.start_soon(wait, events[0], other, "bystander")
+                while not all(event.queries for event in events):
+                    await checkpoint()
+                thread = threading.Thread(target=closing.close)
+                thread.start()
+                thread.join()
+                while len(ended) < 6:
+                    await checkpoint()
+                events[0].done = True
+                # Nobody sleeps for it any more than for the others.
+                other.close()
+            assert ended == ["waiter sent away"] * 6 + ["bystander sent away"]
+            assert sum(event.queries for event in events) < 20
+            with pytest.raises(StagerClosedError):
+                await wait_transfer(events[1], traffic.announce("device", 1), closing)
+
+        run_on(loop, main)
+
+    @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+    def test_keeps_no_loop_alive_that_was_closed_meanwhile(
+        self, new_loop: Callable[[], asyncio.AbstractEventLoop]
+    ) -> None:
+        closing, event, loop = Closing(), Event(), new_loop()
+        tasks = [loop.create_task(wait_transfer(event, Traffic().announce("device", 1), closing)) for _ in range(3)]
+        loop.run_until_complete(asked_again(event))
+        loop.close()
+        closing.close()
+        gone = weakref.ref(tasks[0])
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        del tasks, task
+        gc.collect()
+        assert gone() is None
+        assert not closing._calls
 
 
 class TestLoops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
 import signal
@@ -116,3 +117,18 @@ def test_nothing_is_left_in_dev_shm_after_a_kill() -> None:
     process.communicate()
     assert open_descriptors < 32
     assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.asyncio
+async def test_memory_that_is_not_there_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = {"a": torch.ones(1000)}
+    async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
+        with monkeypatch.context() as full:
+            full.setattr(os, "posix_fallocate", refuse)
+            with pytest.raises(HostMemoryError, match="No space left"):
+                await stager.stage(source)
+        assert stager.statistics().leases == 0
+        assert torch.equal((await stager.stage(source))["a"], source["a"])
