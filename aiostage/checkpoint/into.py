@@ -11,6 +11,7 @@ import torch
 
 from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.nodes import LEFT_OUT
+from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import CheckpointMismatchError
 from aiostage.leaf import Path, format_path
 from aiostage.storage.safetensors import DTYPE_NAMES
@@ -21,10 +22,7 @@ _CHUNK = 64
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
 
-_Place: TypeAlias = "tuple[object, _Place] | None"
-"""The way to a place, last step first."""
-
-_Pair: TypeAlias = tuple[_Place, torch.Tensor, torch.Tensor]
+_Pair: TypeAlias = tuple[Place, torch.Tensor, torch.Tensor]
 
 
 class Transfer:
@@ -133,7 +131,7 @@ class _Comparison:
         self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
-        self._todo: list[tuple[_Place, Any, Any, tuple[Any, Any] | None]] = []
+        self._todo: list[tuple[Place, Any, Any, tuple[Any, Any] | None]] = []
 
     def run(self, live: Any, loaded: Any) -> Generator[None, None, None]:
         """Walk both trees; where a value is to be put is None inside what cannot be changed."""
@@ -147,7 +145,7 @@ class _Comparison:
                 yield
 
     def _visit(
-        self, place: _Place, live: Any, loaded: Any, where: tuple[Any, Any] | None
+        self, place: Place, live: Any, loaded: Any, where: tuple[Any, Any] | None
     ) -> Generator[None, None, None]:
         if loaded is LEFT_OUT:
             return
@@ -174,7 +172,7 @@ class _Comparison:
         elif not _equal(live, loaded):
             self._mismatch(place, f"{loaded!r:.100} instead of {live!r:.100} in a tuple, which cannot be changed")
 
-    def _descend(self, place: _Place, live: Any, loaded: Any) -> Generator[None, None, None]:
+    def _descend(self, place: Place, live: Any, loaded: Any) -> Generator[None, None, None]:
         mutable = not isinstance(live, tuple)
         if isinstance(live, dict):
             mine, theirs = live, loaded
@@ -186,21 +184,21 @@ class _Comparison:
             if key in theirs:
                 found.append((here, value, theirs[key], (live, key) if mutable else None))
             elif (yield from self._misses(here, value)):
-                self.missing.append(format_path(_path(here)))
+                self.missing.append(format_path(path_to(here)))
             if count % _CHUNK == 0:
                 yield
         for count, key in enumerate(theirs):
             if key not in mine:
-                self.unexpected.append(format_path(_path((key, place))))
+                self.unexpected.append(format_path(path_to((key, place))))
             if count % _CHUNK == 0:
                 yield
         self._todo += reversed(found)
 
-    def _misses(self, place: _Place, live: Any) -> Generator[None, None, bool]:
+    def _misses(self, place: Place, live: Any) -> Generator[None, None, bool]:
         """Return whether the checkpoint should have what is at a place, or something below it."""
-        if self._wanted is None or any(self._wanted(_path(at)) for at in _ways(place)):
+        if self._wanted is None or any(self._wanted(path_to(at)) for at in _ways(place)):
             return True
-        todo: list[tuple[_Place, Any]] = [(place, live)]
+        todo: list[tuple[Place, Any]] = [(place, live)]
         seen: set[int] = set()
         while todo:
             at, value = todo.pop()
@@ -209,15 +207,15 @@ class _Comparison:
             seen.add(id(value))
             for count, (key, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
                 here = (key, at)
-                if self._wanted(_path(here)):
+                if self._wanted(path_to(here)):
                     return True
                 todo.append((here, item))
                 if count % _CHUNK == 0:
                     yield
         return False
 
-    def _mismatch(self, place: _Place, reason: str) -> None:
-        self.mismatched.append(f"{format_path(_path(place))} ({reason})")
+    def _mismatch(self, place: Place, reason: str) -> None:
+        self.mismatched.append(f"{format_path(path_to(place))} ({reason})")
 
     def check_ties(self) -> Generator[None, None, None]:
         """Find live tensors that share memory which loaded ones do not: both values cannot be had."""
@@ -282,19 +280,11 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
     return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _ways(place: _Place) -> Iterator[_Place]:
+def _ways(place: Place) -> Iterator[Place]:
     """Iterate over a place and those above it, but not the root."""
     while place is not None:
         yield place
         place = place[1]
-
-
-def _path(place: _Place) -> Path:
-    steps = []
-    while place is not None:
-        step, place = place
-        steps.append(step)
-    return tuple(reversed(steps))
 
 
 def _same_kind(live: Any, loaded: Any) -> bool:

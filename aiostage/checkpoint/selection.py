@@ -8,6 +8,7 @@ from fnmatch import translate
 from typing import TypeAlias
 
 from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable
+from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import listed
 from aiostage.leaf import Path
 
@@ -18,8 +19,6 @@ _EXAMPLES = 5
 
 Only: TypeAlias = "str | Iterable[str] | Callable[[Path], bool]"
 """Patterns of paths with dots between their steps, or a function of a path."""
-
-_Place: TypeAlias = "tuple[object, _Place] | None"
 
 
 class Selection:
@@ -95,7 +94,7 @@ class Selection:
     def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
-        todo: list[tuple[int, _Place]] = [(root, None)] if root is not None else []
+        todo: list[tuple[int, Place]] = [(root, None)] if root is not None else []
         seen: set[int] = set()
         count = 0
         while todo and self._unmatched:
@@ -105,7 +104,7 @@ class Selection:
             seen.add(index)
             for key, child in table.edges(index):
                 here = (_shown(key), place)
-                self.chooses(_path(here))
+                self.chooses(path_to(here))
                 node = table.node(child)
                 if node is not None:
                     todo.append((node, here))
@@ -145,16 +144,16 @@ class _Pruning:
 
     def _look(self, root: int) -> Generator[None, None, None]:
         """Walk from the root through what may be kept in part."""
-        todo: list[tuple[int, _Place]] = [(root, None)]
+        todo: list[tuple[int, Place]] = [(root, None)]
         self._partly.add(root)
         count = 0
         while todo:
             index, place = todo.pop()
-            found: list[tuple[int, _Place]] = []
+            found: list[tuple[int, Place]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
                 here = (_shown(key), place)
                 node = self._table.node(child)
-                if self._selection.chooses(_path(here)):
+                if self._selection.chooses(path_to(here)):
                     self._keep(index, number)
                     if node is not None:
                         yield from self._keep_below(node)
@@ -211,11 +210,3 @@ class _Pruning:
 def _shown(key: object) -> object:
     """Return a key as part of a path; one that is a node, as tuples are, by its number."""
     return f"<node {key[0]}>" if isinstance(key, list) else key
-
-
-def _path(place: _Place) -> Path:
-    steps = []
-    while place is not None:
-        step, place = place
-        steps.append(step)
-    return tuple(reversed(steps))
