@@ -102,3 +102,8 @@ def test_what_cannot_be_met_is_refused_when_the_stager_is_built(name: str) -> No
         pytest.skip("this machine has an accelerator")
     with pytest.raises(AcceleratorUnavailableError, match=rf"{name}=True cannot be met: .+\. Set {name}=None"):
         AsyncStager(StagingOptions(**{name: True}))
+
+
+def test_a_stager_takes_no_other_options() -> None:
+    with pytest.raises(TypeError, match=r"not {'use_shared_memory': True}.*from_torch"):
+        AsyncStager({"use_shared_memory": True})  # type: ignore[arg-type]

@@ -89,3 +89,13 @@ async def test_saves_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal((await aiostage.load("."))["a"], tree["a"])
     await LocalStorage(tmp_path).delete("deep/c")
     assert "deep/c" not in await LocalStorage(tmp_path).list()
+
+
+@pytest.mark.asyncio
+async def test_what_cannot_be_saved_with_or_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        await aiostage.save({}, tmp_path / "file/a")
+    with pytest.raises(TypeError, match=r"stager must be .* not 7.*adapt"):
+        await aiostage.save({}, tmp_path / "a", stager=7)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
