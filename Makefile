@@ -11,12 +11,15 @@ DEMO_READY := $(VENV)/.demo-ready
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
 
+# A file's tests stay together, because they share servers and processes.
+IN_PARALLEL := --numprocesses 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # With the tests of four processes, which take some minutes more.
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,9 +27,9 @@ from torch import nn
 import aiostage
 
 QUICK = bool(os.environ.get("AIOSTAGE_EXAMPLE_QUICK"))
-STEPS = 150 if QUICK else 400
+STEPS = 90 if QUICK else 400
 STEPS_BETWEEN_CHECKPOINTS = 5
-KILLS = 3 if QUICK else 8
+KILLS = 2 if QUICK else 8
 
 
 class Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,12 @@ class ProbedTrio(trio.abc.Instrument):
 
     def before_run(self) -> None:
         new_probe().start()
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over what imports have made: many tests collect, and each time that would be most of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_asyncio_loop_factories(

@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint
 
 import aiostage
 
-LIVES = 25
+LIVES = 15
 KEEP = 2
 
 

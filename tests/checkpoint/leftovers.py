@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ def nothing_left(names: tuple[str, ...] = ALL) -> Iterator[None]:
     before = descriptors()
     others = set(threading.enumerate())
     yield
+    # What an error's traceback keeps alive is often a circle, the owner of threads among it.
+    gc.collect()
     deadline = monotonic() + SOON
     while alive := [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]:
         assert monotonic() < deadline, f"{alive} go on"
