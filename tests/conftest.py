@@ -67,7 +67,7 @@ class ProbedTrio(trio.abc.Instrument):
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector pass over what imports have made: many tests collect, and each time that would be most of it."""
+    """Let the collector pass over what imports have made: many tests collect, and that would be most of the work."""
     gc.collect()
     gc.freeze()
 
