@@ -8,7 +8,7 @@ where bytes really lie, never another reference.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -200,7 +200,8 @@ class _IncrementalDraft(Draft):
         async def write() -> None:
             async with full:
                 async for group in full:
-                    await self._draft.write(group.name, group.nbytes, group.parts())
+                    async with aclosing(group.parts()) as copies:
+                        await self._draft.write(group.name, group.nbytes, copies)
                     self._held += group.nbytes
 
         await together(fill, write)
@@ -244,7 +245,7 @@ class _Group:
         self._memory[self.nbytes : self.nbytes + len(data)] = np.frombuffer(data, np.uint8)
         self.nbytes += len(data)
 
-    async def parts(self) -> AsyncIterator[Buffer]:
+    async def parts(self) -> AsyncGenerator[Buffer, None]:
         for start in range(0, self.nbytes, PART_BYTES):
             yield self._memory.data[start : min(start + PART_BYTES, self.nbytes)]
 
