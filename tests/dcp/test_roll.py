@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -110,12 +111,13 @@ class TestBlame:
 
 
 def test_nothing_is_left_in_the_store() -> None:
-    store = new_store()
+    store, later = new_store(), Barrier(3)
 
     def act(call: RollCall, rank: int) -> None:
         call.arrive(10)
         call.answer()
         call.blame("broken")
+        later.wait(10)
         call.forget()
 
     together(3, act, store)
