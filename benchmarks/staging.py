@@ -72,6 +72,7 @@ def _profile(timings: dict[str, float]) -> str:
     return ", ".join(
         f"{name} {1e3 * value:.1f}" if isinstance(value, float) else f"{name} {value}"
         for name, value in timings.items()
+        if isinstance(value, (float, int))
     )
 
 
