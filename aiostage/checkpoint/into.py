@@ -198,10 +198,10 @@ class _Comparison:
         """Return whether the checkpoint should have what is at a place, or something below it."""
         if self._wanted is None or any(self._wanted(path_to(at)) for at in _ways(place)):
             return True
-        todo: list[tuple[Place, Any]] = [(place, live)]
+        pending: list[tuple[Place, Any]] = [(place, live)]
         seen: set[int] = set()
-        while todo:
-            at, value = todo.pop()
+        while pending:
+            at, value = pending.pop()
             if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
                 continue
             seen.add(id(value))
@@ -209,7 +209,7 @@ class _Comparison:
                 here = (key, at)
                 if self._wanted(path_to(here)):
                     return True
-                todo.append((here, item))
+                pending.append((here, item))
                 if count % _CHUNK == 0:
                     yield
         return False
@@ -293,13 +293,13 @@ def _same_kind(live: Any, loaded: Any) -> bool:
 
 def _has_state(value: Any) -> bool:
     """Return whether a value is, or is a tuple around, something that is changed in place."""
-    todo = deque([value])
-    while todo:
-        item = todo.popleft()
+    pending = deque([value])
+    while pending:
+        item = pending.popleft()
         if isinstance(item, (torch.Tensor, dict, list)):
             return True
         if isinstance(item, tuple):
-            todo.extend(item)
+            pending.extend(item)
     return False
 
 
