@@ -3,6 +3,8 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from time import monotonic
 
 import pytest
 
@@ -19,7 +21,11 @@ def workers() -> Iterator[Workers]:
     workers.stop()
     # A test that keeps a failed task in a local is a circle with that task's traceback.
     gc.collect()
-    for thread in set(threading.enumerate()) - others:
-        if thread.name.startswith(("test-memory", "aiostage-leases")):
-            thread.join(SOON)
-            assert not thread.is_alive(), f"{thread.name} outlives the test"
+    deadline = monotonic() + SOON
+    names = ("test-memory", "aiostage-leases")
+    while alive := [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]:
+        assert monotonic() < deadline, f"{alive} outlive the test"
+        for thread in alive:
+            # One that is being started cannot be joined yet.
+            with suppress(RuntimeError):
+                thread.join(SOON)
