@@ -5,6 +5,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from time import monotonic
 
 import anyio
 import pytest
@@ -30,9 +32,13 @@ def threads_of(name: str) -> list[threading.Thread]:
 
 
 def until_no_threads_of(name: str) -> None:
-    for thread in threads_of(name):
-        thread.join(SOON)
-    assert not threads_of(name)
+    deadline = monotonic() + SOON
+    while alive := threads_of(name):
+        assert monotonic() < deadline, f"{alive} go on"
+        for thread in alive:
+            # One that is being started cannot be joined yet.
+            with suppress(RuntimeError):
+                thread.join(SOON)
 
 
 class Gate:
