@@ -109,14 +109,14 @@ class NodeTable:
         """
         # 1 for nodes that are reached plainly, 2 for those also reached in another way, and all below them.
         reached = self.reached = bytearray(len(self.forms))
-        todo: list[tuple[int, int]] = []
+        pending: list[tuple[int, int]] = []
         root = self.node(self.root)
         if root is not None:
-            todo.append((root, 1))
+            pending.append((root, 1))
         found: dict[str, bool] = {}
         count = 0
-        while todo:
-            index, how = todo.pop()
+        while pending:
+            index, how = pending.pop()
             if reached[index] >= how:
                 continue
             reached[index] = how
@@ -124,23 +124,23 @@ class NodeTable:
             if form["is"] == "tensor":
                 name = form["name"]
                 found[name] = found.get(name, True) and how == 1 and "offset" not in form
-            yield from self._add_children(todo, index, how)
+            yield from self._add_children(pending, index, how)
             count += 1
             if count % _CHUNK == 0:
                 yield
         return found
 
-    def _add_children(self, todo: list[tuple[int, int]], index: int, how: int) -> Generator[None, None, None]:
+    def _add_children(self, pending: list[tuple[int, int]], index: int, how: int) -> Generator[None, None, None]:
         form = self.forms[index]
         mapping, plain = form["is"] in _MAPPINGS, form["is"] in LOOKED_INTO
         for place, child in enumerate(self.children[index]):
             node = self.node(child)
             if node is not None:
                 # Keys are values too.
-                todo.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
+                pending.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
             if place % _CHUNK == _CHUNK - 1:
                 yield
         for child in form.get("attributes", {}).values():
             node = self.node(child)
             if node is not None:
-                todo.append((node, 2))
+                pending.append((node, 2))

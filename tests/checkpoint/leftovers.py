@@ -6,12 +6,12 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from time import monotonic
+from contextlib import contextmanager
+
+from tests.threads import until_none_of
 
 OWN = ("aiostage-save", "aiostage-load", "aiostage-disk")
 ALL = (*OWN, "aiostage-copy", "aiostage-leases")
-SOON = 10.0
 
 
 def descriptors() -> dict[str, str]:
@@ -34,12 +34,6 @@ def nothing_left(names: tuple[str, ...] = ALL) -> Iterator[None]:
     yield
     # What an error's traceback keeps alive is often a circle, the owner of threads among it.
     gc.collect()
-    deadline = monotonic() + SOON
-    while alive := [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]:
-        assert monotonic() < deadline, f"{alive} go on"
-        for thread in alive:
-            # One that is being started cannot be joined yet.
-            with suppress(RuntimeError):
-                thread.join(SOON)
+    until_none_of(names, others=others)
     new = {number: name for number, name in descriptors().items() if before.get(number) != name}
     assert not new, new

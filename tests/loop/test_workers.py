@@ -5,8 +5,6 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
-from time import monotonic
 
 import anyio
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from aiostage._loop import workers as workers_module
 from aiostage._loop.workers import Job, Workers
 from aiostage.testing import at_every_await
+from tests.threads import until_none_of
 
 SOON = 10.0
 """Seconds until a wait that should not take any is given up."""
@@ -24,21 +23,11 @@ def workers() -> Iterator[Workers]:
     workers = Workers(2, "test-workers")
     yield workers
     workers.stop()
-    until_no_threads_of("test-workers")
+    until_none_of("test-workers")
 
 
 def threads_of(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
-
-
-def until_no_threads_of(name: str) -> None:
-    deadline = monotonic() + SOON
-    while alive := threads_of(name):
-        assert monotonic() < deadline, f"{alive} go on"
-        for thread in alive:
-            # One that is being started cannot be joined yet.
-            with suppress(RuntimeError):
-                thread.join(SOON)
 
 
 class Gate:
@@ -165,7 +154,7 @@ class TestJob:
         await job.join()
         assert seen == list(range(100))
         workers.stop()
-        until_no_threads_of("test-single")
+        until_none_of("test-single")
 
     async def test_steps_of_one_job_run_side_by_side(self, workers: Workers):
         meeting = threading.Barrier(2)
@@ -347,7 +336,7 @@ class TestThreads:
     ):
         monkeypatch.setattr(workers_module, "_IDLE_SECONDS", 0.01)
         await workers.run(lambda: None)
-        until_no_threads_of("test-workers")
+        until_none_of("test-workers")
         assert workers.threads == 0
         assert await workers.run(lambda: "again") == "again"
 
@@ -366,14 +355,14 @@ class TestThreads:
             gate.open.set()
         await job.join()
         assert seen == ["done"]
-        until_no_threads_of("test-workers")
+        until_none_of("test-workers")
         assert await workers.run(lambda: "again") == "again"
 
     async def test_dropping_the_workers_ends_their_threads(self):
         workers = Workers(2, "test-dropped")
         await workers.run(lambda: None)
         del workers
-        until_no_threads_of("test-dropped")
+        until_none_of("test-dropped")
 
     async def test_an_idle_thread_keeps_nothing_of_its_last_job(self, workers: Workers):
         job = workers.job()
