@@ -198,12 +198,17 @@ class Backend(ABC):
 
 
 class Storage(ABC):
-    """Where checkpoints lie, each under a name. These methods are all that a storage has to have.
+    """Where checkpoints lie, each under a name. Its abstract methods are all that a storage has to have.
 
     A checkpoint is a few files and a manifest. It is there once its manifest is, and whoever looks finds all of it or
     nothing. Names are relative paths with ``/`` between their steps. Every coroutine may be cancelled at any await, and
     none blocks the event loop.
     """
+
+    @property
+    def location(self) -> str:
+        """Where it is, as a person would write it, for errors; its ``repr`` unless the storage knows better."""
+        return repr(self)
 
     @abstractmethod
     async def open(self, name: str, *, overwrite: bool = False) -> Draft:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -21,8 +21,6 @@ from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
 
 __all__ = ["Checkpointer", "SaveHandle"]
-
-T = TypeVar("T")
 
 
 class SaveHandle:
@@ -133,7 +131,8 @@ class Checkpointer:
         """
         portal = self._entered()
         # Called in this thread: its current streams are those that the copies have to follow.
-        return SaveHandle(portal, portal.call(_awaited, self._checkpointer.save(step, state_dict)))
+        capture = self._checkpointer.save(step, state_dict)
+        return SaveHandle(portal, portal.call(lambda: capture))
 
     def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order."""
@@ -143,20 +142,22 @@ class Checkpointer:
         """Return the highest step that there is a checkpoint of, or None if there is none."""
         return self._entered().call(self._checkpointer.latest)
 
-    def restore(self, into: Any = None, step: int | None = None) -> Any:
+    def restore(self, into: Any = None, step: int | None = None, **options: Any) -> Any:
         """Read a checkpoint.
 
         Args:
             into: A live tree to change in place. None: return a new tree.
             step: Which one. None: the latest.
+            **options: More that :func:`aiostage.load` takes, such as ``device``. Functions are called in the background
+                thread.
 
         Returns:
-            The tree that was saved, in host memory; or ``into``.
+            The tree that was saved; or ``into``.
 
         Raises:
             Exception: As :meth:`aiostage.Checkpointer.restore` does.
         """
-        return self._entered().call(partial(self._checkpointer.restore, into, step))
+        return self._entered().call(partial(self._checkpointer.restore, into, step, **options))
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint. One that is not there is no error.
@@ -208,7 +209,3 @@ class Checkpointer:
                 "the checkpointer was not entered, or was left.", remedy="Use it inside its `with` block."
             )
         return self._portal
-
-
-async def _awaited(awaitable: Awaitable[T]) -> T:
-    return await awaitable

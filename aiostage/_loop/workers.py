@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from types import TracebackType
 from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish, without_locals
@@ -28,6 +29,9 @@ class Job:
     the steps not yet begun are dropped; those that run are always waited for. Steps hold references to what they
     touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job. Each runs
     in a copy of the context of whoever has put it, as with ``asyncio.to_thread``.
+
+    A coroutine that fills a job from beginning to end does so in its ``async with`` block, which ends as :meth:`join`
+    does, and after an error as a cancelled :meth:`join` does.
     """
 
     __slots__ = (
@@ -156,10 +160,7 @@ class Job:
         try:
             await self.settled()
         except BaseException as error:
-            self.cancel()
-            # A coroutine that is being closed may not wait; the running steps keep their own memory alive.
-            if not isinstance(error, GeneratorExit):
-                await finish(self.settled)
+            await self._give_up(error)
             raise
         failure = self._error
         if failure is not None:
@@ -168,6 +169,35 @@ class Job:
             finally:
                 # The traceback now has this frame in it, which must not lead back to the error.
                 del self, failure
+
+    async def __aenter__(self) -> Job:
+        """Return self."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the steps that the block has put; after an error in it, only for those that run.
+
+        Raises:
+            BaseException: What the first failing step raised, unless the block itself has failed.
+        """
+        try:
+            if error is None:
+                self.close()
+                await self.join()
+            else:
+                await self._give_up(error)
+        finally:
+            # The traceback of a step's error will have the block's frame in it, which leads here.
+            self._error = None
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Drop the steps not yet begun and wait for those that run, whatever happens meanwhile."""
+        self.cancel()
+        # A coroutine that is being closed may not wait; the running steps keep their own memory alive.
+        if not isinstance(error, GeneratorExit):
+            await finish(self.settled)
 
     def _take_waiters(self) -> list[Wakeup]:
         waiters, self._waiters = self._waiters, []
@@ -221,14 +251,8 @@ class Workers:
         def step() -> None:
             outcome.value = call()
 
-        job = self.job()
-        job.put(step)
-        job.close()
-        try:
-            await job.join()
-        finally:
-            # An error's traceback has this frame in it, which must not lead back to the error.
-            del job
+        async with self.job() as job:
+            job.put(step)
         return outcome.value
 
     @property

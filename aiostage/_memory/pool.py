@@ -274,11 +274,9 @@ class Pool:
             del job
 
     async def _each(self, work: Callable[[int, int], None], ranges: Iterable[tuple[int, int]]) -> None:
-        job = self._workers.job()
-        for start, stop in ranges:
-            job.put(partial(work, start, stop))
-        job.close()
-        await job.join()
+        async with self._workers.job() as job:
+            for start, stop in ranges:
+                job.put(partial(work, start, stop))
 
     def _lease(self, arena: Arena, nbytes: int) -> Lease:
         buffer = arena.exporter(nbytes)

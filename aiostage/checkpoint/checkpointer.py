@@ -25,7 +25,7 @@ from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of, surplus
 from aiostage.checkpoint.saving import Saving
 from aiostage.checkpoint.shelf import Shelf
-from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
@@ -35,6 +35,8 @@ _log = logging.getLogger("aiostage")
 
 _ATTEMPTS = 10
 """How often the latest checkpoint is looked for anew when others remove it before it is opened."""
+
+_NOTHING_THERE = "Save one first, or give the Checkpointer the target of another run; load() reads one by its own path."
 
 
 @dataclass
@@ -208,21 +210,26 @@ class Checkpointer:
         if step is not None:
             name = name_of(_whole("a step", step))
             if not await self._shelf.has(name):
+                steps = await self.steps()
                 raise CheckpointNotFoundError(
-                    "there is no such checkpoint.",
-                    path=f"{name} in {self._storage!r}",
-                    remedy="steps() has all of them.",
+                    f"there is no checkpoint of step {step}.",
+                    path=f"{self._storage.location}/{name}",
+                    remedy=f"There is one of {listed(list(map(str, steps)))}." if steps else _NOTHING_THERE,
                 )
             return await load((self._storage, name), into=into, **options)
         for _ in range(_ATTEMPTS):
             latest = await self.latest()
             if latest is None:
-                raise CheckpointNotFoundError("there is no checkpoint to restore.", path=repr(self._storage))
+                raise CheckpointNotFoundError(
+                    f"there is no checkpoint of a run there, of a name like {name_of(0)}.",
+                    path=self._storage.location,
+                    remedy=_NOTHING_THERE,
+                )
             try:
                 return await load((self._storage, name_of(latest)), into=into, **options)
             except CheckpointNotFoundError:
                 continue
-        raise CheckpointError("others keep removing the latest checkpoint.", path=repr(self._storage))
+        raise CheckpointError("others keep removing the latest checkpoint.", path=self._storage.location)
 
     async def delete(self, step: int) -> None:
         """Remove a checkpoint. One that is not there is no error.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft
 from aiostage.checkpoint.buffers import PartBuffers
@@ -67,17 +66,9 @@ class OutgoingFile:
 
         When cancelled, nothing refers to the parts any more.
         """
-        try:
+        async with self._digesting:
             with span("write", file=self.name, nbytes=self.nbytes, parts=len(self._parts)):
                 await draft.write(self.name, self.nbytes, self)
-            self._digesting.close()
-            await self._digesting.join()
-        except BaseException as error:
-            self._digesting.cancel()
-            # A coroutine that is being closed may not wait; the running steps keep what they touch alive.
-            if not isinstance(error, GeneratorExit):
-                await finish(self._digesting.settled)
-            raise
         if self._next != len(self._parts):
             raise CheckpointError(
                 f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and said that it was done.",

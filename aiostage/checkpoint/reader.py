@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Reader
@@ -242,20 +241,8 @@ class CheckpointReader:
 
     async def _spread(self, memory: Memory, table: NodeTable) -> None:
         """Lay out the leaves that are in a file otherwise than in memory."""
-        job = self._workers.job()
-        try:
+        async with self._workers.job() as job:
             await self._slices.run(_submit(job, memory, table))
-        except BaseException as error:
-            job.cancel()
-            if not isinstance(error, GeneratorExit):
-                await finish(job.settled)
-            raise
-        job.close()
-        try:
-            await job.join()
-        finally:
-            # An error's traceback has this frame in it, which must not lead back to the error.
-            del job
 
 
 def allocate(

@@ -65,7 +65,8 @@ class AiostageCheckpointIO(CheckpointIO):
         self._raise_failures()
         portal, stager = self._begun()
         # Called in this thread: its current streams are those that the copies have to follow.
-        staged = portal.call(_awaited, stager.stage(checkpoint))
+        staging = stager.stage(checkpoint)
+        staged = portal.call(lambda: staging)
         self._in_background(partial(save, staged, os.fspath(path), overwrite=True))
 
     def load_checkpoint(
@@ -135,10 +136,6 @@ class AiostageCheckpointIO(CheckpointIO):
             raise errors[0]
         if errors:
             raise ExceptionGroup(f"{len(errors)} checkpoints failed", errors)
-
-
-async def _awaited(awaitable: Coroutine[Any, Any, Any]) -> Any:
-    return await awaitable
 
 
 async def _remove(path: str) -> None:

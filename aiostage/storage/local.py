@@ -57,6 +57,11 @@ class LocalStorage(SharedStorage):
     def __repr__(self) -> str:
         return f"<LocalStorage {self._root}>"
 
+    @property
+    def location(self) -> str:
+        """The directory; absolute once anything was done there."""
+        return self._root
+
     async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
         """Begin a checkpoint, which nobody sees before it is committed.
 
@@ -179,9 +184,8 @@ class _JoinedDraft(Draft):
 
     async def _fill(self, file: OutputFile, parts: AsyncIterable[Buffer]) -> None:
         """Write parts in worker threads, a few at once."""
-        job = self._workers.job()
         offset = submitted = 0
-        try:
+        async with self._workers.job() as job:
             async for part in parts:
                 job.put(partial(_write_part, file, part, offset))
                 offset += len(part)
@@ -192,18 +196,6 @@ class _JoinedDraft(Draft):
                     await job.progressed(job.done)
                 if job.error:
                     break
-        except BaseException as error:
-            job.cancel()
-            # A coroutine that is being closed may not wait; the running steps keep what they touch alive.
-            if not isinstance(error, GeneratorExit):
-                await finish(job.settled)
-            raise
-        job.close()
-        try:
-            await job.join()
-        finally:
-            # An error's traceback has this frame in it, which must not lead back to the error.
-            del job
         if offset != file.nbytes:
             raise CheckpointError(f"it was to be {file.nbytes} bytes long, but {offset} came.", path=file.path)
 

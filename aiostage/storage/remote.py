@@ -69,6 +69,11 @@ class RemoteStorage(SharedStorage):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._bucket.location!r})"
 
+    @property
+    def location(self) -> str:
+        """The URL of the bucket and its prefix, without secrets."""
+        return self._bucket.location
+
     async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
         """Begin a checkpoint; see :meth:`aiostage.Storage.open`."""
         _check_name(name)

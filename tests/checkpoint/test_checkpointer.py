@@ -396,9 +396,21 @@ async def test_misuse(tmp_path: Path) -> None:
             await checkpoints.__aenter__()
     with pytest.raises(CheckpointError, match="left"):
         checkpoints.save(1, tree(1))
-    with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
-        await checkpoints.restore()
-    with pytest.raises(CheckpointNotFoundError):
+
+
+@pytest.mark.asyncio
+async def test_nothing_to_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step, where in ((None, "run"), (3, "run/step-00000003")):
+        with pytest.raises(CheckpointNotFoundError, match=r"Save one first, .* load\(\) reads one") as caught:
+            await Checkpointer("run").restore(step=step)
+        assert caught.value.path == str(tmp_path / where)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        await Checkpointer("memory://nothing-here/run").restore()
+    assert str(caught.value).startswith("memory://nothing-here/run: there is no checkpoint of a run there")
+    async with Checkpointer("run") as checkpoints:
+        await checkpoints.save(1, tree(1))
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint of step 3\. There is one of 1\."):
         await checkpoints.restore(step=3)
 
 

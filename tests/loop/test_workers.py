@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import anyio
 import pytest
@@ -259,6 +261,73 @@ class TestJob:
             await joining
         assert [gate.passed for gate in gates] == [True, True]
         assert seen == []
+
+    async def test_a_block_waits_for_what_it_has_put(self, workers: Workers):
+        seen: list[int] = []
+        async with workers.job() as job:
+            for number in range(10):
+                job.put(partial(seen.append, number))
+        assert sorted(seen) == list(range(10))
+        assert job.finished()
+
+    async def test_a_block_that_fails_waits_for_what_runs_and_drops_the_rest(self, workers: Workers):
+        gates = [Gate(), Gate()]
+        seen: list[str] = []
+
+        async def fill() -> None:
+            async with workers.job() as job:
+                for gate in gates:
+                    job.put(gate)
+                job.put(lambda: seen.append("dropped"))
+                for gate in gates:
+                    await entered(gate)
+                raise LookupError("of the block")
+
+        filling = asyncio.create_task(fill())
+        for gate in gates:
+            await entered(gate)
+        gates[0].open.set()
+        await asyncio.sleep(0.01)
+        assert not filling.done()
+        gates[1].open.set()
+        with pytest.raises(LookupError, match="of the block"):
+            await filling
+        assert seen == []
+
+    async def test_a_block_raises_what_a_step_has_and_leaves_no_circle(self, workers: Workers):
+        async def fill() -> weakref.ref[Job]:
+            async with workers.job() as job:
+                job.put(lambda: 1 / 0)
+            raise AssertionError("it must not come here")
+
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(ZeroDivisionError) as raised:
+                await fill()
+            gone = weakref.ref(raised.value.__traceback__.tb_next.tb_frame.f_locals["job"])  # type: ignore[union-attr]
+            del raised
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    async def test_a_block_cancelled_at_every_await(self, workers: Workers):
+        running = 0
+
+        def step() -> None:
+            nonlocal running
+            running += 1
+            time.sleep(0.001)
+            running -= 1
+
+        async def fill() -> None:
+            async with workers.job() as job:
+                for _ in range(3):
+                    job.put(step)
+                    await asyncio.sleep(0)
+
+        async for _ in at_every_await(fill):
+            assert running == 0
 
     async def test_run_next_runs_in_the_calling_thread(self, workers: Workers):
         job = Job(lambda job: None)
