@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Coroutine, Sequence
+from collections.abc import AsyncIterable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -252,6 +252,23 @@ class Storage(ABC):
         Raises:
             OSError: If the storage refuses. What is left can no longer be found, and is debris.
         """
+
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        """Remove files of a checkpoint that nobody needs any more; its manifest and the files that are named stay.
+
+        Asked for when a checkpoint was removed to some of whose files others refer. The only method that a storage may
+        do without: this one removes nothing, so that all files stay until the checkpoint is deleted.
+
+        Args:
+            name: Of the checkpoint. One that is not there is no error.
+            keep: Names of the files that stay.
+
+        Raises:
+            OSError: If the storage refuses.
+
+        When cancelled, some of the others may be gone.
+        """
+        return
 
     @abstractmethod
     async def sweep(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 import anyio
 
+from aiostage._loop.cleanup import finish
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base, IncrementalStorage
 from aiostage.checkpoint.save import CheckpointInfo
@@ -50,7 +52,7 @@ class Chain:
             What was saved.
 
         Raises:
-            CheckpointError: If somebody has removed what it refers to meanwhile; it is gone again.
+            CheckpointError: If somebody has removed what it refers to meanwhile; nothing of it is left.
             Exception: Whatever ``write`` raises.
 
         When cancelled, either it was committed, or nothing of it is left.
@@ -60,15 +62,11 @@ class Chain:
             if base is not None:
                 self._in_use[base.name] += 1
         try:
-            storage = IncrementalStorage(self._storage, base)
+            storage = IncrementalStorage(self._storage, base, partial(self._check, name, base))
             info = await write((storage, name))
-            if base is not None and not await self._shelf.has(base.name):
-                await self._storage.delete(name)
-                raise CheckpointError(
-                    f"{base.name}, to which it referred, was removed meanwhile.",
-                    path=name,
-                    remedy="Save it again.",
-                )
+            if base is not None:
+                # Also when cancelled: nobody would look again.
+                await finish(partial(self._confirm, name, base))
         finally:
             if base is not None:
                 self._in_use[base.name] -= 1
@@ -77,3 +75,20 @@ class Chain:
             self._last = Base(name, storage.placement)
             self._shelf.add(self._last)
         return info
+
+    async def _check(self, name: str, base: Base | None) -> None:
+        """Refuse to commit what refers to what is not there any more."""
+        if base is not None and not await self._shelf.has(base.name):
+            raise _gone(name, base)
+
+    async def _confirm(self, name: str, base: Base) -> None:
+        """Look once more, for whoever removes may have looked before the commit."""
+        if not await self._shelf.has(base.name):
+            await self._storage.delete(name)
+            raise _gone(name, base)
+
+
+def _gone(name: str, base: Base) -> CheckpointError:
+    return CheckpointError(
+        f"{base.name}, to which it referred, was removed meanwhile.", path=name, remedy="Save it again."
+    )

@@ -75,7 +75,7 @@ class Checkpointer:
         max_in_flight: How many saves may be under way at once. Each holds its staged copy; one more waits for its turn
             before it copies anything.
         incremental: Write only what has changed since the last checkpoint, in blocks of 1 MiB, and refer to where the
-            rest lies. A checkpoint that others refer to keeps its files when it is removed, until none does.
+            rest lies. When a checkpoint is removed, its files stay that others refer to, until none does.
         progress: As for :func:`save`, for every save.
         save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
 
@@ -105,7 +105,7 @@ class Checkpointer:
         check_stager(stager)
         self._storage = storage_at(target)
         self._stager = stager
-        self._shelf = Shelf(self._storage, marking=incremental)
+        self._shelf = Shelf(self._storage)
         self._removing = anyio.Lock()
         self._chain = Chain(self._storage, self._shelf, self._removing) if incremental else None
         self._keep = keep

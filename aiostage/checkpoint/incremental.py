@@ -8,7 +8,7 @@ where bytes really lie, never another reference.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from aiostage.abc import Buffer, Draft, Reader, Storage
 from aiostage.storage.files import aligned_memory
 from aiostage.storage.manifest import with_placement
 from aiostage.storage.parts import PART_BYTES
-from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, Placement, append, block_digests
+from aiostage.storage.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
 
 __all__ = ["Base", "IncrementalStorage"]
 
@@ -51,28 +51,27 @@ class Base:
         file = self.placement.files.get(name)
         return file if file is not None and file.nbytes == nbytes else None
 
-    def worthwhile(self) -> frozenset[str]:
-        """Return the checkpoints that may be referred to.
+    def worthwhile(self) -> frozenset[Place]:
+        """Return the files that may be referred to, seen from another checkpoint.
 
-        What is referred to has to stay, and all else that the same checkpoint holds with it. So one of which less than
-        half is still in use is not referred to any more: storage never holds more than about twice what is needed.
+        What is referred to has to stay, and all else that the same file holds with it. So one of which less than half
+        is still in use is not referred to any more: storage never holds more than about twice what is needed.
         """
-        used, held = self.placement.used(), self.placement.held
-        return frozenset(self._named(source) for source in held if 2 * used.get(source, 0) >= held[source])
+        used, sizes = self.placement.used(), self.placement.sizes
+        return frozenset(self._named(place) for place in sizes if 2 * used[place] >= sizes[place])
 
     def located(self, file: PlacedFile, start: int, stop: int) -> list[Piece]:
         """Return where a range of a file lies, seen from another checkpoint."""
-        return [
-            Piece(self._named(piece.source), piece.file, piece.offset, piece.nbytes)
-            for piece in file.located(start, stop)
-        ]
+        return [Piece(*self._named(piece.place), piece.offset, piece.nbytes) for piece in file.located(start, stop)]
 
-    def held(self, source: str) -> int:
-        """Return how many bytes a source holds."""
-        return self.placement.held[None if source == self.name else source]
+    def size(self, place: Place) -> int:
+        """Return how long a file is that pieces lie in, seen from another checkpoint."""
+        source, file = place
+        return self.placement.sizes[None if source == self.name else source, file]
 
-    def _named(self, source: str | None) -> str:
-        return self.name if source is None else source
+    def _named(self, place: Place) -> Place:
+        source, file = place
+        return self.name if source is None else source, file
 
 
 class IncrementalStorage(Storage):
@@ -81,11 +80,13 @@ class IncrementalStorage(Storage):
     Args:
         storage: Where to.
         base: The checkpoint to compare with; None writes everything.
+        check: Called before it is committed; what it raises prevents that.
     """
 
-    def __init__(self, storage: Storage, base: Base | None) -> None:
+    def __init__(self, storage: Storage, base: Base | None, check: Callable[[], Awaitable[None]]) -> None:
         self._storage = storage
         self._base = base
+        self._check = check
         self._draft: _IncrementalDraft | None = None
 
     @property
@@ -98,7 +99,7 @@ class IncrementalStorage(Storage):
         workers = Workers(1, "aiostage-blocks")
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
         draft = await self._storage.open(name, overwrite=overwrite)
-        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers)
+        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers, self._check)
         return self._draft
 
     @property
@@ -118,6 +119,10 @@ class IncrementalStorage(Storage):
         """Remove a checkpoint. Raises as the storage's."""
         await self._storage.delete(name)
 
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        """Remove files of a checkpoint. Raises as the storage's."""
+        await self._storage.trim(name, keep)
+
     async def sweep(self) -> None:
         """Remove what dead writers have left. Raises as the storage's."""
         await self._storage.sweep()
@@ -126,13 +131,21 @@ class IncrementalStorage(Storage):
 class _IncrementalDraft(Draft):
     """A draft to which only what has changed is handed on."""
 
-    def __init__(self, draft: Draft, base: Base | None, worthwhile: frozenset[str], workers: Workers) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        base: Base | None,
+        worthwhile: frozenset[Place],
+        workers: Workers,
+        check: Callable[[], Awaitable[None]],
+    ) -> None:
         self._draft = draft
+        self._check = check
         self._base = base
         self._worthwhile = worthwhile
         self._workers = workers
         self._files: dict[str, PlacedFile] = {}
-        self._held = 0
+        self._own: dict[Place, int] = {}
         self.placement: Placement | None = None
         self.written_bytes = 0
 
@@ -147,25 +160,26 @@ class _IncrementalDraft(Draft):
             async with aclosing(self._digested(parts, blocks)) as digested:
                 await self._draft.write(name, nbytes, digested)
             self._files[name] = PlacedFile.of(blocks, [Piece(None, name, 0, nbytes)])
-            self._held += nbytes
+            self._own[None, name] = nbytes
         else:
             self._files[name] = await self._write_changed(name, old, parts)
 
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
+        await self._check()
         await self._draft.commit(memoryview(text))
-        self.placement, self.written_bytes = placement, self._held + len(text)
+        self.placement, self.written_bytes = placement, sum(self._own.values()) + len(text)
 
     async def abort(self) -> None:
         await self._draft.abort()
 
     def _placed(self, manifest: Buffer) -> tuple[Placement, bytearray]:
         """Return where everything lies, and a manifest that says so. Blocks."""
-        sources = {piece.source for file in self._files.values() for piece in file.pieces}
-        held: dict[str | None, int] = {None: self._held}
-        for source in sources - {None}:
-            held[source] = self._base.held(source) if self._base is not None and source is not None else 0
-        placement = Placement(held, self._files)
+        sizes = dict(self._own)
+        for place in dict.fromkeys(piece.place for file in self._files.values() for piece in file.pieces):
+            if self._base is not None and place not in sizes:
+                sizes[place] = self._base.size(place)
+        placement = Placement(sizes, self._files)
         return placement, with_placement(manifest.tobytes(), placement)
 
     async def _digested(self, parts: AsyncIterable[Buffer], blocks: list[str]) -> AsyncGenerator[Buffer, None]:
@@ -202,7 +216,7 @@ class _IncrementalDraft(Draft):
                 async for group in full:
                     async with aclosing(group.parts()) as copies:
                         await self._draft.write(group.name, group.nbytes, copies)
-                    self._held += group.nbytes
+                    self._own[None, group.name] = group.nbytes
 
         await together(fill, write)
         return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
@@ -216,7 +230,7 @@ class _IncrementalDraft(Draft):
             start, stop = index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, nbytes)
             position = (len(before) + index) * BLOCK_BYTES
             new = digest != old.blocks[len(before) + index] or not all(
-                piece.source in self._worthwhile for piece in self._located(old, position, position + stop - start)
+                piece.place in self._worthwhile for piece in self._located(old, position, position + stop - start)
             )
             if runs and runs[-1][2] == new:
                 runs[-1] = (runs[-1][0], stop, new)

@@ -25,7 +25,8 @@ from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline, allocate
-from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.resolving import ResolvingReader, exists
+from aiostage.checkpoint.retention import mark_of
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
@@ -105,7 +106,8 @@ async def load(
                     return tree
                 except CheckpointNotFoundError:
                     # Replaced while it was read; if it was deleted, the next attempt says so.
-                    continue
+                    if await exists(storage, mark_of(name)):
+                        raise
                 finally:
                     await reader.aclose()
         finally:

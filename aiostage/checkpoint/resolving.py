@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
 import anyio
 
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
+from aiostage.checkpoint.retention import mark_of
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
 from aiostage.storage.placement import Piece, PlacedFile, Placement
 
-__all__ = ["ResolvingReader", "placement_of"]
+__all__ = ["ResolvingReader", "exists", "placement_of"]
 
 
 class ResolvingReader(Reader):
@@ -60,27 +64,32 @@ class ResolvingReader(Reader):
         return self._placement
 
     async def size(self, name: str) -> int:
-        """Return how long a file is, in bytes. Raises as :meth:`manifest`, and if there is no such file."""
+        """Return how long a file is, in bytes. Raises as :meth:`read`."""
         file = await self._placed(name)
-        return file.nbytes if file is not None else await self._reader.size(name)
+        if file is not None:
+            return file.nbytes
+        async with self._told_apart():
+            return await self._reader.size(name)
 
     async def read(self, name: str, offset: int, into: Buffer) -> None:
         """Fill a buffer with a range of a file, wherever it lies.
 
         Raises:
             CheckpointCorruptError: If there is no such file, it ends early, or what it refers to is missing.
-            CheckpointNotFoundError: If the checkpoint was deleted meanwhile.
+            CheckpointNotFoundError: If the checkpoint was removed meanwhile.
             OSError: If the storage refuses.
         """
         file = await self._placed(name)
         if file is None:
-            await self._reader.read(name, offset, into)
+            async with self._told_apart():
+                await self._reader.read(name, offset, into)
             return
         if offset + len(into) > file.nbytes:
             raise CheckpointCorruptError(f"it ends at byte {file.nbytes}; more was expected.", path=self._path(name))
         position = 0
         for piece in file.located(offset, offset + len(into)):
-            await self._read_piece(piece, into[position : position + piece.nbytes])
+            async with self._told_apart():
+                await self._read_piece(piece, into[position : position + piece.nbytes])
             position += piece.nbytes
 
     async def aclose(self) -> None:
@@ -109,17 +118,42 @@ class ResolvingReader(Reader):
             reader = await self._other(piece.source)
             await reader.read(piece.file, piece.offset, into)
         except CheckpointNotFoundError as error:
-            # Raises, if it has been deleted and then, rightly, what only it referred to.
-            await (await self._storage.read(self._name)).aclose()
             raise CheckpointCorruptError(
                 f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
             ) from error
+
+    @asynccontextmanager
+    async def _told_apart(self) -> AsyncGenerator[None, None]:
+        """Tell what was removed, and then, rightly, what nobody else referred to, from what is damaged."""
+        try:
+            yield
+        except CheckpointCorruptError as error:
+            # Raises if the checkpoint is gone as a whole.
+            await (await self._storage.read(self._name)).aclose()
+            if await exists(self._storage, mark_of(self._name)):
+                raise CheckpointNotFoundError(
+                    "it was removed, and some of its files with it.", path=self.location
+                ) from error
+            raise
 
     async def _other(self, name: str) -> Reader:
         async with self._opening:
             if name not in self._others:
                 self._others[name] = await self._storage.read(name)
             return self._others[name]
+
+
+async def exists(storage: Storage, name: str) -> bool:
+    """Return whether there is a checkpoint, or a mark, of a name.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    try:
+        await (await storage.read(name)).aclose()
+    except CheckpointNotFoundError:
+        return False
+    return True
 
 
 async def placement_of(storage: Storage, name: str) -> Placement | None:

@@ -1,21 +1,24 @@
-"""The checkpoints of a run in their storage: which there are, and how one goes of which others still need parts.
+"""The checkpoints of a run in their storage: which there are, and how one goes of which others still need files.
 
-Such a checkpoint is removed in two steps. A mark is put beside it, a tiny checkpoint of its own, and from then on it is
-not there for anybody who asks for steps. It goes when no checkpoint that is left refers to it.
+Such a checkpoint is removed in steps, after each of which a process may die. A mark is put beside it, a tiny checkpoint
+of its own, and from then on it is not there for anybody who asks for steps. Then those of its files go that no
+checkpoint that is left refers to. Once that is all of them, the checkpoint goes, and at last the mark. Whoever finds a
+mark goes on where another has stopped.
 
 Several processes may do this at once. Whoever removes first marks, then looks who refers; whoever refers first commits,
 then looks whether what it was compared with is still there unmarked. Whichever order that happens in, one of the two
-sees the other.
+sees the other. That is enough for all files that it refers to: what it was compared with refers to them too, or has
+them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base
-from aiostage.checkpoint.resolving import placement_of
+from aiostage.checkpoint.resolving import exists, placement_of
 from aiostage.checkpoint.retention import mark_of, name_of, removed_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
@@ -30,14 +33,15 @@ class Shelf:
 
     Args:
         storage: Where.
-        marking: Whether removed checkpoints are marked even if nobody refers to any, because somebody may be about to.
     """
 
-    def __init__(self, storage: Storage, *, marking: bool) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._marking = marking
-        # Checkpoints do not change, so that each is asked once.
-        self._sources: dict[str, frozenset[str]] = {}
+        # Of each checkpoint which files of which others it refers to; None if nobody ever refers to it, nor it to
+        # anybody. Checkpoints do not change, so that each is asked once.
+        self._needs: dict[str, Mapping[str, frozenset[str]] | None] = {}
+        # Which files are left of those that were removed, so that each is asked for once.
+        self._left: dict[str, frozenset[str]] = {}
 
     async def steps(self) -> list[int]:
         """Return the steps of all checkpoints that are there, in ascending order.
@@ -53,11 +57,12 @@ class Shelf:
         Raises:
             OSError: If the storage refuses.
         """
-        return name in _there(await self._storage.list())
+        # In this order: of one that others remove meanwhile, the mark goes last.
+        return not await exists(self._storage, mark_of(name)) and await exists(self._storage, name)
 
     def add(self, base: Base) -> None:
         """Say what a new checkpoint refers to."""
-        self._sources[base.name] = base.placement.sources
+        self._needs[base.name] = base.placement.needs()
 
     async def base(self, last: Base | None) -> Base | None:
         """Return what to compare a new checkpoint with.
@@ -86,7 +91,7 @@ class Shelf:
         return Base(name, placement) if placement is not None else None
 
     async def remove(self, steps: Iterable[int] = ()) -> None:
-        """Remove checkpoints, and those that were removed before and are not needed any more.
+        """Remove checkpoints, and what is not needed any more of those that were removed before.
 
         Args:
             steps: Of which ones. One that is not there is no error.
@@ -99,37 +104,72 @@ class Shelf:
         """
         names = await self._storage.list()
         going = {name_of(step) for step in steps} & _there(names)
-        marked = any(removed_of(name) for name in names)
-        if not going and not marked:
-            return
-        if not (self._marking or marked or await self._needed(_there(names) - going)):
-            for name in sorted(going):
-                await self._storage.delete(name)
-            return
-        for name in sorted(going):
+        referred = {name for name in going if await self._may_be_referred_to(name)}
+        marked = referred or any(removed_of(name) is not None for name in names)
+        if marked:
+            # Before anything is changed, because it may fail.
+            await self._needed(_there(names) - going)
+        for name in sorted(going - referred):
+            await self._storage.delete(name)
+        for name in sorted(referred):
             await write_checkpoint({"removed": name}, (self._storage, mark_of(name)), overwrite=True)
-        # Again, for somebody may have committed before it saw the marks.
-        names = await self._storage.list()
-        needed = await self._needed(_there(names))
-        for mark in sorted(names):
-            removed = removed_of(mark)
-            if removed is not None and removed not in needed:
-                await self._storage.delete(removed)
-                await self._storage.delete(mark)
+        if marked:
+            await self._clear()
 
-    async def _needed(self, names: Collection[str]) -> set[str]:
-        """Return what checkpoints refer to."""
-        self._sources = {name: sources for name, sources in self._sources.items() if name in names}
-        needed: set[str] = set()
+    async def _clear(self) -> None:
+        """Remove whatever nobody needs of checkpoints that were removed."""
+        # Anew, for somebody may have committed before it saw the marks.
+        names = await self._names()
+        needed = await self._needed(_there(names))
+        removed = {name: mark for mark in names if (name := removed_of(mark)) is not None}
+        for name, mark in sorted(removed.items()):
+            files = needed.get(name)
+            if files is None:
+                await self._storage.delete(name)
+                await self._storage.delete(mark)
+            elif self._left.get(name) != files:
+                await self._storage.trim(name, files)
+                self._left[name] = files
+        self._left = {name: files for name, files in self._left.items() if name in needed}
+
+    async def _names(self) -> set[str]:
+        """Return all that was there at one moment.
+
+        A listing takes a while, and need not show what comes or goes meanwhile. Two that are alike show what was there
+        between them.
+        """
+        names, before = set(await self._storage.list()), None
+        while names != before:
+            names, before = set(await self._storage.list()), names
+        return names
+
+    async def _may_be_referred_to(self, name: str) -> bool:
+        try:
+            return await self._needs_of(name) is not None
+        except CheckpointNotFoundError:
+            return False
+        except CheckpointCorruptError:
+            # Somebody may have been about to before it was damaged.
+            return True
+
+    async def _needs_of(self, name: str) -> Mapping[str, frozenset[str]] | None:
+        if name not in self._needs:
+            placement = await placement_of(self._storage, name)
+            self._needs[name] = placement.needs() if placement is not None else None
+        return self._needs[name]
+
+    async def _needed(self, names: Collection[str]) -> dict[str, frozenset[str]]:
+        """Return the files that checkpoints refer to, by the names of the checkpoints that have them."""
+        self._needs = {name: needs for name, needs in self._needs.items() if name in names}
+        needed: dict[str, frozenset[str]] = {}
         for name in names:
-            if name not in self._sources:
-                try:
-                    placement = await placement_of(self._storage, name)
-                except CheckpointNotFoundError:
-                    # Somebody else has removed it.
-                    continue
-                self._sources[name] = placement.sources if placement is not None else frozenset()
-            needed |= self._sources[name]
+            try:
+                needs = await self._needs_of(name)
+            except CheckpointNotFoundError:
+                # Somebody else has removed it.
+                continue
+            for source, files in (needs or {}).items():
+                needed[source] = needed.get(source, frozenset()) | files
         return needed
 
 

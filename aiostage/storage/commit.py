@@ -12,7 +12,8 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.storage.directories import (
@@ -37,6 +38,7 @@ __all__ = [
     "joined_path",
     "open_committed",
     "sweep_below",
+    "trim_committed",
 ]
 
 MANIFEST_NAME = "manifest.json"
@@ -209,6 +211,24 @@ def delete_committed(target: str) -> None:
             return
         sync_directory(os.path.dirname(target))
         remove(path)
+
+
+def trim_committed(target: str, keep: Collection[str]) -> None:
+    """Remove files of a checkpoint that are not named. Blocks. What is no checkpoint is left alone.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    try:
+        directory = open_committed(target)
+    except CheckpointNotFoundError:
+        return
+    with directory:
+        for name in os.listdir(directory.fileno()):
+            if name != MANIFEST_NAME and name not in keep:
+                # Somebody else may be doing the same.
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=directory.fileno())
 
 
 def committed_below(root: str) -> list[str]:

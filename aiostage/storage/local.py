@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Sequence
 from functools import partial
 from threading import Lock
 
@@ -21,6 +21,7 @@ from aiostage.storage.commit import (
     joined_path,
     open_committed,
     sweep_below,
+    trim_committed,
 )
 from aiostage.storage.directories import is_current
 from aiostage.storage.files import Descriptor, InputFile, OutputFile
@@ -127,6 +128,16 @@ class LocalStorage(SharedStorage):
         """
         _check(name)
         await self._workers.run(lambda: delete_committed(os.path.realpath(self._path(name))))
+
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        """Remove files of a checkpoint that are not named. What is no checkpoint is left alone.
+
+        Raises:
+            ValueError: If the name leads out of the root.
+            OSError: If the file system refuses.
+        """
+        _check(name)
+        await self._workers.run(lambda: trim_committed(os.path.realpath(self._path(name)), keep))
 
     async def sweep(self) -> None:
         """Remove drafts below the root that no living process writes. The kernel knows: a writer holds a lock.

@@ -19,7 +19,7 @@ import xxhash
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.storage.files import DIRECT_ALIGNMENT
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
-from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, PlacedFile, Placement
+from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
 
 __all__ = [
     "FORMAT_VERSION",
@@ -173,18 +173,17 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     """
     head, files = text[:-_END_BYTES].split(_FILES, 1)
     about = json.loads(head.rstrip(b",\n") + b"}")
-    sources = list(placement.held)
-    numbers = {source: number for number, source in enumerate(sources)}
+    numbers = {place: number for number, place in enumerate(placement.sizes)}
     about["version"] = PLACED_VERSION
     about["digest_of_blocks"] = BLOCK_DIGEST_NAME
     about["block_bytes"] = BLOCK_BYTES
-    about["sources"] = [[source, placement.held[source]] for source in sources]
+    about["sources"] = [[source, file, nbytes] for (source, file), nbytes in placement.sizes.items()]
     lines = [
         _dump(
             {
                 "name": name,
                 "blocks": list(file.blocks),
-                "pieces": [[numbers[piece.source], piece.file, piece.offset, piece.nbytes] for piece in file.pieces],
+                "pieces": [[numbers[piece.place], piece.offset, piece.nbytes] for piece in file.pieces],
             }
         ).encode()
         for name, file in placement.files.items()
@@ -219,19 +218,19 @@ def read_placement(text: bytes, *, path: str) -> Placement | None:
             return None
         if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
             raise ValueError(f"its blocks are {about['block_bytes']!r} bytes with {about['digest_of_blocks']!r}")
-        held: dict[str | None, int] = {}
-        for source, nbytes in about["sources"]:
-            held[None if source is None else _source(source)] = _whole_number(nbytes)
+        sizes: dict[Place, int] = {}
+        for source, file, nbytes in about["sources"]:
+            sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
         if next(lines, b"") != _PLACES:
             raise ValueError("it does not say where its files lie")
-        sources = list(held)
+        places = list(sizes)
         files: dict[str, PlacedFile] = {}
         for line in lines:
             if line == b"]," + _FILES:
                 break
             value = json.loads(line.removesuffix(b","))
-            files[_name(value["name"])] = _placed(value, sources)
-        return Placement(held, files)
+            files[_name(value["name"])] = _placed(value, places)
+        return Placement(sizes, files)
 
 
 @contextmanager
@@ -313,11 +312,11 @@ def _file(value: Any, part_bytes: int) -> FileRecord:
     return FileRecord(name, nbytes, tuple(digests))
 
 
-def _placed(value: Any, sources: Sequence[str | None]) -> PlacedFile:
+def _placed(value: Any, places: Sequence[Place]) -> PlacedFile:
     """Check where one file lies."""
     pieces = [
-        Piece(sources[_whole_number(source)], _name(file), _whole_number(offset), _whole_number(nbytes))
-        for source, file, offset, nbytes in value["pieces"]
+        Piece(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes))
+        for number, offset, nbytes in value["pieces"]
     ]
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)

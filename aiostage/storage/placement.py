@@ -6,12 +6,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import xxhash
 
 from aiostage.abc import Buffer
 
-__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "PlacedFile", "Placement", "append", "block_digests"]
+__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "Place", "PlacedFile", "Placement", "append", "block_digests"]
 
 BLOCK_BYTES = 1 << 20
 """What is compared and referred to as a whole. Smaller ones find more that has not changed and make manifests longer:
@@ -20,6 +21,9 @@ a terabyte has a million of these."""
 BLOCK_DIGEST_NAME = "xxh3_128"
 """Equal digests, and equal lengths, are taken for equal bytes. By chance that fails once in 2 to the power of 128
 comparisons; XXH3 does not withstand somebody who makes two blocks of one digest on purpose."""
+
+Place: TypeAlias = "tuple[str | None, str]"
+"""A file that bytes lie in: the checkpoint that has it, or None for the one that is spoken of, and its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,11 @@ class Piece:
     file: str
     offset: int
     nbytes: int
+
+    @property
+    def place(self) -> Place:
+        """The file that has it."""
+        return self.source, self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +91,27 @@ class Placement:
     """Where all files of a checkpoint lie.
 
     Attributes:
-        held: How many bytes each checkpoint that pieces lie in has itself, referred to or not; None is this one.
+        sizes: How long the files are that pieces lie in, referred to as a whole or not.
         files: By name.
     """
 
-    held: Mapping[str | None, int]
+    sizes: Mapping[Place, int]
     files: Mapping[str, PlacedFile]
 
-    @property
-    def sources(self) -> frozenset[str]:
-        """The other checkpoints that have to stay."""
-        return frozenset(source for source in self.held if source is not None)
+    def needs(self) -> dict[str, frozenset[str]]:
+        """Return the files of other checkpoints that have to stay, by the names of the checkpoints."""
+        found: dict[str, set[str]] = {}
+        for source, file in self.sizes:
+            if source is not None:
+                found.setdefault(source, set()).add(file)
+        return {source: frozenset(files) for source, files in found.items()}
 
-    def used(self) -> Mapping[str | None, int]:
-        """Return how many bytes of each source are referred to."""
-        found: Counter[str | None] = Counter()
+    def used(self) -> Counter[Place]:
+        """Return how many bytes of each file are referred to."""
+        found: Counter[Place] = Counter()
         for file in self.files.values():
             for piece in file.pieces:
-                found[piece.source] += piece.nbytes
+                found[piece.place] += piece.nbytes
         return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Collection, Sequence
 from functools import partial
 
 import anyio
@@ -130,6 +130,17 @@ class RemoteStorage(SharedStorage):
             return
         await self._bucket.delete([f"{name}/{POINTER_NAME}"])
         await remove_folder(self._bucket, f"{name}/{pointer.folder}")
+
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        """Remove files of a checkpoint that are not named; see :meth:`aiostage.Storage.trim`."""
+        _check_name(name)
+        pointer = await find_pointer(self._bucket, name)
+        if pointer is None:
+            return
+        folder = f"{name}/{pointer.folder}"
+        stay = {f"{folder}/{file}" for file in (MANIFEST_NAME, LEASE_NAME, *keep)}
+        found = [entry.path async for batch in self._bucket.list(folder) for entry in batch]
+        await self._bucket.delete([path for path in found if path not in stay])
 
     async def sweep(self) -> None:
         """Remove what dead writers have left behind; see :meth:`aiostage.Storage.sweep`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unittest
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,12 @@ class StorageSuite(ABC):
         part_bytes: Size of the parts that files are written in, a multiple of 4096. Make it as large as it takes for a
             file of three parts to be written in pieces.
         names: Names that checkpoints are written under.
+        trims: Whether :meth:`~aiostage.abc.Storage.trim` removes anything.
     """
 
     part_bytes = 8192
     names = ("checkpoint", "runs/a/10", "with space-and_dots.v1")
+    trims = True
 
     @abstractmethod
     def make_storage(self) -> Storage:
@@ -237,6 +239,36 @@ class StorageSuite(ABC):
         await self._save(storage, self.names[0], {"file.bin": b"1"}, b"again")
         await self._check(storage, self.names[0], {"file.bin": b"1"}, b"again")
 
+    async def test_trimming(self) -> None:
+        storage = self.make_storage()
+        for name in self.names:
+            await self._save(storage, name, self.files, b"m")
+        await storage.trim("never there", [])
+        keep = {"part.bin", "never there"}
+        for _ in range(2):
+            await storage.trim(self.names[0], keep)
+            await self._check_trimmed(storage, self.names[0], keep)
+        assert sorted(await storage.list()) == sorted(self.names)
+        for name in self.names[1:]:
+            await self._check(storage, name, self.files, b"m")
+        await storage.delete(self.names[0])
+        await self._check_missing(storage, self.names[0])
+
+    async def _check_trimmed(self, storage: Storage, name: str, keep: Collection[str]) -> None:
+        """Check that some files are there, and that each of the others either is or is not."""
+        await self._check(storage, name, {file: self.files[file] for file in self.files if file in keep}, b"m")
+        reader = await storage.read(name)
+        try:
+            for file, content in self.files.items():
+                try:
+                    assert await self._contents(reader, {file: b""}) == {file: content}
+                except CheckpointCorruptError:
+                    assert file not in keep
+                else:
+                    assert file in keep or not self.trims
+        finally:
+            await reader.aclose()
+
     async def test_a_reader_is_not_disturbed(self) -> None:
         storage = self.make_storage()
         for disturb in ("replace", "delete"):
@@ -334,6 +366,17 @@ class StorageSuite(ABC):
                 await self._check_missing(storage, "a")
             await self._save(storage, "a", files, b"m", overwrite=True)
         await self._check_missing(storage, "a")
+
+    async def test_trimming_cancelled_at_every_await(self) -> None:
+        require_asyncio()
+        storage = self.make_storage()
+        keep = {"odd.bin", "parts.bin"}
+        await self._save(storage, "a", self.files, b"m")
+        async for _ in at_every_await(partial(storage.trim, "a", keep)):
+            kept = {file: self.files[file] for file in keep}
+            await self._check(storage, "a", kept, b"m")
+            await self._save(storage, "a", self.files, b"m", overwrite=True)
+        await self._check_trimmed(storage, "a", keep)
 
     async def test_sweeping_cancelled_at_every_await(self) -> None:
         require_asyncio()

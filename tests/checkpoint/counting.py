@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from aiostage.abc import Buffer, Draft, Reader, Storage
 
@@ -32,6 +32,9 @@ class CountingStorage(Storage):
 
     async def delete(self, name: str) -> None:
         await self._storage.delete(name)
+
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        await self._storage.trim(name, keep)
 
     async def sweep(self) -> None:
         await self._storage.sweep()

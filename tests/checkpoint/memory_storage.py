@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Sequence
 
 from anyio.lowlevel import checkpoint
 
@@ -55,6 +55,12 @@ class MemoryStorage(Storage):
     async def delete(self, name: str) -> None:
         await self.happens("delete", name)
         self.checkpoints.pop(name, None)
+
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        for file in sorted(self.checkpoints.get(name, {}).keys() - {MANIFEST, *keep}):
+            # Between two of them everything may come to an end.
+            await self.happens("trim", name)
+            self.checkpoints.get(name, {}).pop(file, None)
 
     async def sweep(self) -> None:
         await self.happens("sweep", "")

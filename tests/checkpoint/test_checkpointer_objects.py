@@ -13,7 +13,8 @@ from aiostage import Checkpointer, CheckpointExistsError
 from aiostage.checkpoint.retention import name_of
 from aiostage.storage.objects import ObjectStorage
 from tests.checkpoint.comparing import assert_same
-from tests.checkpoint.test_incremental import LoRA, copied, settled
+from tests.checkpoint.runs import LoRA, copied
+from tests.checkpoint.test_incremental import settled
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -11,7 +10,7 @@ import torch
 import xxhash
 
 import aiostage
-from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, CheckpointError, CheckpointNotFoundError
+from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer
 from aiostage.checkpoint.retention import name_of
 from aiostage.storage import LocalStorage
 from aiostage.storage.parts import PART_BYTES
@@ -19,35 +18,8 @@ from aiostage.storage.placement import BLOCK_BYTES, Piece, PlacedFile, append
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.runs import MIB, LoRA, copied, numbers
 from tests.checkpoint.test_checkpointer import Copier, Gate, until
-
-MIB = 1 << 20
-
-
-def numbers(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
-
-
-class LoRA:
-    """A frozen tower and a small adapter that learns."""
-
-    def __init__(self, layers: int = 20) -> None:
-        self.tower = {f"layer{n}": numbers(2 * MIB // 4, n) for n in range(layers)}
-        self.adapter = {f"layer{n}": numbers(MIB // 80, n) for n in range(layers)}
-
-    def train(self) -> None:
-        for tensor in self.adapter.values():
-            tensor.add_(1)
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        return {"step": step, "adapter": self.adapter, "tower": self.tower}
-
-
-def copied(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {key: value.clone() for key, value in branch.items()} if isinstance(branch, dict) else branch
-        for name, branch in tree.items()
-    }
 
 
 async def settled(checkpoints: Checkpointer) -> None:
@@ -106,7 +78,7 @@ async def test_nothing_has_changed(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / name_of(step)).iterdir()] == [MANIFEST]
     manifest = json.loads((tmp_path / name_of(2) / MANIFEST).read_text())
     # References name where bytes lie, never another reference.
-    assert {source for source, _ in manifest["sources"]} == {None, name_of(0)}
+    assert {source for source, _, _ in manifest["sources"]} == {name_of(0)}
     assert_same(model.state_dict(0), await aiostage.load(tmp_path / name_of(2)))
 
 
@@ -182,148 +154,6 @@ async def test_saves_that_overlap() -> None:
     assert await run.steps() == [7, 8]
     for step in (7, 8):
         assert_same(kept[step], await run.restore(step=step))
-
-
-# --------------------------------------------------------------------------------------------------------- retention
-
-
-@pytest.mark.asyncio
-async def test_what_others_refer_to_stays() -> None:
-    storage, model = MemoryStorage(), LoRA()
-    async with Checkpointer(storage, incremental=True, keep=2) as checkpoints:
-        for step in range(5):
-            await checkpoints.save(step, model.state_dict(step))
-            await settled(checkpoints)
-            model.train()
-        assert await checkpoints.steps() == [3, 4]
-        # The first has the tower. What was between had only adapters, which nobody needs any more.
-        assert set(storage.checkpoints) == {name_of(0), f"{name_of(0)}.removed", name_of(3), name_of(4)}
-        with pytest.raises(CheckpointNotFoundError):
-            await checkpoints.restore(step=0)
-        for step in (3, 4):
-            assert (await checkpoints.restore(step=step))["step"] == step
-        # Now everything changes; when the last that refers to it has gone, it goes.
-        for tensor in model.tower.values():
-            tensor.neg_()
-        for step in (5, 6):
-            await checkpoints.save(step, model.state_dict(step))
-            await settled(checkpoints)
-            model.train()
-    assert set(storage.checkpoints) == {name_of(5), name_of(6)}
-    assert (await checkpoints.restore())["step"] == 6
-
-
-@pytest.mark.asyncio
-async def test_no_more_than_about_twice_what_is_needed_is_held() -> None:
-    storage = MemoryStorage()
-    state = {f"p{n:02}": numbers(MIB // 4, n) for n in range(32)}
-    needed, most = 32 * MIB, 0
-    async with Checkpointer(storage, incremental=True, keep=1) as checkpoints:
-        for step in range(40):
-            await checkpoints.save(step, state)
-            await settled(checkpoints)
-            held = sum(len(data) for files in storage.checkpoints.values() for data in files.values())
-            most = max(most, held)
-            assert_same(state, await checkpoints.restore())
-            # Another tensor each time.
-            state[f"p{step % 32:02}"].add_(1)
-    assert most < 2 * needed + 8 * MIB
-    assert sum(storage.written_bytes.values()) < 40 * needed / 4
-
-
-@pytest.mark.asyncio
-async def test_runs_that_are_no_longer_incremental_respect_references() -> None:
-    storage, model = MemoryStorage(), LoRA(3)
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        for step in range(3):
-            await checkpoints.save(step, model.state_dict(step))
-            model.train()
-    async with Checkpointer(storage, keep=2) as checkpoints:
-        await checkpoints.save(3, model.state_dict(3))
-        await settled(checkpoints)
-        assert await checkpoints.steps() == [2, 3]
-        assert_same(await checkpoints.restore(step=2), await checkpoints.restore(step=2))
-        await checkpoints.delete(2)
-        assert set(storage.checkpoints) == {name_of(3)}
-
-
-@pytest.mark.asyncio
-async def test_removing_that_was_interrupted_is_finished_by_the_next() -> None:
-    class Killed(BaseException):
-        pass
-
-    async def run(die_at: int) -> bool:
-        storage, model = MemoryStorage(), LoRA(3)
-        async with Checkpointer(storage, incremental=True) as checkpoints:
-            for step in range(4):
-                await checkpoints.save(step, model.state_dict(step))
-                model.train()
-        operations = 0
-
-        async def die(operation: str, name: str) -> None:
-            nonlocal operations
-            operations += 1
-            if operations > die_at:
-                raise Killed
-
-        storage.before = die
-        try:
-            for step in (0, 1, 2):
-                await Checkpointer(storage).delete(step)
-        except Killed:
-            died = True
-        else:
-            died = False
-        storage.before = None
-        storage.drafts.clear()
-        reader = Checkpointer(storage)
-        assert (await reader.steps())[-1] == 3
-        for step in await reader.steps():
-            assert (await reader.restore(step=step))["step"] == step
-        async with Checkpointer(storage, incremental=True, keep=1) as checkpoints:
-            await checkpoints.save(4, model.state_dict(4))
-        assert set(storage.checkpoints) == {name_of(0), f"{name_of(0)}.removed", name_of(4)}
-        return died
-
-    die_at = 0
-    while await run(die_at):
-        die_at += 1
-    assert die_at > 10
-
-
-@pytest.mark.asyncio
-async def test_another_process_removes_what_a_save_refers_to() -> None:
-    storage, model = MemoryStorage(), LoRA(3)
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        await (await checkpoints.save(0, model.state_dict(0))).committed()
-        gate = Gate(storage)
-        handle = await checkpoints.save(1, model.state_dict(1))
-        await until(lambda: gate.waiting == 1)
-        storage.before = None
-        await Checkpointer(storage).delete(0)
-        gate.open.set()
-        with pytest.raises(CheckpointError, match="step-00000000, to which it referred, was removed"):
-            await handle.committed()
-        # Nothing is left that could not be read, and the next one is whole.
-        assert storage.checkpoints == {}
-        await checkpoints.save(2, model.state_dict(2))
-    assert_same(model.state_dict(2), await checkpoints.restore())
-
-
-@pytest.mark.asyncio
-async def test_another_process_removes_what_a_save_refers_to_and_sees_it_in_time() -> None:
-    storage, model = MemoryStorage(), LoRA()
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        for step in (0, 1):
-            await (await checkpoints.save(step, model.state_dict(step))).committed()
-        await checkpoints.save(2, model.state_dict(2))
-        await settled(checkpoints)
-        other = Checkpointer(storage)
-        for step in (0, 1):
-            await other.delete(step)
-        await checkpoints.save(3, model.state_dict(3))
-    assert await checkpoints.steps() == [2, 3]
-    assert_same(model.state_dict(3), await checkpoints.restore())
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Collection
 from typing import ClassVar
 
 import pytest
@@ -91,3 +91,40 @@ async def test_the_suite_finds_what_is_wrong(draft: type[MemoryDraft], test: str
 
     with pytest.raises((AssertionError, BufferError, CheckpointCorruptError, CheckpointNotFoundError)):
         await getattr(Suite(), test)()
+
+
+class TrimsTooMuch(MemoryStorage):
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        await super().trim(name, list(keep)[1:])
+
+
+class TrimsNothing(MemoryStorage):
+    trim = Storage.trim
+
+
+class TrimsTheManifest(MemoryStorage):
+    async def trim(self, name: str, keep: Collection[str]) -> None:
+        await super().trim(name, keep)
+        self.checkpoints.get(name, {})[MANIFEST] = b""
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("storage", [TrimsTooMuch, TrimsNothing, TrimsTheManifest])
+async def test_the_suite_finds_what_is_wrong_with_trimming(storage: type[MemoryStorage]) -> None:
+    class Suite(StorageSuite):
+        def make_storage(self) -> Storage:
+            return storage()
+
+    with pytest.raises((AssertionError, CheckpointCorruptError)):
+        await Suite().test_trimming()
+
+
+@pytest.mark.asyncio
+async def test_a_storage_may_do_without_trimming() -> None:
+    class Suite(StorageSuite):
+        trims = False
+
+        def make_storage(self) -> Storage:
+            return TrimsNothing()
+
+    await Suite().test_trimming()
