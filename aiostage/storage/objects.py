@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
-import obstore.store
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -23,13 +22,15 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
+from obstore.store import GCSStore, MemoryStore, S3Store, from_url
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
-from aiostage.storage.bucket import Bucket, Entry, Found, Version
+from aiostage.storage.bucket import Bucket, Entry, Found, Upload, Version
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
+from aiostage.storage.uploads import OpenUploads, RefusedError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -59,6 +60,9 @@ _log = logging.getLogger("aiostage")
 
 _memories: dict[str, ObjectStore] = {}
 """What ``memory://`` URLs name, so that one process finds again what it has put there."""
+
+_told: set[str] = set()
+"""Where open uploads cannot be found, of which a person has been told."""
 
 
 class ObjectStorage(RemoteStorage):
@@ -103,10 +107,10 @@ class ObjectStorage(RemoteStorage):
             raise ValueError(f"{url!r} is not the URL of a bucket; its form is s3://bucket/prefix")
         prefix = parts.path.strip("/")
         if parts.scheme == "memory":
-            store = _memories.setdefault(parts.netloc, obstore.store.MemoryStore())
+            store = _memories.setdefault(parts.netloc, MemoryStore())
             bucket = _ObjectBucket(lambda: store, prefix, url.rstrip("/"))
         else:
-            bucket = _ObjectBucket(partial(obstore.store.from_url, url, **options), "", url.rstrip("/"))
+            bucket = _ObjectBucket(partial(from_url, url, **options), "", url.rstrip("/"))
         storage = cls.__new__(cls)
         RemoteStorage.__init__(storage, bucket, lease_seconds=lease_seconds)
         return storage
@@ -124,6 +128,7 @@ class _ObjectBucket(Bucket):
         self._prefix = f"{prefix}/" if prefix else ""
         self._location = location
         self._store: ObjectStore | None = None
+        self._open_uploads: OpenUploads | None = None
         self._workers = Workers(_COPY_THREADS, "aiostage-objects")
 
     @property
@@ -177,7 +182,7 @@ class _ObjectBucket(Bucket):
             # The store cannot compare. Of several writers that replace at once, the last one wins.
             await self._put(path, data, "overwrite")
 
-    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> bool:
         store = await self._connected()
         writer: obstore.AsyncWritableFile | None = None
         capacity = sent = 0
@@ -205,14 +210,43 @@ class _ObjectBucket(Bucket):
             with self._translated(path):
                 await _settled(writer.close())
         except BaseException as error:
-            if closing:
-                # Closing that fails aborts by itself if the store can be reached, and does not tell whether it could.
-                if isinstance(error, StorageError) and sent >= capacity:
-                    self._warn_of_open_upload(path, error)
-            elif writer is not None and not isinstance(error, GeneratorExit):
-                # A coroutine that is being closed may not wait.
-                await self._give_up(path, writer, error)
+            # Closing that fails aborts by itself, and a coroutine that is being closed may not wait.
+            if writer is not None and not closing and not isinstance(error, GeneratorExit):
+                # If this fails too, the upload is found open when the draft is removed, and ended then.
+                with suppress(BaseError, OSError):
+                    await _settled(writer.__aexit__(type(error), error, None))
             raise
+        return sent >= capacity
+
+    async def uploads(self, prefix: str) -> AsyncIterator[Sequence[Upload]]:
+        store = await self._connected()
+        # Others have none, or end them after a week, as Azure does.
+        if not isinstance(store, S3Store | GCSStore):
+            return
+        if isinstance(store, GCSStore):
+            self._tell("obstore cannot do so.")
+            return
+        self._open_uploads = self._open_uploads or OpenUploads(store, self._prefix)
+        batches = self._open_uploads.list(prefix)
+        while True:
+            with self._translated(prefix):
+                try:
+                    batch = await anext(batches)
+                except StopAsyncIteration:
+                    return
+                except RefusedError as error:
+                    self._tell(str(error))
+                    return
+            yield batch
+
+    async def end(self, upload: Upload) -> None:
+        if self._open_uploads is None:
+            raise ValueError(f"{upload!r} was not found here")
+        with self._translated(upload.path):
+            try:
+                await self._open_uploads.abort(upload)
+            except RefusedError as error:
+                self._tell(str(error))
 
     async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
         store = await self._connected()
@@ -252,20 +286,17 @@ class _ObjectBucket(Bucket):
     def _writer(self, store: ObjectStore, path: str, capacity: int) -> obstore.AsyncWritableFile:
         return obstore.open_writer_async(store, self._prefix + path, buffer_size=capacity, max_concurrency=_IN_FLIGHT)
 
-    async def _give_up(self, path: str, writer: obstore.AsyncWritableFile, error: BaseException) -> None:
-        """Abort an upload, whatever happens meanwhile."""
-        try:
-            await _settled(writer.__aexit__(type(error), error, None))
-        except (BaseError, OSError) as failure:
-            self._warn_of_open_upload(path, failure)
-
-    def _warn_of_open_upload(self, path: str, failure: BaseException) -> None:
-        # Its parts are in no listing, and are paid for.
+    def _tell(self, reason: str) -> None:
+        """Say once that open uploads stay."""
+        if self._location in _told:
+            return
+        _told.add(self._location)
         _log.warning(
-            "the upload of %s/%s could not be ended, and may stay open until a rule of the bucket aborts it: %s",
+            "open multipart uploads of %s cannot be listed and ended: %s What a save leaves that is killed in the "
+            "middle of one stays, unseen and paid for, unless the bucket has a rule that aborts it "
+            "(AbortIncompleteMultipartUpload).",
             self._location,
-            path,
-            _short(failure),
+            reason,
         )
 
     async def _connected(self) -> ObjectStore:

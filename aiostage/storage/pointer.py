@@ -11,7 +11,7 @@ from aiostage.errors import CheckpointCorruptError
 from aiostage.storage.bucket import Bucket, Version
 from aiostage.storage.lease import LEASE_NAME
 
-__all__ = ["FOLDER", "POINTER_NAME", "Pointer", "find_pointer", "remove_folder", "write_pointer"]
+__all__ = ["FOLDER", "POINTER_NAME", "Pointer", "end_uploads", "find_pointer", "remove_folder", "write_pointer"]
 
 POINTER_NAME = "checkpoint.json"
 """What every checkpoint has, and what tells one from other objects."""
@@ -63,6 +63,13 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
 def write_pointer(folder: str) -> Buffer:
     """Compose the pointer to a folder."""
     return memoryview(json.dumps({"format": _FORMAT, "version": _VERSION, "data": folder}).encode())
+
+
+async def end_uploads(bucket: Bucket, folder: str) -> None:
+    """End the uploads to a folder that nobody writes to any more."""
+    uploads = [upload async for batch in bucket.uploads(f"{folder}/") for upload in batch]
+    for upload in uploads:
+        await bucket.end(upload)
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:

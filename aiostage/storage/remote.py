@@ -18,6 +18,7 @@ from functools import partial
 import anyio
 
 from aiostage._loop.cleanup import finish
+from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
 from aiostage.errors import (
@@ -31,7 +32,7 @@ from aiostage.storage.bucket import Bucket
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.lease import BEATS_PER_LEASE, LEASE_NAME, Heartbeat, write_lease
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES
-from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder, write_pointer
+from aiostage.storage.pointer import FOLDER, POINTER_NAME, end_uploads, find_pointer, remove_folder, write_pointer
 from aiostage.storage.ranges import read_ranges
 from aiostage.storage.sweep import sweep
 
@@ -173,6 +174,8 @@ class _RemoteDraft(SharedDraft):
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
         self._replaced: str | None = None
         self._committed = False
+        # Whether an upload may be open of which nobody knows: one that was begun twice because an answer was lost.
+        self._uploads_in_doubt = False
 
     @property
     def location(self) -> str:
@@ -181,6 +184,8 @@ class _RemoteDraft(SharedDraft):
 
     async def ticket(self) -> str:
         """Return what names the folder; see :meth:`aiostage.abc.SharedDraft.ticket`."""
+        # What others do there cannot be known here.
+        self._uploads_in_doubt = True
         return self._token
 
     async def begin(self) -> None:
@@ -194,13 +199,18 @@ class _RemoteDraft(SharedDraft):
         if not name or "/" in name or name in (".", "..", LEASE_NAME):
             raise ValueError(f"{name!r} is not a plain name for a file")
         async with self._files:
-            await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
+            several = True
+            try:
+                several = await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
+            finally:
+                self._uploads_in_doubt |= several
 
     async def commit(self, manifest: Buffer) -> None:
         """Write the manifest and then the pointer; see :meth:`aiostage.Draft.commit`."""
         if self._joined:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
-        await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
+        # Beside each other, so that a commit takes no longer for it.
+        await together(self._end_uploads, lambda: self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest))
         try:
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")
         except FileNotFoundError as error:
@@ -225,11 +235,22 @@ class _RemoteDraft(SharedDraft):
         try:
             committed = self._committed or await self._is_committed()
             stale = self._replaced if committed else self._folder
+            if not committed:
+                await self._end_uploads()
             if stale is not None:
                 await remove_folder(self._bucket, f"{self._name}/{stale}")
         except CheckpointError as error:
             _log.warning("could not remove what is left of %s: %s", self.location, error)
         self._ended = True
+
+    async def _end_uploads(self) -> None:
+        """End what was begun and is not going to be completed: nobody writes any more."""
+        if not self._uploads_in_doubt:
+            return
+        try:
+            await end_uploads(self._bucket, self._path)
+        except StorageError as error:
+            _log.warning("could not end the uploads that may be left of %s: %s", self.location, error)
 
     async def _stop_heartbeat(self) -> None:
         if self._heartbeat is not None:

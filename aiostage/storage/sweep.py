@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from aiostage._loop.cleanup import finish
-from aiostage.storage.bucket import Bucket, Entry
+from aiostage.storage.bucket import Bucket, Upload
 from aiostage.storage.lease import LEASE_NAME, lease_seconds
 from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder
 
@@ -19,8 +20,27 @@ _MAX_LEASE_BYTES = 4096
 _log = logging.getLogger("aiostage")
 
 
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """The folder of a draft that a listing alone does not clear.
+
+    Attributes:
+        name: Of the checkpoint.
+        folder: Name of the folder.
+        uploads: Those to it that were open before anybody looked whether it is committed.
+    """
+
+    name: str
+    folder: str
+    uploads: Sequence[Upload]
+
+    @property
+    def path(self) -> str:
+        return f"{self.name}/{self.folder}"
+
+
 async def sweep(bucket: Bucket, seconds: float) -> None:
-    """Remove the folders that no checkpoint points to and nobody writes to.
+    """Remove the folders that no checkpoint points to and nobody writes to, and end the uploads that are left of them.
 
     Args:
         bucket: Where.
@@ -29,60 +49,80 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
     Raises:
         StorageError: If the store refuses. What is left is found again.
     """
-    candidates = [
-        (name, folder)
-        for name, folders in (await _suspects(bucket)).items()
-        for folder in folders
-        if not await _is_used(bucket, name, folder)
-    ]
+    candidates = []
+    for suspect in await _suspects(bucket):
+        if await _is_used(bucket, suspect):
+            # What is committed is complete: these were begun once more because an answer was lost.
+            await _end(bucket, suspect.uploads)
+        else:
+            candidates.append(suspect)
     if not candidates:
         return
     now = await _now(bucket)
-    for name, folder in candidates:
-        path = f"{name}/{folder}"
-        # Looked at once more, because time has gone by since the listing.
-        age = _age([entry async for batch in bucket.list(path) for entry in batch], now)
-        if age is None or age <= seconds or age <= await _lease(bucket, path) or await _is_used(bucket, name, folder):
+    for suspect in candidates:
+        age = await _age(bucket, suspect, now)
+        if age is None or age <= seconds or age <= await _lease(bucket, suspect) or await _is_used(bucket, suspect):
             continue
-        _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, path)
-        await remove_folder(bucket, path)
+        _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, suspect.path)
+        await _end(bucket, suspect.uploads)
+        await remove_folder(bucket, suspect.path)
 
 
-async def _suspects(bucket: Bucket) -> dict[str, set[str]]:
-    """Return the folders of drafts, by the names of checkpoints, that a listing alone does not clear.
+async def _suspects(bucket: Bucket) -> Sequence[_Suspect]:
+    """Return the folders that have to be asked about.
 
-    A pointer and one folder is what a committed checkpoint looks like, and most are: nobody has to ask about them.
+    A pointer and one folder to which no upload is open is what a committed checkpoint looks like, and most are.
     """
     pointers: set[str] = set()
-    found: dict[str, set[str]] = {}
-    async for batch in bucket.list(""):
-        for entry in batch:
+    found: dict[str, dict[str, list[Upload]]] = {}
+
+    def uploads_to(path: str) -> list[Upload]:
+        name, _, folder = path.rpartition("/")[0].rpartition("/")
+        return found.setdefault(name, {}).setdefault(folder, []) if name and FOLDER.fullmatch(folder) else []
+
+    async for uploads in bucket.uploads(""):
+        for upload in uploads:
+            uploads_to(upload.path).append(upload)
+    async for entries in bucket.list(""):
+        for entry in entries:
             name, _, last = entry.path.rpartition("/")
             if last == POINTER_NAME:
                 pointers.add(name)
-            above, _, folder = name.rpartition("/")
-            if above and FOLDER.fullmatch(folder):
-                found.setdefault(above, set()).add(folder)
-    return {name: folders for name, folders in found.items() if name not in pointers or len(folders) > 1}
+            uploads_to(entry.path)
+    return [
+        _Suspect(name, folder, uploads)
+        for name, folders in found.items()
+        for folder, uploads in folders.items()
+        if uploads or len(folders) > 1 or name not in pointers
+    ]
 
 
-async def _is_used(bucket: Bucket, name: str, folder: str) -> bool:
-    pointer = await find_pointer(bucket, name)
-    return pointer is not None and pointer.folder == folder
+async def _is_used(bucket: Bucket, suspect: _Suspect) -> bool:
+    pointer = await find_pointer(bucket, suspect.name)
+    return pointer is not None and pointer.folder == suspect.folder
 
 
-def _age(entries: Sequence[Entry], now: datetime) -> float | None:
-    """Return for how many seconds nothing has been written; None if the store does not say, or nothing is there."""
-    times = [entry.modified for entry in entries if entry.modified is not None]
-    if not times or len(times) < len(entries):
-        return None
-    return (now - max(times)).total_seconds()
+async def _end(bucket: Bucket, uploads: Sequence[Upload]) -> None:
+    for upload in uploads:
+        _log.info("ending an upload of %s/%s that nobody completes", bucket.location, upload.path)
+        await bucket.end(upload)
 
 
-async def _lease(bucket: Bucket, path: str) -> float:
+async def _age(bucket: Bucket, suspect: _Suspect, now: datetime) -> float | None:
+    """Return for how many seconds nothing was written; None if the store does not say, or nothing is there.
+
+    Asks anew, because time has gone by since the listing.
+    """
+    times = [entry.modified async for batch in bucket.list(suspect.path) for entry in batch]
+    times += [upload.began for upload in suspect.uploads]
+    known = [time for time in times if time is not None]
+    return (now - max(known)).total_seconds() if times and len(known) == len(times) else None
+
+
+async def _lease(bucket: Bucket, suspect: _Suspect) -> float:
     """Return for how many seconds the lease of a folder holds."""
     try:
-        found = await bucket.get(f"{path}/{LEASE_NAME}", at_most=_MAX_LEASE_BYTES)
+        found = await bucket.get(f"{suspect.path}/{LEASE_NAME}", at_most=_MAX_LEASE_BYTES)
     except FileNotFoundError:
         return 0.0
     return lease_seconds(found.data)
@@ -97,4 +137,4 @@ async def _now(bucket: Bucket) -> datetime:
         times = [entry.modified async for batch in bucket.list(folder) for entry in batch]
     finally:
         await finish(lambda: bucket.delete([path]))
-    return next((time for time in times if time is not None), datetime.min)
+    return next((time for time in times if time is not None), datetime.min.replace(tzinfo=UTC))

@@ -93,6 +93,9 @@ class FaultProxy:
                 writer.write(_answer(fault.number))
                 await writer.drain()
                 return
+            if fault is not None and fault.kind == "cut" and not nbytes:
+                _reset(writer)
+                return
             if fault is not None and fault.kind == "stall" and not fault.number:
                 await _wait_for_the_end(reader)
                 return

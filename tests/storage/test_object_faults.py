@@ -27,6 +27,7 @@ pytestmark = pytest.mark.asyncio
 BEGIN = r"^POST .*\?uploads"
 SEND = r"^PUT .*partNumber="
 COMPLETE = r"^POST .*\?uploadId="
+OPEN = r"^GET .*\?uploads="
 ABORT = r"^DELETE .*\?uploadId="
 SMALL = r"^PUT .*/small$"
 MANIFEST = r"^PUT .*/manifest.json$"
@@ -126,6 +127,7 @@ async def test_a_good_day(storage: ObjectStorage, s3_server: S3Server, proxy: Fa
         ("cut", 1 << 20, SEND),
         ("cut", 10, SMALL),
         ("stall", 1 << 20, SEND),
+        ("lost", 0, BEGIN),
         ("lost", 0, SEND),
         ("lost", 0, POINTER),
     ],
@@ -162,6 +164,7 @@ async def test_what_passes_is_retried(
         ("cut", 1 << 20, SEND),
         ("cut", 10, POINTER),
         ("stall", 1 << 20, SEND),
+        ("lost", 0, BEGIN),
     ],
 )
 async def test_what_stays_is_an_error(
@@ -188,25 +191,58 @@ async def test_an_upload_that_cannot_be_aborted_is_a_warning(
     prefix: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is paid for until somebody ends it."""
+    """It is paid for until somebody ends it. Whoever may not do so now may later."""
     proxy.faults += [Fault("status", SEND, number=403), Fault("status", ABORT, number=403)]
     with pytest.raises(StorageError):
         await Attempt(storage).run()
     assert len(open_uploads(s3_server, prefix)) == 1
+    with pytest.raises(StorageError):
+        await Attempt(storage).run()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any(message.startswith(f"the upload of s3://{BUCKET}/{prefix}/a/") for message in warnings)
+    assert [message.partition(" cannot")[0] for message in warnings] == [
+        f"open multipart uploads of s3://{BUCKET}/{prefix}"
+    ]
+    proxy.faults.clear()
+    assert len(open_uploads(s3_server, prefix)) == 2
 
 
-async def test_an_answer_to_the_beginning_of_an_upload_that_is_lost(
-    storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str
+async def test_uploads_that_cannot_be_looked_for_do_not_fail_a_commit(
+    storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody but the server knows the name of that upload, which only its own rules can remove."""
-    proxy.faults.append(Fault("lost", BEGIN))
+    proxy.faults += [Fault("status", OPEN, number=503), Fault("lost", BEGIN, 1)]
     attempt = Attempt(storage)
-    with pytest.raises(StorageError, match=rf"^s3://{BUCKET}/{prefix}/a/"):
-        await attempt.run()
-    assert what_is_left(s3_server, prefix) == open_uploads(s3_server, prefix)
-    await attempt.memory_is_back()
+    await attempt.run()
+    assert await content(storage, "a") == (bytes(attempt.data[:100]), bytes(attempt.data))
+    assert f"could not end the uploads that may be left of s3://{BUCKET}/{prefix}/a" in caplog.text
+    assert "Signature" not in caplog.text
+    assert len(open_uploads(s3_server, prefix)) == 1
+    proxy.faults.clear()
+    await storage.sweep()
+    assert open_uploads(s3_server, prefix) == []
+    assert await content(storage, "a") == (bytes(attempt.data[:100]), bytes(attempt.data))
+
+
+@pytest.mark.parametrize(("kind", "number"), [("status", 503), ("lost", 0), ("cut", 0)])
+async def test_looking_for_uploads_is_retried(
+    storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str, kind: Kind, number: int
+) -> None:
+    listing, ending = Fault(kind, OPEN, 1, number), Fault(kind, ABORT, 1, number)
+    proxy.faults += [Fault("lost", BEGIN, 1), listing, ending]
+    await Attempt(storage).run()
+    assert listing.struck == ending.struck == 1
+    assert open_uploads(s3_server, prefix) == []
+
+
+async def test_whoever_may_not_list_uploads_is_told_once(
+    storage: ObjectStorage, proxy: FaultProxy, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.faults.append(Fault("status", OPEN, number=403))
+    await Attempt(storage).run()
+    await storage.sweep()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"open multipart uploads of s3://{BUCKET}/{prefix} cannot be listed")
+    assert "403: AccessDenied: as told." in warning
+    assert "AbortIncompleteMultipartUpload" in warning
 
 
 async def test_an_answer_to_the_commit_that_is_always_lost(
