@@ -40,7 +40,6 @@ orchestrator: $(READY)
 bench-pipeline: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/pipeline.py
-	$(BIN)/python benchmarks/uploads.py
 
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -1,10 +1,21 @@
-"""Saves to a local disk, beside what others need for the same, and beside the disk itself.
+"""Saves to a local disk and to S3, beside what others need for the same, and beside the disk and the server themselves.
+
+    make bench-pipeline
+    python benchmarks/pipeline.py --quick --json figures.json --directory /fast/disk
 
 Every way runs in a process of its own, one after the other: a few saves of the same state dict, each next to a raw
-write of as many bytes (two threads, direct I/O, parts of 8 MiB, fsync), so that a slow moment of the disk counts for
-both. Medians of all saves but the first, which pays for cold memory.
+write of as many bytes, so that a slow moment counts for both. Figures are medians of all saves but the first, which
+pays for cold memory; the loop's worst delay is the worst of them all.
 
-    python benchmarks/pipeline.py --gib 2 --saves 4 --directory /fast/disk
+disk: The raw write is that of warm memory: two threads, direct I/O, parts of 8 MiB, fsync.
+server: SeaweedFS, on the same machine, and slower than any client by far, so less is saved to it. The raw write is
+    obstore's put of one buffer, 16 MiB a request, four at once. torch.save and torch_checkpointing write to the disk
+    first, and the files are uploaded with the same client; dcp.async_save writes through fsspec and s3fs; torchsnapshot
+    has a writer for S3 of its own.
+sink: A server that takes everything and keeps nothing, so that clients are compared and not servers. It knows too
+    little of S3 for others than obstore.
+overlap: Whether staging and writing take no longer than the slower of the two.
+changed: Incremental saves.
 """
 
 from __future__ import annotations
@@ -12,272 +23,151 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import mmap
-import os
-import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from delays import LoopDelay
+import changed
+import overlap
+import saves
+from places import serving
+from report import Check, machine
+from savers import RIVALS
+from saves import Saves, in_own_process
 
-import aiostage
+GIB = 2**30
+_UNIT = 64 * 2**20
+"""Sizes are multiples of this, so that every way of cutting them comes out even."""
 
-GIB = 1 << 30
-MIB = 1 << 20
-PART = 8 * MIB
-TENSORS = 64
-
-Save: TypeAlias = Callable[[dict[str, Any], str], Any]
-"""A coroutine function of state dict and path that yields control's return and then ends when all is on the disk."""
-
-
-@asynccontextmanager
-async def way_aiostage(nbytes: int, *, share: float | None = None) -> AsyncIterator[Save]:
-    """This library; with a budget for host memory that is a share of the state dict."""
-    budget = int(nbytes * share) if share is not None else None
-    async with aiostage.AsyncStager(aiostage.StagingOptions(max_host_bytes=budget)) as stager:
-
-        async def save(tree: dict[str, Any], path: str) -> float:
-            info = await aiostage.save(tree, path, stager=stager)
-            return info.captured
-
-        yield save
+_OURS, _LESS_MEMORY, _STORAGE = "aiostage", "aiostage, a quarter of the memory", "its storage alone"
 
 
-@asynccontextmanager
-async def way_torch_save(nbytes: int) -> AsyncIterator[Save]:
-    """What most people do: torch.save in a thread. The source may change when it is done."""
+@dataclass
+class Bench:
+    """What was asked for, and what was found.
 
-    def write(tree: dict[str, Any], path: str) -> None:
-        with open(path, "wb") as file:
-            torch.save(tree, file)
-            file.flush()
-            os.fsync(file.fileno())
+    Attributes:
+        gib: Size of a state dict.
+        server_gib: The same for the server.
+        count: Saves in each way.
+        rounds: Of what is measured in turns.
+        directory: On the disk to measure.
+        checks: Figures beside their targets.
+    """
 
-    async def save(tree: dict[str, Any], path: str) -> float:
-        begin = perf_counter()
-        await asyncio.to_thread(write, tree, path)
-        return perf_counter() - begin
+    gib: float
+    server_gib: float
+    count: int
+    rounds: int
+    directory: str
+    checks: list[Check] = field(default_factory=list)
 
-    yield save
+    def disk(self) -> Iterator[Saves]:
+        """Save to the disk."""
+        found = {}
+        for way in [_OURS, _LESS_MEMORY, *RIVALS]:
+            yield self._saved(found, "disk", way, self.gib, self.count)
+        self.checks.append(Check("disk: aiostage / the raw write", found[_OURS].ratio, 1.10))
+        self._check_capture(found)
 
+    def server(self) -> Iterator[Saves]:
+        """Save to a real server."""
+        found = {}
+        for way in [_OURS, _STORAGE, *RIVALS]:
+            yield self._saved(found, "S3 server", way, self.server_gib, self.count)
+        self.checks.append(Check("S3 server: aiostage / the raw put", found[_OURS].ratio, 1.10))
+        self._check_capture(found)
 
-@asynccontextmanager
-async def way_dcp(nbytes: int, *, process: bool) -> AsyncIterator[Save]:
-    """torch.distributed.checkpoint.async_save, called as its users do, from a coroutine."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+    def sink(self) -> Iterator[Saves]:
+        """Save to a server that is never in the way."""
+        for place in ("S3 sink, signed", "S3 sink, unsigned"):
+            found = {}
+            for way in (_OURS, _STORAGE):
+                # Quick, and from one time to the next very different.
+                yield self._saved(found, place, way, self.gib / 2, 2 * self.count)
+            self.checks.append(Check(f"{place}: aiostage / the raw put", found[_OURS].ratio, 1.10))
 
-    # The process that writes makes a group of its own, where these say.
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    kind = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
+    def overlap(self) -> list[overlap.Overlap]:
+        """Stage and write at once."""
+        found = asyncio.run(overlap.overlaps(_size(self.gib), self.rounds))
+        self.checks += [each.check() for each in found]
+        return found
 
-    async def save(tree: dict[str, Any], path: str) -> float:
-        begin = perf_counter()
-        future: Any = dcp.async_save(tree, checkpoint_id=path, async_checkpointer_type=kind)
-        returned = perf_counter() - begin
-        await asyncio.wrap_future(future)
-        return returned
+    def changed(self) -> list[changed.Changed]:
+        """Save incrementally."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            found = asyncio.run(changed.incremental_saves(_size(self.gib), self.rounds, directory))
+        self.checks += [each.check() for each in found if each.what != changed.FULL]
+        return found
 
-    try:
-        yield save
-    finally:
-        dist.destroy_process_group()
+    def _saved(self, found: dict[str, Saves], place: str, way: str, gib: float, count: int) -> Saves:
+        with serving(place) as environment:
+            made = in_own_process(way, place, _size(gib), count, directory=self.directory, environment=environment)
+        found[way] = made
+        if way in (_OURS, _LESS_MEMORY) and not made.failure:
+            self.checks.append(Check(f"{place}: {way}, the loop's worst delay, ms", 1e3 * made.worst("worst"), 5))
+        return made
 
-
-@asynccontextmanager
-async def way_torch_checkpointing(nbytes: int) -> AsyncIterator[Save]:
-    """torch_checkpointing's asynchronous saver; the source may change when its staging is done."""
-    import torch_checkpointing as rival
-    from torch_checkpointing.config import AsyncCheckpointSaverConfig
-    from torch_checkpointing.staging import CheckpointStagerConfig
-    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
-
-    class Checkpoint(rival.CheckpointBase):  # type: ignore[misc]
-        def __init__(self, tree: dict[str, Any]) -> None:
-            super().__init__()
-            self.tree = tree
-
-        def get_items(self) -> dict[str, Any]:
-            return {"state": rival.CheckpointItem(self.tree)}
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            raise NotImplementedError
-
-    config = AsyncCheckpointSaverConfig(staging_config=CheckpointStagerConfig(use_pinned_memory=False))
-    # With its default, direct I/O, it fails here: closing a file whose size is no multiple of a block is EINVAL.
-    storage = LocalFileSystemStorageConfig(use_direct_io=False)
-    saver = rival.make_async_checkpoint_saver(config, storage_config=storage)
-
-    async def save(tree: dict[str, Any], path: str) -> float:
-        begin = perf_counter()
-        staged, written = saver.save(path, Checkpoint(tree))
-        await asyncio.wrap_future(staged)
-        returned = perf_counter() - begin
-        await asyncio.wrap_future(written)
-        return returned
-
-    try:
-        yield save
-    finally:
-        saver.close()
+    def _check_capture(self, found: dict[str, Saves]) -> None:
+        """Compare when the trainer may go on, in later saves."""
+        ours = found[_OURS].median("captured")
+        for way in RIVALS:
+            if not found[way].failure:
+                what = f"{found[way].place}: {way} gives control back / aiostage has captured"
+                self.checks.append(Check(what, found[way].median("captured") / ours, 2, at_least=True))
 
 
-@asynccontextmanager
-async def way_torchsnapshot(nbytes: int) -> AsyncIterator[Save]:
-    """torchsnapshot, archived in 2024. It starts event loops of its own, so it has to be called in a thread."""
-    import torchsnapshot
-
-    async def save(tree: dict[str, Any], path: str) -> float:
-        begin = perf_counter()
-        state = {"state": torchsnapshot.StateDict(**tree)}
-        pending = await asyncio.to_thread(torchsnapshot.Snapshot.async_take, path, state)
-        returned = perf_counter() - begin
-        await asyncio.to_thread(pending.wait)
-        return returned
-
-    yield save
-
-
-WAYS: dict[str, Callable[[int], Any]] = {
-    "aiostage": way_aiostage,
-    "aiostage, a quarter of the memory": partial(way_aiostage, share=0.25),
-    "torch.save in a thread": way_torch_save,
-    "dcp.async_save, thread": partial(way_dcp, process=False),
-    "dcp.async_save, process": partial(way_dcp, process=True),
-    "torch_checkpointing": way_torch_checkpointing,
-    "torchsnapshot": way_torchsnapshot,
+SECTIONS: dict[str, tuple[str, Callable[[Bench], Any]]] = {
+    "disk": (saves.HEAD, Bench.disk),
+    "server": (saves.HEAD, Bench.server),
+    "sink": (saves.HEAD, Bench.sink),
+    "overlap": (overlap.HEAD, Bench.overlap),
+    "changed": (changed.HEAD, Bench.changed),
 }
-"""Add a way here: a context manager that takes the size of the state dict and gives a coroutine function."""
 
 
-class Raw:
-    """The limit: the same number of bytes from warm memory, past the page cache, from two threads."""
-
-    def __init__(self, nbytes: int, path: str) -> None:
-        self.path = path
-        self.memory = mmap.mmap(-1, min(nbytes, 64 * MIB), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory[:] = os.urandom(MIB) * (len(self.memory) // MIB)
-        self.parts = nbytes // PART
-
-    def write(self) -> float:
-        """Return the seconds that it takes until everything is on the disk."""
-        begin = perf_counter()
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
-        os.posix_fallocate(file, 0, self.parts * PART)
-        view, numbers, lock = memoryview(self.memory), iter(range(self.parts)), threading.Lock()
-
-        def some() -> None:
-            while True:
-                with lock:
-                    number = next(numbers, None)
-                if number is None:
-                    return
-                start = number * PART % len(view)
-                os.pwrite(file, view[start : start + PART], number * PART)
-
-        threads = [threading.Thread(target=some) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        os.fsync(file)
-        os.close(file)
-        seconds = perf_counter() - begin
-        os.unlink(self.path)
-        return seconds
-
-
-def resident(field: str) -> int:
-    """Return a figure of the kernel's about this process, in bytes."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-
-async def measure(name: str, nbytes: int, saves: int, directory: str) -> list[dict[str, float]]:
-    """Save a few times in this process."""
-    tree = {f"layer{n}": torch.rand(nbytes // TENSORS // 4) for n in range(TENSORS)}
-    raw = Raw(nbytes, os.path.join(directory, "raw"))
-    found = []
-    before = resident("VmRSS")
-    async with WAYS[name](nbytes) as save:
-        for number in range(saves):
-            limit = await asyncio.to_thread(raw.write)
-            path = os.path.join(directory, f"checkpoint{number}")
-            Path("/proc/self/clear_refs").write_text("5")
-            begin = perf_counter()
-            async with LoopDelay() as loop:
-                captured = await save(tree, path)
-            committed = perf_counter() - begin
-            found.append(
-                {
-                    "raw": limit,
-                    "captured": captured,
-                    "committed": committed,
-                    "peak": resident("VmHWM") - before,
-                    "delay": max(loop.delays),
-                }
-            )
-            await asyncio.to_thread(shutil.rmtree if os.path.isdir(path) else os.unlink, path)
-    return found
-
-
-def report(name: str, found: list[dict[str, float]]) -> str:
-    later = found[1:] or found
-
-    def middle(key: str) -> float:
-        return median(entry[key] for entry in later)
-
-    ratio = median(entry["committed"] / entry["raw"] for entry in later)
-    return (
-        f"| {name} | {middle('captured'):.2f} | {middle('committed'):.2f} | {ratio:.2f} | "
-        f"{max(entry['peak'] for entry in found) / GIB:.2f} | {1e3 * middle('delay'):.1f} | "
-        f"{found[0]['captured']:.2f} |"
-    )
+def _size(gib: float) -> int:
+    return max(int(gib * GIB) // _UNIT * _UNIT, _UNIT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=2)
-    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, separated by commas")
+    parser.add_argument("--gib", type=float, default=2, help="size of a state dict")
+    parser.add_argument("--server-gib", type=float, default=0.5, help="the same for the real server")
+    parser.add_argument("--saves", type=int, default=3, help="how many in each way")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is measured in turns")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the bytes, to see that it works")
     parser.add_argument("--directory", help="on the disk to measure", default=".")
-    parser.add_argument("--ways", help="names, separated by ';'", default=";".join(WAYS))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
-    nbytes = int(options.gib * GIB) // PART * PART
-    if options.one:
-        print(json.dumps(asyncio.run(measure(options.one, nbytes, options.saves, options.directory))))
-        return
-    print("| way | captured, s | committed, s | of the raw write | memory, GiB | worst delay, ms | first captured, s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-    for name in options.ways.split(";"):
-        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            command = [sys.executable, __file__, "--one", name, "--directory", directory]
-            command += ["--gib", str(options.gib), "--saves", str(options.saves)]
-            outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if outcome.returncode:
-            lines = outcome.stderr.strip().splitlines() or [str(outcome.returncode)]
-            # What follows the error itself are complaints of what was left behind.
-            reason = next((line for line in reversed(lines) if line.partition(":")[0].endswith("Error")), lines[-1])
-            print(f"| {name} | does not run here: {reason[:120]} | | | | | |", flush=True)
-        else:
-            print(report(name, json.loads(outcome.stdout.strip().splitlines()[-1])), flush=True)
+    share = 8 if options.quick else 1
+    bench = Bench(options.gib / share, options.server_gib / share, options.saves, options.rounds, options.directory)
+    begin = perf_counter()
+    figures: dict[str, list[Any]] = {}
+    print(f"{machine()}; {bench.gib} GiB, to the server {bench.server_gib} GiB")
+    head = ""
+    for section in options.sections.split(","):
+        if SECTIONS[section][0] != head:
+            head = SECTIONS[section][0]
+            print(f"\n{head}")
+        figures[section] = []
+        for row in SECTIONS[section][1](bench):
+            print(row.as_row(), flush=True)
+            figures[section].append(vars(row))
+    print("\n| target | figure | limit | |\n| --- | ---: | ---: | --- |")
+    for check in bench.checks:
+        print(check.as_row())
+    met = sum(check.met for check in bench.checks)
+    print(f"\n{met} of {len(bench.checks)} targets met, {perf_counter() - begin:.0f} s")
+    if options.json:
+        checks = [check.as_json() for check in bench.checks]
+        options.json.write_text(json.dumps({"machine": machine(), **figures, "checks": checks}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,9 +18,10 @@ from delays import percentile
 from echo import Echo
 from measuring import WARM_UPS, Samples, cold_turns, fails, turns
 from peers import PEERS, Peer
+from report import Check
 from workloads import Adam350M, few_large, leaves_of, many_small
 
-__all__ = ["ROWS", "Check", "Row"]
+__all__ = ["ROWS", "Row"]
 
 GIB, MIB = 2**30, 2**20
 _PACE_SECONDS, _COPIES = 0.5, 4
@@ -28,21 +29,6 @@ _PACE_SECONDS, _COPIES = 0.5, 4
 
 RIVALS = ["DefaultStager", "torch_checkpointing"]
 WARM = ["aiostage", *RIVALS, "copy.deepcopy"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A figure and the most that it should be."""
-
-    what: str
-    figure: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        """Whether it is."""
-        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
 
 
 @dataclass
@@ -74,7 +60,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """Return everything for a file."""
         samples = {name: each.as_json() for name, each in self.samples.items()}
-        checks = [vars(check) | {"met": check.met} for check in self.checks]
+        checks = [check.as_json() for check in self.checks]
         return {"row": self.number, "work": self.work, "samples": samples, "checks": checks, "notes": self.notes}
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from delays import percentile
 from measuring import Samples, cold
+from report import machine
 from rows import ROWS, Row
 
 
@@ -46,20 +45,12 @@ class Report:
                 print(f"\nLast round of {name}, in ms: {_profile(samples.timings)}.")
         print("\n| target | figure | limit | |\n| --- | ---: | ---: | --- |")
         for check in row.checks:
-            print(f"| {check.what} | {check.figure:.3g} | {check.limit:.3g} | {'met' if check.met else 'NOT MET'} |")
+            print(check.as_row())
         sys.stdout.flush()
 
     def as_json(self) -> dict[str, Any]:
         """Return everything for a file."""
         return {"machine": machine(), "rows": [row.as_json() for row in self.rows]}
-
-
-def machine() -> str:
-    """Say what it runs on."""
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    )
 
 
 def _delay(samples: Samples) -> str:
