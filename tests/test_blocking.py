@@ -52,7 +52,7 @@ def test_leaving_waits_and_tells_of_failures(tmp_path: Path) -> None:
         checkpoints.save(1, state(1))
     assert (tmp_path / "step-00000001" / "manifest.json").is_file()
     with Checkpointer(tmp_path) as checkpoints, pytest.raises(aiostage.CheckpointExistsError):
-        checkpoints.save(1, state(1)).committed()
+        checkpoints.save(1, state(1))
     with pytest.raises(aiostage.UnsupportedLeafError), Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(2, {"no": object()})
 

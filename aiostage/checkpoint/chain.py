@@ -73,7 +73,7 @@ class Chain:
         if storage.placement is not None:
             info = replace(info, written_bytes=storage.written_bytes)
             self._last = Base(name, storage.placement)
-            self._shelf.add(self._last)
+            self._shelf.add(name, storage.placement)
         return info
 
     async def _check(self, name: str, base: Base | None) -> None:

@@ -138,7 +138,7 @@ class Checkpointer:
         A plain function: the caller's moment is that of the call, also if the coroutine is started later by a task.
 
         Args:
-            step: Which one, from 0. There must be no checkpoint of it yet.
+            step: Which one, from 0. There must be no checkpoint of it.
             state_dict: A tree as for :func:`save`, which must not change before the coroutine has returned; or an
                 entered :class:`~aiostage.Snapshot`, which may be left as soon as it has, and is not copied again.
 
@@ -147,7 +147,8 @@ class Checkpointer:
             returns a handle on the rest.
 
         Raises:
-            CheckpointExistsError: If there is a checkpoint of this step, or one is under way.
+            CheckpointExistsError: If there was a checkpoint of this step when the block was entered, or one was saved
+                in it or is under way; before anything is copied. What another process has saved since, the handle says.
             UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
             TornSnapshotError: If the tree changed before it was captured.
             HostMemoryError: If memory for the copy cannot be had.
@@ -259,7 +260,7 @@ class Checkpointer:
             raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
         await self._storage.sweep()
         async with self._removing:
-            await self._shelf.remove()
+            await self._shelf.begin()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
             stager = self._stager
@@ -317,6 +318,7 @@ class Checkpointer:
             raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
         self._savings.append(saving)
         try:
+            await self._shelf.refuse(name)
             await block.slots.acquire()
             try:
                 # The block may have been left meanwhile.
@@ -329,7 +331,7 @@ class Checkpointer:
             saving.drop()
             raise
         try:
-            captured = await saving.captured()
+            await saving.captured()
         except BaseException as error:
             saving.abandon()
             # A coroutine that is being closed may not wait; the task ends all the same.
@@ -337,7 +339,7 @@ class Checkpointer:
                 await finish(saving.handle.ended)
             saving.handle.take_error()
             raise
-        if not captured:
+        if not saving.is_the_handles:
             # Tells why.
             await saving.handle.committed()
         return saving.handle
@@ -346,9 +348,11 @@ class Checkpointer:
         """Save, then remove what has had its day."""
         try:
             if await saving.run():
+                if self._chain is None:
+                    self._shelf.add(name_of(saving.handle.step), None)
                 self._newest = max(self._newest, (saving.number, saving.handle.step))
                 await self._remove_surplus()
-            elif saving.is_captured:
+            elif saving.is_the_handles:
                 self._failed.append(saving.handle)
         finally:
             self._savings.remove(saving)

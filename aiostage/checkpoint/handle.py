@@ -43,7 +43,7 @@ class SaveHandle:
             What was saved.
 
         Raises:
-            CheckpointExistsError: If another writer has saved this step meanwhile.
+            CheckpointExistsError: If another writer has saved this step since the checkpointer's block was entered.
             CheckpointError: If the save was abandoned because the checkpointer's block was cancelled.
             OSError: If the storage refuses.
             StagingError: Whatever else :func:`save` raises.

@@ -19,7 +19,7 @@ from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of
 from aiostage.checkpoint.save import CheckpointInfo, save, write_checkpoint
-from aiostage.errors import CheckpointError
+from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
 from aiostage.storage.locate import Target
@@ -67,15 +67,22 @@ class Saving:
         self._chain = chain
         self._source: Any = _source(state_dict, stager)
 
-    async def captured(self) -> bool:
-        """Wait until the source may change; return False if the save has ended before. Cancelling changes nothing."""
+    async def captured(self) -> None:
+        """Wait until the source may change, because it is captured or will not be. Cancelling changes nothing."""
         await self._captured.wait()
-        return self.is_captured
 
     @property
     def is_captured(self) -> bool:
         """Whether the source may change."""
         return self._captured_after is not None
+
+    @property
+    def is_the_handles(self) -> bool:
+        """Whether its handle tells what became of it, and not whoever has asked for the copy.
+
+        That another writer was faster may be found out before the capture or after; the handle tells it either way.
+        """
+        return self.is_captured or isinstance(self.handle.error, CheckpointExistsError)
 
     def abandon(self) -> None:
         """End it, with nothing left behind, unless it is committed already. Its handle tells when that is done."""
@@ -105,7 +112,7 @@ class Saving:
         except Exception as error:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)
-            if self.is_captured:
+            if self.is_captured or isinstance(error, CheckpointExistsError):
                 _log.error("the checkpoint of step %d failed: %r", self.handle.step, error)
         except BaseException as error:
             # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory either.

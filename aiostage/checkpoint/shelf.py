@@ -21,7 +21,8 @@ from aiostage.checkpoint.incremental import Base
 from aiostage.checkpoint.resolving import exists, placement_of
 from aiostage.checkpoint.retention import mark_of, name_of, removed_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
-from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.storage.placement import Placement
 
 __all__ = ["Shelf"]
 
@@ -40,6 +41,8 @@ class Shelf:
         # Of each checkpoint which files of which others it refers to; None if nobody ever refers to it, nor it to
         # anybody. Checkpoints do not change, so that each is asked once.
         self._needs: dict[str, Mapping[str, frozenset[str]] | None] = {}
+        # What was there at the beginning, or has been added since.
+        self._known: set[str] = set()
         # Which files are left of those that were removed, so that each is asked for once.
         self._left: dict[str, frozenset[str]] = {}
 
@@ -60,9 +63,38 @@ class Shelf:
         # In this order: of one that others remove meanwhile, the mark goes last.
         return not await exists(self._storage, mark_of(name)) and await exists(self._storage, name)
 
-    def add(self, base: Base) -> None:
-        """Say what a new checkpoint refers to."""
-        self._needs[base.name] = base.placement.needs()
+    async def begin(self) -> None:
+        """Look which there are, and finish what others have begun to remove. Raises as :meth:`remove`."""
+        self._known = set(await self._storage.list())
+        await self.remove()
+
+    async def refuse(self, name: str) -> None:
+        """Refuse to save a checkpoint that was there at the beginning, or was added since.
+
+        Raises:
+            CheckpointExistsError: If it is still there.
+            OSError: If the storage refuses.
+        """
+        if name not in self._known or not await exists(self._storage, name):
+            return
+        path = f"{self._storage.location}/{name}"
+        if await exists(self._storage, mark_of(name)):
+            raise CheckpointExistsError(
+                "it was removed, but others still refer to its files.", path=path, remedy="Save another step."
+            )
+        raise CheckpointExistsError(
+            "there is already a checkpoint of this step.", path=path, remedy="Save another step, or delete() it first."
+        )
+
+    def add(self, name: str, placement: Placement | None) -> None:
+        """Say that a new checkpoint is there.
+
+        Args:
+            name: What it is called.
+            placement: Where its files lie; None if it was not saved incrementally.
+        """
+        self._known.add(name)
+        self._needs[name] = placement.needs() if placement is not None else None
 
     async def base(self, last: Base | None) -> Base | None:
         """Return what to compare a new checkpoint with.

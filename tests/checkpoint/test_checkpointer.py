@@ -351,13 +351,68 @@ async def test_one_checkpoint_for_a_step(tmp_path: Path) -> None:
             await checkpoints.save(1, tree(1))
         gate.open.set()
     async with Checkpointer(storage) as checkpoints:
-        with pytest.raises(CheckpointExistsError):
-            # Which of the two tells depends on what is faster, the copy or the storage.
-            await (await checkpoints.save(1, tree(2))).committed()
+        stagings = checkpoints._entered().stager.statistics().stagings
+        for step in (1, 2):
+            if step == 2:
+                await (await checkpoints.save(2, tree(2))).committed()
+                await until(lambda: not checkpoints._savings)
+            # Before anything is copied, and whether it was there before or not.
+            with pytest.raises(CheckpointExistsError, match=r"step-0000000.: there is already .* or delete"):
+                await checkpoints.save(step, tree(9))
+        assert checkpoints._entered().stager.statistics().stagings == stagings + 1
         await checkpoints.delete(1)
+        await checkpoints.delete(2)
         await checkpoints.delete(1)
         await checkpoints.save(1, tree(3))
     assert_same(tree(3), await checkpoints.restore())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("faster", ["open", "copy"])
+async def test_of_a_step_that_another_has_saved_the_handle_tells(faster: str) -> None:
+    class Slow(Copier):
+        async def stage(self, state_dict: Any) -> Any:
+            await (turns() if faster == "open" else checkpoint())
+            return await super().stage(state_dict)
+
+    storage = MemoryStorage()
+
+    async def wait(operation: str, name: str) -> None:
+        if operation == "open" and faster == "copy":
+            await turns()
+
+    async with Checkpointer(storage, Slow()) as ours:
+        for step in (1, 2):
+            async with Checkpointer(storage) as theirs:
+                await theirs.save(step, tree(step))
+            storage.before = wait
+            handle = await ours.save(step, tree(9))
+            with pytest.raises(CheckpointExistsError):
+                await handle.committed()
+            storage.before = None
+            assert_same(tree(step), await ours.restore(step=step))
+
+    async def untold() -> None:
+        async with Checkpointer(storage, Slow()) as ours:
+            async with Checkpointer(storage) as theirs:
+                await theirs.save(3, tree(3))
+            await ours.save(3, tree(9))
+
+    with pytest.raises(CheckpointExistsError):
+        await untold()
+
+
+@pytest.mark.asyncio
+async def test_a_step_that_was_removed_and_is_still_referred_to() -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in (1, 2):
+            await checkpoints.save(step, tree(0))
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        await checkpoints.delete(1)
+        assert await checkpoints.steps() == [2]
+        with pytest.raises(CheckpointExistsError, match="others still refer to its files"):
+            await checkpoints.save(1, tree(1))
 
 
 @pytest.mark.asyncio
