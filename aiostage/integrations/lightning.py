@@ -13,16 +13,15 @@ from typing import Any
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aiostage._extras import needed_for
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import save
 from aiostage.errors import CheckpointNotFoundError
 from aiostage.options import StagingOptions
 from aiostage.stager import AsyncStager
 
-try:
+with needed_for("AiostageCheckpointIO"):
     from pytorch_lightning.plugins.io import CheckpointIO
-except ImportError as error:
-    raise ImportError("this needs Lightning: pip install pytorch-lightning") from error
 
 __all__ = ["AiostageCheckpointIO"]
 

@@ -6,12 +6,11 @@ import time
 from threading import Lock
 from weakref import WeakKeyDictionary
 
+from aiostage._extras import needed_for
 from aiostage.abc import Observer, Span
 
-try:
+with needed_for("OpenTelemetryObserver"):
     from opentelemetry import trace
-except ImportError as error:
-    raise ImportError("OpenTelemetryObserver needs its API: pip install 'aiostage[opentelemetry]'") from error
 
 __all__ = ["OpenTelemetryObserver"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import singledispatchmethod
 from typing import Any
 
+from aiostage._extras import needed_for
 from aiostage.checkpoint.progress import LoadProgress, Progress, SaveProgress
 
-try:
+with needed_for("the bar of progress=True"):
     from tqdm.auto import tqdm
-except ImportError as error:
-    raise ImportError("progress=True shows its bar with tqdm: pip install 'aiostage[progress]'") from error
 
 __all__ = ["ProgressBar"]
 

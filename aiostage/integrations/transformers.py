@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
+from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer
 
-try:
+with needed_for("CheckpointCallback"):
     from transformers import TrainerCallback
-except ImportError as error:
-    raise ImportError("this needs transformers: pip install transformers accelerate") from error
 
 __all__ = ["CheckpointCallback"]
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from aiostage._extras import needed_for
 from aiostage.abc import Buffer, Draft, Reader, Storage
 from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import locate, storage_at
@@ -30,4 +31,5 @@ def __getattr__(name: str) -> Any:
     """Import what needs a package that need not be installed, once it is asked for."""
     if name not in _NEEDS_AN_EXTRA:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NEEDS_AN_EXTRA[name]}"), name)
+    with needed_for(name):
+        return getattr(import_module(f"{__name__}.{_NEEDS_AN_EXTRA[name]}"), name)

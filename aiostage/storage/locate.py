@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
+from aiostage._extras import needed_for
 from aiostage.abc import Storage
 from aiostage.storage.local import LocalStorage
 
@@ -102,10 +103,5 @@ def _open_url(url: str) -> Storage:
 
 def _load(module: str, name: str, target: str) -> Any:
     """Import what needs an extra."""
-    try:
+    with needed_for(target):
         return getattr(import_module(f"aiostage.storage.{module}"), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{target} needs the package {error.name}. Install it with: pip install 'aiostage[objects]'",
-            name=error.name,
-        ) from error

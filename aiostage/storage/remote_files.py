@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from anyio.lowlevel import checkpoint
 
+from aiostage._extras import needed_for
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
@@ -199,7 +200,7 @@ class _FsspecBucket(Bucket):
         """Turn whatever a file system raises into the errors of a bucket."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError, CheckpointError):
+        except (FileNotFoundError, FileExistsError, CheckpointError, ModuleNotFoundError):
             raise
         except Exception as error:
             raise StorageError(
@@ -209,13 +210,9 @@ class _FsspecBucket(Bucket):
 
 def _open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it. Blocks: importing fsspec alone reads files."""
-    try:
+    with needed_for(url):
         from fsspec.core import split_protocol, url_to_fs
         from fsspec.registry import known_implementations, registry
-    except ImportError as error:
-        raise StorageError(
-            "such URLs need fsspec.", path=url, remedy="Install it with: pip install 'aiostage[fsspec]'"
-        ) from error
     scheme = split_protocol(url.partition("::")[0])[0]
     if scheme is not None and scheme not in known_implementations and scheme not in registry:
         raise StorageError(

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -76,10 +74,3 @@ def test_a_span_that_began_before_anybody_listened(exporter: InMemorySpanExporte
         pass
     (inside,) = exporter.get_finished_spans()
     assert inside.parent is None
-
-
-def test_without_it_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    monkeypatch.delitem(sys.modules, "aiostage.integrations.opentelemetry")
-    with pytest.raises(ImportError, match=r"needs its API: pip install 'aiostage\[opentelemetry\]'"):
-        import_module("aiostage.integrations.opentelemetry")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -63,12 +62,3 @@ def test_what_was_staged_and_not_written(capsys: pytest.CaptureFixture[str]) -> 
         bar.show(Progress(name="step-1", total_bytes=1))
     bar.close()
     assert "4.00k/4.00k" in capsys.readouterr().err
-
-
-@pytest.mark.asyncio
-async def test_without_it_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    monkeypatch.delitem(sys.modules, "aiostage.integrations.tqdm")
-    with pytest.raises(ImportError, match=r"with tqdm: pip install 'aiostage\[progress\]'"):
-        await aiostage.save({}, tmp_path / "checkpoint", progress=True)
-    assert not list(tmp_path.iterdir())
