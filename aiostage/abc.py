@@ -77,8 +77,8 @@ class Backend(ABC):
 
     Streams and events are opaque to the rest of aiostage: they are only handed back to the backend that made them,
     except that events have ``query()``. Users' own streams may be handed in too. Every method may be called from any
-    thread; none may initialize a device that the process has not used, also not by way of the calling thread's
-    current device, and none but :meth:`register` and :meth:`unregister` waits for the device.
+    thread; none but :meth:`allocate` may initialize a device that the process has not used, also not by way of the
+    calling thread's current device, and only that, :meth:`register` and :meth:`unregister` wait for the device.
 
     What is enqueued is not referred to: the caller keeps sources, destinations and registered memory alive until an
     event recorded afterwards has completed, or tells the allocator by :meth:`keep`.
@@ -101,6 +101,29 @@ class Backend(ABC):
     @abstractmethod
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         """Return the device that a tensor's storage is on, or None for host memory."""
+
+    @abstractmethod
+    def current_device(self) -> torch.device:
+        """Return the calling thread's current device, with its index; the first one before any was used."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int, device: torch.device, stream: Any | None) -> torch.Tensor:
+        """Return new memory of a device. Blocks: call it from a worker thread.
+
+        Args:
+            nbytes: How much, in bytes.
+            device: Which one.
+            stream: A stream of the device, for whose work it is allocated; others have to wait for what that had
+                enqueued before. None: the calling thread's current one, which initializes a device that the process
+                has not used.
+
+        Returns:
+            A one-dimensional uint8 tensor, uninitialized.
+
+        Raises:
+            torch.OutOfMemoryError: If the device has no room.
+            Exception: What PyTorch says of a device that there is not.
+        """
 
     @abstractmethod
     def current_stream(self, device: torch.device) -> Any:

@@ -6,10 +6,11 @@ It runs without one: a simulated accelerator is a `Backend` like the GPU's, whic
 from __future__ import annotations
 
 import asyncio
+import tempfile
 
 import torch
 
-from aiostage import AsyncStager, Backend, SupportsQuery, wait_event
+from aiostage import AsyncStager, Backend, SupportsQuery, load, save, wait_event
 from aiostage.testing import SimulatedAccelerator
 
 
@@ -34,6 +35,12 @@ async def main() -> None:
         print(f"live after the step: {weights.unique().tolist()}")
         print(f"{statistics.launches} device operations for {statistics.nbytes:,} bytes", end="")
         print(f", {statistics.pinned_bytes:,} bytes pinned" if statistics.pinned_bytes else ", pageable memory")
+
+        # Back to the device, through a few pinned buffers and never as a whole through host memory.
+        with tempfile.TemporaryDirectory() as directory:
+            await save(staged, f"{directory}/checkpoint")
+            loaded = await load(f"{directory}/checkpoint", device=device, backend=backend)
+        print(f"loaded onto {backend.device_of(loaded['weights'])}: {loaded['weights'].unique().tolist()}")
 
 
 asyncio.run(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,17 +52,24 @@ class TorchBackend(Backend):
         PyTorch does not tell in general which of several devices are in use. Nor does MPS tell whether it is: there an
         event is recorded even if nothing was done on the device, which does no harm on the one device that it has.
         """
-        if self._accelerator is None:
+        if self._accelerator is None or not self._is_initialized():
             return ()
-        module = torch.get_device_module(self._accelerator)
-        is_initialized = getattr(module, "is_initialized", None)
-        if is_initialized is not None and not is_initialized():
-            return ()
-        return [torch.device(self._kind, index) for index in range(module.device_count())]
+        count = torch.get_device_module(self._accelerator).device_count()
+        return [torch.device(self._kind, index) for index in range(count)]
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         """Return the device that a tensor's storage is on, or None for host memory."""
         return None if tensor.is_cpu else tensor.device
+
+    def current_device(self) -> torch.device:
+        """Return the calling thread's current device. A process that has set one has initialized it."""
+        index = torch.accelerator.current_device_index() if self._is_initialized() else 0
+        return torch.device(self._kind, index)
+
+    def allocate(self, nbytes: int, device: torch.device, stream: Any | None) -> torch.Tensor:
+        """Return new memory of a device, from PyTorch's caching allocator."""
+        with self._on(stream) if stream is not None else nullcontext():
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def current_stream(self, device: torch.device) -> Any:
         """Return the calling thread's current stream of a device."""
@@ -137,6 +144,13 @@ class TorchBackend(Backend):
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context manager that makes a device current, and leaves no context behind on the one before."""
         return torch.accelerator.device_index(device.index)
+
+    def _is_initialized(self) -> bool:
+        """Return whether the process has begun to use the accelerator, where PyTorch can tell."""
+        if self._accelerator is None:
+            return False
+        is_initialized = getattr(torch.get_device_module(self._accelerator), "is_initialized", None)
+        return is_initialized is None or bool(is_initialized())
 
     @property
     def _kind(self) -> str:

@@ -78,7 +78,7 @@ class Pinning:
         with self._lock:
             first, self.failed = not self.failed, True
         if first:
-            _logger.warning("%s Staging goes on in memory that is not pinned, which is slower.", reason)
+            _logger.warning("%s Copies go on in memory that is not pinned, which is slower.", reason)
 
 
 def _memory_lock_limit() -> str:

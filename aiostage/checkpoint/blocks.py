@@ -15,7 +15,7 @@ from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 from aiostage.storage.safetensors import DTYPE_NAMES, MAX_TENSOR_NAME
 
-__all__ = ["CARRIERS", "MAX_SPREAD", "FileTensor", "Leaf", "file_tensors", "groups", "measure"]
+__all__ = ["CARRIERS", "MAX_SPREAD", "FileTensor", "Leaf", "file_tensors", "groups", "is_injective", "measure"]
 
 MAX_SPREAD = 4
 """Leaves whose memory is at most this many times their elements are written as elements, without the gaps."""
@@ -193,7 +193,11 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
     """Write the elements of a leaf, or its memory if its elements overlap or are too far apart."""
     tensor = leaf.tensor
     count = tensor.numel()
-    if not leaf.contiguous and count and (leaf.extent > MAX_SPREAD * count or not _is_injective(tensor)):
+    if (
+        not leaf.contiguous
+        and count
+        and (leaf.extent > MAX_SPREAD * count or not is_injective(tensor.shape, tensor.stride()))
+    ):
         return _memory(sharers, names)
     name = names.name(leaf.node)
     for sharer in sharers:
@@ -258,10 +262,10 @@ def _memory(group: Sequence[Leaf], names: _Names) -> FileTensor:
     return FileTensor(name, dtype, shape, stop - start, element_bytes, start, [leaf.tensor for leaf in group])
 
 
-def _is_injective(tensor: torch.Tensor) -> bool:
+def is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Return whether no two elements are surely at the same address."""
     reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride <= reach:
                 return False

@@ -195,10 +195,11 @@ class Checkpointer:
         Args:
             into: A live tree to change in place, as for :func:`load`. None: return a new tree.
             step: Which one. None: the latest.
-            **options: More that :func:`load` takes: ``in_place``, ``only``, ``verify``, ``progress``, ``backend``.
+            **options: More that :func:`load` takes: ``in_place``, ``device``, ``only``, ``verify``, ``progress``,
+                ``backend``.
 
         Returns:
-            The tree that was saved, in host memory; or ``into``.
+            The tree that was saved; or ``into``.
 
         Raises:
             CheckpointNotFoundError: If there is no checkpoint of that step, or none at all.

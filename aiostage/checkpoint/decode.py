@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD
 from aiostage.checkpoint.composites import COMPOSITES, assemble
 from aiostage.checkpoint.nodes import NodeTable, reading
-from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_scalar, torch_constant
-from aiostage.storage.safetensors import DTYPES, Record
+from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_scalar
+from aiostage.checkpoint.views import view_of
+from aiostage.storage.safetensors import Record
 
-__all__ = ["Memory", "TreeDecoder", "is_spread"]
+__all__ = ["Memory", "TreeDecoder"]
 
 _CHUNK = 64
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
@@ -36,7 +33,6 @@ _EXTEND: dict[str, Callable[[Any, Any], None]] = {"list": list.extend, "set": se
 _IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
-_QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 
 
 class Memory:
@@ -44,16 +40,13 @@ class Memory:
 
     Args:
         records: What the files contain, by name.
-        data: The bytes of each, as one-dimensional uint8 in host memory; or of its size on the meta device, for leaves
-            that have everything except elements.
-        path: Of the manifest, for errors.
+        data: Memory for each as its leaves look at it, one-dimensional uint8 on any device. Leaves over memory on the
+            meta device have everything except elements.
     """
 
-    def __init__(self, records: Mapping[str, Record], data: Mapping[str, torch.Tensor], *, path: str) -> None:
-        self._path = path
+    def __init__(self, records: Mapping[str, Record], data: Mapping[str, torch.Tensor]) -> None:
         self._records = records
         self._data = data
-        self._spread: dict[_View, torch.Tensor] = {}
         self._origins: dict[int, str] = {}
 
     def tensor(self, form: dict[str, Any]) -> torch.Tensor:
@@ -62,11 +55,7 @@ class Memory:
         Raises:
             ValueError: If it does not fit the memory. Other exceptions are possible too.
         """
-        view = self._view(form)
-        if is_spread(form):
-            return _over(self._spread[view], view, 0)
-        (offset,) = _sizes([form.get("offset", 0)])
-        return _over(self._data[view.name], view, offset)
+        return view_of(form, self._records).over(self._data[form["name"]])
 
     def origin(self, leaf: torch.Tensor) -> Record:
         """Return of which tensor of a file a leaf has the elements, in index order.
@@ -74,103 +63,9 @@ class Memory:
         Args:
             leaf: From :meth:`tensor`, on the meta device.
         """
-        storage = leaf.untyped_storage()._cdata
         if not self._origins:
-            for name, data in self._data.items():
-                self._origins[data.untyped_storage()._cdata] = name
-            for view, data in self._spread.items():
-                self._origins[data.untyped_storage()._cdata] = view.name
-        return self._records[self._origins[storage]]
-
-    def spread(self, form: dict[str, Any]) -> None:
-        """Lay the elements of a leaf out as its strides want them, before it is asked for. Blocks.
-
-        Raises:
-            CheckpointCorruptError: If the node does not fit the memory.
-        """
-        with reading(self._path):
-            view = self._view(form)
-            if view not in self._spread:
-                self._spread[view] = _spread(self._data[view.name], view)
-
-    def _view(self, form: dict[str, Any]) -> _View:
-        name = form["name"]
-        record = self._records[name]
-        dtype = torch_constant(form["dtype"]) if "dtype" in form else DTYPES[record.dtype]
-        shape = _sizes(form["shape"]) if "shape" in form else record.shape
-        stride = _sizes(form["stride"]) if "stride" in form else _contiguous(shape)
-        if dtype in _QUANTIZED:
-            raise ValueError(f"{dtype} needs a quantization scheme")
-        if len(stride) != len(shape):
-            raise ValueError(f"there are {len(shape)} sizes and {len(stride)} strides")
-        if "offset" not in form and math.prod(shape) * dtype.itemsize != record.stop - record.start:
-            raise ValueError(f"the elements of {name!r} are not {dtype} {list(shape)}")
-        return _View(name, dtype, shape, stride)
-
-
-def is_spread(node: Any) -> bool:
-    """Return whether a node's tensor is in its file in index order, but was not in memory."""
-    return isinstance(node, dict) and node.get("is") == "tensor" and "stride" in node and "offset" not in node
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """How a leaf looks at the memory of a file's tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def extent(self) -> int:
-        """How many elements of memory lie between the first and one past the last."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-
-
-def _over(data: torch.Tensor, view: _View, offset: int) -> torch.Tensor:
-    """Return a tensor that looks at memory, after checking that it stays inside."""
-    if offset + view.extent > data.numel() // view.dtype.itemsize:
-        raise ValueError(f"{view} from {offset} on exceeds {data.numel()} bytes")
-    storage, device = data.untyped_storage(), data.device
-    if view.dtype is not torch.complex32:
-        return torch.empty(0, dtype=view.dtype, device=device).set_(storage, offset, view.shape, view.stride)
-    with warnings.catch_warnings():
-        # They are called experimental whenever one is made; whoever saved it has been told.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.empty(0, dtype=view.dtype, device=device).set_(storage, offset, view.shape, view.stride)
-
-
-def _spread(elements: torch.Tensor, view: _View) -> torch.Tensor:
-    """Return new memory in which a view finds the elements that lie in index order in other memory."""
-    extent, count = view.extent, elements.numel() // view.dtype.itemsize
-    if extent > MAX_SPREAD * count:
-        raise ValueError(f"strides {view.stride} spread {count} elements too far")
-    if elements.is_meta:
-        return torch.empty(extent * view.dtype.itemsize, dtype=torch.uint8, device=elements.device)
-    memory = torch.zeros(extent * view.dtype.itemsize, dtype=torch.uint8)
-    if extent:
-        carrier = CARRIERS[view.dtype.itemsize]
-        strided = torch.empty(0, dtype=carrier).set_(memory.untyped_storage(), 0, view.shape, view.stride)
-        strided.copy_(elements.view(carrier).view(view.shape))
-    return memory
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    """Check that a list holds sizes."""
-    if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
-    return tuple(values)
+            self._origins = {data.untyped_storage()._cdata: name for name, data in self._data.items()}
+        return self._records[self._origins[leaf.untyped_storage()._cdata]]
 
 
 class TreeDecoder:

@@ -16,8 +16,8 @@ from aiostage._copy.host import copy_tensors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
+from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer, Reader
-from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.errors import CheckpointCorruptError
 from aiostage.observe import span
 from aiostage.storage.manifest import FileRecord
@@ -36,17 +36,25 @@ _GROUP = 256
 """Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Destinations:
-    """Where tensors are.
+    """Where tensors are, and what parts pass through that do not go to one piece of host memory.
 
     Attributes:
+        pool: Memory to pass through, which it registers with accelerators if they can do that.
         device_of: Returns the device that a tensor is on, or None for host memory.
         arrivals: Brings values there, and follows the caller on each device already; None when there is no device.
+        device: Any that is in use, to register the memory of the pool with; None while there is none.
     """
 
+    pool: Pool
     device_of: Callable[[torch.Tensor], torch.device | None]
-    arrivals: Arrivals | None
+    arrivals: Arrivals | None = None
+    device: torch.device | None = None
+
+    async def buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """Return uninitialized memory for one part, which is used again when nothing refers to it any more."""
+        return (await self.pool.acquire(nbytes, populate=False, device=self.device)).buffer
 
 
 class Incoming:
@@ -55,7 +63,7 @@ class Incoming:
     Args:
         reader: Of the checkpoint.
         workers: Run everything that blocks.
-        buffers: For parts that do not go to one piece of host memory. At most four are in use at any time.
+        part_bytes: How long a part is at most.
         destinations: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
     """
@@ -64,14 +72,14 @@ class Incoming:
         self,
         reader: Reader,
         workers: Workers,
-        buffers: PartBuffers,
+        part_bytes: int,
         destinations: Destinations,
         *,
         verify: bool,
     ) -> None:
         self._reader = reader
         self._workers = workers
-        self._buffers = buffers
+        self._part_bytes = part_bytes
         self._destinations = destinations
         self._verify = verify
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
@@ -87,19 +95,19 @@ class Incoming:
             found = bytearray(nbytes)
             await self._reader.read(file.name, 0, memoryview(found))
             return await self._workers.run(partial(bytes, found))
-        pieces: list[Buffer] = []
-        part_bytes = self._buffers.part_bytes
+        pieces: list[bytes] = []
+        part_bytes = self._part_bytes
         for index, offset in enumerate(range(0, nbytes, part_bytes)):
             part = Part(index, offset, min(part_bytes, file.nbytes - offset), [])
             memory = self._heads.get(file.name) if index == 0 else None
             if memory is None:
-                memory = self._buffers.take()
+                memory = await self._destinations.buffer(part_bytes)
                 await self._read(file, part, memory.data[: part.nbytes])
             if index == 0 and file.name not in self._heads:
                 self._heads[file.name] = memory
                 if len(self._heads) > _HEADS:
                     self._heads.pop(next(iter(self._heads)))
-            pieces.append(memory.data[: min(part.nbytes, nbytes - offset)])
+            pieces.append(await self._workers.run(memory[: min(part.nbytes, nbytes - offset)].tobytes))
         return await self._workers.run(partial(b"".join, pieces))
 
     async def receive(self, parts: Sequence[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
@@ -131,7 +139,7 @@ class Incoming:
             elif data is not None and self._destinations.device_of(data) is None:
                 await self._read(file, part, data.numpy().data)
             else:
-                memory = self._buffers.take()
+                memory = await self._destinations.buffer(self._part_bytes)
                 await self._read(file, part, memory.data[: part.nbytes])
                 await self._place(part, torch.from_numpy(memory))
                 # It goes to the next part when nothing refers to it any more.

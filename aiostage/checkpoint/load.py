@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,16 +18,20 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
+from aiostage._memory.pinned import Pinning
+from aiostage._memory.pool import Pool
 from aiostage.abc import Backend, Reader
+from aiostage.checkpoint.devices import DeviceOption, Devices, host_memory
 from aiostage.checkpoint.incoming import Destinations
 from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.reader import CheckpointReader, Outline, allocate
+from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.resolving import ResolvingReader, exists
 from aiostage.checkpoint.retention import mark_of
 from aiostage.checkpoint.selection import Only, Selection
+from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
 from aiostage.observe import span
@@ -51,6 +55,7 @@ async def load(
     *,
     into: Any = None,
     in_place: bool = False,
+    device: DeviceOption | None = None,
     only: Only | None = None,
     verify: bool = True,
     progress: ProgressOption[LoadProgress] = None,
@@ -65,16 +70,21 @@ async def load(
         in_place: Read straight into the tensors of ``into``, with 64 MiB of host memory or so, however large the
             checkpoint is. Should a file be damaged, or the load fail or be cancelled, ``into`` is then left with old
             and new values, and damaged ones perhaps.
+        device: Where the tensors of a new tree go, in place of host memory: a device or its name, for all; or a
+            function that is called with the path of each tensor and with one on the meta device that is like it, and
+            returns a device, or None for host memory. They are read straight there, through about 64 MiB of host
+            memory, pinned where the accelerator supports that. On ``"meta"`` they have no elements, and nothing but
+            headers is read.
         only: What to load: patterns with ``*`` and ``?`` of paths such as ``model.layers.0.weight``; or a function of a
             path that returns whether it is wanted. What is chosen is loaded with all that is below it. Nothing
             else is read, or touched in ``into``; from a new tree it is missing, and None in lists and tuples.
         verify: Compare every byte read with the checksums. Without, only the structure is checked.
         progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are read; what
             it raises ends the load.
-        backend: How to reach the devices of ``into``; None is ``torch.accelerator``.
+        backend: How to reach devices; None is ``torch.accelerator``.
 
     Returns:
-        The tree that was saved, in host memory; or ``into``.
+        The tree that was saved; or ``into``. On devices, later work of the current streams follows the copies.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
@@ -82,8 +92,12 @@ async def load(
         CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not. Nothing
             was changed then, nor read but headers.
         HostMemoryError: If memory for the tensors cannot be had.
+        AcceleratorUnavailableError: If there is no accelerator for ``device``.
+        torch.OutOfMemoryError: If a device has no room.
         StagingError: If a device has failed.
-        ValueError: If ``only`` matches nothing, or there is nothing to be ``in_place`` in.
+        TypeError: If ``device`` or what it returns is none.
+        ValueError: If ``only`` matches nothing, there is nothing to be ``in_place`` in, or ``device`` cannot be had: of
+            tensors that share memory, each on another; sparse and quantized ones on the meta device.
         OSError: If the storage refuses.
 
     Unless ``in_place``, ``into`` is not changed before everything was read, verified and compared, for which the
@@ -93,9 +107,16 @@ async def load(
     storage, name = locate(source)
     if in_place and into is None:
         raise ValueError("in_place=True needs a live tree to load into: pass into=")
+    if device is not None and into is not None:
+        raise ValueError("device= is for a new tree; the tensors of into= stay on the devices that they are on")
     selection = Selection(only) if only is not None else None
     with span("load", source=name), reporting(progress, f"loading {name}") as report:
-        loading = _Loading(into, selection, in_place, verify, backend, name, report)
+        backend = backend if backend is not None else default_backend()
+        devices = Devices(device, backend)
+        reaches = into is not None or device is not None
+        loading = _Loading(
+            into, selection, in_place, verify, devices, backend if reaches else None, name=name, report=report
+        )
         try:
             begin = perf_counter()
             for _ in range(_ATTEMPTS):
@@ -124,7 +145,9 @@ class _Loading:
         selection: Selection | None,
         in_place: bool,
         verify: bool,
+        devices: Devices,
         backend: Backend | None,
+        *,
         name: str,
         report: Callable[[LoadProgress], object] | None,
     ) -> None:
@@ -132,43 +155,43 @@ class _Loading:
         self._selection = selection
         self._in_place = in_place
         self._verify = verify
+        self._devices = devices
         self._name = name
         self._report = report
         self._workers, self._slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
-        backend = backend if backend is not None else default_backend()
-        self._arrivals: Arrivals | None = None
-        self._device_of: Callable[[torch.Tensor], torch.device | None] = _host_memory
-        if into is not None and backend.unavailable_reason is None:
-            self._arrivals = Arrivals(backend, SideStreams(backend), Traffic())
-            self._device_of = backend.device_of
+        if backend is None or backend.unavailable_reason is not None:
+            self._destinations = Destinations(Pool(self._workers), _host_memory)
+            return
+        pinning = Pinning(backend) if backend.pinned_memory_reason is None else None
+        self._destinations = Destinations(
+            Pool(self._workers, pinning=pinning),
+            backend.device_of,
+            Arrivals(backend, SideStreams(backend), Traffic()),
+            next(iter(backend.active_devices()), None),
+        )
 
     def close(self) -> None:
         """Let the threads end, and what devices may still be copying be watched over."""
-        if self._arrivals is not None:
-            self._arrivals.abandon()
+        if self._destinations.arrivals is not None:
+            self._destinations.arrivals.abandon()
+        self._destinations.pool.close()
         self._workers.stop()
 
     async def attempt(self, reader: Reader) -> Any:
         """Read one checkpoint."""
-        destinations = Destinations(self._device_of, self._arrivals)
         checkpoint = CheckpointReader(
-            reader, self._workers, self._slices, destinations, verify=self._verify, progress=self._progressed
+            reader, self._workers, self._slices, self._destinations, verify=self._verify, progress=self._progressed
         )
         outline = await checkpoint.open()
-        instead = None if self._into is None else LEFT_OUT
-        names = await checkpoint.names(outline, self._selection, instead)
-        # What is needed to make the tree comes first, into memory of its own.
-        first = [name for name, plain in names.items() if self._into is None or not plain]
-        data = await self._slices.run(allocate(first, outline.records, path=checkpoint.manifest_path))
-        if first or self._into is None:
-            everything = self._into is None and self._reads_everything
-            await checkpoint.read(await checkpoint.plan(outline, data, everything=everything))
-        if self._into is not None:
-            others = [name for name, plain in names.items() if plain]
-            data |= await self._slices.run(_without_elements(others, outline))
-        tree, memory = await checkpoint.decode(outline, data)
+        names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
+        spread = await self._slices.run(
+            spread_views(outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
+        )
         if self._into is None:
-            return tree
+            return await self._read_anew(checkpoint, outline, names, spread)
+        # What the bytes of files cannot go straight into comes first, into memory of its own.
+        data = await self._read_first(checkpoint, outline, names, spread)
+        tree, memory = await checkpoint.decode(outline, data)
         with span("compare"):
             wanted = self._selection.chooses if self._selection is not None else None
             transfer = await self._slices.run(compare(self._into, tree, wanted))
@@ -177,13 +200,13 @@ class _Loading:
                     transfer,
                     memory,
                     outline.positions,
-                    self._device_of,
+                    self._destinations.device_of,
                     in_place=self._in_place,
                     path=checkpoint.manifest_path,
                 )
             )
         parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
-        await self._slices.run(self._follow_the_caller(placement, transfer))
+        self._follow_the_caller(await self._slices.run(self._devices_of(placement, transfer)))
         if placement.direct:
             await self._read_in_place(checkpoint, parts, placement.direct)
         else:
@@ -191,6 +214,38 @@ class _Loading:
         with span("into"):
             await self._carry_out(transfer)
         return self._into
+
+    async def _read_anew(
+        self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
+    ) -> Any:
+        """Read into a new tree."""
+        path = checkpoint.manifest_path
+        sizes = await self._slices.run(sizes_of(names, outline.records, spread))
+        shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
+        data = await self._devices.allocate(shares, workers=self._workers, slices=self._slices, path=path)
+        contents = await self._slices.run(contents_of(data, spread))
+        everything = self._reads_everything and len(contents) == len(data)
+        parts = await checkpoint.plan(outline, contents, everything=everything)
+        # The memory may be what the caller's streams have let go of and still use.
+        self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
+        await checkpoint.read(parts)
+        tree, _ = await checkpoint.decode(outline, data)
+        return tree
+
+    async def _read_first(
+        self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
+    ) -> dict[str, torch.Tensor]:
+        """Read what is needed to see what the tree is like; of other tensors there is the size only."""
+        path, meta = checkpoint.manifest_path, torch.device("meta")
+        first = {name: plain for name, plain in names.items() if not plain}
+        others = {name: plain for name, plain in names.items() if plain}
+        sizes = await self._slices.run(sizes_of(first, outline.records, spread))
+        data = await self._slices.run(host_memory(sizes, path=path))
+        if first:
+            contents = await self._slices.run(contents_of(data, spread))
+            await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))
+        sizes = await self._slices.run(sizes_of(others, outline.records, spread))
+        return data | await self._slices.run(host_memory(sizes, path=path, device=meta))
 
     async def _read_in_place(
         self, checkpoint: CheckpointReader, parts: Sequence[tuple[FileRecord, Part]], live: Sequence[torch.Tensor]
@@ -221,19 +276,27 @@ class _Loading:
         if self._report is not None:
             self._report(LoadProgress(name=self._name, total_bytes=total_bytes, read_bytes=read_bytes))
 
-    def _follow_the_caller(self, placement: Placement, transfer: Transfer) -> Generator[None, None, None]:
-        """Have copies to devices wait for what the caller has enqueued there until now."""
-        if self._arrivals is None:
-            return
-        self._arrivals.renew()
-        devices = {device for device, _, _ in transfer.batches()}
+    def _devices_of(self, placement: Placement, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+        """Return the devices of live tensors that are read into or copied to."""
+        devices = {device for device, _, _ in transfer.batches() if device is not None}
         for count, tensor in enumerate(placement.direct):
-            devices.add(self._device_of(tensor))
+            device = self._destinations.device_of(tensor)
+            if device is not None:
+                devices.add(device)
             if count % _CHUNK == 0:
                 yield
+        return devices
+
+    def _follow_the_caller(self, devices: Iterable[torch.device]) -> None:
+        """Have copies to devices wait for what the caller has enqueued there until now."""
+        arrivals = self._destinations.arrivals
+        if arrivals is None:
+            return
+        arrivals.renew()
         for device in devices:
-            if device is not None:
-                self._arrivals.follow_the_caller(device)
+            arrivals.follow_the_caller(device)
+            # One that is in use, to register memory with: it may be the first.
+            self._destinations.device = self._destinations.device or device
 
     async def _carry_out(self, transfer: Transfer) -> None:
         """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
@@ -244,8 +307,8 @@ class _Loading:
         await finish(partial(self._complete, transfer, job))
 
     def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
-        if device is not None and self._arrivals is not None:
-            self._arrivals.enqueue(live, loaded, device)
+        if device is not None and self._destinations.arrivals is not None:
+            self._destinations.arrivals.enqueue(live, loaded, device)
         elif len(live) == 1:
             # One alone may be of a kind that fused copies do not take.
             with torch.no_grad():
@@ -257,25 +320,14 @@ class _Loading:
         await job.settled()
         if job.error is not None:
             raise job.error
-        if self._arrivals is not None:
-            await self._arrivals.land()
+        if self._destinations.arrivals is not None:
+            await self._destinations.arrivals.land()
         transfer.assign()
 
 
 def _host_memory(tensor: torch.Tensor) -> torch.device | None:
     """Return that a tensor can be copied to without knowing of streams, wherever it is."""
     return None
-
-
-def _without_elements(names: Iterable[str], outline: Outline) -> Generator[None, None, dict[str, torch.Tensor]]:
-    """Return tensors of the right size that have no memory, to see what the tree will be like."""
-    found = {}
-    for count, name in enumerate(names):
-        record = outline.records[name]
-        found[name] = torch.empty(record.stop - record.start, dtype=torch.uint8, device="meta")
-        if count % _CHUNK == 0:
-            yield
-    return found
 
 
 def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:

@@ -9,7 +9,7 @@ from typing import Any
 from aiostage.checkpoint.values import MAPPINGS
 from aiostage.errors import CheckpointCorruptError
 
-__all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading"]
+__all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading", "shown"]
 
 _CHUNK = 64
 _MAPPINGS = frozenset(MAPPINGS.values())
@@ -144,3 +144,8 @@ class NodeTable:
             node = self.node(child)
             if node is not None:
                 pending.append((node, 2))
+
+
+def shown(key: object) -> object:
+    """Return a key as part of a path; one that is a node, as tuples are, by its number."""
+    return f"<node {key[0]}>" if isinstance(key, list) else key

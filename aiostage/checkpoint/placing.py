@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from aiostage.checkpoint.decode import Memory
+from aiostage.checkpoint.devices import host_memory
 from aiostage.checkpoint.into import Transfer, copyable
-from aiostage.checkpoint.reader import allocate
+from aiostage.checkpoint.views import sizes_of
 from aiostage.storage.safetensors import Record
 
 __all__ = ["Placement", "place"]
@@ -74,7 +75,7 @@ def place(
             beside[name] = targets
         if count % _CHUNK == 0:
             yield
-    new = yield from allocate(beside, records, path=path)
+    new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
     placement.contents |= new
     for count, (name, targets) in enumerate(beside.items()):
         for live in targets:

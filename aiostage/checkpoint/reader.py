@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from aiostage._loop.slices import Slices
-from aiostage._loop.workers import Job, Workers
+from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
-from aiostage.checkpoint.buffers import PartBuffers
-from aiostage.checkpoint.decode import Memory, TreeDecoder, is_spread
+from aiostage.checkpoint.decode import Memory, TreeDecoder
 from aiostage.checkpoint.incoming import Destinations, Incoming
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.selection import Selection
-from aiostage.errors import CheckpointCorruptError, HostMemoryError
+from aiostage.errors import CheckpointCorruptError
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
 from aiostage.storage.parts import Content, Hole, Part, cut
 from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, Record, read_header
 
-__all__ = ["CheckpointReader", "Outline", "TensorFile", "allocate"]
+__all__ = ["CheckpointReader", "Outline", "TensorFile"]
 
 _CHUNK = 64
 _SUFFIX = ".safetensors"
@@ -121,7 +119,7 @@ class CheckpointReader:
         self._incoming = Incoming(
             self._reader,
             self._workers,
-            PartBuffers(manifest.part_bytes),
+            manifest.part_bytes,
             self._destinations,
             verify=self._verify,
         )
@@ -198,7 +196,7 @@ class CheckpointReader:
 
         Args:
             outline: From :meth:`open`; its ``table`` may have been pruned.
-            data: The bytes of the tensors that the table needs; those on the meta device give leaves without elements.
+            data: Memory for the tensors that the table needs; leaves over the meta device have no elements.
 
         Returns:
             The tree and its memory.
@@ -207,8 +205,7 @@ class CheckpointReader:
             CheckpointCorruptError: If the nodes do not describe a tree over the data.
         """
         with span("decode"):
-            memory = Memory(outline.records, data, path=self.manifest_path)
-            await self._spread(memory, outline.table)
+            memory = Memory(outline.records, data)
             decoder = TreeDecoder(outline.table, memory, path=self.manifest_path)
             return await self._slices.run(decoder.build()), memory
 
@@ -238,31 +235,6 @@ class CheckpointReader:
         self._read_bytes += nbytes
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
-
-    async def _spread(self, memory: Memory, table: NodeTable) -> None:
-        """Lay out the leaves that are in a file otherwise than in memory."""
-        async with self._workers.job() as job:
-            await self._slices.run(_submit(job, memory, table))
-
-
-def allocate(
-    names: Collection[str], records: Mapping[str, Record], *, path: str
-) -> Generator[None, None, dict[str, torch.Tensor]]:
-    """Get host memory for tensors of files, yielding now and then.
-
-    Raises:
-        HostMemoryError: If there is not enough.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for count, name in enumerate(names):
-        nbytes = records[name].stop - records[name].start
-        try:
-            found[name] = torch.empty(nbytes, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
-        if count % _CHUNK == 0:
-            yield
-    return found
 
 
 def _index(
@@ -303,12 +275,4 @@ def _look_up(names: Collection[str], records: Mapping[str, Record]) -> Generator
     for count, name in enumerate(names):
         records[name]
         if count % _CHUNK == 0:
-            yield
-
-
-def _submit(job: Job, memory: Memory, table: NodeTable) -> Generator[None, None, None]:
-    for index, (form, how) in enumerate(zip(table.forms, table.reached, strict=True)):
-        if how and is_spread(form):
-            job.put(partial(memory.spread, form))
-        if index % _CHUNK == 0:
             yield

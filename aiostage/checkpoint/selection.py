@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from fnmatch import translate
 from typing import TypeAlias
 
-from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable
+from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, shown
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import listed
 from aiostage.leaf import Path
@@ -103,7 +103,7 @@ class Selection:
                 continue
             seen.add(index)
             for key, child in table.edges(index):
-                here = (_shown(key), place)
+                here = (shown(key), place)
                 self.chooses(path_to(here))
                 node = table.node(child)
                 if node is not None:
@@ -151,7 +151,7 @@ class _Pruning:
             index, place = todo.pop()
             found: list[tuple[int, Place]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
-                here = (_shown(key), place)
+                here = (shown(key), place)
                 node = self._table.node(child)
                 if self._selection.chooses(path_to(here)):
                     self._keep(index, number)
@@ -205,8 +205,3 @@ class _Pruning:
             return
         pairs = list(self._table.edges(index))
         children[:] = [item for number, pair in enumerate(pairs) if number in kept for item in pair]
-
-
-def _shown(key: object) -> object:
-    """Return a key as part of a path; one that is a node, as tuples are, by its number."""
-    return f"<node {key[0]}>" if isinstance(key, list) else key

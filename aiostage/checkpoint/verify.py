@@ -6,6 +6,7 @@ import torch
 
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
+from aiostage._memory.pool import Pool
 from aiostage.checkpoint.incoming import Destinations
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
@@ -48,6 +49,7 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
         workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        pool = Pool(workers)
 
         def progressed(read_bytes: int, total_bytes: int) -> None:
             if report is not None:
@@ -55,7 +57,7 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
 
         reader = ResolvingReader(storage, name, await storage.read(name))
         try:
-            nowhere = Destinations(_host_memory, None)
+            nowhere = Destinations(pool, _host_memory)
             checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)
             outline = await checkpoint.open()
             await checkpoint.names(outline, None, None)
@@ -64,6 +66,7 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
             return outline
         finally:
             await reader.aclose()
+            pool.close()
             workers.stop()
 
 

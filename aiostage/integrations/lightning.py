@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from aiostage._extras import needed_for
@@ -75,7 +76,8 @@ class AiostageCheckpointIO(CheckpointIO):
 
         Args:
             path: A directory that :meth:`save_checkpoint` has made.
-            map_location: Not used: tensors come in host memory, and Lightning copies them where they belong.
+            map_location: A device or its name, for all tensors. Anything else, also a function or a dict, is about
+                storages in files of ``torch.save`` and not used: tensors come in host memory then.
             weights_only: Not used: a checkpoint holds no code.
 
         Raises:
@@ -84,7 +86,8 @@ class AiostageCheckpointIO(CheckpointIO):
         """
         self._wait()
         portal, _ = self._begun()
-        checkpoint: dict[str, Any] = portal.call(load, os.fspath(path))
+        device = map_location if isinstance(map_location, (torch.device, str)) else None
+        checkpoint: dict[str, Any] = portal.call(partial(load, os.fspath(path), device=device))
         return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

@@ -56,7 +56,7 @@ class SimulatedBackend(Backend):
         self._registered: dict[int, int] = {}
         self._failing: dict[FailureKind, int] = {}
         self._violations: list[str] = []
-        self._packs = self._copies = self._copied_bytes = 0
+        self._packs = self._copies = self._pinned_copies = self._copied_bytes = 0
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -79,6 +79,21 @@ class SimulatedBackend(Backend):
             if address in device.memory:
                 return name
         return None
+
+    def current_device(self) -> torch.device:
+        """Return the calling thread's current device."""
+        return self._scheduler.current_device
+
+    def allocate(self, nbytes: int, device: torch.device, stream: SimulatedStream | None) -> torch.Tensor:
+        """Return new memory of a device, with whatever it holds.
+
+        Raises:
+            ValueError: If there is no such device.
+            torch.OutOfMemoryError: If it has no room.
+        """
+        if device not in self._devices:
+            raise ValueError(f"there are {len(self._devices)} simulated devices, and {device} is none of them")
+        return self._allocate((nbytes,), (1,), torch.uint8, stream or self.current_stream(device))
 
     def current_stream(self, device: torch.device) -> SimulatedStream:
         """Return the calling thread's current stream of a device."""
@@ -120,8 +135,12 @@ class SimulatedBackend(Backend):
             )
             self._scheduler.enqueue(stream, operation)
         count_change(destinations)
+        hosts = [
+            source if self.device_of(source) is None else to for to, source in zip(destinations, sources, strict=True)
+        ]
         with self._scheduler.lock:
             self._copies += len(sources)
+            self._pinned_copies += sum(map(self._is_registered, hosts))
             self._copied_bytes += sum(source.nbytes for source in sources)
         return len(destinations)
 
@@ -228,6 +247,11 @@ class SimulatedBackend(Backend):
             self._violations.append(f"host memory was gone when a copy would have {touched} it")
             return
         target.copy_(origin)
+
+    def _is_registered(self, tensor: torch.Tensor) -> bool:
+        """Return whether host memory lies in one registration, with the lock held."""
+        first = tensor.data_ptr()
+        return any(start <= first and first + tensor.nbytes <= start + size for start, size in self._registered.items())
 
     def _copy_seconds(self, nbytes: int) -> float:
         return self._latency + nbytes / self._bandwidth

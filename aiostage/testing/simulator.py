@@ -34,6 +34,7 @@ class SimulatedStatistics:
         kernels: Kernels launched.
         packs: Gatherings enqueued; each is one kernel.
         copies: Tensors that copies were enqueued for.
+        pinned_copies: Those of them whose side in host memory was registered.
         copied_bytes: Their size, as it was sent.
         queries: How often an event or a stream was asked whether it is done.
         pending: Operations enqueued and not executed yet.
@@ -45,6 +46,7 @@ class SimulatedStatistics:
     kernels: int
     packs: int
     copies: int
+    pinned_copies: int
     copied_bytes: int
     queries: int
     pending: int
@@ -151,6 +153,7 @@ class SimulatedAccelerator(SimulatedBackend):
                 kernels=self._kernels,
                 packs=self._packs,
                 copies=self._copies,
+                pinned_copies=self._pinned_copies,
                 copied_bytes=self._copied_bytes,
                 queries=self._scheduler.queries,
                 pending=sum(len(stream.queue) for stream in self._scheduler.streams),

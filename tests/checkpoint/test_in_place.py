@@ -229,26 +229,31 @@ where, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-accelerator = SimulatedAccelerator(memory_bytes=size + (64 << 20)) if where == "device" else None
+accelerator = SimulatedAccelerator(memory_bytes=size + (64 << 20)) if where != "host" else None
 live = {n: torch.ones(size // 16 // 4) for n in "0123456789abcdef"}
 if accelerator:
     live = {n: accelerator.to_device(live.pop(n)) for n in list(live)}
     accelerator.synchronize()
+if where == "anew":
+    # Memory of the device, which the new tree gets and which is in the memory of this process already.
+    live.clear()
+options = {"device": accelerator.devices[0]} if where == "anew" else {"into": live, "in_place": True}
 
 async def main():
     # Once, for whatever is allocated only once.
     await aiostage.load(path + "-small", only="0")
     before = peak()
-    await aiostage.load(path, into=live, in_place=True, **({"backend": accelerator} if accelerator else {}))
+    loaded = await aiostage.load(path, **options, **({"backend": accelerator} if accelerator else {}))
     print(peak() - before)
-    assert all(float(value.min()) == 2 == float(value.max()) for value in live.values())
+    assert len(loaded) == 16
+    assert all(float(value.min()) == 2 == float(value.max()) for value in loaded.values())
 
 asyncio.run(main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("where", ["host", "device", "anew"])
 def test_host_memory_is_bounded(tmp_path: Path, where: str) -> None:
     size = 256 << 20
     saved = {n: torch.full((size // 64,), 2.0) for n in "0123456789abcdef"}

@@ -116,6 +116,8 @@ def test_what_is_saved_may_change_at_once(tmp_path: Path) -> None:
         weight += 1
     for number in range(5):
         assert plugin.load_checkpoint(tmp_path / str(number))["weight"][0] == number + 1
+    assert plugin.load_checkpoint(tmp_path / "0", map_location="meta")["weight"].is_meta
+    assert not plugin.load_checkpoint(tmp_path / "0", map_location=lambda storage, _: storage)["weight"].is_meta
     plugin.teardown()
     with pytest.raises(TypeError, match="storage_options"):
         plugin.save_checkpoint({}, tmp_path / "x", storage_options={})

@@ -1,0 +1,293 @@
+"""Which devices the tensors of a new tree go to, and memory for them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+
+from aiostage._loop.slices import Slices
+from aiostage._loop.workers import Workers
+from aiostage.abc import Backend
+from aiostage.checkpoint.composites import COMPOSITES
+from aiostage.checkpoint.nodes import NodeTable, reading, shown
+from aiostage.checkpoint.values import torch_constant
+from aiostage.checkpoint.views import view_of
+from aiostage.checkpoint.ways import Place, path_to
+from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError
+from aiostage.leaf import Attribute, Path, format_path
+from aiostage.storage.safetensors import Record
+
+__all__ = ["DeviceOption", "Devices", "Shares", "host_memory"]
+
+_CHUNK = 64
+
+_DeviceLike: TypeAlias = "torch.device | str | int"
+DeviceOption: TypeAlias = "_DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]"
+"""A device, or a function that is asked for that of each tensor."""
+
+Shares: TypeAlias = "Mapping[torch.device | None, Mapping[str, int]]"
+"""For each device, None for host memory, the tensors that it gets and how many bytes each takes."""
+
+_META = torch.device("meta")
+_ASK = object()
+
+
+class Devices:
+    """What the user wants of each tensor of a new tree.
+
+    Args:
+        device: A device for all, or a function that is called with the path of each tensor and with a tensor on the
+            meta device that is like it, and returns a device, or None for host memory. None: host memory for all.
+        backend: How to reach devices.
+
+    Raises:
+        TypeError: If a device is none.
+        ValueError: If PyTorch knows no such device, or it is not the backend's.
+        AcceleratorUnavailableError: If there is none.
+    """
+
+    def __init__(self, device: DeviceOption | None, backend: Backend) -> None:
+        self._backend = backend
+        self._ask = device if callable(device) else None
+        self._known: dict[object, torch.device | None] = {}
+        self._everywhere = None if callable(device) else self._resolved(device)
+
+    def shares(
+        self, table: NodeTable, records: Mapping[str, Record], sizes: Mapping[str, int], *, path: str
+    ) -> Generator[None, None, Shares]:
+        """Find out which device gets which tensors of files, yielding now and then.
+
+        Args:
+            table: Of the nodes, looked through before.
+            records: The tensors of files, by name.
+            sizes: How much memory those that the tree needs take, in bytes, by name.
+            path: Of the manifest, for errors.
+
+        Raises:
+            ValueError: If tensors that share memory are to go to different devices, or one to where it cannot be.
+            Exception: What the function raises.
+        """
+        if self._ask is None and self._everywhere is None:
+            return {None: sizes}
+        walk = _Walk(table, records, path, self._device_for)
+        yield from walk.run()
+        shares: dict[torch.device | None, dict[str, int]] = {}
+        for count, (name, nbytes) in enumerate(sizes.items()):
+            shares.setdefault(walk.found[name], {})[name] = nbytes
+            if count % _CHUNK == 0:
+                yield
+        return shares
+
+    async def allocate(self, shares: Shares, *, workers: Workers, slices: Slices, path: str) -> dict[str, torch.Tensor]:
+        """Get memory, on devices for the work of the caller's current streams.
+
+        Args:
+            shares: From :meth:`shares`.
+            workers: To wait for devices in.
+            slices: Run everything else.
+            path: Of the manifest, for errors.
+
+        Returns:
+            One-dimensional uint8 memory, uninitialized, by name.
+
+        Raises:
+            HostMemoryError: If there is not enough in host memory.
+            torch.OutOfMemoryError: If there is not enough on a device.
+            StagingError: If a device refuses for another reason.
+
+        May be cancelled; nothing is left behind then.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for device, sizes in shares.items():
+            if device is None or device == _META:
+                found |= await slices.run(host_memory(sizes, path=path, device=device))
+                continue
+            if device not in self._backend.active_devices():
+                await workers.run(partial(self._take, {}, {"": 1}, device, None))
+            # Asked for in the caller's thread, whose streams will use the memory.
+            stream = self._backend.current_stream(device)
+            rest = iter(sizes.items())
+            async with workers.job() as job:
+                while some := dict(islice(rest, _CHUNK)):
+                    job.put(partial(self._take, found, some, device, stream))
+        return found
+
+    def _device_for(self, place: Place, like: Callable[[], torch.Tensor]) -> torch.device | None:
+        if self._ask is None:
+            return self._everywhere
+        path = path_to(place)
+        answer = self._ask(path, like())
+        try:
+            return self._resolved(answer)
+        except (TypeError, ValueError, StagingError) as error:
+            error.add_note(f"The function that was given as device= answered that for {format_path(path)}.")
+            raise
+
+    def _resolved(self, device: object) -> torch.device | None:
+        """Return a device with its index, or None for host memory."""
+        if device is None:
+            return None
+        if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device= is a torch.device, its name, or a function that returns one, not {device!r}")
+        if device not in self._known:
+            try:
+                resolved = torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(f"device={device!r} is no device: {error}") from None
+            self._known[device] = self._with_index(resolved)
+        return self._known[device]
+
+    def _with_index(self, device: torch.device) -> torch.device | None:
+        if device.type == "cpu":
+            return None
+        if device.type == "meta":
+            return _META
+        if (reason := self._backend.unavailable_reason) is not None:
+            raise AcceleratorUnavailableError(
+                f"device={str(device)!r} cannot be had: {reason}.", remedy="Leave device= out to load into host memory."
+            )
+        current = self._backend.current_device()
+        if device.type != current.type:
+            raise ValueError(
+                f"device={str(device)!r} is no device of the accelerator, which is called {current.type!r}"
+            )
+        return current if device.index is None else device
+
+    def _take(
+        self, found: dict[str, torch.Tensor], sizes: Mapping[str, int], device: torch.device, stream: Any
+    ) -> None:
+        """Allocate, in a worker thread."""
+        try:
+            for name, nbytes in sizes.items():
+                found[name] = self._backend.allocate(nbytes, device, stream)
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"It was to take {sum(sizes.values())} bytes more of the checkpoint.")
+            raise
+        except Exception as error:
+            raise StagingError(
+                f"{device} gives no memory: {type(error).__name__}: {error}", remedy="Is there such a device?"
+            ) from error
+
+
+def host_memory(
+    sizes: Mapping[str, int], *, path: str, device: torch.device | None = None
+) -> Generator[None, None, dict[str, torch.Tensor]]:
+    """Get one-dimensional uint8 memory on the host, or none on the meta device, yielding now and then.
+
+    Args:
+        sizes: How much, in bytes, by name.
+        path: Of the manifest, for errors.
+        device: None or the meta device.
+
+    Raises:
+        HostMemoryError: If there is not enough.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for count, (name, nbytes) in enumerate(sizes.items()):
+        try:
+            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
+        if count % _CHUNK == 0:
+            yield
+    return found
+
+
+class _Walk:
+    """Goes through a tree in its order, asks for every tensor once, and notes what is asked of its memory."""
+
+    def __init__(
+        self,
+        table: NodeTable,
+        records: Mapping[str, Record],
+        path: str,
+        ask: Callable[[Place, Callable[[], torch.Tensor]], torch.device | None],
+    ) -> None:
+        self.found: dict[str, torch.device | None] = {}
+        self._table = table
+        self._records = records
+        self._path = path
+        self._ask = ask
+        self._places: dict[str, Place] = {}
+
+    def run(self) -> Generator[None, None, None]:
+        pending: list[tuple[int, Place, object]] = []
+        seen: set[tuple[int, object]] = set()
+        self._push(pending, [(None, self._table.root)], _ASK)
+        count = 0
+        while pending:
+            index, place, where = pending.pop()
+            if (index, where) not in seen:
+                seen.add((index, where))
+                yield from self._visit(index, place, where, pending)
+            count += 1
+            if count % _CHUNK == 0:
+                yield
+
+    def _visit(
+        self, index: int, place: Place, where: object, pending: list[tuple[int, Place, object]]
+    ) -> Generator[None, None, None]:
+        form, children = self._table.forms[index], self._table.children[index]
+        kind = form["is"]
+        self._push(
+            pending, [((Attribute(name), place), child) for name, child in form.get("attributes", {}).items()], _ASK
+        )
+        if kind == "tensor" or kind in COMPOSITES:
+            device = self._ask(place, partial(self._like, form, children)) if where is _ASK else where
+            if kind == "tensor":
+                self._claim(form["name"], device, place)
+            elif device == _META:
+                raise ValueError(
+                    f"{format_path(path_to(place))} is a {kind} tensor, and PyTorch has none on the meta device: give "
+                    f"device= a function that returns None for it, or leave it out with only="
+                )
+            # What it consists of, and its gradient.
+            self._push(pending, [(place, child) for child in children], device)
+        elif kind == "ndarray":
+            self._push(pending, [(place, child) for child in children], None)
+        else:
+            found = []
+            for count, (key, child) in enumerate(self._table.edges(index)):
+                here = (shown(key), place)
+                found += [(here, key), (here, child)]
+                if count % _CHUNK == 0:
+                    yield
+            self._push(pending, found, _ASK)
+
+    def _push(
+        self, pending: list[tuple[int, Place, object]], children: Sequence[tuple[Place, Any]], where: object
+    ) -> None:
+        for place, child in reversed(children):
+            node = self._table.node(child)
+            if node is not None:
+                pending.append((node, place, where))
+
+    def _claim(self, name: str, device: Any, place: Place) -> None:
+        before = self.found.setdefault(name, device)
+        first = self._places.setdefault(name, place)
+        if before != device:
+            raise ValueError(
+                f"{format_path(path_to(first))} and {format_path(path_to(place))} share memory, and are to go to "
+                f"{before or 'host memory'} and {device or 'host memory'}: have them on one device "
+                f"(NumPy arrays lie in host memory)"
+            )
+
+    def _like(self, form: dict[str, Any], children: Sequence[Any]) -> torch.Tensor:
+        """Return a tensor on the meta device that is like one of the tree."""
+        with reading(self._path):
+            if form["is"] == "tensor":
+                view = view_of(form, self._records)
+                return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device=_META)
+            dtype = torch_constant(form["dtype"]) if "dtype" in form else self._dtype_of_values(form, children)
+            return torch.empty(form["shape"], dtype=dtype, device=_META)
+
+    def _dtype_of_values(self, form: dict[str, Any], children: Sequence[Any]) -> torch.dtype:
+        """Return the dtype of a sparse tensor."""
+        values = self._table.node(children[2 if form["is"] == "sparse_compressed" else 1])
+        if values is None:
+            raise ValueError("a sparse tensor has no values")
+        return view_of(self._table.forms[values], self._records).dtype
