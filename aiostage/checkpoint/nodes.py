@@ -78,7 +78,19 @@ class NodeTable:
             if count % _CHUNK == 0:
                 yield
         table.root = lines[-1]["root"]
+        yield from table._check()
         return table
+
+    def _check(self) -> Generator[None, None, None]:
+        """Raise a ValueError if a node has no kind, refers to nothing, or is a mapping with a key and no value."""
+        self.node(self.root)
+        for index, (form, children) in enumerate(zip(self.forms, self.children, strict=True)):
+            if type(form["is"]) is not str or (form["is"] in _MAPPINGS and len(children) % 2):
+                raise ValueError(f"node {index} is no {form['is']!r}")
+            for count, child in enumerate((*children, *form.get("attributes", {}).values())):
+                self.node(child)
+                if count % _CHUNK == 0:
+                    yield
 
     def node(self, child: Any) -> int | None:
         """Return the number of the node that a child refers to, or None if it is a scalar.

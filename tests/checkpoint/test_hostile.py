@@ -88,7 +88,7 @@ async def test_parts_of_any_size(about: dict[str, Any], tmp_path: Path) -> None:
 
 NODES: list[list[str]] = [
     # Views of nothing, of what is not there, of more than there is, and of more than there can be.
-    ['{"is":"tensor","name":"b"}', '{"root":[0]}'],
+    ['{"is":"tensor","name":"c"}', '{"root":[0]}'],
     [
         '{"is":"tensor","name":"a","dtype":"float32","shape":[4611686018427387903],"stride":[1],"offset":0}',
         '{"root":[0]}',
@@ -103,6 +103,27 @@ NODES: list[list[str]] = [
     ['{"is":"list","of":[[-1]]}', '{"root":[0]}'],
     ['{"is":"list","of":[[true]]}', '{"root":[0]}'],
     ['{"is":"dict","pairs":[[[1],1]]}', '{"is":"list"}', '{"root":[0]}'],
+    # Mappings that are none.
+    ['{"is":"dict","of":[1]}', '{"root":[0]}'],
+    ['{"of":[1]}', '{"root":[0]}'],
+    ['{"is":["dict"]}', '{"root":[0]}'],
+    # Layouts that contradict each other, put elements on top of each other, or take memory for each other.
+    [
+        '{"is":"tensor","name":"a","shape":[3,1],"stride":[2,1]}',
+        '{"is":"tensor","name":"a","shape":[3,1],"stride":[3,1]}',
+        '{"is":"list","of":[[0],[1]]}',
+        '{"root":[2]}',
+    ],
+    [
+        '{"is":"tensor","name":"a","shape":[3],"stride":[2]}',
+        '{"is":"tensor","name":"a"}',
+        '{"is":"list","of":[[0],[1]]}',
+        '{"root":[2]}',
+    ],
+    ['{"is":"tensor","name":"a","shape":[3],"stride":[0]}', '{"root":[0]}'],
+    ['{"is":"tensor","name":"b","shape":[2],"stride":[2]}', '{"root":[0]}'],
+    # Sparse tensors without values.
+    ['{"is":"sparse","shape":[3],"coalesced":true}', '{"root":[0]}'],
     # Bombs.
     ["[" * 100_000, '{"root":1}'],
     ['{"is":"list","of":' + "[" * 100_000 + "]" * 100_000 + "}", '{"root":[0]}'],
@@ -115,14 +136,22 @@ NODES: list[list[str]] = [
 @pytest.mark.asyncio
 @pytest.mark.parametrize("number", range(len(NODES)))
 async def test_trees_that_are_none(number: int, tmp_path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode().ljust(4088)
-    data = (4088).to_bytes(8, "little") + header + bytes(12)
+    tensors = {
+        "a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+        "b": {"dtype": "F64", "shape": [2], "data_offsets": [12, 28]},
+    }
+    data = (4088).to_bytes(8, "little") + json.dumps(tensors).encode().ljust(4088) + bytes(28)
     (tmp_path / "model.safetensors").write_bytes(data)
     write_manifest(
         tmp_path, [{"name": "model.safetensors", "nbytes": len(data), "digests": [digest(data)]}], NODES[number]
     )
     begin = monotonic()
-    for options in ({}, {"into": {"a": torch.zeros(3)}}, {"into": {"a": torch.zeros(3)}, "in_place": True}):
+    for options in (
+        {},
+        {"into": {"a": torch.zeros(3)}},
+        {"into": {"a": torch.zeros(3)}, "in_place": True},
+        {"device": lambda path, like: None if "sparse" in NODES[number][0] else "meta"},
+    ):
         with pytest.raises(CheckpointCorruptError) as caught:
             await aiostage.load(tmp_path, **options)
         assert caught.value.path == str(tmp_path / "manifest.json")
