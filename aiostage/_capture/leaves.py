@@ -19,7 +19,7 @@ except ImportError:  # Without it every leaf is inspected anew in each staging: 
 else:
     TensorGuards = _TensorGuards
 
-__all__ = ["NO_VERSION", "Inspection", "Leaves", "changed"]
+__all__ = ["NO_VERSION", "Inspection", "Leaves", "NotPlain", "changed"]
 
 CHUNK = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
@@ -30,6 +30,10 @@ NO_VERSION = -1
 _address = torch.Tensor.data_ptr
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _DENSE = {"dense"}
+
+
+class NotPlain(Exception):
+    """There is something in the tree that only the general walk can copy."""
 
 
 class _Chunk:
@@ -67,6 +71,8 @@ class Inspection:
     def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self.table = SpecTable(device_of)
         self.chunks: dict[int, _Chunk] = {}
+        self.apart: bool | None = None
+        """Whether no two leaves of all chunks begin at one address; None: not looked at since the last change."""
 
 
 class Leaves:
@@ -107,15 +113,16 @@ class Leaves:
         self.tensors += tensors
         return start
 
-    def are_new(self, start: int) -> bool:
-        """Take notice of the tensors from ``start`` on, which were appended without a look.
+    def append(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add tensors that may have been met before; :meth:`inspect` will tell.
 
-        Returns:
-            Whether all of them were met for the first time and none has attributes.
+        Raises:
+            NotPlain: If one has attributes.
         """
-        tensors = self.tensors[start:]
-        self._seen.update(map(id, tensors))
-        return len(self._seen) == len(self.tensors) and not _have_attributes(tensors)
+        # An ordinary tensor refers to its class alone.
+        if len(gc.get_referents(*tensors)) > len(tensors) and _have_attributes(tensors):
+            raise NotPlain
+        self.tensors += tensors
 
     def copy_now(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a host copy of one tensor, made at once, for an object that copies itself.
@@ -134,8 +141,10 @@ class Leaves:
 
     def release(self) -> None:
         """Let go of every tensor."""
-        self._count = len(self.tensors)
-        for held in (self.tensors, self.composites, self.given, self.gradients, self._apart, self._storages):
+        self._count = len(self)
+        # Copies that run still hold the list of those that they read.
+        self.tensors = []
+        for held in (self.composites, self.given, self.gradients, self._apart, self._storages):
             held.clear()
         self._seen.clear()
         self._index.clear()
@@ -143,6 +152,8 @@ class Leaves:
     def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
         """Return the index of a tensor, and whether it was met for the first time."""
         identity = id(tensor)
+        if len(self._seen) < len(self.tensors):
+            self._seen.update(map(id, self.tensors))
         if identity in self._seen:
             if identity not in self._index:
                 done = len(self._index)
@@ -168,8 +179,9 @@ class Leaves:
 
         Raises:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
+            NotPlain: If a tensor was appended twice.
         """
-        start = 0
+        start, unsure, recognized = 0, len(self._seen) < len(self.tensors), True
         while start < len(self.tensors):
             chunk = self.tensors[start : start + CHUNK]
             known = inspection.chunks.get(start)
@@ -183,6 +195,7 @@ class Leaves:
                     start += len(chunk)
                     yield
                     continue
+            recognized, inspection.apart = False, None
             with torch._C.DisableTorchFunctionSubclass():
                 simple = self._inspect_slowly(chunk, start, inspection.table)
             yield
@@ -195,6 +208,25 @@ class Leaves:
                     inspection.chunks[start] = _Chunk(specs, addresses)
                 yield
             start += len(chunk)
+        if unsure and not (recognized and (yield from self._are_apart(inspection))):
+            yield from self._check_distinct()
+
+    def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
+        """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""
+        if inspection.apart is None:
+            met = {0}
+            for start in range(0, len(self.addresses), CHUNK):
+                met.update(self.addresses[start : start + CHUNK])
+                yield
+            inspection.apart = len(met) == len(self.addresses) + 1
+        return inspection.apart
+
+    def _check_distinct(self) -> Generator[None, None, None]:
+        for start in range(0, len(self.tensors), CHUNK):
+            self._seen.update(map(id, self.tensors[start : start + CHUNK]))
+            yield
+        if len(self._seen) < len(self.tensors):
+            raise NotPlain
 
     def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
         """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""

@@ -15,14 +15,14 @@ from operator import attrgetter, is_
 from typing import Any
 
 from aiostage._capture.faithful import PLAIN_CLASSES
-from aiostage._capture.leaves import Leaves
+from aiostage._capture.leaves import Leaves, NotPlain
 from aiostage._capture.memo import ATOMIC
 from aiostage._capture.rebuild import Results
 from aiostage._capture.versions import Witness
 from aiostage._loop.collection import untrack_all
 from aiostage.leaf import Attribute, Path
 
-__all__ = ["NotPlain", "PlainWalk"]
+__all__ = ["PlainWalk"]
 
 _AT_ONCE = 512
 """Children looked at, or put into place, between two yields."""
@@ -33,10 +33,6 @@ _NODE_COST = 8
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _ITSELF = -1
 """The slot of a container in itself, where its own path is asked for."""
-
-
-class NotPlain(Exception):
-    """There is something in the tree that only the general walk can copy."""
 
 
 class _Node:
@@ -116,13 +112,12 @@ class PlainWalk:
         self._nodes: list[_Node] = []
         self._origins: list[_Node] = []
         self._containers: set[int] = set()
-        self._checked = 0
 
     def run(self, state_dict: object) -> Generator[None, None, None]:
         """Walk the tree, yielding between small steps.
 
         Raises:
-            NotPlain: If something in it is not plain.
+            NotPlain: If something in it is not plain. That a tensor was met twice comes out at its inspection.
         """
         if type(state_dict) not in _CONTAINERS:
             raise NotPlain
@@ -135,14 +130,12 @@ class PlainWalk:
             for start in range(0, len(node.children), _AT_ONCE):
                 looked_at += self._take(node, start)
                 if looked_at >= _AT_ONCE:
-                    self._check_leaves()
                     yield
                     looked_at = 0
             if node.leaves:
                 self._origins.append(node)
             stack += reversed(node.nested)
             looked_at += _NODE_COST
-        self._check_leaves()
 
     def rebuild(self, results: Results) -> Generator[None, None, Any]:
         """Build the staged tree around the staged leaves, yielding between small steps."""
@@ -220,26 +213,22 @@ class PlainWalk:
             raise NotPlain
         kinds = set(map(type, children))
         if kinds <= PLAIN_CLASSES:
-            self.leaves.tensors += children
+            self.leaves.append(children)
             _note(node, range(start, start + len(children)))
         elif not kinds <= ATOMIC:
-            places = []
+            places, tensors = [], []
             for slot, child in enumerate(children, start):
                 kind = type(child)
                 if kind in PLAIN_CLASSES:
-                    self.leaves.tensors.append(child)
+                    tensors.append(child)
                     places.append(slot)
                 elif kind in _CONTAINERS:
                     node.nested.append(_Node(child, node, slot))
                 elif kind not in ATOMIC:
                     raise NotPlain
+            self.leaves.append(tensors)
             _note(node, places)
         return len(children)
-
-    def _check_leaves(self) -> None:
-        if not self.leaves.are_new(self._checked):
-            raise NotPlain
-        self._checked = len(self.leaves.tensors)
 
 
 def _note(node: _Node, slots: Sequence[int]) -> None:

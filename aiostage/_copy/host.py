@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from itertools import chain, groupby
 from operator import attrgetter
 from time import sleep
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
 from aiostage._capture.plan import Batch
+from aiostage._copy.gather import Gather, one_thread
 from aiostage._loop.workers import Job
 
 __all__ = ["HostCopy", "copy_tensors"]
@@ -26,8 +27,7 @@ _PIECE_BYTES = 4 * 2**20
 a virtual machine has to ask its host for every page."""
 
 _MOVED_BYTES = 256 * 1024
-"""From this size on a leaf is copied by memmove: there a call of its own costs nothing, and torch would split the copy
-among its own threads, which fight those of the other worker and of the training step for the cores."""
+"""From this size on a leaf is copied by a call of its own, whose cost does not show there."""
 
 
 class HostCopy:
@@ -35,7 +35,7 @@ class HostCopy:
 
     Args:
         batch: What to copy.
-        tensors: The source leaves, kept alive until the copy has run.
+        tensors: The source leaves, kept alive, as a list that is not changed, until the copy has run.
         staged: Where their staged copies are once they are built.
         specs: Of the leaves.
         addresses: Of the source leaves.
@@ -45,7 +45,7 @@ class HostCopy:
         ready: Whether it can run before the staged leaves of the batch are built: it writes to the arena alone.
     """
 
-    __slots__ = ("_apart", "_joins", "_keep", "_moves", "_pieces", "_staged", "ready")
+    __slots__ = ("_apart", "_gathers", "_keep", "_moves", "_pieces", "_staged", "ready")
 
     def __init__(
         self,
@@ -59,35 +59,30 @@ class HostCopy:
         self._staged = staged
         self._apart: list[tuple[int, torch.Tensor]] = []
         self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._joins: list[tuple[Callable[..., torch.Tensor], torch.Tensor, list[torch.Tensor]]] = []
+        self._gathers: list[tuple[Gather, int]] = []
         self._moves: list[tuple[int, int, int]] = []
-        self._keep: list[object] = [memory]
+        self._keep = (memory, tensors)
         base = memory.ctypes.data
         for spec, same in groupby(filter(_is_whole, batch.runs), _spec):
             runs = list(same)
-            sources = [tensor for run in runs for tensor in _pick(tensors, run.indices)]
+            indices = list(chain.from_iterable(run.indices for run in runs))
             if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
-                self._apart += zip([index for run in runs for index in run.indices], sources, strict=True)
+                self._apart += zip(indices, _pick(tensors, indices), strict=True)
             elif spec.nbytes >= _MOVED_BYTES:
                 for run in runs:
                     for number, index in enumerate(run.indices):
                         self._moves.append((base + run.offset + number * spec.nbytes, addresses[index], spec.nbytes))
-                self._keep.append(sources)
             else:
                 # Runs of one spec follow each other in the arena too.
-                flat = torch.from_numpy(memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]).view(spec.dtype)
-                if spec.shape:
-                    shape = (len(sources) * spec.shape[0], *spec.shape[1:])
-                    self._joins.append((torch.cat, flat.view(shape), sources))
-                else:
-                    self._joins.append((torch.stack, flat, sources))
+                slots = memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]
+                gather = Gather(_pick(addresses, indices), spec.nbytes, slots)
+                self._gathers.append((gather, max(1, _PIECE_BYTES // spec.nbytes)))
         for piece in batch.pieces:
             spec, tensor = _known(specs[piece.index]), tensors[piece.index]
             if _is_memory(spec):
                 size = spec.dtype.itemsize
                 address = addresses[piece.index] + piece.start * size
                 self._moves.append((base + piece.offset, address, piece.length * size))
-                self._keep.append(tensor)
             else:
                 stop = piece.offset + piece.length * spec.target.itemsize
                 destination = torch.from_numpy(memory[piece.offset : stop]).view(spec.target)
@@ -112,10 +107,17 @@ class HostCopy:
                 # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
                 # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
                 _yield_core()
-        with torch.no_grad():
-            for join, joined, sources in self._joins:
-                # Half the cost of _foreach_copy_ for small leaves, which it copies one operation at a time.
-                join(sources, out=joined)
+        with one_thread():
+            for gather, at_once in self._gathers:
+                for start in range(0, len(gather), at_once):
+                    if job.cancelled:
+                        return False
+                    gather.run(start, start + at_once)
+                    _yield_core()
+            return self._copy_tensors()
+
+    def _copy_tensors(self) -> bool:
+        """Copy what takes more than moving bytes."""
         destinations = [destination for destination, _ in self._pieces]
         sources = [source for _, source in self._pieces]
         for index, source_leaf in self._apart:

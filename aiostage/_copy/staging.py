@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.plain import NotPlain, PlainWalk
+from aiostage._capture.leaves import NotPlain
+from aiostage._capture.plain import PlainWalk
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.rebuild import Results, finish_leaves
 from aiostage._capture.walk import Walk
@@ -265,31 +266,29 @@ class Staging:
     # Its parts
 
     def _look(self, source: Any) -> Generator[None, None, None]:
-        """Find the leaves, and what each of them is."""
-        with Phase(self.timings, "walk"):
-            yield from self._find(source)
-        walk, leaves = self._walk, self._walk.leaves
-        with Phase(self.timings, "inspect"):
-            try:
-                yield from leaves.inspect(self._resources.inspection)
-            except Refusal as refusal:
-                raise refusal.at(walk.path(len(leaves.specs))) from None
-            self._specs = leaves.specs
-            if self._options.dtype is not None:
-                self._specs = yield from self._cast()
-
-    def _find(self, source: Any) -> Generator[None, None, None]:
-        """Find the leaves, the short way if it leads to the end."""
+        """Find the leaves, and what each of them is; the short way if it leads to the end."""
         if self._options.passthrough is None:
             try:
-                yield from self._walk.run(source)
+                yield from self._look_along(self._walk, source)
                 return
             except NotPlain:
                 # Its nodes refer to each other in circles, and to the source.
                 self._walk.release()
         self._walk = Walk(passthrough=self._options.passthrough)
         self._changes = Changes(self._walk)
-        yield from self._walk.run(source)
+        yield from self._look_along(self._walk, source)
+
+    def _look_along(self, walk: Walk | PlainWalk, source: Any) -> Generator[None, None, None]:
+        with Phase(self.timings, "walk"):
+            yield from walk.run(source)
+        with Phase(self.timings, "inspect"):
+            try:
+                yield from walk.leaves.inspect(self._resources.inspection)
+            except Refusal as refusal:
+                raise refusal.at(walk.path(len(walk.leaves.specs))) from None
+            self._specs = walk.leaves.specs
+            if self._options.dtype is not None:
+                self._specs = yield from self._cast()
 
     async def _begin(self) -> None:
         if self._refused is not None:
@@ -319,7 +318,7 @@ class Staging:
                 self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False, device=device)
         self._resources.check_open()
         with Phase(self.timings, "build"):
-            copies = await self._slices.run(self._build(plan))
+            copies = await self._slices.run(self._build(plan), self.job)
         self.job.close()
         if self._flights is not None and copies:
             with Phase(self.timings, "launch"):
@@ -501,7 +500,7 @@ class Staging:
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
             self._results = Results(self.staged, walk.late)
-            self.tree = await self._slices.run(walk.rebuild(self._results))
+            self.tree = await self._slices.run(walk.rebuild(self._results), self.job)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""

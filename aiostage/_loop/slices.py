@@ -9,15 +9,17 @@ from typing import TypeVar
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop.collection import CollectionPause
+from aiostage._loop.workers import Job, let_threads_run
 
 __all__ = ["Slices", "exhausted"]
 
 T = TypeVar("T")
 
 
-_SHARE = 0.6
-"""How much of its time a slice plans with. The rest is for the step that is under way when it is up, and for getting
-the GIL back from threads that have just been given it."""
+_SHARE = 0.3
+"""How much of its time a slice plans with. asyncio runs what its selector reports after what was ready before, so that
+whoever is woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
+and for getting the GIL back from threads that have just been given it."""
 
 _collection_pause = CollectionPause()
 
@@ -32,12 +34,13 @@ class Slices:
         max_hold: The longest that a slice should hold the event loop, in seconds; ``math.inf`` never yields.
     """
 
-    __slots__ = ("longest_hold", "max_hold", "yields")
+    __slots__ = ("_used", "longest_hold", "max_hold", "yields")
 
     def __init__(self, max_hold: float) -> None:
         self.max_hold = max_hold
         self.longest_hold = 0.0
         self.yields = 0
+        self._used = 0.0
 
     def take(self, work: Generator[None, None, object]) -> bool:
         """Run the first slice of a generator at once, for callers who cannot wait; :meth:`run` goes on from there.
@@ -54,11 +57,12 @@ class Slices:
             _collection_pause.end()
         return False
 
-    async def run(self, work: Generator[None, None, T]) -> T:
+    async def run(self, work: Generator[None, None, T], beside: Job | None = None) -> T:
         """Run a generator to its end.
 
         Args:
             work: Yields between its indivisible steps.
+            beside: What threads do meanwhile. They get the GIL now and then, and the slices are cut for that.
 
         Returns:
             What the generator returns.
@@ -75,21 +79,25 @@ class Slices:
                     return result
                 self.yields += 1
                 _collection_pause.renew()
+                if beside is not None and beside.busy:
+                    let_threads_run()
                 await checkpoint()
+                self._used = 0.0
         finally:
             work.close()
             _collection_pause.end()
 
     def _slice(self, work: Generator[None, None, object]) -> None:
         begin = perf_counter()
-        deadline = begin + self.max_hold * _SHARE
+        deadline = begin + self.max_hold * _SHARE - self._used
         try:
             # At least one step, or a max_hold below the clock's own cost would never get anywhere.
             next(work)
             while perf_counter() < deadline:
                 next(work)
         finally:
-            self.longest_hold = max(self.longest_hold, perf_counter() - begin)
+            self._used += perf_counter() - begin
+            self.longest_hold = max(self.longest_hold, self._used)
 
 
 def exhausted(work: Generator[None, None, T]) -> T:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from time import sleep
 from types import TracebackType
 from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.wakeup import Wakeup
 
-__all__ = ["Job", "Workers"]
+__all__ = ["Job", "Workers", "let_threads_run"]
 
 T = TypeVar("T")
 
@@ -73,6 +76,11 @@ class Job:
     def error(self) -> BaseException | None:
         """What the first failing step raised."""
         return self._error
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps run or wait to."""
+        return bool(self._steps or self._running)
 
     def put(self, step: Callable[[], object]) -> None:
         """Add a step. After a failure or a cancellation it is dropped."""
@@ -207,6 +215,24 @@ class Job:
 def _wake(waiters: list[Wakeup]) -> None:
     for waiter in waiters:
         waiter.set()
+
+
+if sys.platform == "win32":
+
+    def let_threads_run() -> None:
+        """Give the GIL to threads that wait for it."""
+        sleep(0.0001)
+
+else:
+    _usleep = ctypes.CDLL(None).usleep
+
+    def let_threads_run() -> None:
+        """Give the GIL to threads that wait for it; takes about 60 microseconds.
+
+        A thread that works in short steps and lets go of the GIL for a moment between them has it back before those
+        that wait have woken up, and they ask for it in earnest after 5 ms only. So it has to be away for longer.
+        """
+        _usleep(1)
 
 
 class _Outcome(Generic[T]):

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage import AsyncStager
-from aiostage._capture.plain import NotPlain, PlainWalk
+from aiostage._capture.leaves import Inspection, NotPlain
+from aiostage._capture.plain import PlainWalk
 from aiostage._capture.rebuild import Results
 from aiostage._capture.walk import Walk
 from aiostage._loop.slices import exhausted
@@ -39,9 +40,10 @@ def calls(work: Callable[[], object]) -> int:
     return count
 
 
-def walked(tree: object) -> PlainWalk:
+def walked(tree: object, inspection: Inspection | None = None) -> PlainWalk:
     walk = PlainWalk()
     exhausted(walk.run(tree))
+    exhausted(walk.leaves.inspect(inspection or Inspection(None)))
     return walk
 
 
@@ -85,6 +87,7 @@ def test_builds_what_the_general_walk_builds(tree: Any) -> None:
     short, general = PlainWalk(), Walk()
     try:
         exhausted(short.run(tree))
+        exhausted(short.leaves.inspect(Inspection(None)))
     except NotPlain:
         return
     exhausted(general.run(tree))
@@ -185,6 +188,34 @@ async def test_keeps_nothing_of_the_source_when_it_ends_early() -> None:
         gc.enable()
 
 
+def test_a_tensor_met_twice_is_noticed_whether_or_not_its_neighbours_are_known() -> None:
+    inspection = Inspection(None)
+    tensors = [torch.ones(1) for _ in range(600)]
+    for _ in range(4):
+        walked(tensors, inspection)
+    assert inspection.apart
+    for place in (0, 300, 599):
+        other = list(tensors)
+        other[place] = other[place - 1]
+        for _ in range(4):
+            with pytest.raises(NotPlain):
+                walked(other, inspection)
+    for _ in range(4):
+        walked(tensors, inspection)
+    assert inspection.apart
+
+
+def test_tensors_over_one_memory_are_no_repetition() -> None:
+    inspection = Inspection(None)
+    tensor = torch.ones(4)
+    for tree in ([tensor, tensor.view(4)], [torch.empty(0), torch.empty(0)]):
+        for _ in range(4):
+            assert len(walked(tree, inspection).leaves) == 2
+        assert not inspection.apart
+        with pytest.raises(NotPlain):
+            walked([tree[0], tree[0]], inspection)
+
+
 def test_a_tuple_of_atoms_may_be_shared() -> None:
     betas = (0.9, 0.999)
     tree = [{"betas": betas}, {"betas": betas}]
@@ -204,9 +235,12 @@ class TestCosts:
 
     def test_a_leaf_of_a_flat_tree_costs_no_call(self) -> None:
         tree = {str(n): torch.ones(1) for n in range(10_000)}
+        inspection = Inspection(None)
+        for _ in range(3):
+            walked(tree, inspection)
 
         def work() -> None:
-            walk = walked(tree)
+            walk = walked(tree, inspection)
             rebuilt(walk, list(walk.leaves.tensors))
             exhausted(walk.witness.changed())
 
@@ -241,7 +275,7 @@ class TestCosts:
                 sys.setprofile(None)
             assert len(staged) == 20_000
             assert count < 20_000
-            # One concatenation for a few thousand leaves.
+            # One gathering for a few thousand leaves.
             before = stager.statistics().copies
             await stager.stage(tree)
             assert stager.statistics().copies - before <= 10

@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from aiostage._loop.slices import Slices
+from aiostage._loop.workers import Workers
 from aiostage.testing import at_every_await
 
 NO_TIME = 1e-12
@@ -62,6 +63,33 @@ class TestAsyncio:
         short = slices.longest_hold
         await slices.run(count_to(100_000))
         assert slices.longest_hold > short > 0
+
+    async def test_what_follows_without_a_turn_for_the_loop_shares_a_slice(self):
+        slices = Slices(0.001)
+        runs = 0
+        while slices.yields < 20:
+            await slices.run(count_to(3))
+            runs += 1
+        # Each alone is over in a microsecond.
+        assert runs > 20
+        assert slices.longest_hold >= 0.0003
+
+    async def test_threads_get_the_gil_between_two_slices(self):
+        workers = Workers(1, "test-turns")
+        job = workers.job()
+        for _ in range(20):
+            job.put(lambda: None)
+        job.close()
+
+        def work():
+            while not job.finished():
+                for _ in range(1000):
+                    pass
+                yield
+            return job.done
+
+        assert await Slices(0.001).run(work(), job) == 20
+        assert not job.busy
 
     async def test_an_error_comes_through(self):
         def fail():
