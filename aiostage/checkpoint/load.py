@@ -28,8 +28,7 @@ from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import ResolvingReader, exists
-from aiostage.checkpoint.retention import mark_of
+from aiostage.checkpoint.resolving import open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
@@ -120,15 +119,14 @@ async def load(
         try:
             begin = perf_counter()
             for _ in range(_ATTEMPTS):
-                reader = ResolvingReader(storage, name, await storage.read(name))
+                reader = await open_checkpoint(storage, name)
                 try:
                     tree = await loading.attempt(reader)
                     _logger.info("loaded %s in %.3f s", reader.location, perf_counter() - begin)
                     return tree
                 except CheckpointNotFoundError:
                     # Replaced while it was read; if it was deleted, the next attempt says so.
-                    if await exists(storage, mark_of(name)):
-                        raise
+                    continue
                 finally:
                     await reader.aclose()
         finally:

@@ -7,15 +7,16 @@ from contextlib import asynccontextmanager
 
 import anyio
 
+from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
-from aiostage.checkpoint.retention import mark_of
+from aiostage.checkpoint.retention import mark_of, removed_of, step_of
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
 from aiostage.storage.placement import Piece, PlacedFile, Placement
 
-__all__ = ["ResolvingReader", "exists", "placement_of"]
+__all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
 
 
 class ResolvingReader(Reader):
@@ -128,12 +129,10 @@ class ResolvingReader(Reader):
         try:
             yield
         except CheckpointCorruptError as error:
-            # Raises if the checkpoint is gone as a whole.
-            await (await self._storage.read(self._name)).aclose()
-            if await exists(self._storage, mark_of(self._name)):
-                raise CheckpointNotFoundError(
-                    "it was removed, and some of its files with it.", path=self.location
-                ) from error
+            try:
+                await (await open_checkpoint(self._storage, self._name)).aclose()
+            except CheckpointNotFoundError as gone:
+                raise gone from error
             raise
 
     async def _other(self, name: str) -> Reader:
@@ -141,6 +140,37 @@ class ResolvingReader(Reader):
             if name not in self._others:
                 self._others[name] = await self._storage.read(name)
             return self._others[name]
+
+
+async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:
+    """Open a checkpoint, wherever its bytes lie.
+
+    Raises:
+        CheckpointNotFoundError: If there is none; or if it was removed, and lies there only because others refer to it.
+        OSError: If the storage refuses.
+    """
+    reader = await storage.read(name)
+    try:
+        if await is_removed(storage, name):
+            raise CheckpointNotFoundError(
+                "it was removed; what is left of it lies there for others that refer to it.", path=reader.location
+            )
+    except BaseException as error:
+        # A coroutine that is being closed may not wait.
+        if not isinstance(error, GeneratorExit):
+            await finish(reader.aclose)
+        raise
+    return ResolvingReader(storage, name, reader)
+
+
+async def is_removed(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint was removed, or is no more than the mark of one.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    last = name.rpartition("/")[2]
+    return removed_of(last) is not None or (step_of(last) is not None and await exists(storage, mark_of(name)))
 
 
 async def exists(storage: Storage, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["mark_of", "name_of", "removed_of", "step_of", "surplus"]
+__all__ = ["mark_of", "name_of", "removed_of", "sort_out", "step_of", "surplus"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MARK = ".removed"
@@ -25,6 +25,21 @@ def removed_of(name: str) -> str | None:
     """Return the checkpoint that a mark lies beside, or None if it is no mark."""
     marked = name.removesuffix(_MARK)
     return marked if marked != name and step_of(marked) is not None else None
+
+
+def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tell the checkpoints that are there from those that were removed and of which others still need parts.
+
+    Args:
+        names: What a storage lists, of one run or of several below it.
+
+    Returns:
+        The names of both, in order. Marks are neither.
+    """
+    names = set(names)
+    marks = {name for name in names if removed_of(name.rpartition("/")[2]) is not None}
+    removed = {name for name in names if mark_of(name) in marks}
+    return sorted(names - removed - marks), sorted(removed)
 
 
 def step_of(name: str) -> int | None:

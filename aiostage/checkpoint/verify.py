@@ -10,7 +10,7 @@ from aiostage._memory.pool import Pool
 from aiostage.checkpoint.incoming import Destinations
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.resolving import open_checkpoint
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
@@ -22,6 +22,8 @@ _THREADS = 2
 
 async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = None) -> Outline:
     """Read a checkpoint and compare every byte with its checksums, in about 64 MiB of memory.
+
+    Bytes that lie in other checkpoints are read there.
 
     Args:
         source: Where :func:`~aiostage.save` has put it.
@@ -55,7 +57,7 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
             if report is not None:
                 report(LoadProgress(name=name, total_bytes=total_bytes, read_bytes=read_bytes))
 
-        reader = ResolvingReader(storage, name, await storage.read(name))
+        reader = await open_checkpoint(storage, name)
         try:
             nowhere = Destinations(pool, _host_memory)
             checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)

@@ -1,15 +1,22 @@
-"""What a checkpoint consists of, in lines of text."""
+"""What a checkpoint consists of, and what lies below a path, in lines of text."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from aiostage.abc import Storage
 from aiostage.checkpoint.nodes import LOOKED_INTO, reading
 from aiostage.checkpoint.reader import Outline
+from aiostage.checkpoint.resolving import open_checkpoint, placement_of
 from aiostage.checkpoint.verify import outline_of
-from aiostage.storage.locate import Target
+from aiostage.cli.finding import Found, find
+from aiostage.errors import CheckpointCorruptError
+from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.locate import locate
+from aiostage.storage.manifest import read_summary
 from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
+from aiostage.storage.placement import Placement
 
 __all__ = ["inspect"]
 
@@ -17,12 +24,12 @@ _LONGEST_VALUE = 60
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-async def inspect(source: Target, *, tree: bool = True) -> AsyncIterator[str]:
-    """Describe a checkpoint; only its manifest and headers are read.
+async def inspect(source: str, *, tree: bool = True) -> AsyncIterator[str]:
+    """Describe a checkpoint, or name those that lie below a path; only manifests and headers are read.
 
     Args:
-        source: Where it is.
-        tree: Whether the tree is described too.
+        source: A path or a URL.
+        tree: Whether the tree of a checkpoint is described too.
 
     Returns:
         An iterator over lines.
@@ -30,17 +37,54 @@ async def inspect(source: Target, *, tree: bool = True) -> AsyncIterator[str]:
     Raises:
         The errors of :func:`~aiostage.checkpoint.verify.verify`.
     """
-    outline = await outline_of(source)
+    found = await find(source)
+    if found is not None:
+        async for line in _run(source, found):
+            yield line
+        return
+    storage, name = locate(source)
+    outline = await outline_of((storage, name))
+    placement = await placement_of(storage, name)
     manifest = outline.manifest
     yield f"{source}: {manifest.leaves:,} tensors, {_size(manifest.nbytes)}"
     for each in outline.files:
         digest = f"{DIGEST_NAME}:{digest_of_parts(each.file.digests)}"
         yield f"  {each.file.name:<40} {_size(each.file.nbytes):>12}  {len(each.records):>6} tensors  {digest}"
+        if placement is not None:
+            for (other, file), nbytes in Placement({}, {"": placement.files[each.file.name]}).used().items():
+                yield f"    {_size(nbytes):>10} in {file if other is None else f'{other}/{file}'}"
     if tree:
         yield ""
         with reading(f"{source}"):
             for line in _tree(outline):
                 yield line
+
+
+async def _run(source: str, found: Found) -> AsyncIterator[str]:
+    """Iterate over one line for each checkpoint below a path, with what it refers to."""
+    yield f"{source}: {len(found.names):,} checkpoints"
+    for name in found.names:
+        try:
+            yield f"  {name:<24} {await _summary(found.storage, name)}"
+        except CheckpointCorruptError as error:
+            yield f"  {name:<24} {error}"
+    for name in found.removed:
+        yield f"  {name:<24} removed; what is left of it lies there for others that refer to it"
+
+
+async def _summary(storage: Storage, name: str) -> str:
+    reader = await open_checkpoint(storage, name)
+    try:
+        text = bytes(await reader.manifest())
+        placement = await reader.placement()
+    finally:
+        await reader.aclose()
+    nbytes, leaves = read_summary(text, path=f"{reader.location}/{MANIFEST_NAME}")
+    line = f"{leaves:>8,} tensors  {_size(nbytes):>10}"
+    if placement is None or not placement.needs():
+        return line
+    own = sum(size for (other, _), size in placement.sizes.items() if other is None)
+    return f"{line}  {_size(own)} of its own, refers to {', '.join(sorted(placement.needs()))}"
 
 
 def _tree(outline: Outline) -> Iterator[str]:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 
 import anyio
 
+from aiostage.abc import Storage
+from aiostage.checkpoint.resolving import is_removed
 from aiostage.checkpoint.verify import verify
 from aiostage.cli.bench import bench
+from aiostage.cli.finding import find
 from aiostage.cli.inspect import inspect
 from aiostage.errors import StagingError
-from aiostage.storage.locate import Target
+from aiostage.storage.locate import locate
 
 __all__ = ["main"]
 
@@ -43,11 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     look = commands.add_parser("inspect", help="print the tree, the tensors and the files of a checkpoint")
-    look.add_argument("source", help="a path, or a URL such as s3://bucket/runs/7")
+    look.add_argument("source", help="a path, or a URL such as s3://bucket/runs/7; also of a run, to see what it has")
     look.add_argument("--files", action="store_true", help="print the files only, not the tree")
     look.set_defaults(run=_inspect)
     check = commands.add_parser("verify", help="compare every byte of checkpoints with their checksums")
-    check.add_argument("sources", nargs="+", metavar="source", help="a path, or a URL such as s3://bucket/runs/7")
+    check.add_argument(
+        "sources", nargs="+", metavar="source", help="a path, or a URL such as s3://bucket/runs/7; also of a run"
+    )
     check.add_argument("--progress", action="store_true", help="show a bar (needs tqdm)")
     check.set_defaults(run=_verify)
     measure = commands.add_parser("bench", help="measure staging on this machine")
@@ -71,12 +76,24 @@ async def _inspect(options: argparse.Namespace) -> None:
 
 
 async def _verify(options: argparse.Namespace) -> None:
-    sources: list[Target] = options.sources
-    for source in sources:
-        outline = await verify(source, progress=options.progress)
-        nbytes = sum(file.file.nbytes for file in outline.files)
-        files = "1 file" if len(outline.files) == 1 else f"{len(outline.files)} files"
-        print(f"{source}: {files}, {nbytes:,} bytes, all as they were written")
+    for source in options.sources:
+        found = await find(source)
+        if found is None:
+            await _verify_one(source, locate(source), options.progress)
+        else:
+            for name in found.names:
+                await _verify_one(f"{source}/{name}", (found.storage, name), options.progress)
+
+
+async def _verify_one(source: str, place: tuple[Storage, str], progress: bool) -> None:
+    if await is_removed(*place):
+        # Shells find it for patterns such as step-*. Its files are read for whoever refers to them.
+        print(f"{source}: removed; what is left of it lies there for others that refer to it")
+        return
+    outline = await verify(place, progress=progress)
+    nbytes = sum(file.file.nbytes for file in outline.files)
+    files = "1 file" if len(outline.files) == 1 else f"{len(outline.files)} files"
+    print(f"{source}: {files}, {nbytes:,} bytes, all as they were written")
 
 
 async def _bench(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Manifest",
     "read_manifest",
     "read_placement",
+    "read_summary",
     "with_placement",
     "write_manifest",
 ]
@@ -231,6 +232,21 @@ def read_placement(text: bytes, *, path: str) -> Placement | None:
             value = json.loads(line.removesuffix(b","))
             files[_name(value["name"])] = _placed(value, places)
         return Placement(sizes, files)
+
+
+def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
+    """Read how many bytes of tensors a checkpoint has, and how many leaves. Blocks.
+
+    Args:
+        text: The whole manifest, which may be damaged or hostile.
+        path: Of the file, for errors.
+
+    Raises:
+        CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
+    """
+    with _damage(path):
+        about = _about(_lines(text), text, path)
+        return _whole_number(about["nbytes"]), _whole_number(about["leaves"])
 
 
 @contextmanager

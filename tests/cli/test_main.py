@@ -29,9 +29,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return asyncio.run(aiostage.save(state, tmp_path / "checkpoint")).path
 
 
-def damage(checkpoint: Path) -> None:
+def damage(checkpoint: Path, offset: int = -1) -> None:
     with (checkpoint / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
+        file.seek(offset, 2 if offset < 0 else 0)
         file.write(b"\x7f")
 
 
@@ -83,7 +83,80 @@ def test_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_what_is_no_checkpoint(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err == f"aiostage {command}: {tmp_path / 'nowhere'}: there is no checkpoint.\n"
+    assert (
+        capsys.readouterr().err
+        == f"aiostage {command}: {tmp_path / 'nowhere'}: there is no checkpoint, and none below it.\n"
+    )
+
+
+async def make_run(root: Path) -> None:
+    tower, adapter = torch.arange(1_000_000), torch.zeros(1000)
+    async with aiostage.Checkpointer(root / "lora", incremental=True, keep=2) as checkpoints:
+        for step in range(4):
+            adapter.add_(1)
+            await (await checkpoints.save(step, {"adapter": adapter, "tower": tower})).committed()
+    await aiostage.save({"a": 1}, root / "best")
+
+
+def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(make_run(tmp_path))
+    lora = tmp_path / "lora"
+    removed = "removed; what is left of it lies there for others that refer to it"
+    assert {path.name for path in lora.iterdir()} == {
+        "step-00000000",
+        "step-00000000.removed",
+        "step-00000002",
+        "step-00000003",
+    }
+    assert main(["inspect", str(lora)]) == 0
+    line = "2 tensors     7.6 MiB  652.4 KiB of its own, refers to step-00000000"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{lora}: 2 checkpoints",
+        f"  step-00000002                   {line}",
+        f"  step-00000003                   {line}",
+        f"  step-00000000            {removed}",
+    ]
+    # From further above, and through a URL.
+    assert main(["inspect", f"file://{tmp_path}"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "best",
+        "lora/step-00000002",
+        "lora/step-00000003",
+        "lora/step-00000000",
+    ]
+    assert main(["inspect", "--files", str(lora / "step-00000003")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{lora}/step-00000003: 2 tensors, 7.6 MiB"
+    assert shown[2:] == [
+        "       7.0 MiB in step-00000000/model.safetensors",
+        "     652.4 KiB in model.safetensors.00001",
+    ]
+    for name in ("step-00000000", "step-00000000.removed"):
+        assert main(["inspect", str(lora / name)]) == 1
+        assert capsys.readouterr().err == f"aiostage inspect: {lora / name}: it was {removed}.\n"
+
+
+def test_verifying_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(make_run(tmp_path))
+    lora = tmp_path / "lora"
+    assert main(["verify", str(lora)]) == 0
+    whole = "1 file, 8,008,096 bytes, all as they were written"
+    lines = [f"{lora}/step-00000002: {whole}", f"{lora}/step-00000003: {whole}"]
+    assert capsys.readouterr().out.splitlines() == lines
+    # As a shell says step-*.
+    assert main(["verify", *sorted(str(path) for path in lora.iterdir())]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2:] == lines
+    assert all(
+        line.endswith("removed; what is left of it lies there for others that refer to it") for line in shown[:2]
+    )
+    # References are followed.
+    damage(lora / "step-00000000", 3_000_000)
+    assert main(["verify", str(lora)]) == 1
+    assert "do not match their checksum" in capsys.readouterr().err
+    (lora / "step-00000003" / "manifest.json").write_text("{}")
+    assert main(["inspect", str(lora)]) == 0
+    assert "step-00000003/manifest.json: it is not a manifest" in capsys.readouterr().out
 
 
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
