@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -113,11 +114,10 @@ async def load(
         backend = backend if backend is not None else default_backend()
         devices = Devices(device, backend)
         reaches = into is not None or device is not None
-        loading = _Loading(
+        begin = perf_counter()
+        async with _Loading(
             into, selection, in_place, verify, devices, backend if reaches else None, name=name, report=report
-        )
-        try:
-            begin = perf_counter()
+        ) as loading:
             for _ in range(_ATTEMPTS):
                 reader = await open_checkpoint(storage, name)
                 try:
@@ -129,8 +129,6 @@ async def load(
                     continue
                 finally:
                     await reader.aclose()
-        finally:
-            loading.close()
     raise CheckpointError("it keeps being replaced while it is read.", path=name)
 
 
@@ -168,11 +166,19 @@ class _Loading:
             next(iter(backend.active_devices()), None),
         )
 
-    def close(self) -> None:
-        """Let the threads end, and what devices may still be copying be watched over."""
+    async def __aenter__(self) -> _Loading:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give memory back and let the threads end. What devices may still be copying is watched over."""
         if self._destinations.arrivals is not None:
             self._destinations.arrivals.abandon()
         self._destinations.pool.close()
+        # A coroutine that is being closed may not wait.
+        if not isinstance(error, GeneratorExit):
+            await self._destinations.pool.aclose()
         self._workers.stop()
 
     async def attempt(self, reader: Reader) -> Any:
