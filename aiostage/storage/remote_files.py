@@ -95,7 +95,7 @@ class _FsspecBucket(Bucket):
         return self._location
 
     async def get(self, path: str, *, at_most: int) -> Found:
-        data = await self._run(path, lambda fs, full: fs.cat_file(full, start=0, end=at_most + 1))
+        data = await self._run(path, partial(_head, nbytes=at_most + 1))
         if len(data) > at_most:
             raise CheckpointCorruptError(f"it is longer than {at_most} bytes.", path=f"{self._location}/{path}")
         return Found(bytes(data), Version(None))
@@ -229,6 +229,20 @@ def _size(fs: Any, full: str) -> int:
     if info["type"] != "file":
         raise FileNotFoundError(full)
     return int(info["size"])
+
+
+def _head(fs: Any, full: str, nbytes: int) -> bytes:
+    """Return the first bytes of a file."""
+    try:
+        data: bytes = fs.cat_file(full, start=0, end=nbytes)
+    except FileNotFoundError:
+        raise
+    except Exception:
+        # Servers that speak HTTP have no first byte of an empty file, and an error of their own for that.
+        if _size(fs, full) > 0:
+            raise
+        return b""
+    return data
 
 
 def _put(fs: Any, full: str, data: bytes) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 
 import numpy as np
 
+from aiostage import CheckpointExistsError
 from aiostage.abc import Draft, Storage
 
 PART = 8 << 20
@@ -53,3 +55,24 @@ def strays(paths: Iterable[str], pointers: Mapping[str, bytes]) -> list[str]:
     """Return which paths are neither a pointer's nor in a folder that one names, given what the pointers say."""
     folders = [path.removesuffix("checkpoint.json") + json.loads(data)["data"] + "/" for path, data in pointers.items()]
     return [path for path in paths if not is_pointer(path) and not path.startswith(tuple(folders))]
+
+
+async def race(storage: Storage, name: str) -> None:
+    """Let several writers commit one checkpoint at once, and check that one wins and the others are told."""
+
+    async def commit(draft: Draft, mine: memoryview) -> bool:
+        try:
+            await draft.commit(mine[:100])
+        except CheckpointExistsError:
+            await draft.abort()
+            return False
+        return True
+
+    drafts = [await storage.open(name) for _ in range(4)]
+    data = [some_bytes(1000, seed) for seed in range(4)]
+    for draft, mine in zip(drafts, data, strict=True):
+        await write(draft, "data", mine)
+    won = await asyncio.gather(*map(commit, drafts, data))
+    assert sum(won) == 1
+    winner = data[won.index(True)]
+    assert await content(storage, name) == (bytes(winner[:100]), bytes(winner))

@@ -32,7 +32,7 @@ from aiostage.storage.objects import ObjectStorage
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, save, some_bytes
 port, prefix = int(sys.argv[1]), sys.argv[2]
-storage = ObjectStorage(S3Store(BUCKET, **S3Server(port, 0).options()), prefix)
+storage = ObjectStorage(S3Store(BUCKET, **S3Server(port).options()), prefix)
 asyncio.run(save(storage, "a", some_bytes(2 * PART + 777)))
 """
 

@@ -24,11 +24,10 @@ from aiostage import (
     CheckpointNotFoundError,
     StorageError,
 )
-from aiostage.abc import Draft
 from aiostage.storage.objects import ObjectStorage, _request_bytes
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
-from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
+from tests.storage.buckets import PART, content, parts_of, race, save, some_bytes, write
 
 pytestmark = pytest.mark.asyncio
 
@@ -155,23 +154,7 @@ async def test_replacing_removes_what_was_there(storage: ObjectStorage, store: A
 
 
 async def test_of_two_writers_one_wins(storage: ObjectStorage, store: Any, prefix: str) -> None:
-    drafts = [await storage.open("a") for _ in range(4)]
-    data = [some_bytes(1000, seed) for seed in range(4)]
-    for draft, mine in zip(drafts, data, strict=True):
-        await write(draft, "data", mine)
-
-    async def commit(draft: Draft, mine: memoryview) -> bool:
-        try:
-            await draft.commit(mine[:100])
-        except CheckpointExistsError:
-            await draft.abort()
-            return False
-        return True
-
-    won = await asyncio.gather(*map(commit, drafts, data))
-    assert sum(won) == 1
-    winner = data[won.index(True)]
-    assert await content(storage, "a") == (bytes(winner[:100]), bytes(winner))
+    await race(storage, "a")
     assert len(paths(store, prefix)) == 4
 
 
@@ -336,7 +319,7 @@ async def test_a_store_without_conditions(s3_server: S3Server, prefix: str) -> N
 
 async def test_a_server_that_is_not_there(prefix: str) -> None:
     storage = ObjectStorage.from_url(
-        f"s3://{BUCKET}/{prefix}", **S3Server(1, 0).options(), retry_config={"max_retries": 1}
+        f"s3://{BUCKET}/{prefix}", **S3Server(1).options(), retry_config={"max_retries": 1}
     )
     for attempt in (storage.open("a"), storage.read("a"), storage.list(), storage.delete("a"), storage.sweep()):
         with pytest.raises(StorageError, match=f"s3://{BUCKET}/{prefix}"):

@@ -16,7 +16,13 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from aiostage import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
+from aiostage import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    StorageError,
+)
 from aiostage.storage import FsspecStorage, locate
 from aiostage.storage import sweep as module
 from aiostage.storage.remote_files import _modified
@@ -170,3 +176,22 @@ async def test_urls(tmp_path: Path) -> None:
 )
 async def test_times(info: dict[str, Any], expected: datetime | None) -> None:
     assert _modified(info) == expected
+
+
+class WithoutEmptyRanges(MemoryFileSystem):
+    """Like a server that speaks HTTP, which has no bytes 0 to N of an empty file."""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        if start is not None and start >= self.info(path)["size"]:
+            raise OSError("416 Range Not Satisfiable")
+        return super().cat_file(path, start, end, **kwargs)
+
+
+async def test_what_is_empty_is_read_where_no_range_of_it_can_be() -> None:
+    fs, root = WithoutEmptyRanges(), f"/{secrets.token_hex(4)}"
+    storage = FsspecStorage(fs, root)
+    await save(storage, "a", some_bytes(0))
+    assert await content(storage, "a") == (b"", b"")
+    fs.pipe_file(f"{root}/b/checkpoint.json", b"")
+    with pytest.raises(CheckpointCorruptError, match=r"b/checkpoint.json: it is not the pointer of a checkpoint"):
+        await storage.read("b")
