@@ -383,7 +383,7 @@ class SharedDraft(Draft):
 
 
 class Reader(ABC):
-    """A committed checkpoint that is being read. These methods are all that a reader has to have.
+    """A committed checkpoint that is being read. Its abstract methods are all that a reader has to have.
 
     It goes on to be the same checkpoint if that is replaced or deleted meanwhile, or raises
     :class:`~aiostage.CheckpointNotFoundError`.
@@ -393,6 +393,14 @@ class Reader(ABC):
     @abstractmethod
     def location(self) -> str:
         """Where the checkpoint is, as a person would write it. Errors begin with it."""
+
+    @property
+    def reads_at_once(self) -> int:
+        """How many calls of :meth:`read` should be under way at once; 4 unless the reader knows better.
+
+        More where each of them waits for long. The memory that reading takes grows with it, up to 128 MiB.
+        """
+        return 4
 
     @abstractmethod
     async def manifest(self) -> Buffer:

@@ -22,15 +22,19 @@ from aiostage.errors import CheckpointCorruptError
 from aiostage.observe import span
 from aiostage.storage.manifest import FileRecord
 from aiostage.storage.parts import Part, Scattered, digest, scatter, whole
+from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 
 __all__ = ["Destinations", "Incoming"]
 
-_PARTS_AT_ONCE = 4
-"""Parts that are being read, compared with their digests or copied to where they belong, at any time. Each may have a
-buffer, so this also bounds the host memory that reading takes."""
+_READ_AHEAD_BYTES = 128 << 20
+"""How much may be on its way at any time: being read, compared with digests or copied to where it belongs. Each part
+may have a buffer, so this also bounds the host memory that reading takes. A storage may want less."""
+
+_AT_LEAST = 2
+"""Parts on their way, however large they are."""
 
 _HEADS = 2
-"""First parts of files that are kept after their header was read, so that small files are read once."""
+"""First parts of files that are kept after their headers were read, so that small checkpoints are read once."""
 
 _GROUP = 256
 """Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
@@ -84,31 +88,44 @@ class Incoming:
         self._verify = verify
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
 
-    async def beginning(self, file: FileRecord, nbytes: int) -> bytes:
-        """Return the first bytes of a file, from parts that were compared with their digests.
+    @property
+    def at_once(self) -> int:
+        """How many reads are under way at once."""
+        return max(_AT_LEAST, min(self._reader.reads_at_once, _READ_AHEAD_BYTES // self._part_bytes))
+
+    async def header(self, file: FileRecord) -> bytes:
+        """Return the header of a safetensors file without the length before it, from parts that were verified.
 
         Raises:
-            CheckpointCorruptError: If a digest differs, or the file ends early.
+            CheckpointCorruptError: If there can be none, a digest differs, or the file ends early.
             OSError: If the storage refuses.
         """
-        if not self._verify:
-            found = bytearray(nbytes)
-            await self._reader.read(file.name, 0, memoryview(found))
-            return await self._workers.run(partial(bytes, found))
+        path = f"{self._reader.location}/{file.name}"
+        if file.nbytes < HEADER_LENGTH_BYTES:
+            raise CheckpointCorruptError(f"it is only {file.nbytes} bytes long.", path=path)
+        first = memory = await self._read_part(file, 0)
+        stop = HEADER_LENGTH_BYTES + int.from_bytes(memory[:HEADER_LENGTH_BYTES].tobytes(), "little")
+        if stop > min(HEADER_LENGTH_BYTES + MAX_HEADER_BYTES, file.nbytes):
+            raise CheckpointCorruptError(
+                f"it says that its header is {stop - HEADER_LENGTH_BYTES} bytes long.", path=path
+            )
         pieces: list[bytes] = []
-        part_bytes = self._part_bytes
-        for index, offset in enumerate(range(0, nbytes, part_bytes)):
-            part = Part(index, offset, min(part_bytes, file.nbytes - offset), [])
-            memory = self._heads.get(file.name) if index == 0 else None
-            if memory is None:
-                memory = await self._destinations.buffer(part_bytes)
-                await self._read(file, part, memory.data[: part.nbytes])
-            if index == 0 and file.name not in self._heads:
-                self._heads[file.name] = memory
-                if len(self._heads) > _HEADS:
-                    self._heads.pop(next(iter(self._heads)))
-            pieces.append(await self._workers.run(memory[: min(part.nbytes, nbytes - offset)].tobytes))
+        for index, offset in enumerate(range(0, stop, self._part_bytes)):
+            if index:
+                memory = await self._read_part(file, index)
+            start = 0 if index else HEADER_LENGTH_BYTES
+            pieces.append(await self._workers.run(memory[start : stop - offset].tobytes))
+        if len(self._heads) < _HEADS:
+            self._heads[file.name] = first
         return await self._workers.run(partial(b"".join, pieces))
+
+    async def _read_part(self, file: FileRecord, index: int) -> np.ndarray[Any, Any]:
+        """Read a part whatever it consists of, and return its bytes."""
+        offset = index * self._part_bytes
+        part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
+        memory = (await self._destinations.buffer(self._part_bytes))[: part.nbytes]
+        await self._read(file, part, memory.data)
+        return memory
 
     async def receive(self, parts: Sequence[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Read parts into their places, several at once.
@@ -127,7 +144,7 @@ class Incoming:
         if not parts:
             return
         queue = iter(parts)
-        await together(*[partial(self._receive, queue, arrived)] * min(_PARTS_AT_ONCE, len(parts)))
+        await together(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
 
     async def _receive(self, queue: Iterator[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Take one part after the other, until there is none left."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from aiostage._loop.slices import Slices
+from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
 from aiostage.checkpoint.decode import Memory, TreeDecoder
@@ -20,7 +21,7 @@ from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
 from aiostage.storage.parts import Content, Hole, Part, cut
-from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, Record, read_header
+from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, Record, read_header
 
 __all__ = ["CheckpointReader", "Outline", "TensorFile"]
 
@@ -127,33 +128,33 @@ class CheckpointReader:
             return await self._outline(manifest, table)
 
     async def _outline(self, manifest: Manifest, table: NodeTable) -> Outline:
-        files: list[TensorFile] = []
+        found: dict[str, TensorFile] = {}
+        queue = iter(manifest.files)
+
+        async def look() -> None:
+            for file in queue:
+                found[file.name] = await self._look_into(file)
+
+        await together(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
+        files = [found[file.name] for file in manifest.files]
         records: dict[str, Record] = {}
         positions: dict[str, int] = {}
-        for file in manifest.files:
-            path = self._path(file.name)
-            nbytes = await self._reader.size(file.name)
-            if nbytes != file.nbytes:
-                raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
-            found, start = [], 0
-            if file.name.endswith(_SUFFIX):
-                header = await self._header(file)
-                start = HEADER_LENGTH_BYTES + len(header)
-                found = await self._slices.run(read_header(header, nbytes - start, path=path))
-                await self._slices.run(_index(found, start, records, positions, path))
-            files.append(TensorFile(file, start, found))
+        for file in files:
+            path = self._path(file.file.name)
+            await self._slices.run(_index(file.records, file.start, records, positions, path))
         return Outline(manifest, table, files, records, positions)
 
-    async def _header(self, file: FileRecord) -> bytes:
-        """Read the header of a safetensors file, without the length before it."""
-        path, nbytes = self._path(file.name), file.nbytes
-        if nbytes < HEADER_LENGTH_BYTES:
-            raise CheckpointCorruptError(f"it is only {nbytes} bytes long.", path=path)
-        length = await self._incoming.beginning(file, HEADER_LENGTH_BYTES)
-        header_bytes = int.from_bytes(length, "little")
-        if header_bytes > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
-            raise CheckpointCorruptError(f"it says that its header is {header_bytes} bytes long.", path=path)
-        return (await self._incoming.beginning(file, HEADER_LENGTH_BYTES + header_bytes))[HEADER_LENGTH_BYTES:]
+    async def _look_into(self, file: FileRecord) -> TensorFile:
+        """Find out what a file contains."""
+        path = self._path(file.name)
+        nbytes = await self._reader.size(file.name)
+        if nbytes != file.nbytes:
+            raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
+        if not file.name.endswith(_SUFFIX):
+            return TensorFile(file, 0, [])
+        header = await self._incoming.header(file)
+        start = HEADER_LENGTH_BYTES + len(header)
+        return TensorFile(file, start, await self._slices.run(read_header(header, nbytes - start, path=path)))
 
     async def plan(
         self, outline: Outline, contents: Mapping[str, torch.Tensor], *, everything: bool

@@ -43,6 +43,11 @@ class ResolvingReader(Reader):
         """Where the checkpoint is."""
         return self._reader.location
 
+    @property
+    def reads_at_once(self) -> int:
+        """As many as the reader of the checkpoint likes."""
+        return self._reader.reads_at_once
+
     async def manifest(self) -> Buffer:
         """Return the contents of the manifest.
 

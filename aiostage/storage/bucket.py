@@ -77,6 +77,11 @@ class Bucket(ABC):
     def location(self) -> str:
         """Where it is, as a person would write it, without a ``/`` at the end and without secrets."""
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads of some MiB each should be under way at once."""
+        return 8
+
     @abstractmethod
     async def get(self, path: str, *, at_most: int) -> Found:
         """Return an object as a whole.

@@ -46,6 +46,10 @@ _MAX_REQUESTS = 10_000
 _IN_FLIGHT = 8
 """Requests of one upload at once."""
 
+_READS_AT_ONCE = 16
+"""Requests of one load at once, of a part each. One gets 50 to 100 MB/s from S3 by its documents, after tens of
+milliseconds in which nothing comes."""
+
 _SCHEME_OF = {"gcs": "gs", "azure": "az"}
 
 _COPY_THREADS = 2
@@ -134,6 +138,10 @@ class _ObjectBucket(Bucket):
     @property
     def location(self) -> str:
         return self._location
+
+    @property
+    def reads_at_once(self) -> int:
+        return _READS_AT_ONCE
 
     async def get(self, path: str, *, at_most: int) -> Found:
         store = await self._connected()

@@ -313,6 +313,11 @@ class _RemoteReader(Reader):
         """Where the checkpoint is."""
         return f"{self._bucket.location}/{self._name}"
 
+    @property
+    def reads_at_once(self) -> int:
+        """As many as the bucket likes."""
+        return self._bucket.reads_at_once
+
     async def manifest(self) -> Buffer:
         """Return the contents of the manifest; see :meth:`aiostage.Reader.manifest`."""
         try:

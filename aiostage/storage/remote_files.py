@@ -94,6 +94,10 @@ class _FsspecBucket(Bucket):
     def location(self) -> str:
         return self._location
 
+    @property
+    def reads_at_once(self) -> int:
+        return _THREADS
+
     async def get(self, path: str, *, at_most: int) -> Found:
         data = await self._run(path, partial(_head, nbytes=at_most + 1))
         if len(data) > at_most:

@@ -14,12 +14,14 @@ class CountingStorage(Storage):
     Attributes:
         read_bytes: Of each file, how many bytes were asked for.
         before: Awaited before each read, with the file and the offset.
+        reads_at_once: As readers say; None for what those of the other storage say.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self.read_bytes: Counter[str] = Counter()
         self.before: Callable[[str, int], Awaitable[None]] | None = None
+        self.reads_at_once: int | None = None
 
     async def open(self, name: str, *, overwrite: bool = False) -> Draft:
         return await self._storage.open(name, overwrite=overwrite)
@@ -48,6 +50,10 @@ class _CountingReader(Reader):
     @property
     def location(self) -> str:
         return self._reader.location
+
+    @property
+    def reads_at_once(self) -> int:
+        return self._storage.reads_at_once or self._reader.reads_at_once
 
     async def manifest(self) -> Buffer:
         return await self._reader.manifest()

@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,12 +52,23 @@ class Fault:
 
 
 class FaultProxy:
-    """Stands before a server. Every connection carries one request, so that each can be told from the next."""
+    """Stands before a server. Every connection carries one request, so that each can be told from the next.
+
+    Attributes:
+        faults: What happens to requests.
+        lines: Method and target of each.
+        delay: How long each is held up, in seconds.
+        most_at_once: Of each method, how many requests were under way at any time at most.
+        port: Where it listens.
+    """
 
     def __init__(self, target: int) -> None:
         self.faults: list[Fault] = []
         self.lines: list[str] = []
+        self.delay = 0.0
+        self.most_at_once: Counter[str] = Counter()
         self.port = 0
+        self._under_way: Counter[str] = Counter()
         self._target = target
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -81,10 +93,15 @@ class FaultProxy:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
+        method = ""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             line = head.split(b" HTTP/", 1)[0].decode()
             self.lines.append(line)
+            method = line.split(" ", 1)[0]
+            self._under_way[method] += 1
+            self.most_at_once[method] = max(self.most_at_once[method], self._under_way[method])
+            await asyncio.sleep(self.delay)
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
             nbytes = int(length[1]) if length else 0
             fault = next((fault for fault in self.faults if fault.strikes(line)), None)
@@ -115,6 +132,7 @@ class FaultProxy:
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
+            self._under_way[method] -= 1
             for end in (upstream, writer):
                 if end is not None:
                     end.close()
