@@ -1,0 +1,189 @@
+"""Loading beside safetensors' own loader, and over a network in which every request takes its time.
+
+    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 3]
+
+Each row is measured in a process of its own, in turns. ``load_file`` maps the file and reads nothing before it is asked
+for; so that all do the same, a row ends when one byte of every page has been looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from delays import LoopDelay
+from obstore.store import LocalStore, S3Store
+
+import aiostage
+from aiostage.storage import objects
+from aiostage.storage.objects import ObjectStorage
+
+TENSORS = 32
+BUCKET = "bucket"
+LOCAL = {
+    "safetensors `load_file`": "load_file",
+    "`aiostage.load`": "load",
+    "`aiostage.load(verify=False)`": "load_unverified",
+}
+AT_ONCE = (4, 8, 16)
+
+
+def touch(tree: dict[str, torch.Tensor]) -> None:
+    """Look at every page."""
+    for tensor in tree.values():
+        tensor.view(torch.uint8).view(-1)[::4096].max()
+
+
+async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, float]:
+    """Load once; return seconds, peak memory beyond what there was before, and the loop's worst delay."""
+    await aiostage.load(f"{path}-small")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    async with LoopDelay() as delay:
+        begin = perf_counter()
+        if how == "load_file":
+            from safetensors.torch import load_file
+
+            tree = await asyncio.to_thread(load_file, f"{path}/model.safetensors")
+        elif how == "remote":
+            objects._READS_AT_ONCE = at_once
+            tree = await aiostage.load((ObjectStorage(store(port), "run"), "checkpoint"))
+        else:
+            tree = await aiostage.load(path, verify=how == "load")
+    # By all cores, which is no delay of anybody's making.
+    touch(tree)
+    seconds = perf_counter() - begin
+    return {"seconds": seconds, "peak": resident("VmHWM") - before, "delay": max(delay.delays, default=0.0)}
+
+
+def resident(field: str) -> int:
+    """Return a figure of the kernel's about this process, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
+
+
+def store(port: int) -> S3Store:
+    return S3Store(
+        BUCKET,
+        endpoint=f"http://127.0.0.1:{port}",
+        access_key_id="a",
+        secret_access_key="b",
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+
+
+def serve(root: Path, latency: float) -> int:
+    """Serve the files below a directory as a bucket, each request after a while. Returns the port."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=128)
+
+    def accept() -> None:
+        while True:
+            connection, _ = listening.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=answer_all, args=(connection, root, latency), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return int(listening.getsockname()[1])
+
+
+def answer_all(connection: socket.socket, root: Path, latency: float) -> None:
+    received = b""
+    with connection, suppress(OSError):
+        while True:
+            while b"\r\n\r\n" not in received:
+                data = connection.recv(1 << 16)
+                if not data:
+                    return
+                received += data
+            head, _, received = received.partition(b"\r\n\r\n")
+            time.sleep(latency)
+            answer(connection, head.decode(), root)
+
+
+def answer(connection: socket.socket, head: str, root: Path) -> None:
+    method, target, _ = head.split(" ", 2)
+    file = root / target.split("?", 1)[0].removeprefix(f"/{BUCKET}/")
+    if not file.is_file():
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        return
+    size = file.stat().st_size
+    wanted = re.search(r"(?i)\r\nrange: *bytes=(\d+)-(\d+)", head)
+    start, stop = (int(wanted[1]), min(int(wanted[2]) + 1, size)) if wanted else (0, size)
+    status = f"206 Partial Content\r\nContent-Range: bytes {start}-{stop - 1}/{size}" if wanted else "200 OK"
+    connection.sendall(
+        f'HTTP/1.1 {status}\r\nETag: "1"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
+        f"Content-Length: {stop - start}\r\n\r\n".encode()
+    )
+    if method == "GET":
+        with file.open("rb") as opened:
+            connection.sendfile(opened, start, stop - start)
+
+
+def fresh(path: str, how: str, port: int = 0, at_once: int = 0) -> dict[str, float]:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, "--one", path, how, str(port), str(at_once)]
+    answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return answer
+
+
+def row(name: str, found: list[dict[str, float]], nbytes: int) -> str:
+    seconds = statistics.median(each["seconds"] for each in found)
+    peak, delay = max(each["peak"] for each in found), max(each["delay"] for each in found)
+    rate = nbytes / seconds / 1e6
+    return f"| {name} | {seconds:.2f} s | {rate:.0f} MB/s | {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms |"
+
+
+async def prepare(directory: Path, tree: dict[str, torch.Tensor]) -> None:
+    await aiostage.save({"a": torch.zeros(1)}, directory / "local-small")
+    await aiostage.save(tree, directory / "local")
+    (directory / "bucket").mkdir()
+    remote = ObjectStorage(LocalStore(directory / "bucket"), "run")
+    await aiostage.save(tree, (remote, "checkpoint"))
+
+
+def main(mib: int, latency: float, rounds: int) -> None:
+    tree = {str(number): torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
+    nbytes = sum(tensor.nbytes for tensor in tree.values())
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        asyncio.run(prepare(directory, tree))
+        tree.clear()
+        port = serve(directory / "bucket", latency)
+        path = str(directory / "local")
+        rows: dict[str, tuple[Any, ...]] = {name: (how,) for name, how in LOCAL.items()}
+        rows |= {f"{number} requests at once": ("remote", port, number) for number in AT_ONCE}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+        for _ in range(rounds):
+            for each, arguments in rows.items():
+                found[each].append(fresh(path, *arguments))
+    print(f"{mib} MiB in {TENSORS} tensors; requests take {1e3 * latency:.0f} ms before the first byte\n")
+    print("| | time | rate | memory at most | worst loop delay |\n| --- | --- | --- | --- | --- |")
+    for each in rows:
+        print(row(each, found[each], nbytes))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        where, how, port, at_once = sys.argv[2:]
+        print(json.dumps(asyncio.run(measured(where, how, int(port), int(at_once)))))
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--mib", type=int, default=512)
+    parser.add_argument("--latency", type=float, default=0.05)
+    parser.add_argument("--rounds", type=int, default=3)
+    main(**vars(parser.parse_args()))
