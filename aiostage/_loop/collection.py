@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterable
 from time import perf_counter
 
+from aiostage._loop.threads import begin
+
 __all__ = ["CollectionPause", "untrack_all"]
 
 _EXPIRY = 1.0
@@ -65,7 +67,7 @@ class CollectionPause:
         if self._paused and not self._watched:
             with self._lock:
                 self._watched = True
-            threading.Thread(target=self._watch, name="aiostage-collection", daemon=True).start()
+            begin(threading.Thread(target=self._watch, name="aiostage-collection", daemon=True))
 
     def end(self) -> None:
         """Stop being a holder."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish, without_locals
+from aiostage._loop.threads import begin
 from aiostage._loop.wakeup import Wakeup
 
 __all__ = ["Job", "Workers", "let_threads_run"]
@@ -319,7 +320,7 @@ class _WorkerState:
         try:
             # Daemon threads do not keep an interpreter from exiting; a step that runs then is a copy into memory
             # that goes away with the process.
-            threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True).start()
+            begin(threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True))
         except RuntimeError:
             with self.condition:
                 self.alive -= 1

@@ -11,6 +11,7 @@ from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.errors import StagingError
 from aiostage.snapshot import Snapshot
 from aiostage.storage.parts import Part, Piece, Scattered, gather, place
 
@@ -72,7 +73,12 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
     address, nbytes = place(piece)
     if window.chunk_of(address) is None:
         return piece
-    memory = torch.from_numpy(await window.take(address, nbytes))
+    try:
+        memory = torch.from_numpy(await window.take(address, nbytes))
+    except StagingError:
+        # If the window was closed for a reason, this tells it; it may not have come to those who gave up yet.
+        await snapshot.landed(address, nbytes)
+        raise
     await snapshot.landed(address, nbytes)
     if not isinstance(piece, Scattered):
         return memory

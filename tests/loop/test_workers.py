@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import threading
@@ -447,11 +448,11 @@ class TestThreads:
         assert alive() is None
 
     async def test_a_thread_that_cannot_be_started(self, workers: Workers, monkeypatch: pytest.MonkeyPatch):
-        def refuse(thread: threading.Thread) -> None:
+        def refuse(*_: object) -> None:
             raise RuntimeError("can't start new thread")
 
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(_thread, "start_new_thread", refuse)
             with pytest.raises(RuntimeError, match="can't start"):
                 await workers.run(lambda: None)
             assert workers.threads == 0
@@ -461,7 +462,7 @@ class TestThreads:
         running = asyncio.create_task(workers.run(gate))
         await entered(gate)
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(_thread, "start_new_thread", refuse)
             waiting = asyncio.create_task(workers.run(lambda: "served by the other"))
             await asyncio.sleep(0)
         gate.open.set()

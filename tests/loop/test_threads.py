@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from aiostage._loop.threads import begin
+
+SOON = 10.0
+
+
+def test_runs_the_thread_under_its_name():
+    names: list[str] = []
+    ran = threading.Event()
+
+    def run() -> None:
+        names.append(threading.current_thread().name)
+        ran.set()
+
+    begin(threading.Thread(target=run, name="test-begun", daemon=True))
+    assert ran.wait(SOON)
+    assert names == ["test-begun"]
+
+
+def test_does_not_wait_for_its_first_turn(monkeypatch: pytest.MonkeyPatch):
+    turn, ran = threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        assert turn.wait(SOON)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    begin(threading.Thread(target=ran.set, daemon=True))
+    assert not ran.is_set()
+    turn.set()
+    assert ran.wait(SOON)
+
+
+def test_one_thread_is_enough(monkeypatch: pytest.MonkeyPatch):
+    ran = threading.Event()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    begin(threading.Thread(target=ran.set, daemon=True))
+    assert ran.wait(SOON)
