@@ -15,13 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError
 from obstore.store import GCSStore, MemoryStore, S3Store, from_url
 
 from aiostage._loop.cleanup import finish
@@ -29,6 +23,7 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
 from aiostage.storage.bucket import Bucket, Entry, Found, Upload, Version
+from aiostage.storage.complaints import translate, worded
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 from aiostage.storage.uploads import OpenUploads, RefusedError
 
@@ -319,30 +314,19 @@ class _ObjectBucket(Bucket):
             try:
                 self._store = await self._workers.run(self._make)
             except (BaseError, ValueError, TypeError, OSError) as error:
-                raise StorageError(f"the store cannot be set up: {_short(error)}", path=self._location) from error
+                raise StorageError(f"the store cannot be set up: {worded(error)}", path=self._location) from error
         return self._store
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
         """Turn the errors of obstore into those of a bucket."""
-        location = f"{self._location}/{path}" if path else self._location
         try:
             yield
-        except FileNotFoundError:
-            raise
-        except (AlreadyExistsError, PreconditionError) as error:
-            raise FileExistsError(f"{location}: {_short(error)}") from error
-        except NotImplementedError:
-            raise
-        except (BaseError, OSError) as error:
-            if isinstance(error, CheckpointError):
+        except Exception as error:
+            meaning = translate(error, f"{self._location}/{path}" if path else self._location)
+            if meaning is error:
                 raise
-            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
-            raise StorageError(
-                _short(error),
-                path=location,
-                remedy="Check the credentials, what they allow, and the endpoint." if refused else None,
-            ) from error
+            raise meaning from error
 
 
 def _request_bytes(nbytes: int, part_bytes: int) -> int:
@@ -377,9 +361,3 @@ def _location(store: ObjectStore) -> str:
     name = config.get("bucket") or config.get("container_name")
     steps = [str(step).strip("/") for step in (name, getattr(store, "prefix", None)) if step]
     return f"{_SCHEME_OF.get(kind, kind)}://{'/'.join(steps)}"
-
-
-def _short(error: BaseException) -> str:
-    """Return what an error says, without its inner life."""
-    text = " ".join(str(error).split("\n\nDebug source:", 1)[0].split())
-    return text if text.endswith(".") else f"{text}."

@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from aiostage._loop.cleanup import finish
 from aiostage.storage.bucket import Bucket, Upload
@@ -16,6 +16,12 @@ from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_
 __all__ = ["sweep"]
 
 _MAX_LEASE_BYTES = 4096
+
+_CLOCK = ".aiostage-clock"
+"""Below which small objects are written for a moment, to see what time the store says it is."""
+
+_SWEPT = timedelta(days=1)
+"""How long nobody takes for a look at the clock."""
 
 _log = logging.getLogger("aiostage")
 
@@ -130,11 +136,14 @@ async def _lease(bucket: Bucket, suspect: _Suspect) -> float:
 
 async def _now(bucket: Bucket) -> datetime:
     """Return the time by the store's clock, which need not be this machine's."""
-    folder = f".aiostage-clock-{secrets.token_hex(8)}"
-    path = f"{folder}/now"
+    path = f"{_CLOCK}/{secrets.token_hex(8)}"
+    stale = [path]
     try:
         await bucket.put(path, memoryview(b"."))
-        times = [entry.modified async for batch in bucket.list(folder) for entry in batch]
+        times = {entry.path: entry.modified async for batch in bucket.list(_CLOCK) for entry in batch}
+        now = times.get(path) or datetime.min.replace(tzinfo=UTC)
+        # Of sweeps that were killed here.
+        stale += [path for path, time in times.items() if time is not None and now - time > _SWEPT]
     finally:
-        await finish(lambda: bucket.delete([path]))
-    return next((time for time in times if time is not None), datetime.min.replace(tzinfo=UTC))
+        await finish(lambda: bucket.delete(stale))
+    return now

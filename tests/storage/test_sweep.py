@@ -154,3 +154,16 @@ async def test_a_beat_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture
 async def test_leases_that_cannot_be_read(data: bytes) -> None:
     assert lease_seconds(data) == 0.0
     assert lease_seconds(write_lease(5.0)) == 5.0
+
+
+async def test_a_sweep_that_was_killed_leaves_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    draft = await storage.open("a")
+    obstore.put(store, ".aiostage-clock/0123456789abcdef", b".")
+    await storage.sweep()
+    assert ".aiostage-clock/0123456789abcdef" in paths(store)
+    monkeypatch.setattr(module, "_SWEPT", timedelta(0))
+    await storage.sweep()
+    assert len(paths(store)) == 1
+    await draft.abort()
