@@ -19,7 +19,7 @@ from aiostage._capture.plain import PlainWalk
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.rebuild import Results, finish_leaves
 from aiostage._capture.walk import Walk
-from aiostage._copy.building import build_batch, build_destinations, build_empty
+from aiostage._copy.building import build_batch, build_destinations, build_empty, keep_freed_memory
 from aiostage._copy.changes import Changes, within
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.flights import Flights
@@ -368,6 +368,7 @@ class Staging:
         tensors, specs, addresses = self._walk.leaves.tensors, self._specs, self._walk.leaves.addresses
         staged = self.staged = [None] * len(tensors)
         untrack_all((staged,))
+        keep_freed_memory()
         yield from build_empty(plan.empty, staged)
         from_devices: list[DeviceCopy] = []
         if self.window is not None:

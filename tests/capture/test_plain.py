@@ -127,6 +127,22 @@ def test_large_containers_are_built_in_steps() -> None:
     assert shape(built) == shape(tree)
 
 
+def test_large_mappings_are_read_in_steps_and_a_change_of_size_ends_the_short_way() -> None:
+    tree = {str(n): n for n in range(20_000)}
+    walk = PlainWalk()
+    work = walk.run(tree)
+    next(work)
+    assert 0 < len(walk._nodes[0].children) < 20_000
+    exhausted(work)
+    assert shape(rebuilt(walk, [])) == shape(tree)
+
+    work = PlainWalk().run(tree)
+    next(work)
+    tree["another"] = 1
+    with pytest.raises(NotPlain):
+        exhausted(work)
+
+
 def _shared() -> object:
     inner = [1]
     return [inner, inner]
