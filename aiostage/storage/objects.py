@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,6 +60,9 @@ _log = logging.getLogger("aiostage")
 
 _memories: dict[str, ObjectStore] = {}
 """What ``memory://`` URLs name, so that one process finds again what it has put there."""
+
+_process: int | None = None
+"""Which process has obstore's threads, once there are any."""
 
 _told: set[str] = set()
 """Where open uploads cannot be found, of which a person has been told."""
@@ -310,6 +314,7 @@ class _ObjectBucket(Bucket):
             raise CheckpointError(
                 "obstore cannot be awaited on trio.", path=self._location, remedy="Run on asyncio or uvloop."
             ) from None
+        _check_process(self._location)
         if self._store is None:
             try:
                 self._store = await self._workers.run(self._make)
@@ -327,6 +332,18 @@ class _ObjectBucket(Bucket):
             if meaning is error:
                 raise
             raise meaning from error
+
+
+def _check_process(location: str) -> None:
+    """Refuse to wait for threads that a fork has left behind: obstore's, which are one set for all stores."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise CheckpointError(
+            "obstore was in use when this process was forked, and would never answer here.",
+            path=location,
+            remedy='Start processes with multiprocessing\'s "spawn" or "forkserver".',
+        )
 
 
 def _request_bytes(nbytes: int, part_bytes: int) -> int:

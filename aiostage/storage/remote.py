@@ -277,8 +277,7 @@ class _RemoteDraft(SharedDraft):
                     return
                 if isinstance(error, StorageError):
                     raise
-                if not self._overwrite:
-                    raise _exists(self.location) from None
+                # Stores also say so of a write that was under way and came to nothing, so it is looked at again.
         raise CheckpointError("other writers keep replacing it.", path=self.location)
 
     async def _create(self, path: str, data: Buffer) -> None:

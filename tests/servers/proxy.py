@@ -18,6 +18,15 @@ Kind = Literal["cut", "stall", "slow", "status", "lost"]
 
 _CHUNK = 64 << 10
 
+_CODES = {
+    403: "AccessDenied",
+    404: "NoSuchBucket",
+    409: "ConditionalRequestConflict",
+    412: "PreconditionFailed",
+    500: "InternalError",
+    503: "SlowDown",
+}
+
 
 @dataclass
 class Fault:
@@ -178,7 +187,7 @@ async def _discard(reader: asyncio.StreamReader, nbytes: int) -> None:
 
 
 def _answer(status: int) -> bytes:
-    code = {503: "SlowDown", 500: "InternalError", 403: "AccessDenied", 404: "NoSuchBucket"}[status]
+    code = _CODES[status]
     body = f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()
     head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + body

@@ -124,6 +124,8 @@ async def test_a_good_day(storage: ObjectStorage, s3_server: S3Server, proxy: Fa
         ("status", 503, SMALL),
         ("status", 500, MANIFEST),
         ("status", 503, POINTER),
+        ("status", 409, POINTER),
+        ("status", 412, POINTER),
         ("cut", 1 << 20, SEND),
         ("cut", 10, SMALL),
         ("stall", 1 << 20, SEND),

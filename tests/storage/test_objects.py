@@ -7,6 +7,8 @@ import gc
 import json
 import pickle
 import secrets
+import subprocess
+import sys
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -364,3 +366,29 @@ async def test_where_stores_are(tmp_path: Path) -> None:
 )
 async def test_requests_are_parts_where_the_store_allows(nbytes: int, part_bytes: int, expected: int) -> None:
     assert _request_bytes(nbytes, part_bytes) == expected
+
+
+FORKING = """
+import asyncio, os, signal
+from obstore.store import MemoryStore
+from aiostage import CheckpointError
+from aiostage.storage import ObjectStorage
+
+storage = ObjectStorage(MemoryStore())
+asyncio.run(storage.list())
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    try:
+        asyncio.run(ObjectStorage(MemoryStore()).list())
+    except CheckpointError as error:
+        assert str(error).startswith("memory://: obstore was in use when this process was forked")
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+asyncio.run(storage.list())
+"""
+
+
+async def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", FORKING], check=True, timeout=50)
