@@ -76,8 +76,9 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
     try:
         memory = torch.from_numpy(await window.take(address, nbytes))
     except StagingError:
-        # If the window was closed for a reason, this tells it; it may not have come to those who gave up yet.
-        await snapshot.landed(address, nbytes)
+        if window.closed:
+            # The staging was given up; this tells why, which whoever gave it up may not have done yet.
+            await snapshot.captured()
         raise
     await snapshot.landed(address, nbytes)
     if not isinstance(piece, Scattered):
