@@ -14,9 +14,10 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
+from aiostage import Checkpointer
 from aiostage.storage import sweep as module
 from aiostage.storage.objects import ObjectStorage
-from tests.servers.proxy import Fault, running_proxy
+from tests.servers.proxy import Fault, FaultProxy, running_proxy
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, content, save, some_bytes
@@ -31,10 +32,20 @@ from obstore.store import S3Store
 from aiostage.storage.objects import ObjectStorage
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, save, some_bytes
-port, prefix = int(sys.argv[1]), sys.argv[2]
-storage = ObjectStorage(S3Store(BUCKET, **S3Server(port).options()), prefix)
-asyncio.run(save(storage, "a", some_bytes(2 * PART + 777)))
+port, prefix, name, lease_seconds = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+storage = ObjectStorage(S3Store(BUCKET, **S3Server(port).options()), prefix, lease_seconds=lease_seconds)
+asyncio.run(save(storage, name, some_bytes(2 * PART + 777)))
 """
+
+
+def start(proxy: FaultProxy, prefix: str, name: str, lease_seconds: float = 3600) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(proxy.port), prefix, name, str(lease_seconds)])
+
+
+def wait_for(fault: Fault, writer: subprocess.Popen[bytes]) -> None:
+    while not fault.struck and writer.poll() is None:
+        time.sleep(0.01)
+    assert fault.struck, "the writer has ended by itself"
 
 
 @pytest.mark.slow
@@ -46,11 +57,9 @@ def test_killed_in_the_middle(s3_server: S3Server, monkeypatch: pytest.MonkeyPat
     fault = Fault("stall", request_, spared=spared)
     with running_proxy(s3_server.port) as proxy:
         proxy.faults.append(fault)
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(proxy.port), prefix])
+        writer = start(proxy, prefix, "a")
         try:
-            while not fault.struck and writer.poll() is None:
-                time.sleep(0.01)
-            assert fault.struck, "the writer has ended by itself"
+            wait_for(fault, writer)
         finally:
             writer.kill()
             writer.wait()
@@ -74,3 +83,41 @@ def test_killed_in_the_middle(s3_server: S3Server, monkeypatch: pytest.MonkeyPat
         assert open_uploads(s3_server, prefix) == []
 
     asyncio.run(check())
+
+
+@pytest.mark.slow
+def test_whoever_begins_again_ends_what_the_dead_have_begun_and_not_the_living(s3_server: S3Server) -> None:
+    """With clocks as they are, and leases as short as these clocks allow."""
+    prefix, lease_seconds = f"run-{secrets.token_hex(4)}", 3.0
+    storage = ObjectStorage(S3Store(BUCKET, **s3_server.options()), prefix, lease_seconds=lease_seconds)
+    stalled, slow = Fault("stall", "/dead/.*partNumber="), Fault("slow", "/alive/.*partNumber=", 1, number=PART // 9)
+
+    def being_written() -> list[str]:
+        return sorted(key.split("/")[1] for key in open_uploads(s3_server, prefix))
+
+    async def begin() -> None:
+        async with Checkpointer(storage):
+            pass
+
+    with running_proxy(s3_server.port) as proxy:
+        proxy.faults += [stalled, slow]
+        dead, alive = (start(proxy, prefix, name, lease_seconds) for name in ("dead", "alive"))
+        try:
+            wait_for(stalled, dead)
+            wait_for(slow, alive)
+            dead.kill()
+            asyncio.run(begin())
+            assert being_written() == ["alive", "dead"]
+            while "dead" in being_written():
+                time.sleep(0.2)
+                asyncio.run(begin())
+            assert being_written() == ["alive"]
+            assert alive.wait(30) == 0
+        finally:
+            for writer in (dead, alive):
+                writer.kill()
+                writer.wait()
+    data = some_bytes(2 * PART + 777)
+    assert asyncio.run(content(storage, "alive")) == (bytes(data[:100]), bytes(data))
+    assert asyncio.run(storage.list()) == ["alive"]
+    assert open_uploads(s3_server, prefix) == []
