@@ -290,22 +290,45 @@ class _Names:
 
     def __init__(self) -> None:
         self._used = {"__metadata__"}
+        # Of containers, what the names of all that they contain begin with; None if that is too long.
+        self._prefixes: dict[Node, str | None] = {}
 
     def name(self, node: Node, suffix: str | None = None) -> str:
         """Return a name that no other tensor has."""
-        steps = [] if suffix is None else [suffix]
-        length = 0
-        at = node
-        while (parent := at.parent) is not None and length <= MAX_TENSOR_NAME:
-            step = str(at.key) if isinstance(at.key, (str, int)) else repr(at.key)[:MAX_TENSOR_NAME]
-            length += len(step) + 1
-            steps.append(step)
-            at = parent
-        name = ".".join(reversed(steps)).encode("utf-8", "backslashreplace").decode() or "tensor"
-        if length > MAX_TENSOR_NAME:
+        parent = node.parent
+        name: str | None = ""
+        if parent is not None:
+            if parent not in self._prefixes:
+                self._prefixes[parent] = _prefix(parent)
+            prefix = self._prefixes[parent]
+            name = prefix + _step(node) if prefix is not None else None
+        if name is None or len(name) >= MAX_TENSOR_NAME:
             name = f"tensor.{len(self._used)}"
+        elif suffix is not None:
+            name = f"{name}.{suffix}" if name else suffix
+        name = name or "tensor"
         unique, number = name, 2
         while unique in self._used:
             unique, number = f"{name}~{number}", number + 1
         self._used.add(unique)
         return unique
+
+
+def _prefix(node: Node) -> str | None:
+    """Return the keys that lead to a node, each with a dot behind it; None if that is too long."""
+    steps: list[str] = []
+    length = 0
+    at = node
+    while (parent := at.parent) is not None:
+        steps.append(_step(at))
+        length += len(steps[-1]) + 1
+        if length > MAX_TENSOR_NAME:
+            return None
+        at = parent
+    return "".join(f"{step}." for step in reversed(steps))
+
+
+def _step(node: Node) -> str:
+    """Return a node's key as it stands in names."""
+    step = str(node.key) if isinstance(node.key, (str, int)) else repr(node.key)[:MAX_TENSOR_NAME]
+    return step if step.isascii() else step.encode("utf-8", "backslashreplace").decode()

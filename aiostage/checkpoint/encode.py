@@ -28,9 +28,17 @@ from aiostage.leaf import Attribute, Path, format_path
 __all__ = ["Node", "TreeEncoder", "path_of"]
 
 _CHUNK = 256
-"""Children in one line of the manifest, and between two yields."""
+"""Children in one line of the manifest."""
+
+_AT_ONCE = 64
+"""Children between two yields."""
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+
+_NAME_ONLY = {"name"}
+
+# json.dumps would make an encoder for each line.
+_dump = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Node:
@@ -119,14 +127,18 @@ class TreeEncoder:
                 self._stack.pop()
                 # A node that several others wait for is on the stack more than once.
                 if node.position is None:
-                    node.position = len(self._ended)
-                    self._ended.append(node)
+                    self._end(node)
                 continue
             node.entered = True
             yield from self._enter(node)
             count += 1
-            if count % _CHUNK == 0:
+            if count % _AT_ONCE == 0:
                 yield
+
+    def _end(self, node: Node) -> None:
+        """Give a node its number."""
+        node.position = len(self._ended)
+        self._ended.append(node)
 
     def lines(self) -> Iterator[str]:
         """Iterate over the lines of the manifest, children before what contains them, the root last."""
@@ -142,6 +154,11 @@ class TreeEncoder:
         if node is None:
             # The node keeps the value alive, and so its id from being given away.
             node = self._known[id(value)] = Node(value, parent, key)
+            # Most nodes are such, and need not wait for their turn if it is theirs.
+            if not found and type(value) in _TENSORS and _is_plain(value):
+                node.entered = True
+                self._enter_tensor(node, found)
+                self._end(node)
         if not node.entered:
             found.append(node)
         return node
@@ -185,7 +202,7 @@ class TreeEncoder:
         for count, (key, value) in enumerate(node.value.items()):
             node.children.append(self._child(key, node, key, found))
             node.children.append(self._child(value, node, key, found))
-            if count % _CHUNK == 0:
+            if count % _AT_ONCE == 0:
                 yield
 
     def _enter_sequence(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
@@ -194,7 +211,7 @@ class TreeEncoder:
             node.form["maxlen"] = node.value.maxlen
         for index, value in enumerate(node.value):
             node.children.append(self._child(value, node, index, found))
-            if index % _CHUNK == 0:
+            if index % _AT_ONCE == 0:
                 yield
 
     def _enter_array(self, node: Node, found: list[Node]) -> None:
@@ -209,7 +226,7 @@ class TreeEncoder:
 
     def _enter_tensor(self, node: Node, found: list[Node]) -> None:
         tensor: torch.Tensor = node.value
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise _unsupported(node, f"it is on {tensor.device}, not in host memory.", "Stage it first.")
         try:
             taken = take_apart(tensor)
@@ -233,6 +250,16 @@ class TreeEncoder:
             node.children.append(self._child(tensor.grad, node, Attribute("grad"), found))
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor surely contains nothing but its elements."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.__dict__
+        and (not tensor.requires_grad or type(tensor) is torch.nn.Parameter)
+    )
+
+
 def _unsupported(node: Node, reason: str, remedy: str | None) -> UnsupportedLeafError:
     return UnsupportedLeafError(reason, path=format_path(path_of(node)), remedy=remedy)
 
@@ -242,12 +269,12 @@ def _reference(child: Any) -> Any:
     return [child.position] if child.__class__ is Node else child
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
 def _lines(node: Node) -> Iterator[str]:
     """Iterate over the lines of one node; what does not fit the first is in lines that add to it."""
+    if node.kind == "tensor" and node.form.keys() == _NAME_ONLY and not node.children and not node.attributes:
+        # Most nodes are such.
+        yield f'{{"is":"tensor","name":{_dump(node.form["name"])}}}'
+        return
     line: dict[str, Any] = {"is": node.kind, **node.form}
     if node.attributes:
         line["attributes"] = {name: _reference(child) for name, child in node.attributes.items()}
