@@ -4,8 +4,9 @@ from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
 from aiostage.checkpoint.checkpointer import Checkpointer
 from aiostage.checkpoint.handle import SaveHandle
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.load import load
-from aiostage.checkpoint.save import CheckpointInfo, save
+from aiostage.checkpoint.save import save
 from aiostage.errors import (
     AcceleratorUnavailableError,
     CheckpointCorruptError,

@@ -15,8 +15,8 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.save import CheckpointInfo
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
 

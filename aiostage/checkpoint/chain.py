@@ -12,7 +12,7 @@ import anyio
 from aiostage._loop.cleanup import finish
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base, IncrementalStorage
-from aiostage.checkpoint.save import CheckpointInfo
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.shelf import Shelf
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 
-from aiostage.checkpoint.save import CheckpointInfo
+from aiostage.checkpoint.info import CheckpointInfo
 
 __all__ = ["SaveHandle"]
 

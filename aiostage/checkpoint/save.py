@@ -3,67 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
-from aiostage.checkpoint.writer import CheckpointWriter, Written, give_up
+from aiostage.checkpoint.writer import CheckpointWriter
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
-from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
 
-__all__ = ["DEFAULT_SHARD_BYTES", "CheckpointInfo", "save", "write_checkpoint"]
+__all__ = ["DEFAULT_SHARD_BYTES", "save", "source_of", "write_checkpoint"]
 
 _logger = logging.getLogger("aiostage")
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointInfo:
-    """What was saved.
-
-    Attributes:
-        location: Where it is: an absolute path, or a URL.
-        nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
-        leaves: How many tensors the tree has.
-        written_bytes: Size of the files that were written, in bytes. If only what has changed was written, it may be
-            far less than ``nbytes``.
-        files: The names of all files, the manifest last.
-        checksums: For each file the digest of its parts' digests, or of itself if it has one part only, for example
-            ``"xxh3_64:0123456789abcdef"``.
-        captured: Seconds from the call until the source could be changed again.
-        committed: Seconds from the call until the checkpoint was complete and safe on the disk.
-    """
-
-    location: str
-    nbytes: int
-    leaves: int
-    written_bytes: int
-    files: tuple[str, ...]
-    checksums: Mapping[str, str]
-    captured: float
-    committed: float
-
-    @property
-    def path(self) -> Path:
-        """The directory, of a checkpoint on a local disk.
-
-        Raises:
-            ValueError: If it is elsewhere.
-        """
-        if "://" in self.location:
-            raise ValueError(f"{self.location} is not on a local disk and has no path")
-        return Path(self.location)
 
 
 async def save(
@@ -108,39 +69,41 @@ async def save(
     with span("save", target=name):
         own = AsyncStager()
         # Called before anything is awaited: the moment of the copy is the caller's.
-        source = _source(state_dict, stager if stager is not None else own)
+        is_entered = isinstance(state_dict, Snapshot)
+        source = state_dict if is_entered else source_of(state_dict, stager if stager is not None else own)
         captured: list[float] = []
-
-        async def write(writer: CheckpointWriter, draft: Draft) -> Written:
-            if not isinstance(source, Snapshot):
-                staged = await source
-                captured.append(perf_counter())
-                return await writer.write(draft, staged)
-            async with nullcontext() if source is state_dict else source:
-                return await _stream(writer, draft, source, captured)
-
         try:
-            written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
+            async with _writing(storage, name, overwrite, max_shard_bytes, progress) as writer:
+                if isinstance(source, Snapshot):
+                    async with nullcontext() if is_entered else source:
+                        info = await _stream(writer, source, captured)
+                else:
+                    staged = await source
+                    captured.append(perf_counter())
+                    info = await writer.write(staged)
         finally:
             if not isinstance(source, Snapshot):
                 source.close()
             await own.aclose()
-    return _info(written, captured[0] - begin, perf_counter() - begin)
+    return _timed(info, captured[0] - begin, perf_counter() - begin)
 
 
-def _source(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
-    """Return a snapshot, whose bytes can be written as they land, or else a coroutine that returns a staged tree."""
-    if isinstance(state_dict, Snapshot):
-        return state_dict
+def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
+    """Begin to stage a tree, at this moment.
+
+    Returns:
+        A snapshot to be entered, whose bytes can be written as they land, or else a coroutine that returns a staged
+        tree.
+    """
     return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 
-async def _stream(writer: CheckpointWriter, draft: Draft, snapshot: Snapshot[Any], captured: list[float]) -> Written:
+async def _stream(writer: CheckpointWriter, snapshot: Snapshot[Any], captured: list[float]) -> CheckpointInfo:
     """Write a snapshot while it is being taken, and note when it is captured."""
-    written: list[Written] = []
+    written: list[CheckpointInfo] = []
 
     async def write() -> None:
-        written.append(await writer.write(draft, await snapshot.outline(), snapshot))
+        written.append(await writer.write(await snapshot.outline(), snapshot))
 
     async def capture() -> None:
         await snapshot.fill()
@@ -180,48 +143,46 @@ async def write_checkpoint(
     """
     begin = perf_counter()
     storage, name = locate(target)
-
-    async def write(writer: CheckpointWriter, draft: Draft) -> Written:
-        return await writer.write(draft, staged)
-
     with span("save", target=name):
-        written = await _write(write, storage, name, overwrite, max_shard_bytes, progress)
-    return _info(written, 0.0, perf_counter() - begin)
+        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as writer:
+            info = await writer.write(staged)
+    return _timed(info, 0.0, perf_counter() - begin)
 
 
-async def _write(
-    write: Callable[[CheckpointWriter, Draft], Awaitable[Written]],
-    storage: Storage,
-    name: str,
-    overwrite: bool,
-    max_shard_bytes: int,
-    progress: ProgressOption[SaveProgress],
-) -> Written:
-    """Write into a draft that is gone afterwards, unless it was committed."""
+@asynccontextmanager
+async def _writing(
+    storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
+) -> AsyncGenerator[CheckpointWriter, None]:
+    """Open a draft that is gone afterwards, unless it was committed."""
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
     with reporting(progress, f"saving {name}") as report:
-        writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, progress=report)
+        draft = await storage.open(name, overwrite=overwrite)
+        writer = CheckpointWriter(draft, name, max_shard_bytes=max_shard_bytes, progress=report)
         try:
-            draft = await storage.open(name, overwrite=overwrite)
-            try:
-                return await write(writer, draft)
-            except BaseException as error:
-                await give_up(draft, error)
-                raise
+            yield writer
+        except BaseException as error:
+            await _give_up(draft, error)
+            raise
         finally:
             writer.close()
 
 
-def _info(written: Written, captured: float, committed: float) -> CheckpointInfo:
-    _logger.info("saved %s: %d bytes in %d leaves, %.3f s", written.location, written.nbytes, written.leaves, committed)
-    return CheckpointInfo(
-        location=written.location,
-        nbytes=written.nbytes,
-        leaves=written.leaves,
-        written_bytes=sum(file.nbytes for file in written.files),
-        files=tuple(file.name for file in written.files),
-        checksums={file.name: f"{DIGEST_NAME}:{digest_of_parts(file.digests)}" for file in written.files},
-        captured=captured,
-        committed=committed,
-    )
+async def _give_up(draft: Draft, error: BaseException) -> None:
+    """Abort a draft after an error.
+
+    A coroutine that is being closed may not wait; the abort then gets as far as it gets without waiting.
+    """
+    aborting = draft.abort()
+    if not isinstance(error, GeneratorExit):
+        await aborting
+        return
+    with suppress(Exception):
+        # StopIteration is the end; anything else has nobody to go to.
+        aborting.send(None)
+    aborting.close()
+
+
+def _timed(info: CheckpointInfo, captured: float, committed: float) -> CheckpointInfo:
+    _logger.info("saved %s: %d bytes in %d leaves, %.3f s", info.location, info.nbytes, info.leaves, committed)
+    return replace(info, captured=captured, committed=committed)

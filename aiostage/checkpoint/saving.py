@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -16,12 +16,12 @@ from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Storage
 from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of
-from aiostage.checkpoint.save import CheckpointInfo, save, write_checkpoint
+from aiostage.checkpoint.save import save, source_of, write_checkpoint
 from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.snapshot import Snapshot
-from aiostage.stager import AsyncStager
 from aiostage.storage.locate import Target
 
 __all__ = ["Saving"]
@@ -65,7 +65,8 @@ class Saving:
         self._target = (storage, name_of(step))
         self._progress = progress
         self._chain = chain
-        self._source: Any = _source(state_dict, stager)
+        # Whoever has entered a snapshot may leave it before it is written; the tree stays.
+        self._source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
     async def captured(self) -> None:
         """Wait until the source may change, because it is captured or will not be. Cancelling changes nothing."""
@@ -162,11 +163,3 @@ class Saving:
         if not self.is_captured:
             self._captured_after = perf_counter() - self._began
             self._captured.set()
-
-
-def _source(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
-    """Return a snapshot to be entered, or a coroutine that returns a staged tree."""
-    if isinstance(state_dict, Snapshot):
-        # Whoever has entered it may leave it before it is written; the tree stays.
-        return state_dict.result()
-    return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +12,7 @@ from aiostage.abc import Draft
 from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
 from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.encode import TreeEncoder
+from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
 from aiostage.checkpoint.outgoing import OutgoingFile
 from aiostage.checkpoint.progress import SaveProgress
@@ -21,9 +20,9 @@ from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import FileRecord, write_manifest
-from aiostage.storage.parts import PART_BYTES, Content, cut, digest
+from aiostage.storage.parts import DIGEST_NAME, PART_BYTES, Content, cut, digest, digest_of_parts
 
-__all__ = ["MAX_HOLD", "CheckpointWriter", "Written", "give_up"]
+__all__ = ["MAX_HOLD", "CheckpointWriter"]
 
 MAX_HOLD = 0.001
 """How long preparations may hold the event loop at a time, in seconds."""
@@ -32,33 +31,25 @@ _THREADS = 2
 """For gathering and digests, which are done while the storage's own threads wait for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a writer has written.
-
-    Attributes:
-        location: Where.
-        nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
-        leaves: How many tensors the tree has.
-        files: In the order in which they were written.
-    """
-
-    location: str
-    nbytes: int
-    leaves: int
-    files: tuple[FileRecord, ...]
-
-
 class CheckpointWriter:
     """Writes one checkpoint.
 
     Args:
+        draft: Where. It is the caller's to abort it if :meth:`write` raises.
         name: What it is called, for whoever follows the progress.
         max_shard_bytes: How many bytes of tensors one file may hold.
         progress: Called on the event loop as parts are written.
     """
 
-    def __init__(self, name: str, *, max_shard_bytes: int, progress: Callable[[SaveProgress], object] | None) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        name: str,
+        *,
+        max_shard_bytes: int,
+        progress: Callable[[SaveProgress], object] | None,
+    ) -> None:
+        self._draft = draft
         self._name = name
         self._max_shard_bytes = max_shard_bytes
         self._progress = progress
@@ -68,16 +59,15 @@ class CheckpointWriter:
         self._written = self._total = 0
         self._snapshot: Snapshot[Any] | None = None
 
-    async def write(self, draft: Draft, staged: Any, snapshot: Snapshot[Any] | None = None) -> Written:
+    async def write(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo:
         """Write a tree and commit it.
 
         Args:
-            draft: Where. It is the caller's to abort it if this raises.
             staged: In host memory; does not change until this returns.
             snapshot: Whose outline the tree is; its bytes are then written as they land. None if all are there.
 
         Returns:
-            What was written.
+            What was written, without times.
 
         Raises:
             UnsupportedLeafError: If something cannot be carried; nothing was written.
@@ -98,7 +88,7 @@ class CheckpointWriter:
             if len(shards) > 1:
                 files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
         self._total = sum(content.nbytes for _, contents in files for content in contents)
-        records = [await self._send(draft, name, contents, snapshot) for name, contents in files]
+        records = [await self._send(name, contents, snapshot) for name, contents in files]
         manifest = memoryview(
             await self._slices.run(
                 write_manifest(
@@ -117,9 +107,18 @@ class CheckpointWriter:
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
         with span("commit"):
-            await draft.commit(manifest)
+            await self._draft.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
-        return Written(draft.location, tensor_bytes, len(encoder.tensors), tuple(records))
+        return CheckpointInfo(
+            location=self._draft.location,
+            nbytes=tensor_bytes,
+            leaves=len(encoder.tensors),
+            written_bytes=sum(file.nbytes for file in records),
+            files=tuple(file.name for file in records),
+            checksums={file.name: f"{DIGEST_NAME}:{digest_of_parts(file.digests)}" for file in records},
+            captured=0.0,
+            committed=0.0,
+        )
 
     def close(self) -> None:
         """Let the threads end."""
@@ -131,9 +130,7 @@ class CheckpointWriter:
         overlapping = await self._workers.run(partial(groups, starts, stops))
         return await self._slices.run(file_tensors(leaves, overlapping))
 
-    async def _send(
-        self, draft: Draft, name: str, contents: Sequence[Content], snapshot: Snapshot[Any] | None
-    ) -> FileRecord:
+    async def _send(self, name: str, contents: Sequence[Content], snapshot: Snapshot[Any] | None) -> FileRecord:
         file = OutgoingFile(
             name,
             await self._slices.run(cut(contents, PART_BYTES)),
@@ -142,7 +139,7 @@ class CheckpointWriter:
             snapshot=snapshot,
             sent=self._sent,
         )
-        return await file.send(draft)
+        return await file.send(self._draft)
 
     def _sent(self, nbytes: int) -> None:
         """Report progress."""
@@ -157,24 +154,6 @@ class CheckpointWriter:
                     written_bytes=self._written,
                 )
             )
-
-
-async def give_up(draft: Draft, error: BaseException) -> None:
-    """Abort a draft after an error.
-
-    Args:
-        draft: The draft.
-        error: What ended the save. A coroutine that is being closed may not wait; the abort then gets as far as it
-            gets without waiting.
-    """
-    aborting = draft.abort()
-    if not isinstance(error, GeneratorExit):
-        await aborting
-        return
-    with suppress(Exception):
-        # StopIteration is the end; anything else has nobody to go to.
-        aborting.send(None)
-    aborting.close()
 
 
 def _digests(data: memoryview) -> tuple[str, ...]:
