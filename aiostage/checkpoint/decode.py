@@ -10,7 +10,7 @@ import torch
 
 from aiostage.checkpoint.composites import COMPOSITES, assemble
 from aiostage.checkpoint.nodes import NodeTable, reading
-from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_scalar
+from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_bytes, read_scalar
 from aiostage.checkpoint.views import view_of
 from aiostage.storage.safetensors import Record
 
@@ -33,6 +33,7 @@ _EXTEND: dict[str, Callable[[Any, Any], None]] = {"list": list.extend, "set": se
 _IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
+_BYTES = ("bytes", "bytearray")
 
 
 class Memory:
@@ -104,7 +105,7 @@ class TreeDecoder:
         wanted = [index for index, how in enumerate(table.reached) if how]
         for count, index in enumerate(wanted):
             if self._made[index] is _NOT_MADE:
-                self._made[index] = self._make(table.forms[index], table.children[index])
+                self._made[index] = yield from self._make(table.forms[index], table.children[index])
             if count % _CHUNK == 0:
                 yield
         for index in wanted:
@@ -116,7 +117,7 @@ class TreeDecoder:
             yield
         return self._child(table.root)
 
-    def _make(self, form: dict[str, Any], children: list[Any]) -> Any:
+    def _make(self, form: dict[str, Any], children: list[Any]) -> Generator[None, None, Any]:
         """Make an object that cannot be changed later, or has nothing in it that could refer to it."""
         kind = form["is"]
         if kind in _IMMUTABLE:
@@ -126,6 +127,8 @@ class TreeDecoder:
         if kind == "ndarray":
             (tensor,) = map(self._child, children)
             return tensor.numpy()
+        if kind in _BYTES:
+            return (yield from read_bytes(kind, form["value"]))
         return read_scalar(kind, form["value"])
 
     def _tensor(self, form: dict[str, Any], parts: list[Any]) -> torch.Tensor:

@@ -36,6 +36,9 @@ _AT_LEAST = 2
 _HEADS = 2
 """First parts of files that are kept after their headers were read, so that small checkpoints are read once."""
 
+_FIRST_BYTES = 4096
+"""Of a file whose header need not be verified. Data begins on a page, so that this is often all of the header."""
+
 _GROUP = 256
 """Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
 
@@ -100,15 +103,12 @@ class Incoming:
             CheckpointCorruptError: If there can be none, a digest differs, or the file ends early.
             OSError: If the storage refuses.
         """
-        path = f"{self._reader.location}/{file.name}"
         if file.nbytes < HEADER_LENGTH_BYTES:
-            raise CheckpointCorruptError(f"it is only {file.nbytes} bytes long.", path=path)
+            raise CheckpointCorruptError(f"it is only {file.nbytes} bytes long.", path=self._path(file))
+        if not self._verify:
+            return await self._unverified_header(file)
         first = memory = await self._read_part(file, 0)
-        stop = HEADER_LENGTH_BYTES + int.from_bytes(memory[:HEADER_LENGTH_BYTES].tobytes(), "little")
-        if stop > min(HEADER_LENGTH_BYTES + MAX_HEADER_BYTES, file.nbytes):
-            raise CheckpointCorruptError(
-                f"it says that its header is {stop - HEADER_LENGTH_BYTES} bytes long.", path=path
-            )
+        stop = self._end_of_header(file, memory[:HEADER_LENGTH_BYTES].tobytes())
         pieces: list[bytes] = []
         for index, offset in enumerate(range(0, stop, self._part_bytes)):
             if index:
@@ -118,6 +118,27 @@ class Incoming:
         if len(self._heads) < _HEADS:
             self._heads[file.name] = first
         return await self._workers.run(partial(b"".join, pieces))
+
+    async def _unverified_header(self, file: FileRecord) -> bytes:
+        """Return a header after reading little more."""
+        first = bytearray(min(_FIRST_BYTES, file.nbytes))
+        await self._reader.read(file.name, 0, memoryview(first))
+        stop = self._end_of_header(file, first[:HEADER_LENGTH_BYTES])
+        rest = await self._workers.run(partial(bytearray, max(0, stop - len(first))))
+        if rest:
+            await self._reader.read(file.name, len(first), memoryview(rest))
+        return await self._workers.run(partial(b"".join, (first[HEADER_LENGTH_BYTES:stop], rest)))
+
+    def _end_of_header(self, file: FileRecord, length: bytes | bytearray) -> int:
+        """Return where a header ends, from the length that is before it."""
+        nbytes = int.from_bytes(length, "little")
+        if nbytes > min(MAX_HEADER_BYTES, file.nbytes - HEADER_LENGTH_BYTES):
+            raise CheckpointCorruptError(f"it says that its header is {nbytes} bytes long.", path=self._path(file))
+        return HEADER_LENGTH_BYTES + nbytes
+
+    def _path(self, file: FileRecord) -> str:
+        """Return where a file is, for errors."""
+        return f"{self._reader.location}/{file.name}"
 
     async def _read_part(self, file: FileRecord, index: int) -> np.ndarray[Any, Any]:
         """Read a part whatever it consists of, and return its bytes."""
@@ -174,7 +195,7 @@ class Incoming:
         if found != file.digests[part.index]:
             raise CheckpointCorruptError(
                 f"bytes {part.offset} to {part.offset + part.nbytes} do not match their checksum.",
-                path=f"{self._reader.location}/{file.name}",
+                path=self._path(file),
             )
 
     async def _place(self, part: Part, buffer: torch.Tensor) -> None:

@@ -113,8 +113,7 @@ class CheckpointReader:
                 raise CheckpointCorruptError(
                     f"it is {len(text)} bytes long, too long for a manifest.", path=self.manifest_path
                 )
-            content = await self._workers.run(text.tobytes)
-            manifest = await self._slices.run(read_manifest(content, path=self.manifest_path))
+            manifest = await read_manifest(text, path=self.manifest_path, workers=self._workers, slices=self._slices)
             with reading(self.manifest_path):
                 table = await self._slices.run(NodeTable.read(manifest.nodes))
         self._incoming = Incoming(

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 import anyio
 
 from aiostage._loop.cleanup import finish
+from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.checkpoint.retention import mark_of, removed_of, step_of
+from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
@@ -34,7 +36,7 @@ class ResolvingReader(Reader):
         self._reader = reader
         self._others: dict[str, Reader] = {}
         self._opening = anyio.Lock()
-        self._workers = Workers(1, "aiostage-load")
+        self._workers, self._slices = Workers(1, "aiostage-load"), Slices(MAX_HOLD)
         self._placement: Placement | None = None
         self._is_known = False
 
@@ -59,7 +61,7 @@ class ResolvingReader(Reader):
         path = self._path(MANIFEST_NAME)
         if len(text) > MAX_MANIFEST_BYTES:
             raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
-        self._placement = await self._workers.run(lambda: read_placement(text.tobytes(), path=path))
+        self._placement = await read_placement(text, path=path, workers=self._workers, slices=self._slices)
         self._is_known = True
         return text
 

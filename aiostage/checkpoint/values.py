@@ -6,7 +6,7 @@ import base64
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "SCALARS",
     "SEQUENCES",
     "is_inline",
+    "read_bytes",
     "read_scalar",
     "torch_constant",
     "write_scalar",
@@ -40,6 +41,9 @@ ARRAY_DTYPES = frozenset(
     np.dtype(name) for name in ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")
 )
 """NumPy dtypes that torch can hold, in the byte order of the machine."""
+
+_STEP = 64 << 10
+"""Characters of base64 that are decoded at once, a multiple of four."""
 
 _EXACT_INTEGERS = 1 << 53
 """Larger integers are read inexactly by other JSON parsers, and would be slow to print in decimal."""
@@ -152,3 +156,12 @@ def read_scalar(name: str, form: Any) -> Any:
         ValueError: If it is spelled wrong. Other exceptions are possible too.
     """
     return _READERS[name](form)
+
+
+def read_bytes(name: str, form: str) -> Generator[None, None, bytes | bytearray]:
+    """Return ``bytes`` or a ``bytearray``, by their name, as :func:`read_scalar` does; yielding now and then."""
+    pieces: list[bytes] = []
+    for start in range(0, len(form), _STEP):
+        pieces.append(base64.b64decode(form[start : start + _STEP], validate=True))
+        yield
+    return b"".join(pieces) if name == "bytes" else bytearray().join(pieces)

@@ -33,7 +33,7 @@ class Found:
         version: Which state of it that is.
     """
 
-    data: bytes
+    data: Buffer
     version: Version
 
 

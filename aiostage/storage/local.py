@@ -24,7 +24,7 @@ from aiostage.storage.commit import (
     trim_committed,
 )
 from aiostage.storage.directories import is_current
-from aiostage.storage.files import Descriptor, InputFile, OutputFile
+from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 
 __all__ = ["LocalStorage"]
@@ -293,7 +293,8 @@ class _LocalReader(Reader):
         file = self._file(MANIFEST_NAME)
         if file.nbytes > MAX_MANIFEST_BYTES:
             raise CheckpointCorruptError(f"it is {file.nbytes} bytes long, too long for a manifest.", path=file.path)
-        text = memoryview(bytearray(file.nbytes))
+        # Not a bytearray, which is filled with zeros while the interpreter is locked.
+        text: Buffer = aligned_memory(file.nbytes).data
         file.read(text, 0)
         return text
 

@@ -12,12 +12,17 @@ import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xxhash
 
+from aiostage._loop.slices import Slices, exhausted
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.storage.files import DIRECT_ALIGNMENT
+from aiostage.storage.lines import Lines, parse
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
 from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
 
@@ -46,7 +51,9 @@ million tensors fit."""
 _CHUNK = 64
 _PLACES = b'"places":['
 _FILES = b'"files":['
+_FILES_AFTER_PLACES = b"]," + _FILES
 _NODES = b'],"nodes":['
+_MAX_ABOUT_BYTES = 1 << 20
 _DIGEST_BYTES = 16
 _END = b'],"digest":"%s"}\n'
 _END_BYTES = len(_END) - 2 + _DIGEST_BYTES
@@ -144,12 +151,14 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def read_manifest(text: bytes, *, path: str) -> Generator[None, None, Manifest]:
-    """Read a manifest that may be damaged or hostile, yielding now and then.
+async def read_manifest(text: Buffer, *, path: str, workers: Workers, slices: Slices) -> Manifest:
+    """Read a manifest that may be damaged or hostile.
 
     Args:
         text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
+        workers: To compute its checksum in.
+        slices: Run everything else.
 
     Returns:
         What it says. The nodes are JSON values, unchecked.
@@ -158,8 +167,8 @@ def read_manifest(text: bytes, *, path: str) -> Generator[None, None, Manifest]:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        manifest = yield from _read(text, path)
-    return manifest
+        lines, about = await _opened(text, path, workers, slices)
+        return await slices.run(_read(lines, about))
 
 
 def with_placement(text: bytes, placement: Placement) -> bytearray:
@@ -199,12 +208,14 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     return placed
 
 
-def read_placement(text: bytes, *, path: str) -> Placement | None:
-    """Read where the files of a checkpoint lie, from a manifest that may be damaged or hostile. Blocks.
+async def read_placement(text: Buffer, *, path: str, workers: Workers, slices: Slices) -> Placement | None:
+    """Read where the files of a checkpoint lie, from a manifest that may be damaged or hostile.
 
     Args:
-        text: The whole file.
+        text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
+        workers: To compute its checksum in.
+        slices: Run everything else.
 
     Returns:
         Where they lie; None if each lies as a whole in the checkpoint.
@@ -213,25 +224,10 @@ def read_placement(text: bytes, *, path: str) -> Placement | None:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        lines = _lines(text)
-        about = _about(lines, text, path)
+        lines, about = await _opened(text, path, workers, slices)
         if about["version"] != PLACED_VERSION:
             return None
-        if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
-            raise ValueError(f"its blocks are {about['block_bytes']!r} bytes with {about['digest_of_blocks']!r}")
-        sizes: dict[Place, int] = {}
-        for source, file, nbytes in about["sources"]:
-            sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
-        if next(lines, b"") != _PLACES:
-            raise ValueError("it does not say where its files lie")
-        places = list(sizes)
-        files: dict[str, PlacedFile] = {}
-        for line in lines:
-            if line == b"]," + _FILES:
-                break
-            value = json.loads(line.removesuffix(b","))
-            files[_name(value["name"])] = _placed(value, places)
-        return Placement(sizes, files)
+        return await slices.run(_read_placement(lines, about))
 
 
 def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
@@ -245,7 +241,8 @@ def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        about = _about(_lines(text), text, path)
+        about = exhausted(_about(Lines(memoryview(text)), path))
+        _check_digest(memoryview(text), path)
         return _whole_number(about["nbytes"]), _whole_number(about["leaves"])
 
 
@@ -260,9 +257,20 @@ def _damage(path: str) -> Iterator[None]:
         raise CheckpointCorruptError(f"it is not a manifest of aiostage: {error!r}.", path=path) from error
 
 
-def _about(lines: Iterator[bytes], text: bytes, path: str) -> dict[str, Any]:
+async def _opened(text: Buffer, path: str, workers: Workers, slices: Slices) -> tuple[Lines, dict[str, Any]]:
     """Read the first line, and check whether the rest can be read and is whole."""
-    about: dict[str, Any] = json.loads(next(lines, b"").removesuffix(b",") + b"}")
+    lines = Lines(text)
+    about = await slices.run(_about(lines, path))
+    await workers.run(partial(_check_digest, text, path))
+    return lines, about
+
+
+def _about(lines: Lines, path: str) -> Generator[None, None, dict[str, Any]]:
+    """Read the first line."""
+    line = yield from lines.next()
+    if len(line) > _MAX_ABOUT_BYTES:
+        raise ValueError(f"its first line is {len(line)} bytes long")
+    about: dict[str, Any] = yield from parse(bytes(line).removesuffix(b",") + b"}")
     if about["format"] != FORMAT:
         raise ValueError(f"its format is {about['format']!r}")
     if about["version"] not in (FORMAT_VERSION, PLACED_VERSION):
@@ -271,53 +279,62 @@ def _about(lines: Iterator[bytes], text: bytes, path: str) -> dict[str, Any]:
             path=path,
             remedy="Read it with a newer aiostage.",
         )
-    body = memoryview(text)[:-_END_BYTES]
-    if text[-_END_BYTES:] != _END % xxhash.xxh3_64_hexdigest(body).encode():
-        raise CheckpointCorruptError("it does not match its own checksum.", path=path)
     return about
 
 
-def _read(text: bytes, path: str) -> Generator[None, None, Manifest]:
-    lines = _lines(text)
-    about = _about(lines, text, path)
+def _check_digest(text: Buffer, path: str) -> None:
+    """Raise an error if a manifest does not match its checksum. Blocks, without the GIL."""
+    if text[-_END_BYTES:] != _END % xxhash.xxh3_64_hexdigest(text[:-_END_BYTES]).encode():
+        raise CheckpointCorruptError("it does not match its own checksum.", path=path)
+
+
+def _read(lines: Lines, about: dict[str, Any]) -> Generator[None, None, Manifest]:
     if about["digest_of_parts"] != DIGEST_NAME:
         raise ValueError(f"its digests are {about['digest_of_parts']!r}")
     part_bytes = _whole_number(about["part_bytes"])
     if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % DIRECT_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
+    line = yield from lines.next()
     if about["version"] == PLACED_VERSION:
-        for line in lines:
-            if line == b"]," + _FILES:
-                break
+        while line not in (_FILES_AFTER_PLACES, b""):
+            line = yield from lines.next()
             yield
-    elif next(lines, b"") != _FILES:
+    elif line != _FILES:
         raise ValueError("it does not list its files")
-    files = []
-    for line in lines:
-        if line == _NODES:
-            break
-        files.append(_file(json.loads(line.removesuffix(b",")), part_bytes))
+    files: list[FileRecord] = []
+    nodes: list[Any] = []
+    while (line := (yield from lines.next())) not in (_NODES, b""):
+        value = yield from _value(line)
+        files.append(_file(value, part_bytes))
         yield
-    nodes = []
-    for line in lines:
-        if line.startswith(_END[:2]):
-            break
-        nodes.append(json.loads(line.removesuffix(b",")))
+    while bytes((line := (yield from lines.next()))[:2]) not in (_END[:2], b""):
+        nodes.append((yield from _value(line)))
         if len(nodes) % _CHUNK == 0:
             yield
     return Manifest(_whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files), nodes)
 
 
-def _lines(text: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(text):
-        stop = text.find(b"\n", start)
-        if stop < 0:
-            stop = len(text)
-        # Blank lines only occur where a list is empty.
-        if stop > start:
-            yield text[start:stop]
-        start = stop + 1
+def _read_placement(lines: Lines, about: dict[str, Any]) -> Generator[None, None, Placement]:
+    if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
+        raise ValueError(f"its blocks are {about['block_bytes']!r} bytes with {about['digest_of_blocks']!r}")
+    sizes: dict[Place, int] = {}
+    for source, file, nbytes in about["sources"]:
+        sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
+        yield
+    if (yield from lines.next()) != _PLACES:
+        raise ValueError("it does not say where its files lie")
+    places = list(sizes)
+    files: dict[str, PlacedFile] = {}
+    while (line := (yield from lines.next())) not in (_FILES_AFTER_PLACES, b""):
+        value = yield from _value(line)
+        files[_name(value["name"])] = yield from _placed(value, places)
+        yield
+    return Placement(sizes, files)
+
+
+def _value(line: bytes | Buffer) -> Generator[None, None, Any]:
+    """Return what a line says, which may end with a comma."""
+    return (yield from parse(line[:-1] if line[-1:] == b"," else line))
 
 
 def _file(value: Any, part_bytes: int) -> FileRecord:
@@ -328,12 +345,13 @@ def _file(value: Any, part_bytes: int) -> FileRecord:
     return FileRecord(name, nbytes, tuple(digests))
 
 
-def _placed(value: Any, places: Sequence[Place]) -> PlacedFile:
-    """Check where one file lies."""
-    pieces = [
-        Piece(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes))
-        for number, offset, nbytes in value["pieces"]
-    ]
+def _placed(value: Any, places: Sequence[Place]) -> Generator[None, None, PlacedFile]:
+    """Check where one file lies, yielding now and then."""
+    pieces: list[Piece] = []
+    for number, offset, nbytes in value["pieces"]:
+        pieces.append(Piece(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes)))
+        if len(pieces) % _CHUNK == 0:
+            yield
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)
     if len(blocks) != -(-placed.nbytes // BLOCK_BYTES) or not all(isinstance(text, str) for text in blocks):

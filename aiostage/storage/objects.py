@@ -152,7 +152,7 @@ class _ObjectBucket(Bucket):
                     f"it is {meta['size']} bytes long, and {at_most} are the most.", path=f"{self._location}/{path}"
                 )
             data = await _answered(result.bytes_async())
-        return Found(bytes(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
+        return Found(memoryview(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
 
     async def size(self, path: str) -> int:
         store = await self._connected()

@@ -50,7 +50,7 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
     except FileNotFoundError:
         return None
     try:
-        content = json.loads(found.data)
+        content = json.loads(bytes(found.data))
         if content["format"] != _FORMAT or content["version"] != _VERSION or not FOLDER.fullmatch(content["data"]):
             raise ValueError("it is of another format or version")
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -323,7 +323,7 @@ class _RemoteReader(Reader):
             found = await self._bucket.get(self._path(MANIFEST_NAME), at_most=MAX_MANIFEST_BYTES)
         except FileNotFoundError as error:
             raise await self._missing(MANIFEST_NAME) from error
-        return memoryview(found.data)
+        return found.data
 
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes; see :meth:`aiostage.Reader.size`."""

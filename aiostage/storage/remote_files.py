@@ -102,7 +102,7 @@ class _FsspecBucket(Bucket):
         data = await self._run(path, partial(_head, nbytes=at_most + 1))
         if len(data) > at_most:
             raise CheckpointCorruptError(f"it is longer than {at_most} bytes.", path=f"{self._location}/{path}")
-        return Found(bytes(data), Version(None))
+        return Found(memoryview(data), Version(None))
 
     async def size(self, path: str) -> int:
         return await self._run(path, _size)

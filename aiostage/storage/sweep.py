@@ -131,7 +131,7 @@ async def _lease(bucket: Bucket, suspect: _Suspect) -> float:
         found = await bucket.get(f"{suspect.path}/{LEASE_NAME}", at_most=_MAX_LEASE_BYTES)
     except FileNotFoundError:
         return 0.0
-    return lease_seconds(found.data)
+    return lease_seconds(bytes(found.data))
 
 
 async def _now(bucket: Bucket) -> datetime:
