@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import obstore
@@ -354,6 +355,60 @@ async def test_removing_beside_a_writer_that_is_about_to_refer(who: str) -> None
     # Who looks first sees the other.
     assert set(outcomes) == ({False, True} if who == "remover in between" else {True})
     assert all("to which it referred, was removed meanwhile" in reason for reason in reasons)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("_small_groups")
+async def test_a_writer_that_is_killed_beside_a_removal() -> None:
+    """Another process removes what it refers to before one of its operations; before the next one it dies."""
+
+    class Killed(BaseException):
+        pass
+
+    whole, model = MemoryStorage(), Run()
+    async with Checkpointer(whole, incremental=True) as checkpoints:
+        for step in range(4):
+            await checkpoints.save(step, model.state_dict(step))
+            model.train(step)
+    unreadable: list[str] = []
+
+    async def run(at: int) -> bool:
+        storage = MemoryStorage()
+        storage.checkpoints = {name: dict(files) for name, files in whole.checkpoints.items()}
+        operations, last = 0, ""
+
+        async def interrupt(operation: str, name: str) -> None:
+            nonlocal operations, last
+            operations += 1
+            if operations == at:
+                last = operation
+                storage.before = None
+                for step in (2, 3, 0):
+                    await Checkpointer(storage).delete(step)
+                storage.before = interrupt
+            elif operations > at:
+                raise Killed
+
+        storage.before = interrupt
+        with suppress(Killed, BaseExceptionGroup, CheckpointError):
+            async with Checkpointer(storage, incremental=True) as writer:
+                await (await writer.save(4, model.state_dict(4))).committed()
+        storage.before = None
+        storage.drafts.clear()
+        reader = Checkpointer(storage)
+        for step in await reader.steps():
+            try:
+                assert (await reader.restore(step=step))["step"] == step
+            except CheckpointCorruptError:
+                unreadable.append(f"{last} of {step}")
+        return operations >= at
+
+    at = 1
+    while await run(at):
+        at += 1
+    assert at > 20
+    # The one moment that is left: after its last look before the commit, and before its first one after that.
+    assert unreadable == ["commit of 4"]
 
 
 @pytest.mark.slow
