@@ -115,6 +115,8 @@ class Bench:
     def _check_capture(self, found: dict[str, Saves]) -> None:
         """Compare when the trainer may go on, in later saves."""
         ours = found[_OURS].median("captured")
+        what = f"{found[_OURS].place}: aiostage has captured / a copy into warm memory, which nobody can undercut"
+        self.checks.append(Check(what, ours / found[_OURS].median("copy"), 1.25))
         for way in RIVALS:
             if not found[way].failure:
                 what = f"{found[way].place}: {way} gives control back / aiostage has captured"
@@ -138,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, separated by commas")
     parser.add_argument("--gib", type=float, default=2, help="size of a state dict")
-    parser.add_argument("--server-gib", type=float, default=0.5, help="the same for the real server")
+    parser.add_argument("--server-gib", type=float, default=0.25, help="the same for the real server")
     parser.add_argument("--saves", type=int, default=3, help="how many in each way")
     parser.add_argument("--rounds", type=int, default=3, help="of what is measured in turns")
     parser.add_argument("--quick", action="store_true", help="an eighth of the bytes, to see that it works")

@@ -27,11 +27,15 @@ Save: TypeAlias = Callable[[dict[str, Any], str], Awaitable[float]]
 @asynccontextmanager
 async def with_aiostage(place: Place, nbytes: int, *, share: float | None = None) -> AsyncIterator[Save]:
     """This library; with a budget for host memory that is a share of the state dict."""
-    budget = int(nbytes * share) if share is not None else None
-    async with aiostage.AsyncStager(aiostage.StagingOptions(max_host_bytes=budget)) as stager:
+    options = aiostage.StagingOptions(max_host_bytes=int(nbytes * share) if share is not None else None)
+    async with aiostage.AsyncStager(options) as stager, aiostage.Checkpointer(place.storage, stager) as checkpoints:
 
         async def save(tree: dict[str, Any], name: str) -> float:
-            return (await aiostage.save(tree, (place.storage, name), stager=stager)).captured
+            begin = perf_counter()
+            handle = await checkpoints.save(int(name.removeprefix("step-")), tree)
+            captured = perf_counter() - begin
+            await handle.committed()
+            return captured
 
         yield save
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from delays import LoopDelay, percentile
+from peers import LimitInThread
 from places import PLACES
 from savers import SAVERS
 
@@ -36,9 +37,9 @@ class Saves:
     Attributes:
         place: Where to.
         way: How.
-        found: For each save the seconds of the raw write, until the source was free, and until it was complete; the
-            growth of memory at its peak, in bytes; seconds of processor time; and the loop's delays, in seconds, at the
-            99th percentile and at worst.
+        found: For each save the seconds of the raw write, of a copy of the tensors into warm memory, until the source
+            was free, and until it was complete; the growth of memory at its peak, in bytes; seconds of processor time;
+            and the loop's delays, in seconds, at the 99th percentile and at worst.
         failure: Why there are none.
     """
 
@@ -92,13 +93,18 @@ async def measure(way: str, place_name: str, nbytes: int, saves: int, directory:
     """Save a few times in this process."""
     tree = {f"layer{n}": torch.rand(nbytes // TENSORS // 4) for n in range(TENSORS)}
     place = PLACES[place_name][0](directory, nbytes)
+    copying = LimitInThread()
+    await copying.stage(tree)
     found = []
     before = resident("VmRSS")
     async with SAVERS[way](place, nbytes) as save:
         for number in range(saves):
             # Whatever drifts is for the one as often as for the other.
             limit = await place.timed_raw() if number % 2 == 0 else 0.0
-            name = f"checkpoint{number}"
+            begin = perf_counter()
+            await copying.stage(tree)
+            copied = perf_counter() - begin
+            name = f"step-{number:08}"
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")
             used = resource.getrusage(resource.RUSAGE_SELF)
@@ -112,6 +118,7 @@ async def measure(way: str, place_name: str, nbytes: int, saves: int, directory:
             found.append(
                 {
                     "raw": limit or await place.timed_raw(),
+                    "copy": copied,
                     "captured": captured,
                     "committed": committed,
                     "peak": peak,
