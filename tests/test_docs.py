@@ -19,6 +19,7 @@ import pytest
 import aiostage
 import aiostage.abc
 import aiostage.checkpoint.progress
+import aiostage.dcp
 import aiostage.observe
 import aiostage.sharing
 import aiostage.testing
@@ -130,7 +131,8 @@ def test_the_reference_has_every_public_name(name: str) -> None:
 def test_public_modules_are_found() -> None:
     assert {"aiostage", "aiostage.checkpoint.verify", "aiostage.integrations.tqdm"} <= set(public_modules())
     assert "aiostage.checkpoint.writer" not in public_modules()
-    assert set(exported(public_modules()["aiostage"])) == set(aiostage.__all__)
+    for module in (aiostage, aiostage.dcp):
+        assert set(exported(public_modules()[module.__name__])) == set(module.__all__)
 
 
 @pytest.mark.parametrize(
