@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import mmap
 import random
@@ -90,7 +91,9 @@ async def turns(
 
 
 async def _measure(peer: Peer, tree: Any, samples: Samples) -> None:
-    # The threads of the peer before, which spin for a while in case there is more to do, fall asleep.
+    # What the peer before has left to be collected is its own, and its threads, which spin for a while in case there
+    # is more to do, fall asleep.
+    gc.collect()
     await asyncio.sleep(_PAUSE_SECONDS)
     if type(peer) is Limit:
         begin = perf_counter()

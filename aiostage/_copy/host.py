@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from operator import attrgetter
 from time import sleep
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
-from aiostage._capture.plan import Batch
+from aiostage._capture.plan import RUN_LEAVES, Batch
 from aiostage._copy.gather import Gather, one_thread
 from aiostage._loop.workers import Job
 
@@ -22,7 +22,7 @@ __all__ = ["HostCopy", "copy_tensors"]
 
 T = TypeVar("T")
 
-_PIECE_BYTES = 4 * 2**20
+_PIECE_BYTES = 2 * 2**20
 """How much is moved between two looks at whether anybody still wants it: 0.2 ms into warm memory, and up to 10 ms where
 a virtual machine has to ask its host for every page."""
 
@@ -114,18 +114,45 @@ class HostCopy:
                         return False
                     gather.run(start, start + at_once)
                     _yield_core()
-            return self._copy_tensors()
-
-    def _copy_tensors(self) -> bool:
-        """Copy what takes more than moving bytes."""
-        destinations = [destination for destination, _ in self._pieces]
-        sources = [source for _, source in self._pieces]
-        for index, source_leaf in self._apart:
-            destinations.append(self._staged[index])
-            sources.append(source_leaf)
-        if destinations:
-            copy_tensors(destinations, sources)
+            for destinations, sources in self._in_pieces():
+                if job.cancelled:
+                    return False
+                copy_tensors(destinations, sources)
+                _yield_core()
         return True
+
+    def _in_pieces(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Return what takes more than moving bytes, in lots of about a piece each."""
+        destinations: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        nbytes = 0
+        for destination, source in self._pairs():
+            destinations.append(destination)
+            sources.append(source)
+            nbytes += source.nbytes
+            if nbytes >= _PIECE_BYTES or len(sources) >= RUN_LEAVES:
+                yield destinations, sources
+                destinations, sources, nbytes = [], [], 0
+        if sources:
+            yield destinations, sources
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for destination, source in self._pieces:
+            yield from _cut(destination, source)
+        for index, source in self._apart:
+            destination = self._staged[index]
+            if type(source) in PLAIN_CLASSES and source.is_contiguous() and destination.is_contiguous():
+                yield from _cut(destination.detach().view(-1), source.detach().view(-1))
+            else:
+                yield destination, source
+
+
+def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut one-dimensional tensors of one length into pieces."""
+    at_once = _PIECE_BYTES // source.itemsize
+    if len(source) <= at_once:
+        return iter(((destination, source),))
+    return zip(torch.split(destination, at_once), torch.split(source, at_once), strict=True)
 
 
 def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
