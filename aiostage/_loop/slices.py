@@ -77,21 +77,27 @@ class Slices:
         """
         _collection_pause.begin()
         try:
+            if self._used and self._used >= self.max_hold * _SHARE:
+                await self._turn(beside)
             while True:
                 try:
                     self._slice(work)
                 except StopIteration as stop:
                     result: T = stop.value
                     return result
-                self.yields += 1
-                _collection_pause.renew()
-                if beside is not None and beside.busy:
-                    let_threads_run()
-                await checkpoint()
-                self._used = 0.0
+                await self._turn(beside)
         finally:
             work.close()
             _collection_pause.end()
+
+    async def _turn(self, beside: Job | None) -> None:
+        """Let others run."""
+        self.yields += 1
+        _collection_pause.renew()
+        if beside is not None and beside.busy:
+            let_threads_run()
+        await checkpoint()
+        self._used = 0.0
 
     def _slice(self, work: Generator[None, None, object]) -> None:
         begin = perf_counter()
