@@ -109,12 +109,12 @@ class Snapshot(Generic[T]):
     @property
     def memory(self) -> range:
         """The addresses of the staged memory; empty until the snapshot is entered."""
-        return self._staging.memory
+        return self._staging.landing.memory
 
     @property
     def window(self) -> Window | None:
         """What the bytes pass through if they do not fit ``max_host_bytes``; the addresses then have no memory."""
-        return self._staging.window
+        return self._staging.landing.window
 
     async def fill(self) -> None:
         """Copy through the window, if there is one, as its consumer makes room; returns when all is under way.
@@ -157,7 +157,7 @@ class Snapshot(Generic[T]):
         """
         if self._state != "captured":
             self._check_entered()
-            if not await self._staging.landed(address, nbytes):
+            if not await self._staging.landing.bytes(address, nbytes):
                 await self._complete()
 
     def order_before(self, stream: Any | None = None, *, parts: Iterable[Path] | None = None) -> None:
@@ -195,7 +195,7 @@ class Snapshot(Generic[T]):
         self._check_whole()
         staging = self._staging
         for number, batch in staging.in_order():
-            if self._state != "captured" and not await staging.land(number):
+            if self._state != "captured" and not await staging.landing.batch(number):
                 # Failed, abandoned or closed: completing says which.
                 break
             for index in filter(staging.is_whole, batch.lands):
@@ -228,12 +228,15 @@ class Snapshot(Generic[T]):
         captured, self._state, self._tree = self._state == "captured", "left", None
         if not captured:
             await self._staging.abandon(error)
+        # A coroutine that is being closed may not wait.
+        elif not isinstance(error, GeneratorExit):
+            await self._staging.drop()
         self._staging.staged = []
-        if self._staging.window is not None:
-            self._staging.window.close()
+        if self._staging.landing.window is not None:
+            self._staging.landing.window.close()
 
     def _check_whole(self) -> None:
-        if self._staging.window is not None:
+        if self._staging.landing.window is not None:
             raise HostMemoryError(
                 f"the {self.nbytes} bytes of the copy only pass through memory, for max_host_bytes would not hold two.",
                 remedy="Give the snapshot to save(), or make it without streamed=True.",

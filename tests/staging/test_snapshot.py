@@ -51,6 +51,37 @@ class TestSnapshot:
                 assert stager.statistics().leases == 1
             assert stager.statistics().leases == 0
 
+    async def test_leaving_drops_many_leaves_in_steps_and_all_at_once_when_cancelled(self):
+        source = {str(number): torch.ones(1) for number in range(20_000)}
+        options = StagingOptions(max_loop_hold=1e-9)
+        async with AsyncStager(options) as stager:
+            snapshot = stager.snapshot(source)
+            await snapshot.__aenter__()
+            await snapshot.captured()
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            counting = asyncio.ensure_future(count())
+            await snapshot.__aexit__(None, None, None)
+            counting.cancel()
+            assert turns >= 20
+            assert stager.statistics().leases == 0
+
+            await (cancelled := stager.snapshot(source)).__aenter__()
+            await cancelled.captured()
+            leaving = asyncio.ensure_future(cancelled.__aexit__(None, None, None))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            del leaving
+            assert stager.statistics().leases == 0
+
     async def test_leaving_early_abandons_the_staging(self):
         async with AsyncStager() as stager:
             with copies_held(stager) as release:
