@@ -44,6 +44,7 @@ class _Chunk:
     def __init__(self, specs: list[Spec], addresses: list[int]) -> None:
         self.specs = specs
         self.addresses = addresses
+        untrack_all((specs, addresses))
         self.check: Callable[..., bool] | None = None
 
     def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:

@@ -23,7 +23,7 @@ from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.collection import untrack_all
-from aiostage._loop.slices import Slices, exhausted
+from aiostage._loop.slices import Slices, collector_paused, exhausted
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError
@@ -107,7 +107,12 @@ class Staging:
         self._resources.check_open()
         self._resources.running.add(self)
         try:
-            await self._begin()
+            with collector_paused():
+                from_devices = await self._begin()
+            if from_devices:
+                await self._launch(from_devices)
+                # The next step may change what is in host memory without asking any stream.
+                await self.job.join()
         except BaseException as error:
             await self.abandon(error)
             raise
@@ -228,7 +233,8 @@ class Staging:
 
     # Its parts
 
-    async def _begin(self) -> None:
+    async def _begin(self) -> list[DeviceCopy]:
+        """Start the copies from host memory, and return those from devices."""
         if self._refused is not None:
             raise self._refused
         if not self._looked:
@@ -249,7 +255,7 @@ class Staging:
         if plan.nbytes and self._is_streamed(plan.nbytes):
             self.landing.window = Window(plan, self._options.max_host_bytes or plan.nbytes)
             await self._slices.run(self._make(plan, copies.outline))
-            return
+            return []
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
         if plan.nbytes:
             with Phase(self.timings, "memory"):
@@ -258,10 +264,7 @@ class Staging:
         with Phase(self.timings, "build"):
             from_devices = await self._slices.run(self._make(plan, copies.build), self.job)
         self.job.close()
-        if from_devices:
-            await self._launch(from_devices)
-            # The next step may change what is in host memory without asking any stream.
-            await self.job.join()
+        return from_devices
 
     async def _launch(self, copies: list[DeviceCopy]) -> None:
         if self.landing.flights is not None and copies:
@@ -344,14 +347,15 @@ class Staging:
                 raise self._reason
             if self.job.cancelled:
                 raise StagingError("the staging was abandoned while somebody waited for it.")
-        if self._options.detect_torn:
-            with Phase(self.timings, "check"):
-                await self._slices.run(self._look.changes.compare())
-            if self._look.changes.paths:
-                raise TornSnapshotError([format_path(path) for path in self._look.changes.paths])
-        if not early:
-            await self._rebuild()
-        await self._slices.run(self._look.walk.releasing())
+        with collector_paused():
+            if self._options.detect_torn:
+                with Phase(self.timings, "check"):
+                    await self._slices.run(self._look.changes.compare())
+                if self._look.changes.paths:
+                    raise TornSnapshotError([format_path(path) for path in self._look.changes.paths])
+            if not early:
+                await self._rebuild()
+            await self._slices.run(self._look.walk.releasing())
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._look.specs)

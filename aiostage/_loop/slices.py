@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from time import perf_counter
 from typing import TypeVar
@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop.collection import CollectionPause
 from aiostage._loop.workers import Job, let_threads_run
 
-__all__ = ["Slices", "exhausted"]
+__all__ = ["Slices", "collector_paused", "exhausted"]
 
 T = TypeVar("T")
 
@@ -110,6 +110,16 @@ class Slices:
         finally:
             self._used += perf_counter() - begin
             self.longest_hold = max(self.longest_hold, self._used)
+
+
+@contextmanager
+def collector_paused() -> Generator[None, None, None]:
+    """Keep the collector out between generators that are run one after another, too; it would come in right there."""
+    _collection_pause.begin()
+    try:
+        yield
+    finally:
+        _collection_pause.end()
 
 
 def exhausted(work: Generator[None, None, T]) -> T:
