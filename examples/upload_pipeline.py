@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import obstore
 import torch
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 from torch import nn
 
 import aiostage
@@ -137,7 +138,7 @@ def s3_server(binary: str) -> Iterator[str]:
         )
         try:
             deadline = time.monotonic() + 30
-            while not answers(f"{endpoint}/{BUCKET}"):
+            while not has_bucket(endpoint):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError("the S3 server did not come up")
                 time.sleep(0.05)
@@ -147,14 +148,20 @@ def s3_server(binary: str) -> Iterator[str]:
             process.wait()
 
 
-def answers(url: str) -> bool:
-    """Return whether a bucket is there; it refuses whoever does not sign."""
+def has_bucket(endpoint: str) -> bool:
+    """Return whether the server answers, and has made its bucket, which it does a moment later."""
+    store = S3Store(
+        BUCKET,
+        endpoint=endpoint,
+        access_key_id=ACCESS_KEY,
+        secret_access_key=SECRET_KEY,
+        region="us-east-1",
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
     try:
-        urllib.request.urlopen(url, timeout=1).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code == 403
-    except OSError:
+        obstore.list(store).collect()
+    except BaseError:
         return False
     return True
 
