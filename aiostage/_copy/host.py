@@ -26,6 +26,9 @@ _PIECE_BYTES = 2 * 2**20
 """How much is moved between two looks at whether anybody still wants it: 0.2 ms into warm memory, and up to 10 ms where
 a virtual machine has to ask its host for every page."""
 
+_CONVERTED_BYTES = 4 * 2**20
+"""The same where torch copies value by value, which costs a little for each call."""
+
 _MOVED_BYTES = 256 * 1024
 """From this size on a leaf is copied by a call of its own, whose cost does not show there."""
 
@@ -130,7 +133,7 @@ class HostCopy:
             destinations.append(destination)
             sources.append(source)
             nbytes += source.nbytes
-            if nbytes >= _PIECE_BYTES or len(sources) >= RUN_LEAVES:
+            if nbytes >= _CONVERTED_BYTES or len(sources) >= RUN_LEAVES:
                 yield destinations, sources
                 destinations, sources, nbytes = [], [], 0
         if sources:
@@ -149,7 +152,7 @@ class HostCopy:
 
 def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Cut one-dimensional tensors of one length into pieces."""
-    at_once = _PIECE_BYTES // source.itemsize
+    at_once = _CONVERTED_BYTES // source.itemsize
     if len(source) <= at_once:
         return iter(((destination, source),))
     return zip(torch.split(destination, at_once), torch.split(source, at_once), strict=True)
