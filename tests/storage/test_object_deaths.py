@@ -90,7 +90,7 @@ def test_whoever_begins_again_ends_what_the_dead_have_begun_and_not_the_living(s
     """With clocks as they are, and leases as short as these clocks allow."""
     prefix, lease_seconds = f"run-{secrets.token_hex(4)}", 3.0
     storage = ObjectStorage(S3Store(BUCKET, **s3_server.options()), prefix, lease_seconds=lease_seconds)
-    stalled, slow = Fault("stall", "/dead/.*partNumber="), Fault("slow", "/alive/.*partNumber=", 1, number=PART // 9)
+    stalled, slow = Fault("stall", "/dead/.*partNumber="), Fault("slow", "/alive/.*partNumber=1&", 1, number=PART // 9)
 
     def being_written() -> list[str]:
         return sorted(key.split("/")[1] for key in open_uploads(s3_server, prefix))
