@@ -14,29 +14,53 @@ import torch
 __all__ = ["Gather", "one_thread"]
 
 
+_MOST_ELEMENTS = 2**62
+"""Well below what torch counts elements with."""
+
+
 class Gather:
     """Rows of equal size, each anywhere in host memory, to be written one after another.
 
-    To torch the memory from the first row to the last is one tensor whose rows overlap, one beginning at every byte;
-    ``index_select`` then takes those that are wanted, and touches nothing else. What it needs is a list of numbers.
-    Concatenation takes as many tensor objects apart, under the GIL, at three to four times the cost for rows of 1 KiB.
+    To torch the memory from the first row to the last is one tensor whose rows overlap, one beginning wherever a row
+    could; ``index_select`` then takes those that are wanted, and touches nothing else. What it needs is a list of
+    numbers. Concatenation takes as many tensor objects apart, under the GIL, at three to four times the cost for rows
+    of 1 KiB.
 
     Args:
-        addresses: Where the rows begin.
-        nbytes: Size of each row, in bytes, more than 0.
-        destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements, kept alive.
+        rows: All that a row could be, as one two-dimensional uint8 tensor.
+        indices: Which of them.
+        destination: Two-dimensional uint8, kept alive.
     """
 
     __slots__ = ("_destination", "_indices", "_rows")
 
-    def __init__(self, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> None:
+    def __init__(self, rows: torch.Tensor, indices: torch.Tensor, destination: torch.Tensor) -> None:
+        self._rows = rows
+        self._indices = indices
+        self._destination = destination
+
+    @classmethod
+    def over(cls, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> Gather | None:
+        """Return how to gather rows, or None if they are too large for how far apart they are.
+
+        Args:
+            addresses: Where the rows begin.
+            nbytes: Size of each row, in bytes, more than 0.
+            destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements.
+        """
         indices = np.array(addresses, dtype=np.int64)
         first, last = int(indices.min()), int(indices.max())
         indices -= first
+        # The largest power of two that divides all: the allocator's alignment, as a rule.
+        bits = int(np.bitwise_or.reduce(indices))
+        step = bits & -bits or 1
+        indices //= step
+        count = (last - first) // step + 1
+        if count * nbytes > _MOST_ELEMENTS:
+            return None
         extent = torch.from_numpy(np.asarray(_Extent(first, last - first + nbytes)))
-        self._rows = extent.as_strided((last - first + 1, nbytes), (1, 1))
-        self._indices = torch.from_numpy(indices)
-        self._destination = torch.from_numpy(destination).view(-1, nbytes)
+        rows = extent.as_strided((count, nbytes), (step, 1))
+        return cls(rows, torch.from_numpy(indices), torch.from_numpy(destination).view(-1, nbytes))
 
     def __len__(self) -> int:
         return len(self._indices)

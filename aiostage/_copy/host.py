@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from operator import attrgetter
 from time import sleep
 from typing import Any, TypeVar
@@ -71,15 +71,17 @@ class HostCopy:
             indices = list(chain.from_iterable(run.indices for run in runs))
             if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
                 self._apart += zip(indices, _pick(tensors, indices), strict=True)
-            elif spec.nbytes >= _MOVED_BYTES:
-                for run in runs:
-                    for number, index in enumerate(run.indices):
-                        self._moves.append((base + run.offset + number * spec.nbytes, addresses[index], spec.nbytes))
-            else:
-                # Runs of one spec follow each other in the arena too.
-                slots = memory[runs[0].offset : runs[-1].offset + runs[-1].nbytes]
-                gather = Gather(_pick(addresses, indices), spec.nbytes, slots)
+                continue
+            # Runs of one spec follow each other in the arena too.
+            start, stop = runs[0].offset, runs[-1].offset + runs[-1].nbytes
+            begins = _pick(addresses, indices)
+            small = spec.nbytes < _MOVED_BYTES
+            gather = Gather.over(begins, spec.nbytes, memory[start:stop]) if small else None
+            if gather is not None:
                 self._gathers.append((gather, max(1, _PIECE_BYTES // spec.nbytes)))
+            else:
+                places = range(base + start, base + stop, spec.nbytes)
+                self._moves += zip(places, begins, repeat(spec.nbytes), strict=False)
         for piece in batch.pieces:
             spec, tensor = _known(specs[piece.index]), tensors[piece.index]
             if _is_memory(spec):
