@@ -34,20 +34,15 @@ class Leaf:
         node: Of the tree.
         tensor: In host memory, its elements being what they look like (no conjugate or negative view).
         address: Of its first element.
-        extent: How many elements of memory lie between the first and one past the last.
+        stop: One past the last address.
         contiguous: Whether its elements lie in index order without gaps.
     """
 
     node: Node
     tensor: torch.Tensor
     address: int
-    extent: int
+    stop: int
     contiguous: bool
-
-    @property
-    def stop(self) -> int:
-        """One past the last address."""
-        return self.address + self.extent * self.tensor.element_size()
 
 
 @dataclass(slots=True)
@@ -95,26 +90,27 @@ def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], li
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.detach().resolve_conj().resolve_neg()
         contiguous = tensor.is_contiguous()
-        address = extent = 0
-        if tensor.numel():
-            extent = tensor.numel() if contiguous else _extent(tensor)
-            address = _address(node, tensor, extent)
-        leaves.append(Leaf(node, tensor, address, extent, contiguous))
+        address = stop = 0
+        if count := tensor.numel():
+            nbytes = (count if contiguous else _extent(tensor)) * tensor.element_size()
+            address = _address(node, tensor, nbytes)
+            stop = address + nbytes
+        leaves.append(Leaf(node, tensor, address, stop, contiguous))
         starts.append(address)
-        stops.append(address + extent * tensor.element_size())
+        stops.append(stop)
         if index % _CHUNK == 0:
             yield
     return leaves, starts, stops
 
 
-def _address(node: Node, tensor: torch.Tensor, extent: int) -> int:
+def _address(node: Node, tensor: torch.Tensor, nbytes: int) -> int:
     """Return where the memory of a tensor starts, if it has all that it needs."""
     try:
         address = tensor.data_ptr()
         available = tensor.untyped_storage().nbytes()
     except RuntimeError as error:
         raise _refused(node, f"its memory cannot be looked at: {error}") from error
-    if address == 0 or (tensor.storage_offset() + extent) * tensor.element_size() > available:
+    if address == 0 or tensor.storage_offset() * tensor.element_size() + nbytes > available:
         raise _refused(node, "its storage is smaller than its elements")
     return address
 
@@ -180,13 +176,25 @@ def file_tensors(
         if index not in done:
             group = group_of.get(index)
             if group is None:
-                found.append(_alone(leaf, [leaf], names))
+                found.append(_plain(leaf, names) or _alone(leaf, [leaf], names))
             else:
                 done.update(group)
                 found.append(_shared([leaves[member] for member in sorted(group)], names))
         if index % _CHUNK == 0:
             yield
     return found
+
+
+def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
+    """Write a leaf that its name alone describes, as most are, in the fewest steps; None if it is not such."""
+    node, tensor = leaf.node, leaf.tensor
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None or node.form or not leaf.contiguous:
+        return None
+    name = names.name(node)
+    node.form = {"name": name}
+    shape, nbytes = tuple(tensor.shape), leaf.stop - leaf.address
+    return FileTensor(name, dtype, shape, nbytes, tensor.element_size(), leaf.address, tensor)
 
 
 def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
@@ -196,7 +204,10 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
     if (
         not leaf.contiguous
         and count
-        and (leaf.extent > MAX_SPREAD * count or not is_injective(tensor.shape, tensor.stride()))
+        and (
+            leaf.stop - leaf.address > MAX_SPREAD * count * tensor.element_size()
+            or not is_injective(tensor.shape, tensor.stride())
+        )
     ):
         return _memory(sharers, names)
     name = names.name(leaf.node)
@@ -330,5 +341,6 @@ def _prefix(node: Node) -> str | None:
 
 def _step(node: Node) -> str:
     """Return a node's key as it stands in names."""
-    step = str(node.key) if isinstance(node.key, (str, int)) else repr(node.key)[:MAX_TENSOR_NAME]
+    key = node.key
+    step = str(key) if isinstance(key, (str, int)) else repr(key)[:MAX_TENSOR_NAME]
     return step if step.isascii() else step.encode("utf-8", "backslashreplace").decode()

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
 from itertools import islice
+from json.encoder import encode_basestring_ascii
 from typing import Any
 from weakref import ref
 
@@ -273,7 +274,7 @@ def _lines(node: Node) -> Iterator[str]:
     """Iterate over the lines of one node; what does not fit the first is in lines that add to it."""
     if node.kind == "tensor" and node.form.keys() == _NAME_ONLY and not node.children and not node.attributes:
         # Most nodes are such.
-        yield f'{{"is":"tensor","name":{_dump(node.form["name"])}}}'
+        yield f'{{"is":"tensor","name":{encode_basestring_ascii(node.form["name"])}}}'
         return
     line: dict[str, Any] = {"is": node.kind, **node.form}
     if node.attributes:

@@ -54,7 +54,7 @@ def is_inline(value: Any) -> bool:
     cls = type(value)
     if cls is str:
         # Surrogates survive JSON one by one but not in pairs.
-        return _is_encodable(value)
+        return value.isascii() or _is_encodable(value)
     if cls is int:
         return abs(int(value)) <= _EXACT_INTEGERS
     if cls is float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Sequence
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 import torch
@@ -64,9 +65,6 @@ _CHUNK = 256
 
 _WHITESPACE = " \t\n\r"
 
-# json.dumps would make an encoder for each name.
-_quote = json.JSONEncoder(ensure_ascii=False).encode
-
 _RECORD_OVERHEAD = 96
 """Bytes of one record beyond its name and shape, at most: punctuation, keys, dtype and two 20-digit offsets."""
 
@@ -106,7 +104,7 @@ def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
     header = bytearray(HEADER_LENGTH_BYTES)
     header += b'{"__metadata__":{"format":"pt"}'
     for index, record in enumerate(records):
-        name = _quote(record.name)
+        name = encode_basestring(record.name)
         shape = ",".join(map(str, record.shape))
         header += (
             f',{name}:{{"dtype":"{record.dtype}","shape":[{shape}],"data_offsets":[{record.start},{record.stop}]}}'
