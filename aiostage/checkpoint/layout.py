@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,16 +60,15 @@ def tensor_files(
         The files; at least one.
     """
     if snapshot is not None:
-        tensors = sorted(tensors, key=partial(_place, snapshot.memory))
-        yield
+        tensors = yield from _in_order(tensors, snapshot.memory)
         if snapshot.window is not None:
             _check_order(tensors, snapshot.memory)
     shards = yield from _shards(tensors, max_shard_bytes)
     files = []
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # Every tensor is then aligned to its elements, without the gaps that the format forbids.
-        shard.sort(key=lambda tensor: -tensor.element_bytes)
+        if snapshot is None:
+            shard = yield from _in_order(shard)
         header = yield from write_header(_records(shard))
         contents: list[Content] = [torch.frombuffer(header, dtype=torch.uint8)]
         yield from _add_memory(shard, contents)
@@ -77,10 +76,37 @@ def tensor_files(
     return files
 
 
-def _place(memory: range, tensor: FileTensor) -> tuple[int, int]:
-    """Return what to sort tensors by: every one aligned to its elements, and then by their places in memory."""
-    address = tensor.address
-    return -tensor.element_bytes, address - memory.start if address in memory else len(memory)
+def _in_order(tensors: Sequence[FileTensor], memory: range | None = None) -> Generator[None, None, list[FileTensor]]:
+    """Sort tensors by the size of their elements, and then by their places in memory, if any.
+
+    With the largest elements first, every tensor is aligned to its own, without the gaps that the format forbids.
+    """
+    by_size = defaultdict[int, list[FileTensor]](list)
+    for index, tensor in enumerate(tensors):
+        by_size[tensor.element_bytes].append(tensor)
+        if index % _CHUNK == 0:
+            yield
+    ordered: list[FileTensor] = []
+    for size in sorted(by_size, reverse=True):
+        ordered += by_size[size] if memory is None else (yield from _by_place(by_size[size], memory))
+    return ordered
+
+
+def _by_place(tensors: list[FileTensor], memory: range) -> Generator[None, None, list[FileTensor]]:
+    """Sort tensors by their places in memory; those outside are last."""
+    places: list[int] = []
+    last, sorted_already = 0, True
+    for index, tensor in enumerate(tensors):
+        address = tensor.address
+        place = address - memory.start if address in memory else len(memory)
+        sorted_already = sorted_already and last <= place
+        last = place
+        places.append(place)
+        if index % _CHUNK == 0:
+            yield
+    if sorted_already:
+        return tensors
+    return [tensors[index] for index in sorted(range(len(places)), key=places.__getitem__)]
 
 
 def _check_order(tensors: Sequence[FileTensor], memory: range) -> None:
