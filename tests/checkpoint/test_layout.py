@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage.checkpoint.blocks import FileTensor, groups
-from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, index_content, tensor_files
+from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, _in_order, index_content, tensor_files
 from tests.exhausting import exhaust
 
 
@@ -118,3 +118,18 @@ def test_leaves_that_overlap_are_grouped_and_no_others(spans: list[tuple[int, in
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_leaves(count: int) -> None:
     assert groups([4096] * count, [5000] * count) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from((1, 2, 4, 8)), st.integers(0, 12)), max_size=30))
+def test_tensors_are_sorted_by_elements_and_then_by_memory(described: list[tuple[int, int]]) -> None:
+    memory = range(4, 9)
+    tensors = [FileTensor(str(i), "U8", (8,), 8, size, at, None) for i, (size, at) in enumerate(described)]
+    found = exhaust(_in_order(tensors, memory))
+    keys = [(-size, at - memory.start if at in memory else len(memory)) for size, at in described]
+    assert [int(tensor.name) for tensor in found] == sorted(range(len(keys)), key=keys.__getitem__)
+
+
+@pytest.mark.parametrize("memory", [None, range(1, 10_001)])
+def test_tensors_are_sorted_in_steps(memory: range | None) -> None:
+    tensors = [FileTensor("", "U8", (1,), 1, 1, 1 + place, None) for place in range(10_000)]
+    assert sum(1 for _ in _in_order(tensors, memory)) >= 10_000 / 256
