@@ -94,11 +94,11 @@ class Selection:
     def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
-        todo: list[tuple[int, Place]] = [(root, None)] if root is not None else []
+        pending: list[tuple[int, Place]] = [(root, None)] if root is not None else []
         seen: set[int] = set()
         count = 0
-        while todo and self._unmatched:
-            index, place = todo.pop()
+        while pending and self._unmatched:
+            index, place = pending.pop()
             if index in seen or table.forms[index]["is"] not in LOOKED_INTO:
                 continue
             seen.add(index)
@@ -107,7 +107,7 @@ class Selection:
                 self.chooses(path_to(here))
                 node = table.node(child)
                 if node is not None:
-                    todo.append((node, here))
+                    pending.append((node, here))
                 count += 1
                 if count % _CHUNK == 0:
                     yield
@@ -144,11 +144,11 @@ class _Pruning:
 
     def _look(self, root: int) -> Generator[None, None, None]:
         """Walk from the root through what may be kept in part."""
-        todo: list[tuple[int, Place]] = [(root, None)]
+        pending: list[tuple[int, Place]] = [(root, None)]
         self._partly.add(root)
         count = 0
-        while todo:
-            index, place = todo.pop()
+        while pending:
+            index, place = pending.pop()
             found: list[tuple[int, Place]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
                 here = (shown(key), place)
@@ -167,24 +167,24 @@ class _Pruning:
                 count += 1
                 if count % _CHUNK == 0:
                     yield
-            todo += reversed(found)
+            pending += reversed(found)
 
     def _keep(self, index: int, number: int) -> None:
         """Keep a child of a container, and the container for whoever has it."""
-        todo = [(index, number)]
-        while todo:
-            index, number = todo.pop()
+        pending = [(index, number)]
+        while pending:
+            index, number = pending.pop()
             kept = self._kept.setdefault(index, set())
             first = not kept
             kept.add(number)
             if first:
-                todo += self._parents.get(index, ())
+                pending += self._parents.get(index, ())
 
     def _keep_below(self, index: int) -> Generator[None, None, None]:
         """Keep a node and everything below it."""
-        todo = [index]
-        while todo:
-            index = todo.pop()
+        pending = [index]
+        while pending:
+            index = pending.pop()
             if index in self._whole or self._table.forms[index]["is"] not in LOOKED_INTO:
                 continue
             self._whole.add(index)
@@ -193,7 +193,7 @@ class _Pruning:
             for _, child in self._table.edges(index):
                 node = self._table.node(child)
                 if node is not None:
-                    todo.append(node)
+                    pending.append(node)
             yield
 
     def _cut(self, index: int) -> None:

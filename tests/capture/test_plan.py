@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aiostage._capture import plan as module
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import MixedCast, Plan, compile_plan
-from tests.exhausting import exhaust
+from aiostage._loop.slices import exhausted
 
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.uint8, torch.float16, torch.float32, torch.complex64, torch.complex128]
@@ -35,7 +35,7 @@ def spec(
 
 
 def compiled(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Plan:
-    return exhaust(compile_plan(specs, addresses))
+    return exhausted(compile_plan(specs, addresses))
 
 
 @contextmanager

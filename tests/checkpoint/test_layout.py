@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiostage._loop.slices import exhausted
 from aiostage.checkpoint.blocks import FileTensor, groups
 from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, _in_order, index_content, tensor_files
-from tests.exhausting import exhaust
 
 
 def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:
@@ -22,7 +22,7 @@ def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:
 
 
 def files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[TensorFile]:
-    return exhaust(tensor_files(tensors, max_shard_bytes))  # type: ignore[no-any-return]
+    return exhausted(tensor_files(tensors, max_shard_bytes))  # type: ignore[no-any-return]
 
 
 def header(file: TensorFile) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_neighbours_in_memory_become_one_piece() -> None:
 
 def test_the_index_says_which_tensor_is_where() -> None:
     found = files([file_tensor(name, 40) for name in ("a", "b", 'with "quotes"')], 50)
-    (content,) = exhaust(index_content(found))
+    (content,) = exhausted(index_content(found))
     index = json.loads(bytes(content.numpy()))
     assert index["metadata"]["total_size"] == 120
     assert index["weight_map"] == {tensor.name: file.name for file in found for tensor in file.tensors}
@@ -124,7 +124,7 @@ def test_few_leaves(count: int) -> None:
 def test_tensors_are_sorted_by_elements_and_then_by_memory(described: list[tuple[int, int]]) -> None:
     memory = range(4, 9)
     tensors = [FileTensor(str(i), "U8", (8,), 8, size, at, None) for i, (size, at) in enumerate(described)]
-    found = exhaust(_in_order(tensors, memory))
+    found = exhausted(_in_order(tensors, memory))
     keys = [(-size, at - memory.start if at in memory else len(memory)) for size, at in described]
     assert [int(tensor.name) for tensor in found] == sorted(range(len(keys)), key=keys.__getitem__)
 

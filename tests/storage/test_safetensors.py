@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError
 from aiostage.storage.safetensors import (
     DTYPES,
@@ -21,16 +22,15 @@ from aiostage.storage.safetensors import (
     read_header,
     write_header,
 )
-from tests.exhausting import exhaust
 
 
 def header_of(*records: Record) -> bytes:
-    return bytes(exhaust(write_header(records)))
+    return bytes(exhausted(write_header(records)))
 
 
 def read(text: bytes | str, data_bytes: int) -> list[Record]:
     text = text.encode() if isinstance(text, str) else text
-    return exhaust(read_header(text, data_bytes, path="some/file"))
+    return exhausted(read_header(text, data_bytes, path="some/file"))
 
 
 def entry(dtype: str = "U8", shape: list[Any] | None = None, offsets: list[Any] | None = None) -> dict[str, Any]:
