@@ -98,6 +98,7 @@ class Leaves:
         self._early: dict[int, int] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._seen: set[int] = set()
+        self._noted = 0
         self._index: dict[int, int] = {}
         self._apart: dict[int, Composite] = {}
 
@@ -112,6 +113,7 @@ class Leaves:
         start = len(self.tensors)
         self._seen |= identities
         self.tensors += tensors
+        self._noted += len(tensors)
         return start
 
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -153,8 +155,9 @@ class Leaves:
     def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
         """Return the index of a tensor, and whether it was met for the first time."""
         identity = id(tensor)
-        if len(self._seen) < len(self.tensors):
-            self._seen.update(map(id, self.tensors))
+        if self._noted < len(self.tensors):
+            self._seen.update(map(id, self.tensors[self._noted :]))
+            self._noted = len(self.tensors)
         if identity in self._seen:
             if identity not in self._index:
                 done = len(self._index)
@@ -162,6 +165,7 @@ class Leaves:
             return self._index[identity], False
         self._seen.add(identity)
         self.tensors.append(tensor)
+        self._noted += 1
         return len(self.tensors) - 1, True
 
     def composite(self, index: int) -> Composite | None:
@@ -182,7 +186,7 @@ class Leaves:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
             NotPlain: If a tensor was appended twice.
         """
-        start, unsure, recognized = 0, len(self._seen) < len(self.tensors), True
+        start, unsure, recognized = 0, self._noted < len(self.tensors), True
         while start < len(self.tensors):
             chunk = self.tensors[start : start + CHUNK]
             known = inspection.chunks.get(start)

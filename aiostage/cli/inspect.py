@@ -90,10 +90,10 @@ async def _summary(storage: Storage, name: str) -> str:
 def _tree(outline: Outline) -> Iterator[str]:
     """Iterate over one line for each leaf, with its path; a container that is met again is only named."""
     table = outline.table
-    todo: list[tuple[str, Any]] = [("", table.root)]
+    pending: list[tuple[str, Any]] = [("", table.root)]
     paths: dict[int, str] = {}
-    while todo:
-        path, child = todo.pop()
+    while pending:
+        path, child = pending.pop()
         index = table.node(child)
         if index is None:
             yield f"{path or '.'} = {_short(child)}"
@@ -105,7 +105,7 @@ def _tree(outline: Outline) -> Iterator[str]:
             if form["is"] in LOOKED_INTO:
                 yield f"{path or '.'}: {form['is']} of {sum(1 for _ in table.edges(index))}"
                 below = [(f"{path}.{_key(key)}" if path else _key(key), value) for key, value in table.edges(index)]
-                todo += reversed(below)
+                pending += reversed(below)
             else:
                 yield f"{path or '.'}: {_leaf(outline, form)}"
 

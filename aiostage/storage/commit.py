@@ -273,9 +273,9 @@ def joined_path(target: str, ticket: str) -> str:
 
 def _directories(root: str) -> Iterator[tuple[str, list[str]]]:
     """Iterate over directories that are not checkpoints, each with the names of the directories in it."""
-    todo = [root]
-    while todo:
-        path = todo.pop()
+    pending = [root]
+    while pending:
+        path = pending.pop()
         names: list[str] = []
         links: list[str] = []
         try:
@@ -289,7 +289,7 @@ def _directories(root: str) -> Iterator[tuple[str, list[str]]]:
         for name in names:
             below = os.path.join(path, name)
             if _target(path, name) is None and not os.path.lexists(os.path.join(below, MANIFEST_NAME)):
-                todo.append(below)
+                pending.append(below)
 
 
 def _new_path(target: str) -> str:

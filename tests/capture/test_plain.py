@@ -7,7 +7,9 @@ import gc
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,20 +26,26 @@ from aiostage._loop.slices import exhausted
 from aiostage.leaf import Attribute
 
 
-def calls(work: Callable[[], object]) -> int:
-    """Count the calls of Python functions, which is what the loop is held for; calls into C are many leaves each."""
-    count = 0
+@contextmanager
+def counting_calls() -> Iterator[list[str]]:
+    """Note the calls of Python functions, which is what the loop is held for; calls into C are many leaves each."""
+    called: list[str] = []
 
-    def profile(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
 
     sys.setprofile(profile)
     try:
-        work()
+        yield called
     finally:
         sys.setprofile(None)
-    return count
+
+
+def calls(work: Callable[[], object]) -> int:
+    with counting_calls() as called:
+        work()
+    return len(called)
 
 
 def walked(tree: object, inspection: Inspection | None = None) -> PlainWalk:
@@ -278,19 +286,10 @@ class TestCosts:
         async with AsyncStager() as stager:
             for _ in range(3):
                 await stager.stage(tree)
-            count = 0
-
-            def profile(frame: object, event: str, argument: object) -> None:
-                nonlocal count
-                count += event == "call"
-
-            sys.setprofile(profile)
-            try:
+            with counting_calls() as called:
                 staged = await stager.stage(tree)
-            finally:
-                sys.setprofile(None)
             assert len(staged) == 20_000
-            assert count < 20_000
+            assert len(called) < 20_000
             # One gathering for a few thousand leaves.
             before = stager.statistics().copies
             await stager.stage(tree)

@@ -64,6 +64,19 @@ def storage() -> MemoryStorage:
     return MemoryStorage()
 
 
+def third_copy_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let the third batch and later ones be copied only when the event that is returned is set."""
+    run, started, written = HostCopy.run, iter(range(1000)), threading.Event()
+
+    def held(self: HostCopy, job: Job) -> bool:
+        if next(started) >= 2:
+            assert written.wait(30)
+        return run(self, job)
+
+    monkeypatch.setattr(HostCopy, "run", held)
+    return written
+
+
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("small")
 class TestStreaming:
@@ -71,19 +84,12 @@ class TestStreaming:
         self, storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
     ):
         """The third batch is not copied before the third part is written: a save that staged first would never end."""
-        started, written = iter(range(1000)), threading.Event()
-        run = HostCopy.run
-
-        def held(self: HostCopy, job: Job) -> bool:
-            if next(started) >= 2:
-                assert written.wait(30)
-            return run(self, job)
+        written = third_copy_waits(monkeypatch)
 
         async def before(operation: str, name: str) -> None:
             if storage.operations["part"] == 3:
                 written.set()
 
-        monkeypatch.setattr(HostCopy, "run", held)
         storage.before = before
         await aiostage.save(large(), (storage, "a"))
         assert_same(large(), await aiostage.load((storage, "a")))
@@ -91,20 +97,13 @@ class TestStreaming:
     async def test_what_changes_while_it_is_written_is_never_committed(
         self, storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
     ):
-        tree, written = large(), threading.Event()
-        run, started = HostCopy.run, iter(range(1000))
-
-        def held(self: HostCopy, job: Job) -> bool:
-            if next(started) >= 2:
-                assert written.wait(30)
-            return run(self, job)
+        tree, written = large(), third_copy_waits(monkeypatch)
 
         async def before(operation: str, name: str) -> None:
             if storage.operations["part"] == 3:
                 tree["w39"].add_(1)
                 written.set()
 
-        monkeypatch.setattr(HostCopy, "run", held)
         storage.before = before
         with pytest.raises(TornSnapshotError, match="w39"):
             await aiostage.save(tree, (storage, "a"))
