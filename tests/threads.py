@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Collection
 from contextlib import suppress
 from time import monotonic
 
 SOON = 10.0
+_LOOK_AGAIN = 0.2
 
 
 def until_none_of(names: str | tuple[str, ...], *, others: Collection[threading.Thread] = ()) -> None:
     """Wait until no thread whose name begins like that is left, apart from others; fail if they go on."""
     deadline = monotonic() + SOON
-    while alive := [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]:
+    while True:
+        # What an error's traceback keeps alive is often a circle, the owner of threads among it; and the last time,
+        # another thread may still have held on to it.
+        gc.collect()
+        alive = [t for t in threading.enumerate() if t.name.startswith(names) and t not in others]
+        if not alive:
+            return
         assert monotonic() < deadline, f"{alive} go on"
         for thread in alive:
             # One that is being started cannot be joined yet.
             with suppress(RuntimeError):
-                thread.join(SOON)
+                thread.join(_LOOK_AGAIN)

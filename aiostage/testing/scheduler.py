@@ -256,7 +256,8 @@ class Scheduler:
                 operation.run()
             except Exception as cause:
                 error = SimulatedDeviceError(f"{operation.name} on {stream.name} failed: {cause}")
-                error.__cause__ = cause
+                # A device keeps an error until it recovers, and no memory of the call that it met.
+                error.__cause__ = cause.with_traceback(None)
         with self.lock:
             stream.error = stream.error or error
             stream.time = finish

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -32,8 +31,6 @@ def nothing_left(names: tuple[str, ...] = ALL) -> Iterator[None]:
     before = descriptors()
     others = set(threading.enumerate())
     yield
-    # What an error's traceback keeps alive is often a circle, the owner of threads among it.
-    gc.collect()
     until_none_of(names, others=others)
     new = {number: name for number, name in descriptors().items() if before.get(number) != name}
     assert not new, new

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 async def until_given_back(accelerator: SimulatedAccelerator) -> None:
     """Wait until nothing of a device's memory is in use: what was abandoned is watched over by a thread."""
     for _ in range(1000):
+        gc.collect()
         accelerator.synchronize()
         statistics = accelerator.statistics()
         if statistics.allocated_bytes == statistics.registered_bytes == 0:

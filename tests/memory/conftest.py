@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +15,4 @@ def workers() -> Iterator[Workers]:
     workers = Workers(2, "test-memory")
     yield workers
     workers.stop()
-    # A test that keeps a failed task in a local is a circle with that task's traceback.
-    gc.collect()
     until_none_of(("test-memory", "aiostage-leases"), others=others)
