@@ -8,6 +8,7 @@ where bytes really lie, never another reference.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from typing import Any
 
 import anyio
 import numpy as np
-from anyio.abc import ObjectSendStream
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, Storage
-from aiostage.storage.files import aligned_memory
+from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.checkpoint.outgoing import OutgoingFile
 from aiostage.storage.manifest import with_placement
 from aiostage.storage.parts import PART_BYTES
 from aiostage.storage.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
@@ -30,8 +32,8 @@ from aiostage.storage.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Pl
 __all__ = ["Base", "IncrementalStorage"]
 
 _GROUP_BYTES = 4 * PART_BYTES
-"""How large the files are that changed blocks go to. Three of them are in memory at the most: one is being filled, one
-waits, one is being written."""
+"""How large the files are that changed blocks go to. Four of them are under way at the most: one is being filled, one
+waits, and two are being written, so that one has parts to write while the other becomes durable."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _IncrementalDraft(Draft):
         self._base = base
         self._worthwhile = worthwhile
         self._workers = workers
+        self._buffers = PartBuffers(PART_BYTES)
         self._files: dict[str, PlacedFile] = {}
         self._own: dict[Place, int] = {}
         self.placement: Placement | None = None
@@ -193,7 +196,9 @@ class _IncrementalDraft(Draft):
     async def _write_changed(self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]) -> PlacedFile:
         """Write the blocks of a file that have changed."""
         filled, full = anyio.create_memory_object_stream[_Group](0)
-        changes = _Changes(name, self._workers)
+        changes = _Changes(
+            name, self._workers, self._buffers, may_keep=isinstance(parts, OutgoingFile) and parts.may_be_kept
+        )
         blocks: list[str] = []
 
         async def fill() -> None:
@@ -211,14 +216,14 @@ class _IncrementalDraft(Draft):
                     del part
                 await changes.finish(filled)
 
-        async def write() -> None:
+        async def write(full: ObjectReceiveStream[_Group]) -> None:
             async with full:
                 async for group in full:
                     async with aclosing(group.parts()) as copies:
                         await self._draft.write(group.name, group.nbytes, copies)
                     self._own[None, group.name] = group.nbytes
 
-        await together(fill, write)
+        await together(fill, partial(write, full.clone()), partial(write, full))
         return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
 
     def _runs(
@@ -243,44 +248,72 @@ class _IncrementalDraft(Draft):
 
 
 class _Group:
-    """A file of changed blocks, while it is being filled and written."""
+    """A file of changed blocks: parts, all but the last of them full."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.nbytes = 0
-        self._memory: np.ndarray[Any, Any] = aligned_memory(_GROUP_BYTES)
+        self._parts: deque[np.ndarray[Any, Any]] = deque()
 
     @property
-    def room(self) -> int:
-        return _GROUP_BYTES - self.nbytes
+    def is_full(self) -> bool:
+        return self.nbytes == _GROUP_BYTES
 
-    def append(self, data: Buffer) -> None:
-        """Copy data. Blocks."""
-        self._memory[self.nbytes : self.nbytes + len(data)] = np.frombuffer(data, np.uint8)
+    def keep(self, part: Buffer) -> None:
+        """Add a whole part as it is."""
+        self._parts.append(np.frombuffer(part, np.uint8))
+        self.nbytes += PART_BYTES
+
+    def copy(self, data: Buffer, buffers: PartBuffers) -> None:
+        """Add a copy of data that the last part has room for. Blocks."""
+        start = self.nbytes % PART_BYTES
+        if start == 0:
+            self._parts.append(buffers.take())
+        self._parts[-1][start : start + len(data)] = np.frombuffer(data, np.uint8)
         self.nbytes += len(data)
 
     async def parts(self) -> AsyncGenerator[Buffer, None]:
-        for start in range(0, self.nbytes, PART_BYTES):
-            yield self._memory.data[start : min(start + PART_BYTES, self.nbytes)]
+        """Yield the parts, each of which goes when it has been written."""
+        left = self.nbytes
+        while left:
+            nbytes = min(PART_BYTES, left)
+            yield self._parts.popleft().data[:nbytes]
+            left -= nbytes
 
 
 class _Changes:
-    """The changed blocks of a file, collected into groups. They are copied, so that the parts can go at once."""
+    """The changed blocks of a file, collected into groups.
 
-    def __init__(self, name: str, workers: Workers) -> None:
+    Args:
+        name: Of the file.
+        workers: Copy.
+        buffers: To copy to.
+        may_keep: Whether parts may be kept until they are written. Otherwise blocks are copied, so that the parts can
+            go at once.
+    """
+
+    def __init__(self, name: str, workers: Workers, buffers: PartBuffers, *, may_keep: bool) -> None:
         self.pieces: list[Piece] = []
         self._names = (f"{name}.{number:05}" for number in count(1))
         self._workers = workers
+        self._buffers = buffers
+        self._may_keep = may_keep
         self._group: _Group | None = None
 
     async def add(self, data: Buffer, filled: ObjectSendStream[_Group]) -> None:
+        if self._may_keep and len(data) == PART_BYTES and self._group is not None and self._group.nbytes % PART_BYTES:
+            # A smaller file costs less than to copy this part, and all that come after it.
+            await self.finish(filled)
         while data:
             group = self._group = self._group or _Group(next(self._names))
-            taken = data[: group.room]
+            taken = data[: PART_BYTES - group.nbytes % PART_BYTES]
             append(self.pieces, Piece(None, group.name, group.nbytes, len(taken)))
-            await self._workers.run(partial(group.append, taken))
+            if self._may_keep and len(taken) == PART_BYTES:
+                group.keep(taken)
+            else:
+                await self._workers.run(partial(group.copy, taken, self._buffers))
             data = data[len(taken) :]
-            if not group.room:
+            if group.is_full:
                 await self.finish(filled)
 
     async def finish(self, filled: ObjectSendStream[_Group]) -> None:

@@ -54,6 +54,11 @@ class OutgoingFile:
         self._digests = [""] * len(parts)
         self._digesting = workers.job()
 
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether nobody waits for the memory of its parts, so that later ones come though earlier ones are kept."""
+        return self._snapshot is None or self._snapshot.window is None
+
     async def send(self, draft: Draft) -> FileRecord:
         """Write the file to a draft.
 

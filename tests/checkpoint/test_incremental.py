@@ -10,7 +10,10 @@ import torch
 import xxhash
 
 import aiostage
-from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer
+from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingOptions
+from aiostage.abc import Buffer
+from aiostage.checkpoint.buffers import PartBuffers
+from aiostage.checkpoint.incremental import _Group
 from aiostage.checkpoint.retention import name_of
 from aiostage.storage import LocalStorage
 from aiostage.storage.parts import PART_BYTES
@@ -89,11 +92,43 @@ async def test_everything_has_changed_and_much_of_it() -> None:
         for step in range(2):
             state = {"large": numbers(20_000_000, step), "small": torch.tensor(step)}
             await (await checkpoints.save(step, state)).committed()
-    # In files of limited size, so that no more than three of them are ever in memory.
+    # In files of limited size, so that no more than four of them are ever under way.
     sizes = {name: len(data) for name, data in storage.checkpoints[name_of(1)].items() if name != MANIFEST}
     assert sorted(sizes) == [f"model.safetensors.0000{n}" for n in (1, 2, 3)]
     assert max(sizes.values()) == 32 * MIB
     assert_same(state, await checkpoints.restore())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("max_host_bytes", [None, 96 * MIB])
+async def test_what_has_changed_is_copied_only_where_it_has_to_be(
+    max_host_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied_bytes = 0
+
+    def copy(group: _Group, data: Buffer, buffers: PartBuffers) -> None:
+        nonlocal copied_bytes
+        copied_bytes += len(data)
+        original(group, data, buffers)
+
+    original = _Group.copy
+    monkeypatch.setattr(_Group, "copy", copy)
+    storage = MemoryStorage()
+    state = {"tower": numbers(100 * MIB // 4, 0), "step": torch.tensor(0)}
+    async with (
+        AsyncStager(StagingOptions(max_host_bytes=max_host_bytes)) as stager,
+        Checkpointer(storage, stager, incremental=True) as checkpoints,
+    ):
+        await (await checkpoints.save(0, state)).committed()
+        # Whole parts stay where they are until they are written, unless their memory is waited for. In the end four
+        # blocks more are written: what is left of a file of which most was replaced.
+        for step, (start, stop, changed, apart) in enumerate([(0, 100, 100, 4), (4, 70, 67, 11), (20, 30, 15, 15)], 1):
+            state["tower"][start * MIB // 4 : stop * MIB // 4] += 1
+            copied_bytes = 0
+            info = await (await checkpoints.save(step, state)).committed()
+            assert info.written_bytes // MIB == changed
+            assert copied_bytes // MIB == (changed if max_host_bytes is not None else apart)
+            assert_same(state, await checkpoints.restore())
 
 
 @pytest.mark.asyncio
