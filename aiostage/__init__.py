@@ -1,4 +1,15 @@
-"""Asyncio-native staging of PyTorch checkpoints."""
+"""Asyncio-native staging of PyTorch checkpoints.
+
+``Checkpointer`` keeps the checkpoints of a run: saves them while training goes on, removes old ones, finds the latest.
+``save`` and ``load`` write and read one. ``AsyncStager`` makes the copy in host memory that they write, for any other use::
+
+    async with aiostage.Checkpointer("runs/first", keep=3) as checkpoints:
+        await checkpoints.save(step, state_dict)  # returns when captured; written while training goes on
+
+Further: ``aiostage.dcp`` for many ranks, ``aiostage.blocking`` for programs without an event loop, ``aiostage.storage``
+for object stores, ``aiostage.testing`` for tests. Everything raised on purpose is a ``StagingError``, or the standard
+exception for wrong arguments.
+"""
 
 from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery

@@ -23,6 +23,7 @@ ROWS = [
     {"checkpoint"},
     {"blocking", "dcp", "testing", "tracing"},
     {"integrations", "cli"},
+    {"__main__"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Storage moves bytes; it must not know how they were staged.

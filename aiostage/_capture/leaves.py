@@ -29,6 +29,7 @@ NO_VERSION = -1
 
 _address = torch.Tensor.data_ptr
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _DENSE = {"dense"}
 
 
@@ -49,7 +50,13 @@ class _Chunk:
 
     def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether the tensors are like those that the specs are of."""
-        return self.check is not None and len(tensors) == len(self.specs) and self.check(*tensors)
+        return (
+            self.check is not None
+            and len(tensors) == len(self.specs)
+            # The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
+            and not any(map(_is_nested, tensors))
+            and self.check(*tensors)
+        )
 
     def guard(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the guard. It costs as much as a look does, and pays once the same leaves have come twice."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from aiostage.checkpoint.composites import take_apart
+from aiostage.checkpoint.remedies import remedy_for
 from aiostage.checkpoint.values import (
     ARRAY_DTYPES,
     FACTORIES,
@@ -181,8 +182,7 @@ class TreeEncoder:
             raise _unsupported(
                 node,
                 f"an object of class {cls.__module__}.{cls.__qualname__} cannot be carried by JSON.",
-                "Put tensors, numbers, strings and plain containers into the state dict, for example what the "
-                "object's state_dict() returns.",
+                remedy_for(value),
             )
         for name, attribute in getattr(value, "__dict__", {}).items():
             node.attributes[name] = self._child(attribute, node, Attribute(name), found)
@@ -218,7 +218,9 @@ class TreeEncoder:
     def _enter_array(self, node: Node, found: list[Node]) -> None:
         array: np.ndarray[Any, Any] = node.value
         if array.dtype not in ARRAY_DTYPES:
-            raise _unsupported(node, f"a NumPy array of dtype {array.dtype} cannot be written to a file.", None)
+            raise _unsupported(
+                node, f"a NumPy array of dtype {array.dtype} cannot be written to a file.", remedy_for(array)
+            )
         node.kind = "ndarray"
         if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
             # torch cannot look at such memory; arrays in state dicts are small.

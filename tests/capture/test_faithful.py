@@ -124,6 +124,20 @@ class TestLayouts:
     def test_nested_in_strided_layout_is_refused(self) -> None:
         assert "strided" in refused(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])).reason
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_nested_in_the_place_of_one_that_has_come_often(self) -> None:
+        async def run() -> None:
+            tree = {"leaf": torch.ones(3)}
+            async with AsyncStager() as stager:
+                for _ in range(4):
+                    await stager.stage(tree)
+                tree["leaf"] = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+                # What recognizes leaves at C speed would end the process here.
+                with pytest.raises(UnsupportedLeafError, match="strided layout"):
+                    await stager.stage(tree)
+
+        asyncio.run(run())
+
     def test_without_data(self) -> None:
         assert "meta" in refused(torch.empty(3, device="meta")).reason
 

@@ -185,7 +185,7 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
 def test_as_a_program(checkpoint: Path) -> None:
     damage(checkpoint)
     outcome = subprocess.run(
-        [sys.executable, "-m", "aiostage.cli", "verify", str(checkpoint)],
+        [sys.executable, "-m", "aiostage", "verify", str(checkpoint)],
         capture_output=True,
         text=True,
         timeout=60,

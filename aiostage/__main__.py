@@ -1,4 +1,4 @@
-"""``python -m aiostage.cli``."""
+"""``python -m aiostage`` is the command ``aiostage``."""
 
 import sys
 
