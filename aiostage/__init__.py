@@ -1,7 +1,8 @@
 """Asyncio-native staging of PyTorch checkpoints.
 
 ``Checkpointer`` keeps the checkpoints of a run: saves them while training goes on, removes old ones, finds the latest.
-``save`` and ``load`` write and read one. ``AsyncStager`` makes the copy in host memory that they write, for any other use::
+``save`` and ``load`` write and read one. ``AsyncStager`` makes the copy in host memory that they write, for any other
+use::
 
     async with aiostage.Checkpointer("runs/first", keep=3) as checkpoints:
         await checkpoints.save(step, state_dict)  # returns when captured; written while training goes on

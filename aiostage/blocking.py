@@ -16,6 +16,7 @@ from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
 from aiostage.checkpoint.info import CheckpointInfo
+from aiostage.checkpoint.preemption import catchable
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
@@ -100,7 +101,7 @@ class Checkpointer:
             incremental=incremental,
             progress=progress,
         )
-        self._signals = tuple(save_on_signals)
+        self._signals = catchable(save_on_signals)
         self._exit: ExitStack | None = None
         self._portal: BlockingPortal | None = None
         self._preempted = threading.Event()

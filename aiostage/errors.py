@@ -125,7 +125,7 @@ class StorageError(CheckpointError, OSError):
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """A checkpoint and the live tree it is loaded into do not have the same leaves; nothing was changed.
+    """A checkpoint, or a staged copy, and the live tree it is to go into have not the same leaves; nothing was changed.
 
     Attributes:
         missing: Rendered paths that the live tree has and the checkpoint lacks.
@@ -134,7 +134,13 @@ class CheckpointMismatchError(CheckpointError, ValueError):
     """
 
     def __init__(
-        self, *, missing: Iterable[str] = (), unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
+        self,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        mismatched: Iterable[str] = (),
+        source: str = "the checkpoint",
+        remedy: str = "Load without into= to get the checkpoint as its own tree.",
     ) -> None:
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
@@ -142,16 +148,13 @@ class CheckpointMismatchError(CheckpointError, ValueError):
         parts = [
             f"{name}: {', '.join(paths)}"
             for name, paths in (
-                ("missing from the checkpoint", self.missing),
-                ("unexpected in the checkpoint", self.unexpected),
+                (f"missing from {source}", self.missing),
+                (f"unexpected in {source}", self.unexpected),
                 ("mismatched", self.mismatched),
             )
             if paths
         ]
-        super().__init__(
-            f"the checkpoint does not fit the live state dict; {'; '.join(parts)}.",
-            remedy="Load without into= to get the checkpoint as its own tree.",
-        )
+        super().__init__(f"{source} does not fit the live state dict; {'; '.join(parts)}.", remedy=remedy)
 
 
 class RankFailedError(CheckpointError, RuntimeError):

@@ -36,7 +36,7 @@ class AsyncStager(CheckpointStager):
 
     Raises:
         AcceleratorUnavailableError: If an option demands what this machine does not have.
-        TypeError: If the options are not :class:`StagingOptions`.
+        TypeError: If the options are not :class:`StagingOptions`, or the backend is no :class:`~aiostage.Backend`.
     """
 
     def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
@@ -45,6 +45,8 @@ class AsyncStager(CheckpointStager):
                 f"options must be aiostage.StagingOptions, not {options!r}. "
                 "StagingOptions.from_torch() takes over those of PyTorch's stagers."
             )
+        if backend is not None and not isinstance(backend, Backend):
+            raise TypeError(f"backend must be an aiostage.Backend, or None for torch.accelerator, not {backend!r}")
         self._options = options if options is not None else StagingOptions()
         backend = backend if backend is not None else default_backend()
         _check_available(self._options, backend)
@@ -234,8 +236,12 @@ def adapt(stager: Any) -> CheckpointStager:
         A cancelled ``stage`` waits for the stager to finish first.
 
     Raises:
-        TypeError: If the object has no ``stage`` method.
+        TypeError: If the object has no ``stage`` method, or is a :class:`CheckpointStager` already.
     """
+    if isinstance(stager, CheckpointStager):
+        raise TypeError(f"adapt takes a synchronous stager; {stager!r} is asynchronous already, so use it as it is")
+    if isinstance(stager, type):
+        raise TypeError(f"adapt takes a stager, not its class {stager.__qualname__}")
     if not callable(getattr(stager, "stage", None)):
         raise TypeError(f"adapt takes an object with a stage() method, not {type(stager).__qualname__}")
     return _Adapted(stager)

@@ -66,9 +66,11 @@ class Trace(Observer):
 
         Raises:
             OSError: If the file system refuses.
+            TypeError: If it is no path.
 
         When cancelled, the file may be incomplete.
         """
+        path = os.fspath(path)  # open() would take a number for a descriptor, and close it.
         events = await Slices(_MAX_HOLD).run(self._events())
         workers = Workers(1, "aiostage-trace")
         try:

@@ -11,7 +11,7 @@ import aiostage
 from tests.parsing import parse
 
 ROWS = [
-    {"_extras", "errors"},
+    {"_arguments", "_extras", "errors"},
     {"options", "leaf"},
     {"abc"},
     {"observe"},

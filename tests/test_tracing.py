@@ -63,6 +63,15 @@ async def test_a_save_and_a_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_number_is_no_path_and_is_not_closed() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(TypeError):
+        await Trace().write(writer)  # type: ignore[arg-type]
+    os.close(writer)
+    os.close(reader)
+
+
+@pytest.mark.asyncio
 async def test_failures_and_what_is_still_open(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "file").touch()

@@ -139,7 +139,13 @@ def _check(source: _Leaves, target: _Leaves) -> Generator[None, None, None]:
         if number % _AT_ONCE == 0:
             yield
     if missing or unexpected or mismatched:
-        raise CheckpointMismatchError(missing=missing, unexpected=unexpected, mismatched=mismatched)
+        raise CheckpointMismatchError(
+            missing=missing,
+            unexpected=unexpected,
+            mismatched=mismatched,
+            source="the staged copy",
+            remedy="Pass a live tree with the same leaves; an optimizer has its own only after its first step.",
+        )
 
 
 def _batches(source: _Leaves, target: _Leaves) -> Generator[None, None, list[_Batch]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from contextlib import nullcontext, suppress
 from functools import partial
+from inspect import iscoroutinefunction
 from itertools import count
 from time import monotonic
 from typing import Final
@@ -52,9 +53,13 @@ async def wait_event(event: SupportsQuery) -> None:
 
     Raises:
         StagingError: If ``query`` raises; its error is the cause. Every waiter gets an error of its own.
+        TypeError: If it has no ``query()``, or one that is a coroutine function, whose result would count as true.
 
     Cancelling changes nothing but that this waiter leaves.
     """
+    query = getattr(event, "query", None)
+    if not callable(query) or isinstance(event, type) or iscoroutinefunction(query):
+        raise TypeError(f"an event has a plain method query() that says whether it is done; {event!r} has none")
     await _wait(event, None, None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -15,12 +14,13 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from aiostage._arguments import check_flags, whole
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.load import load
-from aiostage.checkpoint.preemption import set_by_signals
+from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of, surplus
 from aiostage.checkpoint.saving import Saving
@@ -96,12 +96,13 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
-        if keep is not None and _whole("keep", keep) < 1:
+        if keep is not None and whole("keep", keep) < 1:
             raise ValueError(f"keep must be at least 1, or None to keep all, not {keep!r}")
-        if _whole("max_in_flight", max_in_flight) < 1:
+        if whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        check_flags(incremental=incremental)
         check_stager(stager)
         self._storage = storage_at(target)
         self._stager = stager
@@ -111,7 +112,7 @@ class Checkpointer:
         self._keep = keep
         self._keep_also = keep_also
         self._progress = progress
-        self._signals = tuple(signal.Signals(number) for number in save_on_signals)
+        self._signals = catchable(save_on_signals)
         self._max_in_flight = max_in_flight
         self._preempted = anyio.Event()
         self._numbers = count()
@@ -159,9 +160,7 @@ class Checkpointer:
 
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
-        step = _whole("a step", step)
-        if step < 0:
-            raise ValueError(f"a step is a whole number from 0, not {step}")
+        step = _checked(step)
         saving = Saving(
             next(self._numbers),
             step,
@@ -206,11 +205,15 @@ class Checkpointer:
             CheckpointCorruptError: If it is damaged. An earlier one is not taken in its place: pass its step for that.
             CheckpointMismatchError: If it does not fit ``into``.
             OSError: If the storage refuses.
+            TypeError: If the step is no whole number, or was passed as ``into``.
+            ValueError: If it is below 0.
 
         May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
         """
+        if isinstance(into, int):
+            raise TypeError(f"into must be a live tree, not {into!r}. A step is passed by name: restore(step={into!r})")
         if step is not None:
-            name = name_of(_whole("a step", step))
+            name = name_of(_checked(step))
             if not await self._shelf.has(name):
                 steps = await self.steps()
                 raise CheckpointNotFoundError(
@@ -241,11 +244,14 @@ class Checkpointer:
         Raises:
             CheckpointCorruptError: If one that stays is damaged and may refer to it.
             OSError: If the storage refuses.
+            TypeError: If the step is no whole number.
+            ValueError: If it is below 0.
 
         When cancelled, it is there as a whole, or can no longer be found.
         """
+        step = _checked(step)
         async with self._removing:
-            await self._shelf.remove([_whole("a step", step)])
+            await self._shelf.remove([step])
 
     async def __aenter__(self) -> Checkpointer:
         """Remove what writers that died have left behind, and begin to listen for signals.
@@ -368,15 +374,14 @@ class Checkpointer:
                 in_use = self._chain.in_use if self._chain is not None else ()
                 await self._shelf.remove(step for step in old if name_of(step) not in in_use)
         except Exception as error:
-            _log.warning("old checkpoints could not be removed: %r", error)
+            _log.warning("old checkpoints could not be removed: %s: %s", type(error).__name__, error)
             self._not_removed = without_locals(error)
         else:
             self._not_removed = None
 
 
-def _whole(name: str, number: object) -> int:
-    """Return a number as an int, NumPy's included."""
-    try:
-        return operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {number!r}") from None
+def _checked(step: object) -> int:
+    number = whole("a step", step)
+    if number < 0:
+        raise ValueError(f"a step is a whole number from 0, not {number}")
+    return number

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from aiostage._arguments import check_flags
 from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.host import copy_tensors
 from aiostage._device import SideStreams, default_backend
@@ -95,7 +96,7 @@ async def load(
         AcceleratorUnavailableError: If there is no accelerator for ``device``.
         torch.OutOfMemoryError: If a device has no room.
         StagingError: If a device has failed.
-        TypeError: If ``device`` or what it returns is none.
+        TypeError: If an argument has the wrong type, or ``device`` returns what is no device.
         ValueError: If ``only`` matches nothing, there is nothing to be ``in_place`` in, or ``device`` cannot be had: of
             tensors that share memory, each on another; sparse and quantized ones on the meta device.
         OSError: If the storage refuses.
@@ -105,6 +106,7 @@ async def load(
     everything.
     """
     storage, name = locate(source)
+    check_flags(in_place=in_place, verify=verify)
     if in_place and into is None:
         raise ValueError("in_place=True needs a live tree to load into: pass into=")
     if device is not None and into is not None:

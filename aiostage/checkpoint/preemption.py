@@ -5,14 +5,30 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
 
-__all__ = ["set_by_signals"]
+__all__ = ["catchable", "set_by_signals"]
 
 _log = logging.getLogger("aiostage")
+
+
+def catchable(signals: Iterable[int]) -> tuple[signal.Signals, ...]:
+    """Return what was given as ``save_on_signals=``, checked.
+
+    Raises:
+        TypeError: If it is one signal and no list of them.
+        ValueError: If there is one among them that no process can handle.
+    """
+    if isinstance(signals, (str, int)):
+        raise TypeError(f"save_on_signals must be a list of signals, such as [signal.SIGTERM], not {signals!r}")
+    signals = tuple(signals)
+    for number in signals:
+        if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
+            raise ValueError(f"save_on_signals takes signals that can be handled, like signal.SIGTERM, not {number!r}")
+    return tuple(map(signal.Signals, signals))
 
 
 @asynccontextmanager

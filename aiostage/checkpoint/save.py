@@ -9,6 +9,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+from aiostage._arguments import check_flags, whole
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
 from aiostage.checkpoint.info import CheckpointInfo
@@ -60,6 +61,8 @@ async def save(
         TornSnapshotError: If the tree changed before it was captured.
         HostMemoryError: If memory for the copy cannot be had.
         OSError: If the storage refuses.
+        TypeError: If an argument has the wrong type; ``overwrite`` has to be a bool.
+        ValueError: If the target names no checkpoint, or ``max_shard_bytes`` is not above 0.
 
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
@@ -154,7 +157,8 @@ async def _writing(
     storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
 ) -> AsyncGenerator[CheckpointWriter, None]:
     """Open a draft that is gone afterwards, unless it was committed."""
-    if max_shard_bytes <= 0:
+    check_flags(overwrite=overwrite)
+    if whole("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
     with reporting(progress, f"saving {name}") as report:
         draft = await storage.open(name, overwrite=overwrite)

@@ -114,7 +114,7 @@ class Saving:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)
             if self.is_captured or isinstance(error, CheckpointExistsError):
-                _log.error("the checkpoint of step %d failed: %r", self.handle.step, error)
+                _log.error("the checkpoint of step %d failed: %s: %s", self.handle.step, type(error).__name__, error)
         except BaseException as error:
             # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory either.
             without_locals(error)

@@ -337,7 +337,7 @@ def call_for(process_group: Any, *, no_dist: bool, timeout: float) -> Call[Any]:
     Raises:
         ValueError: If this rank is not in the group, or the timeout is not above 0.
     """
-    if not 0 < timeout < math.inf:
+    if isinstance(timeout, str) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return _ALONE.call(timeout)

@@ -322,6 +322,8 @@ class _LocalReader(Reader):
 
 def _check(name: str) -> None:
     """Refuse names that lead elsewhere."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a checkpoint is a str, not {name!r}")
     steps = name.split("/")
     if name != "." and (not name or os.path.isabs(name) or any(step in ("", ".", "..") for step in steps)):
         raise ValueError(f"{name!r} is no name of a checkpoint: it must be a path below the storage's root")

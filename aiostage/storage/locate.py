@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from typing import Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
@@ -22,6 +23,9 @@ Target: TypeAlias = "str | os.PathLike[str] | tuple[Root, str]"
 _OBJECT_SCHEMES = frozenset(("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https", "memory"))
 """What obstore opens; everything else is left to fsspec, as is what begins with ``fsspec+``."""
 
+_FLATTENED = re.compile(rf"((?:fsspec\+\w+|file|hf|gcs|{'|'.join(sorted(_OBJECT_SCHEMES))})):/")
+"""How a URL begins after it was a ``pathlib.Path``."""
+
 
 def locate(target: Target) -> tuple[Storage, str]:
     """Return the storage that a target is in, and its name there. Neither blocks nor looks whether it exists.
@@ -31,20 +35,21 @@ def locate(target: Target) -> tuple[Storage, str]:
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If a URL has no path that could be a name.
+        ValueError: If a URL has no path that could be a name, or a path can be none.
         ModuleNotFoundError: If the package that opens such URLs is not installed.
     """
-    if isinstance(target, tuple):
-        root, name = target
-        return storage_at(root), name
-    if not isinstance(target, (str, os.PathLike)):
-        raise TypeError(
-            f"a checkpoint is at a path, at a URL, or at a pair of a storage and a name, not at {target!r}. "
-            "Pass a path such as 'checkpoints/100', or (storage, name)."
-        )
-    text = os.fsdecode(target)
+    match target:
+        case tuple((root, str(name))):
+            return storage_at(root), name
+        case str() | os.PathLike():
+            text = os.fsdecode(target)
+        case _:
+            raise TypeError(
+                f"a checkpoint is at a path, at a URL, or at a pair of a storage and a name, not at {target!r}. "
+                "Pass a path such as 'checkpoints/100', or (storage, name)."
+            )
     if not _is_url(text):
-        return _locate_path(text)
+        return _locate_path(_checked(text))
     if text.startswith("file://"):
         return _locate_path(_path_of(text))
     root, _, name = text.rstrip("/").rpartition("/")
@@ -62,6 +67,7 @@ def storage_at(root: Root) -> Storage:
 
     Raises:
         TypeError: If it is none of these.
+        ValueError: If a path can be none.
         ModuleNotFoundError: If the package that opens such URLs is not installed.
     """
     if isinstance(root, Storage):
@@ -70,7 +76,7 @@ def storage_at(root: Root) -> Storage:
         text = os.fsdecode(root)
         if text.startswith("file://"):
             return LocalStorage(_path_of(text))
-        return _open_url(text) if _is_url(text) else LocalStorage(text)
+        return _open_url(text) if _is_url(text) else LocalStorage(_checked(text))
     if type(root).__module__.partition(".")[0] in ("obstore", "_obstore"):
         return cast("Storage", _load("objects", "ObjectStorage", repr(root))(root))
     raise TypeError(f"checkpoints lie below a path, a URL, a store of obstore or a Storage, not below {root!r}")
@@ -84,13 +90,34 @@ def _locate_path(path: str) -> tuple[Storage, str]:
     return LocalStorage(root), name
 
 
+def _checked(path: str) -> str:
+    """Refuse what is no path, or is one only by mistake."""
+    if not path:
+        raise ValueError("the path of a checkpoint is empty. Pass '.' for the working directory.")
+    if "\0" in path:
+        raise ValueError(f"{path!r} is no path: it has a null byte")
+    scheme = _FLATTENED.match(path)
+    if scheme is not None:
+        raise ValueError(
+            f"{path!r} looks like a URL that has been a pathlib.Path, which makes one slash of two. "
+            f"Pass URLs as text: '{scheme[1]}://...'. For a directory of that name write './{scheme[1]}:/...'."
+        )
+    return path
+
+
 def _is_url(text: str) -> bool:
     scheme, separator, _ = text.partition("://")
     return bool(separator) and scheme.replace("+", "").replace("-", "").isalnum()
 
 
 def _path_of(url: str) -> str:
-    return unquote(urlsplit(url).path)
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(
+            f"{url!r} names the host {parts.netloc!r}; only files of this one can be opened. "
+            f"A path from the root has three slashes: 'file:///{parts.netloc}{parts.path}'"
+        )
+    return _checked(unquote(parts.path))
 
 
 def _open_url(url: str) -> Storage:

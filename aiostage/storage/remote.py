@@ -62,7 +62,7 @@ class RemoteStorage(SharedStorage):
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
-        if not lease_seconds > 0:
+        if isinstance(lease_seconds, str) or not lease_seconds > 0:
             raise ValueError(f"lease_seconds must be above 0, not {lease_seconds!r}")
         self._bucket = bucket
         self._lease_seconds = lease_seconds

@@ -9,10 +9,12 @@ import random
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
+import torch
 import trio
 import uvloop
 from anyio.lowlevel import checkpoint
@@ -51,6 +53,13 @@ class Event:
         return self.done or self.queries == self.at_query
 
 
+class Asynchronous:
+    """Its answer is a coroutine, which counts as true."""
+
+    async def query(self) -> bool:
+        return False
+
+
 class Stream:
     """Something with an identity."""
 
@@ -73,6 +82,12 @@ class TestWaiting:
         event.done = True
         await wait_event(event)
         assert event.queries == 1
+
+    @pytest.mark.asyncio
+    @pytest.mark.parametrize("event", [3, None, object(), torch.Event, SimpleNamespace(query=True), Asynchronous()])
+    async def test_what_is_no_event(self, event: Any):
+        with pytest.raises(TypeError, match=r"plain method query\(\)"):
+            await wait_event(event)
 
     @pytest.mark.asyncio
     async def test_is_a_checkpoint_also_when_done(self):

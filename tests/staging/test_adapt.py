@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager
 from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingOptions
 
-from aiostage import CheckpointStager, StagerClosedError, StagingOptions, adapt
+from aiostage import AsyncStager, CheckpointStager, StagerClosedError, StagingOptions, adapt
 
 PLAIN = {"use_pinned_memory": False, "use_shared_memory": False, "use_non_blocking_copy": False}
 
@@ -27,6 +27,14 @@ class TestAdapt:
             staged = await stager.stage(source)
             source["a"].zero_()  # type: ignore[attr-defined]
             assert staged["a"].tolist() == [0, 1, 2, 3]
+
+    async def test_what_is_no_synchronous_stager(self):
+        for given, reason in ((3, "not int"), (DefaultStager, "not its class DefaultStager"), (object(), "stage")):
+            with pytest.raises(TypeError, match=reason):
+                adapt(given)
+        async with AsyncStager() as stager:
+            with pytest.raises(TypeError, match="asynchronous already"):
+                adapt(stager)
 
     async def test_blocking_async_stager(self):
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from typing import Any
 
 import anyio
 import pytest
@@ -13,6 +14,7 @@ import torch
 from aiostage import (
     AcceleratorUnavailableError,
     AsyncStager,
+    CheckpointMismatchError,
     CheckpointStager,
     HostMemoryError,
     StagerClosedError,
@@ -21,6 +23,7 @@ from aiostage import (
     TornSnapshotError,
     UnsupportedLeafError,
 )
+from aiostage.testing import SimulatedAccelerator
 from tests.staging.holding import copies_held, until, until_copies_wait
 
 MIB = 2**20
@@ -189,8 +192,20 @@ class TestTorn:
                 assert (await task)["step"] == 3
 
 
+@pytest.mark.parametrize("backend", [3, "cuda", SimulatedAccelerator])
+def test_what_is_no_backend(backend: Any) -> None:
+    with pytest.raises(TypeError, match=r"backend must be an aiostage\.Backend"):
+        AsyncStager(backend=backend)
+
+
 @pytest.mark.asyncio
 class TestRestore:
+    async def test_what_does_not_fit_is_said_of_the_copy(self):
+        async with AsyncStager() as stager:
+            staged = await stager.stage({"a": torch.ones(3)})
+            with pytest.raises(CheckpointMismatchError, match=r"^the staged copy does not fit .* unexpected in the st"):
+                await stager.restore(staged, into={"b": torch.ones(3)})
+
     async def test_copies_values_back_in_place(self):
         live = state()
         addresses = [tensor.data_ptr() for tensor in live["model"].values()]  # type: ignore[attr-defined]

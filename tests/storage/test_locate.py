@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_storage_of_ones_own() -> None:
     assert isinstance(storage_at("runs"), LocalStorage)
 
 
-@pytest.mark.parametrize("target", [MemoryStorage(), 7, None, ["runs", "7"]])
+@pytest.mark.parametrize("target", [MemoryStorage(), 7, None, ["runs", "7"], ("runs",), ("runs", 7), b"runs"])
 def test_what_names_no_checkpoint(target: object) -> None:
     with pytest.raises(TypeError, match="a checkpoint is at a path"):
         locate(target)  # type: ignore[arg-type]
@@ -65,6 +66,27 @@ def test_what_is_no_root(root: object) -> None:
 def test_a_url_has_to_name_one(url: str) -> None:
     with pytest.raises(ValueError, match=f"'{url}' names no checkpoint; .* s3://bucket/path"):
         locate(url)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("", "is empty"),
+        ("runs\0/7", "null byte"),
+        (Path("s3://bucket/runs/7"), "Pass URLs as text: 's3://...'"),
+        (Path("fsspec+ftp://host/7"), "Pass URLs as text"),
+        ("file://runs/7", "three slashes: 'file:///runs/7'"),
+    ],
+)
+def test_paths_by_mistake(path: str | Path, reason: str) -> None:
+    for place in (locate, storage_at):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            place(path)
+
+
+def test_a_directory_that_is_called_like_a_scheme() -> None:
+    assert where("./s3:/7") == ("<LocalStorage ./s3:>", "7")
+    assert where("file://localhost/runs/7") == ("<LocalStorage /runs>", "7")
 
 
 @pytest.mark.asyncio

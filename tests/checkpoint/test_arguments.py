@@ -1,0 +1,85 @@
+"""Arguments that a type checker has not seen: refused by name before anything is written, read or removed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiostage
+import aiostage.blocking
+
+STATE = {"a": torch.ones(3), "step": 1}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"overwrite": "false"}, "overwrite must be True or False, not 'false'"),
+        ({"overwrite": None}, "overwrite"),
+        ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be a whole number, not '5GB'"),
+        ({"max_shard_bytes": 5e9}, "max_shard_bytes"),
+    ],
+)
+async def test_save(arguments: Any, reason: str, tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    await aiostage.save(STATE, target)
+    with pytest.raises(TypeError, match=reason):
+        await aiostage.save({"other": 1}, target, **arguments)
+    assert (await aiostage.load(target))["step"] == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["verify", "in_place"])
+async def test_load(name: str, tmp_path: Path) -> None:
+    await aiostage.save(STATE, tmp_path / "checkpoint")
+    options: Any = {name: "no"}
+    with pytest.raises(TypeError, match=f"{name} must be True or False, not 'no'"):
+        await aiostage.load(tmp_path / "checkpoint", into={"a": torch.zeros(3), "step": 0}, **options)
+
+
+@pytest.mark.parametrize("make", [aiostage.Checkpointer, aiostage.blocking.Checkpointer])
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        # A run that is meant to keep all would be left with one.
+        ({"keep": True}, TypeError, "keep must be a whole number, not True"),
+        ({"max_in_flight": True}, TypeError, "max_in_flight"),
+        ({"incremental": "no"}, TypeError, "incremental must be True or False, not 'no'"),
+        ({"save_on_signals": signal.SIGTERM}, TypeError, r"a list of signals, such as \[signal.SIGTERM\]"),
+        ({"save_on_signals": ["SIGTERM"]}, ValueError, "not 'SIGTERM'"),
+        ({"save_on_signals": [signal.SIGKILL]}, ValueError, "can be handled"),
+        ({"save_on_signals": [12345]}, ValueError, "not 12345"),
+    ],
+)
+def test_checkpointer(make: Any, arguments: Any, error: type[Exception], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=reason):
+        make(tmp_path, **arguments)
+
+
+@pytest.mark.asyncio
+async def test_steps(tmp_path: Path) -> None:
+    async with aiostage.Checkpointer(tmp_path) as checkpoints:
+        await checkpoints.save(5, STATE)
+    for call in (checkpoints.restore, checkpoints.delete):
+        with pytest.raises(ValueError, match="a step is a whole number from 0, not -1"):
+            await call(step=-1)
+        with pytest.raises(TypeError, match="a step must be a whole number, not '5'"):
+            await call(step="5")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"restore\(step=5\)"):
+        await checkpoints.restore(5)
+    assert await checkpoints.steps() == [5]
+
+
+@pytest.mark.asyncio
+async def test_a_failed_save_is_logged_with_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with aiostage.Checkpointer(tmp_path) as checkpoints:
+        handle = await checkpoints.save(1, {"deep": [object()]})
+        with pytest.raises(aiostage.UnsupportedLeafError):
+            await handle.committed()
+    assert "the checkpoint of step 1 failed: UnsupportedLeafError: state_dict['deep'][0]" in caplog.text
