@@ -23,12 +23,13 @@ async def together(*calls: Callable[[], Awaitable[object]]) -> None:
 
     When cancelled, all of them are.
     """
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     async def run(call: Callable[[], Awaitable[object]]) -> None:
         try:
             await call()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            # Ctrl-C too: Trio raises it in whichever task runs, and a group of it is nothing that programs catch.
             failures.append(error)
             group.cancel_scope.cancel()
         except BaseException as error:
