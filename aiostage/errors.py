@@ -50,6 +50,10 @@ class StagingError(Exception):
         remedy = f" {self.remedy}" if self.remedy is not None else ""
         return f"{where}{self.reason}{remedy}"
 
+    def __repr__(self) -> str:
+        # As in groups, notes and logs: without the path nobody knows which one it was.
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own __reduce__ replays only positional arguments and would lose the keyword ones.
         return _rebuild, (type(self), self.args, self.__dict__.copy())

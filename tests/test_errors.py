@@ -15,6 +15,7 @@ from aiostage.errors import (
     StagerClosedError,
     StagingError,
     TornSnapshotError,
+    UnsupportedLeafError,
 )
 
 CLASSES = [getattr(errors, name) for name in errors.__all__]
@@ -108,3 +109,9 @@ def test_a_mismatch_says_only_what_there_is() -> None:
     assert "missing from the checkpoint: a" in text
     assert "unexpected" not in text
     assert "mismatched" not in text
+
+
+def test_a_group_of_them_says_where_each_was() -> None:
+    error = UnsupportedLeafError("it is odd.", path="state_dict['x']", remedy="Leave it out.")
+    assert repr(error) == """UnsupportedLeafError("state_dict['x']: it is odd. Leave it out.")"""
+    assert "state_dict['x']" in repr(ExceptionGroup("two", [error, error]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
 
 from aiostage._arguments import check_flags, whole
 from aiostage._loop.cleanup import finish, without_locals
@@ -47,6 +48,7 @@ class _Block:
         stager: Takes the copies.
         group: Owns the saves.
         slots: As many as saves may be under way.
+        loop: The event loop that it was entered on.
         exit: Ends all that was begun by entering.
         is_open: Whether saves are taken.
     """
@@ -54,6 +56,7 @@ class _Block:
     stager: CheckpointStager
     group: TaskGroup
     slots: anyio.Semaphore
+    loop: object
     exit: AsyncExitStack
     is_open: bool = True
 
@@ -153,7 +156,7 @@ class Checkpointer:
             UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
             TornSnapshotError: If the tree changed before it was captured.
             HostMemoryError: If memory for the copy cannot be had.
-            CheckpointError: If the block was not entered, or was left.
+            CheckpointError: If the block was not entered, was left, or was entered on another event loop.
             TypeError: If the step is no whole number.
             ValueError: If it is below 0.
             OSError: If the storage refuses.
@@ -274,7 +277,8 @@ class Checkpointer:
             if stager is None:
                 stager = await stack.enter_async_context(AsyncStager())
             group = await stack.enter_async_context(anyio.create_task_group())
-            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), stack.pop_all())
+            slots = anyio.Semaphore(self._max_in_flight)
+            self._block = _Block(stager, group, slots, current_token().native_token, stack.pop_all())
         return self
 
     async def __aexit__(
@@ -303,7 +307,7 @@ class Checkpointer:
         self._failed.clear()
         if error is not None:
             for failure in failures:
-                error.add_note(f"aiostage: a checkpoint failed too: {failure!r}")
+                error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
         elif len(failures) == 1:
             raise failures[0]
         elif failures:
@@ -319,10 +323,20 @@ class Checkpointer:
 
     async def _begin(self, saving: Saving) -> SaveHandle:
         """Wait for a free slot, then for the capture."""
-        block, name = self._entered(), name_of(saving.handle.step)
-        if any(other.handle.step == saving.handle.step for other in self._savings):
+        name = name_of(saving.handle.step)
+        try:
+            block = self._entered()
+            if block.loop is not current_token().native_token:
+                raise CheckpointError(
+                    "the checkpointer was entered on another event loop, which its saves belong to.",
+                    remedy="Save there, say through asyncio.run_coroutine_threadsafe(); without a loop of your own "
+                    "use aiostage.blocking.Checkpointer.",
+                )
+            if any(other.handle.step == saving.handle.step for other in self._savings):
+                raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
+        except CheckpointError:
             saving.drop()
-            raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
+            raise
         self._savings.append(saving)
         try:
             await self._shelf.refuse(name)

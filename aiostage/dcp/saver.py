@@ -21,7 +21,7 @@ from aiostage.abc import CheckpointStager
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
 from aiostage.dcp.storage import StorageWriter
 from aiostage.errors import StagingError
-from aiostage.stager import AsyncStager
+from aiostage.stager import AsyncStager, check_stager
 
 __all__ = ["Saving", "save", "start_save"]
 
@@ -48,6 +48,9 @@ class Saving:
         self._captured = False
         self._failure: Exception | None = None
         try:
+            check_stager(stager)
+            if not isinstance(state_dict, Mapping):
+                raise TypeError(f"DCP saves a dict of names, not {type(state_dict).__qualname__}; put it into one")
             # Called now, for the moment of the copy is the caller's.
             now = {key: item.state_dict() if _is_stateful(item) else item for key, item in state_dict.items()}
             self._staging: Coroutine[Any, Any, Any] = stager.stage(now) if stager is not None else _stage_once(now)

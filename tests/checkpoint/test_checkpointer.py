@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+import trio
 from anyio.lowlevel import checkpoint
 
 import aiostage
@@ -662,3 +663,17 @@ async def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
     with nothing_left():
         await run()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.asyncio
+async def test_another_event_loop_is_told_so_and_harms_nothing(tmp_path: Path) -> None:
+    async with aiostage.Checkpointer(tmp_path) as checkpoints:
+
+        async def elsewhere() -> None:
+            with pytest.raises(aiostage.CheckpointError, match="entered on another event loop"):
+                await checkpoints.save(1, tree(1))
+
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        await asyncio.to_thread(trio.run, elsewhere)
+        await checkpoints.save(2, tree(2))
+    assert await checkpoints.steps() == [2]

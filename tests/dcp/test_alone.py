@@ -136,6 +136,10 @@ class TestSaveAndLoad:
 
     @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
     async def test_refuses(self, tmp_path: Path, timeout: float) -> None:
+        with pytest.raises(TypeError, match="stager must be a CheckpointStager"):
+            await dcp.save({}, checkpoint_id="x", stager=3, no_dist=True)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a dict of names, not list"):
+            await dcp.save([], checkpoint_id="x", no_dist=True)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
             dcp.save({}, checkpoint_id=tmp_path / "a", timeout=timeout)
         with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_writer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from aiostage._loop.together import together
@@ -22,7 +23,7 @@ async def test_the_first_error_is_raised_itself(error: BaseException, place: int
             ended.append(1)
 
     async def fails() -> None:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         raise error
 
     calls = [waits, waits, waits]
