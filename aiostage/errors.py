@@ -86,7 +86,7 @@ class TornSnapshotError(StagingError, RuntimeError):
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = tuple(paths)
+        self.paths: tuple[str, ...] = tuple(paths)
         super().__init__(
             f"the source changed while it was being captured, at {listed(self.paths)}.",
             remedy=(
@@ -146,9 +146,9 @@ class CheckpointMismatchError(CheckpointError, ValueError):
         source: str = "the checkpoint",
         remedy: str = "Load without into= to get the checkpoint as its own tree.",
     ) -> None:
-        self.missing = tuple(missing)
-        self.unexpected = tuple(unexpected)
-        self.mismatched = tuple(mismatched)
+        self.missing: tuple[str, ...] = tuple(missing)
+        self.unexpected: tuple[str, ...] = tuple(unexpected)
+        self.mismatched: tuple[str, ...] = tuple(mismatched)
         parts = [
             f"{name}: {', '.join(paths)}"
             for name, paths in (
@@ -174,7 +174,7 @@ class RankFailedError(CheckpointError, RuntimeError):
     """
 
     def __init__(self, failures: Mapping[int, str], *, lost: bool = False) -> None:
-        self.failures = dict(failures)
+        self.failures: dict[int, str] = dict(failures)
         self.lost = lost
         reasons = [f"rank {rank} failed: {reason.rstrip('.')}" for rank, reason in sorted(self.failures.items())]
         remedy = (

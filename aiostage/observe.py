@@ -38,7 +38,7 @@ class OpenSpan:
 
     def __init__(self, observers: tuple[Observer, ...], span: Span) -> None:
         self._observers = observers
-        self.span = span
+        self.span: Span = span
         for observer in observers:
             _tell(observer.started, span)
 

@@ -30,7 +30,7 @@ class Trace(Observer):
     """Records the spans that it is told of, in memory: about half a kilobyte for each."""
 
     def __init__(self) -> None:
-        self.begin = perf_counter()
+        self.begin: float = perf_counter()
         self._spans: list[Span] = []
         self._failures: dict[Span, str] = {}
         self._lock = Lock()

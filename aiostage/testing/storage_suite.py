@@ -37,7 +37,7 @@ class StorageSuite(ABC):
     """
 
     part_bytes = 8192
-    names = ("checkpoint", "runs/a/10", "with space-and_dots.v1")
+    names: tuple[str, ...] = ("checkpoint", "runs/a/10", "with space-and_dots.v1")
     trims = True
 
     @abstractmethod

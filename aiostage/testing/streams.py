@@ -171,10 +171,10 @@ class SimulatedStream:
     def __init__(self, queues: Queues, on: Device, number: int, *, low_priority: bool = False) -> None:
         self.queues = queues
         self.on = on
-        self.name = f"stream {number} of {on.device}"
+        self.name: str = f"stream {number} of {on.device}"
         self.low_priority = low_priority
         self.queue: deque[Operation] = deque()
-        self.time = 0.0
+        self.time: float = 0.0
         """When it was last done with something."""
         self.error: SimulatedDeviceError | None = None
 
