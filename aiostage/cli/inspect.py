@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from aiostage.abc import Storage
-from aiostage.checkpoint.nodes import LOOKED_INTO, reading
+from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, reading
 from aiostage.checkpoint.reader import Outline
 from aiostage.checkpoint.resolving import open_checkpoint, placement_of
+from aiostage.checkpoint.values import read_scalar
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.finding import Found, find
 from aiostage.errors import CheckpointCorruptError
@@ -46,7 +47,7 @@ async def inspect(source: str, *, tree: bool = True) -> AsyncIterator[str]:
     outline = await outline_of((storage, name))
     placement = await placement_of(storage, name)
     manifest = outline.manifest
-    yield f"{source}: {manifest.leaves:,} tensors, {_size(manifest.nbytes)}"
+    yield f"{source}: {_counted(manifest.leaves, 'tensor')}, {_size(manifest.nbytes)}"
     for each in outline.files:
         digest = f"{DIGEST_NAME}:{digest_of_parts(each.file.digests)}"
         yield f"  {each.file.name:<40} {_size(each.file.nbytes):>12}  {len(each.records):>6} tensors  {digest}"
@@ -62,7 +63,7 @@ async def inspect(source: str, *, tree: bool = True) -> AsyncIterator[str]:
 
 async def _run(source: str, found: Found) -> AsyncIterator[str]:
     """Iterate over one line for each checkpoint below a path, with what it refers to."""
-    yield f"{source}: {len(found.names):,} checkpoints"
+    yield f"{source}: {_counted(len(found.names), 'checkpoint')}"
     for name in found.names:
         try:
             yield f"  {name:<24} {await _summary(found.storage, name)}"
@@ -87,6 +88,10 @@ async def _summary(storage: Storage, name: str) -> str:
     return f"{line}  {_size(own)} of its own, refers to {', '.join(sorted(placement.needs()))}"
 
 
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _tree(outline: Outline) -> Iterator[str]:
     """Iterate over one line for each leaf, with its path; a container that is met again is only named."""
     table = outline.table
@@ -104,7 +109,8 @@ def _tree(outline: Outline) -> Iterator[str]:
             form = table.forms[index]
             if form["is"] in LOOKED_INTO:
                 yield f"{path or '.'}: {form['is']} of {sum(1 for _ in table.edges(index))}"
-                below = [(f"{path}.{_key(key)}" if path else _key(key), value) for key, value in table.edges(index)]
+                steps = ((_key(table, key), value) for key, value in table.edges(index))
+                below = [(f"{path}.{step}" if path else step, value) for step, value in steps]
                 pending += reversed(below)
             else:
                 yield f"{path or '.'}: {_leaf(outline, form)}"
@@ -120,12 +126,24 @@ def _leaf(outline: Outline, form: dict[str, Any]) -> str:
     return f"{cls} {dtype} {tuple(shape)} {_size(record.stop - record.start)}{shared}"
 
 
-def _key(key: Any) -> str:
-    return f"<node {key[0]}>" if isinstance(key, list) else str(key)
+def _key(table: NodeTable, key: Any) -> str:
+    """Spell out a key, unless it is a container of containers."""
+    index = table.node(key)
+    if index is None:
+        return str(key)
+    form, children = table.forms[index], table.children[index]
+    if "value" in form:
+        return _cut(str(read_scalar(form["is"], form["value"])))
+    if form["is"] == "tuple" and all(table.node(child) is None for child in children):
+        return _short(tuple(children))
+    return f"<{form['is']} {index}>"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,16 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: As a shell passes them, without the program; None for those of the process.
 
     Returns:
-        The exit status: 0 if all is well, 1 if it is not, with the reason on stderr.
+        The exit status: 0 if all is well, 1 if it is not, with the reason on stderr; as from the signal if it was
+        interrupted, or if nobody reads on.
     """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A tree may have any text in it, also what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         anyio.run(options.run, options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (StagingError, OSError, ValueError, ImportError) as error:
         print(f"aiostage {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -64,10 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 async def _inspect(options: argparse.Namespace) -> None:

@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 FORMAT = "aiostage"
+_DCP = b'{"format": "aiostage-dcp"'
+"""How the manifests of the other kind of checkpoint begin."""
+
 FORMAT_VERSION = 1
 PLACED_VERSION = 2
 """Of checkpoints whose files lie in pieces. Others stay readable for those who know version 1 only."""
@@ -268,6 +271,12 @@ async def _opened(text: Buffer, path: str, workers: Workers, slices: Slices) -> 
 def _about(lines: Lines, path: str) -> Generator[None, None, dict[str, Any]]:
     """Read the first line."""
     line = yield from lines.next()
+    if bytes(line[: len(_DCP)]) == _DCP:
+        raise CheckpointCorruptError(
+            "it is of a checkpoint of aiostage.dcp.",
+            path=path,
+            remedy="Read it by aiostage.dcp.load() with a StorageReader.",
+        )
     if len(line) > _MAX_ABOUT_BYTES:
         raise ValueError(f"its first line is {len(line)} bytes long")
     about: dict[str, Any] = yield from parse(bytes(line).removesuffix(b",") + b"}")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import aiostage
+from aiostage import dcp
 from aiostage.cli.main import main
 
 
@@ -57,6 +60,15 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["inspect", "--files", str(checkpoint)]) == 0
     assert capsys.readouterr().out.splitlines() == shown[:2]
+
+
+def test_inspect_spells_keys_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys: list[Any] = [1, None, 1.5, (1, "a"), b"raw", 10**30, torch.float32, frozenset((1,)), ((1,),)]
+    path = asyncio.run(aiostage.save(dict.fromkeys(keys, 0), tmp_path / "keys")).path
+    assert main(["inspect", str(path)]) == 0
+    shown = [line.removesuffix(" = 0") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert shown[:7] == ["1", "None", "1.5", "(1, 'a')", "b'raw'", str(10**30), "torch.float32"]
+    assert [re.sub(r"\d+", "N", line) for line in shown[7:]] == ["<frozenset N>", "<tuple N>"]
 
 
 def test_inspect_reads_no_elements(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +192,45 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
         main(arguments)
     assert caught.value.code == 2
     assert "usage: aiostage" in capsys.readouterr().err
+
+
+def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "aiostage", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, timeout=60, check=False, **options)
+
+
+@pytest.mark.slow
+def test_nobody_reads_on(tmp_path: Path) -> None:
+    path = asyncio.run(aiostage.save([f"value {number}" * 5 for number in range(5000)], tmp_path / "many")).path
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as broken:
+        outcome = run("inspect", path, stdout=broken)
+    assert (outcome.returncode, outcome.stderr) == (141, b"")
+
+
+@pytest.mark.slow
+def test_what_the_terminal_cannot_show(tmp_path: Path) -> None:
+    path = asyncio.run(aiostage.save({"Höhe": 1, "\ud800": torch.ones(1)}, tmp_path / "odd")).path
+    for encoding, height in (("ascii", b"H\\xf6he"), ("utf-8", "Höhe".encode())):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        outcome = run("inspect", path, stdout=subprocess.PIPE, env=environment)
+        assert outcome.stdout.splitlines()[-2:] == [height + b" = 1", b"\\ud800: tensor F32 (1,) 4 B"]
+        assert outcome.returncode == 0
+
+
+def test_a_checkpoint_of_many_ranks_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        saving = dcp.save(
+            {"a": torch.ones(1)}, checkpoint_id="one", storage_writer=dcp.StorageWriter(tmp_path), no_dist=True
+        )
+        asyncio.run(saving)
+    for command in (["verify", str(tmp_path / "one")], ["verify", str(tmp_path)], ["inspect", str(tmp_path / "one")]):
+        assert main(command) == 1
+        assert "Read it by aiostage.dcp.load() with a StorageReader" in capsys.readouterr().err
+    with pytest.raises(aiostage.CheckpointCorruptError, match=r"it is of a checkpoint of aiostage\.dcp"):
+        asyncio.run(aiostage.load(tmp_path / "one"))
 
 
 def test_as_a_program(checkpoint: Path) -> None:
