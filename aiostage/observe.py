@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from time import perf_counter
@@ -148,7 +148,14 @@ def observing(*observers: Observer) -> Iterator[None]:
 
     Args:
         *observers: In addition to those that are listening already.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: If one is no :class:`~aiostage.abc.Observer`.
     """
+    _check(observers)
     before = _here.get()
     _here.set(before + observers)
     try:
@@ -158,7 +165,15 @@ def observing(*observers: Observer) -> Iterator[None]:
 
 
 def add_observer(observer: Observer) -> None:
-    """Tell an observer of everything that the process does from now on, in every task and thread."""
+    """Tell an observer of everything that the process does from now on, in every task and thread.
+
+    Args:
+        observer: Once more for each time that it is added.
+
+    Raises:
+        TypeError: If it is no :class:`~aiostage.abc.Observer`.
+    """
+    _check((observer,))
     global _everywhere
     with _adding:
         _everywhere = (*_everywhere, observer)
@@ -166,6 +181,9 @@ def add_observer(observer: Observer) -> None:
 
 def remove_observer(observer: Observer) -> None:
     """Undo :func:`add_observer`. The observer still hears the end of what it has heard the beginning of.
+
+    Args:
+        observer: One that was added.
 
     Raises:
         ValueError: If it was not added.
@@ -176,6 +194,12 @@ def remove_observer(observer: Observer) -> None:
             raise ValueError(f"{observer!r} was not added with add_observer()")
         place = _everywhere.index(observer)
         _everywhere = _everywhere[:place] + _everywhere[place + 1 :]
+
+
+def _check(observers: Iterable[object]) -> None:
+    for observer in observers:
+        if not isinstance(observer, Observer):
+            raise TypeError(f"an observer is an aiostage.abc.Observer, not {observer!r}")
 
 
 def _new(name: str, parent: Span | None, attributes: dict[str, object]) -> Span:

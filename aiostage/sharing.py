@@ -51,6 +51,9 @@ def share(staged: object, arenas: Sequence[Arena]) -> SharedTree:
         staged: A tree over shared arenas.
         arenas: Those that may be meant.
 
+    Returns:
+        What another process opens it with.
+
     Raises:
         StagingError: If no tensor of it is in shared memory, or something in it cannot be pickled.
     """

@@ -281,3 +281,11 @@ async def test_on_trio() -> None:
             await stager.stage(tree())
     assert not recorder.unfinished
     assert ancestors(recorder.spans("batch")[0]) == ["stage"]
+
+
+def test_what_is_no_observer() -> None:
+    # It would be called for every span of the process, and fail each time in the log.
+    with pytest.raises(TypeError, match=r"aiostage\.abc\.Observer, not 3"):
+        add_observer(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not None"), observing(None):  # type: ignore[arg-type]
+        pass

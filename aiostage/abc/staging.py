@@ -39,7 +39,7 @@ class CheckpointStager(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Give back what the stager holds. May be called more than once."""
+        """Give back what the stager holds. May be called more than once, and has closed it also when cancelled."""
 
     async def __aenter__(self: S) -> S:
         """Return self; entering does nothing that needs undoing."""

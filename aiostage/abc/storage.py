@@ -48,6 +48,12 @@ class Storage(ABC):
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint.
 
+        Args:
+            name: As it was opened under.
+
+        Returns:
+            What reads it, and is closed by the caller.
+
         Raises:
             CheckpointNotFoundError: If there is none of that name.
             OSError: If the storage refuses.
@@ -65,8 +71,13 @@ class Storage(ABC):
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, its manifest first, so that nobody finds half of it. One that is not there is no error.
 
+        Args:
+            name: As it was opened under.
+
         Raises:
             OSError: If the storage refuses. What is left can no longer be found, and is debris.
+
+        When cancelled, it is there as a whole, or can no longer be found.
         """
 
     async def trim(self, name: str, keep: Collection[str]) -> None:
@@ -92,6 +103,8 @@ class Storage(ABC):
 
         Raises:
             OSError: If the storage refuses.
+
+        When cancelled, some of it may be gone.
         """
 
 
@@ -151,6 +164,9 @@ class Draft(ABC):
     async def commit(self, manifest: Buffer) -> None:
         """Write the manifest and make the checkpoint appear, in one step. Once this returns it outlasts a crash.
 
+        Args:
+            manifest: Its contents.
+
         Raises:
             CheckpointExistsError: If another writer has been faster and must not be replaced.
             OSError: If the storage refuses.
@@ -202,6 +218,9 @@ class Reader(ABC):
     @abstractmethod
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes.
+
+        Args:
+            name: Of the file.
 
         Raises:
             CheckpointCorruptError: If there is no such file.

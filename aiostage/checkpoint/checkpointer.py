@@ -180,6 +180,8 @@ class Checkpointer:
 
         Raises:
             OSError: If the storage refuses.
+
+        Cancelling changes nothing.
         """
         return await self._shelf.steps()
 
@@ -188,6 +190,8 @@ class Checkpointer:
 
         Raises:
             OSError: If the storage refuses.
+
+        Cancelling changes nothing.
         """
         return max(await self.steps(), default=None)
 
@@ -243,6 +247,9 @@ class Checkpointer:
         """Remove a checkpoint. One that is not there is no error.
 
         To go back in a run, remove the later ones first: the latest is what a restart begins with.
+
+        Args:
+            step: Which one.
 
         Raises:
             CheckpointCorruptError: If one that stays is damaged and may refer to it.

@@ -43,7 +43,21 @@ async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = Non
 
 
 async def outline_of(source: Target) -> Outline:
-    """Read everything of a checkpoint but the elements of its tensors. Arguments and errors as for :func:`verify`."""
+    """Read everything of a checkpoint but the elements of its tensors.
+
+    Args:
+        source: Where :func:`~aiostage.save` has put it.
+
+    Returns:
+        What it consists of.
+
+    Raises:
+        CheckpointNotFoundError: As :func:`verify` does.
+        CheckpointCorruptError: If the manifest or a header is missing, damaged, incomplete or foreign.
+        OSError: If the storage refuses.
+
+    May be cancelled; nothing is left behind then.
+    """
     return await _look(source, None, elements=False)
 
 

@@ -70,6 +70,9 @@ class LocalStorage(SharedStorage):
             name: Path relative to the root. Missing directories are made.
             overwrite: Whether it may replace a checkpoint that is there.
 
+        Returns:
+            Where its files are to be written.
+
         Raises:
             CheckpointExistsError: If there is something and it may not be, or is no checkpoint.
             ValueError: If the name leads out of the root.
@@ -93,6 +96,9 @@ class LocalStorage(SharedStorage):
             name: Under which that has opened it.
             ticket: From its draft.
 
+        Returns:
+            A draft of which only ``write`` may be called.
+
         Raises:
             ValueError: If the name leads out of the root, or the ticket is none for it.
             OSError: If the file system refuses.
@@ -102,6 +108,12 @@ class LocalStorage(SharedStorage):
 
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; it goes on to be the same one if it is replaced meanwhile.
+
+        Args:
+            name: Path relative to the root.
+
+        Returns:
+            What reads it, and is closed by the caller.
 
         Raises:
             CheckpointNotFoundError: If there is none of that name.
@@ -122,15 +134,24 @@ class LocalStorage(SharedStorage):
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.
 
+        Args:
+            name: Path relative to the root.
+
         Raises:
             ValueError: If the name leads out of the root.
             OSError: If the file system refuses.
+
+        When cancelled, it waits for what is under way.
         """
         _check(name)
         await self._workers.run(lambda: delete_committed(os.path.realpath(self._path(name))))
 
     async def trim(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that are not named. What is no checkpoint is left alone.
+
+        Args:
+            name: Path of the checkpoint, relative to the root.
+            keep: Names of the files that stay.
 
         Raises:
             ValueError: If the name leads out of the root.
