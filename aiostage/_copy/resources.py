@@ -11,6 +11,7 @@ from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import SideStreams
 from aiostage._loop.closing import Closing
+from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
@@ -47,6 +48,8 @@ class Counts:
 class Resources:
     """Threads, memory, streams and what was learnt of the last state dict.
 
+    A forked child begins with none but the last.
+
     Args:
         options: Of the stager.
         backend: How to reach accelerators; None when there is none to reach.
@@ -71,6 +74,12 @@ class Resources:
         self.running: set[Staging] = set()
         self.closing = Closing()
         self._known: tuple[list[Spec | None], list[int], Plan] | None = None
+        tell_of_forks(self)
+
+    def forked(self) -> object:
+        """Begin anew in a child, where the stagings under way never end."""
+        left_behind, self.running = self.running, set()
+        return left_behind
 
     @property
     def max_bytes_in_flight(self) -> int | None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from time import perf_counter
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.threads import begin
 
 __all__ = ["CollectionPause", "untrack_all"]
@@ -51,6 +52,14 @@ class CollectionPause:
         self._paused = False
         self._renewed = 0.0
         self._watched = False
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Let a child collect, which has neither the holders nor the thread that would have seen to it."""
+        self._lock = threading.RLock()
+        self._holders = 0
+        self._watched = False
+        self._resume()
 
     def begin(self) -> None:
         """Become a holder."""
@@ -72,7 +81,8 @@ class CollectionPause:
     def end(self) -> None:
         """Stop being a holder."""
         with self._lock:
-            self._holders -= 1
+            # In a forked child, a coroutine of the parent may be closed that began before.
+            self._holders = max(self._holders - 1, 0)
             if self._holders == 0:
                 self._resume()
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish, without_locals
+from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.threads import begin
 from aiostage._loop.wakeup import Wakeup
 
@@ -246,6 +247,8 @@ class _Outcome(Generic[T]):
 class Workers:
     """A few daemon threads, started when there is work and ended when there has been none for a while.
 
+    A forked child has threads of its own. What its parent has submitted is the parent's, and is not done again there.
+
     Args:
         threads: How many steps may run at once.
         name: What the threads are called, followed by a number.
@@ -304,6 +307,13 @@ class _WorkerState:
         self.stopping = False
         self.queue: deque[Job] = deque()
         self.condition = threading.Condition()
+        tell_of_forks(self)
+
+    def forked(self) -> object:
+        self.condition = threading.Condition()
+        self.alive = self.idle = 0
+        left_behind, self.queue = self.queue, deque()
+        return left_behind
 
     def submit(self, job: Job) -> None:
         with self.condition:

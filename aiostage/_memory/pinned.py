@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage._memory.arena import Arena
 from aiostage.abc import Backend
 from aiostage.errors import AcceleratorUnavailableError
@@ -41,6 +42,11 @@ class Pinning:
         self._required = required
         self._lock = threading.Lock()
         self.failed = False
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Begin anew in a child."""
+        self._lock = threading.Lock()
 
     def wants(self, arena: Arena) -> bool:
         """Return whether an arena is still to be registered."""

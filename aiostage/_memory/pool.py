@@ -15,6 +15,7 @@ import anyio
 import torch
 
 from aiostage._loop.cleanup import finish
+from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.wakeup import Wakeup
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.arena import Arena, Exporter, pieces, whole_pages
@@ -104,6 +105,9 @@ class Pool:
     May be used from several event loops and threads at once. Idle arenas are kept for reuse, at most as much as the
     last few leases together needed at one time. Memory is faulted in, registered and given back in worker threads.
 
+    A forked child begins with none: to memory that is shared it would write for both, and private memory that it kept
+    its parent would have to copy, page by page, when that is written again.
+
     Args:
         workers: The threads to do it in.
         max_bytes: How many bytes all arenas together may take; None for no limit.
@@ -117,13 +121,29 @@ class Pool:
         self._workers = workers
         self._max_bytes = max_bytes
         self._pinning = pinning
+        self._make = Arena.shared if shared else Arena.pageable
+        self._ledger = Ledger(self._make, max_bytes)
+        self._begin()
+        tell_of_forks(self)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._ledger = Ledger(Arena.shared if shared else Arena.pageable, max_bytes)
         # Finalizers run whenever the garbage collector likes, also in a thread that holds the lock just now. They
         # only ever put into this queue, whose put() is made to be re-entered, and wake a waiter.
         self._returned: SimpleQueue[Arena | Request | None] = SimpleQueue()
         self._closings: set[Job] = set()
         self._outliving = False
+
+    def forked(self) -> object:
+        """Begin anew in a child. Its copies of what its parent staged hold their memory as before."""
+        ledger, self._ledger = self._ledger, Ledger(self._make, self._max_bytes)
+        self._ledger.closed = ledger.closed
+        left_behind = (ledger.arenas, self._closings)
+        self._begin()
+        # Leases that end refer to it. They must neither keep idle arenas nor wake those who wait in the parent.
+        for each in (ledger.free, ledger.leased, ledger.closing, ledger.waiting):
+            each.clear()
+        return left_behind
 
     def __repr__(self) -> str:
         """Show what is held."""
