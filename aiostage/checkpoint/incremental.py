@@ -256,8 +256,9 @@ class _Group:
         self._parts: deque[np.ndarray[Any, Any]] = deque()
 
     @property
-    def is_full(self) -> bool:
-        return self.nbytes == _GROUP_BYTES
+    def room(self) -> int:
+        """How many bytes its last part can take, or a new one."""
+        return min(PART_BYTES - self.nbytes % PART_BYTES, _GROUP_BYTES - self.nbytes)
 
     def keep(self, part: Buffer) -> None:
         """Add a whole part as it is."""
@@ -306,14 +307,14 @@ class _Changes:
             await self.finish(filled)
         while data:
             group = self._group = self._group or _Group(next(self._names))
-            taken = data[: PART_BYTES - group.nbytes % PART_BYTES]
+            taken = data[: group.room]
             append(self.pieces, Piece(None, group.name, group.nbytes, len(taken)))
             if self._may_keep and len(taken) == PART_BYTES:
                 group.keep(taken)
             else:
                 await self._workers.run(partial(group.copy, taken, self._buffers))
             data = data[len(taken) :]
-            if group.is_full:
+            if not group.room:
                 await self.finish(filled)
 
     async def finish(self, filled: ObjectSendStream[_Group]) -> None:

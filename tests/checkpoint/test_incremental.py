@@ -301,7 +301,7 @@ async def test_abandoned_in_the_middle_of_a_changed_file() -> None:
             state["large"].add_(1)
             gate = Gate(storage, "write")
             await checkpoints.save(1, state)
-            await until(lambda: gate.waiting == 1)
+            await until(lambda: gate.waiting)
             scope.cancel()
     assert storage.drafts == []
     storage.before = None
