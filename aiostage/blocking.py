@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
 from aiostage.checkpoint.info import CheckpointInfo
-from aiostage.checkpoint.preemption import catchable
+from aiostage.checkpoint.preemption import Handlers, catchable
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
 
 __all__ = ["Checkpointer", "SaveHandle"]
 
+T = TypeVar("T")
+
+_parents: list[object] = []
+"""What a forked child must not drop: to be closed, it would wait for its parent's thread."""
+
+
+class _Background:
+    """The event loop in its thread, which is that of the process that has started it."""
+
+    def __init__(self, portal: BlockingPortal) -> None:
+        self._portal = portal
+        self._process = os.getpid()
+
+    def check(self) -> None:
+        """Refuse a forked child, which does not have the thread."""
+        if os.getpid() != self._process:
+            raise CheckpointError(
+                f"the checkpointer was entered by process {self._process}, from which this one was forked.",
+                remedy="Make one in this process, or leave the checkpoints to the other.",
+            )
+
+    def call(self, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        """Call a function on the event loop, and block until what it returns has been awaited."""
+        self.check()
+        return self._portal.call(function, *arguments)
+
 
 class SaveHandle:
     """A captured checkpoint on its way into its storage. Made by :meth:`Checkpointer.save`."""
 
-    def __init__(self, portal: BlockingPortal, handle: AsyncSaveHandle) -> None:
-        self._portal = portal
+    def __init__(self, background: _Background, handle: AsyncSaveHandle) -> None:
+        self._background = background
         self._handle = handle
 
     def __repr__(self) -> str:
@@ -55,7 +83,7 @@ class SaveHandle:
         if self._handle.done():
             # The portal may have ended since.
             return self._handle.outcome()
-        return self._portal.call(self._handle.committed)
+        return self._background.call(self._handle.committed)
 
 
 class Checkpointer:
@@ -103,8 +131,15 @@ class Checkpointer:
         )
         self._signals = catchable(save_on_signals)
         self._exit: ExitStack | None = None
-        self._portal: BlockingPortal | None = None
+        self._background: _Background | None = None
         self._preempted = threading.Event()
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Leave it to the parent."""
+        if self._exit is not None:
+            _parents.append(self._exit)
+            self._exit = None
 
     def __repr__(self) -> str:
         return f"<blocking {self._checkpointer!r}>"
@@ -130,10 +165,10 @@ class Checkpointer:
         Raises:
             Exception: As :meth:`aiostage.Checkpointer.save` does.
         """
-        portal = self._entered()
+        background = self._entered()
         # Called in this thread: its current streams are those that the copies have to follow.
         capture = self._checkpointer.save(step, state_dict)
-        return SaveHandle(portal, portal.call(lambda: capture))
+        return SaveHandle(background, background.call(lambda: capture))
 
     def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order."""
@@ -185,28 +220,29 @@ class Checkpointer:
             OSError: If the storage refuses.
         """
         with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal(name="aiostage-checkpointer"))
-            stack.enter_context(self._portal.wrap_async_context_manager(self._checkpointer))
+            portal = stack.enter_context(start_blocking_portal(name="aiostage-checkpointer"))
+            stack.enter_context(portal.wrap_async_context_manager(self._checkpointer))
+            stack.callback(Handlers(self._signals).put_back)
             for number in self._signals:
-                before = signal.signal(number, self._preempt)
-                stack.callback(signal.signal, number, before if before is not None else signal.SIG_DFL)
-            self._exit = stack.pop_all()
+                signal.signal(number, self._preempt)
+            self._background, self._exit = _Background(portal), stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait for the saves under way, also after an error in the block: what was captured is good."""
-        stack, self._exit, self._portal = self._exit, None, None
+        stack, self._exit, self._background = self._exit, None, None
         if stack is not None:
             stack.__exit__(kind, error, traceback)
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
         self._preempted.set()
 
-    def _entered(self) -> BlockingPortal:
-        if self._portal is None:
+    def _entered(self) -> _Background:
+        if self._background is None:
             raise CheckpointError(
                 "the checkpointer was not entered, or was left.", remedy="Use it inside its `with` block."
             )
-        return self._portal
+        self._background.check()
+        return self._background

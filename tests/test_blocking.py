@@ -10,6 +10,7 @@ import torch
 
 import aiostage
 from aiostage.blocking import Checkpointer
+from tests.forking import run_forking
 
 
 def state(number: int) -> dict[str, object]:
@@ -118,3 +119,49 @@ def test_what_has_not_changed_is_not_written_again(tmp_path: Path) -> None:
         sizes = [sum(file.stat().st_size for file in (tmp_path / f"step-0000000{n}").iterdir()) for n in range(2)]
         assert sizes[1] < sizes[0] / 100
         assert torch.equal(checkpoints.restore()["frozen"], frozen)
+
+
+FORKING = """
+import torch
+from aiostage import CheckpointError
+from aiostage.blocking import Checkpointer
+from tests.forking import run_forking
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except CheckpointError as error:
+        assert f"entered by process {os.getppid()}" in str(error), error
+    else:
+        raise AssertionError(call)
+
+def main(root):
+    checkpoints = Checkpointer(root, save_on_signals=[signal.SIGTERM])
+    with checkpoints:
+        handle = checkpoints.save(1, {"a": torch.ones(3_000_000)})
+
+        def child():
+            refused(checkpoints.save, 2, {"a": torch.ones(3)})
+            refused(checkpoints.latest)
+            assert handle.done() or refused(handle.committed) is None
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            checkpoints.close()
+            mine.clear()
+            with Checkpointer(root) as own:
+                own.save(os.getpid(), {"b": 1})
+
+        mine = [Checkpointer(root).__enter__()]
+        in_child(child)
+        in_child(child)
+        assert handle.committed().nbytes == 12_000_000
+        mine.pop().close()
+        assert len(checkpoints.steps()) == 3
+        assert not checkpoints.preempted.is_set()
+
+main("ROOT")
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_child_is_told_whose_it_is_and_may_have_its_own(tmp_path: Path) -> None:
+    run_forking(FORKING.replace("ROOT", str(tmp_path)))

@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-__all__ = ["catchable", "set_by_signals"]
+from aiostage._loop.forks import tell_of_forks
+
+__all__ = ["Handlers", "catchable", "set_by_signals"]
 
 _log = logging.getLogger("aiostage")
 
@@ -29,6 +31,34 @@ def catchable(signals: Iterable[int]) -> tuple[signal.Signals, ...]:
         if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
             raise ValueError(f"save_on_signals takes signals that can be handled, like signal.SIGTERM, not {number!r}")
     return tuple(map(signal.Signals, signals))
+
+
+class Handlers:
+    """What some signals did before, to be put back.
+
+    A forked child has it back at once: it would take the signals for its parent's and go on.
+
+    Args:
+        signals: Which.
+    """
+
+    def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        self._before = {number: signal.getsignal(number) for number in signals}
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Put them back in a child, whose signals are not to be told to its parent's event loop either."""
+        if self._before:
+            # The loop's own socket: it would run its handlers for every signal that the child gets.
+            signal.set_wakeup_fd(-1)
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Put them back, once."""
+        before, self._before = self._before, {}
+        for number, handler in before.items():
+            # None: it was not installed from Python, so it cannot be from here.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 @asynccontextmanager
@@ -53,7 +83,7 @@ async def set_by_signals(event: anyio.Event, signals: Sequence[signal.Signals]) 
             f"signals ({', '.join(each.name for each in signals)}) can only be received in the main thread. "
             "Pass save_on_signals=() and set checkpoints.preempted from the main thread."
         )
-    before = {number: signal.getsignal(number) for number in signals}
+    handlers = Handlers(signals)
     try:
         with anyio.open_signal_receiver(*signals) as received:
             async with anyio.create_task_group() as group:
@@ -64,10 +94,7 @@ async def set_by_signals(event: anyio.Event, signals: Sequence[signal.Signals]) 
                     group.cancel_scope.cancel()
     finally:
         # asyncio puts the system's default in their place, not what was there.
-        for number, handler in before.items():
-            # None: it was not installed from Python, so it cannot be from here.
-            if handler is not None:
-                signal.signal(number, handler)
+        handlers.put_back()
 
 
 async def _set(event: anyio.Event, received: AsyncIterator[signal.Signals]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from aiostage import Checkpointer
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.test_checkpointer import Gate, tree, until
+from tests.forking import run_forking
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -140,3 +141,38 @@ def test_only_the_main_thread_can() -> None:
 def test_what_is_no_signal() -> None:
     with pytest.raises(ValueError, match="1234"):
         Checkpointer(MemoryStorage(), save_on_signals=[1234])  # type: ignore[list-item]
+
+
+FORKING = """
+import anyio, logging
+from aiostage import Checkpointer
+from tests.checkpoint.memory_storage import MemoryStorage
+
+seen = []
+logging.disable()
+signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+
+async def main():
+    async with Checkpointer(MemoryStorage(), save_on_signals=[signal.SIGUSR1, signal.SIGTERM]) as checkpoints:
+
+        def child():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert seen == [signal.SIGUSR1]
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+        in_child(child)
+        for _ in range(20):
+            await anyio.sleep(0.001)
+        assert not checkpoints.preempted.is_set()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await checkpoints.preempted.wait()
+    assert seen == []
+
+anyio.run(main, backend="BACKEND")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_signals_of_a_forked_child_are_its_own(backend: str) -> None:
+    run_forking(FORKING.replace("BACKEND", backend))

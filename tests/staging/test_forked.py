@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.forking import run_forking
@@ -57,7 +59,7 @@ def test_a_stager_works_in_the_child_and_beside_it() -> None:
 
 
 LOADING = """
-import tempfile, torch
+import torch
 import aiostage
 from aiostage.storage import LocalStorage
 from torch.utils.data import DataLoader, Dataset
@@ -92,10 +94,9 @@ async def main(root):
     assert float((await aiostage.load((storage, "more")))["a"].sum()) == 3_000_000
     await stager.aclose()
 
-with tempfile.TemporaryDirectory() as root:
-    asyncio.run(main(root))
+asyncio.run(main("ROOT"))
 """
 
 
-def test_the_workers_of_a_data_loader_load_and_save_through_what_they_inherit() -> None:
-    run_forking(LOADING)
+def test_the_workers_of_a_data_loader_load_and_save_through_what_they_inherit(tmp_path: Path) -> None:
+    run_forking(LOADING.replace("ROOT", str(tmp_path)))
