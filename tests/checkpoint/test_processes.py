@@ -66,5 +66,5 @@ async def check(directory: Path, won: list[set[int]]) -> None:
 @pytest.mark.parametrize("mode", ["whole", "incremental"])
 def test_a_run_that_is_killed_again_and_again(mode: str, tmp_path: Path) -> None:
     output = output_of("tests.checkpoint.dying_run", str(tmp_path), mode)
-    # It has got somewhere in its short lives.
+    # It has got somewhere in its short lives, which are as long as that takes.
     assert int(output) > 10

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage.testing import LeakProbe, Leftovers, LoopProbe
+from aiostage.testing import LeakProbe, Leftovers, LoopHold, LoopProbe
 
 THIS = __file__
 
@@ -26,6 +26,11 @@ def compute(seconds: float) -> None:
         pass
 
 
+def was_put_aside(hold: LoopHold) -> bool:
+    """Return whether the thread slept, or a busy machine ran others meanwhile, as it may at any time."""
+    return hold.cpu_seconds < 0.05
+
+
 def in_this_file(file: str) -> bool:
     return file == THIS
 
@@ -34,15 +39,14 @@ class TestLoopProbe:
     async def look(self) -> None:
         with LoopProbe(threshold=0.05) as probe:
             await anyio.sleep(0.02)
-            assert not probe.holds
             compute(0.1)
             await anyio.sleep(0.02)
-        (hold,) = probe.holds
+        (hold,) = (hold for hold in probe.holds if not was_put_aside(hold))
         assert hold.seconds >= 0.05
         assert hold.cpu_seconds >= 0.09
         assert hold.blamed_seconds == 0
         assert hold.stack == ""
-        assert probe.longest == hold.seconds
+        assert probe.longest == max(hold.seconds for hold in probe.holds)
 
     @pytest.mark.asyncio
     async def test_sees_a_hold(self):
@@ -57,9 +61,8 @@ class TestLoopProbe:
         with LoopProbe(threshold=0.05) as probe:
             await asyncio.sleep(0.01)
             time.sleep(0.1)
-        (hold,) = probe.holds
-        assert hold.seconds >= 0.05
-        assert hold.cpu_seconds < 0.05
+        assert probe.longest >= 0.1 - 0.005
+        assert all(was_put_aside(hold) for hold in probe.holds)
 
     @pytest.mark.asyncio
     async def test_names_who_computed(self):
