@@ -20,16 +20,11 @@ def new_store() -> dist.TCPStore:
 
 
 def together(size: int, act: Callable[[RollCall, int], Any], store: Any = None) -> list[Any]:
-    store, ready = store if store is not None else new_store(), Barrier(size)
-
-    def run(rank: int) -> Any:
-        call = RollCall(store.clone(), 0, rank, size)
-        # Some tests wait for what does not come, and no longer than a rank that is there takes to say so.
-        ready.wait(10)
-        return act(call, rank)
-
+    store = store if store is not None else new_store()
+    # One after another: of several that connect at once, some do so 5 s later.
+    calls = [RollCall(store.clone(), 0, rank, size) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+        return list(pool.map(act, calls, range(size)))
 
 
 def test_all_come() -> None:
@@ -148,9 +143,9 @@ def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
     counts: list[int] = [0] * size
 
     class Counting:
-        def __init__(self, rank: int) -> None:
+        def __init__(self, rank: int, store: dist.TCPStore) -> None:
             self._rank = rank
-            self._store = store.clone()
+            self._store = store
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
@@ -160,14 +155,14 @@ def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
 
             return call
 
-    def act(rank: int) -> None:
-        call = RollCall(Counting(rank), 0, rank, size)
+    def act(rank: int, mine: dist.TCPStore) -> None:
+        call = RollCall(Counting(rank, mine), 0, rank, size)
         assert call.arrive(10) == {}
         call.leave()
         call.forget()
 
     with ThreadPoolExecutor(size) as pool:
-        list(pool.map(act, range(size)))
+        list(pool.map(act, range(size), [store.clone() for _ in range(size)]))
     assert max(counts[1:]) <= 8
     assert counts[0] <= 13
 
