@@ -20,17 +20,18 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
+from aiostage._memory.pages import HugePages
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
-from aiostage.abc import Backend, Reader
+from aiostage.abc import Backend
 from aiostage.checkpoint.devices import DeviceOption, Devices, host_memory
-from aiostage.checkpoint.incoming import Destinations
+from aiostage.checkpoint.incoming import THREADS, Destinations
 from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import open_checkpoint
+from aiostage.checkpoint.resolving import ResolvingReader, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
@@ -44,7 +45,6 @@ __all__ = ["load"]
 
 _logger = logging.getLogger("aiostage")
 
-_THREADS = 2
 _CHUNK = 64
 
 _ATTEMPTS = 10
@@ -156,7 +156,7 @@ class _Loading:
         self._devices = devices
         self._name = name
         self._report = report
-        self._workers, self._slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
         if backend is None or backend.unavailable_reason is not None:
             self._destinations = Destinations(Pool(self._workers), _host_memory)
             return
@@ -183,8 +183,9 @@ class _Loading:
             await self._destinations.pool.aclose()
         self._workers.stop()
 
-    async def attempt(self, reader: Reader) -> Any:
+    async def attempt(self, reader: ResolvingReader) -> Any:
         """Read one checkpoint."""
+        self._destinations.huge_pages = HugePages()
         checkpoint = CheckpointReader(
             reader, self._workers, self._slices, self._destinations, verify=self._verify, progress=self._progressed
         )
@@ -208,6 +209,7 @@ class _Loading:
                     outline.positions,
                     self._destinations.device_of,
                     in_place=self._in_place,
+                    huge_pages=self._destinations.huge_pages,
                     path=checkpoint.manifest_path,
                 )
             )
@@ -228,7 +230,9 @@ class _Loading:
         path = checkpoint.manifest_path
         sizes = await self._slices.run(sizes_of(names, outline.records, spread))
         shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
-        data = await self._devices.allocate(shares, workers=self._workers, slices=self._slices, path=path)
+        data = await self._devices.allocate(
+            shares, self._destinations.huge_pages, workers=self._workers, slices=self._slices, path=path
+        )
         contents = await self._slices.run(contents_of(data, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
@@ -246,7 +250,7 @@ class _Loading:
         first = {name: plain for name, plain in names.items() if not plain}
         others = {name: plain for name, plain in names.items() if plain}
         sizes = await self._slices.run(sizes_of(first, outline.records, spread))
-        data = await self._slices.run(host_memory(sizes, path=path))
+        data = await self._slices.run(host_memory(sizes, path=path, huge_pages=self._destinations.huge_pages))
         if first:
             contents = await self._slices.run(contents_of(data, spread))
             await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))

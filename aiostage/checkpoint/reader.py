@@ -11,10 +11,10 @@ import torch
 from aiostage._loop.slices import Slices
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage.abc import Reader
 from aiostage.checkpoint.decode import Memory, TreeDecoder
 from aiostage.checkpoint.incoming import Destinations, Incoming
 from aiostage.checkpoint.nodes import NodeTable, reading
+from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError
 from aiostage.observe import span
@@ -77,7 +77,7 @@ class CheckpointReader:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ResolvingReader,
         workers: Workers,
         slices: Slices,
         destinations: Destinations,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 
@@ -15,6 +16,7 @@ from aiostage.checkpoint.retention import mark_of, removed_of, step_of
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.local import LocalReader
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
 from aiostage.storage.placement import Piece, PlacedFile, Placement
 
@@ -76,7 +78,7 @@ class ResolvingReader(Reader):
         file = await self._placed(name)
         if file is not None:
             return file.nbytes
-        async with self._told_apart():
+        async with self.told_apart():
             return await self._reader.size(name)
 
     async def read(self, name: str, offset: int, into: Buffer) -> None:
@@ -89,16 +91,37 @@ class ResolvingReader(Reader):
         """
         file = await self._placed(name)
         if file is None:
-            async with self._told_apart():
+            async with self.told_apart():
                 await self._reader.read(name, offset, into)
             return
         if offset + len(into) > file.nbytes:
             raise CheckpointCorruptError(f"it ends at byte {file.nbytes}; more was expected.", path=self._path(name))
         position = 0
         for piece in file.located(offset, offset + len(into)):
-            async with self._told_apart():
+            async with self.told_apart():
                 await self._read_piece(piece, into[position : position + piece.nbytes])
             position += piece.nbytes
+
+    async def blocking(self, name: str) -> Callable[[int, Buffer], None] | None:
+        """Return what reads a range of a file in the calling thread, to be used within :meth:`told_apart`.
+
+        None if only :meth:`read` can. Raises as :meth:`manifest`.
+        """
+        if not isinstance(self._reader, LocalReader) or await self.placement() is not None:
+            return None
+        return partial(self._reader.read_blocking, name)
+
+    @asynccontextmanager
+    async def told_apart(self) -> AsyncGenerator[None, None]:
+        """Tell what was removed, and then, rightly, what nobody else referred to, from what is damaged."""
+        try:
+            yield
+        except CheckpointCorruptError as error:
+            try:
+                await (await open_checkpoint(self._storage, self._name)).aclose()
+            except CheckpointNotFoundError as gone:
+                raise gone from error
+            raise
 
     async def aclose(self) -> None:
         """Let go of it and of the others. May be called more than once."""
@@ -129,18 +152,6 @@ class ResolvingReader(Reader):
             raise CheckpointCorruptError(
                 f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
             ) from error
-
-    @asynccontextmanager
-    async def _told_apart(self) -> AsyncGenerator[None, None]:
-        """Tell what was removed, and then, rightly, what nobody else referred to, from what is damaged."""
-        try:
-            yield
-        except CheckpointCorruptError as error:
-            try:
-                await (await open_checkpoint(self._storage, self._name)).aclose()
-            except CheckpointNotFoundError as gone:
-                raise gone from error
-            raise
 
     async def _other(self, name: str) -> Reader:
         async with self._opening:

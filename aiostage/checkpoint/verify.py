@@ -7,7 +7,7 @@ import torch
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage._memory.pool import Pool
-from aiostage.checkpoint.incoming import Destinations
+from aiostage.checkpoint.incoming import THREADS, Destinations
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.resolving import open_checkpoint
@@ -16,8 +16,6 @@ from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 
 __all__ = ["outline_of", "verify"]
-
-_THREADS = 2
 
 
 async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = None) -> Outline:
@@ -64,7 +62,7 @@ async def outline_of(source: Target) -> Outline:
 async def _look(source: Target, progress: ProgressOption[LoadProgress], *, elements: bool) -> Outline:
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
-        workers, slices = Workers(_THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        workers, slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
         pool = Pool(workers)
 
         def progressed(read_bytes: int, total_bytes: int) -> None:

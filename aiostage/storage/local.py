@@ -27,7 +27,7 @@ from aiostage.storage.directories import is_current
 from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 
-__all__ = ["LocalStorage"]
+__all__ = ["LocalReader", "LocalStorage"]
 
 _IO_THREADS = 2
 """Measured on a local disk: a second thread fills the pauses of the first, more bring nothing."""
@@ -181,7 +181,7 @@ class LocalStorage(SharedStorage):
 
     def _read(self, name: str) -> Reader:
         path = os.path.realpath(self._path(name))
-        return _LocalReader(open_committed(path), path, self._workers)
+        return LocalReader(open_committed(path), path, self._workers)
 
 
 class _JoinedDraft(Draft):
@@ -282,7 +282,7 @@ def _write_part(file: OutputFile, part: Buffer, offset: int) -> None:
         file.write(part, offset)
 
 
-class _LocalReader(Reader):
+class LocalReader(Reader):
     """An open directory, and the files in it that were looked at."""
 
     def __init__(self, directory: Descriptor, path: str, workers: Workers) -> None:
@@ -294,18 +294,31 @@ class _LocalReader(Reader):
 
     @property
     def location(self) -> str:
+        """The directory."""
         return self._path
 
     async def manifest(self) -> Buffer:
+        """Return the contents of the manifest. Raises as :meth:`read`, and also if it is too long for one."""
         return await self._workers.run(self._manifest)
 
     async def size(self, name: str) -> int:
+        """Return how long a file is, in bytes. Raises as :meth:`read`."""
         return await self._workers.run(lambda: self._file(name).nbytes)
 
     async def read(self, name: str, offset: int, into: Buffer) -> None:
-        await self._workers.run(partial(self._read, name, offset, into))
+        """Fill a buffer with a range of a file.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file, or it ends early.
+            CheckpointNotFoundError: If the checkpoint was replaced or deleted before the file was opened.
+            OSError: If the file system refuses.
+
+        When cancelled, waits for what is being read.
+        """
+        await self._workers.run(partial(self.read_blocking, name, offset, into))
 
     async def aclose(self) -> None:
+        """Let go of the files. May be called more than once."""
         # Nobody waits for steps that still run; they keep the descriptors that they use.
         self._files.clear()
         self._directory = None
@@ -319,7 +332,8 @@ class _LocalReader(Reader):
         file.read(text, 0)
         return text
 
-    def _read(self, name: str, offset: int, into: Buffer) -> None:
+    def read_blocking(self, name: str, offset: int, into: Buffer) -> None:
+        """Do as :meth:`read` does, in the calling thread; it may be any."""
         with span("read part", offset=offset, nbytes=len(into)):
             self._file(name).read(into, offset)
 

@@ -29,6 +29,7 @@ __all__ = [
     "memory_of",
     "parts_in",
     "place",
+    "running_digest",
     "scatter",
     "whole",
 ]
@@ -265,6 +266,11 @@ def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[Piece], Seq
 def digest(data: Buffer) -> str:
     """Return the digest of a buffer in hexadecimal. Releases the GIL while it computes."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def running_digest() -> xxhash.xxh3_64:
+    """Return the digest of no bytes yet; ``update`` adds some, without the GIL, and ``hexdigest`` tells."""
+    return xxhash.xxh3_64()
 
 
 def digest_of_parts(digests: Sequence[str]) -> str:
