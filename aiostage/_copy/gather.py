@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Gather", "one_thread"]
+from aiostage._copy.openmp import one_thread
 
+__all__ = ["Gather", "Gathers"]
+
+_PIECE_BYTES = 2 * 2**20
+"""How much is gathered in one call."""
 
 _MOST_ELEMENTS = 2**62
 """Well below what torch counts elements with."""
+
+
+class Gathers:
+    """Leaves that are small, many of one size together. Whoever adds them keeps them alive."""
+
+    __slots__ = ("_gathers",)
+
+    def __init__(self) -> None:
+        self._gathers: list[Gather] = []
+
+    def add(self, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> bool:
+        """Add leaves, unless torch could not count what lies between them.
+
+        Args:
+            addresses: Where they begin.
+            nbytes: Size of each, in bytes, more than 0.
+            destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements.
+
+        Returns:
+            Whether they were added.
+        """
+        gather = Gather.over(addresses, nbytes, destination)
+        if gather is not None:
+            self._gathers.append(gather)
+        return gather is not None
+
+    def pieces(self) -> Iterator[None]:
+        """Copy a piece before each yield, all of them in one thread. Blocks, without the GIL."""
+        with one_thread():
+            for gather in self._gathers:
+                at_once = max(1, _PIECE_BYTES // gather.nbytes)
+                for start in range(0, len(gather), at_once):
+                    gather.run(start, start + at_once)
+                    yield
 
 
 class Gather:
@@ -62,6 +97,11 @@ class Gather:
         rows = extent.as_strided((count, nbytes), (step, 1))
         return cls(rows, torch.from_numpy(indices), torch.from_numpy(destination).view(-1, nbytes))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of a row, in bytes."""
+        return self._destination.shape[1]
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -75,41 +115,3 @@ class _Extent:
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-
-
-def _openmp() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """Return how the number of threads is read and set that torch divides work among, if it uses OpenMP."""
-    libraries = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            # PyDLL: a call is far shorter than giving the GIL away and getting it back.
-            library = ctypes.PyDLL(str(libraries / name))
-            return library.omp_get_max_threads, library.omp_set_num_threads
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-_threads = _openmp()
-
-
-@contextmanager
-def one_thread() -> Generator[None, None, None]:
-    """Keep torch from dividing what the calling thread does among threads of its own.
-
-    There would be as many of them as cores, for each of several workers, and they go on spinning for a while in case
-    there is more to do, on cores that the event loop and the training step want. ``torch.set_num_threads`` would
-    apply to the whole process; this applies to the calling thread. Without OpenMP it does nothing.
-    """
-    if _threads is None:
-        yield
-        return
-    read, write = _threads
-    # On its first use in a thread torch sets what the process is set to.
-    torch.get_num_threads()
-    before = read()
-    write(1)
-    try:
-        yield
-    finally:
-        write(before)

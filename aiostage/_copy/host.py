@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, groupby, repeat
+from collections.abc import Mapping, Sequence
+from itertools import chain, groupby
 from operator import attrgetter
 from time import sleep
 from typing import Any, TypeVar
@@ -14,27 +14,22 @@ import numpy as np
 import torch
 
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
-from aiostage._capture.plan import RUN_LEAVES, Batch
-from aiostage._copy.gather import Gather, one_thread
+from aiostage._capture.plan import Batch, Piece, Run
+from aiostage._copy.conversions import Conversions
+from aiostage._copy.gather import Gathers
+from aiostage._copy.moves import Moves
 from aiostage._loop.workers import Job
 
-__all__ = ["HostCopy", "copy_tensors"]
+__all__ = ["HostCopy"]
 
 T = TypeVar("T")
-
-_PIECE_BYTES = 2 * 2**20
-"""How much is moved between two looks at whether anybody still wants it: 0.2 ms into warm memory, and up to 10 ms where
-a virtual machine has to ask its host for every page."""
-
-_CONVERTED_BYTES = 4 * 2**20
-"""The same where torch copies value by value, which costs a little for each call."""
 
 _MOVED_BYTES = 256 * 1024
 """From this size on a leaf is copied by a call of its own, whose cost does not show there."""
 
 
 class HostCopy:
-    """The copies of one batch, ready to run in a worker thread.
+    """The copies of one batch, ready to run in a worker thread: each leaf in the cheapest of three ways.
 
     Args:
         batch: What to copy.
@@ -43,12 +38,9 @@ class HostCopy:
         specs: Of the leaves.
         addresses: Of the source leaves.
         memory: One-dimensional uint8, the whole arena, kept alive like the sources.
-
-    Attributes:
-        ready: Whether it can run before the staged leaves of the batch are built: it writes to the arena alone.
     """
 
-    __slots__ = ("_apart", "_gathers", "_keep", "_moves", "_pieces", "_staged", "ready")
+    __slots__ = ("_addresses", "_conversions", "_gathers", "_memory", "_moves", "_tensors")
 
     def __init__(
         self,
@@ -59,41 +51,22 @@ class HostCopy:
         addresses: Sequence[int],
         memory: np.ndarray[Any, Any],
     ) -> None:
-        self._staged = staged
-        self._apart: list[tuple[int, torch.Tensor]] = []
-        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._gathers: list[tuple[Gather, int]] = []
-        self._moves: list[tuple[int, int, int]] = []
-        self._keep = (memory, tensors)
-        base = memory.ctypes.data
-        for spec, same in groupby(filter(_is_whole, batch.runs), _spec):
-            runs = list(same)
-            indices = list(chain.from_iterable(run.indices for run in runs))
-            if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
-                self._apart += zip(indices, _pick(tensors, indices), strict=True)
-                continue
-            # Runs of one spec follow each other in the arena too.
-            start, stop = runs[0].offset, runs[-1].offset + runs[-1].nbytes
-            begins = _pick(addresses, indices)
-            small = spec.nbytes < _MOVED_BYTES
-            gather = Gather.over(begins, spec.nbytes, memory[start:stop]) if small else None
-            if gather is not None:
-                self._gathers.append((gather, max(1, _PIECE_BYTES // spec.nbytes)))
-            else:
-                places = range(base + start, base + stop, spec.nbytes)
-                self._moves += zip(places, begins, repeat(spec.nbytes), strict=False)
+        self._tensors = tensors
+        self._addresses = addresses
+        self._memory = memory
+        self._moves = Moves()
+        self._gathers = Gathers()
+        self._conversions = Conversions(staged)
+        # Runs of one spec follow each other in the arena too.
+        for spec, runs in groupby(filter(_is_whole, batch.runs), _spec):
+            self._add_leaves(spec, list(runs))
         for piece in batch.pieces:
-            spec, tensor = _known(specs[piece.index]), tensors[piece.index]
-            if _is_memory(spec):
-                size = spec.dtype.itemsize
-                address = addresses[piece.index] + piece.start * size
-                self._moves.append((base + piece.offset, address, piece.length * size))
-            else:
-                stop = piece.offset + piece.length * spec.target.itemsize
-                destination = torch.from_numpy(memory[piece.offset : stop]).view(spec.target)
-                first = tensor.storage_offset() + piece.start
-                self._pieces.append((destination, tensor.detach().as_strided((piece.length,), (1,), first)))
-        self.ready = not self._apart
+            self._add_piece(_known(specs[piece.index]), piece)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can run before the staged leaves of the batch are built: it writes to the arena alone."""
+        return self._conversions.ready
 
     def run(self, job: Job) -> bool:
         """Copy. Blocks; the GIL is released meanwhile.
@@ -104,67 +77,42 @@ class HostCopy:
         Returns:
             Whether all was copied.
         """
-        for destination, source, nbytes in self._moves:
-            for start in range(0, nbytes, _PIECE_BYTES):
-                if job.cancelled:
-                    return False
-                ctypes.memmove(destination + start, source + start, min(_PIECE_BYTES, nbytes - start))
+        for way in (self._moves, self._gathers, self._conversions):
+            if job.cancelled:
+                return False
+            for _ in way.pieces():
                 # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
                 # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
                 _yield_core()
-        with one_thread():
-            for gather, at_once in self._gathers:
-                for start in range(0, len(gather), at_once):
-                    if job.cancelled:
-                        return False
-                    gather.run(start, start + at_once)
-                    _yield_core()
-            for destinations, sources in self._in_pieces():
                 if job.cancelled:
                     return False
-                copy_tensors(destinations, sources)
-                _yield_core()
         return True
 
-    def _in_pieces(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Return what takes more than moving bytes, in lots of about a piece each."""
-        destinations: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        nbytes = 0
-        for destination, source in self._pairs():
-            destinations.append(destination)
-            sources.append(source)
-            nbytes += source.nbytes
-            if nbytes >= _CONVERTED_BYTES or len(sources) >= RUN_LEAVES:
-                yield destinations, sources
-                destinations, sources, nbytes = [], [], 0
-        if sources:
-            yield destinations, sources
+    def _add_leaves(self, spec: Spec, runs: Sequence[Run]) -> None:
+        """Add whole leaves of one spec."""
+        indices = list(chain.from_iterable(run.indices for run in runs))
+        if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
+            self._conversions.add_leaves(indices, _pick(self._tensors, indices))
+            return
+        start, stop = runs[0].offset, runs[-1].offset + runs[-1].nbytes
+        begins = _pick(self._addresses, indices)
+        small = spec.nbytes < _MOVED_BYTES
+        if not (small and self._gathers.add(begins, spec.nbytes, self._memory[start:stop])):
+            base = self._memory.ctypes.data
+            self._moves.add(range(base + start, base + stop, spec.nbytes), begins, spec.nbytes)
 
-    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for destination, source in self._pieces:
-            yield from _cut(destination, source)
-        for index, source in self._apart:
-            destination = self._staged[index]
-            if type(source) in PLAIN_CLASSES and source.is_contiguous() and destination.is_contiguous():
-                yield from _cut(destination.detach().view(-1), source.detach().view(-1))
-            else:
-                yield destination, source
-
-
-def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut one-dimensional tensors of one length into pieces."""
-    at_once = _CONVERTED_BYTES // source.itemsize
-    if len(source) <= at_once:
-        return iter(((destination, source),))
-    return zip(torch.split(destination, at_once), torch.split(source, at_once), strict=True)
-
-
-def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy tensors in one fused operation; the GIL is released while it runs."""
-    # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
-    with torch.no_grad():
-        torch._foreach_copy_(destinations, sources)
+    def _add_piece(self, spec: Spec, piece: Piece) -> None:
+        """Add a part of a leaf."""
+        if _is_memory(spec):
+            size = spec.dtype.itemsize
+            address = self._addresses[piece.index] + piece.start * size
+            self._moves.add([self._memory.ctypes.data + piece.offset], [address], piece.length * size)
+        else:
+            stop = piece.offset + piece.length * spec.target.itemsize
+            destination = torch.from_numpy(self._memory[piece.offset : stop]).view(spec.target)
+            tensor = self._tensors[piece.index]
+            first = tensor.storage_offset() + piece.start
+            self._conversions.add(destination, tensor.detach().as_strided((piece.length,), (1,), first))
 
 
 if sys.platform == "win32":

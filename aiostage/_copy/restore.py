@@ -14,7 +14,7 @@ from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.arrivals import Arrivals
-from aiostage._copy.host import copy_tensors
+from aiostage._copy.conversions import copy_tensors
 from aiostage._copy.resources import Resources
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from aiostage._copy.arrivals import Arrivals
+from aiostage._copy.conversions import copy_tensors
 from aiostage._copy.device import Flight
-from aiostage._copy.host import copy_tensors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers

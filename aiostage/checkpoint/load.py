@@ -14,7 +14,7 @@ import torch
 
 from aiostage._arguments import check_flags
 from aiostage._copy.arrivals import Arrivals
-from aiostage._copy.host import copy_tensors
+from aiostage._copy.conversions import copy_tensors
 from aiostage._device import SideStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage import AsyncStager
-from aiostage._copy.gather import Gather, one_thread
+from aiostage._copy.gather import Gather
+from aiostage._copy.openmp import one_thread
 
 
 def gather(addresses: list[int], nbytes: int, destination: np.ndarray) -> Gather:

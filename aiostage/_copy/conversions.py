@@ -1,0 +1,91 @@
+"""Leaves that torch has to copy value by value: casts, gaps and orders of their own, subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from aiostage._capture.faithful import PLAIN_CLASSES
+from aiostage._capture.plan import RUN_LEAVES
+from aiostage._copy.openmp import one_thread
+
+__all__ = ["Conversions", "copy_tensors"]
+
+_PIECE_BYTES = 4 * 2**20
+"""How much is copied in one call, each of which costs a little."""
+
+
+class Conversions:
+    """Tensors to be copied by torch.
+
+    Args:
+        staged: Where the staged copies of leaves are, once they are built.
+    """
+
+    __slots__ = ("_leaves", "_pairs", "_staged")
+
+    def __init__(self, staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> None:
+        self._staged = staged
+        self._leaves: list[tuple[int, torch.Tensor]] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether no staged leaf is needed."""
+        return not self._leaves
+
+    def add(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Add one-dimensional tensors of one length."""
+        self._pairs.append((destination, source))
+
+    def add_leaves(self, indices: Iterable[int], sources: Iterable[torch.Tensor]) -> None:
+        """Add leaves, to be copied to the staged ones of the same indices."""
+        self._leaves += zip(indices, sources, strict=True)
+
+    def pieces(self) -> Iterator[None]:
+        """Copy a piece before each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
+        with one_thread():
+            for destinations, sources in self._lots():
+                copy_tensors(destinations, sources)
+                yield
+
+    def _lots(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Return what is to be copied together: large tensors in pieces, small ones as many as make one."""
+        destinations: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        nbytes = 0
+        for destination, source in self._cut():
+            destinations.append(destination)
+            sources.append(source)
+            nbytes += source.nbytes
+            if nbytes >= _PIECE_BYTES or len(sources) >= RUN_LEAVES:
+                yield destinations, sources
+                destinations, sources, nbytes = [], [], 0
+        if sources:
+            yield destinations, sources
+
+    def _cut(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for destination, source in self._pairs:
+            yield from _cut(destination, source)
+        for index, source in self._leaves:
+            destination = self._staged[index]
+            if type(source) in PLAIN_CLASSES and source.is_contiguous() and destination.is_contiguous():
+                yield from _cut(destination.detach().view(-1), source.detach().view(-1))
+            else:
+                yield destination, source
+
+
+def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut one-dimensional tensors of one length into pieces."""
+    at_once = _PIECE_BYTES // source.itemsize
+    if len(source) <= at_once:
+        return iter(((destination, source),))
+    return zip(torch.split(destination, at_once), torch.split(source, at_once), strict=True)
+
+
+def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors in one fused operation; the GIL is released while it runs."""
+    # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
+    with torch.no_grad():
+        torch._foreach_copy_(destinations, sources)
