@@ -11,9 +11,10 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import RLock
 from time import perf_counter
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Observer, Span
@@ -33,7 +34,13 @@ class Trace(Observer):
         self.begin: float = perf_counter()
         self._spans: list[Span] = []
         self._failures: dict[Span, str] = {}
-        self._lock = Lock()
+        # Reentrant, because the collector may close a coroutine, and with it a span, while this thread has the lock.
+        self._lock = RLock()
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Let a child go on with a copy of what was recorded."""
+        self._lock = RLock()
 
     @property
     def spans(self) -> Sequence[Span]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,18 @@ async def test_on_trio(tmp_path: Path) -> None:
         pass
     await recorded.write(tmp_path / "trace.json")
     assert [event["name"] for event in events_of(json.loads((tmp_path / "trace.json").read_text()))] == ["only"]
+
+
+def test_the_collector_may_end_a_span_where_another_is_recorded() -> None:
+    recorder = Trace()
+    span = Span("abandoned", None, {}, 0.0, "main")
+    recorder.started(span)
+
+    def collect_inside() -> None:
+        with recorder._lock:
+            recorder.failed(span, GeneratorExit())
+
+    collecting = threading.Thread(target=collect_inside, daemon=True)
+    collecting.start()
+    collecting.join(10)
+    assert recorder.failure(span) == "GeneratorExit: "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from aiostage.errors import StagingError
 
 __all__ = ["LoopThread"]
 
@@ -24,6 +27,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str) -> None:
+        self._process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self.thread.start()
@@ -33,14 +37,35 @@ class LoopThread:
     @property
     def running(self) -> bool:
         """Whether it takes coroutines."""
-        return self._stop.alive
+        return self._stop.alive and os.getpid() == self._process
+
+    def check(self) -> None:
+        """Refuse a forked child, where nothing would ever run.
+
+        Raises:
+            StagingError: If this is one.
+        """
+        if os.getpid() != self._process:
+            raise StagingError(
+                f"this was made by process {self._process}, from which this one was forked.",
+                remedy="Make another one in this process.",
+            )
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine in the loop, from any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop and wait for it."""
+        """Run a coroutine in the loop and wait for it.
+
+        Raises:
+            StagingError: If this is a forked child.
+        """
+        try:
+            self.check()
+        except StagingError:
+            coroutine.close()
+            raise
         return self.submit(coroutine).result()
 
     def stop(self) -> None:

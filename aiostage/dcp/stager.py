@@ -82,6 +82,7 @@ class TorchStager(TorchAsyncStager):
 
         Except for the last at the call, errors come from the future, if there is one.
         """
+        self._loop.check()
         if not self._loop.running:
             raise StagerClosedError
         kept = {key: state_dict[key] for key in keys_not_requiring_copy}

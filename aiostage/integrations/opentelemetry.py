@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from threading import Lock
+from threading import RLock
 from weakref import WeakKeyDictionary
 
 from aiostage._extras import needed_for
+from aiostage._loop.forks import tell_of_forks
 from aiostage.abc import Observer, Span
 
 with needed_for("OpenTelemetryObserver"):
@@ -30,9 +31,15 @@ class OpenTelemetryObserver(Observer):
         self._tracer = tracer if tracer is not None else trace.get_tracer("aiostage")
         # Weak, because a span whose coroutine was dropped is not told of again.
         self._spans: WeakKeyDictionary[Span, trace.Span] = WeakKeyDictionary()
-        self._lock = Lock()
+        # Reentrant, because the collector may close a coroutine, and with it a span, while this thread has the lock.
+        self._lock = RLock()
         # Once, or a clock that is set meanwhile would tear parents and children apart.
         self._epoch = time.time_ns() - time.perf_counter_ns()
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Let a child go on."""
+        self._lock = RLock()
 
     def started(self, span: Span) -> None:
         """Start an OpenTelemetry span."""

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.storage.directories import (
     exchange,
@@ -98,6 +99,7 @@ class DraftDirectory:
             lock = self._lock()
             if lock is not None:
                 self._directory = lock
+                tell_of_forks(self)
                 return
         raise CheckpointError("another process keeps removing what is being written.", path=target)
 
@@ -112,13 +114,20 @@ class DraftDirectory:
             return None
         return directory
 
+    def forked(self) -> None:
+        """Leave the draft to the parent: the lock would be held until the child has ended too."""
+        self._directory.close()
+
     def publish(self, *, overwrite: bool) -> None:
         """Make the draft the target. Once this returns, it will be there also after a power failure.
 
         Raises:
+            CheckpointError: If it was published or discarded before, or is of the process that has forked this one.
             CheckpointExistsError: If there is something at the target and it must not be replaced.
             OSError: If the file system refuses.
         """
+        if self._directory.closed:
+            raise CheckpointError("what was written here is not, or no longer, this process's.", path=self.target)
         os.fsync(self._directory.fileno())
         old = self._take_place(overwrite)
         sync_directory(os.path.dirname(self.target))

@@ -24,6 +24,7 @@ from aiostage import StagerClosedError, StagingOptions, UnsupportedLeafError
 from aiostage.dcp import TorchStager
 from tests.dcp.test_together import sharded
 from tests.dcp.world import World
+from tests.forking import run_forking
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -314,3 +315,30 @@ def with_two_ranks(path: str) -> bool:
 
 def test_thread_executor_with_two_ranks(pair: World, tmp_path: Path) -> None:
     assert pair.run(with_two_ranks, str(tmp_path / "a")) == [True, True]
+
+
+FORKING = """
+import torch
+from aiostage import StagingError, dcp
+
+stager = dcp.TorchStager()
+assert stager.stage({"a": torch.ones(3)}).result()["a"].sum() == 3
+
+def child():
+    try:
+        stager.stage({"a": torch.ones(3)})
+    except StagingError as error:
+        assert f"process {os.getppid()}" in str(error)
+    else:
+        raise AssertionError("it was taken")
+    stager.close()
+
+in_child(child)
+assert stager.stage({"a": torch.ones(3)}).result()["a"].sum() == 3
+stager.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_child_is_told_that_the_thread_is_its_parents() -> None:
+    run_forking(FORKING)

@@ -15,6 +15,7 @@ from aiostage.abc import Storage
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalStorage
 from aiostage.testing import StorageSuite
+from tests.forking import run_forking
 
 KILLED = """
     import asyncio, os, signal, sys
@@ -67,3 +68,47 @@ class TestLargeParts(LocalSuite):
     """Large enough for direct I/O, and for several parts to be under way."""
 
     part_bytes = 1 << 20
+
+
+FORKING = """
+from aiostage import CheckpointError
+from aiostage.storage.commit import DraftDirectory
+from aiostage.storage.directories import open_directory, try_lock
+
+def is_free():
+    with open_directory(draft.path) as directory:
+        return try_lock(directory)
+
+def child():
+    assert not is_free()
+    try:
+        draft.publish(overwrite=False)
+    except CheckpointError as error:
+        assert "this process's" in str(error)
+    else:
+        raise AssertionError("it was published")
+    draft.discard()
+
+draft = DraftDirectory("ROOT/target")
+in_child(child)
+assert os.path.isdir(draft.path) and not is_free()
+
+runs, say = os.pipe()
+end, go_on = os.pipe()
+other = os.fork()
+if other == 0:
+    os.write(say, b".")
+    os.read(end, 1)
+    os._exit(0)
+os.read(runs, 1)
+# As if this process died, but not the other.
+draft._directory.close()
+free = is_free()
+os.write(go_on, b".")
+os.waitpid(other, 0)
+assert free
+"""
+
+
+def test_a_draft_is_that_of_the_process_that_has_made_it(tmp_path: Path) -> None:
+    run_forking(FORKING.replace("ROOT", str(tmp_path)))
