@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any
 
 from aiostage._arguments import check_flags, whole
@@ -66,28 +67,40 @@ async def save(
 
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
-    begin = perf_counter()
     check_stager(stager)
     storage, name = locate(target)
     with span("save", target=name):
-        own = AsyncStager()
-        # Called before anything is awaited: the moment of the copy is the caller's.
-        is_entered = isinstance(state_dict, Snapshot)
-        source = state_dict if is_entered else source_of(state_dict, stager if stager is not None else own)
-        captured: list[float] = []
         try:
-            async with _writing(storage, name, overwrite, max_shard_bytes, progress) as writer:
-                if isinstance(source, Snapshot):
-                    async with nullcontext() if is_entered else source:
-                        info = await _stream(writer, source, captured)
-                else:
-                    staged = await source
-                    captured.append(perf_counter())
-                    info = await writer.write(staged)
-        finally:
-            if not isinstance(source, Snapshot):
-                source.close()
-            await own.aclose()
+            return await _save(state_dict, stager, _writing(storage, name, overwrite, max_shard_bytes, progress))
+        except BaseException as error:
+            # Their locals refer to the staged copy, and whoever keeps the error would keep its memory: a task that has
+            # failed does, in a circle with the frame that has awaited it.
+            clear_frames(error.__traceback__)
+            raise
+
+
+async def _save(
+    state_dict: Any, stager: CheckpointStager | None, writing: AbstractAsyncContextManager[CheckpointWriter]
+) -> CheckpointInfo:
+    begin = perf_counter()
+    own = AsyncStager()
+    # Called before anything is awaited: the moment of the copy is the caller's.
+    is_entered = isinstance(state_dict, Snapshot)
+    source = state_dict if is_entered else source_of(state_dict, stager if stager is not None else own)
+    captured: list[float] = []
+    try:
+        async with writing as writer:
+            if isinstance(source, Snapshot):
+                async with nullcontext() if is_entered else source:
+                    info = await _stream(writer, source, captured)
+            else:
+                staged = await source
+                captured.append(perf_counter())
+                info = await writer.write(staged)
+    finally:
+        if not isinstance(source, Snapshot):
+            source.close()
+        await own.aclose()
     return _timed(info, captured[0] - begin, perf_counter() - begin)
 
 

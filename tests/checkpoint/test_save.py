@@ -320,3 +320,18 @@ async def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
             await aiostage.save(tree(step), tmp_path / "checkpoint", overwrite=True)
             await aiostage.load(tmp_path / "checkpoint")
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("odd", [object(), torch.Generator()], ids=["written as it lands", "written when captured"])
+async def test_a_task_that_has_failed_keeps_no_memory(odd: object, tmp_path: Path) -> None:
+    async with AsyncStager() as stager:
+        gc.disable()
+        try:
+            # The task refers to its error, that to the frames, and this frame to the task: only the collector ends it.
+            task = asyncio.ensure_future(aiostage.save({"a": torch.ones(3), "b": odd}, tmp_path / "a", stager=stager))
+            with pytest.raises(aiostage.UnsupportedLeafError):
+                await task
+            assert stager.statistics().leases == 0
+        finally:
+            gc.enable()
