@@ -273,7 +273,10 @@ class Snapshot(Generic[T]):
 
 def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
     """Stage in one go, for callers who need no handle. The moment is that of the call."""
-    return _run(Staging(resources, source))
+    coroutine = _run(Staging(resources, source))
+    # Python warns by this name when it is never awaited.
+    coroutine.__qualname__ = "AsyncStager.stage"  # type: ignore[attr-defined]
+    return coroutine
 
 
 async def _run(staging: Staging) -> Any:

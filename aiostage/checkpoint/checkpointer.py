@@ -173,7 +173,10 @@ class Checkpointer:
             progress=self._progress,
             chain=self._chain,
         )
-        return self._begin(saving)
+        coroutine = self._begin(saving)
+        # Python warns by this name when it is never awaited.
+        coroutine.__qualname__ = "Checkpointer.save"  # type: ignore[attr-defined]
+        return coroutine
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.

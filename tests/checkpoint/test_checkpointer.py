@@ -677,3 +677,13 @@ async def test_another_event_loop_is_told_so_and_harms_nothing(tmp_path: Path) -
         await asyncio.to_thread(trio.run, elsewhere)
         await checkpoints.save(2, tree(2))
     assert await checkpoints.steps() == [2]
+
+
+@pytest.mark.asyncio
+async def test_a_forgotten_await_is_warned_of_by_the_name_that_was_called(tmp_path: Path) -> None:
+    async with aiostage.AsyncStager() as stager, aiostage.Checkpointer(tmp_path) as checkpoints:
+        with pytest.warns(RuntimeWarning, match=r"coroutine 'Checkpointer\.save' was never awaited"):
+            checkpoints.save(1, tree(1))  # type: ignore[unused-coroutine]
+        with pytest.warns(RuntimeWarning, match=r"coroutine 'AsyncStager\.stage' was never awaited"):
+            stager.stage(tree(1))  # type: ignore[unused-coroutine]
+    assert await checkpoints.steps() == []
