@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import httpx
 import pytest
 
 from tests.examples import browser
+from tests.servers.process import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 ORCHESTRATOR = ROOT / "examples" / "orchestrator"
@@ -27,12 +27,6 @@ SOON = 90.0
 """Seconds in which whatever is waited for has happened, on a machine that has other things to do."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Service:
@@ -58,13 +52,15 @@ class Service:
     def job(self, name: str = "job-0") -> dict[str, Any]:
         return self.get(f"/api/jobs/{name}")
 
-    def until(self, condition: Callable[[dict[str, Any]], Any], name: str = "job-0") -> dict[str, Any]:
-        """Wait until a job is as it should be, and return it."""
+    def until(
+        self, condition: Callable[[dict[str, Any]], Any], name: str = "job-0", every: float = 0.05
+    ) -> dict[str, Any]:
+        """Wait until a job is as it should be, looking every so many seconds, and return it."""
         deadline = time.monotonic() + SOON
         while not condition(job := self.job(name)):
             assert self.process.poll() is None, "the service has ended"
             assert time.monotonic() < deadline, f"never came about: {job}"
-            time.sleep(0.05)
+            time.sleep(every)
         return job
 
     def end(self) -> None:
@@ -78,7 +74,7 @@ class Service:
 
 @contextmanager
 def orchestrator(root: Path, **options: Any) -> Iterator[Service]:
-    port = free_port()
+    (port,) = free_ports(1)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(
         [sys.executable, str(ORCHESTRATOR), "--port", str(port), "--root", str(root), *words],
@@ -132,12 +128,12 @@ def test_a_worker_killed_while_it_saves_resumes_with_the_losses_of_an_uninterrup
     with orchestrator(tmp_path, jobs=1, width=width, steps=steps, every=0, pace=0.1) as service:
         kills = lost = 0
         # Twice, and more often only while every save has been faster than the signal.
-        while kills < 2 or (not lost and kills < 4):
-            service.until(lambda job, least=10 * (kills + 1): job["state"] == "running" and job["step"] >= least)
+        while kills < 2 or (not lost and kills < 8):
+            service.until(lambda job, least=5 * (kills + 1): job["state"] == "running" and job["step"] >= least)
             service.post("/api/jobs/job-0/checkpoint")
             # From the moment that the worker has begun until it has committed: wherever that is, it dies.
-            job = service.until(lambda job: job["checkpoints"][-1]["stage"] != "asked")
-            time.sleep(0.02 * (kills % 2))
+            job = service.until(lambda job: job["checkpoints"][-1]["stage"] != "asked", every=0.002)
+            time.sleep(0.02 * (kills == 1))
             os.kill(job["pid"], signal.SIGKILL)
             job = service.until(lambda job, pid=job["pid"]: job["state"] == "running" and job["pid"] != pid)
             lost += sum(c["stage"] == "lost" for c in job["checkpoints"])
@@ -190,7 +186,7 @@ def test_changes_need_the_token_and_a_job_that_can(service: Service) -> None:
 @pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))
 def test_the_page_shows_it_all_live(service: Service, tmp_path: Path) -> None:
     screenshot = os.environ.get("ORCHESTRATOR_SCREENSHOT")
-    with browser.browser(tmp_path / "profile", free_port) as window:
+    with browser.browser(tmp_path / "profile", lambda: free_ports(1)[0]) as window:
         window.open(service.url)
         window.until("return document.getElementById('link').textContent === 'live'")
         for name in ("job-0", "job-1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 _READY_SECONDS = 20.0
 _STOP_SECONDS = 3.0
 
+_PORTS = range(12_000, 22_000)
+"""Below those that the kernel gives to connections, which come by the dozen while a server starts."""
+
 
 def free_ports(count: int, beside: int = 0) -> list[int]:
     """Return ports that are free now, and so are those that are so much higher."""
@@ -21,14 +25,13 @@ def free_ports(count: int, beside: int = 0) -> list[int]:
     with contextlib.ExitStack() as held:
         while len(found) < count:
             first = held.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            if beside:
-                second = held.enter_context(socket.socket())
-                try:
-                    second.bind(("127.0.0.1", port + beside))
-                except (OSError, OverflowError):
-                    continue
+            second = held.enter_context(socket.socket())
+            port = random.SystemRandom().choice(_PORTS)
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + beside if beside else 0))
+            except OSError:
+                continue
             found.append(port)
     return found
 
