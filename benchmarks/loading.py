@@ -1,9 +1,10 @@
-"""Loading beside safetensors' own loader, and over a network in which every request takes its time.
+"""Loading beside what else loads, from the page cache or the disk, and over a network that takes its time.
 
-    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 3]
+    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 5] [--cold]
 
-Each row is measured in a process of its own, in turns. ``load_file`` maps the file and reads nothing before it is asked
-for; so that all do the same, a row ends when one byte of every page has been looked at.
+Each row is measured in a process of its own, in turns. Some ways map the file, and read nothing before it is asked for:
+*returned* is when a way says that it is done, *looked at* when one byte of every page has been looked at, too. Ratios
+are medians over the rounds. With ``--cold`` no file is in the page cache, which otherwise all are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import socket
 import statistics
@@ -19,14 +21,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from delays import LoopDelay
 from obstore.store import LocalStore, S3Store
+from safetensors.torch import load_file
 
 import aiostage
 from aiostage.storage import objects
@@ -34,11 +39,23 @@ from aiostage.storage.objects import ObjectStorage
 
 TENSORS = 32
 BUCKET = "bucket"
+OURS = "`aiostage.load`"
 LOCAL = {
-    "safetensors `load_file`": "load_file",
-    "`aiostage.load`": "load",
+    OURS: "load",
     "`aiostage.load(verify=False)`": "load_unverified",
+    "safetensors `load_file`, maps": "load_file",
+    "`torch.load(mmap=True)`, maps": "torch_mapped",
+    "`torch.load`": "torch",
+    "`dcp.load`": "dcp",
 }
+RIVALS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
+    "load_file": lambda path: load_file(f"{path}/model.safetensors"),
+    "torch_mapped": lambda path: torch.load(f"{path}.pt", mmap=True),
+    "torch": lambda path: torch.load(f"{path}.pt"),
+    "dcp": lambda path: load_distributed(f"{path}-dcp"),
+}
+"""Each runs in a thread, with the path of aiostage's checkpoint, beside which their own are."""
+
 AT_ONCE = (4, 8, 16)
 
 
@@ -55,19 +72,49 @@ async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, fl
     before = resident("VmRSS")
     async with LoopDelay() as delay:
         begin = perf_counter()
-        if how == "load_file":
-            from safetensors.torch import load_file
-
-            tree = await asyncio.to_thread(load_file, f"{path}/model.safetensors")
+        if how in RIVALS:
+            tree = await asyncio.to_thread(RIVALS[how], path)
         elif how == "remote":
             objects._READS_AT_ONCE = at_once
             tree = await aiostage.load((ObjectStorage(store(port), "run"), "checkpoint"))
         else:
             tree = await aiostage.load(path, verify=how == "load")
+        returned = perf_counter() - begin
     # By all cores, which is no delay of anybody's making.
     touch(tree)
     seconds = perf_counter() - begin
-    return {"seconds": seconds, "peak": resident("VmHWM") - before, "delay": max(delay.delays, default=0.0)}
+    return {
+        "returned": returned,
+        "seconds": seconds,
+        "peak": resident("VmHWM") - before,
+        "delay": max(delay.delays, default=0.0),
+    }
+
+
+def load_distributed(path: str) -> dict[str, torch.Tensor]:
+    """Load into new memory."""
+    tree = {
+        key: torch.empty(entry.size)
+        for key, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(tree, checkpoint_id=path, no_dist=True)
+    return tree
+
+
+def files_below(directory: Path) -> Iterable[Path]:
+    return (path for path in directory.rglob("*") if path.is_file())
+
+
+def cache(directory: Path) -> None:
+    for path in files_below(directory):
+        path.read_bytes()
+
+
+def evict(directory: Path) -> None:
+    for path in files_below(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def resident(field: str) -> int:
@@ -141,22 +188,29 @@ def fresh(path: str, how: str, port: int = 0, at_once: int = 0) -> dict[str, flo
     return answer
 
 
-def row(name: str, found: list[dict[str, float]], nbytes: int) -> str:
+def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]], nbytes: int) -> str:
+    returned = statistics.median(each["returned"] for each in found)
+    ratios = [each["seconds"] / ours["seconds"] for each, ours in zip(found, beside, strict=True)]
     seconds = statistics.median(each["seconds"] for each in found)
     peak, delay = max(each["peak"] for each in found), max(each["delay"] for each in found)
     rate = nbytes / seconds / 1e6
-    return f"| {name} | {seconds:.2f} s | {rate:.0f} MB/s | {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms |"
+    return (
+        f"| {name} | {returned:.3f} s | {seconds:.3f} s | {statistics.median(ratios):.2f} | {rate:.0f} MB/s "
+        f"| {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms |"
+    )
 
 
 async def prepare(directory: Path, tree: dict[str, torch.Tensor]) -> None:
     await aiostage.save({"a": torch.zeros(1)}, directory / "local-small")
     await aiostage.save(tree, directory / "local")
+    torch.save(tree, directory / "local.pt")
+    dcp.save(tree, checkpoint_id=directory / "local-dcp", no_dist=True)
     (directory / "bucket").mkdir()
     remote = ObjectStorage(LocalStore(directory / "bucket"), "run")
     await aiostage.save(tree, (remote, "checkpoint"))
 
 
-def main(mib: int, latency: float, rounds: int) -> None:
+def main(mib: int, latency: float, rounds: int, cold: bool) -> None:
     tree = {str(number): torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
     nbytes = sum(tensor.nbytes for tensor in tree.values())
     with tempfile.TemporaryDirectory() as name:
@@ -170,11 +224,17 @@ def main(mib: int, latency: float, rounds: int) -> None:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
         for _ in range(rounds):
             for each, arguments in rows.items():
+                (evict if cold else cache)(directory)
                 found[each].append(fresh(path, *arguments))
-    print(f"{mib} MiB in {TENSORS} tensors; requests take {1e3 * latency:.0f} ms before the first byte\n")
-    print("| | time | rate | memory at most | worst loop delay |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"{mib} MiB in {TENSORS} tensors, {'on the disk' if cold else 'in the page cache'}; "
+        f"requests take {1e3 * latency:.0f} ms before the first byte\n"
+    )
+    print(
+        "| way | returned | looked at | by ours | rate | memory at most | worst loop delay |\n| --- |" + " ---: |" * 6
+    )
     for each in rows:
-        print(row(each, found[each], nbytes))
+        print(row(each, found[each], found[OURS], nbytes))
 
 
 if __name__ == "__main__":
@@ -185,5 +245,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--latency", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true")
     main(**vars(parser.parse_args()))
