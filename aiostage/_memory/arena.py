@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 import threading
@@ -14,7 +15,6 @@ from typing import Any, Literal
 import numpy
 import numpy.typing
 
-from aiostage._memory.pages import discard
 from aiostage._memory.shared import SharedFile, SharedHandle
 from aiostage.errors import HostMemoryError
 
@@ -215,7 +215,7 @@ class Arena:
         # Unmapping holds the lock of the address space until the last page is freed, 100 ms for 2 GiB of ordinary
         # pages, and the event loop's next malloc may need that lock. Discarding does not hold it.
         for start, stop in pieces(0, self.nbytes, _DISCARD_BYTES):
-            discard(self.address + start, stop - start)
+            _discard(self.address + start, stop - start)
         # Another thread may be about to drop the last view of it, which then unmaps.
         with suppress(BufferError):
             self._memory.close()
@@ -254,3 +254,17 @@ def refused(nbytes: int, error: BaseException) -> HostMemoryError:
 def _over(memory: mmap.mmap) -> Exporter:
     view: Exporter = numpy.frombuffer(memory, numpy.uint8)
     return view
+
+
+if sys.platform == "linux":
+    # mmap.madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds.
+    _madvise = ctypes.CDLL(None, use_errno=True).madvise
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def _discard(address: int, nbytes: int) -> None:
+        _madvise(address, nbytes, mmap.MADV_DONTNEED)
+
+else:
+
+    def _discard(address: int, nbytes: int) -> None:
+        """Leave it to the unmapping."""

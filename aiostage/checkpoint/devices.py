@@ -11,7 +11,6 @@ import torch
 
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
-from aiostage._memory.pages import HugePages
 from aiostage.abc import Backend
 from aiostage.checkpoint.composites import COMPOSITES
 from aiostage.checkpoint.nodes import NodeTable, reading, shown
@@ -25,10 +24,6 @@ from aiostage.storage.safetensors import Record
 __all__ = ["DeviceOption", "Devices", "Shares", "host_memory"]
 
 _CHUNK = 64
-
-_HUGE_BYTES = 4 << 20
-"""Tensors from here on are put into huge pages, of which they fill at least one. Faulting ordinary ones in takes longer
-than all else that is done to read a file from the page cache, and giving them back as long as half of it."""
 
 _DeviceLike: TypeAlias = "torch.device | str | int"
 DeviceOption: TypeAlias = "_DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]"
@@ -87,14 +82,11 @@ class Devices:
                 yield
         return shares
 
-    async def allocate(
-        self, shares: Shares, huge_pages: HugePages, *, workers: Workers, slices: Slices, path: str
-    ) -> dict[str, torch.Tensor]:
+    async def allocate(self, shares: Shares, *, workers: Workers, slices: Slices, path: str) -> dict[str, torch.Tensor]:
         """Get memory, on devices for the work of the caller's current streams.
 
         Args:
             shares: From :meth:`shares`.
-            huge_pages: For large tensors on the host.
             workers: To wait for devices in.
             slices: Run everything else.
             path: Of the manifest, for errors.
@@ -112,8 +104,7 @@ class Devices:
         found: dict[str, torch.Tensor] = {}
         for device, sizes in shares.items():
             if device is None or device == _META:
-                huge = huge_pages if device is None else None
-                found |= await slices.run(host_memory(sizes, path=path, device=device, huge_pages=huge))
+                found |= await slices.run(host_memory(sizes, path=path, device=device))
                 continue
             if device not in self._backend.active_devices():
                 await workers.run(partial(self._take, {}, {"": 1}, device, None))
@@ -183,11 +174,7 @@ class Devices:
 
 
 def host_memory(
-    sizes: Mapping[str, int],
-    *,
-    path: str,
-    device: torch.device | None = None,
-    huge_pages: HugePages | None = None,
+    sizes: Mapping[str, int], *, path: str, device: torch.device | None = None
 ) -> Generator[None, None, dict[str, torch.Tensor]]:
     """Get one-dimensional uint8 memory on the host, or none on the meta device, yielding now and then.
 
@@ -195,7 +182,6 @@ def host_memory(
         sizes: How much, in bytes, by name.
         path: Of the manifest, for errors.
         device: None or the meta device.
-        huge_pages: For large tensors on the host.
 
     Raises:
         HostMemoryError: If there is not enough.
@@ -203,11 +189,9 @@ def host_memory(
     found: dict[str, torch.Tensor] = {}
     for count, (name, nbytes) in enumerate(sizes.items()):
         try:
-            found[name] = memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
-        if huge_pages is not None and nbytes >= _HUGE_BYTES:
-            huge_pages.prefer(memory.data_ptr(), nbytes)
         if count % _CHUNK == 0:
             yield
     return found

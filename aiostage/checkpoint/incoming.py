@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from time import thread_time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +16,6 @@ from aiostage._copy.device import Flight
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage._memory.pages import HugePages
 from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
 from aiostage.checkpoint.resolving import ResolvingReader
@@ -32,10 +29,9 @@ __all__ = ["THREADS", "Destinations", "Incoming"]
 
 T = TypeVar("T")
 
-THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))
-"""Read local files, compute digests and copy. A core is left to the event loop, which otherwise was 3 to 6 ms late; and
-where there are two, one thread is nearly as fast as two (55 ms and 46 ms for 512 MiB in the page cache), or faster: a
-file that is on the disk came in 163 ms and in 253 ms, since the kernel reads ahead for those who read in order."""
+THREADS = 2
+"""Read local files, compute digests and copy. Most of the time of a load from the page cache goes into faulting new
+memory in, which two do twice as fast: 512 MiB took 0.14 s, and 0.25 s with one."""
 
 _READ_AHEAD_BYTES = 128 << 20
 """How much may be on its way at any time: being read, compared with digests or copied to where it belongs. Each part
@@ -70,14 +66,12 @@ class Destinations:
         device_of: Returns the device that a tensor is on, or None for host memory.
         arrivals: Brings values there, and follows the caller on each device already; None when there is no device.
         device: Any that is in use, to register the memory of the pool with; None while there is none.
-        huge_pages: Of the new memory that is read into.
     """
 
     pool: Pool
     device_of: Callable[[torch.Tensor], torch.device | None]
     arrivals: Arrivals | None = None
     device: torch.device | None = None
-    huge_pages: HugePages = field(default_factory=HugePages)
 
     async def buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
         """Return uninitialized memory for one part, which is used again when nothing refers to it any more."""
@@ -165,7 +159,7 @@ class Incoming:
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
         if self._destinations.arrivals is None:
-            # Ordinary pages, which take a sixth of the time that it takes a hypervisor to find huge ones.
+            # Ordinary pages: huge ones, which a hypervisor may have to find first, took 19 ms for 8 MiB.
             memory: np.ndarray[Any, Any] = np.empty(part.nbytes, np.uint8)
         else:
             memory = (await self._destinations.buffer(self._part_bytes))[: part.nbytes]
@@ -221,7 +215,7 @@ class Incoming:
 
     def _read_straight(self, read: Callable[[int, Buffer], None], file: FileRecord, part: Part) -> None:
         """Read each piece to where it belongs, and check it while it is hot. Runs in a worker thread."""
-        begin, offset, running = thread_time(), part.offset, running_digest()
+        offset, running = part.offset, running_digest()
         for piece in part.pieces:
             if isinstance(piece, Hole) and not self._verify:
                 offset += piece.nbytes
@@ -231,7 +225,6 @@ class Incoming:
                 offset += len(buffer)
                 if self._verify:
                     running.update(buffer)
-        self._destinations.huge_pages.took(thread_time() - begin, part.nbytes)
         if self._verify:
             self._compare(file, part, running.hexdigest())
 

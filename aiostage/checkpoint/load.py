@@ -20,7 +20,6 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
-from aiostage._memory.pages import HugePages
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Backend
@@ -185,7 +184,6 @@ class _Loading:
 
     async def attempt(self, reader: ResolvingReader) -> Any:
         """Read one checkpoint."""
-        self._destinations.huge_pages = HugePages()
         checkpoint = CheckpointReader(
             reader, self._workers, self._slices, self._destinations, verify=self._verify, progress=self._progressed
         )
@@ -209,7 +207,6 @@ class _Loading:
                     outline.positions,
                     self._destinations.device_of,
                     in_place=self._in_place,
-                    huge_pages=self._destinations.huge_pages,
                     path=checkpoint.manifest_path,
                 )
             )
@@ -230,9 +227,7 @@ class _Loading:
         path = checkpoint.manifest_path
         sizes = await self._slices.run(sizes_of(names, outline.records, spread))
         shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
-        data = await self._devices.allocate(
-            shares, self._destinations.huge_pages, workers=self._workers, slices=self._slices, path=path
-        )
+        data = await self._devices.allocate(shares, workers=self._workers, slices=self._slices, path=path)
         contents = await self._slices.run(contents_of(data, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
@@ -250,7 +245,7 @@ class _Loading:
         first = {name: plain for name, plain in names.items() if not plain}
         others = {name: plain for name, plain in names.items() if plain}
         sizes = await self._slices.run(sizes_of(first, outline.records, spread))
-        data = await self._slices.run(host_memory(sizes, path=path, huge_pages=self._destinations.huge_pages))
+        data = await self._slices.run(host_memory(sizes, path=path))
         if first:
             contents = await self._slices.run(contents_of(data, spread))
             await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))

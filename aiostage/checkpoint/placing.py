@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from aiostage._memory.pages import HugePages
 from aiostage.checkpoint.decode import Memory
 from aiostage.checkpoint.devices import host_memory
 from aiostage.checkpoint.into import Transfer, copyable
@@ -39,7 +38,6 @@ def place(
     device_of: Callable[[torch.Tensor], torch.device | None],
     *,
     in_place: bool,
-    huge_pages: HugePages,
     path: str,
 ) -> Generator[None, None, Placement]:
     """Decide where elements that have not been read yet go, and have those copied that do not go straight.
@@ -50,7 +48,6 @@ def place(
         positions: Where the data of each tensor begins in its file.
         device_of: Returns the device that a tensor is on, or None for host memory.
         in_place: Whether elements may go straight into live tensors.
-        huge_pages: For large tensors beside live ones.
         path: Of the manifest, for errors.
 
     Raises:
@@ -78,7 +75,7 @@ def place(
             beside[name] = targets
         if count % _CHUNK == 0:
             yield
-    new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path, huge_pages=huge_pages)
+    new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
     placement.contents |= new
     for count, (name, targets) in enumerate(beside.items()):
         for live in targets:
