@@ -281,6 +281,7 @@ class TestJob:
     async def test_a_block_that_fails_waits_for_what_runs_and_drops_the_rest(self, workers: Workers):
         gates = [Gate(), Gate()]
         seen: list[str] = []
+        failing = asyncio.Event()
 
         async def fill() -> None:
             async with workers.job() as job:
@@ -289,11 +290,11 @@ class TestJob:
                 job.put(lambda: seen.append("dropped"))
                 for gate in gates:
                     await entered(gate)
+                failing.set()
                 raise LookupError("of the block")
 
         filling = asyncio.create_task(fill())
-        for gate in gates:
-            await entered(gate)
+        await failing.wait()
         gates[0].open.set()
         await asyncio.sleep(0.01)
         assert not filling.done()

@@ -59,10 +59,13 @@ def test_a_stager_works_in_the_child_and_beside_it() -> None:
 
 
 LOADING = """
-import torch
+import warnings, torch
 import aiostage
 from aiostage.storage import LocalStorage
 from torch.utils.data import DataLoader, Dataset
+
+# On a machine with one core it warns of two workers.
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 async def main(root):
     storage = LocalStorage(root)
