@@ -53,6 +53,9 @@ class Throttled(Storage):
     async def list(self) -> Sequence[str]:
         return ()
 
+    async def drafts(self) -> Sequence[str]:
+        return ()
+
     async def delete(self, name: str) -> None:
         pass
 

@@ -68,6 +68,18 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    async def drafts(self) -> Sequence[str]:
+        """Return the names of all checkpoints that are being written, in any order.
+
+        Those are all of which a file has been written, and which were neither committed nor removed; also those of
+        writers that died, until :meth:`sweep` has removed them. More of them do no harm, fewer do: by these one process
+        tells another what it is at work on.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+
+    @abstractmethod
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, its manifest first, so that nobody finds half of it. One that is not there is no error.
 

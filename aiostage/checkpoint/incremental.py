@@ -117,6 +117,10 @@ class IncrementalStorage(Storage):
         """Return the names of all checkpoints. Raises as the storage's."""
         return await self._storage.list()
 
+    async def drafts(self) -> Sequence[str]:
+        """Return the names of all checkpoints that are being written. Raises as the storage's."""
+        return await self._storage.drafts()
+
     async def delete(self, name: str) -> None:
         """Remove a checkpoint. Raises as the storage's."""
         await self._storage.delete(name)

@@ -36,6 +36,7 @@ __all__ = [
     "check_target",
     "committed_below",
     "delete_committed",
+    "drafts_below",
     "joined_path",
     "open_committed",
     "sweep_below",
@@ -256,6 +257,15 @@ def committed_below(root: str) -> list[str]:
             if os.path.lexists(os.path.join(path, name, MANIFEST_NAME)):
                 found.add(os.path.relpath(target, root))
     return sorted(found)
+
+
+def drafts_below(root: str) -> list[str]:
+    """Return the paths of all checkpoints that are being written below a directory, relative to it. Blocks.
+
+    Also of those that dead writers have left, and of those that are being removed.
+    """
+    targets = [_target(path, name) for path, names in _directories(root) for name in names]
+    return sorted({os.path.relpath(target, root) for target in targets if target is not None})
 
 
 def sweep_below(root: str) -> None:

@@ -18,6 +18,7 @@ from aiostage.storage.commit import (
     check_target,
     committed_below,
     delete_committed,
+    drafts_below,
     joined_path,
     open_committed,
     sweep_below,
@@ -130,6 +131,14 @@ class LocalStorage(SharedStorage):
             OSError: If the file system refuses.
         """
         return await self._workers.run(lambda: committed_below(self._path(".")))
+
+    async def drafts(self) -> Sequence[str]:
+        """Return the names of all checkpoints below the root that are being written, sorted; of a missing root, none.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
+        return await self._workers.run(lambda: drafts_below(self._path(".")))
 
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.

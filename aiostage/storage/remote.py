@@ -34,7 +34,7 @@ from aiostage.storage.lease import BEATS_PER_LEASE, LEASE_NAME, Heartbeat, write
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.pointer import FOLDER, POINTER_NAME, end_uploads, find_pointer, remove_folder, write_pointer
 from aiostage.storage.ranges import read_ranges
-from aiostage.storage.sweep import sweep
+from aiostage.storage.sweep import drafts, sweep
 
 __all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage"]
 
@@ -122,6 +122,10 @@ class RemoteStorage(SharedStorage):
             for entry in batch
             if entry.path.endswith(end)
         ]
+
+    async def drafts(self) -> Sequence[str]:
+        """Return the names of all checkpoints that are being written; see :meth:`aiostage.abc.Storage.drafts`."""
+        return await drafts(self._bucket)
 
     async def delete(self, name: str) -> None:
         """Remove a checkpoint; see :meth:`aiostage.Storage.delete`."""

@@ -13,7 +13,7 @@ from aiostage.storage.bucket import Bucket, Upload
 from aiostage.storage.lease import LEASE_NAME, lease_seconds
 from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder
 
-__all__ = ["sweep"]
+__all__ = ["drafts", "sweep"]
 
 _MAX_LEASE_BYTES = 4096
 
@@ -56,7 +56,9 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
         StorageError: If the store refuses. What is left is found again.
     """
     candidates = []
-    for suspect in await _suspects(bucket):
+    # Before the listing, or those of a draft that is committed in between would be taken for debris.
+    uploads = [upload async for batch in bucket.uploads("") for upload in batch]
+    for suspect in await _suspects(bucket, uploads):
         if await _is_used(bucket, suspect):
             # What is committed is complete: these were begun once more because an answer was lost.
             await _end(bucket, suspect.uploads)
@@ -74,7 +76,17 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
         await remove_folder(bucket, suspect.path)
 
 
-async def _suspects(bucket: Bucket) -> Sequence[_Suspect]:
+async def drafts(bucket: Bucket) -> Sequence[str]:
+    """Return the names of the checkpoints to which somebody writes or has written, and that are not committed.
+
+    Raises:
+        StorageError: If the store refuses.
+    """
+    # The lease comes before everything else, so that none is only an upload.
+    return sorted({suspect.name for suspect in await _suspects(bucket, ())})
+
+
+async def _suspects(bucket: Bucket, uploads: Sequence[Upload]) -> Sequence[_Suspect]:
     """Return the folders that have to be asked about.
 
     A pointer and one folder to which no upload is open is what a committed checkpoint looks like, and most are.
@@ -86,9 +98,8 @@ async def _suspects(bucket: Bucket) -> Sequence[_Suspect]:
         name, _, folder = path.rpartition("/")[0].rpartition("/")
         return found.setdefault(name, {}).setdefault(folder, []) if name and FOLDER.fullmatch(folder) else []
 
-    async for uploads in bucket.uploads(""):
-        for upload in uploads:
-            uploads_to(upload.path).append(upload)
+    for upload in uploads:
+        uploads_to(upload.path).append(upload)
     async for entries in bucket.list(""):
         for entry in entries:
             name, _, last = entry.path.rpartition("/")
@@ -96,10 +107,10 @@ async def _suspects(bucket: Bucket) -> Sequence[_Suspect]:
                 pointers.add(name)
             uploads_to(entry.path)
     return [
-        _Suspect(name, folder, uploads)
+        _Suspect(name, folder, begun)
         for name, folders in found.items()
-        for folder, uploads in folders.items()
-        if uploads or len(folders) > 1 or name not in pointers
+        for folder, begun in folders.items()
+        if begun or len(folders) > 1 or name not in pointers
     ]
 
 

@@ -195,6 +195,22 @@ class StorageSuite(ABC):
         await self._save(storage, "a", {"file.bin": b"1"}, b"m")
         await self._check(storage, "a", {"file.bin": b"1"}, b"m")
 
+    async def test_drafts_are_known_from_their_first_file_to_their_end(self) -> None:
+        storage = self.make_storage()
+        assert list(await storage.drafts()) == []
+        await self._save(storage, "a", self.files, b"m")
+        given_up, other, committed = await storage.open("b"), await storage.open("b"), await storage.open("c/d")
+        for draft in (given_up, other, committed):
+            await self._write(draft, {"file.bin": b"1"})
+        assert set(await storage.drafts()) == {"b", "c/d"}
+        # They are somebody's.
+        await storage.sweep()
+        await committed.commit(memoryview(b"m"))
+        await given_up.abort()
+        assert set(await storage.drafts()) == {"b"}
+        await other.abort()
+        assert list(await storage.drafts()) == []
+
     async def test_a_source_that_fails(self) -> None:
         storage = self.make_storage()
 

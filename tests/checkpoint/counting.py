@@ -32,6 +32,9 @@ class CountingStorage(Storage):
     async def list(self) -> Sequence[str]:
         return await self._storage.list()
 
+    async def drafts(self) -> Sequence[str]:
+        return await self._storage.drafts()
+
     async def delete(self, name: str) -> None:
         await self._storage.delete(name)
 

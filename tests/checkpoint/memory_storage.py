@@ -16,16 +16,18 @@ MANIFEST = "manifest.json"
 class MemoryStorage(Storage):
     """Where a test's checkpoints lie.
 
-    ``before`` is awaited before each operation with its name and the checkpoint's; it may wait, or raise.
+    ``before`` is awaited before each operation with its name and the checkpoint's; it may wait, or raise. While
+    ``is_killed()``, drafts that are given up stay.
     """
 
     def __init__(self) -> None:
         self.checkpoints: dict[str, dict[str, bytes]] = {}
-        self.drafts: list[MemoryDraft] = []
+        self.under_way: list[MemoryDraft] = []
         self.most_drafts = 0
         self.operations: Counter[str] = Counter()
         self.written_bytes: Counter[str] = Counter()
         self.before: Callable[[str, str], Awaitable[object]] | None = None
+        self.is_killed: Callable[[], bool] = lambda: False
 
     async def happens(self, operation: str, name: str) -> None:
         await checkpoint()
@@ -38,8 +40,8 @@ class MemoryStorage(Storage):
         if name in self.checkpoints and not overwrite:
             raise CheckpointExistsError("there is already something.", path=name)
         draft = MemoryDraft(self, name, overwrite)
-        self.drafts.append(draft)
-        self.most_drafts = max(self.most_drafts, len(self.drafts))
+        self.under_way.append(draft)
+        self.most_drafts = max(self.most_drafts, len(self.under_way))
         return draft
 
     async def read(self, name: str) -> Reader:
@@ -51,6 +53,10 @@ class MemoryStorage(Storage):
     async def list(self) -> Sequence[str]:
         await self.happens("list", "")
         return list(self.checkpoints)
+
+    async def drafts(self) -> Sequence[str]:
+        await self.happens("drafts", "")
+        return [draft.name for draft in self.under_way if draft.files]
 
     async def delete(self, name: str) -> None:
         await self.happens("delete", name)
@@ -94,11 +100,11 @@ class MemoryDraft(Draft):
         if self.name in self.storage.checkpoints and not self.overwrite:
             raise CheckpointExistsError("there is already something.", path=self.name)
         self.storage.checkpoints[self.name] = self.files | {MANIFEST: bytes(manifest)}
-        self.storage.drafts.remove(self)
+        self.storage.under_way.remove(self)
 
     async def abort(self) -> None:
-        if self in self.storage.drafts:
-            self.storage.drafts.remove(self)
+        if self in self.storage.under_way and not self.storage.is_killed():
+            self.storage.under_way.remove(self)
 
 
 class MemoryReader(Reader):

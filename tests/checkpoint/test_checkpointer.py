@@ -132,7 +132,7 @@ async def test_abandoned_on_trio() -> None:
             await checkpoints.save(1, tree(1))
             await until(lambda: gate.waiting == 1)
             scope.cancel()
-    assert (storage.checkpoints, storage.drafts) == ({}, [])
+    assert (storage.checkpoints, storage.under_way) == ({}, [])
 
 
 @pytest.mark.asyncio
@@ -203,7 +203,7 @@ async def test_overlapping_saves_are_bounded(limit: int) -> None:
         assert sum(save.done() for save in saves) == limit
         # One more waits before it copies anything.
         assert stager.statistics().leases == limit
-        assert len(storage.drafts) == limit
+        assert len(storage.under_way) == limit
         gate.open.set()
         await asyncio.gather(*saves)
     assert storage.most_drafts == limit
@@ -242,7 +242,7 @@ async def test_more_than_fits_the_budget(incremental: bool) -> None:
             storage.before = None
             with anyio.fail_after(10):
                 await checkpoints.save(3, source)
-    assert storage.drafts == []
+    assert storage.under_way == []
     assert_same(expected, await checkpoints.restore())
 
 
@@ -266,7 +266,7 @@ async def test_a_failing_storage_is_told_by_the_handle() -> None:
         storage.before = None
         await (await checkpoints.save(1, tree(1))).committed()
     assert await checkpoints.steps() == [1]
-    assert storage.drafts == []
+    assert storage.under_way == []
 
 
 @pytest.mark.asyncio
@@ -338,7 +338,7 @@ async def test_a_failing_stager_is_told_by_save() -> None:
         with pytest.raises(aiostage.UnsupportedLeafError, match="object"):
             await handle.committed()
         await checkpoints.save(1, tree(1))
-    assert storage.drafts == []
+    assert storage.under_way == []
     assert await checkpoints.steps() == [1]
 
 
@@ -530,7 +530,7 @@ async def test_save_cancelled_at_every_await(own: bool) -> None:
         async with aclosing(at_every_await(save)) as rounds:
             async for number in rounds:
                 numbers.append(number)
-                assert storage.drafts == []
+                assert storage.under_way == []
                 if await checkpoints.steps():
                     assert_same(tree(1), await checkpoints.restore())
                     await checkpoints.delete(1)
@@ -590,7 +590,7 @@ async def test_leaving_cancelled_while_a_save_is_somewhere(where: str) -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     storage.before = None
-    assert storage.drafts == []
+    assert storage.under_way == []
     assert await Checkpointer(storage).steps() == ([0, 1] if where in ("list", "delete") else [0])
 
 
@@ -645,7 +645,7 @@ async def test_leaving_twice_cancelled() -> None:
         await checkpoint()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert (storage.checkpoints, storage.drafts) == ({}, [])
+    assert (storage.checkpoints, storage.under_way) == ({}, [])
 
 
 @pytest.mark.asyncio

@@ -285,7 +285,7 @@ async def test_cancelled_at_every_await() -> None:
 
         async for _ in at_every_await(save):
             await settled(checkpoints)
-            assert storage.drafts == []
+            assert storage.under_way == []
             for step in await checkpoints.steps():
                 assert (await checkpoints.restore(step=step))["step"] == step
     assert await checkpoints.latest() == rounds
@@ -303,7 +303,7 @@ async def test_abandoned_in_the_middle_of_a_changed_file() -> None:
             await checkpoints.save(1, state)
             await until(lambda: gate.waiting)
             scope.cancel()
-    assert storage.drafts == []
+    assert storage.under_way == []
     storage.before = None
     assert await checkpoints.steps() == [0]
 

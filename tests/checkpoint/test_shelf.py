@@ -257,7 +257,7 @@ async def test_removing_killed_at_each_step() -> None:
         else:
             died = False
         storage.before = None
-        storage.drafts.clear()
+        storage.under_way.clear()
         reader = Checkpointer(storage)
         steps = await reader.steps()
         assert steps[-2:] == [4, 5]
@@ -394,7 +394,7 @@ async def test_a_writer_that_is_killed_beside_a_removal() -> None:
             async with Checkpointer(storage, incremental=True) as writer:
                 await (await writer.save(4, model.state_dict(4))).committed()
         storage.before = None
-        storage.drafts.clear()
+        storage.under_way.clear()
         reader = Checkpointer(storage)
         for step in await reader.steps():
             try:

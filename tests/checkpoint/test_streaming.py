@@ -108,7 +108,7 @@ class TestStreaming:
         with pytest.raises(TornSnapshotError, match="w39"):
             await aiostage.save(tree, (storage, "a"))
         assert not storage.checkpoints
-        assert not storage.drafts
+        assert not storage.under_way
 
     async def test_a_file_is_the_memory_itself(self, storage: MemoryStorage):
         """Only the part with the header in it is put together."""
@@ -205,7 +205,7 @@ class TestBudget:
             with pytest.raises(OSError, match="the disk is full"):
                 await aiostage.save(large(), (storage, "a"), stager=stager)
             assert not storage.checkpoints
-            assert not storage.drafts
+            assert not storage.under_way
             storage.before = None
             await aiostage.save(large(), (storage, "a"), stager=stager)
 
@@ -244,7 +244,7 @@ class TestBudget:
                     await aiostage.save(tree, (storage, "a"), stager=stager)
 
                 async for _ in at_every_await(save):
-                    assert not storage.drafts
+                    assert not storage.under_way
                     if storage.checkpoints:
                         # What is committed is not taken back.
                         break
@@ -268,7 +268,7 @@ class TestBudget:
                     await task
                     break
                 assert not storage.checkpoints
-                assert not storage.drafts
+                assert not storage.under_way
                 del task
                 assert stager.statistics().leases == 0
             await aiostage.save(tree, (storage, "b"), stager=stager)
@@ -294,7 +294,7 @@ class TestBudget:
                     await aiostage.save(snapshot, (storage, "b"))
             assert stager.statistics().leases == 0
         assert list(storage.checkpoints) == ["a"]
-        assert not storage.drafts
+        assert not storage.under_way
 
     async def test_a_batch_larger_than_the_budget(self, storage: MemoryStorage):
         async with budgeted(BATCH) as stager:

@@ -117,7 +117,7 @@ class TestAlone:
 
     async def test_refuses(self, tmp_path: Path) -> None:
         class Private(Storage):
-            open = read = list = delete = sweep = None  # type: ignore[assignment]
+            open = read = list = drafts = delete = sweep = None  # type: ignore[assignment]
 
         with pytest.raises(TypeError, match="is not a SharedStorage"):
             dcp.StorageWriter(Private())  # type: ignore[abstract]
