@@ -111,7 +111,7 @@ class Checkpointer:
         self._stager = stager
         self._shelf = Shelf(self._storage)
         self._removing = anyio.Lock()
-        self._chain = Chain(self._storage, self._shelf, self._removing) if incremental else None
+        self._chain = Chain(self._storage, self._shelf) if incremental else None
         self._keep = keep
         self._keep_also = keep_also
         self._progress = progress
@@ -395,8 +395,7 @@ class Checkpointer:
             async with self._removing:
                 steps = await self.steps() if self._keep is not None else []
                 old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])
-                in_use = self._chain.in_use if self._chain is not None else ()
-                await self._shelf.remove(step for step in old if name_of(step) not in in_use)
+                await self._shelf.remove(old)
         except Exception as error:
             _log.warning("old checkpoints could not be removed: %s: %s", type(error).__name__, error)
             self._not_removed = without_locals(error)

@@ -9,7 +9,7 @@ where bytes really lie, never another reference.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -81,14 +81,12 @@ class IncrementalStorage(Storage):
 
     Args:
         storage: Where to.
-        base: The checkpoint to compare with; None writes everything.
-        check: Called before it is committed; what it raises prevents that.
+        base: The checkpoint to compare with, which must stay until the save has ended; None writes everything.
     """
 
-    def __init__(self, storage: Storage, base: Base | None, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, storage: Storage, base: Base | None) -> None:
         self._storage = storage
         self._base = base
-        self._check = check
         self._draft: _IncrementalDraft | None = None
 
     @property
@@ -101,7 +99,7 @@ class IncrementalStorage(Storage):
         workers = Workers(1, "aiostage-blocks")
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
         draft = await self._storage.open(name, overwrite=overwrite)
-        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers, self._check)
+        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers)
         return self._draft
 
     @property
@@ -137,16 +135,8 @@ class IncrementalStorage(Storage):
 class _IncrementalDraft(Draft):
     """A draft to which only what has changed is handed on."""
 
-    def __init__(
-        self,
-        draft: Draft,
-        base: Base | None,
-        worthwhile: frozenset[Place],
-        workers: Workers,
-        check: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, draft: Draft, base: Base | None, worthwhile: frozenset[Place], workers: Workers) -> None:
         self._draft = draft
-        self._check = check
         self._base = base
         self._worthwhile = worthwhile
         self._workers = workers
@@ -173,7 +163,6 @@ class _IncrementalDraft(Draft):
 
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
-        await self._check()
         await self._draft.commit(memoryview(text))
         self.placement, self.written_bytes = placement, sum(self._own.values()) + len(text)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["mark_of", "name_of", "removed_of", "sort_out", "step_of", "surplus"]
+__all__ = ["mark_of", "name_of", "pin_of", "pinned_by", "removed_of", "sort_out", "step_of", "surplus"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MARK = ".removed"
+_PIN = ".pinned"
 
 
 def name_of(step: int) -> str:
@@ -25,6 +26,20 @@ def removed_of(name: str) -> str | None:
     """Return the checkpoint that a mark lies beside, or None if it is no mark."""
     marked = name.removesuffix(_MARK)
     return marked if marked != name and step_of(marked) is not None else None
+
+
+def pin_of(name: str) -> str:
+    """Return what lies beside a checkpoint, as a draft, while somebody writes another that refers to it."""
+    return name + _PIN
+
+
+def pinned_by(drafts: Iterable[str]) -> set[str]:
+    """Return the checkpoints that somebody is about to refer to.
+
+    Args:
+        drafts: The names of all drafts that a storage tells of.
+    """
+    return {draft.removesuffix(_PIN) for draft in drafts if draft.endswith(_PIN)}
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["DEFAULT_SHARD_BYTES", "save", "source_of", "write_checkpoint"]
+__all__ = ["DEFAULT_SHARD_BYTES", "give_up", "save", "source_of", "write_checkpoint"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -179,13 +179,13 @@ async def _writing(
         try:
             yield writer
         except BaseException as error:
-            await _give_up(draft, error)
+            await give_up(draft, error)
             raise
         finally:
             writer.close()
 
 
-async def _give_up(draft: Draft, error: BaseException) -> None:
+async def give_up(draft: Draft, error: BaseException) -> None:
     """Abort a draft after an error.
 
     A coroutine that is being closed may not wait; the abort then gets as far as it gets without waiting.

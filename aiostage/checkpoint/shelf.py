@@ -5,10 +5,16 @@ of its own, and from then on it is not there for anybody who asks for steps. The
 checkpoint that is left refers to. Once that is all of them, the checkpoint goes, and at last the mark. Whoever finds a
 mark goes on where another has stopped.
 
-Several processes may do this at once. Whoever removes first marks, then looks who refers; whoever refers first commits,
-then looks whether what it was compared with is still there unmarked. Whichever order that happens in, one of the two
-sees the other. That is enough for all files that it refers to: what it was compared with refers to them too, or has
-them.
+Several processes may do this at once, beside others that write and that may die at any moment. Whoever is going to
+refer to a checkpoint first pins it, and then looks whether it is there unmarked; if not, it chooses another. Whoever
+removes one first marks it, and then looks who pins it; if somebody does, it is left to a later time, with all that it
+refers to. Whichever order that happens in, one of the two sees the other. A pin goes after the commit of what has made
+it, so whoever looks for pins first and for checkpoints then finds one of the two. The pin of somebody who died goes as
+all drafts of the dead do, and nothing of that writer can be committed afterwards.
+
+All this holds if a listing shows what was there throughout it. (What refers to a file could still be missed if during
+one listing another checkpoint came to refer to it too and the first was removed, with a name that had been passed.
+Stores list by name, and later steps have later names.)
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base
-from aiostage.checkpoint.resolving import exists, placement_of
-from aiostage.checkpoint.retention import mark_of, name_of, removed_of, step_of
+from aiostage.checkpoint.resolving import exists, is_removed, placement_of
+from aiostage.checkpoint.retention import mark_of, name_of, pinned_by, removed_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.storage.placement import Placement
@@ -96,28 +102,36 @@ class Shelf:
         self._known.add(name)
         self._needs[name] = placement.needs() if placement is not None else None
 
-    async def base(self, last: Base | None) -> Base | None:
-        """Return what to compare a new checkpoint with.
+    async def last(self, saved: str | None) -> str | None:
+        """Return which checkpoint to compare a new one with; None if there is none.
 
         Args:
-            last: The one that was saved last; taken if it is still there.
-
-        Returns:
-            The last, or else the latest that is there; None if that was not saved incrementally.
+            saved: The one that was saved last; taken if it is there.
 
         Raises:
             OSError: If the storage refuses.
         """
         there = _there(await self._storage.list())
-        if last is not None and last.name in there:
-            return last
+        if saved in there:
+            return saved
         latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
-        if latest is None:
-            return None
-        name = name_of(latest)
+        return name_of(latest) if latest is not None else None
+
+    async def base(self, name: str) -> Base | None:
+        """Return a checkpoint to compare a new one with, which has to be pinned.
+
+        Returns:
+            The checkpoint; None if it was not saved incrementally, or is damaged.
+
+        Raises:
+            CheckpointNotFoundError: If it is not there, or no longer.
+            OSError: If the storage refuses.
+        """
+        if await is_removed(self._storage, name):
+            raise CheckpointNotFoundError("it was removed.", path=f"{self._storage.location}/{name}")
         try:
             placement = await placement_of(self._storage, name)
-        except (CheckpointNotFoundError, CheckpointCorruptError) as error:
+        except CheckpointCorruptError as error:
             _log.warning("nothing can be compared with the checkpoint %s: %s", name, error)
             return None
         return Base(name, placement) if placement is not None else None
@@ -137,7 +151,7 @@ class Shelf:
         names = await self._storage.list()
         going = {name_of(step) for step in steps} & _there(names)
         referred = {name for name in going if await self._may_be_referred_to(name)}
-        marked = referred or any(removed_of(name) is not None for name in names)
+        marked = referred | {name for mark in names if (name := removed_of(mark)) is not None}
         if marked:
             # Before anything is changed, because it may fail.
             await self._needed(_there(names) - going)
@@ -146,19 +160,25 @@ class Shelf:
         for name in sorted(referred):
             await write_checkpoint({"removed": name}, (self._storage, mark_of(name)), overwrite=True)
         if marked:
-            await self._clear()
+            await self._clear(marked)
 
-    async def _clear(self) -> None:
-        """Remove whatever nobody needs of checkpoints that were removed."""
-        # Anew, for somebody may have committed before it saw the marks.
+    async def _clear(self, marked: Collection[str]) -> None:
+        """Remove whatever nobody needs of checkpoints that were removed.
+
+        Args:
+            marked: Those that had their marks before this was called.
+        """
+        # In this order: who had pinned one and has let go of it has committed what refers to it.
+        pinned = pinned_by(await self._storage.drafts())
         names = await self._names()
-        needed = await self._needed(_there(names))
-        removed = {name: mark for mark in names if (name := removed_of(mark)) is not None}
-        for name, mark in sorted(removed.items()):
+        # Those that others have marked since may have been pinned in between.
+        removed = {name for name in marked if mark_of(name) in names and name not in pinned}
+        needed = await self._needed({name for name in names if step_of(name) is not None} - removed)
+        for name in sorted(removed):
             files = needed.get(name)
             if files is None:
                 await self._storage.delete(name)
-                await self._storage.delete(mark)
+                await self._storage.delete(mark_of(name))
             elif self._left.get(name) != files:
                 await self._storage.trim(name, files)
                 self._left[name] = files

@@ -16,8 +16,7 @@ MANIFEST = "manifest.json"
 class MemoryStorage(Storage):
     """Where a test's checkpoints lie.
 
-    ``before`` is awaited before each operation with its name and the checkpoint's; it may wait, or raise. While
-    ``is_killed()``, drafts that are given up stay.
+    ``before`` is awaited before each operation with its name and the checkpoint's; it may wait, or raise.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,6 @@ class MemoryStorage(Storage):
         self.operations: Counter[str] = Counter()
         self.written_bytes: Counter[str] = Counter()
         self.before: Callable[[str, str], Awaitable[object]] | None = None
-        self.is_killed: Callable[[], bool] = lambda: False
 
     async def happens(self, operation: str, name: str) -> None:
         await checkpoint()
@@ -103,7 +101,10 @@ class MemoryDraft(Draft):
         self.storage.under_way.remove(self)
 
     async def abort(self) -> None:
-        if self in self.storage.under_way and not self.storage.is_killed():
+        if self in self.storage.under_way:
+            # No moment to be cancelled in, but one to be killed in.
+            if self.storage.before is not None:
+                await self.storage.before("abort", self.name)
             self.storage.under_way.remove(self)
 
 

@@ -1,0 +1,207 @@
+"""A writer and a remover on one storage: each stops at every point of the other's way, and may die there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import pytest
+
+import aiostage
+from aiostage.checkpoint import shelf as shelves
+from aiostage.checkpoint.chain import Chain
+from aiostage.checkpoint.retention import mark_of, name_of, pin_of, step_of
+from aiostage.checkpoint.save import write_checkpoint
+from aiostage.checkpoint.shelf import Shelf
+from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.runs import MIB, apart_from_the_small, needed, numbers
+
+NEW = 3
+
+
+class Killed(BaseException):
+    pass
+
+
+@dataclass
+class Actor:
+    """Somebody who stops before one of their operations, and then goes on or dies.
+
+    Attributes:
+        stop_at: Which operation; 0 for none.
+        operations: How many they have begun.
+    """
+
+    stop_at: int
+    operations: int = 0
+    is_dead: bool = False
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    error: BaseException | None = None
+
+    async def act(self, does: Callable[[], Awaitable[object]]) -> None:
+        current.set(self)
+        try:
+            with suppress(Killed, BaseExceptionGroup):
+                await does()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.stopped.set()
+            self.ended.set()
+
+    async def pass_by(self) -> None:
+        self.operations += 1
+        if self.operations == self.stop_at:
+            self.stopped.set()
+            await self.may_go_on.wait()
+        if self.is_dead:
+            raise Killed
+
+    async def goes_on(self, *, dies: bool = False) -> None:
+        self.is_dead = dies
+        self.may_go_on.set()
+        await self.ended.wait()
+
+
+current: ContextVar[Actor] = ContextVar("current")
+
+
+def state(step: int) -> dict[str, Any]:
+    """What lies in the first checkpoint and in each later one."""
+    return {"frozen": numbers(MIB // 2, 0), "learns": numbers(MIB // 4, step)}
+
+
+@cache
+def refers_to(manifest: bytes) -> list[tuple[str | None, str, int]]:
+    return [(source, file, nbytes) for source, file, nbytes in json.loads(manifest).get("sources", [])]
+
+
+def check(storage: MemoryStorage) -> None:
+    """Check that all that is there can be read."""
+    for name, files in storage.checkpoints.items():
+        if step_of(name) is not None and mark_of(name) not in storage.checkpoints:
+            for source, file, nbytes in refers_to(files[MANIFEST]):
+                assert len(storage.checkpoints[source or name][file]) == nbytes, f"{name} cannot be read"
+
+
+async def saved() -> dict[str, dict[str, bytes]]:
+    storage = MemoryStorage()
+    chain = Chain(storage, Shelf(storage))
+    for step in range(NEW):
+        await chain.write(name_of(step), partial(write_checkpoint, state(step)))
+    return storage.checkpoints
+
+
+class Stage:
+    """Where it happens, once for each order."""
+
+    def __init__(self, whole: dict[str, dict[str, bytes]]) -> None:
+        self.storage = MemoryStorage()
+        self.storage.checkpoints = {name: dict(files) for name, files in whole.items()}
+        self.storage.before = self.before
+        self.seen: set[str] = set()
+        # Nothing has changed, so that all of it refers to the last one, and to what that refers to.
+        self.new = state(NEW - 1)
+
+    async def before(self, operation: str, name: str) -> None:
+        check(self.storage)
+        if pin_of(name_of(NEW - 1)) in [draft.name for draft in self.storage.under_way]:
+            self.seen.add("pinned")
+        await current.get().pass_by()
+
+    async def write(self) -> None:
+        await Chain(self.storage, Shelf(self.storage)).write(name_of(NEW), partial(write_checkpoint, self.new))
+
+    async def remove(self) -> None:
+        await Shelf(self.storage).remove([0, 2])
+
+    async def close(self, writer: Actor, remover: Actor) -> None:
+        """Check what is left when everybody has ended, and that whoever comes next tidies up."""
+        storage = self.storage
+        storage.before, storage.under_way = None, [] if writer.is_dead or remover.is_dead else storage.under_way
+        check(storage)
+        assert storage.under_way == []
+        assert (writer.error, remover.error) == (None, None)
+        shelf = Shelf(storage)
+        await shelf.begin()
+        steps = await shelf.steps()
+        assert 1 in steps
+        if not writer.is_dead:
+            # Nobody's removing makes a save fail.
+            assert NEW in steps
+        if not remover.is_dead:
+            assert not {0, 2} & set(steps)
+        files = {(name, file): len(data) for name, held in storage.checkpoints.items() for file, data in held.items()}
+        assert apart_from_the_small(files) == await needed(storage, steps)
+
+
+async def in_order(
+    whole: dict[str, dict[str, bytes]], first_writes: bool, stop_first: int, stop_second: int, dies: str
+) -> tuple[Actor, Actor, Stage]:
+    """Let the first go to a point, then the second; then the first goes on to its end, and at last the second."""
+    stage = Stage(whole)
+    first, second = Actor(stop_first), Actor(stop_second)
+    does = (stage.write, stage.remove) if first_writes else (stage.remove, stage.write)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(first.act(does[0]))
+        await first.stopped.wait()
+        group.create_task(second.act(does[1]))
+        await second.stopped.wait()
+        await first.goes_on(dies=dies == "first")
+        await second.goes_on(dies=dies == "second")
+    await stage.close(*((first, second) if first_writes else (second, first)))
+    return first, second, stage
+
+
+async def in_every_order(first_writes: bool) -> tuple[int, set[str]]:
+    """Return how many orders there were, and what was seen in them."""
+    whole = await saved()
+    orders, seen = 0, set[str]()
+    stop_first = 1
+    while True:
+        stop_second = 1
+        while True:
+            # Where the second has stopped makes no difference to who comes back to nobody.
+            for dies in ("nobody", "second") if stop_second > 1 else ("nobody", "first", "second"):
+                first, second, stage = await in_order(whole, first_writes, stop_first, stop_second, dies)
+                orders += 1
+                seen |= stage.seen
+            if second.operations < stop_second:
+                break
+            stop_second += 1
+        if first.operations < stop_first:
+            return orders, seen
+        stop_first += 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("first_writes", [True, False])
+def test_what_is_there_can_be_read_in_every_order(first_writes: bool) -> None:
+    orders, seen = asyncio.run(in_every_order(first_writes))
+    assert orders > 400
+    assert seen == {"pinned"}
+
+
+@pytest.mark.slow
+def test_the_orders_show_what_goes_wrong_without_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelves, "pinned_by", lambda _: set())
+    with pytest.raises((AssertionError, KeyError, BaseExceptionGroup)):
+        asyncio.run(in_every_order(True))
+
+
+@pytest.mark.asyncio
+async def test_what_is_written_meanwhile_is_right() -> None:
+    whole = await saved()
+    for stop in (4, 8, 12):
+        _, _, stage = await in_order(whole, True, stop, 1, "nobody")
+        assert_same(stage.new, await aiostage.load((stage.storage, name_of(NEW))))
