@@ -49,9 +49,9 @@ class _Airborne:
         self._flights.add(flight)
 
     def landed(self, flight: Flight) -> None:
-        """Let go of a flight that is over, and of what it kept alive, which may be wanted by others."""
-        self._flights.discard(flight)
+        """Let go of what a flight that is over kept alive, which may be wanted by others, and then of the flight."""
         flight.keep.clear()
+        self._flights.discard(flight)
 
     def desert(self, flights: Sequence[Flight]) -> None:
         """Watch over flights that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
