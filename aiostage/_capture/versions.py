@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import is_
@@ -40,8 +40,10 @@ class Witness:
         self, source: dict[Any, Any], keys: Sequence[Any], values: Sequence[Any], frame: _HasPath, slot: int
     ) -> None:
         """Note the keys and values of a mapping."""
-        self._keys.append((dict.keys(source), keys, frame, slot))
-        self._contents.append((dict.values(source), values, keys, frame, slot))
+        # An OrderedDict has an order of its own, which dict's methods do not know.
+        cls = OrderedDict if isinstance(source, OrderedDict) else dict
+        self._keys.append((cls.keys(source), keys, frame, slot))
+        self._contents.append((cls.values(source), values, keys, frame, slot))
 
     def add_attributes(self, source: dict[str, Any], values: Sequence[Any], frame: _HasPath, slot: int) -> None:
         """Note the attributes of an object, which is what the path leads to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import anyio
@@ -395,3 +396,16 @@ async def test_works_on_trio() -> None:
             await stager.stage(state())
         assert values(staged) == [1, 2, 3, 4]
     assert stager.statistics().arenas <= 2
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("extra", [{}, {"set": {1, 2}}], ids=["plain", "general"])
+async def test_an_ordered_dict_whose_order_was_changed(extra: dict[str, Any]) -> None:
+    moved = OrderedDict((key, torch.full((2,), float(key))) for key in range(5000))
+    small = OrderedDict((key, moved[key]) for key in range(3))
+    moved.move_to_end(7)
+    small.move_to_end(0)
+    async with AsyncStager() as stager:
+        staged = await stager.stage({"moved": moved, "small": small, **extra})
+    assert list(staged["moved"]) == list(moved)
+    assert list(staged["small"]) == [1, 2, 0]
