@@ -141,6 +141,10 @@ class AiostageCheckpointIO(CheckpointIO):
 
 
 async def _remove(path: str) -> None:
+    if await anyio.Path(path).is_symlink():
+        # Only the link is this checkpoint's.
+        await anyio.Path(path).unlink()
+        return
     if not await anyio.Path(path).exists():
         raise CheckpointNotFoundError("there is no checkpoint to remove.", path=path)
     await anyio.to_thread.run_sync(shutil.rmtree, path)

@@ -169,6 +169,14 @@ class Bucket(ABC):
     async def delete(self, paths: Sequence[str]) -> None:
         """Remove objects. One that is not there is no error."""
 
+    async def is_link(self, path: str) -> bool:
+        """Return whether a path is a link to what lies elsewhere. Only stores on a disk have links."""
+        return False
+
+    async def unlink(self, path: str) -> None:
+        """Remove a link, and nothing of what it leads to. One that is not there is no error."""
+        raise NotImplementedError
+
     @abstractmethod
     def touch(self, path: str, data: bytes) -> None:
         """Write a small object. Blocks, and may be called from any thread, also while nothing of this is awaited."""

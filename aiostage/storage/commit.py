@@ -107,7 +107,7 @@ class DraftDirectory:
     def _lock(self) -> Descriptor | None:
         """Lock the new directory; return None if somebody took it for debris before that."""
         try:
-            directory = open_directory(self.path)
+            directory = open_directory(self.path, follow_link=False)
         except FileNotFoundError:
             return None
         if try_lock(directory) is False or not is_current(directory, self.path):
@@ -169,10 +169,14 @@ class DraftDirectory:
         raise CheckpointError("other writers keep replacing it.", path=self.target)
 
 
-def open_committed(source: str) -> Descriptor:
+def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
     """Open the directory of a checkpoint. Blocks.
 
     What is opened stays the same directory, even if the checkpoint is replaced meanwhile.
+
+    Args:
+        source: Path of the checkpoint.
+        follow_link: Whether it may be a link to one.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
@@ -180,7 +184,7 @@ def open_committed(source: str) -> Descriptor:
     for _ in range(_ATTEMPTS):
         for path in (source, *_set_aside(source)):
             try:
-                directory = open_directory(path)
+                directory = open_directory(path, follow_link=follow_link and path == source)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             if os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
@@ -193,7 +197,7 @@ def open_committed(source: str) -> Descriptor:
                 )
         if not os.path.lexists(source) and next(_set_aside(source), None) is None:
             raise CheckpointNotFoundError("there is no checkpoint.", path=source)
-        if os.path.lexists(source) and not os.path.isdir(source):
+        if os.path.lexists(source) and (not os.path.isdir(source) or (os.path.islink(source) and not follow_link)):
             raise CheckpointNotFoundError("it is not a directory, so it is not a checkpoint.", path=source)
     raise CheckpointError("it keeps being replaced while it is opened.", path=source)
 
@@ -201,13 +205,21 @@ def open_committed(source: str) -> Descriptor:
 def delete_committed(target: str) -> None:
     """Remove a checkpoint: out of sight in one step, then from the disk. Blocks. What is none is left alone.
 
+    Of a link to a checkpoint the link goes, and the checkpoint stays.
+
     Raises:
         OSError: If the file system refuses.
     """
     _sweep(target)
     try:
-        directory = open_directory(target)
-    except (FileNotFoundError, NotADirectoryError):
+        directory = open_directory(target, follow_link=False)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        if os.path.islink(target) and os.path.lexists(os.path.join(target, MANIFEST_NAME)):
+            with suppress(FileNotFoundError):
+                os.unlink(target)
+            sync_directory(os.path.dirname(target))
         return
     with directory:
         if not os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
@@ -226,19 +238,21 @@ def delete_committed(target: str) -> None:
 def trim_committed(target: str, keep: Collection[str]) -> None:
     """Remove files of a checkpoint that are not named. Blocks. What is no checkpoint is left alone.
 
+    So is a link to one: whoever it belongs to may need all of it.
+
     Raises:
         OSError: If the file system refuses.
     """
     try:
-        directory = open_committed(target)
+        directory = open_committed(target, follow_link=False)
     except CheckpointNotFoundError:
         return
-    with directory:
-        for name in os.listdir(directory.fileno()):
-            if name != MANIFEST_NAME and name not in keep:
+    with directory, os.scandir(directory.fileno()) as entries:
+        for entry in entries:
+            if entry.name != MANIFEST_NAME and entry.name not in keep and not entry.is_dir(follow_symlinks=False):
                 # Somebody else may be doing the same.
                 with suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=directory.fileno())
+                    os.unlink(entry.name, dir_fd=directory.fileno())
 
 
 def committed_below(root: str) -> list[str]:
@@ -374,7 +388,7 @@ def _sweep(target: str) -> None:
                 continue
     for path in _siblings(target):
         try:
-            directory = open_directory(path)
+            directory = open_directory(path, follow_link=False)
         except (FileNotFoundError, NotADirectoryError):
             continue
         try:

@@ -30,9 +30,23 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
-def open_directory(path: str) -> Descriptor:
-    """Open a directory. Blocks."""
-    return Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+def open_directory(path: str, *, follow_link: bool = True) -> Descriptor:
+    """Open a directory. Blocks.
+
+    Args:
+        path: Of the directory.
+        follow_link: Whether the path may be a link to one. What is about to be removed or renamed must not be.
+
+    Raises:
+        NotADirectoryError: If it is something else, or a link that must not be followed.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return Descriptor(os.open(path, flags if follow_link else flags | os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
+        raise
 
 
 def is_current(directory: Descriptor, path: str) -> bool:
@@ -86,9 +100,15 @@ def try_lock(directory: Descriptor) -> bool | None:
 
 
 def remove(path: str) -> None:
-    """Remove a directory; what cannot be removed is logged and left to the next save. Blocks."""
+    """Remove a directory, or a link but never what it leads to. Blocks.
+
+    What cannot be removed is logged and left to the next save.
+    """
     try:
-        shutil.rmtree(path)
+        if os.path.islink(path):
+            os.unlink(path)
+        else:
+            shutil.rmtree(path)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -44,7 +44,8 @@ class LocalStorage(SharedStorage):
     """Checkpoints as directories below one directory.
 
     A checkpoint is written beside its place and moved there in one step when all of it is on the disk, also its name.
-    Two writers for one name do not disturb each other. Links are followed, so that a link to a checkpoint stays one.
+    Two writers for one name do not disturb each other. Links are followed by what reads and writes, so that a link to a
+    checkpoint stays one, and by nothing that removes.
 
     Args:
         root: The directory. It is made when a checkpoint is written. A relative one is looked up once, at the first
@@ -143,6 +144,8 @@ class LocalStorage(SharedStorage):
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.
 
+        Of a link to a checkpoint the link is removed, and what it leads to stays.
+
         Args:
             name: Path relative to the root.
 
@@ -153,10 +156,10 @@ class LocalStorage(SharedStorage):
         When cancelled, it waits for what is under way.
         """
         _check(name)
-        await self._workers.run(lambda: delete_committed(os.path.realpath(self._path(name))))
+        await self._workers.run(lambda: delete_committed(self._own_path(name)))
 
     async def trim(self, name: str, keep: Collection[str]) -> None:
-        """Remove files of a checkpoint that are not named. What is no checkpoint is left alone.
+        """Remove files of a checkpoint that are not named. What is no checkpoint, or a link to one, is left alone.
 
         Args:
             name: Path of the checkpoint, relative to the root.
@@ -167,7 +170,7 @@ class LocalStorage(SharedStorage):
             OSError: If the file system refuses.
         """
         _check(name)
-        await self._workers.run(lambda: trim_committed(os.path.realpath(self._path(name)), keep))
+        await self._workers.run(lambda: trim_committed(self._own_path(name), keep))
 
     async def sweep(self) -> None:
         """Remove drafts below the root that no living process writes. The kernel knows: a writer holds a lock.
@@ -183,6 +186,14 @@ class LocalStorage(SharedStorage):
             # Once, or a change of the working directory would lead elsewhere.
             self._root, self._resolved = os.path.abspath(self._root), True
         return os.path.normpath(os.path.join(self._root, name))
+
+    def _own_path(self, name: str) -> str:
+        """Return the path of a name, which may be a link itself: that is what is removed, and never what it leads to.
+
+        Blocks.
+        """
+        above, last = os.path.split(self._path(name))
+        return os.path.join(os.path.realpath(above), last)
 
     def _join(self, name: str, ticket: str) -> Draft:
         target = os.path.realpath(self._path(name))

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import obstore
 from obstore.exceptions import BaseError
-from obstore.store import GCSStore, MemoryStore, S3Store, from_url
+from obstore.store import GCSStore, LocalStore, MemoryStore, S3Store, from_url
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
@@ -280,6 +280,21 @@ class _ObjectBucket(Bucket):
             for path in paths:
                 with suppress(FileNotFoundError), self._translated(path):
                     await _settled(obstore.delete_async(store, self._prefix + path))
+
+    async def is_link(self, path: str) -> bool:
+        full = await self._on_disk(path)
+        return full is not None and await self._workers.run(partial(os.path.islink, full))
+
+    async def unlink(self, path: str) -> None:
+        full = await self._on_disk(path)
+        if full is not None:
+            with suppress(FileNotFoundError):
+                await self._workers.run(partial(os.unlink, full))
+
+    async def _on_disk(self, path: str) -> str | None:
+        """Return where a path is in the file system, if the store is a directory."""
+        store = await self._connected()
+        return os.path.join(store.prefix or "/", self._prefix + path) if isinstance(store, LocalStore) else None
 
     def touch(self, path: str, data: bytes) -> None:
         with self._translated(path):

@@ -73,7 +73,13 @@ async def end_uploads(bucket: Bucket, folder: str) -> None:
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
-    """Remove all objects below a path, the lease last: its age tells when whoever left the rest was alive."""
+    """Remove all objects below a path, the lease last: its age tells when whoever left the rest was alive.
+
+    Of a link the link goes, and what it leads to stays.
+    """
+    if await bucket.is_link(folder):
+        await bucket.unlink(folder)
+        return
     paths = [entry.path async for batch in bucket.list(folder) for entry in batch]
     lease = f"{folder}/{LEASE_NAME}"
     await bucket.delete([path for path in paths if path != lease])

@@ -128,10 +128,13 @@ class RemoteStorage(SharedStorage):
         return await drafts(self._bucket)
 
     async def delete(self, name: str) -> None:
-        """Remove a checkpoint; see :meth:`aiostage.Storage.delete`."""
+        """Remove a checkpoint; see :meth:`aiostage.Storage.delete`. Of a link to one, the link is removed."""
         _check_name(name)
         pointer = await find_pointer(self._bucket, name)
         if pointer is None:
+            return
+        if await self._bucket.is_link(name):
+            await self._bucket.unlink(name)
             return
         await self._bucket.delete([f"{name}/{POINTER_NAME}"])
         await remove_folder(self._bucket, f"{name}/{pointer.folder}")
@@ -143,6 +146,9 @@ class RemoteStorage(SharedStorage):
         if pointer is None:
             return
         folder = f"{name}/{pointer.folder}"
+        if await self._bucket.is_link(name) or await self._bucket.is_link(folder):
+            # Whoever it belongs to may need all of it.
+            return
         stay = {f"{folder}/{file}" for file in (MANIFEST_NAME, LEASE_NAME, *keep)}
         found = [entry.path async for batch in self._bucket.list(folder) for entry in batch]
         await self._bucket.delete([path for path in found if path not in stay])

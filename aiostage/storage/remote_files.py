@@ -176,6 +176,13 @@ class _FsspecBucket(Bucket):
             with suppress(FileNotFoundError):
                 await self._run(path, lambda fs, full: fs.rm_file(full))
 
+    async def is_link(self, path: str) -> bool:
+        return await self._run(path, lambda fs, full: _is_local(fs) and os.path.islink(full))
+
+    async def unlink(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            await self._run(path, lambda _, full: os.unlink(full))
+
     def touch(self, path: str, data: bytes) -> None:
         fs, root = self._filesystem()
         with self._translated(path):

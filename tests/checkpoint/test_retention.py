@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import aiostage
 from aiostage import Checkpointer
 from aiostage.checkpoint.retention import name_of, step_of, surplus
 from tests.checkpoint.memory_storage import MemoryStorage
@@ -145,3 +147,20 @@ async def test_what_the_predicate_raises_is_told() -> None:
 
     with pytest.raises(ZeroDivisionError):
         await run()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_what_a_step_links_to_is_never_removed(tmp_path: Path, incremental: bool) -> None:
+    async with aiostage.Checkpointer(tmp_path / "archive") as checkpoints:
+        await checkpoints.save(1, {"a": torch.arange(300_000)})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000001").symlink_to("../archive/step-00000001")
+    async with aiostage.Checkpointer(tmp_path / "run", keep=1, incremental=incremental) as checkpoints:
+        assert await checkpoints.latest() == 1
+        for step in (2, 3, 4):
+            await checkpoints.save(step, {"a": torch.arange(300_000) + step})
+    assert await checkpoints.steps() == [4]
+    assert not (tmp_path / "run" / "step-00000001").is_symlink()
+    loaded = await aiostage.load(tmp_path / "archive" / "step-00000001")
+    assert torch.equal(loaded["a"], torch.arange(300_000))

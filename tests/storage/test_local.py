@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import pytest
 
-from aiostage.abc import Storage
+from aiostage.abc import Buffer, Storage
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalStorage
 from aiostage.testing import StorageSuite
@@ -112,3 +113,78 @@ assert free
 
 def test_a_draft_is_that_of_the_process_that_has_made_it(tmp_path: Path) -> None:
     run_forking(FORKING.replace("ROOT", str(tmp_path)))
+
+
+async def made(storage: LocalStorage, *names: str) -> None:
+    for name in names:
+        draft = await storage.open(name)
+        await draft.write("file.bin", 5, parts())
+        await draft.commit(memoryview(b"{}"))
+
+
+async def parts() -> AsyncIterator[Buffer]:
+    yield memoryview(b"12345")
+
+
+def found(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+
+
+@pytest.mark.asyncio
+async def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
+    archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
+    await made(archive, "a", "b")
+    await made(run, "c")
+    (tmp_path / "run" / "a").symlink_to("../archive/a")
+    (tmp_path / "run" / "twice").symlink_to("a")
+    before = found(tmp_path / "archive")
+    assert sorted(await run.list()) == ["a", "c", "twice"]
+    await run.trim("a", [])
+    await run.delete("twice")
+    assert sorted(await run.list()) == ["a", "c"]
+    await run.delete("a")
+    assert await run.list() == ["c"]
+    assert found(tmp_path / "archive") == before
+    assert sorted(os.listdir(tmp_path / "run")) == ["c"]
+
+
+@pytest.mark.asyncio
+async def test_removing_through_a_root_that_is_a_link(tmp_path: Path) -> None:
+    await made(LocalStorage(tmp_path / "real"), "a", "b")
+    (tmp_path / "link").symlink_to("real")
+    await LocalStorage(tmp_path / "link").delete("a")
+    assert await LocalStorage(tmp_path / "real").list() == ["b"]
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.asyncio
+async def test_links_named_like_drafts_are_not_followed(tmp_path: Path) -> None:
+    archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
+    await made(archive, "a")
+    await made(run, "c")
+    before = found(tmp_path / "archive")
+    for name in (".c.aiostage-0123456789abcdef", ".c.aiostage-0123456789abcdee.old", ".d.aiostage-0123456789abcdef"):
+        (tmp_path / "run" / name).symlink_to("../archive/a")
+    await run.sweep()
+    await made(run, "d")
+    await run.delete("c")
+    await run.sweep()
+    assert found(tmp_path / "archive") == before
+
+
+@pytest.mark.asyncio
+async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: Path) -> None:
+    archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
+    await made(archive, "a")
+    await made(run, "b", "c")
+    before = found(tmp_path / "archive")
+    for name in ("b", "c"):
+        (tmp_path / "run" / name / "file").symlink_to("../../archive/a/file.bin")
+        (tmp_path / "run" / name / "directory").symlink_to("../../archive/a")
+        (tmp_path / "run" / name / "below").mkdir()
+    await run.trim("b", [])
+    assert sorted(os.listdir(tmp_path / "run" / "b")) == ["below", MANIFEST_NAME]
+    await run.delete("b")
+    await run.delete("c")
+    assert os.listdir(tmp_path / "run") == []
+    assert found(tmp_path / "archive") == before
