@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Generator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ NO_VERSION = -1
 
 _address = torch.Tensor.data_ptr
 _version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _DENSE = {"dense"}
 
@@ -87,7 +89,8 @@ class Leaves:
     """Every distinct tensor object that a walk has met, in the order of meeting.
 
     Columns of equal length once inspected: ``tensors``, ``specs`` (None for a leaf that is taken apart or already
-    copied), ``addresses`` of the first element, and ``versions``.
+    copied), ``addresses`` of the first element, ``versions``, ``storages`` (None for a leaf that has none) and
+    ``storage_sizes`` in bytes. Copies by address hold the storages: a tensor may be given another one meanwhile.
     """
 
     def __init__(self) -> None:
@@ -95,12 +98,14 @@ class Leaves:
         self.specs: list[Spec | None] = []
         self.addresses: list[int] = []
         self.versions: list[int] = []
+        self.storages: list[torch.UntypedStorage | None] = []
+        self.storage_sizes: list[int] = []
         self.composites: dict[int, tuple[Composite, tuple[int, ...]]] = {}
         self.gradients: list[tuple[int, int]] = []
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
         # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
-        untrack_all((self.tensors, self.specs, self.addresses, self.versions))
+        untrack_all((self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes))
         self._count = 0
         self._early: dict[int, int] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -152,8 +157,9 @@ class Leaves:
     def release(self) -> None:
         """Let go of every tensor."""
         self._count = len(self)
-        # Copies that run still hold the list of those that they read.
+        # Copies that run still hold the lists of those that they read.
         self.tensors = []
+        self.storages = []
         for held in (self.composites, self.given, self.gradients, self._apart, self._storages):
             held.clear()
         self._seen.clear()
@@ -204,12 +210,14 @@ class Leaves:
                     self.specs += known.specs
                     self.addresses += addresses
                     self.versions += _versions(chunk)
+                    self._note_storages(chunk)
                     start += len(chunk)
                     yield
                     continue
             recognized, inspection.apart = False, None
             with torch._C.DisableTorchFunctionSubclass():
                 simple = self._inspect_slowly(chunk, start, inspection.table)
+            self._note_storages(chunk)
             yield
             if simple and TensorGuards is not None:
                 specs: list[Any] = self.specs[start:]
@@ -281,6 +289,11 @@ class Leaves:
             self.versions.append(self._early.get(id(tensor), versions[offset]))
         return simple
 
+    def _note_storages(self, chunk: Sequence[torch.Tensor]) -> None:
+        storages, sizes = _storages(chunk)
+        self.storages += storages
+        self.storage_sizes += sizes
+
     def _add_parts(self, index: int, composite: Composite) -> None:
         parts = []
         for part in composite.parts:
@@ -333,13 +346,55 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
             return [NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def _storages(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.UntypedStorage | None], list[int]]:
+    """Return the storage of each tensor, None where it has none, and its size in bytes."""
+    try:
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        # These objects live as long as the memory that they stand for, and the collector has no business with them.
+        untrack_all(storages)
+        return list(storages), list(map(_storage_nbytes, storages))
+    except (RuntimeError, NotImplementedError):
+        found: list[torch.UntypedStorage | None] = []
+        sizes: list[int] = []
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in tensors:
+                storage = tensor.untyped_storage() if torch._C._has_storage(tensor) else None
+                found.append(storage)
+                sizes.append(storage.nbytes() if storage is not None else 0)
+        return found, sizes
+
+
 def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
-    """Return the indices of leaves that were written to since they were inspected, yielding between chunks."""
+    """Return the indices of leaves that were written to, or given other memory, since they were inspected.
+
+    Yields between chunks.
+    """
     found: list[int] = []
     for start in range(0, len(leaves.versions), CHUNK):
-        before = leaves.versions[start : start + CHUNK]
-        now = _versions(leaves.tensors[start : start + CHUNK])
-        if now != before:
-            found += [start + offset for offset, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+        part = slice(start, start + CHUNK)
+        tensors = leaves.tensors[part]
+        before = (leaves.versions[part], leaves.storages[part], leaves.storage_sizes[part])
+        storages, sizes = _storages(tensors)
+        now = (_versions(tensors), storages, sizes)
+        if now[0] != before[0] or now[2] != before[2] or not all(map(is_, now[1], before[1])):
+            columns = zip(*before, *now, strict=True)
+            found += [
+                start + offset for offset, (v, s, n, w, t, m) in enumerate(columns) if (v, n) != (w, m) or s is not t
+            ]
+        found += _moved(leaves, start)
         yield
     return found
+
+
+def _moved(leaves: Leaves, start: int) -> list[int]:
+    """Return which leaves of a chunk begin at another address than they did."""
+    part = slice(start, start + CHUNK)
+    tensors, addresses, specs = leaves.tensors[part], leaves.addresses[part], leaves.specs[part]
+    if None not in specs and list(map(_address, tensors)) == addresses:
+        return []
+    columns = zip(tensors, addresses, specs, strict=True)
+    return [
+        start + offset
+        for offset, (tensor, address, spec) in enumerate(columns)
+        if spec is not None and _address(tensor) != address
+    ]
