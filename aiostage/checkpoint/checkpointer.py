@@ -160,6 +160,8 @@ class Checkpointer:
             TypeError: If the step is no whole number.
             ValueError: If it is below 0.
             OSError: If the storage refuses.
+            Exception: The error of an earlier save that has failed since, and whose handle was not asked. Nothing of
+                this step is saved then; the next call begins anew.
 
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
@@ -297,7 +299,8 @@ class Checkpointer:
         """Wait for the saves under way; abandon them if the block is cancelled. Take no more.
 
         Raises:
-            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+            Exception: The error of a save, if neither its handle nor a later save has told it; several as an
+                ``ExceptionGroup``.
             OSError: If checkpoints that were to be removed could not be.
 
         An error of the block goes first; what the saves have failed of is then in its notes, and in the log.
@@ -349,10 +352,12 @@ class Checkpointer:
             raise
         self._savings.append(saving)
         try:
+            self._raise_earlier_failure(saving.handle.step)
             await self._shelf.refuse(name)
             await block.slots.acquire()
             try:
-                # The block may have been left meanwhile.
+                # The save that had the slot may have failed, and the block may have been left.
+                self._raise_earlier_failure(saving.handle.step)
                 self._entered().group.start_soon(self._run, block, saving, name=f"save {name}")
             except BaseException:
                 block.slots.release()
@@ -362,7 +367,7 @@ class Checkpointer:
             saving.drop()
             raise
         try:
-            await saving.captured()
+            await saving.accepted()
         except BaseException as error:
             saving.abandon()
             # A coroutine that is being closed may not wait; the task ends all the same.
@@ -374,6 +379,23 @@ class Checkpointer:
             # Tells why.
             await saving.handle.committed()
         return saving.handle
+
+    def _raise_earlier_failure(self, step: int) -> None:
+        """Raise the error of the first save that has failed without anybody having been told."""
+        while self._failed:
+            handle = self._failed.pop(0)
+            if handle.error is not None:
+                error = handle.take_error()
+                assert error is not None  # noqa: S101 - it was there above
+                error.add_note(
+                    f"aiostage: the checkpoint of step {handle.step} failed; its handle was not asked, so the save of "
+                    f"step {step} raises this and saves nothing."
+                )
+                try:
+                    raise error
+                finally:
+                    # The traceback now has this frame in it, which must not lead back to the error.
+                    del error, handle
 
     async def _run(self, block: _Block, saving: Saving) -> None:
         """Save, then remove what has had its day."""

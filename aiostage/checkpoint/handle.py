@@ -12,8 +12,8 @@ __all__ = ["SaveHandle"]
 class SaveHandle:
     """A captured checkpoint on its way into its storage. Made by :meth:`Checkpointer.save`.
 
-    Dropping it stops nothing. An error that nobody asked for by :meth:`committed` is raised when the checkpointer's
-    block is left.
+    Dropping it stops nothing. An error that was not asked for by :meth:`committed` is raised by the next
+    :meth:`Checkpointer.save`, or when the checkpointer's block is left.
     """
 
     def __init__(self, step: int) -> None:
@@ -22,6 +22,7 @@ class SaveHandle:
         self._info: CheckpointInfo | None = None
         self._error: Exception | None = None
         self._told = False
+        self._waiting = 0
 
     def __repr__(self) -> str:
         state = "under way" if not self.done() else "committed" if self._error is None else f"failed: {self._error}"
@@ -50,7 +51,11 @@ class SaveHandle:
 
         Several tasks may wait. May be cancelled; the save goes on.
         """
-        await self.ended()
+        self._waiting += 1
+        try:
+            await self.ended()
+        finally:
+            self._waiting -= 1
         return self.outcome()
 
     def outcome(self) -> CheckpointInfo:
@@ -85,8 +90,8 @@ class SaveHandle:
 
     @property
     def error(self) -> Exception | None:
-        """What it failed of, if it has and nobody has been told."""
-        return None if self._told else self._error
+        """Its error, if it has failed and no task has been told or waits to be."""
+        return None if self._told or self._waiting else self._error
 
     def take_error(self) -> Exception | None:
         """Return what it failed of, for somebody who is told by this."""

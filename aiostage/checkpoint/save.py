@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import replace
 from time import perf_counter
 from traceback import clear_frames
-from typing import Any
+from typing import Any, Protocol
 
 from aiostage._arguments import check_flags, whole
 from aiostage._loop.together import together
@@ -21,7 +21,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["DEFAULT_SHARD_BYTES", "give_up", "save", "source_of", "write_checkpoint"]
+__all__ = ["DEFAULT_SHARD_BYTES", "give_up", "save", "source_of", "write_checkpoint", "write_planned"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -80,7 +80,7 @@ async def save(
 
 
 async def _save(
-    state_dict: Any, stager: CheckpointStager | None, writing: AbstractAsyncContextManager[CheckpointWriter]
+    state_dict: Any, stager: CheckpointStager | None, writing: AbstractAsyncContextManager[_Write]
 ) -> CheckpointInfo:
     begin = perf_counter()
     own = AsyncStager()
@@ -89,14 +89,14 @@ async def _save(
     source = state_dict if is_entered else source_of(state_dict, stager if stager is not None else own)
     captured: list[float] = []
     try:
-        async with writing as writer:
+        async with writing as write:
             if isinstance(source, Snapshot):
                 async with nullcontext() if is_entered else source:
-                    info = await _stream(writer, source, captured)
+                    info = await _stream(write, source, captured)
             else:
                 staged = await source
                 captured.append(perf_counter())
-                info = await writer.write(staged)
+                info = await write(staged)
     finally:
         if not isinstance(source, Snapshot):
             source.close()
@@ -114,12 +114,12 @@ def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coro
     return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 
-async def _stream(writer: CheckpointWriter, snapshot: Snapshot[Any], captured: list[float]) -> CheckpointInfo:
+async def _stream(write_tree: _Write, snapshot: Snapshot[Any], captured: list[float]) -> CheckpointInfo:
     """Write a snapshot while it is being taken, and note when it is captured."""
     written: list[CheckpointInfo] = []
 
     async def write() -> None:
-        written.append(await writer.write(await snapshot.outline(), snapshot))
+        written.append(await write_tree(await snapshot.outline(), snapshot))
 
     async def capture() -> None:
         await snapshot.fill()
@@ -160,29 +160,69 @@ async def write_checkpoint(
     begin = perf_counter()
     storage, name = locate(target)
     with span("save", target=name):
-        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as writer:
-            info = await writer.write(staged)
+        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as write:
+            info = await write(staged)
     return _timed(info, 0.0, perf_counter() - begin)
+
+
+class _Write(Protocol):
+    """Plans a staged tree and writes it."""
+
+    async def __call__(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo: ...
 
 
 @asynccontextmanager
 async def _writing(
     storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
-) -> AsyncGenerator[CheckpointWriter, None]:
+) -> AsyncGenerator[_Write, None]:
     """Open a draft that is gone afterwards, unless it was committed."""
     check_flags(overwrite=overwrite)
     if whole("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
     with reporting(progress, f"saving {name}") as report:
-        draft = await storage.open(name, overwrite=overwrite)
-        writer = CheckpointWriter(draft, name, max_shard_bytes=max_shard_bytes, progress=report)
-        try:
-            yield writer
-        except BaseException as error:
-            await give_up(draft, error)
-            raise
-        finally:
-            writer.close()
+        async with _draft(storage, name, overwrite) as draft:
+            writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
+
+            async def write(staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo:
+                await writer.plan(staged, snapshot)
+                return await writer.write(draft, report)
+
+            try:
+                yield write
+            finally:
+                writer.close()
+
+
+async def write_planned(
+    writer: CheckpointWriter, target: Target, progress: ProgressOption[SaveProgress] = None
+) -> CheckpointInfo:
+    """Write what a writer has planned to a target where there is nothing yet.
+
+    Returns:
+        What was saved, without times.
+
+    Raises:
+        CheckpointExistsError: As for :func:`save`.
+        TornSnapshotError: If the source changed before it was captured.
+        OSError: If the storage refuses.
+
+    May be cancelled as :func:`save` may.
+    """
+    storage, name = locate(target)
+    with span("save", target=name), reporting(progress, f"saving {name}") as report:
+        async with _draft(storage, name, overwrite=False) as draft:
+            return await writer.write(draft, report)
+
+
+@asynccontextmanager
+async def _draft(storage: Storage, name: str, overwrite: bool) -> AsyncGenerator[Draft, None]:
+    """Open a draft, and abort it after an error."""
+    draft = await storage.open(name, overwrite=overwrite)
+    try:
+        yield draft
+    except BaseException as error:
+        await give_up(draft, error)
+        raise
 
 
 async def give_up(draft: Draft, error: BaseException) -> None:

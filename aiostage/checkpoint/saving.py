@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -19,10 +18,10 @@ from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of
-from aiostage.checkpoint.save import save, source_of, write_checkpoint
+from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, source_of, write_planned
+from aiostage.checkpoint.writer import CheckpointWriter
 from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.snapshot import Snapshot
-from aiostage.storage.locate import Target
 
 __all__ = ["Saving"]
 
@@ -57,8 +56,11 @@ class Saving:
         self.handle = SaveHandle(step)
         self._began = perf_counter()
         self._captured_after: float | None = None
-        # Set also when there will be no capture any more.
-        self._captured = anyio.Event()
+        # Whether it is known that files can carry the tree.
+        self._planned = False
+        self._writer: CheckpointWriter | None = None
+        # Set when both hold, or when they will not any more.
+        self._accepted = anyio.Event()
         # Made when it runs: the save may be called for in a thread without an event loop.
         self._scope: anyio.CancelScope | None = None
         self._abandoned = False
@@ -68,22 +70,22 @@ class Saving:
         # Whoever has entered a snapshot may leave it before it is written; the tree stays.
         self._source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
-    async def captured(self) -> None:
-        """Wait until the source may change, because it is captured or will not be. Cancelling changes nothing."""
-        await self._captured.wait()
+    async def accepted(self) -> None:
+        """Wait until the source is captured and files can carry it, or it will not be. Cancelling changes nothing."""
+        await self._accepted.wait()
 
     @property
-    def is_captured(self) -> bool:
-        """Whether the source may change."""
-        return self._captured_after is not None
+    def is_accepted(self) -> bool:
+        """Whether the source is captured, so that it may change, and nothing but the storage can refuse it."""
+        return self._captured_after is not None and self._planned
 
     @property
     def is_the_handles(self) -> bool:
         """Whether its handle tells what became of it, and not whoever has asked for the copy.
 
-        That another writer was faster may be found out before the capture or after; the handle tells it either way.
+        That another writer was faster may be found out before that or after; the handle tells it either way.
         """
-        return self.is_captured or isinstance(self.handle.error, CheckpointExistsError)
+        return self.is_accepted or isinstance(self.handle.error, CheckpointExistsError)
 
     def abandon(self) -> None:
         """End it, with nothing left behind, unless it is committed already. Its handle tells when that is done."""
@@ -113,7 +115,7 @@ class Saving:
         except Exception as error:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)
-            if self.is_captured or isinstance(error, CheckpointExistsError):
+            if self.is_accepted or isinstance(error, CheckpointExistsError):
                 _log.error("the checkpoint of step %d failed: %s: %s", self.handle.step, type(error).__name__, error)
         except BaseException as error:
             # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory either.
@@ -121,45 +123,62 @@ class Saving:
             raise
         finally:
             self._source = None
+            if self._writer is not None:
+                self._writer.close()
             self.handle.end(outcome)
-            self._captured.set()
+            self._accepted.set()
         return isinstance(outcome, CheckpointInfo)
 
     async def _write(self) -> CheckpointInfo:
+        writer = self._writer = CheckpointWriter(self._target[1], max_shard_bytes=DEFAULT_SHARD_BYTES)
         if isinstance(self._source, Snapshot):
             async with self._source as snapshot:
-                info = await self._write_snapshot(snapshot)
+                info = await self._write_snapshot(writer, snapshot)
         else:
             staged = await self._source
             self._mark_captured()
-            info = await self._send(partial(write_checkpoint, staged, progress=self._progress))
+            await writer.plan(staged)
+            self._mark_planned()
+            info = await self._send(writer)
         committed = perf_counter() - self._began
         return replace(
             info, captured=committed if self._captured_after is None else self._captured_after, committed=committed
         )
 
-    async def _write_snapshot(self, snapshot: Snapshot[Any]) -> CheckpointInfo:
+    async def _write_snapshot(self, writer: CheckpointWriter, snapshot: Snapshot[Any]) -> CheckpointInfo:
         """Write leaves as they land, and notice when the last one has."""
         written: list[CheckpointInfo] = []
 
         async def write() -> None:
-            written.append(await self._send(partial(save, snapshot, progress=self._progress)))
+            await writer.plan(await snapshot.outline(), snapshot)
+            self._mark_planned()
+            written.append(await self._send(writer))
 
         async def notice() -> None:
             try:
+                await snapshot.fill()
                 await snapshot.captured()
             except Exception:
-                # The save waits for the same capture, and tells of it, or of what has brought it about.
+                # The writer waits for the same capture, and tells of it, or of what has brought it about.
                 return
             self._mark_captured()
 
-        await together(write, notice)
+        await together(notice, write)
         return written[0]
 
-    async def _send(self, write: Callable[[Target], Awaitable[CheckpointInfo]]) -> CheckpointInfo:
+    async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
+        write = partial(write_planned, writer, progress=self._progress)
         return await (write(self._target) if self._chain is None else self._chain.write(self._target[1], write))
 
     def _mark_captured(self) -> None:
-        if not self.is_captured:
+        if self._captured_after is None:
             self._captured_after = perf_counter() - self._began
-            self._captured.set()
+        self._mark_accepted()
+
+    def _mark_planned(self) -> None:
+        self._planned = True
+        self._mark_accepted()
+
+    def _mark_accepted(self) -> None:
+        if self.is_accepted:
+            self._accepted.set()

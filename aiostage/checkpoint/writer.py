@@ -1,8 +1,9 @@
-"""Writing a staged tree: first everything that may be refused, then the files of a draft, then its publication."""
+"""Writing a staged tree: first everything that may be refused, then the files, then the commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from aiostage.checkpoint.progress import SaveProgress
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.manifest import FileRecord, write_manifest
+from aiostage.storage.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
 from aiostage.storage.parts import DIGEST_NAME, PART_BYTES, Content, cut, digest, digest_of_parts
 
 __all__ = ["MAX_HOLD", "CheckpointWriter"]
@@ -31,73 +32,97 @@ _THREADS = 1
 """For gathering and digests. One keeps up with any storage, and the more threads compute where the cores are few, the
 longer an event loop that was woken waits for one: measured on two, with two threads no save ended sooner."""
 
+_LINES_AT_ONCE = 64
 
-class CheckpointWriter:
-    """Writes one checkpoint.
 
-    Args:
-        draft: Where. It is the caller's to abort it if :meth:`write` raises.
-        name: What it is called, for whoever follows the progress.
-        max_shard_bytes: How many bytes of tensors one file may hold.
-        progress: Called on the event loop as parts are written.
+@dataclass(frozen=True, slots=True)
+class _FilePlan:
+    """What is to be written.
+
+    Attributes:
+        nbytes: Size of the tensors, in bytes.
+        leaves: How many tensors the tree has.
+        files: Names and contents, all but the manifest.
+        nodes: The tree, as lines of the manifest.
     """
 
-    def __init__(
-        self,
-        draft: Draft,
-        name: str,
-        *,
-        max_shard_bytes: int,
-        progress: Callable[[SaveProgress], object] | None,
-    ) -> None:
-        self._draft = draft
+    nbytes: int
+    leaves: int
+    files: Sequence[tuple[str, Sequence[Content]]]
+    nodes: list[str]
+
+
+class CheckpointWriter:
+    """Writes one checkpoint: :meth:`plan`, which refuses what files cannot carry, then :meth:`write`.
+
+    Args:
+        name: What it is called, for whoever follows the progress.
+        max_shard_bytes: How many bytes of tensors one file may hold.
+    """
+
+    def __init__(self, name: str, *, max_shard_bytes: int) -> None:
         self._name = name
         self._max_shard_bytes = max_shard_bytes
-        self._progress = progress
+        self._progress: Callable[[SaveProgress], object] | None = None
         self._workers = Workers(_THREADS, "aiostage-save")
         self._slices = Slices(MAX_HOLD)
         self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0
         self._snapshot: Snapshot[Any] | None = None
+        self._plan = _FilePlan(0, 0, [], [])
 
-    async def write(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo:
-        """Write a tree and commit it.
+    async def plan(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> None:
+        """Decide what goes into which file. Nothing is written.
 
         Args:
-            staged: In host memory; does not change until this returns.
+            staged: In host memory; does not change until :meth:`write` returns.
             snapshot: Whose outline the tree is; its bytes are then written as they land. None if all are there.
 
-        Returns:
-            What was written, without times.
-
         Raises:
-            UnsupportedLeafError: If something cannot be carried; nothing was written.
+            UnsupportedLeafError: If something cannot be carried.
+            CheckpointError: If what is not a tensor is too large.
+            HostMemoryError: If the bytes of the snapshot pass in an order that no file can have.
             TornSnapshotError: If the source of the snapshot changed before it was captured.
-            CheckpointExistsError: If something has appeared at the target meanwhile.
-            OSError: If the storage refuses.
 
-        May be cancelled: then either everything was committed already, or nothing of it can be seen.
+        Cancelling changes nothing.
         """
         self._snapshot = snapshot
         encoder = TreeEncoder()
         with span("layout"):
             await self._slices.run(encoder.walk(staged))
             tensors = await self._file_tensors(encoder)
-            tensor_bytes = sum(tensor.nbytes for tensor in tensors)
             shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, snapshot))
             files = [(shard.name, shard.contents) for shard in shards]
             if len(shards) > 1:
                 files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
-        self._total = sum(content.nbytes for _, contents in files for content in contents)
-        records = [await self._send(name, contents, snapshot) for name, contents in files]
+            nodes = await self._slices.run(_fitting(encoder.lines()))
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._plan = _FilePlan(nbytes, len(encoder.tensors), files, nodes)
+
+    async def write(self, draft: Draft, progress: Callable[[SaveProgress], object] | None = None) -> CheckpointInfo:
+        """Write what was planned and commit it.
+
+        Args:
+            draft: Where. It is the caller's to abort it if this raises.
+            progress: Called on the event loop as parts are written.
+
+        Returns:
+            What was written, without times.
+
+        Raises:
+            TornSnapshotError: If the source of the snapshot changed before it was captured.
+            CheckpointExistsError: If something has appeared at the target meanwhile.
+            OSError: If the storage refuses.
+
+        May be cancelled: then either everything was committed already, or nothing of it can be seen.
+        """
+        plan, snapshot, self._progress = self._plan, self._snapshot, progress
+        self._total = sum(content.nbytes for _, contents in plan.files for content in contents)
+        records = [await self._send(name, contents, draft) for name, contents in plan.files]
         manifest = memoryview(
             await self._slices.run(
                 write_manifest(
-                    nbytes=tensor_bytes,
-                    leaves=len(encoder.tensors),
-                    part_bytes=PART_BYTES,
-                    files=records,
-                    nodes=encoder.lines(),
+                    nbytes=plan.nbytes, leaves=plan.leaves, part_bytes=PART_BYTES, files=records, nodes=plan.nodes
                 )
             )
         )
@@ -108,12 +133,12 @@ class CheckpointWriter:
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
         with span("commit"):
-            await self._draft.commit(manifest)
+            await draft.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
         return CheckpointInfo(
-            location=self._draft.location,
-            nbytes=tensor_bytes,
-            leaves=len(encoder.tensors),
+            location=draft.location,
+            nbytes=plan.nbytes,
+            leaves=plan.leaves,
             written_bytes=sum(file.nbytes for file in records),
             files=tuple(file.name for file in records),
             checksums={file.name: f"{DIGEST_NAME}:{digest_of_parts(file.digests)}" for file in records},
@@ -122,8 +147,10 @@ class CheckpointWriter:
         )
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, and let go of the tree."""
         self._workers.stop()
+        self._snapshot = None
+        self._plan = _FilePlan(0, 0, [], [])
 
     async def _file_tensors(self, encoder: TreeEncoder) -> list[FileTensor]:
         """Decide what goes into files for the tree's tensors."""
@@ -131,16 +158,16 @@ class CheckpointWriter:
         overlapping = await self._workers.run(partial(groups, starts, stops))
         return await self._slices.run(file_tensors(leaves, overlapping))
 
-    async def _send(self, name: str, contents: Sequence[Content], snapshot: Snapshot[Any] | None) -> FileRecord:
+    async def _send(self, name: str, contents: Sequence[Content], draft: Draft) -> FileRecord:
         file = OutgoingFile(
             name,
             await self._slices.run(cut(contents, PART_BYTES)),
             workers=self._workers,
             buffers=self._buffers,
-            snapshot=snapshot,
+            snapshot=self._snapshot,
             sent=self._sent,
         )
-        return await file.send(self._draft)
+        return await file.send(draft)
 
     def _sent(self, nbytes: int) -> None:
         """Report progress."""
@@ -155,6 +182,20 @@ class CheckpointWriter:
                     written_bytes=self._written,
                 )
             )
+
+
+def _fitting(lines: Iterable[str]) -> Generator[None, None, list[str]]:
+    """Collect the lines of a manifest, and refuse more than one may have; yielding now and then."""
+    found: list[str] = []
+    nbytes = 0
+    for line in lines:
+        nbytes += len(line) + 2
+        if nbytes > MAX_NODES_BYTES:
+            raise too_large()
+        found.append(line)
+        if len(found) % _LINES_AT_ONCE == 0:
+            yield
+    return found
 
 
 def _digests(data: memoryview) -> tuple[str, ...]:

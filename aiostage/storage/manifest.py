@@ -29,12 +29,14 @@ from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Pl
 __all__ = [
     "FORMAT_VERSION",
     "MAX_MANIFEST_BYTES",
+    "MAX_NODES_BYTES",
     "PLACED_VERSION",
     "FileRecord",
     "Manifest",
     "read_manifest",
     "read_placement",
     "read_summary",
+    "too_large",
     "with_placement",
     "write_manifest",
 ]
@@ -50,6 +52,9 @@ PLACED_VERSION = 2
 MAX_MANIFEST_BYTES = 256 << 20
 """Larger ones are neither written nor read, so that a hostile one costs a bounded amount of memory. About three
 million tensors fit."""
+
+MAX_NODES_BYTES = MAX_MANIFEST_BYTES - (32 << 20)
+"""How much of that the tree may take, so that a tree which is accepted has room for the digests of its files."""
 
 _CHUNK = 64
 _PLACES = b'"places":['
@@ -141,13 +146,18 @@ def _extend(text: bytearray, lines: Iterable[str]) -> Generator[None, None, None
         text += line.encode("ascii")
         separator = b",\n"
         if len(text) > MAX_MANIFEST_BYTES - _END_BYTES - len(_NODES):
-            raise CheckpointError(
-                f"what is not a tensor takes more than {MAX_MANIFEST_BYTES >> 20} MiB in the manifest.",
-                remedy="Put bulk data into tensors.",
-            )
+            raise too_large()
         if number % _CHUNK == 0:
             yield
     text += b"\n"
+
+
+def too_large() -> CheckpointError:
+    """Return the error for a tree that does not fit a manifest."""
+    return CheckpointError(
+        f"what is not a tensor takes more than {MAX_MANIFEST_BYTES >> 20} MiB in the manifest.",
+        remedy="Put bulk data into tensors.",
+    )
 
 
 def _dump(value: Any) -> str:

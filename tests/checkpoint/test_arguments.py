@@ -74,12 +74,3 @@ async def test_steps(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"restore\(step=5\)"):
         await checkpoints.restore(5)
     assert await checkpoints.steps() == [5]
-
-
-@pytest.mark.asyncio
-async def test_a_failed_save_is_logged_with_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with aiostage.Checkpointer(tmp_path) as checkpoints:
-        handle = await checkpoints.save(1, {"deep": [object()]})
-        with pytest.raises(aiostage.UnsupportedLeafError):
-            await handle.committed()
-    assert "the checkpoint of step 1 failed: UnsupportedLeafError: state_dict['deep'][0]" in caplog.text

@@ -270,20 +270,64 @@ async def test_a_failing_storage_is_told_by_the_handle() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("failing", [1, 2])
-async def test_a_failing_storage_is_told_when_nobody_asks(failing: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_save_is_told_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
     storage = MemoryStorage()
 
     async def refuse(operation: str, name: str) -> None:
+        if operation == "commit" and name == "step-00000000":
+            raise OSError(28, "No space left on device", name)
+
+    storage.before = refuse
+    async with Checkpointer(storage) as checkpoints:
+        await checkpoints.save(0, tree(0))
+        with pytest.raises(OSError, match="No space left") as caught:
+            await checkpoints.save(1, tree(1))
+        assert caught.value.filename == "step-00000000"
+        assert "the checkpoint of step 0 failed" in caught.value.__notes__[0]
+        # Once is enough.
+        await checkpoints.save(2, tree(2))
+    assert set(storage.checkpoints) == {"step-00000002"}
+    assert caplog.text.count("No space left") == 1
+
+
+@pytest.mark.asyncio
+async def test_a_failed_save_is_told_once_by_whoever_waits_for_it() -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+    gate.refuse = True
+
+    async def wait(handle: aiostage.SaveHandle) -> None:
+        with pytest.raises(OSError, match="No space left"):
+            await handle.committed()
+
+    async with Checkpointer(storage) as checkpoints, anyio.create_task_group() as group:
+        group.start_soon(wait, await checkpoints.save(0, tree(0)))
+        await until(lambda: gate.waiting == 1)
+        saving = asyncio.ensure_future(checkpoints.save(1, tree(1)))
+        await turns()
+        gate.open.set()
+        handle = await saving
+        await wait(handle)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("failing", [1, 2])
+async def test_a_failing_storage_is_told_when_nobody_asks(failing: int, caplog: pytest.LogCaptureFixture) -> None:
+    storage = MemoryStorage()
+    gate = Gate(storage)
+
+    async def refuse(operation: str, name: str) -> None:
+        await gate.pass_through(operation, name)
         if operation == "commit" and int(name[-1]) < failing:
             raise OSError(28, "No space left on device", name)
 
     storage.before = refuse
 
     async def run() -> None:
-        async with Checkpointer(storage) as checkpoints:
+        async with Checkpointer(storage, max_in_flight=3) as checkpoints:
             for step in range(3):
                 await checkpoints.save(step, tree(step))
+            gate.open.set()
 
     if failing == 1:
         with pytest.raises(OSError, match="No space left"):
@@ -294,6 +338,23 @@ async def test_a_failing_storage_is_told_when_nobody_asks(failing: int, caplog: 
         assert [error.filename for error in caught.value.exceptions] == ["step-00000000", "step-00000001"]
     assert set(storage.checkpoints) == {f"step-0000000{step}" for step in range(failing, 3)}
     assert caplog.text.count("No space left") == failing
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("count", [1, 5000])
+async def test_what_no_file_can_carry_is_refused_before_save_returns(count: int) -> None:
+    state: dict[str, Any] = {str(number): torch.zeros(3) for number in range(count)} | {"odd": [object()]}
+    storage = MemoryStorage()
+    async with Checkpointer(storage) as checkpoints:
+        for step in range(3 if count > 1 else 30):
+            with pytest.raises(aiostage.UnsupportedLeafError, match=r"state_dict\['odd'\]\[0\]"):
+                await checkpoints.save(step, state)
+    async with Checkpointer(storage, Copier(), max_in_flight=4) as checkpoints:
+        for step in range(3):
+            with pytest.raises(aiostage.UnsupportedLeafError, match=r"state_dict\['odd'\]\[0\]"):
+                await checkpoints.save(step, state)
+    assert storage.under_way == []
+    assert storage.checkpoints == {}
 
 
 @pytest.mark.asyncio
@@ -334,9 +395,8 @@ async def test_a_failing_stager_is_told_by_save() -> None:
         with pytest.raises(aiostage.UnsupportedLeafError, match="meta"):
             await checkpoints.save(1, {"meta": torch.empty(3, device="meta")})
         # Can be copied, but not carried.
-        handle = await checkpoints.save(1, {"object": torch.nn.Linear(1, 1)})
         with pytest.raises(aiostage.UnsupportedLeafError, match="object"):
-            await handle.committed()
+            await checkpoints.save(1, {"object": torch.nn.Linear(1, 1)})
         await checkpoints.save(1, tree(1))
     assert storage.under_way == []
     assert await checkpoints.steps() == [1]
