@@ -348,20 +348,16 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _storages(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.UntypedStorage | None], list[int]]:
     """Return the storage of each tensor, None where it has none, and its size in bytes."""
-    try:
-        storages = list(map(torch.Tensor.untyped_storage, tensors))
-        # These objects live as long as the memory that they stand for, and the collector has no business with them.
-        untrack_all(storages)
-        return list(storages), list(map(_storage_nbytes, storages))
-    except (RuntimeError, NotImplementedError):
-        found: list[torch.UntypedStorage | None] = []
-        sizes: list[int] = []
-        with torch._C.DisableTorchFunctionSubclass():
-            for tensor in tensors:
-                storage = tensor.untyped_storage() if torch._C._has_storage(tensor) else None
-                found.append(storage)
-                sizes.append(storage.nbytes() if storage is not None else 0)
-        return found, sizes
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            storages: list[Any] = list(map(torch.Tensor.untyped_storage, tensors))
+        except RuntimeError:
+            # Some have none: wrapper subclasses and sparse tensors.
+            storages = [tensor.untyped_storage() if torch._C._has_storage(tensor) else None for tensor in tensors]
+            return storages, [storage.nbytes() if storage is not None else 0 for storage in storages]
+    # These objects live as long as the memory that they stand for, and the collector has no business with them.
+    untrack_all(storages)
+    return storages, list(map(_storage_nbytes, storages))
 
 
 def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
