@@ -348,7 +348,7 @@ class _Builder:
             members = indices[first : first + at_once]
             untrack_all((members,))
             self.make_room(spec.device, size * len(members), len(members), members[0], small=_is_small(spec))
-            run = Run(spec, members, self.offset)
+            run = Run(spec, as_range(members), self.offset)
             self.runs.append(run)
             if run.is_whole:
                 self.whole += members
@@ -404,6 +404,16 @@ class _Builder:
         self.inside = False
         self.cut()
         self.aligned = False
+
+
+def as_range(indices: list[int]) -> Sequence[int]:
+    """Return the indices as a range if each of them follows the one before it, else as they are.
+
+    Looks at every index: their ends say nothing about what lies between, as leaves of a block come in the order of
+    their addresses and leaves of one spec may have others between them.
+    """
+    span = range(indices[0], indices[0] + len(indices))
+    return span if indices == list(span) else indices
 
 
 def _is_small(spec: Spec) -> bool:

@@ -77,9 +77,8 @@ def build_destinations(batch: Batch, memory: np.ndarray[Any, Any]) -> dict[int, 
 
 def _place(staged: list[Any], indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
     """Put tensors where their leaves' indices say."""
-    first, count = indices[0], len(indices)
-    if indices[-1] - first == count - 1:
-        staged[first : first + count] = tensors
+    if isinstance(indices, range):
+        staged[indices.start : indices.stop] = tensors
         return
     for index, tensor in zip(indices, tensors, strict=True):
         staged[index] = tensor

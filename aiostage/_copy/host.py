@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from operator import attrgetter
 from time import sleep
@@ -90,12 +90,12 @@ class HostCopy:
 
     def _add_leaves(self, spec: Spec, runs: Sequence[Run]) -> None:
         """Add whole leaves of one spec."""
-        indices = list(chain.from_iterable(run.indices for run in runs))
         if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
-            self._conversions.add_leaves(indices, _pick(self._tensors, indices))
+            indices = chain.from_iterable(run.indices for run in runs)
+            self._conversions.add_leaves(indices, _pick(self._tensors, runs))
             return
         start, stop = runs[0].offset, runs[-1].offset + runs[-1].nbytes
-        begins = _pick(self._addresses, indices)
+        begins = _pick(self._addresses, runs)
         small = spec.nbytes < _MOVED_BYTES
         if not (small and self._gathers.add(begins, spec.nbytes, self._memory[start:stop])):
             base = self._memory.ctypes.data
@@ -129,12 +129,15 @@ _is_whole = attrgetter("is_whole")
 _spec = attrgetter("spec")
 
 
-def _pick(items: Sequence[T], indices: Sequence[int]) -> Sequence[T]:
-    """Return the items at increasing indices."""
-    first, last = indices[0], indices[-1]
-    if last - first == len(indices) - 1:
-        return items[first : last + 1]
-    return [items[index] for index in indices]
+def _pick(items: Sequence[T], runs: Iterable[Run]) -> list[T]:
+    """Return the items of the leaves in some runs."""
+    picked: list[T] = []
+    for run in runs:
+        if isinstance(run.indices, range):
+            picked += items[run.indices.start : run.indices.stop]
+        else:
+            picked += [items[index] for index in run.indices]
+    return picked
 
 
 def _known(spec: Spec | None) -> Spec:
