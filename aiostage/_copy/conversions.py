@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES
 from aiostage._capture.plan import RUN_LEAVES
 from aiostage._copy.openmp import one_thread
@@ -88,4 +89,4 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     """Copy tensors in one fused operation; the GIL is released while it runs."""
     # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
     with torch.no_grad():
-        torch._foreach_copy_(destinations, sources)
+        _private.foreach_copy(destinations, sources)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aiostage import _private
 from aiostage.abc import Backend, SupportsQuery
 
 __all__ = ["HIGH_PRIORITY", "TorchBackend"]
@@ -105,7 +106,7 @@ class TorchBackend(Backend):
                     values[index] = source.resolve_conj().resolve_neg()
                     launches += 1
                 launches += destination.dtype is not source.dtype
-            torch._foreach_copy_(list(destinations), values, non_blocking=True)
+            _private.foreach_copy(destinations, values, non_blocking=True)
         return launches
 
     def pack(self, sources: Sequence[torch.Tensor], stream: Any) -> tuple[torch.Tensor, int]:
@@ -176,5 +177,7 @@ class TorchBackend(Backend):
 
 def _has_record_stream(accelerator: torch.device) -> bool:
     """Return whether a device's allocator can be told of streams; MPS has but one stream and no need."""
-    key = "PrivateUse1" if accelerator.type == torch._C._get_privateuse1_backend_name() else accelerator.type.upper()
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("aten::record_stream", key))
+    if _private.privateuse1_name is None or _private.has_kernel is None:
+        return accelerator.type != "mps"
+    key = "PrivateUse1" if accelerator.type == _private.privateuse1_name() else accelerator.type.upper()
+    return bool(_private.has_kernel("aten::record_stream", key))

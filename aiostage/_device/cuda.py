@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from aiostage import _private
 from aiostage._device.accelerator import HIGH_PRIORITY, TorchBackend
 from aiostage.abc import SupportsQuery
 
@@ -46,7 +47,7 @@ class CudaBackend(TorchBackend):
         if torch.version.hip is not None:
             # ROCm makes no context by setting a device, and need not be asked which ones there are.
             return super().active_devices()
-        has_context = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
+        has_context = _private.cuda_has_context or (lambda index: True)
         return [torch.device("cuda", index) for index in range(_cuda.device_count()) if has_context(index)]
 
     def current_stream(self, device: torch.device) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TypeVar
 
@@ -24,10 +23,6 @@ whoever is woken between two slices often waits for both; the rest is for the st
 and for getting the GIL back from threads that have just been given it."""
 
 _collection_pause = CollectionPause()
-
-# anyio imports this with its first use on asyncio, and would hold that loop for 10 ms; without it, it still would.
-with suppress(ImportError):
-    import_module("anyio._backends._asyncio")
 
 
 class Slices:

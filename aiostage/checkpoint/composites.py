@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aiostage import _private
 from aiostage.checkpoint.values import torch_constant
 
 __all__ = ["COMPOSITES", "assemble", "take_apart"]
@@ -113,7 +114,7 @@ def _assemble_quantized(parts: Sequence[torch.Tensor], form: dict[str, Any]) -> 
         parameters = (scheme, parts[1], parts[2], form["axis"])
     memory = parts[0].untyped_storage()
     typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
-    tensor: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
+    tensor: torch.Tensor = _private.require("rebuild_qtensor")(
         typed, form["offset"], form["shape"], form["stride"], parameters, False, {}
     )
     return tensor

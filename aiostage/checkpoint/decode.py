@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aiostage._private import storage_identity
 from aiostage.checkpoint.composites import COMPOSITES, assemble
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_bytes, read_scalar
@@ -65,8 +66,8 @@ class Memory:
             leaf: From :meth:`tensor`, on the meta device.
         """
         if not self._origins:
-            self._origins = {data.untyped_storage()._cdata: name for name, data in self._data.items()}
-        return self._records[self._origins[leaf.untyped_storage()._cdata]]
+            self._origins = {storage_identity(data.untyped_storage()): name for name, data in self._data.items()}
+        return self._records[self._origins[storage_identity(leaf.untyped_storage())]]
 
 
 class TreeDecoder:

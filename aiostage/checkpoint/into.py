@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from aiostage._private import storage_identity
 from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
@@ -252,7 +253,7 @@ def _tied_alike(first: _Pair, second: _Pair) -> bool:
     (_, live, loaded), (_, other, other_loaded) = first, second
     distance = other.data_ptr() - live.data_ptr()
     # Those that have not been read yet have no address.
-    if loaded.untyped_storage()._cdata != other_loaded.untyped_storage()._cdata:
+    if storage_identity(loaded.untyped_storage()) != storage_identity(other_loaded.untyped_storage()):
         return False
     if _offset(other_loaded) - _offset(loaded) != distance:
         return False

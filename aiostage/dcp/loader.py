@@ -7,11 +7,11 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader
 
+from aiostage import _private
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
 
 __all__ = ["load"]
@@ -72,7 +72,7 @@ def _read(
     planner: LoadPlanner | None,
 ) -> Callable[[Any], None]:
     """Find the reader, and return what needs the other ranks."""
-    reader: Any = _storage_setup(storage_reader, checkpoint_id, reader=True)
+    reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
 
     def together(group: Any) -> None:
         torch_load(state_dict, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)

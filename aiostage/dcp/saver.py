@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import anyio
-from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
+from aiostage import _private
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
 from aiostage.dcp.storage import StorageWriter
@@ -217,7 +217,7 @@ def _write(
     planner: SavePlanner | None,
 ) -> Callable[[Any], Metadata]:
     """Find the writer, and return what needs the other ranks."""
-    writer: Any = _storage_setup(storage_writer, checkpoint_id, reader=False)
+    writer: Any = _private.require("storage_setup")(storage_writer, checkpoint_id, reader=False)
 
     def together(group: Any) -> Metadata:
         try:

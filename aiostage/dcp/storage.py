@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import storage as torch_storage
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import (
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.futures import Future
 
+from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.errors import CheckpointCorruptError
@@ -345,7 +345,7 @@ def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner)
     dtype = record.dtype or torch.uint8
     tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype)
     tensor = tensor.view(record.shape)
-    part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+    part = narrow_by_index(tensor, item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()
     if target.size() != part.size():
         raise ValueError(f"{item.dest_index.fqn} has shape {tuple(target.size())}, the checkpoint {tuple(part.size())}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
+from aiostage import _private
 from aiostage.abc import Buffer
 
 __all__ = [
@@ -236,7 +237,7 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
                 sources.append(piece)
                 destinations.append(place)
         if sources:
-            torch._foreach_copy_(destinations, sources)
+            _private.foreach_copy(destinations, sources)
 
 
 def scatter(part: Part, buffer: torch.Tensor) -> None:
@@ -249,7 +250,7 @@ def scatter(part: Part, buffer: torch.Tensor) -> None:
     for pieces, places in _groups(part, buffer):
         pairs = [(piece, place) for piece, place in zip(pieces, places, strict=True) if isinstance(piece, torch.Tensor)]
         if pairs:
-            torch._foreach_copy_([piece for piece, _ in pairs], [place for _, place in pairs])
+            _private.foreach_copy([piece for piece, _ in pairs], [place for _, place in pairs])
 
 
 def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[Piece], Sequence[torch.Tensor]]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import anyio
 
+from aiostage import _private
 from aiostage.stager import AsyncStager
 
 __all__ = ["LeakProbe", "Leftovers", "LoopHold", "LoopProbe"]
@@ -177,7 +178,9 @@ class LoopProbe:
     def _stack(self) -> str:
         """Return where the loop's thread is, if it is in the code that is looked for."""
         assert self._inside is not None  # noqa: S101 - the watching thread only runs if it is given
-        frame: FrameType | None = sys._current_frames().get(self._thread)
+        frame: FrameType | None = (
+            _private.current_frames().get(self._thread) if _private.current_frames is not None else None
+        )
         try:
             inner = frame
             while inner is not None and not self._inside(inner.f_code.co_filename):

@@ -1,0 +1,181 @@
+"""Every function that aiostage uses of PyTorch, CPython and anyio and that they do not promise to keep.
+
+Each is looked up by its name when this module is imported. One that is gone is None here, and :data:`CONSEQUENCES` says
+what aiostage does without it: the same result more slowly, or a refusal. It never guesses. Modules ask for these
+names through this module when they use them, so that a test can take each away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+
+__all__ = [
+    "CONSEQUENCES",
+    "find",
+    "foreach_copy",
+    "has_storage",
+    "make_parameter",
+    "narrow_by_index",
+    "require",
+    "slot_names",
+    "storage_identity",
+    "without_torch_function",
+]
+
+
+def find(name: str) -> Any:
+    """Return what a dotted name leads to, or None if there is no such thing.
+
+    Args:
+        name: Of a module, and of attributes in it.
+    """
+    head, *rest = name.split(".")
+    try:
+        found: Any = import_module(head)
+    except Exception:
+        return None
+    for number, part in enumerate(rest, 1):
+        if not hasattr(found, part):
+            try:
+                import_module(".".join([head, *rest[:number]]))
+            except Exception:
+                return None
+        found = getattr(found, part, None)
+    return found
+
+
+dispatch_keys: Callable[[torch.Tensor], Any] | None = find("torch._C._dispatch_keys")
+raw_repr: Callable[[Any], int] | None = find("torch._C.DispatchKeySet.raw_repr")
+TensorGuards: Any = find("torch._C._dynamo.guards.TensorGuards")
+version_of: Any = find("torch.Tensor._version")
+_has_storage: Any = find("torch._C._has_storage")
+_make_subclass: Any = find("torch.Tensor._make_subclass")
+rebuild_qtensor: Any = find("torch._utils._rebuild_qtensor")
+sparse_indices: Any = find("torch.Tensor._indices")
+sparse_values: Any = find("torch.Tensor._values")
+_foreach_copy: Any = find("torch._foreach_copy_")
+_without_torch_function: Any = find("torch._C.DisableTorchFunctionSubclass")
+is_zero_tensor: Any = find("torch.Tensor._is_zerotensor")
+is_functorch_wrapped: Any = find("torch._C._functorch.is_functorch_wrapped_tensor")
+is_functional: Any = find("torch._is_functional_tensor")
+has_kernel: Any = find("torch._C._dispatch_has_kernel_for_dispatch_key")
+privateuse1_name: Any = find("torch._C._get_privateuse1_backend_name")
+cuda_has_context: Any = find("torch._C._cuda_hasPrimaryContext")
+storage_setup: Any = find("torch.distributed.checkpoint._storage_utils._storage_setup")
+narrow_tensor_by_index: Any = find("torch.distributed._shard._utils.narrow_tensor_by_index")
+_slotnames: Any = find("copyreg._slotnames")
+current_frames: Any = find("sys._current_frames")
+asyncio_backend: Any = find("anyio._backends._asyncio")
+
+CONSEQUENCES = {
+    "dispatch_keys": "each leaf is classified by itself: slower, the same result",
+    "raw_repr": "each leaf is classified by itself: slower, the same result",
+    "TensorGuards": "each leaf is inspected anew in each staging: slower, the same result",
+    "version_of": "stage() refuses unless detect_torn=False",
+    "_has_storage": "a tensor is asked for its storage instead",
+    "_make_subclass": "nn.Parameter() is called instead",
+    "rebuild_qtensor": "quantized tensors are refused",
+    "sparse_indices": "sparse tensors that are not coalesced are refused",
+    "sparse_values": "sparse tensors that are not coalesced are refused",
+    "_foreach_copy": "tensors are copied one by one: slower, the same result",
+    "_without_torch_function": "a subclass's own __torch_function__ runs while its leaf is inspected",
+    "is_zero_tensor": "what has no storage is refused all the same, with a more general reason",
+    "is_functorch_wrapped": "what has no storage is refused all the same, with a more general reason",
+    "is_functional": "what has no storage is refused all the same, with a more general reason",
+    "has_kernel": "record_stream is taken to exist for every device but MPS",
+    "privateuse1_name": "record_stream is taken to exist for every device but MPS",
+    "cuda_has_context": "every device is taken to have a context",
+    "storage_setup": "dcp.save and dcp.load raise StagingError",
+    "narrow_tensor_by_index": "Tensor.narrow is called for each dimension instead",
+    "_slotnames": "the slots of a class are found through its bases",
+    "current_frames": "a report of a loop hold has no stack",
+    "asyncio_backend": "anyio is imported with its first use, which holds that loop for 10 ms",
+}
+"""What happens without each of the names above."""
+
+
+def require(name: str) -> Any:
+    """Return one of the names above, for those that nothing can stand in for.
+
+    Raises:
+        RuntimeError: If it is gone. The caller says what cannot be done and what else can.
+    """
+    found = globals()[name]
+    if found is None:
+        raise RuntimeError(f"PyTorch {torch.__version__} lacks {name}; without it {CONSEQUENCES[name]}")
+    return found
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Return a context in which tensor subclasses are treated as the tensors that they are."""
+    context: AbstractContextManager[Any] = (_without_torch_function or nullcontext)()
+    return context
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has a storage of its own."""
+    if _has_storage is not None:
+        return bool(_has_storage(tensor))
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:
+        return False
+    return True
+
+
+def storage_identity(storage: torch.UntypedStorage) -> int:
+    """Return a number that two living storage objects have in common exactly when they are one storage."""
+    # PyTorch returns the same object for a storage for as long as somebody refers to that object.
+    identity: int = getattr(storage, "_cdata", id(storage))
+    return identity
+
+
+def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+    """Return a Parameter over the memory of a tensor."""
+    if _make_subclass is None:
+        return torch.nn.Parameter(tensor, requires_grad)
+    made: torch.nn.Parameter = _make_subclass(torch.nn.Parameter, tensor, requires_grad)
+    return made
+
+
+def foreach_copy(
+    destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, non_blocking: bool = False
+) -> None:
+    """Copy tensors, in one fused operation where there is one."""
+    if _foreach_copy is not None:
+        _foreach_copy(list(destinations), list(sources), non_blocking=non_blocking)
+        return
+    for destination, source in zip(destinations, sources, strict=True):
+        destination.copy_(source, non_blocking=non_blocking)
+
+
+def narrow_by_index(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterable[int]) -> torch.Tensor:
+    """Return the part of a tensor that begins at some offsets and has some sizes, one for each dimension."""
+    if narrow_tensor_by_index is not None:
+        narrowed: torch.Tensor = narrow_tensor_by_index(tensor, list(offsets), list(sizes))
+        return narrowed
+    for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dimension, offset, size)
+    return tensor
+
+
+def slot_names(cls: type) -> list[str]:
+    """Return the names of the slots of a class, as the copy protocol knows them."""
+    if _slotnames is not None:
+        return list(_slotnames(cls))
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name in ("__dict__", "__weakref__"):
+                continue
+            if name.startswith("__") and not name.endswith("__"):
+                owner = base.__name__.lstrip("_")
+                name = f"_{owner}{name}" if owner else name
+            names.append(name)
+    return names
