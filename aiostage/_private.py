@@ -66,11 +66,15 @@ is_functional: Any = find("torch._is_functional_tensor")
 has_kernel: Any = find("torch._C._dispatch_has_kernel_for_dispatch_key")
 privateuse1_name: Any = find("torch._C._get_privateuse1_backend_name")
 cuda_has_context: Any = find("torch._C._cuda_hasPrimaryContext")
-storage_setup: Any = find("torch.distributed.checkpoint._storage_utils._storage_setup")
-narrow_tensor_by_index: Any = find("torch.distributed._shard._utils.narrow_tensor_by_index")
 _slotnames: Any = find("copyreg._slotnames")
 current_frames: Any = find("sys._current_frames")
 asyncio_backend: Any = find("anyio._backends._asyncio")
+
+DISTRIBUTED = {
+    "storage_setup": "torch.distributed.checkpoint._storage_utils._storage_setup",
+    "narrow_tensor_by_index": "torch.distributed._shard._utils.narrow_tensor_by_index",
+}
+"""Looked up when they are asked for, because they take torch.distributed.checkpoint with them."""
 
 CONSEQUENCES = {
     "dispatch_keys": "each leaf is classified by itself: slower, the same result",
@@ -105,7 +109,7 @@ def require(name: str) -> Any:
     Raises:
         RuntimeError: If it is gone. The caller says what cannot be done and what else can.
     """
-    found = globals()[name]
+    found = find(DISTRIBUTED[name]) if name in DISTRIBUTED else globals()[name]
     if found is None:
         raise RuntimeError(f"PyTorch {torch.__version__} lacks {name}; without it {CONSEQUENCES[name]}")
     return found
@@ -156,8 +160,9 @@ def foreach_copy(
 
 def narrow_by_index(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterable[int]) -> torch.Tensor:
     """Return the part of a tensor that begins at some offsets and has some sizes, one for each dimension."""
-    if narrow_tensor_by_index is not None:
-        narrowed: torch.Tensor = narrow_tensor_by_index(tensor, list(offsets), list(sizes))
+    narrow = find(DISTRIBUTED["narrow_tensor_by_index"])
+    if narrow is not None:
+        narrowed: torch.Tensor = narrow(tensor, list(offsets), list(sizes))
         return narrowed
     for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tensor = tensor.narrow(dimension, offset, size)
