@@ -83,6 +83,9 @@ class Slices:
                 await self._turn(beside)
         finally:
             work.close()
+            # On Python 3.13 a closed generator was seen to keep the locals of those that it delegates to until it is
+            # freed, and the traceback of a cancellation keeps this frame.
+            del work
             _collection_pause.end()
 
     async def _turn(self, beside: Job | None) -> None:

@@ -204,10 +204,10 @@ class _ObjectBucket(Bucket):
                 if sent > nbytes:
                     break
                 with self._translated(path):
-                    written = writer.write(part)
-                    # Nothing may refer to the part while the next one is waited for.
+                    # Nothing may refer to the part while the next one is waited for, nor this frame to the answer.
+                    written = [writer.write(part)]
                     del part
-                    await (_settled(written) if begins else _answered(written))
+                    await (_settled(written.pop()) if begins else _answered(written.pop()))
             if sent != nbytes:
                 raise CheckpointError(
                     f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
@@ -374,16 +374,25 @@ def _request_bytes(nbytes: int, part_bytes: int) -> int:
 
 
 async def _answered(future: Any) -> Any:
-    """Wait for a request that may be given up: whoever stops waiting, however, gives it up."""
+    """Wait for the answer to a request, and give the request up if the wait ends without one."""
     try:
         return await future
     finally:
         future.cancel()
+        # A failed future holds its exception, and the traceback of that holds this frame: without the next line they
+        # keep each other, and the part that was sent, until the garbage collector runs.
+        del future
 
 
 async def _settled(future: Any) -> Any:
     """Wait until a request has an outcome, also when cancelled, and only then be cancelled."""
-    return await finish(lambda: asyncio.shield(future))
+    waiting = [future]
+    # For the same reason no frame of the traceback may still refer to the future.
+    del future
+    try:
+        return await finish(lambda: asyncio.shield(waiting[0]))
+    finally:
+        waiting.clear()
 
 
 def _location(store: ObjectStore) -> str:
