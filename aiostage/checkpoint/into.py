@@ -14,7 +14,7 @@ from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import CheckpointMismatchError
-from aiostage.leaf import Path, format_path
+from aiostage.leaf import Attribute, Path, format_path
 from aiostage.storage.safetensors import DTYPE_NAMES
 
 __all__ = ["Transfer", "compare", "copyable"]
@@ -154,6 +154,7 @@ class _Comparison:
             reason = _why_not(live, loaded)
             if reason is None:
                 self.pairs.append((place, live, loaded))
+                self._visit_attributes(place, live, loaded)
             else:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
@@ -194,10 +195,34 @@ class _Comparison:
             if count % _CHUNK == 0:
                 yield
         self._todo += reversed(found)
+        self._visit_attributes(place, live, loaded)
+
+    def _visit_attributes(self, place: Place, live: Any, loaded: Any) -> None:
+        """Compare what hangs on an object besides its contents, as ``_metadata`` does on a state dict.
+
+        What only the live object has is left alone; it is set from outside and not part of every checkpoint.
+        """
+        theirs = getattr(loaded, "__dict__", None)
+        if not theirs or not self._is_wanted_whole(place):
+            return
+        mine = getattr(live, "__dict__", None)
+        for name, value in theirs.items():
+            here = (Attribute(name), place)
+            if mine is None:
+                if _has_tensors(value):
+                    self._mismatch(here, f"a {type(live).__name__} has no attributes")
+            elif name in mine and (_has_tensors(value) or _has_tensors(mine[name])):
+                self._todo.append((here, mine[name], value, (mine, name)))
+            else:
+                self.assignments.append((mine, name, value))
+
+    def _is_wanted_whole(self, place: Place) -> bool:
+        """Return whether all that is at a place was asked for, and not only some of what it contains."""
+        return self._wanted is None or any(self._wanted(path_to(at)) for at in _ways(place))
 
     def _misses(self, place: Place, live: Any) -> Generator[None, None, bool]:
         """Return whether the checkpoint should have what is at a place, or something below it."""
-        if self._wanted is None or any(self._wanted(path_to(at)) for at in _ways(place)):
+        if self._wanted is None or self._is_wanted_whole(place):
             return True
         pending: list[tuple[Place, Any]] = [(place, live)]
         seen: set[int] = set()
@@ -301,6 +326,19 @@ def _has_state(value: Any) -> bool:
             return True
         if isinstance(item, tuple):
             pending.extend(item)
+    return False
+
+
+def _has_tensors(value: Any) -> bool:
+    """Return whether a value is, or is a container around, a tensor."""
+    pending, seen = deque([value]), set[int]()
+    while pending:
+        item = pending.popleft()
+        if isinstance(item, torch.Tensor):
+            return True
+        if isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
     return False
 
 

@@ -263,3 +263,49 @@ async def test_through_links_and_relative_paths(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     for source in ("checkpoint", "./latest/", Path("latest"), tmp_path / "latest"):
         assert await aiostage.load(source) == {"a": 1}
+
+
+def with_attributes(value: int) -> OrderedDict[str, Any]:
+    state: OrderedDict[str, Any] = OrderedDict(weight=torch.full((2,), float(value)))
+    state._metadata = OrderedDict(version=value)  # type: ignore[attr-defined]
+    state.shadow = {"weight": torch.full((3,), float(value)), "inside": [value]}  # type: ignore[attr-defined]
+    state["weight"].scale = torch.full((1,), float(value))
+    state["weight"].note = value
+    return state
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_into_takes_what_hangs_on_mappings_and_tensors(in_place: bool, tmp_path: Path) -> None:
+    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    live: dict[str, Any] = {"state": with_attributes(1)}
+    shadow, scale = live["state"].shadow["weight"], live["state"]["weight"].scale
+    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place)
+    assert_same({"state": with_attributes(2)}, live)
+    assert_same(vars(with_attributes(2)), vars(live["state"]))
+    assert live["state"].shadow["weight"] is shadow
+    assert live["state"]["weight"].scale is scale
+
+
+@pytest.mark.asyncio
+async def test_into_adds_attributes_and_refuses_what_has_none(tmp_path: Path) -> None:
+    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    live: dict[str, Any] = {"state": OrderedDict(weight=torch.zeros(2))}
+    live["state"].own = 5
+    await aiostage.load(tmp_path / "checkpoint", into=live)
+    assert live["state"].own == 5
+    del live["state"].own
+    assert_same(vars(with_attributes(2)), vars(live["state"]))
+    with pytest.raises(aiostage.CheckpointMismatchError, match=r"\['state'\]\.shadow .a dict has no attributes"):
+        await aiostage.load(tmp_path / "checkpoint", into={"state": {"weight": torch.zeros(2)}})
+
+
+@pytest.mark.asyncio
+async def test_into_leaves_attributes_alone_that_were_not_asked_for(tmp_path: Path) -> None:
+    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    live = {"state": with_attributes(1)}
+    await aiostage.load(tmp_path / "checkpoint", into=live, only="state.weight")
+    assert live["state"]["weight"].tolist() == [2, 2]
+    assert live["state"]["weight"].note == 2
+    assert live["state"]._metadata == {"version": 1}  # type: ignore[attr-defined]
+    assert live["state"].shadow["weight"].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
