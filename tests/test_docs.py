@@ -35,7 +35,9 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 async def run(code: str, line: int, document: Path, namespace: dict[str, Any]) -> None:
     """Run one block, in which ``await`` may stand at the top level."""
-    compiled = compile("\n" * line + code, str(document), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    compiled = compile(
+        "\n" * line + code, str(document), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
     if not compiled.co_flags & inspect.CO_COROUTINE:
         # Nothing to await: it may block, and it may want to start an event loop of its own.
         await anyio.to_thread.run_sync(eval, compiled, namespace)

@@ -20,6 +20,7 @@ ROWS = [
     {"_memory", "_device", "_capture"},
     {"_copy"},
     {"snapshot", "sharing", "storage"},
+    {"format"},
     {"stager"},
     {"checkpoint"},
     {"blocking", "dcp", "testing", "tracing"},

@@ -1,1 +1,6 @@
-"""State dicts to disk and back."""
+"""Checkpoints: written, read, and kept for a run. Here is what goes beyond :mod:`aiostage` itself."""
+
+from aiostage.format.classes import PlainObject
+from aiostage.format.registry import register
+
+__all__ = ["PlainObject", "register"]

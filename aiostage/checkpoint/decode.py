@@ -11,8 +11,19 @@ import torch
 from aiostage._private import storage_identity
 from aiostage.checkpoint.composites import COMPOSITES, assemble
 from aiostage.checkpoint.nodes import NodeTable, reading
-from aiostage.checkpoint.values import FACTORIES, MAPPINGS, read_bytes, read_scalar
+from aiostage.checkpoint.values import FACTORIES, MAPPINGS, SCALAR_KINDS, read_bytes, read_scalar
 from aiostage.checkpoint.views import view_of
+from aiostage.errors import CheckpointCorruptError
+from aiostage.format.classes import Classes
+from aiostage.format.objects import (
+    KINDS_VERSION,
+    MADE_FIRST,
+    MADE_WHOLE,
+    OBJECT_KINDS,
+    attach,
+    make_first,
+    put_object_together,
+)
 from aiostage.storage.safetensors import Record
 
 __all__ = ["Memory", "TreeDecoder"]
@@ -77,13 +88,17 @@ class TreeDecoder:
         table: Of the nodes, of which those that are reached are wanted.
         memory: Of the tensors.
         path: Of the manifest, for errors.
+        classes: Whose objects are made again. None: none but those of the standard library, NumPy and PyTorch.
     """
 
-    def __init__(self, table: NodeTable, memory: Memory, *, path: str) -> None:
+    def __init__(self, table: NodeTable, memory: Memory, *, path: str, classes: Classes | None = None) -> None:
         self._table = table
         self._memory = memory
         self._path = path
+        self._classes = classes if classes is not None else Classes()
         self._made: list[Any] = []
+        # Nodes whose contents may not be there yet.
+        self._incomplete: set[int] = set()
 
     def build(self) -> Generator[None, None, Any]:
         """Build the tree, yielding now and then.
@@ -99,27 +114,53 @@ class TreeDecoder:
 
     def _build(self) -> Generator[None, None, Any]:
         table = self._table
-        # What may contain itself exists first, then everything that is made whole, then the former is filled.
+        # What may contain itself exists first; then each node is made, and filled if all that it contains comes before
+        # it, as it does outside of circles; then the others are filled.
         for form in table.forms:
             kind = form["is"]
-            self._made.append(_NEW[kind](form) if kind in _NEW else _NOT_MADE)
-        wanted = [index for index, how in enumerate(table.reached) if how]
-        for count, index in enumerate(wanted):
+            if kind in MADE_FIRST:
+                self._made.append(make_first(form, self._classes))
+            else:
+                self._made.append(_NEW[kind](form) if kind in _NEW else _NOT_MADE)
+        left: list[int] = []
+        count = 0
+        for index, how in enumerate(table.reached):
+            if not how:
+                continue
             if self._made[index] is _NOT_MADE:
-                self._made[index] = yield from self._make(table.forms[index], table.children[index])
+                self._made[index] = yield from self._make(index)
+            if (yield from self._comes_last(index)):
+                yield from self._fill(index)
+            else:
+                left.append(index)
+                self._incomplete.add(index)
+            count += 1
             if count % _CHUNK == 0:
                 yield
-        for index in wanted:
-            made, form = self._made[index], table.forms[index]
-            if form["is"] in _NEW:
-                yield from self._fill(made, form, table.children[index])
-            if "attributes" in form:
-                vars(made).update({name: self._child(child) for name, child in form["attributes"].items()})
+        for index in left:
+            yield from self._fill(index)
             yield
         return self._child(table.root)
 
-    def _make(self, form: dict[str, Any], children: list[Any]) -> Generator[None, None, Any]:
+    def _comes_last(self, index: int) -> Generator[None, None, bool]:
+        """Return whether all that a node contains comes before it."""
+        table, form = self._table, self._table.forms[index]
+        children = table.children[index]
+        if "attributes" in form:
+            children = [*children, *form["attributes"].values()]
+        for count, child in enumerate(children):
+            if type(child) is list:
+                if child[0] >= index:
+                    return False
+                if self._incomplete and child[0] in self._incomplete:
+                    self._incomplete.add(index)
+            if count % _CHUNK == _CHUNK - 1:
+                yield
+        return True
+
+    def _make(self, index: int) -> Generator[None, None, Any]:
         """Make an object that cannot be changed later, or has nothing in it that could refer to it."""
+        form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
         if kind in _IMMUTABLE:
             return _IMMUTABLE[kind](map(self._child, children))
@@ -130,30 +171,47 @@ class TreeDecoder:
             return tensor.numpy()
         if kind in _BYTES:
             return (yield from read_bytes(kind, form["value"]))
+        if kind in OBJECT_KINDS:
+            if kind in MADE_WHOLE and any(type(child) is list and child[0] in self._incomplete for child in children):
+                raise ValueError(f"node {index} needs what is made after it")
+            return self._object(form, list(map(self._child, children)))
+        if kind not in SCALAR_KINDS:
+            raise CheckpointCorruptError(
+                f"it has an object of kind {kind[:80]!r}, of version {self._table.kinds!r:.20} of all kinds, and only "
+                f"those up to version {KINDS_VERSION} are known.",
+                path=self._path,
+                remedy="Read it with a newer aiostage, or leave that object out with only=.",
+            )
         return read_scalar(kind, form["value"])
+
+    def _object(self, form: dict[str, Any], parts: list[Any]) -> Any:
+        gradient = parts.pop() if form.get("grad") else None
+        made = put_object_together(form, parts, self._classes)
+        if isinstance(made, torch.Tensor):
+            made = _with_autograd(made, form, gradient)
+        return made
 
     def _tensor(self, form: dict[str, Any], parts: list[Any]) -> torch.Tensor:
         gradient = parts.pop() if form.get("grad") else None
         tensor = self._memory.tensor(form) if form["is"] == "tensor" else assemble(form["is"], parts, form)
-        requires_grad = form.get("requires_grad")
-        if form.get("class") == "Parameter":
-            return torch.nn.Parameter(tensor, requires_grad is not False)
-        if requires_grad is True:
-            tensor.requires_grad_()
-            tensor.grad = gradient
-        return tensor
+        return _with_autograd(tensor, form, gradient)
 
-    def _fill(self, made: Any, form: dict[str, Any], children: list[Any]) -> Generator[None, None, None]:
-        if form["is"] in _MAPPINGS:
-            for index in range(0, len(children), 2):
+    def _fill(self, index: int) -> Generator[None, None, None]:
+        """Put into an object what it contains besides what it was made of."""
+        made, form, children = self._made[index], self._table.forms[index], self._table.children[index]
+        kind = form["is"]
+        if kind in _MAPPINGS:
+            for place in range(0, len(children), 2):
                 # Not through Counter.update, which adds.
-                made[self._child(children[index])] = self._child(children[index + 1])
-                if index % _CHUNK == 0:
+                made[self._child(children[place])] = self._child(children[place + 1])
+                if place % _CHUNK == 0:
                     yield
-        else:
+        elif kind in _EXTEND:
             for start in range(0, len(children), _CHUNK):
-                _EXTEND[form["is"]](made, map(self._child, children[start : start + _CHUNK]))
+                _EXTEND[kind](made, map(self._child, children[start : start + _CHUNK]))
                 yield
+        if "attributes" in form:
+            attach(made, form, {name: self._child(child) for name, child in form["attributes"].items()})
 
     def _child(self, child: Any) -> Any:
         index = self._table.node(child)
@@ -163,3 +221,16 @@ class TreeDecoder:
         if made is _NOT_MADE:
             raise ValueError(f"a node refers to node {index}, which does not come before it")
         return made
+
+
+def _with_autograd(tensor: torch.Tensor, form: dict[str, Any], gradient: Any) -> torch.Tensor:
+    """Return a tensor as a parameter, or requiring a gradient, as its node says."""
+    requires_grad = form.get("requires_grad")
+    if form.get("class") == "Parameter":
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor.requires_grad_(requires_grad is not False)
+        return torch.nn.Parameter(tensor, requires_grad is not False)
+    if requires_grad is True:
+        tensor.requires_grad_()
+        tensor.grad = gradient
+    return tensor

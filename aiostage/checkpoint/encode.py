@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from aiostage.checkpoint.composites import take_apart
-from aiostage.checkpoint.remedies import remedy_for
 from aiostage.checkpoint.values import (
     ARRAY_DTYPES,
     FACTORIES,
@@ -25,9 +24,11 @@ from aiostage.checkpoint.values import (
     write_scalar,
 )
 from aiostage.errors import UnsupportedLeafError
+from aiostage.format.kinds import NotCarried
+from aiostage.format.objects import KINDS_VERSION, MADE_WHOLE, is_flattened, take_object_apart
 from aiostage.leaf import Attribute, Path, format_path
 
-__all__ = ["Node", "TreeEncoder", "path_of"]
+__all__ = ["Node", "TreeEncoder", "ValuesNeeded", "path_of"]
 
 _CHUNK = 256
 """Children in one line of the manifest."""
@@ -37,10 +38,16 @@ _AT_ONCE = 64
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
+_ARRAYS = frozenset((np.ndarray, np.memmap))
+
 _NAME_ONLY = {"name"}
 
 # json.dumps would make an encoder for each line.
 _dump = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class ValuesNeeded(Exception):
+    """A function of a registered class has to look at tensors that may not have their values yet."""
 
 
 class Node:
@@ -55,6 +62,8 @@ class Node:
         attributes: By name, what its ``__dict__`` holds.
         position: Its number, given when all of its children have theirs, except those that contain it.
         entered: Whether its children are known.
+        whole: Whether all that is in it has to be complete before it can be made.
+        depth: How many nodes on the way to it are open, which are entered and have no number.
     """
 
     __slots__ = (
@@ -62,12 +71,14 @@ class Node:
         "_parent",
         "attributes",
         "children",
+        "depth",
         "entered",
         "form",
         "key",
         "kind",
         "position",
         "value",
+        "whole",
     )
 
     def __init__(self, value: Any, parent: Node | None, key: object) -> None:
@@ -81,6 +92,8 @@ class Node:
         self.attributes: dict[str, Any] = {}
         self.position: int | None = None
         self.entered = False
+        self.whole = False
+        self.depth = 0
 
     @property
     def parent(self) -> Node | None:
@@ -104,10 +117,19 @@ class TreeEncoder:
     Attributes:
         tensors: The nodes of tensors that are one piece of memory, in the order of the tree. Their ``form`` is left
             to whoever knows where the memory goes.
+        uses_kinds: Whether there are objects that readers of the first version do not know.
+
+    Args:
+        values_are_there: Whether tensors have their values, which functions of registered classes may look at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, values_are_there: bool = True) -> None:
         self.tensors: list[Node] = []
+        self.uses_kinds = False
+        self._values_are_there = values_are_there
+        self._open = 0
+        # Depths of open nodes that have to be made as a whole.
+        self._whole: list[int] = []
         self._root: Any = None
         self._ended: list[Node] = []
         self._known: dict[int, Node] = {}
@@ -118,6 +140,7 @@ class TreeEncoder:
 
         Raises:
             UnsupportedLeafError: If something cannot be carried by JSON and safetensors, with its path.
+            ValuesNeeded: If the values of tensors have to be there, and are not.
         """
         found: list[Node] = []
         self._root = self._child(tree, None, None, found)
@@ -129,9 +152,14 @@ class TreeEncoder:
                 self._stack.pop()
                 # A node that several others wait for is on the stack more than once.
                 if node.position is None:
+                    self._open -= 1
+                    if node.whole:
+                        self._whole.pop()
                     self._end(node)
                 continue
             node.entered = True
+            self._open += 1
+            node.depth = self._open
             yield from self._enter(node)
             count += 1
             if count % _AT_ONCE == 0:
@@ -146,7 +174,7 @@ class TreeEncoder:
         """Iterate over the lines of the manifest, children before what contains them, the root last."""
         for node in self._ended:
             yield from _lines(node)
-        yield _dump({"root": _reference(self._root)})
+        yield _dump({"root": _reference(self._root)} | ({"kinds": KINDS_VERSION} if self.uses_kinds else {}))
 
     def _child(self, value: Any, parent: Node | None, key: object, found: list[Node]) -> Any:
         """Return a value as a child: as it is, or as its node, which is added to those found if it is new."""
@@ -163,6 +191,12 @@ class TreeEncoder:
                 self._end(node)
         if not node.entered:
             found.append(node)
+        elif self._whole and node.position is None and node.depth <= self._whole[-1]:
+            raise _unsupported(
+                node,
+                "it contains itself by way of an object that has to be made as a whole.",
+                "Leave that reference out in the flatten function of the registered class.",
+            )
         return node
 
     def _enter(self, node: Node) -> Generator[None, None, None]:
@@ -176,17 +210,41 @@ class TreeEncoder:
             yield from self._enter_sequence(node, found)
         elif cls in SCALARS:
             node.kind, node.form["value"] = write_scalar(value)
-        elif cls is np.ndarray:
+        elif cls in _ARRAYS and value.dtype in ARRAY_DTYPES:
             self._enter_array(node, found)
         else:
-            raise _unsupported(
-                node,
-                f"an object of class {cls.__module__}.{cls.__qualname__} cannot be carried by JSON.",
-                remedy_for(value),
-            )
-        for name, attribute in getattr(value, "__dict__", {}).items():
-            node.attributes[name] = self._child(attribute, node, Attribute(name), found)
+            self._enter_object(node, found)
+            self._stack += reversed(found)
+            return
+        if cls is not np.memmap:
+            self._add_attributes(node, getattr(value, "__dict__", {}), found)
         self._stack += reversed(found)
+
+    def _add_attributes(self, node: Node, attributes: Mapping[str, Any], found: list[Node]) -> None:
+        for name, attribute in attributes.items():
+            if type(name) is not str:
+                raise _unsupported(node, f"it has an attribute that is named {name!r:.80}, not by a string.", None)
+            node.attributes[name] = self._child(attribute, node, Attribute(name), found)
+
+    def _enter_object(self, node: Node, found: list[Node]) -> None:
+        """Take an object apart that is neither a tensor nor a plain container nor a scalar."""
+        value = node.value
+        try:
+            if not self._values_are_there and is_flattened(value):
+                raise ValuesNeeded
+            node.kind, parts = take_object_apart(value)
+        except NotCarried as error:
+            raise _unsupported(node, f"{error.reason}.", error.hint) from None
+        node.form |= parts.form
+        # What needs all that is in it to be made cannot be a part of that.
+        if node.kind in MADE_WHOLE:
+            node.whole = True
+            self._whole.append(node.depth)
+        self.uses_kinds = True
+        node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.children.items()]
+        self._add_attributes(node, parts.attributes, found)
+        if isinstance(value, torch.Tensor):
+            self._note_autograd(node, value, isinstance(value, torch.nn.Parameter), found)
 
     def _enter_mapping(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
         node.kind = MAPPINGS[type(node.value)]
@@ -216,11 +274,7 @@ class TreeEncoder:
                 yield
 
     def _enter_array(self, node: Node, found: list[Node]) -> None:
-        array: np.ndarray[Any, Any] = node.value
-        if array.dtype not in ARRAY_DTYPES:
-            raise _unsupported(
-                node, f"a NumPy array of dtype {array.dtype} cannot be written to a file.", remedy_for(array)
-            )
+        array: np.ndarray[Any, Any] = np.asarray(node.value)
         node.kind = "ndarray"
         if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
             # torch cannot look at such memory; arrays in state dicts are small.
@@ -235,14 +289,17 @@ class TreeEncoder:
             taken = take_apart(tensor)
         except ValueError as error:
             raise _unsupported(node, f"{error}.", None) from None
-        parameter = type(tensor) is torch.nn.Parameter
-        requires_grad = tensor.requires_grad and tensor.is_leaf
         if taken is None:
             node.kind = "tensor"
             self.tensors.append(node)
         else:
             node.kind, parts, node.form = taken
             node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
+        self._note_autograd(node, tensor, type(tensor) is torch.nn.Parameter, found)
+
+    def _note_autograd(self, node: Node, tensor: torch.Tensor, parameter: bool, found: list[Node]) -> None:
+        """Say whether a tensor is a parameter and requires a gradient, and which it has."""
+        requires_grad = tensor.requires_grad and tensor.is_leaf
         if parameter:
             node.form["class"] = "Parameter"
         if requires_grad is not parameter:

@@ -14,6 +14,7 @@ from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import CheckpointMismatchError
+from aiostage.format.classes import PlainObject
 from aiostage.leaf import Attribute, Path, format_path
 from aiostage.storage.safetensors import DTYPE_NAMES
 
@@ -149,6 +150,15 @@ class _Comparison:
         self, place: Place, live: Any, loaded: Any, where: tuple[Any, Any] | None
     ) -> Generator[None, None, None]:
         if loaded is LEFT_OUT:
+            return
+        if type(loaded) is PlainObject and type(live) is not PlainObject:
+            self._mismatch(
+                place, f"a {loaded.class_name} that was loaded without its class: pass classes=[{type(live).__name__}]"
+            )
+            return
+        if _are_wrappers(live, loaded):
+            for name in live.__tensor_flatten__()[0]:
+                self._todo.append(((Attribute(name), place), getattr(live, name), getattr(loaded, name), None))
             return
         if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
             reason = _why_not(live, loaded)
@@ -327,6 +337,15 @@ def _has_state(value: Any) -> bool:
         if isinstance(item, tuple):
             pending.extend(item)
     return False
+
+
+def _are_wrappers(live: Any, loaded: Any) -> bool:
+    """Return whether two values are tensors of one class around others, and alike but for what those hold."""
+    if type(live) is not type(loaded) or not hasattr(live, "__tensor_flatten__"):
+        return False
+    (names, context), (others, other_context) = live.__tensor_flatten__(), loaded.__tensor_flatten__()
+    shapes = live.shape == loaded.shape and live.stride() == loaded.stride() and live.dtype is loaded.dtype
+    return bool(list(names) == list(others) and shapes and context == other_context)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -35,6 +35,7 @@ from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.format.classes import Classes
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 from aiostage.storage.manifest import FileRecord
@@ -57,6 +58,7 @@ async def load(
     in_place: bool = False,
     device: DeviceOption | None = None,
     only: Only | None = None,
+    classes: Iterable[type] = (),
     verify: bool = True,
     progress: ProgressOption[LoadProgress] = None,
     backend: Backend | None = None,
@@ -78,6 +80,10 @@ async def load(
         only: What to load: patterns with ``*`` and ``?`` of paths such as ``model.layers.0.weight``; or a function of a
             path that returns whether it is wanted. What is chosen is loaded with all that is below it. Nothing
             else is read, or touched in ``into``; from a new tree it is missing, and None in lists and tuples.
+        classes: Dataclasses, named tuples, enumerations, tensor subclasses and others of your own, whose objects are to
+            come back as they were; a file names no code to run, so those of other classes come back as
+            :class:`~aiostage.checkpoint.PlainObject`. What was passed to :func:`aiostage.checkpoint.register` or to
+            ``torch.serialization.add_safe_globals`` counts as passed.
         verify: Compare every byte read with the checksums. Without, only the structure is checked.
         progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are read; what
             it raises ends the load.
@@ -111,13 +117,14 @@ async def load(
     if device is not None and into is not None:
         raise ValueError("device= is for a new tree; the tensors of into= stay on the devices that they are on")
     selection = Selection(only) if only is not None else None
+    known = Classes(classes, _declared())
     with span("load", source=name), reporting(progress, f"loading {name}") as report:
         backend = backend if backend is not None else default_backend()
         devices = Devices(device, backend)
         reaches = into is not None or device is not None
         begin = perf_counter()
         async with _Loading(
-            into, selection, in_place, verify, devices, backend if reaches else None, name=name, report=report
+            into, selection, in_place, verify, devices, backend if reaches else None, known, name=name, report=report
         ) as loading:
             for _ in range(_ATTEMPTS):
                 reader = await open_checkpoint(storage, name)
@@ -133,6 +140,11 @@ async def load(
     raise CheckpointError("it keeps being replaced while it is read.", path=name)
 
 
+def _declared() -> list[type]:
+    """Return the classes that the process has declared safe for files to name."""
+    return [cls for cls in torch.serialization.get_safe_globals() if isinstance(cls, type)]
+
+
 class _Loading:
     """One call of :func:`load`."""
 
@@ -144,6 +156,7 @@ class _Loading:
         verify: bool,
         devices: Devices,
         backend: Backend | None,
+        classes: Classes,
         *,
         name: str,
         report: Callable[[LoadProgress], object] | None,
@@ -153,6 +166,7 @@ class _Loading:
         self._in_place = in_place
         self._verify = verify
         self._devices = devices
+        self._classes = classes
         self._name = name
         self._report = report
         self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
@@ -196,7 +210,7 @@ class _Loading:
             return await self._read_anew(checkpoint, outline, names, spread)
         # What the bytes of files cannot go straight into comes first, into memory of its own.
         data = await self._read_first(checkpoint, outline, names, spread)
-        tree, memory = await checkpoint.decode(outline, data)
+        tree, memory = await checkpoint.decode(outline, data, self._classes)
         with span("compare"):
             wanted = self._selection.chooses if self._selection is not None else None
             transfer = await self._slices.run(compare(self._into, tree, wanted))
@@ -234,7 +248,7 @@ class _Loading:
         # The memory may be what the caller's streams have let go of and still use.
         self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
         await checkpoint.read(parts)
-        tree, _ = await checkpoint.decode(outline, data)
+        tree, _ = await checkpoint.decode(outline, data, self._classes)
         return tree
 
     async def _read_first(

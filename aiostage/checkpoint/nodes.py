@@ -46,6 +46,7 @@ class NodeTable:
         forms: What describes each node, as JSON.
         children: What each contains: JSON scalars, and references to nodes. Of mappings, keys and values by turns.
         root: The tree, a child like others.
+        kinds: The version of the kinds of objects that it may have, as the file says.
         reached: Whether each is part of the tree, once :meth:`tensor_names` has looked.
     """
 
@@ -53,6 +54,7 @@ class NodeTable:
         self.forms: list[dict[str, Any]] = []
         self.children: list[list[Any]] = []
         self.root: Any = None
+        self.kinds: Any = 0
         self.reached = bytearray()
 
     @classmethod
@@ -78,6 +80,7 @@ class NodeTable:
             if count % _CHUNK == 0:
                 yield
         table.root = lines[-1]["root"]
+        table.kinds = lines[-1].get("kinds", 0)
         yield from table._check()
         return table
 

@@ -17,6 +17,7 @@ from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError
+from aiostage.format.classes import Classes
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
@@ -191,12 +192,15 @@ class CheckpointReader:
         with span("read", nbytes=sum(part.nbytes for _, part in parts), parts=len(parts)):
             await self._incoming.receive(parts, self._arrived)
 
-    async def decode(self, outline: Outline, data: Mapping[str, torch.Tensor]) -> tuple[Any, Memory]:
+    async def decode(
+        self, outline: Outline, data: Mapping[str, torch.Tensor], classes: Classes | None = None
+    ) -> tuple[Any, Memory]:
         """Make the tree.
 
         Args:
             outline: From :meth:`open`; its ``table`` may have been pruned.
             data: Memory for the tensors that the table needs; leaves over the meta device have no elements.
+            classes: Whose objects are made again.
 
         Returns:
             The tree and its memory.
@@ -206,7 +210,7 @@ class CheckpointReader:
         """
         with span("decode"):
             memory = Memory(outline.records, data)
-            decoder = TreeDecoder(outline.table, memory, path=self.manifest_path)
+            decoder = TreeDecoder(outline.table, memory, path=self.manifest_path, classes=classes)
             return await self._slices.run(decoder.build()), memory
 
     async def names(self, outline: Outline, selection: Selection | None, instead: object) -> dict[str, bool]:

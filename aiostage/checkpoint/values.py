@@ -17,6 +17,7 @@ __all__ = [
     "FACTORIES",
     "MAPPINGS",
     "SCALARS",
+    "SCALAR_KINDS",
     "SEQUENCES",
     "is_inline",
     "read_bytes",
@@ -105,10 +106,16 @@ def _write_array_scalar(value: Any) -> list[str]:
     return [value.dtype.str, value.tobytes().hex()]
 
 
+_SCALAR_DTYPES = {dtype.str: dtype for dtype in ARRAY_DTYPES} | {
+    # Of machines of the other byte order.
+    dtype.newbyteorder().str: dtype.newbyteorder()
+    for dtype in ARRAY_DTYPES
+}
+
+
 def _read_array_scalar(form: list[str]) -> Any:
-    dtype = np.dtype(form[0])
-    if dtype not in ARRAY_DTYPES:
-        raise ValueError(f"{form[0]!r} is no dtype of a NumPy scalar")
+    # Not through np.dtype, which evaluates what looks like syntax.
+    dtype = _SCALAR_DTYPES[form[0]]
     return np.frombuffer(bytes.fromhex(form[1]), dtype=dtype, count=1)[0]
 
 
@@ -140,6 +147,9 @@ SCALARS: dict[type, _Codec] = {
 """For each exact class: its name in the manifest, and how a value is spelled and read."""
 
 _READERS = {name: read for name, _, read in SCALARS.values()}
+
+SCALAR_KINDS = frozenset(_READERS)
+"""The names of all scalars in the manifest."""
 
 
 def write_scalar(value: Any) -> tuple[str, Any]:

@@ -12,11 +12,12 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Draft
 from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
 from aiostage.checkpoint.buffers import PartBuffers
-from aiostage.checkpoint.encode import TreeEncoder
+from aiostage.checkpoint.encode import TreeEncoder, ValuesNeeded
 from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
 from aiostage.checkpoint.outgoing import OutgoingFile
 from aiostage.checkpoint.progress import SaveProgress
+from aiostage.errors import HostMemoryError
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
@@ -87,9 +88,13 @@ class CheckpointWriter:
         Cancelling changes nothing.
         """
         self._snapshot = snapshot
-        encoder = TreeEncoder()
         with span("layout"):
-            await self._slices.run(encoder.walk(staged))
+            try:
+                encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
+                await self._slices.run(encoder.walk(staged))
+            except ValuesNeeded:
+                encoder = TreeEncoder()
+                await self._slices.run(encoder.walk(await _captured(snapshot)))
             tensors = await self._file_tensors(encoder)
             shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, snapshot))
             files = [(shard.name, shard.contents) for shard in shards]
@@ -182,6 +187,17 @@ class CheckpointWriter:
                     written_bytes=self._written,
                 )
             )
+
+
+async def _captured(snapshot: Snapshot[Any] | None) -> Any:
+    """Return the tree of a snapshot whose tensors have their values."""
+    assert snapshot is not None  # noqa: S101 - without one they are there
+    if snapshot.window is not None:
+        raise HostMemoryError(
+            "objects of registered classes are taken apart by functions that may look at all of their tensors at once.",
+            remedy="Raise max_host_bytes so that the whole copy fits twice.",
+        )
+    return await snapshot.result()
 
 
 def _fitting(lines: Iterable[str]) -> Generator[None, None, list[str]]:

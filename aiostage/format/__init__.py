@@ -1,0 +1,1 @@
+"""What a checkpoint says and how it is spelled: pure, without files, event loops or threads."""
