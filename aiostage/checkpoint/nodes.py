@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 from aiostage.checkpoint.values import MAPPINGS
@@ -107,6 +108,10 @@ class NodeTable:
         if type(index) is not int or not 0 <= index < len(self.forms):
             raise ValueError(f"there is no node {index!r}")
         return index
+
+    def wanted(self) -> Iterator[dict[str, Any]]:
+        """Iterate over what describes the nodes that are reached."""
+        return compress(self.forms, self.reached)
 
     def edges(self, index: int) -> Iterator[tuple[Any, Any]]:
         """Iterate over keys and children of a mapping, list or tuple."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.classes import Classes
+from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
@@ -209,6 +211,9 @@ class CheckpointReader:
             CheckpointCorruptError: If the nodes do not describe a tree over the data.
         """
         with span("decode"):
+            if outline.table.kinds:
+                with reading(self.manifest_path):
+                    await self._workers.run(partial(read_zones, outline.table.wanted()))
             memory = Memory(outline.records, data)
             decoder = TreeDecoder(outline.table, memory, path=self.manifest_path, classes=classes)
             return await self._slices.run(decoder.build()), memory

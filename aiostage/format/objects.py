@@ -46,6 +46,7 @@ __all__ = [
 _BY_CLASS, _BY_NAME = table_of((*STANDARD_KINDS, *NUMPY_KINDS, *TORCH_KINDS, JAGGED))
 _OF_CLASSES = frozenset(("enum", "namedtuple", "object", "registered", "wrapper", "subclass"))
 
+
 MADE_FIRST = frozenset(("object", "Namespace", "SimpleNamespace"))
 """Kinds that are made of attributes only, and so can exist before what they contain, which may lead back to them."""
 
@@ -106,7 +107,15 @@ def put_object_together(form: Mapping[str, Any], children: Sequence[Any], classe
     """
     name = form["is"]
     if name not in _OF_CLASSES:
-        return _BY_NAME[name].put_together(form, children)
+        try:
+            return _BY_NAME[name].put_together(form, children)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Of decimals, random states and others in their own ways.
+            raise ValueError(f"a {name} cannot be made: {error!r:.200}") from error
+    if name in MADE_WHOLE and not children:
+        raise ValueError(f"a {name} has no context")
     cls = classes.find(form["type"])
     if name == "namedtuple":
         return make_namedtuple(cls, form, children)

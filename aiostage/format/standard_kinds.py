@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -19,7 +19,7 @@ import torch
 
 from aiostage.format.kinds import Kind, NotCarried, Parts
 
-__all__ = ["STANDARD_KINDS"]
+__all__ = ["STANDARD_KINDS", "read_zones"]
 
 _MAX_FRACTION_BITS = 1 << 16
 """Reducing a fraction takes time that grows with the square of its size."""
@@ -50,6 +50,12 @@ def _only(children: Sequence[Any], cls: type) -> Any:
     if type(child) is not cls:
         raise ValueError(f"there is a {type(child).__name__} in place of a {cls.__name__}")
     return child
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError("a text is expected")
+    return value
 
 
 def _integers(values: Sequence[Any], count: int) -> Sequence[int]:
@@ -103,6 +109,20 @@ def _take_zone_apart(value: ZoneInfo) -> Parts:
     if value.key is None:
         raise NotCarried("a ZoneInfo that was read from a file has no key", "Make it with ZoneInfo(key).")
     return Parts({"key": value.key})
+
+
+def read_zones(forms: Iterable[Mapping[str, Any]]) -> None:
+    """Read the time zones that nodes need from the system's files, so that making them later does not block. Blocks.
+
+    Raises:
+        ValueError: If there is no such zone.
+    """
+    for form in forms:
+        if form["is"] == "ZoneInfo":
+            try:
+                _put_zone_together(form, ())
+            except (LookupError, OSError) as error:
+                raise ValueError(f"the system has no time zone {form['key']!r}") from error
 
 
 def _put_zone_together(form: Mapping[str, Any], children: Sequence[Any]) -> ZoneInfo:
@@ -177,7 +197,7 @@ STANDARD_KINDS: tuple[Kind, ...] = (
         "Decimal",
         (Decimal,),
         lambda value: Parts({"value": str(value)}),
-        lambda form, children: Decimal(form["value"]),
+        lambda form, children: Decimal(_text(form["value"])),
     ),
     Kind("Fraction", (Fraction,), _take_fraction_apart, _put_fraction_together),
     Kind(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.checkpoint.save import write_checkpoint
+from aiostage.format.classes import Classes
+from aiostage.format.objects import put_object_together
 from tests.checkpoint.comparing import assert_same, span
 
 MANIFEST = "manifest.json"
@@ -297,7 +300,6 @@ async def test_nodes_that_are_wrong_and_whose_digest_is_right(
         [{"is": "tensor", "name": "turned", "dtype": "quint8"}, {"root": [0]}],
         [{"is": "tensor", "name": "turned", "class": "Parameter"}, {"root": [0]}],
         [{"is": "more", "of": [1]}, {"root": [0]}],
-        [{"is": "nothing known"}, {"root": [0]}],
         [3, {"root": [0]}],
         ["text"],
     ],
@@ -322,3 +324,98 @@ async def test_a_manifest_of_deep_nesting(tmp_path: Path) -> None:
         body = text[: text.index('"nodes":[\n') + len('"nodes":[\n')] + line + "\n"
         file.write_text(body + f'],"digest":"{digest(body.encode())}"}}\n')
         await corrupt(directory, MANIFEST)
+
+
+@pytest.mark.asyncio
+async def test_kinds_of_a_newer_version(tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+
+    def change(found: list[Any]) -> None:
+        found[:] = [{"is": "of tomorrow"}, {"is": "dict", "items": {"a": [0], "b": 1}}, {"root": [1], "kinds": 99}]
+
+    seal(directory, change)
+    message = str(await corrupt(directory, MANIFEST))
+    assert "an object of kind 'of tomorrow', of version 99 of all kinds" in message
+    assert "Read it with a newer aiostage" in message
+    assert await aiostage.load(directory, only="b") == {"b": 1}
+
+
+T = "turned"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"is": "PosixPath", "of": [1]},
+        {"is": "PosixPath"},
+        {"is": "datetime", "value": [2020, 13, 1, 0, 0, 0, 0, 0], "of": [None]},
+        {"is": "datetime", "value": [2020, 1, 1, 0, 0, 0, 0, 0], "of": ["UTC"]},
+        {"is": "timedelta", "value": [10**400, 0, 0]},
+        {"is": "ZoneInfo", "key": "../../etc/passwd"},
+        {"is": "ZoneInfo", "key": "No/Where"},
+        {"is": "UUID", "value": "x"},
+        {"is": "Decimal", "value": "x"},
+        {"is": "Decimal", "value": [0, [1], 2]},
+        {"is": "Fraction", "of": [1, 0]},
+        {"is": "range", "of": [1, 2, 0]},
+        {"is": "range", "of": ["a", 2, 1]},
+        {"is": "Random", "of": [1]},
+        {"is": "BytesIO", "position": -1, "of": [[0]]},
+        {"is": "BytesIO", "position": 0, "of": ["text"]},
+        {"is": "array", "dtype": "O", "shape": [1], "of": [[0]]},
+        {"is": "array", "dtype": "<f4,(2,)i4", "shape": [1], "of": [[0]]},
+        {"is": "array", "dtype": "<U1", "shape": [10**400], "of": [[0]]},
+        {"is": "array", "dtype": "<U1", "shape": [-1], "of": [[0]]},
+        {"is": "array", "dtype": "<U999999999999", "shape": [1], "of": [[0]]},
+        {"is": "array", "dtype": {"base": "<U1", "shape": [1 << 40]}, "shape": [], "of": [[0]]},
+        {"is": "array", "dtype": {"names": ["a"], "formats": ["<f4"]}, "shape": [], "of": [[0]]},
+        {"is": "np.generic", "dtype": "<M8[s]", "value": "00"},
+        {"is": "np.generic", "dtype": "<M8[s", "value": "00"},
+        {"is": "MaskedArray", "hard": True, "of": [1, 2, 3]},
+        {"is": "BitGenerator", "generator": "eval", "of": [[0]]},
+        {"is": "BitGenerator", "generator": "PCG64", "of": [5]},
+        {"is": "np.random.Generator", "of": ["PCG64"]},
+        {"is": "torch.Generator", "of": [[0]]},
+        {"is": "torch.return_types", "name": "max", "of": [1]},
+        {"is": "torch.return_types", "name": "__builtins__", "of": [1]},
+        {"is": "TypedStorage", "dtype": "load", "of": [[0]]},
+        {"is": "UntypedStorage", "of": [[0]]},
+        {"is": "qscheme", "value": "torch.load"},
+        {"is": "lazy", "name": "UninitializedParameter", "dtype": "load"},
+        {"is": "jagged", "dimension": 1, "of": [[0], [0], None, None, None]},
+        {"is": "enum", "type": 5, "name": None, "of": [1]},
+        {"is": "object", "type": "a.B", "of": "anything"},
+        {"is": "namedtuple", "type": "a.B", "fields": ["a"], "of": [1, 2]},
+        {"is": "subclass", "type": "a.B", "of": [1]},
+        {"is": "wrapper", "type": "a.B", "inner": ["a"], "of": [1, 2]},
+        {"is": "registered", "type": "a.B", "of": []},
+    ],
+    ids=dump,
+)
+async def test_forms_that_describe_no_object(form: dict[str, Any], tmp_path: Path) -> None:
+    directory = await make(tmp_path)
+
+    def change(found: list[Any]) -> None:
+        found[:] = [{"is": "tensor", "name": T}, form, {"root": [1]}]
+
+    seal(directory, change)
+    await corrupt(directory, MANIFEST)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("MT19937", {"bit_generator": "MT19937", "state": {"key": np.zeros(624, np.uint32), "pos": 625}}),
+        ("MT19937", {"bit_generator": "MT19937", "state": {"key": np.zeros(624, np.uint32), "pos": -1}}),
+        ("MT19937", {"bit_generator": "MT19937", "state": {"key": np.zeros(3, np.uint32), "pos": 0}}),
+        ("Philox", np.random.Philox(1).state | {"buffer_pos": -5}),
+        ("Philox", np.random.Philox(1).state | {"buffer_pos": 5}),
+    ],
+)
+async def test_states_that_lead_out_of_a_generator(name: str, state: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="generator"):
+        put_object_together({"is": "BitGenerator", "generator": name}, [state], Classes())
+    with pytest.raises(ValueError, match="generator"):
+        put_object_together({"is": "RandomState", "generator": name}, [state], Classes())
