@@ -1,12 +1,21 @@
 # `make demo` and `make test` need nothing but Python 3.11 or later: both set up .venv first.
+#
+# Another Python, and another PyTorch, get an environment of their own beside it:
+#   make test PYTHON=python3.13                  .venv-3.13
+#   make test PYTHON=python3.13 TORCH=2.15.0     .venv-3.13-torch-2.15.0
+#   make test CONSTRAINTS=constraints-oldest.txt .venv-oldest
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+CONSTRAINTS ?= constraints.txt
+TORCH ?=
+
+version = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(version))$(addprefix -torch-,$(TORCH))$(patsubst constraints%,%,$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test test-all lint bench bench-pipeline bench-distributed orchestrator docs clean
+.PHONY: demo test test-all test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
@@ -21,13 +30,21 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m ""
 
+# Every Python that this machine has, one line each. TORCH=2.15.0 pins PyTorch for all of them.
+test-matrix:
+	.ci/matrix $(TORCH)
+
+# The oldest allowed release of everything that aiostage depends on.
+test-oldest:
+	$(MAKE) test CONSTRAINTS=constraints-oldest.txt
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p aiostage
 
 bench: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/staging.py
 
 # Saves and loads of 1, 2, 4 and 8 processes beside plain DCP.
@@ -38,24 +55,28 @@ orchestrator: $(READY)
 	$(BIN)/python examples/orchestrator
 
 bench-pipeline: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/pipeline.py
 
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# What pip is held to: the constraints, with another PyTorch in them if one was asked for.
+$(VENV)/constraints.txt: $(CONSTRAINTS) | $(BIN)/python
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' $< > $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aiostage needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
 
 # Less than the tests need, so that the demonstration begins sooner.
-$(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
+$(DEMO_READY): pyproject.toml $(VENV)/constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[demo]"
 	touch $@
 
-$(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+$(READY): pyproject.toml $(VENV)/constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[test]"
 	touch $@ $(DEMO_READY)
