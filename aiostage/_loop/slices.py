@@ -83,8 +83,8 @@ class Slices:
                 await self._turn(beside)
         finally:
             work.close()
-            # On Python 3.13 a closed generator was seen to keep the locals of those that it delegates to until it is
-            # freed, and the traceback of a cancellation keeps this frame.
+            # Python 3.13 leaves a generator that is closed before it has begun the arguments of its call, and the
+            # traceback of a cancellation keeps this frame.
             del work
             _collection_pause.end()
 

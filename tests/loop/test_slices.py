@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import weakref
 
 import anyio
 import pytest
@@ -105,6 +106,22 @@ class TestAsyncio:
             assert seen == [*range(number + 1), -1]
             seen.clear()
         assert seen == [0, 1, 2, 3, 4, -1]
+
+    async def test_an_error_does_not_keep_the_generator(self):
+        """From Python 3.13 on, closing a generator that has not begun leaves it what it was called with."""
+        slices = Slices(NO_TIME)
+        await slices.run(count_to(1))
+        work = count_to(5)
+        gone = weakref.ref(work)
+        task = asyncio.ensure_future(slices.run(work))
+        del work
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        del task
+        assert caught.value.__traceback__ is not None
+        assert gone() is None
 
     async def test_the_collector_runs_again_afterwards(self):
         states = []
