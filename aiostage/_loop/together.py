@@ -36,6 +36,9 @@ async def together(*calls: Callable[[], Awaitable[object]]) -> None:
             # anyio leaves a cancelled task's error in a circle of frames, which must not lead to memory.
             without_locals(error)
             raise
+        finally:
+            # From Python 3.12 on, this frame is in that circle too.
+            del call
 
     async with anyio.create_task_group() as group:
         for call in calls[:-1]:

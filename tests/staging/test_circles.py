@@ -30,28 +30,24 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 class TestErrorsThatAreCaught:
     async def test_a_leaf_that_is_refused(self) -> None:
         async with AsyncStager() as stager:
-            with no_circles():
-                with suppress(aiostage.UnsupportedLeafError):
-                    await stager.stage({"a": torch.ones(2, device="meta")})
+            with no_circles(), suppress(aiostage.UnsupportedLeafError):
+                await stager.stage({"a": torch.ones(2, device="meta")})
 
     async def test_staging_cancelled(self) -> None:
         async with AsyncStager(EAGER) as stager:
             for number in range(0, 40, 4):
-                with no_circles():
-                    with suppress(asyncio.CancelledError):
-                        await CancelledAt(stager.stage(STATE), number)
+                with no_circles(), suppress(asyncio.CancelledError):
+                    await CancelledAt(stager.stage(STATE), number)
 
     async def test_a_checkpoint_that_is_not_there(self, storage: Any) -> None:
-        with no_circles():
-            with suppress(aiostage.CheckpointNotFoundError):
-                await aiostage.load((storage, "absent"))
+        with no_circles(), suppress(aiostage.CheckpointNotFoundError):
+            await aiostage.load((storage, "absent"))
 
     async def test_a_checkpoint_that_is_there(self, storage: Any) -> None:
         with no_circles():
             await aiostage.save(STATE, (storage, "a"))
-        with no_circles():
-            with suppress(aiostage.CheckpointExistsError):
-                await aiostage.save(STATE, (storage, "a"))
+        with no_circles(), suppress(aiostage.CheckpointExistsError):
+            await aiostage.save(STATE, (storage, "a"))
         with no_circles():
             await aiostage.load((storage, "a"))
 
@@ -62,6 +58,5 @@ class TestErrorsThatAreCaught:
 
     async def test_saving_cancelled(self, storage: Any) -> None:
         for number in range(0, 30, 5):
-            with no_circles():
-                with suppress(asyncio.CancelledError, aiostage.CheckpointExistsError):
-                    await CancelledAt(aiostage.save(STATE, (storage, "a")), number)
+            with no_circles(), suppress(asyncio.CancelledError, aiostage.CheckpointExistsError):
+                await CancelledAt(aiostage.save(STATE, (storage, "a")), number)
