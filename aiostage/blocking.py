@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -193,7 +192,10 @@ class Checkpointer:
         Raises:
             Exception: As :meth:`aiostage.Checkpointer.restore` does.
         """
-        return self._entered().call(partial(self._checkpointer.restore, into, step, **options))
+        background = self._entered()
+        # Called in this thread, as in save().
+        restoring = self._checkpointer.restore(into, step, **options)
+        return background.call(lambda: restoring)
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint. One that is not there is no error.

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from aiostage.abc import Observer, Span
 
-__all__ = ["OpenSpan", "add_observer", "begin", "current", "inside", "observing", "remove_observer", "span"]
+__all__ = ["OpenSpan", "add_observer", "begin", "current", "inside", "observing", "remove_observer", "span", "within"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -135,6 +135,26 @@ def inside(parent: OpenSpan | None, name: str, **attributes: object) -> Abstract
         A context manager. The span has failed if the block raises.
     """
     return parent.child(name, **attributes) if parent is not None else _not_observed
+
+
+@contextmanager
+def within(opened: OpenSpan | None) -> Iterator[None]:
+    """Have spans that a block opens lie inside a span that was opened by hand, which it does not end.
+
+    Args:
+        opened: From :func:`begin`; None if nobody listens.
+    """
+    if opened is None:
+        yield
+        return
+    before = _current.get()
+    _current.set(opened.span)
+    try:
+        yield
+    finally:
+        # As for _Current.
+        if _current.get() is opened.span:
+            _current.set(before)
 
 
 def current() -> Span | None:

@@ -12,6 +12,7 @@ from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging
 from aiostage._copy.timings import Timings
 from aiostage._copy.window import Window
+from aiostage._loop.coroutines import named
 from aiostage.errors import HostMemoryError, StagingError
 from aiostage.leaf import Path, StagedLeaf
 
@@ -273,10 +274,7 @@ class Snapshot(Generic[T]):
 
 def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
     """Stage in one go, for callers who need no handle. The moment is that of the call."""
-    coroutine = _run(Staging(resources, source))
-    # Python warns by this name when it is never awaited.
-    coroutine.__qualname__ = "AsyncStager.stage"  # type: ignore[attr-defined]
-    return coroutine
+    return named(_run(Staging(resources, source)), "AsyncStager.stage")
 
 
 async def _run(staging: Staging) -> Any:

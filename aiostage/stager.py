@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from aiostage._copy.resources import Resources
 from aiostage._copy.restore import restore
-from aiostage._device import default_backend
+from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import named
+from aiostage._loop.polling import wait_event
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend, CheckpointStager
 from aiostage.errors import AcceleratorUnavailableError, StagerClosedError
@@ -57,8 +59,8 @@ class AsyncStager(CheckpointStager):
         state = "closed" if self._resources.closing.closed else f"{self.statistics().leases} leases"
         return f"<AsyncStager {state} {self._options}>"
 
-    async def prewarm(self, state_dict: object) -> None:
-        """Do now what the first staging would have to do: allocate, fault in and pin.
+    def prewarm(self, state_dict: object) -> Coroutine[Any, Any, None]:
+        """Return a coroutine that does what the first staging would have to do: allocate, fault in and pin.
 
         Args:
             state_dict: Like the ones to come.
@@ -68,7 +70,7 @@ class AsyncStager(CheckpointStager):
 
         May be cancelled; nothing is then left behind.
         """
-        await self.stage(state_dict)
+        return named(_prewarm(self.stage(state_dict)), "AsyncStager.prewarm")
 
     def stage(self, state_dict: T) -> Coroutine[Any, Any, T]:
         """Return a coroutine that returns a staged copy, captured.
@@ -108,23 +110,31 @@ class AsyncStager(CheckpointStager):
         self._resources.check_open()
         return Snapshot(self._resources, state_dict, streamed=streamed)
 
-    async def restore(self, staged: T, into: T) -> None:
-        """Copy staged values back into live tensors, in place.
+    def restore(self, staged: T, into: T) -> Coroutine[Any, Any, None]:
+        """Return a coroutine that copies staged values back into live tensors, in place.
+
+        A plain function: the copies follow what the caller's current streams had been given at the call, and what they
+        are given once the coroutine has returned follows the copies.
 
         Args:
-            staged: A staged tree.
+            staged: A staged tree. Tensors of it that are on a device, as ``passthrough`` leaves them, are brought to
+                host memory first.
             into: A tree of the same structure, whose tensors are overwritten; what is not a tensor is left alone.
 
         Raises:
-            CheckpointMismatchError: If the two trees differ in paths, shapes or dtypes; nothing was changed.
+            CheckpointMismatchError: If the two trees differ in paths, shapes or dtypes, or a live tensor cannot be
+                written to; nothing was changed.
+            HostMemoryError: If there is no memory for values that are on a device; nothing was changed.
             StagerClosedError: If the stager is closed. Once the copies have begun it is only the waiting that ends so:
                 they are made all the same, before what the caller's stream is given next.
+            StagingError: If a device has failed.
 
         May be cancelled: before the first copy nothing is changed; afterwards the copies are finished first, so that
         live tensors are never half restored.
         """
         self._resources.check_open()
-        await restore(self._resources, staged, into)
+        caller = CallerStreams.record(self._resources.backend, (into, staged))
+        return named(restore(self._resources, caller, staged, into), "AsyncStager.restore")
 
     async def share(self, staged: object) -> SharedTree:
         """Describe a staged tree, so that another process can open it without copying it.
@@ -195,6 +205,10 @@ def _check_available(options: StagingOptions, backend: Backend) -> None:
             )
 
 
+async def _prewarm(staging: Coroutine[Any, Any, object]) -> None:
+    await staging
+
+
 class _Adapted(CheckpointStager):
     """A synchronous stager behind the coroutine interface."""
 
@@ -202,16 +216,28 @@ class _Adapted(CheckpointStager):
         self._stager = stager
         # One thread, because PyTorch's stagers are not safe to call from two.
         self._workers = Workers(1, "aiostage-adapted")
+        self._backend = default_backend()
         self._closed = False
 
-    async def stage(self, state_dict: T) -> T:
+    def stage(self, state_dict: T) -> Coroutine[Any, Any, T]:
         if self._closed:
             raise StagerClosedError
-        return await self._workers.run(partial(self._stage, state_dict))
+        caller = CallerStreams.record(self._backend, state_dict)
+        return named(self._run(caller, state_dict), "CheckpointStager.stage")
 
-    def _stage(self, state_dict: T) -> T:
-        staged: T | Future[T] = self._stager.stage(state_dict)
-        return staged.result() if isinstance(staged, Future) else staged
+    async def _run(self, caller: CallerStreams, state_dict: T) -> T:
+        # Some stagers copy in a thread of their own, on streams that wait for nothing.
+        for events in caller.events.values():
+            for event in events:
+                await wait_event(event)
+        if self._closed:
+            raise StagerClosedError
+        return await self._workers.run(partial(self._stage, caller, state_dict))
+
+    def _stage(self, caller: CallerStreams, state_dict: T) -> T:
+        with caller.entered():
+            staged: T | Future[T] = self._stager.stage(state_dict)
+            return staged.result() if isinstance(staged, Future) else staged
 
     async def aclose(self) -> None:
         if self._closed:
@@ -229,7 +255,8 @@ def adapt(stager: Any) -> CheckpointStager:
     Args:
         stager: Something with ``stage(state_dict)`` that returns a state dict or a ``concurrent.futures.Future`` of
             one, and perhaps ``close()``: PyTorch's ``DefaultStager``, ``BlockingAsyncStager`` and kin. It runs in one
-            worker thread, one call at a time, and is closed with the adapter.
+            worker thread, one call at a time, on the device and the streams that are current at the call, once what
+            these were given before has been done; it is closed with the adapter.
 
     Returns:
         A :class:`CheckpointStager`. Its copies have the stager's own guarantees: most overwrite the previous result.

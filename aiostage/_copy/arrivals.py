@@ -10,7 +10,8 @@ import torch
 
 from aiostage._copy.device import Flight
 from aiostage._copy.flights import airborne, land
-from aiostage._device.streams import Moment, SideStreams
+from aiostage._device.bits import without_bits, writing_to
+from aiostage._device.streams import CallerStreams, CopyStreams
 from aiostage._loop.closing import Closing
 from aiostage._loop.transfers import Traffic
 from aiostage.abc import Backend
@@ -21,38 +22,39 @@ __all__ = ["Arrivals"]
 class Arrivals:
     """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of.
 
-    Made in the thread of the call, which is the moment that the copies follow.
-
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
+        caller: What the copies follow.
         traffic: Where to announce the copies.
         closing: Of the stager, after which nobody waits for them; None where there is none.
     """
 
     def __init__(
-        self, backend: Backend, streams: SideStreams, traffic: Traffic, closing: Closing | None = None
+        self,
+        backend: Backend,
+        streams: CopyStreams,
+        caller: CallerStreams,
+        traffic: Traffic,
+        closing: Closing | None = None,
     ) -> None:
         self._backend = backend
         self._streams = streams
         self._traffic = traffic
         self._closing = closing
-        self._moment = Moment.record(backend)
+        self._caller = caller
         self._beside: dict[torch.device, Any] = {}
         self._flights: list[Flight] = []
         self._not_ordered: list[Flight] = []
         self._count = 0
 
-    def renew(self) -> None:
-        """Make the copies follow what the caller has enqueued by now as well."""
-        self._moment.renew()
-
     def follow_the_caller(self, device: torch.device) -> None:
         """Make the copies to a device wait for the caller's moment."""
         if device not in self._beside:
             # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
-            stream = self._beside[device] = self._streams.of(device)
-            self._moment.order_before(stream, device)
+            stream = self._streams.of(device)
+            self._caller.order_before(stream, device)
+            self._beside[device] = stream
 
     def enqueue(
         self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
@@ -60,19 +62,24 @@ class Arrivals:
         """Tell a device to copy; runs in a worker thread.
 
         Args:
-            destinations: On the device, which follows the caller already.
-            sources: In host memory, kept alive until the copies have been made.
+            destinations: On the device, which follows the caller already; or in host memory.
+            sources: In host memory, kept alive until the copies have been made; or on the device.
             device: Which one.
 
         Returns:
             The copies under way, for :meth:`land`.
         """
         stream, launches = self._beside[device], 0
+        # In host memory what is copied by value is made here, and kept alive with the rest; on a device the backend
+        # makes it, in the order of the stream.
+        pairs = [without_bits(*pair) if pair[1].is_cpu else pair for pair in zip(destinations, sources, strict=True)]
+        destinations, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         try:
-            with torch.no_grad():
+            with writing_to(destinations):
                 launches = self._backend.copy(destinations, sources, stream)
-            for tensor in destinations:
-                self._backend.keep(tensor, stream)
+            for tensor in (*destinations, *sources):
+                if self._backend.device_of(tensor) is not None:
+                    self._backend.keep(tensor, stream)
         except Exception:
             # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
             with suppress(Exception):
@@ -121,5 +128,5 @@ class Arrivals:
     def _order(self) -> None:
         while self._not_ordered:
             flight = self._not_ordered[0]
-            self._backend.wait(self._backend.current_stream(flight.device), flight.event)
+            self._caller.order_after(flight.event, flight.device)
             self._not_ordered.remove(flight)

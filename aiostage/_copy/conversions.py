@@ -10,6 +10,7 @@ from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES
 from aiostage._capture.plan import RUN_LEAVES
 from aiostage._copy.openmp import one_thread
+from aiostage._device.bits import without_bits, writing_to
 
 __all__ = ["Conversions", "copy_tensors"]
 
@@ -87,6 +88,9 @@ def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torc
 
 def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy tensors in one fused operation; the GIL is released while it runs."""
-    # Without gradients a leaf that requires one may be written to; the mode belongs to the thread.
-    with torch.no_grad():
-        _private.foreach_copy(destinations, sources)
+    if not destinations:
+        return
+    with writing_to(destinations):
+        pairs = list(map(without_bits, destinations, sources))
+        plain, values = map(list, zip(*pairs, strict=True))
+        _private.foreach_copy(plain, values)

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aiostage._copy.device import DeviceCopy, Flight
-from aiostage._device.streams import Moment, SideStreams
+from aiostage._device.streams import CallerStreams, CopyStreams, device_errors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.closing import Closing
 from aiostage._loop.polling import wait_transfer
@@ -100,7 +100,7 @@ def _is_over(flight: Flight) -> bool:
 airborne = _Airborne()
 
 
-async def land(flight: Flight, streams: SideStreams, closing: Closing | None) -> None:
+async def land(flight: Flight, streams: CopyStreams, closing: Closing | None) -> None:
     """Wait until copies have been made.
 
     Raises:
@@ -124,25 +124,22 @@ async def land(flight: Flight, streams: SideStreams, closing: Closing | None) ->
 class Flights:
     """Launches the copies of one staging and waits for them.
 
-    Made in the thread of the call, which is the moment that the copies follow.
-
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
+        caller: What the copies follow.
         traffic: Where to announce the copies.
         closing: After which nobody waits for them.
-
-    Raises:
-        StagingError: If the device has failed.
     """
 
-    def __init__(self, backend: Backend, streams: SideStreams, traffic: Traffic, closing: Closing) -> None:
+    def __init__(
+        self, backend: Backend, streams: CopyStreams, caller: CallerStreams, traffic: Traffic, closing: Closing
+    ) -> None:
         self._backend = backend
         self._streams = streams
         self._traffic = traffic
         self._closing = closing
-        with _failures_named():
-            self._moment = Moment.record(backend)
+        self._caller = caller
         self._flights: dict[int, Flight] = {}
         self._in_order: list[Flight] = []
         self._lock = threading.Lock()
@@ -152,13 +149,8 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return iter(tuple(self._in_order))
 
-    def renew(self) -> None:
-        """Make the copies follow what the caller has enqueued by now as well."""
-        with _failures_named():
-            self._moment.renew()
-
     async def launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
-        """Enqueue copies on side streams, behind the moment.
+        """Enqueue copies on side streams, after the caller.
 
         Args:
             copies: In the order in which they are to be made. Emptied.
@@ -172,7 +164,7 @@ class Flights:
 
         When cancelled, what has not been enqueued is dropped.
         """
-        with _failures_named():
+        with device_errors():
             await self._launch(copies, launcher, max_bytes)
 
     async def _launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
@@ -180,7 +172,7 @@ class Flights:
         for device in {copy.device: None for copy in copies}:
             # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
             streams[device] = self._streams.of(device)
-            self._moment.order_before(streams[device], device)
+            self._caller.order_before(streams[device], device)
         rounds = list(_rounds(copies, max_bytes))
         try:
             for number, members in enumerate(rounds):
@@ -265,27 +257,14 @@ class Flights:
         """
         flights = [flight for flight in self if numbers is None or flight.number in numbers]
         last: dict[torch.device, Flight] = {flight.device: flight for flight in flights}
-        for device, flight in last.items():
-            self._backend.wait(self._backend.current_stream(device) if stream is None else stream, flight.event)
+        with device_errors():
+            for device, flight in last.items():
+                self._backend.wait(self._backend.current_stream(device) if stream is None else stream, flight.event)
 
     def abandon(self) -> None:
         """Let what is still under way be watched over by a thread."""
         with self._lock:
             self._abandon()
-
-
-@contextmanager
-def _failures_named() -> Iterator[None]:
-    """Raise what a device says as an error of staging. A full device can be named no better than PyTorch does."""
-    try:
-        yield
-    except (StagingError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise StagingError(
-            f"the device cannot be told to copy: {type(error).__name__}: {error}",
-            remedy="A failed kernel may show only here. What was enqueued on the device cannot be relied on.",
-        ) from error
 
 
 def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[list[DeviceCopy]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
-from aiostage._device.streams import SideStreams
+from aiostage._device.streams import CopyStreams
 from aiostage._loop.closing import Closing
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.transfers import Traffic
@@ -61,7 +61,7 @@ class Resources:
         self.workers = Workers(_COPY_THREADS, "aiostage-copy")
         self.launcher = Workers(1, "aiostage-launch")
         """One thread, so that a stream gets its copies in the order of the plan."""
-        self.streams = SideStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
+        self.streams = CopyStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
         self.traffic = Traffic()
         self.pool = Pool(
             self.workers,

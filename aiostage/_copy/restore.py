@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +15,14 @@ from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.device import Flight
 from aiostage._copy.resources import Resources
+from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable
+from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job
-from aiostage.errors import CheckpointMismatchError
+from aiostage.errors import CheckpointMismatchError, HostMemoryError
 from aiostage.leaf import Path, format_path
 
 __all__ = ["restore"]
@@ -28,18 +31,25 @@ _AT_ONCE = 64
 """Leaves looked at between two yields."""
 
 
-async def restore(resources: Resources, staged: Any, into: Any) -> None:
-    """Copy every tensor of one tree into its twin in the other, after both were found to match."""
+async def restore(resources: Resources, caller: CallerStreams, staged: Any, into: Any) -> None:
+    """Copy every tensor of one tree into its twin in the other, after all were found to match and to be writable."""
     arrivals: Arrivals | None = None
     if resources.backend is not None and resources.streams is not None:
-        arrivals = Arrivals(resources.backend, resources.streams, resources.traffic, resources.closing)
+        arrivals = Arrivals(resources.backend, resources.streams, caller, resources.traffic, resources.closing)
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
         await slices.run(_check(source, target))
-        batches = await slices.run(_batches(source, target))
+        pairs = await slices.run(_pairs(source, target))
+        await slices.run(_check_memory(pairs, caller.inference))
+        await _check_ties(pairs, resources, await slices.run(shared_unlike([located.pair for located in pairs])))
         if arrivals is not None:
-            arrivals.renew()
+            caller.renew()
+            await _bring_to_host(pairs, resources, arrivals)
+        batches = await slices.run(_batches(pairs, target.device_of))
+        if arrivals is not None:
+            for device in {batch.device: None for batch in batches if batch.device is not None}:
+                arrivals.follow_the_caller(device)
         # Half a restore is neither the old state nor the new: once begun it is finished.
         await finish(partial(_copy, batches, resources.workers.job(), arrivals))
     finally:
@@ -49,6 +59,39 @@ async def restore(resources: Resources, staged: Any, into: Any) -> None:
         target.walk.release()
 
 
+async def _bring_to_host(pairs: list[_Located], resources: Resources, arrivals: Arrivals) -> None:
+    """Copy values that are on devices to host memory, before anything is changed.
+
+    PyTorch orders a copy between two devices by the current streams of both, which a thread would have to make current;
+    and a value that lies where another is to be written has to be read before.
+    """
+    flights: list[Flight] = []
+    device_of = resources.backend.device_of if resources.backend is not None else _on_host
+    for number, located in enumerate(pairs):
+        device = device_of(located.pair.value)
+        if device is None or is_itself(*located.pair):
+            continue
+        arrivals.follow_the_caller(device)
+        flight, value = await resources.workers.run(partial(_to_host, located, arrivals, device))
+        flights.append(flight)
+        pairs[number] = located._replace(pair=Pair(located.pair.live, value))
+    for flight in flights:
+        await arrivals.land(flight)
+
+
+def _to_host(located: _Located, arrivals: Arrivals, device: torch.device) -> tuple[Flight, torch.Tensor]:
+    """Enqueue a copy to host memory, in a worker thread."""
+    value = located.pair.value
+    try:
+        host = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    except RuntimeError as error:
+        raise HostMemoryError(
+            f"no memory for {value.nbytes} bytes of a value on {device}: {error}", path=format_path(located.path)
+        ) from error
+    destination, source = unexpanded(host, value)
+    return arrivals.enqueue([destination], [source], device), host
+
+
 async def _copy(batches: list[_Batch], job: Job, arrivals: Arrivals | None) -> None:
     """Make the copies; may be called again after a cancellation, and then goes on."""
     while batches:
@@ -56,7 +99,6 @@ async def _copy(batches: list[_Batch], job: Job, arrivals: Arrivals | None) -> N
         if batch.device is None or arrivals is None:
             job.put(partial(copy_tensors, batch.destinations, batch.values))
         else:
-            arrivals.follow_the_caller(batch.device)
             job.put(partial(arrivals.enqueue, batch.destinations, batch.values, batch.device))
     job.close()
     await job.settled()
@@ -64,6 +106,13 @@ async def _copy(batches: list[_Batch], job: Job, arrivals: Arrivals | None) -> N
         raise job.error
     if arrivals is not None:
         await arrivals.land()
+
+
+class _Located(NamedTuple):
+    """A live tensor with its value, and the path of the leaf that it is, or is a part of."""
+
+    path: Path
+    pair: Pair
 
 
 @dataclass(slots=True)
@@ -148,22 +197,78 @@ def _check(source: _Leaves, target: _Leaves) -> Generator[None, None, None]:
         )
 
 
-def _batches(source: _Leaves, target: _Leaves) -> Generator[None, None, list[_Batch]]:
-    """Return live tensors with their values in batches, yielding between small steps."""
+def _pairs(source: _Leaves, target: _Leaves) -> Generator[None, None, list[_Located]]:
+    """Return live tensors with their values, yielding between small steps."""
+    pairs: list[_Located] = []
+    for path, leaf in target.by_path.items():
+        pairs += (
+            _Located(path, Pair(live, value))
+            for live, value in zip(target.dense(leaf), source.dense(source.by_path[path]), strict=True)
+        )
+        yield
+    return pairs
+
+
+def _check_memory(pairs: list[_Located], inference: bool) -> Generator[None, None, None]:
+    """Raise what keeps live tensors from being written to, before any is, yielding between small steps."""
+    mismatched: list[str] = []
+    for number, (path, pair) in enumerate(pairs):
+        reason = unwritable(*pair, inference=inference)
+        if reason is not None:
+            mismatched.append(f"{format_path(path)} ({reason})")
+        if number % _AT_ONCE == 0:
+            yield
+    if not mismatched:
+        for first, second in (yield from read_and_written([located.pair for located in pairs])):
+            mismatched.append(
+                f"{format_path(pairs[second].path)} (its memory is the staged value of "
+                f"{format_path(pairs[first].path)})"
+            )
+    _refuse(mismatched)
+
+
+async def _check_ties(pairs: list[_Located], resources: Resources, unlike: list[list[int]]) -> None:
+    """Raise if live tensors share memory, and cannot all have their values for that."""
+    mismatched: list[str] = []
+    for group in unlike:
+        if not await resources.workers.run(partial(agree, [pairs[place].pair for place in group])):
+            first, *others = (format_path(pairs[place].path) for place in group)
+            mismatched += (
+                f"{other} (it shares memory with {first}, but not so in the staged copy)" for other in others
+            )
+    _refuse(mismatched)
+
+
+def _refuse(mismatched: list[str]) -> None:
+    if mismatched:
+        raise CheckpointMismatchError(
+            missing=[],
+            unexpected=[],
+            mismatched=mismatched,
+            source="the staged copy",
+            remedy="Pass live tensors with memory of their own.",
+        )
+
+
+def _batches(
+    pairs: list[_Located], device_of: Callable[[torch.Tensor], torch.device | None]
+) -> Generator[None, None, list[_Batch]]:
+    """Return live tensors with their values, all of them in host memory, in batches, yielding between small steps."""
     batches: list[_Batch] = []
     open_batches: dict[torch.device | None, _Batch] = {}
-    for path, leaf in target.by_path.items():
-        for live, value in zip(target.dense(leaf), source.dense(source.by_path[path]), strict=True):
-            device = target.device_of(live) or source.device_of(value)
+    for number, (_, (live, value)) in enumerate(pairs):
+        if live.numel() and not is_itself(live, value):
+            device = device_of(live)
             batch = open_batches.get(device)
             if batch is None or batch.nbytes >= BATCH_BYTES or len(batch.values) >= BATCH_LEAVES:
                 batch = open_batches[device] = _Batch(device)
                 batches.append(batch)
-            # Without history: the live tensor may be one that autograd guards.
-            batch.destinations.append(live.detach())
-            batch.values.append(value.detach())
-            batch.nbytes += live.nbytes
-        yield
+            destination, source = unexpanded(live, value)
+            batch.destinations.append(destination)
+            batch.values.append(source)
+            batch.nbytes += destination.nbytes
+        if number % _AT_ONCE == 0:
+            yield
     return batches
 
 

@@ -21,6 +21,7 @@ from aiostage._copy.looking import Look
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
+from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.collection import untrack_all
 from aiostage._loop.slices import Slices, collector_paused, exhausted
@@ -80,12 +81,14 @@ class Staging:
         self._looking = self._look.run(source)
         self._refused: BaseException | None = None
         self._looked = False
+        self._caller = caller = CallerStreams.record(resources.backend, source)
+        if resources.backend is not None and resources.streams is not None:
+            self.landing.flights = Flights(
+                resources.backend, resources.streams, caller, resources.traffic, resources.closing
+            )
         try:
-            if resources.backend is not None and resources.streams is not None:
-                self.landing.flights = Flights(
-                    resources.backend, resources.streams, resources.traffic, resources.closing
-                )
             self._looked = self._slices.take(self._looking)
+            caller.include()
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.
             self._refused = error
@@ -239,9 +242,8 @@ class Staging:
             raise self._refused
         if not self._looked:
             await self._slices.run(self._looking)
-            if self.landing.flights is not None:
-                # What was written meanwhile is in the versions that were read, so the copies have to have it too.
-                self.landing.flights.renew()
+            # What was written meanwhile is in the versions that were read, so the copies have to have it too.
+            self._caller.renew()
         plan = self.plan = await self._slices.run(self._look.plan())
         self.landing.batches = plan.batches
         copies = self._copies = Copies(
@@ -257,6 +259,8 @@ class Staging:
             await self._slices.run(self._make(plan, copies.outline))
             return []
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
+        if device is not None:
+            self._caller.check()
         if plan.nbytes:
             with Phase(self.timings, "memory"):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False, device=device)

@@ -6,9 +6,9 @@ import torch
 
 from aiostage._device.accelerator import TorchBackend
 from aiostage._device.cuda import CudaBackend
-from aiostage._device.streams import Moment, SideStreams
+from aiostage._device.streams import CallerStreams, CopyStreams, device_errors
 
-__all__ = ["CudaBackend", "Moment", "SideStreams", "TorchBackend", "default_backend"]
+__all__ = ["CallerStreams", "CopyStreams", "CudaBackend", "TorchBackend", "default_backend", "device_errors"]
 
 
 def default_backend() -> TorchBackend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,12 +11,19 @@ from typing import Any
 import torch
 
 from aiostage import _private
+from aiostage._device.bits import plain_alias, without_bits, writing_to
 from aiostage.abc import Backend, SupportsQuery
 
 __all__ = ["HIGH_PRIORITY", "TorchBackend"]
 
 _GATHERED_AT_ONCE = 128
 """How many tensors one kernel of ``torch.cat`` takes on CUDA and ROCm. It only serves to count launches."""
+
+_seen: set[str] = set()
+"""The kinds of devices on which a tensor was seen, which proves that they are in use, whatever their module says."""
+# A child cannot use what its parent has used.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_seen.clear)
 
 HIGH_PRIORITY = -1
 """Lower numbers go first; 0, the default, is the lowest priority that every device has."""
@@ -53,14 +61,18 @@ class TorchBackend(Backend):
         PyTorch does not tell in general which of several devices are in use. Nor does MPS tell whether it is: there an
         event is recorded even if nothing was done on the device, which does no harm on the one device that it has.
         """
-        if self._accelerator is None or not self._is_initialized():
+        if self._accelerator is None or not (self._is_initialized() or self._accelerator.type in _seen):
             return ()
         count = torch.get_device_module(self._accelerator).device_count()
         return [torch.device(self._kind, index) for index in range(count)]
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         """Return the device that a tensor's storage is on, or None for host memory."""
-        return None if tensor.is_cpu else tensor.device
+        if tensor.is_cpu:
+            return None
+        device = tensor.device
+        _seen.add(device.type)
+        return device
 
     def current_device(self) -> torch.device:
         """Return the calling thread's current device. A process that has set one has initialized it."""
@@ -69,7 +81,7 @@ class TorchBackend(Backend):
 
     def allocate(self, nbytes: int, device: torch.device, stream: Any | None) -> torch.Tensor:
         """Return new memory of a device, from PyTorch's caching allocator."""
-        with self._on(stream) if stream is not None else nullcontext():
+        with self.on(stream) if stream is not None else nullcontext():
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def current_stream(self, device: torch.device) -> Any:
@@ -98,27 +110,26 @@ class TorchBackend(Backend):
         if not destinations:
             return 0
         launches = len(destinations)
-        values = list(sources)
-        with self._on(stream), torch.no_grad():
-            for index, (destination, source) in enumerate(zip(destinations, sources, strict=True)):
-                if source.is_conj() or source.is_neg():
-                    # PyTorch would copy the memory and then, without waiting for it, flip what has not arrived yet.
-                    values[index] = source.resolve_conj().resolve_neg()
-                    launches += 1
-                launches += destination.dtype is not source.dtype
-            _private.foreach_copy(destinations, values, non_blocking=True)
+        with self.on(stream), writing_to(destinations):
+            pairs = list(map(without_bits, destinations, sources))
+            for (destination, value), source in zip(pairs, sources, strict=True):
+                launches += (value is not source) + (destination.dtype is not source.dtype)
+            plain, values = map(list, zip(*pairs, strict=True))
+            # What was made here in host memory ends here too, so the copies have to have ended before.
+            made = any(value is not source and value.is_cpu for value, source in zip(values, sources, strict=True))
+            _private.foreach_copy(plain, values, non_blocking=not made)
         return launches
 
     def pack(self, sources: Sequence[torch.Tensor], stream: Any) -> tuple[torch.Tensor, int]:
         """Enqueue the gathering of tensors into a flat one, which belongs to the stream."""
-        with self._on(stream), torch.no_grad():
+        with self.on(stream), torch.no_grad():
             flat = torch.cat(list(sources))
         return flat, math.ceil(len(sources) / _GATHERED_AT_ONCE)
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """Tell the allocator that a stream uses a tensor, where the device has streams that could outrun it."""
         if self._marks_streams:
-            tensor.record_stream(stream)
+            plain_alias(tensor).record_stream(stream)
 
     def register(self, address: int, nbytes: int, device: torch.device) -> None:
         """Refuse, since PyTorch has no way to do it.
@@ -158,7 +169,7 @@ class TorchBackend(Backend):
         return self._accelerator.type if self._accelerator is not None else "this build"
 
     @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
+    def on(self, stream: Any) -> Iterator[None]:
         """Make a stream and its device current in the calling thread.
 
         Entering the stream itself would do in one thread only: it keeps what was current before in the stream object,

@@ -42,7 +42,7 @@ class CudaBackend(TorchBackend):
     def active_devices(self) -> Sequence[torch.device]:
         """Return the devices on which this process has a context."""
         # False as well in a forked child of a process that has used CUDA.
-        if not _cuda.is_initialized():
+        if not _cuda.is_initialized() and not super().active_devices():
             return ()
         if torch.version.hip is not None:
             # ROCm makes no context by setting a device, and need not be asked which ones there are.

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
@@ -201,3 +201,10 @@ class Backend(ABC):
     @abstractmethod
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context manager that makes a device the calling thread's current one."""
+
+    def on(self, stream: Any) -> AbstractContextManager[object]:
+        """Return a context manager that makes a stream the calling thread's current one of its device.
+
+        Not abstract: without it the stream itself is entered, which is one that several threads may enter at once.
+        """
+        return cast("AbstractContextManager[object]", stream)

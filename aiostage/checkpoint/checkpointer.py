@@ -16,11 +16,13 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from aiostage._arguments import check_flags, whole
+from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish, without_locals
+from aiostage._loop.coroutines import named
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
-from aiostage.checkpoint.load import load
+from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of, surplus
@@ -175,10 +177,7 @@ class Checkpointer:
             progress=self._progress,
             chain=self._chain,
         )
-        coroutine = self._begin(saving)
-        # Python warns by this name when it is never awaited.
-        coroutine.__qualname__ = "Checkpointer.save"  # type: ignore[attr-defined]
-        return coroutine
+        return named(self._begin(saving), "Checkpointer.save")
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.
@@ -200,8 +199,10 @@ class Checkpointer:
         """
         return max(await self.steps(), default=None)
 
-    async def restore(self, into: Any = None, step: int | None = None, **options: Any) -> Any:
-        """Read a checkpoint.
+    def restore(self, into: Any = None, step: int | None = None, **options: Any) -> Coroutine[Any, Any, Any]:
+        """Return a coroutine that reads a checkpoint.
+
+        A plain function, as :func:`load` is: copies to devices follow what the caller's streams were given before.
 
         Args:
             into: A live tree to change in place, as for :func:`load`. None: return a new tree.
@@ -224,6 +225,10 @@ class Checkpointer:
         """
         if isinstance(into, int):
             raise TypeError(f"into must be a live tree, not {into!r}. A step is passed by name: restore(step={into!r})")
+        caller = CallerStreams.record(options.get("backend") or default_backend(), into)
+        return named(self._restore(caller, into, step, options), "Checkpointer.restore")
+
+    async def _restore(self, caller: CallerStreams, into: Any, step: int | None, options: dict[str, Any]) -> Any:
         if step is not None:
             name = name_of(_checked(step))
             if not await self._shelf.has(name):
@@ -233,7 +238,7 @@ class Checkpointer:
                     path=f"{self._storage.location}/{name}",
                     remedy=f"There is one of {listed(list(map(str, steps)))}." if steps else _NOTHING_THERE,
                 )
-            return await load((self._storage, name), into=into, **options)
+            return await load_after(caller, (self._storage, name), into=into, **options)
         for _ in range(_ATTEMPTS):
             latest = await self.latest()
             if latest is None:
@@ -243,7 +248,7 @@ class Checkpointer:
                     remedy=_NOTHING_THERE,
                 )
             try:
-                return await load((self._storage, name_of(latest)), into=into, **options)
+                return await load_after(caller, (self._storage, name_of(latest)), into=into, **options)
             except CheckpointNotFoundError:
                 continue
         raise CheckpointError("others keep removing the latest checkpoint.", path=self._storage.location)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from aiostage._device.streams import CallerStreams
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
@@ -82,11 +83,14 @@ class Devices:
                 yield
         return shares
 
-    async def allocate(self, shares: Shares, *, workers: Workers, slices: Slices, path: str) -> dict[str, torch.Tensor]:
-        """Get memory, on devices for the work of the caller's current streams.
+    async def allocate(
+        self, shares: Shares, caller: CallerStreams, *, workers: Workers, slices: Slices, path: str
+    ) -> dict[str, torch.Tensor]:
+        """Get memory, on devices for the work of the caller's streams.
 
         Args:
             shares: From :meth:`shares`.
+            caller: Whose streams will use the memory.
             workers: To wait for devices in.
             slices: Run everything else.
             path: Of the manifest, for errors.
@@ -108,8 +112,7 @@ class Devices:
                 continue
             if device not in self._backend.active_devices():
                 await workers.run(partial(self._take, {}, {"": 1}, device, None))
-            # Asked for in the caller's thread, whose streams will use the memory.
-            stream = self._backend.current_stream(device)
+            stream = caller.stream(device)
             rest = iter(sizes.items())
             async with workers.job() as job:
                 while some := dict(islice(rest, _CHUNK)):

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from aiostage._private import storage_identity
+from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
 from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
@@ -51,18 +51,12 @@ class Transfer:
         """
         if live.numel() == 0:
             return
-        live, loaded = copyable(live), copyable(loaded)
-        for dimension, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
-            if size > 1 and stride == 0:
-                # The two were found to be laid out alike, so one element stands for all.
-                live, loaded = live.narrow(dimension, 0, 1), loaded.narrow(dimension, 0, 1)
-        # Fused copies do not take conjugate and negative views.
-        alone = live.is_conj() or live.is_neg()
+        live, loaded = unexpanded(copyable(live), copyable(loaded))
         last = self._batches[-1] if self._batches else None
-        if last is None or alone or not last.takes(live, device):
+        if last is None or not last.takes(live, device):
             last = _Batch(device)
             self._batches.append(last)
-        last.add(live, loaded, full=alone)
+        last.add(live, loaded)
 
     def batches(self) -> Iterator[tuple[torch.device | None, list[torch.Tensor], list[torch.Tensor]]]:
         """Iterate over what can be copied in one go: device, live tensors, and what is copied into them."""
@@ -86,13 +80,15 @@ class _Batch:
     def takes(self, live: torch.Tensor, device: torch.device | None) -> bool:
         return device == self.device and live.nbytes <= self._room and len(self.live) < _BATCH_LEAVES
 
-    def add(self, live: torch.Tensor, loaded: torch.Tensor, *, full: bool) -> None:
+    def add(self, live: torch.Tensor, loaded: torch.Tensor) -> None:
         self.live.append(live)
         self.loaded.append(loaded)
-        self._room = 0 if full else self._room - live.nbytes
+        self._room -= live.nbytes
 
 
-def compare(live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None) -> Generator[None, None, Transfer]:
+def compare(
+    live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None, *, inference: bool = False
+) -> Generator[None, None, Transfer]:
     """Compare two trees without changing either, yielding now and then.
 
     Dicts, lists and tuples are compared key by key. A tensor fits a tensor of the same shape and dtype; anything else
@@ -102,6 +98,7 @@ def compare(live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None
         live: The tree that is to be changed.
         loaded: The tree with the new values, which the live one will own in part. What is left out of it is left alone.
         wanted: Whether what is at a path is wanted, with all below it; only that can be missing. None: everything is.
+        inference: Whether the caller is in inference mode, and may change tensors that were made in it.
 
     Returns:
         What has to be done, without copies.
@@ -109,7 +106,7 @@ def compare(live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None
     Raises:
         CheckpointMismatchError: If the trees do not fit, with every place where they do not.
     """
-    comparison = _Comparison(wanted)
+    comparison = _Comparison(wanted, inference=inference)
     yield from comparison.run(live, loaded)
     yield from comparison.check_ties()
     if comparison.missing or comparison.unexpected or comparison.mismatched:
@@ -125,8 +122,9 @@ def compare(live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None
 class _Comparison:
     """A walk through two trees side by side."""
 
-    def __init__(self, wanted: Callable[[Path], bool] | None) -> None:
+    def __init__(self, wanted: Callable[[Path], bool] | None, *, inference: bool) -> None:
         self._wanted = wanted
+        self._inference = inference
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
@@ -161,7 +159,7 @@ class _Comparison:
                 self._todo.append(((Attribute(name), place), getattr(live, name), getattr(loaded, name), None))
             return
         if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
-            reason = _why_not(live, loaded)
+            reason = _why_not(live, loaded, inference=self._inference)
             if reason is None:
                 self.pairs.append((place, live, loaded))
                 self._visit_attributes(place, live, loaded)
@@ -255,57 +253,11 @@ class _Comparison:
 
     def check_ties(self) -> Generator[None, None, None]:
         """Find live tensors that share memory which loaded ones do not: both values cannot be had."""
-        pairs: list[_Pair] = []
-        starts: list[int] = []
-        stops: list[int] = []
-        for count, pair in enumerate(self.pairs):
-            live = pair[1]
-            if live.numel() and not live.is_meta:
-                pairs.append(pair)
-                starts.append(live.data_ptr())
-                stops.append(starts[-1] + _reach(live))
-            if count % _CHUNK == 0:
-                yield
-        order, joined = _overlapping(starts, stops)
-        yield
-        for place in joined:
-            first, second = pairs[order[place]], pairs[order[place + 1]]
-            if not _tied_alike(first, second):
-                self._mismatch(second[0], "it shares memory with another live tensor, but not so in the checkpoint")
-            yield
-
-
-def _overlapping(starts: list[int], stops: list[int]) -> tuple[list[int], list[int]]:
-    """Return the order of addresses, and the places in it where memory and the next overlap."""
-    first, last = np.array(starts, np.int64), np.array(stops, np.int64)
-    order = np.argsort(first, kind="stable")
-    reach = np.maximum.accumulate(last[order])
-    return order.tolist(), np.flatnonzero(first[order][1:] < reach[:-1]).tolist()
-
-
-def _tied_alike(first: _Pair, second: _Pair) -> bool:
-    """Return whether two loaded tensors share memory in the way in which their live ones do."""
-    (_, live, loaded), (_, other, other_loaded) = first, second
-    distance = other.data_ptr() - live.data_ptr()
-    # Those that have not been read yet have no address.
-    if storage_identity(loaded.untyped_storage()) != storage_identity(other_loaded.untyped_storage()):
-        return False
-    if _offset(other_loaded) - _offset(loaded) != distance:
-        return False
-    if distance == 0 and live.stride() == other.stride() and loaded.stride() == other_loaded.stride():
-        return True
-    return live.stride() == loaded.stride() and other.stride() == other_loaded.stride()
-
-
-def _offset(tensor: torch.Tensor) -> int:
-    """Return how many bytes lie between the beginning of a tensor's storage and its first element."""
-    return int(tensor.storage_offset()) * tensor.element_size()
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Return how many bytes lie between a tensor's first and one past its last element."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return extent * tensor.element_size()
+        unlike = yield from shared_unlike([Pair(live, loaded) for _, live, loaded in self.pairs])
+        for first, *others in unlike:
+            place = format_path(path_to(self.pairs[first][0]))
+            for other in others:
+                self._mismatch(self.pairs[other][0], f"it shares memory with {place}, but not so in the checkpoint")
 
 
 def copyable(tensor: torch.Tensor) -> torch.Tensor:
@@ -384,7 +336,7 @@ def _equal(live: Any, loaded: Any) -> bool:
     return bool(np.all(same)) or (live != live and loaded != loaded)
 
 
-def _why_not(live: Any, loaded: Any) -> str | None:
+def _why_not(live: Any, loaded: Any, *, inference: bool) -> str | None:
     """Return why a loaded value cannot be copied into a live tensor, or None if it can."""
     if not isinstance(live, torch.Tensor) or not isinstance(loaded, torch.Tensor):
         return f"a {type(loaded).__name__} into a {type(live).__name__}"
@@ -397,13 +349,4 @@ def _why_not(live: Any, loaded: Any) -> str | None:
             return f"the {which} tensor is quantized"
         if tensor.layout is not torch.strided:
             return f"the {which} tensor is {tensor.layout}"
-    if live.is_meta:
-        return "the live tensor is on the meta device"
-    if live.is_inference() and not torch.is_inference_mode_enabled():
-        return "the live tensor was made in inference mode"
-    if live.numel() and live.untyped_storage().nbytes() < live.storage_offset() * live.element_size() + _reach(live):
-        return "the live tensor's storage is smaller than its elements"
-    expanded = any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
-    if expanded and live.stride() != loaded.stride():
-        return "the live tensor is expanded, the loaded one is not"
-    return None
+    return unwritable(live, loaded, inference=inference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from types import TracebackType
@@ -15,8 +15,9 @@ import torch
 from aiostage._arguments import check_flags
 from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.conversions import copy_tensors
-from aiostage._device import SideStreams, default_backend
+from aiostage._device import CallerStreams, CopyStreams, default_backend
 from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import named
 from aiostage._loop.slices import Slices
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
@@ -41,7 +42,7 @@ from aiostage.storage.locate import Target, locate
 from aiostage.storage.manifest import FileRecord
 from aiostage.storage.parts import Part
 
-__all__ = ["load"]
+__all__ = ["load", "load_after"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -51,7 +52,7 @@ _ATTEMPTS = 10
 """How often reading begins anew when the checkpoint is replaced meanwhile."""
 
 
-async def load(
+def load(
     source: Target,
     *,
     into: Any = None,
@@ -62,8 +63,11 @@ async def load(
     verify: bool = True,
     progress: ProgressOption[LoadProgress] = None,
     backend: Backend | None = None,
-) -> Any:
-    """Read a checkpoint.
+) -> Coroutine[Any, Any, Any]:
+    """Return a coroutine that reads a checkpoint.
+
+    A plain function: copies to devices follow what the caller's current streams had been given at the call, and what
+    these and the current streams are given once the coroutine has returned follows the copies.
 
     Args:
         source: Where :func:`save` has put it.
@@ -90,7 +94,8 @@ async def load(
         backend: How to reach devices; None is ``torch.accelerator``.
 
     Returns:
-        The tree that was saved; or ``into``. On devices, later work of the current streams follows the copies.
+        A coroutine that returns the tree that was saved; or ``into``. Memory on devices is allocated for the streams
+        that were current at the call.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
@@ -110,6 +115,37 @@ async def load(
     tensors are in host memory a second time. May be cancelled: either nothing of ``into`` has been changed then, or
     everything.
     """
+    backend = backend if backend is not None else default_backend()
+    caller = CallerStreams.record(backend if into is not None or device is not None else None, into)
+    reading = load_after(
+        caller,
+        source,
+        into=into,
+        in_place=in_place,
+        device=device,
+        only=only,
+        classes=classes,
+        verify=verify,
+        progress=progress,
+        backend=backend,
+    )
+    return named(reading, "load")
+
+
+async def load_after(
+    caller: CallerStreams,
+    source: Target,
+    *,
+    into: Any = None,
+    in_place: bool = False,
+    device: DeviceOption | None = None,
+    only: Only | None = None,
+    classes: Iterable[type] = (),
+    verify: bool = True,
+    progress: ProgressOption[LoadProgress] = None,
+    backend: Backend | None = None,
+) -> Any:
+    """Read a checkpoint for a caller whose streams were recorded at the call; the rest is as for :func:`load`."""
     storage, name = locate(source)
     check_flags(in_place=in_place, verify=verify)
     if in_place and into is None:
@@ -124,7 +160,16 @@ async def load(
         reaches = into is not None or device is not None
         begin = perf_counter()
         async with _Loading(
-            into, selection, in_place, verify, devices, backend if reaches else None, known, name=name, report=report
+            into,
+            selection,
+            in_place,
+            verify,
+            devices,
+            backend if reaches else None,
+            known,
+            caller,
+            name=name,
+            report=report,
         ) as loading:
             for _ in range(_ATTEMPTS):
                 reader = await open_checkpoint(storage, name)
@@ -157,6 +202,7 @@ class _Loading:
         devices: Devices,
         backend: Backend | None,
         classes: Classes,
+        caller: CallerStreams,
         *,
         name: str,
         report: Callable[[LoadProgress], object] | None,
@@ -167,6 +213,7 @@ class _Loading:
         self._verify = verify
         self._devices = devices
         self._classes = classes
+        self._caller = caller
         self._name = name
         self._report = report
         self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
@@ -177,7 +224,7 @@ class _Loading:
         self._destinations = Destinations(
             Pool(self._workers, pinning=pinning),
             backend.device_of,
-            Arrivals(backend, SideStreams(backend), Traffic()),
+            Arrivals(backend, CopyStreams(backend), caller, Traffic()),
             next(iter(backend.active_devices()), None),
         )
 
@@ -213,7 +260,7 @@ class _Loading:
         tree, memory = await checkpoint.decode(outline, data, self._classes)
         with span("compare"):
             wanted = self._selection.chooses if self._selection is not None else None
-            transfer = await self._slices.run(compare(self._into, tree, wanted))
+            transfer = await self._slices.run(compare(self._into, tree, wanted, inference=self._caller.inference))
             placement = await self._slices.run(
                 place(
                     transfer,
@@ -241,7 +288,7 @@ class _Loading:
         path = checkpoint.manifest_path
         sizes = await self._slices.run(sizes_of(names, outline.records, spread))
         shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
-        data = await self._devices.allocate(shares, workers=self._workers, slices=self._slices, path=path)
+        data = await self._devices.allocate(shares, self._caller, workers=self._workers, slices=self._slices, path=path)
         contents = await self._slices.run(contents_of(data, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
@@ -311,7 +358,8 @@ class _Loading:
         arrivals = self._destinations.arrivals
         if arrivals is None:
             return
-        arrivals.renew()
+        # What was enqueued since the call as well: live tensors may be changed until they are read into.
+        self._caller.renew()
         for device in devices:
             arrivals.follow_the_caller(device)
             # One that is in use, to register memory with: it may be the first.
@@ -328,10 +376,6 @@ class _Loading:
     def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
         if device is not None and self._destinations.arrivals is not None:
             self._destinations.arrivals.enqueue(live, loaded, device)
-        elif len(live) == 1:
-            # One alone may be of a kind that fused copies do not take.
-            with torch.no_grad():
-                live[0].copy_(loaded[0])
         else:
             copy_tensors(live, loaded)
 

@@ -11,12 +11,13 @@ from traceback import clear_frames
 from typing import Any, Protocol
 
 from aiostage._arguments import check_flags, whole
+from aiostage._loop.coroutines import named
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
 from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import CheckpointWriter
-from aiostage.observe import span
+from aiostage.observe import OpenSpan, begin, span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
@@ -29,7 +30,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
 
 
-async def save(
+def save(
     state_dict: Any,
     target: Target,
     *,
@@ -37,8 +38,11 @@ async def save(
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressOption[SaveProgress] = None,
-) -> CheckpointInfo:
-    """Stage a tree and write it to a storage, where it appears whole or not at all.
+) -> Coroutine[Any, Any, CheckpointInfo]:
+    """Return a coroutine that stages a tree and writes it to a storage, where it appears whole or not at all.
+
+    A plain function: the copy follows what the caller's current streams had been given at the call, also if the
+    coroutine is started later by a task.
 
     Args:
         state_dict: A tree of tensors, scalars and plain containers; or a :class:`~aiostage.Snapshot` that was
@@ -69,39 +73,49 @@ async def save(
     """
     check_stager(stager)
     storage, name = locate(target)
-    with span("save", target=name):
+    started = perf_counter()
+    own = AsyncStager()
+    opened = begin("save", target=name)
+    with within(opened):
+        # Called before anything is awaited: the moment of the copy is the caller's.
+        source = (
+            state_dict
+            if isinstance(state_dict, Snapshot)
+            else source_of(state_dict, stager if stager is not None else own)
+        )
+    writing = _writing(storage, name, overwrite, max_shard_bytes, progress)
+    return named(_save(state_dict, source, own, writing, started, opened), "save")
+
+
+async def _save(
+    state_dict: Any,
+    source: Snapshot[Any] | Coroutine[Any, Any, Any],
+    own: AsyncStager,
+    writing: AbstractAsyncContextManager[_Write],
+    started: float,
+    opened: OpenSpan | None,
+) -> CheckpointInfo:
+    captured: list[float] = []
+    with within(opened), opened if opened is not None else nullcontext():
         try:
-            return await _save(state_dict, stager, _writing(storage, name, overwrite, max_shard_bytes, progress))
+            async with writing as write:
+                if isinstance(source, Snapshot):
+                    async with nullcontext() if source is state_dict else source:
+                        info = await _stream(write, source, captured)
+                else:
+                    staged = await source
+                    captured.append(perf_counter())
+                    info = await write(staged)
         except BaseException as error:
             # Their locals refer to the staged copy, and whoever keeps the error would keep its memory: a task that has
             # failed does, in a circle with the frame that has awaited it.
             clear_frames(error.__traceback__)
             raise
-
-
-async def _save(
-    state_dict: Any, stager: CheckpointStager | None, writing: AbstractAsyncContextManager[_Write]
-) -> CheckpointInfo:
-    begin = perf_counter()
-    own = AsyncStager()
-    # Called before anything is awaited: the moment of the copy is the caller's.
-    is_entered = isinstance(state_dict, Snapshot)
-    source = state_dict if is_entered else source_of(state_dict, stager if stager is not None else own)
-    captured: list[float] = []
-    try:
-        async with writing as write:
-            if isinstance(source, Snapshot):
-                async with nullcontext() if is_entered else source:
-                    info = await _stream(write, source, captured)
-            else:
-                staged = await source
-                captured.append(perf_counter())
-                info = await write(staged)
-    finally:
-        if not isinstance(source, Snapshot):
-            source.close()
-        await own.aclose()
-    return _timed(info, captured[0] - begin, perf_counter() - begin)
+        finally:
+            if not isinstance(source, Snapshot):
+                source.close()
+            await own.aclose()
+    return _timed(info, captured[0] - started, perf_counter() - started)
 
 
 def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coroutine[Any, Any, Any]:
@@ -157,12 +171,12 @@ async def write_checkpoint(
 
     May be cancelled as :func:`save` may.
     """
-    begin = perf_counter()
+    started = perf_counter()
     storage, name = locate(target)
     with span("save", target=name):
         async with _writing(storage, name, overwrite, max_shard_bytes, progress) as write:
             info = await write(staged)
-    return _timed(info, 0.0, perf_counter() - begin)
+    return _timed(info, 0.0, perf_counter() - started)
 
 
 class _Write(Protocol):

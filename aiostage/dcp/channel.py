@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -24,7 +23,7 @@ from anyio import get_cancelled_exc_class
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
-from aiostage._device import default_backend
+from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.roll import RollCall, StoreLostError
@@ -48,12 +47,12 @@ _LOOK_SECONDS = 1.0
 class Call(Generic[T]):
     """One save or load of a channel: its place in the order, and how it goes."""
 
-    def __init__(self, channel: Channel, number: int, timeout: float) -> None:
+    def __init__(self, channel: Channel, number: int, timeout: float, tree: Any) -> None:
         self.number = number
         self.timeout = timeout
         self.job: Job = channel.workers.job()
         self._channel = channel
-        self._at_callers_device = _current_device()
+        self.caller = CallerStreams.record(default_backend(), tree)
         self._action: Action[T] | None = None
         self._results: list[T] = []
         self._forsaken = weakref.finalize(self, channel.forsake, number, self.job)
@@ -118,7 +117,8 @@ class Call(Generic[T]):
         """Do it, in the channel's thread."""
         action, self._action = self._action, None
         if action is not None:
-            with self._at_callers_device():
+            # A thread begins on device 0, which it would wake up, and on default streams, which follow nothing.
+            with self.caller.entered():
                 self._results.append(self._channel.carry_out(self.number, action, self.timeout))
 
 
@@ -147,10 +147,10 @@ class Channel:
         self._arranging = self.workers.job()
         self._met: RollCall | None = None
 
-    def call(self, timeout: float) -> Call[Any]:
+    def call(self, timeout: float, tree: Any) -> Call[Any]:
         """Return the next place in the order. Every rank must make the same calls in the same order."""
         number, self._calls = self._calls, self._calls + 1
-        return Call(self, number, timeout)
+        return Call(self, number, timeout, tree)
 
     def hand_over(self, call: Call[Any]) -> None:
         """Carry out a call when its turn comes, or step over it if it was cancelled."""
@@ -313,24 +313,16 @@ def _leave(roll: RollCall) -> None:
         roll.leave()
 
 
-def _current_device() -> Callable[[], AbstractContextManager[object]]:
-    """Return how to make the caller's device another thread's: a thread begins on device 0, and would wake that up."""
-    backend = default_backend()
-    if not backend.active_devices():
-        return contextlib.nullcontext
-    index = torch.accelerator.current_device_index()
-    return partial(backend.guard, torch.device(backend.active_devices()[0].type, index))
-
-
 _ALONE = Channel(None)
 _CHANNELS: weakref.WeakKeyDictionary[Any, Channel] = weakref.WeakKeyDictionary()
 
 
-def call_for(process_group: Any, *, no_dist: bool, timeout: float) -> Call[Any]:
+def call_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: float) -> Call[Any]:
     """Return the next call of the channel of a process group.
 
     Args:
         process_group: Its ranks take part; None for all ranks.
+        tree: What is saved or loaded into.
         no_dist: Whether this process acts alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks.
 
@@ -340,8 +332,8 @@ def call_for(process_group: Any, *, no_dist: bool, timeout: float) -> Call[Any]:
     if isinstance(timeout, str) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     if no_dist or not dist.is_available() or not dist.is_initialized():
-        return _ALONE.call(timeout)
-    return _channel_of(process_group).call(timeout)
+        return _ALONE.call(timeout, tree)
+    return _channel_of(process_group).call(timeout, tree)
 
 
 def _channel_of(process_group: Any) -> Channel:

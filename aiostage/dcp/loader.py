@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader
 
 from aiostage import _private
+from aiostage._loop.coroutines import named
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
 
 __all__ = ["load"]
@@ -31,7 +32,8 @@ def load(
 
     It is ``torch.distributed.checkpoint.load`` in a thread, on the process group and in the order of
     :func:`~aiostage.dcp.save`: a load that follows a save waits for it. Tensors are overwritten, other values replaced,
-    and values with ``state_dict`` and ``load_state_dict`` methods asked and told, in that thread.
+    and values with ``state_dict`` and ``load_state_dict`` methods asked and told, in that thread, on the device and the
+    streams that are current at the call.
 
     Args:
         state_dict: What to load, over tensors on their devices. Do not touch it until the coroutine returns.
@@ -56,13 +58,17 @@ def load(
     """
     if storage_reader is None and checkpoint_id is None:
         raise ValueError("a load needs a checkpoint_id or a storage_reader to say where from")
-    call: Call[None] = call_for(process_group, no_dist=no_dist, timeout=timeout)
-    return _load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner))
+    call: Call[None] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
+    return named(_load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner)), "load")
 
 
 async def _load(call: Call[None], read: Action[None]) -> None:
     call.hand_over(read)
-    await call.complete()
+    try:
+        await call.complete()
+    finally:
+        # DCP has copied on the caller's streams; by now others may be current.
+        call.caller.order_current_stream_after()
 
 
 def _read(

@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -47,13 +48,16 @@ class Saving:
         self._capturing = anyio.Lock()
         self._captured = False
         self._failure: Exception | None = None
+        self._own: AsyncStager | None = None
         try:
             check_stager(stager)
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"DCP saves a dict of names, not {type(state_dict).__qualname__}; put it into one")
             # Called now, for the moment of the copy is the caller's.
             now = {key: item.state_dict() if _is_stateful(item) else item for key, item in state_dict.items()}
-            self._staging: Coroutine[Any, Any, Any] = stager.stage(now) if stager is not None else _stage_once(now)
+            if stager is None:
+                stager = self._own = AsyncStager()
+            self._staging: Coroutine[Any, Any, Any] = stager.stage(now)
         except Exception as error:
             # Raised where other errors of staging are, because the other ranks have to be told.
             self._staging = _raise(error)
@@ -81,7 +85,8 @@ class Saving:
                 return
             try:
                 self._dropped.detach()
-                staged = await self._staging
+                async with self._own if self._own is not None else nullcontext():
+                    staged = await self._staging
             except GeneratorExit:
                 # A coroutine that is being closed may not wait. The other ranks are told when this is dropped.
                 raise
@@ -154,7 +159,7 @@ def start_save(
             above 0.
     """
     write = _writing(checkpoint_id, storage_writer, planner)
-    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+    call: Call[Metadata] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     return Saving(state_dict, stager, call, write, warn_if_dropped=True)
 
 
@@ -196,7 +201,7 @@ def save(
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
     write = _writing(checkpoint_id, storage_writer, planner)
-    call: Call[Metadata] = call_for(process_group, no_dist=no_dist, timeout=timeout)
+    call: Call[Metadata] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     # Python itself warns of the coroutine if it is never awaited.
     return Saving(state_dict, stager, call, write, warn_if_dropped=False).complete()
 
@@ -247,11 +252,6 @@ def _drop(staging: Coroutine[Any, Any, Any], *, warn: bool) -> None:
     staging.close()
     if warn:
         warnings.warn("a save was dropped before it was awaited, so nothing was saved", RuntimeWarning, stacklevel=2)
-
-
-async def _stage_once(state_dict: Any) -> Any:
-    async with AsyncStager() as stager:
-        return await stager.stage(state_dict)
 
 
 async def _raise(error: Exception) -> Any:

@@ -87,7 +87,9 @@ class AiostageCheckpointIO(CheckpointIO):
         self._wait()
         portal, _ = self._begun()
         device = map_location if isinstance(map_location, (torch.device, str)) else None
-        checkpoint: dict[str, Any] = portal.call(partial(load, os.fspath(path), device=device))
+        # Called in this thread, as in save_checkpoint().
+        loading = load(os.fspath(path), device=device)
+        checkpoint: dict[str, Any] = portal.call(lambda: loading)
         return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from aiostage._device import CudaBackend, Moment, SideStreams, TorchBackend, default_backend
+from aiostage import StagingError
+from aiostage._device import CallerStreams, CopyStreams, CudaBackend, TorchBackend, default_backend
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.simulator import SimulatedAccelerator
 
@@ -29,7 +30,7 @@ def test_without_an_accelerator_it_says_why(backend: type[TorchBackend]) -> None
     assert made.unavailable_reason
     assert made.pinned_memory_reason
     assert list(made.active_devices()) == []
-    assert Moment.record(made).events == {}
+    assert CallerStreams.record(made).events == {}
     assert "without an accelerator" in repr(made) or "cuda" in repr(made)
 
 
@@ -56,10 +57,10 @@ def test_the_default_is_the_one_of_the_build() -> None:
     assert type(default_backend()) is expected
 
 
-class TestSideStreams:
+class TestCopyStreams:
     def test_there_is_one_for_each_device_until_it_is_forgotten(self):
         with SimulatedAccelerator(2, clock=VirtualClock()) as accelerator:
-            streams = SideStreams(accelerator)
+            streams = CopyStreams(accelerator)
             first, second = accelerator.devices
             assert streams.of(first) is streams.of(first)
             assert streams.of(first) is not streams.of(second)
@@ -69,19 +70,22 @@ class TestSideStreams:
             assert streams.of(first) is before
             streams.forget(first, before)
             assert streams.of(first) is not before
-            assert not SideStreams(accelerator, low_priority=False).of(first).low_priority
+            assert not CopyStreams(accelerator, low_priority=False).of(first).low_priority
 
 
-class TestMoment:
-    def test_a_device_that_comes_into_use_later_is_ordered_from_then_on(self):
+class TestCallerStreams:
+    def test_a_device_that_comes_into_use_later_is_refused_until_it_is_recorded(self):
         with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
-            moment = Moment.record(accelerator)
-            assert moment.events == {}
+            caller = CallerStreams.record(accelerator)
+            assert caller.events == {}
             device = accelerator.devices[0]
             tensor = accelerator.to_device(torch.zeros(3))
             accelerator.launch(lambda t: t.fill_(7), tensor, seconds=1.0)
             stream = accelerator.side_stream(device)
-            moment.order_before(stream, device)
+            with pytest.raises(StagingError, match="not known to be in use"):
+                caller.order_before(stream, device)
+            caller.renew()
+            caller.order_before(stream, device)
             copy = torch.empty(3)
             accelerator.copy([copy], [tensor], stream)
             accelerator.synchronize()

@@ -269,9 +269,9 @@ class TestHazard:
 
 @pytest.mark.asyncio
 async def test_without_the_wait_aiostage_would_be_wrong_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiostage._device.streams import Moment
+    from aiostage._device.streams import CallerStreams
 
-    monkeypatch.setattr(Moment, "order_before", lambda self, stream, device: None)
+    monkeypatch.setattr(CallerStreams, "order_before", lambda self, stream, device: None)
     assert await wrong(ours, written_just_before) > 0
 
 
