@@ -11,7 +11,7 @@ import torch
 from aiostage import _private
 from aiostage.checkpoint.values import torch_constant
 
-__all__ = ["COMPOSITES", "assemble", "take_apart"]
+__all__ = ["COMPOSITES", "SPARSE", "assemble", "check_invariants", "take_apart"]
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _COMPRESSED = (*_BY_ROW, torch.sparse_csc, torch.sparse_bsc)
@@ -19,6 +19,9 @@ _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams
 
 COMPOSITES = ("sparse", "sparse_compressed", "quantized")
 """The names of the kinds in the manifest."""
+
+SPARSE = {"sparse": 2, "sparse_compressed": 3}
+"""Those of them that are sparse, and how many parts each consists of."""
 
 
 def take_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -79,24 +82,43 @@ def assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any]) -> 
         form: What else describes it.
 
     Returns:
-        The tensor, over the memory of its parts.
+        The tensor, over the memory of its parts. Whether these are indices within its shape is not looked at, which
+        would wait for a device: :func:`check_invariants` does.
 
     Raises:
         RuntimeError: If parts and form do not fit each other. Other exceptions are possible too.
     """
+    return _assemble(kind, parts, form, check=False)
+
+
+def check_invariants(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any]) -> None:
+    """Check all that PyTorch demands of a sparse tensor. Blocks, for as long as reading its indices takes.
+
+    Args:
+        kind: One of :data:`SPARSE`.
+        parts: As for :func:`assemble`, in host memory.
+        form: As for :func:`assemble`.
+
+    Raises:
+        RuntimeError: If parts and form do not fit each other. Other exceptions are possible too.
+    """
+    _assemble(kind, parts, form, check=True)
+
+
+def _assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any], *, check: bool) -> torch.Tensor:
     with warnings.catch_warnings():
         # Sparse layouts are in beta and quantized ones deprecated; whoever made the tensor has been told.
         warnings.simplefilter("ignore")
         if kind == "sparse":
             indices, values = parts
             return torch.sparse_coo_tensor(
-                indices, values, form["shape"], is_coalesced=form["coalesced"] is True, check_invariants=True
+                indices, values, form["shape"], is_coalesced=form["coalesced"] is True, check_invariants=check
             )
         if kind == "sparse_compressed":
             compressed, plain, values = parts
             layout = torch_constant(form["layout"])
             return torch.sparse_compressed_tensor(
-                compressed, plain, values, form["shape"], layout=layout, check_invariants=True
+                compressed, plain, values, form["shape"], layout=layout, check_invariants=check
             )
         return _assemble_quantized(parts, form)
 

@@ -33,6 +33,7 @@ from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.resolving import ResolvingReader, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
+from aiostage.checkpoint.sparse import check_sparse, parts_of_sparse
 from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
@@ -289,14 +290,31 @@ class _Loading:
         sizes = await self._slices.run(sizes_of(names, outline.records, spread))
         shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
         data = await self._devices.allocate(shares, self._caller, workers=self._workers, slices=self._slices, path=path)
-        contents = await self._slices.run(contents_of(data, spread))
+        # Indices are looked at in host memory: on a device that would wait for all that it is given to do.
+        parts_of = {name: sizes[name] for name in parts_of_sparse(outline.table, path) if not data[name].is_meta}
+        beside = {name: nbytes for name, nbytes in parts_of.items() if not data[name].is_cpu}
+        read = data | await self._slices.run(host_memory(beside, path=path))
+        contents = await self._slices.run(contents_of(read, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
         # The memory may be what the caller's streams have let go of and still use.
         self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
         await checkpoint.read(parts)
+        if parts_of:
+            await self._workers.run(partial(check_sparse, outline.table, outline.records, read, path))
+            await self._bring({data[name]: read[name] for name in beside})
         tree, _ = await checkpoint.decode(outline, data, self._classes)
         return tree
+
+    async def _bring(self, pairs: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Copy host memory to new memory of devices."""
+        arrivals = self._destinations.arrivals
+        for live, value in pairs.items():
+            device = self._destinations.device_of(live)
+            if arrivals is not None and device is not None:
+                await self._workers.run(partial(arrivals.enqueue, [live], [value], device))
+        if arrivals is not None:
+            await arrivals.land()
 
     async def _read_first(
         self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
@@ -310,6 +328,7 @@ class _Loading:
         if first:
             contents = await self._slices.run(contents_of(data, spread))
             await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))
+            await self._workers.run(partial(check_sparse, outline.table, outline.records, data, path))
         sizes = await self._slices.run(sizes_of(others, outline.records, spread))
         return data | await self._slices.run(host_memory(sizes, path=path, device=meta))
 

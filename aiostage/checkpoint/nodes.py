@@ -7,12 +7,17 @@ from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
+import torch
+
 from aiostage.checkpoint.values import MAPPINGS
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError
 
 __all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading", "shown"]
 
 _CHUNK = 64
+_NO_HOST_MEMORY = "DefaultCPUAllocator: "
+"""What PyTorch's errors contain that say so; they have no class of their own."""
+
 _MAPPINGS = frozenset(MAPPINGS.values())
 
 LOOKED_INTO = _MAPPINGS | {"list", "tuple"}
@@ -31,12 +36,23 @@ LEFT_OUT = _LeftOut()
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong with the nodes of a manifest that the manifest is wrong."""
+    """Say of whatever goes wrong with the nodes of a manifest that the manifest is wrong.
+
+    Not of what no file is to blame for: want of memory, a device that has failed, a kernel that PyTorch does not have.
+    """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-        if isinstance(error, CheckpointCorruptError):
+        if isinstance(error, (CheckpointCorruptError, StagingError)):
             raise
+        if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
+            raise
+        if isinstance(error, torch.AcceleratorError):
+            raise StagingError(
+                f"a device has failed while a checkpoint was read: {error}", remedy="The checkpoint may be intact."
+            ) from error
+        if _NO_HOST_MEMORY in str(error):
+            raise HostMemoryError(f"no memory for a tensor: {error}", path=path) from error
         raise CheckpointCorruptError(f"its nodes do not describe a tree: {error!r}.", path=path) from error
 
 
