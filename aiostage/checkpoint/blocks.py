@@ -188,7 +188,7 @@ def file_tensors(
 def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
     """Write a leaf that its name alone describes, as most are, in the fewest steps; None if it is not such."""
     node, tensor = leaf.node, leaf.tensor
-    dtype = DTYPE_NAMES.get(tensor.dtype)
+    dtype = _name_in_format(tensor)
     if dtype is None or node.form or not leaf.contiguous:
         return None
     name = names.name(node)
@@ -215,7 +215,7 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
         form: dict[str, Any] = {"name": name}
         if not leaf.contiguous:
             form["stride"] = list(tensor.stride())
-        if tensor.dtype not in DTYPE_NAMES:
+        if _name_in_format(tensor) is None:
             form |= {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
         sharer.node.form = form | sharer.node.form
     memory: int | torch.Tensor = leaf.address
@@ -286,10 +286,17 @@ def is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _in_file(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """Return the dtype and the shape under which contiguous memory is written; bytes, if the format has no name."""
-    dtype = DTYPE_NAMES.get(tensor.dtype)
+    dtype = _name_in_format(tensor)
     if dtype is None:
         return "U8", (tensor.numel() * tensor.element_size(),)
     return dtype, tuple(tensor.shape)
+
+
+def _name_in_format(tensor: torch.Tensor) -> str | None:
+    """Return the name that the format has for a tensor's dtype; None without one, and for a single pair of elements."""
+    if tensor.dtype is torch.float4_e2m1fn_x2 and tensor.dim() == 0:
+        return None
+    return DTYPE_NAMES.get(tensor.dtype)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -262,7 +262,7 @@ class _Comparison:
 
 def copyable(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor over the same memory of a dtype that torch can copy."""
-    if tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex:
+    if (tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex) and tensor.dtype is not torch.float4_e2m1fn_x2:
         return tensor.detach()
     carrier = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
     return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -75,7 +75,16 @@ def take_object_apart(value: Any) -> tuple[str, Parts]:
         name = full_name(cls)
         if found.flatten is None:
             return "object", Parts({"type": name, "of": "attributes"}, {}, attributes_of(value))
-        return "registered", registered_parts(name, *found.flatten(value), found.base)
+        try:
+            children, context = found.flatten(value)
+            return "registered", registered_parts(name, children, context, found.base)
+        except NotCarried:
+            raise
+        except Exception as error:
+            raise NotCarried(
+                f"an object of class {name} could not be flattened: {error!r:.200}",
+                "Mend the function that its class was registered with.",
+            ) from error
     kind = _BY_CLASS.get(cls)
     if kind is not None:
         return kind.name, kind.take_apart(value)

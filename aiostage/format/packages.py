@@ -36,12 +36,14 @@ def _make_model_output(cls: type, children: list[Any], context: Any) -> Any:
 
 
 def _flatten_batch_encoding(value: Any) -> tuple[Iterable[Any], Any]:
-    encodings = value._encodings
+    # Copies may lack what their own protocol forgets.
+    own = vars(value)
+    encodings = own.get("_encodings")
     states = None if encodings is None else [encoding.__getstate__() for encoding in encodings]
     return list(value.data.values()), {
         "keys": list(value.data),
         "encodings": states,
-        "n_sequences": value._n_sequences,
+        "n_sequences": own.get("_n_sequences"),
     }
 
 

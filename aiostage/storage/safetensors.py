@@ -33,6 +33,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -47,6 +49,9 @@ DTYPES: dict[str, torch.dtype] = {
 """The names that ``safetensors.torch.load_file`` opens. The format has a few more, which it does not."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_PACKED = "F4"
+"""Of which the format counts single elements in the last dimension, and torch pairs of them, a byte each."""
 
 HEADER_LENGTH_BYTES = 8
 """The header is preceded by its own length."""
@@ -75,7 +80,7 @@ class Record(NamedTuple):
     Attributes:
         name: Unique in the checkpoint.
         dtype: The format's name of the dtype, a key of :data:`DTYPES`.
-        shape: Sizes of the dimensions.
+        shape: Sizes of the dimensions, as torch counts them.
         start: First byte, counted from the start of the data.
         stop: One past the last byte.
     """
@@ -105,7 +110,8 @@ def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
     header += b'{"__metadata__":{"format":"pt"}'
     for index, record in enumerate(records):
         name = encode_basestring(record.name)
-        shape = ",".join(map(str, record.shape))
+        sizes = record.shape if record.dtype != _PACKED else (*record.shape[:-1], 2 * record.shape[-1])
+        shape = ",".join(map(str, sizes))
         header += (
             f',{name}:{{"dtype":"{record.dtype}","shape":[{shape}],"data_offsets":[{record.start},{record.stop}]}}'
         ).encode()
@@ -198,6 +204,10 @@ def _record(name: str, value: Any, path: str) -> Record:
             raise ValueError("it has unknown members")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError("sizes and offsets must be whole numbers from 0")
+        if dtype == _PACKED:
+            if not shape or shape[-1] % 2:
+                raise ValueError("its last dimension has no pairs of elements")
+            shape = [*shape[:-1], shape[-1] // 2]
         nbytes = DTYPES[dtype].itemsize
         for size in shape:
             nbytes *= size
