@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES
 from aiostage._capture.plan import RUN_LEAVES
 from aiostage._copy.openmp import one_thread
+from aiostage._copy.sources import Sources, detached_alias
 from aiostage._device.bits import without_bits, writing_to
 
 __all__ = ["Conversions", "copy_tensors"]
@@ -22,28 +23,30 @@ class Conversions:
     """Tensors to be copied by torch.
 
     Args:
+        sources: Says whether what is to be read is still there.
         staged: Where the staged copies of leaves are, once they are built.
     """
 
-    __slots__ = ("_leaves", "_pairs", "_staged")
+    __slots__ = ("_leaves", "_pairs", "_sources", "_staged")
 
-    def __init__(self, staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, sources: Sources, staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> None:
+        self._sources = sources
         self._staged = staged
         self._leaves: list[tuple[int, torch.Tensor]] = []
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     @property
     def ready(self) -> bool:
         """Whether no staged leaf is needed."""
         return not self._leaves
 
-    def add(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Add one-dimensional tensors of one length."""
-        self._pairs.append((destination, source))
+    def add(self, index: int, destination: torch.Tensor, alias: torch.Tensor) -> None:
+        """Add a part of a leaf: one-dimensional tensors of one length."""
+        self._pairs.append((index, destination, alias))
 
-    def add_leaves(self, indices: Iterable[int], sources: Iterable[torch.Tensor]) -> None:
-        """Add leaves, to be copied to the staged ones of the same indices."""
-        self._leaves += zip(indices, sources, strict=True)
+    def add_leaves(self, aliases: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Add aliases of leaves, to be copied to the staged ones of the same numbers."""
+        self._leaves += aliases
 
     def pieces(self) -> Iterator[None]:
         """Copy a piece before each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
@@ -57,7 +60,9 @@ class Conversions:
         destinations: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
         nbytes = 0
-        for destination, source in self._cut():
+        for index, destination, source in self._cut():
+            if not self._sources.is_there(index):
+                continue
             destinations.append(destination)
             sources.append(source)
             nbytes += source.nbytes
@@ -67,23 +72,30 @@ class Conversions:
         if sources:
             yield destinations, sources
 
-    def _cut(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for destination, source in self._pairs:
-            yield from _cut(destination, source)
+    def _cut(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        # Nor can torch make views of what is gone.
+        for index, destination, source in self._pairs:
+            if self._sources.is_there(index):
+                yield from _cut(index, destination, source)
         for index, source in self._leaves:
-            destination = self._staged[index]
-            if type(source) in PLAIN_CLASSES and source.is_contiguous() and destination.is_contiguous():
-                yield from _cut(destination.detach().view(-1), source.detach().view(-1))
+            if not self._sources.is_there(index):
+                continue
+            # Tensors of two subclasses in one operation would be a matter between the two.
+            destination = detached_alias(self._staged[index])
+            if source.is_contiguous() and destination.is_contiguous():
+                yield from _cut(index, destination.view(-1), source.view(-1))
             else:
-                yield destination, source
+                yield index, destination, source
 
 
-def _cut(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _cut(
+    index: int, destination: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Cut one-dimensional tensors of one length into pieces."""
     at_once = _PIECE_BYTES // source.itemsize
     if len(source) <= at_once:
-        return iter(((destination, source),))
-    return zip(torch.split(destination, at_once), torch.split(source, at_once), strict=True)
+        return iter(((index, destination, source),))
+    return zip(repeat(index), torch.split(destination, at_once), torch.split(source, at_once), strict=False)
 
 
 def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from aiostage._copy.building import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.host import HostCopy
 from aiostage._copy.looking import Look
+from aiostage._copy.sources import Sources
 from aiostage._copy.window import Chunk
 from aiostage._loop.workers import Job
 from aiostage.observe import OpenSpan, inside
@@ -46,6 +47,7 @@ class Copies:
         inline: bool,
     ) -> None:
         self._look = look
+        self.sources = Sources(look.leaves, look.specs)
         self._job = job
         self._batches = list(batches)
         self._span = span
@@ -62,11 +64,11 @@ class Copies:
         Returns:
             The copies from devices.
         """
-        leaves, specs = self._look.leaves, self._look.specs
         waiting: dict[int, HostCopy] = {}
         for number, batch in self._batches:
             if batch.device is None:
-                copies = HostCopy(batch, leaves.tensors, staged, specs, leaves.addresses, memory)
+                copies = HostCopy(self.sources, staged, memory)
+                yield from copies.fill(batch)
                 if copies.ready:
                     self._start(number, batch, copies)
                 else:
@@ -74,9 +76,9 @@ class Copies:
                 yield
         from_devices: list[DeviceCopy] = []
         for number, batch in self._batches:
-            yield from build_batch(batch, memory, staged, specs)
+            yield from build_batch(batch, memory, staged, self._look.specs)
             if batch.device is not None:
-                from_devices.append(DeviceCopy(number, batch, leaves.tensors, staged, specs, memory))
+                from_devices.append((yield from DeviceCopy.of(number, batch, self.sources, staged, memory)))
             elif number in waiting:
                 self._start(number, batch, waiting.pop(number))
             yield
@@ -97,15 +99,15 @@ class Copies:
         Returns:
             The copies from devices.
         """
-        leaves, specs = self._look.leaves, self._look.specs
         from_devices: list[DeviceCopy] = []
         for number, placed in self._batches[chunk.batches.start : chunk.batches.stop]:
             batch = placed.moved(-chunk.start)
             destinations = build_destinations(batch, memory)
             if batch.device is not None:
-                from_devices.append(DeviceCopy(number, batch, leaves.tensors, destinations, specs, memory))
+                from_devices.append((yield from DeviceCopy.of(number, batch, self.sources, destinations, memory)))
             else:
-                copies = HostCopy(batch, leaves.tensors, destinations, specs, leaves.addresses, memory)
+                copies = HostCopy(self.sources, destinations, memory)
+                yield from copies.fill(batch)
                 self._start(number, batch, copies)
             yield
         return from_devices

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import SMALL_BYTES, Batch
+from aiostage._copy.sources import Sources, detached_alias
 from aiostage._loop.transfers import Traffic, Transfer
 from aiostage.abc import Backend, SupportsQuery
 
@@ -45,12 +45,15 @@ class Flight:
 class DeviceCopy:
     """The copies of one batch, to be enqueued from a worker thread.
 
+    It reads through aliases of the leaves, made on the event loop, because the leaves themselves may be given other
+    memory while a thread enqueues.
+
     Args:
         number: Of the batch.
         batch: What to copy.
-        tensors: The source leaves.
+        aliases: Of the source leaves by their numbers, without those whose memory has been replaced.
+        sources: The leaves.
         staged: Their staged copies, built where the batch needs them.
-        specs: Of the leaves.
         memory: One-dimensional uint8, the whole arena.
     """
 
@@ -58,22 +61,40 @@ class DeviceCopy:
         self,
         number: int,
         batch: Batch,
-        tensors: Sequence[torch.Tensor],
+        aliases: Mapping[int, torch.Tensor],
+        sources: Sources,
         staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
-        specs: Sequence[Spec | None],
         memory: np.ndarray[Any, Any],
     ) -> None:
         assert batch.device is not None  # noqa: S101 - host batches are copied by HostCopy
         self.number = number
         self.device = batch.device
         self.nbytes = batch.stop - batch.start
-        self._whole = [(_known(specs[index]), tensors[index], staged[index]) for index in batch.whole]
-        self._pieces = [(piece, _known(specs[piece.index]), tensors[piece.index]) for piece in batch.pieces]
+        self._whole = [
+            (sources.spec(index), aliases[index], staged[index]) for index in batch.whole if index in aliases
+        ]
+        self._pieces = [
+            (piece, sources.spec(piece.index), aliases[piece.index]) for piece in batch.pieces if piece.index in aliases
+        ]
         self._memory = memory
-        self._leaves = [tensors[index] for index in batch.whole] + [tensors[piece.index] for piece in batch.pieces]
+        self._leaves = list(aliases.values())
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._launches = 0
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        batch: Batch,
+        sources: Sources,
+        staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+        memory: np.ndarray[Any, Any],
+    ) -> Generator[None, None, DeviceCopy]:
+        """Return the copies of a batch, yielding between small steps while their sources are looked up."""
+        indices = [*batch.whole, *dict.fromkeys(piece.index for piece in batch.pieces)]
+        aliases = yield from sources.aliases(indices)
+        return cls(number, batch, aliases, sources, staged, memory)
 
     def enqueue(self, backend: Backend, stream: Any) -> None:
         """Tell the device to copy. May block while the host memory is not pinned.
@@ -118,10 +139,9 @@ class DeviceCopy:
         dtype: torch.dtype | None = None
         base: int = self._memory.ctypes.data
         begin = end = 0
-        for spec, tensor, staged in self._whole:
-            source = tensor.detach()
+        for spec, source, staged in self._whole:
             if spec.nbytes > SMALL_BYTES or spec.target is not spec.dtype or spec.by_value:
-                self._destinations.append(staged.detach())
+                self._destinations.append(detached_alias(staged))
                 self._sources.append(source)
                 continue
             address = staged.data_ptr() - base
@@ -165,11 +185,6 @@ class DeviceCopy:
                 source.set_(tensor.untyped_storage(), begin, (piece.length * size,), (1,))
             else:
                 destination = destination.view(spec.target)
-                source = tensor.detach().as_strided((piece.length,), (1,), tensor.storage_offset() + piece.start)
+                source = tensor.as_strided((piece.length,), (1,), tensor.storage_offset() + piece.start)
             self._destinations.append(destination)
             self._sources.append(source)
-
-
-def _known(spec: Spec | None) -> Spec:
-    assert spec is not None  # noqa: S101 - a plan places leaves with memory only
-    return spec

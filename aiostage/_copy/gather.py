@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from aiostage._copy.openmp import one_thread
+from aiostage._copy.sources import Sources
 
 __all__ = ["Gather", "Gathers"]
 
@@ -20,17 +21,25 @@ _MOST_ELEMENTS = 2**62
 
 
 class Gathers:
-    """Leaves that are small, many of one size together. Whoever adds them keeps them alive."""
+    """Leaves that are small, many of one size together.
 
-    __slots__ = ("_gathers",)
+    Args:
+        sources: Keeps them alive.
+    """
 
-    def __init__(self) -> None:
-        self._gathers: list[Gather] = []
+    __slots__ = ("_gathers", "_sources")
 
-    def add(self, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> bool:
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._gathers: list[tuple[Sequence[int], Gather]] = []
+
+    def add(
+        self, indices: Sequence[int], addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]
+    ) -> bool:
         """Add leaves, unless torch could not count what lies between them.
 
         Args:
+            indices: Their numbers.
             addresses: Where they begin.
             nbytes: Size of each, in bytes, more than 0.
             destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements.
@@ -40,16 +49,21 @@ class Gathers:
         """
         gather = Gather.over(addresses, nbytes, destination)
         if gather is not None:
-            self._gathers.append(gather)
+            self._gathers.append((indices, gather))
         return gather is not None
 
     def pieces(self) -> Iterator[None]:
         """Copy a piece before each yield, all of them in one thread. Blocks, without the GIL."""
         with one_thread():
-            for gather in self._gathers:
+            for indices, gather in self._gathers:
                 at_once = max(1, _PIECE_BYTES // gather.nbytes)
                 for start in range(0, len(gather), at_once):
-                    gather.run(start, start + at_once)
+                    there = self._sources.are_there(indices[start : start + at_once])
+                    if there is None:
+                        gather.run(start, start + at_once)
+                    else:
+                        for row in (number for number, is_there in enumerate(there, start) if is_there):
+                            gather.run(row, row + 1)
                     yield
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, groupby
+from collections.abc import Generator, Mapping, Sequence
+from itertools import chain, groupby, pairwise
 from operator import attrgetter
 from time import sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from aiostage._capture.plan import Batch, Piece, Run
 from aiostage._copy.conversions import Conversions
 from aiostage._copy.gather import Gathers
 from aiostage._copy.moves import Moves
+from aiostage._copy.sources import Sources
 from aiostage._loop.workers import Job
 
 __all__ = ["HostCopy"]
-
-T = TypeVar("T")
 
 _MOVED_BYTES = 256 * 1024
 """From this size on a leaf is copied by a call of its own, whose cost does not show there."""
@@ -32,36 +31,32 @@ class HostCopy:
     """The copies of one batch, ready to run in a worker thread: each leaf in the cheapest of three ways.
 
     Args:
-        batch: What to copy.
-        tensors: The source leaves, kept alive, as a list that is not changed, until the copy has run.
+        sources: The leaves, kept alive until the copy has run.
         staged: Where their staged copies are once they are built.
-        specs: Of the leaves.
-        addresses: Of the source leaves.
         memory: One-dimensional uint8, the whole arena, kept alive like the sources.
     """
 
-    __slots__ = ("_addresses", "_conversions", "_gathers", "_memory", "_moves", "_tensors")
+    __slots__ = ("_conversions", "_gathers", "_memory", "_moves", "_sources")
 
     def __init__(
         self,
-        batch: Batch,
-        tensors: Sequence[torch.Tensor],
+        sources: Sources,
         staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
-        specs: Sequence[Spec | None],
-        addresses: Sequence[int],
         memory: np.ndarray[Any, Any],
     ) -> None:
-        self._tensors = tensors
-        self._addresses = addresses
+        self._sources = sources
         self._memory = memory
-        self._moves = Moves()
-        self._gathers = Gathers()
-        self._conversions = Conversions(staged)
+        self._moves = Moves(sources)
+        self._gathers = Gathers(sources)
+        self._conversions = Conversions(sources, staged)
+
+    def fill(self, batch: Batch) -> Generator[None, None, None]:
+        """Take note of what to copy, yielding between small steps."""
         # Runs of one spec follow each other in the arena too.
         for spec, runs in groupby(filter(_is_whole, batch.runs), _spec):
-            self._add_leaves(spec, list(runs))
+            yield from self._add_leaves(spec, list(runs))
         for piece in batch.pieces:
-            self._add_piece(_known(specs[piece.index]), piece)
+            self._add_piece(self._sources.spec(piece.index), piece)
 
     @property
     def ready(self) -> bool:
@@ -88,31 +83,37 @@ class HostCopy:
                     return False
         return True
 
-    def _add_leaves(self, spec: Spec, runs: Sequence[Run]) -> None:
+    def _add_leaves(self, spec: Spec, runs: Sequence[Run]) -> Generator[None, None, None]:
         """Add whole leaves of one spec."""
+        indices = _joined(runs)
         if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
-            indices = chain.from_iterable(run.indices for run in runs)
-            self._conversions.add_leaves(indices, _pick(self._tensors, runs))
+            self._conversions.add_leaves((yield from self._sources.aliases(indices)).items())
             return
         start, stop = runs[0].offset, runs[-1].offset + runs[-1].nbytes
-        begins = _pick(self._addresses, runs)
+        addresses = self._sources.addresses
+        if isinstance(indices, range):
+            begins = addresses[indices.start : indices.stop]
+        else:
+            begins = [addresses[index] for index in indices]
         small = spec.nbytes < _MOVED_BYTES
-        if not (small and self._gathers.add(begins, spec.nbytes, self._memory[start:stop])):
+        if not (small and self._gathers.add(indices, begins, spec.nbytes, self._memory[start:stop])):
             base = self._memory.ctypes.data
-            self._moves.add(range(base + start, base + stop, spec.nbytes), begins, spec.nbytes)
+            self._moves.add(indices, range(base + start, base + stop, spec.nbytes), begins, spec.nbytes)
 
     def _add_piece(self, spec: Spec, piece: Piece) -> None:
         """Add a part of a leaf."""
         if _is_memory(spec):
             size = spec.dtype.itemsize
-            address = self._addresses[piece.index] + piece.start * size
-            self._moves.add([self._memory.ctypes.data + piece.offset], [address], piece.length * size)
-        else:
+            address = self._sources.addresses[piece.index] + piece.start * size
+            destination = self._memory.ctypes.data + piece.offset
+            self._moves.add([piece.index], [destination], [address], piece.length * size)
+            return
+        alias = self._sources.alias(piece.index)
+        if alias is not None:
             stop = piece.offset + piece.length * spec.target.itemsize
-            destination = torch.from_numpy(self._memory[piece.offset : stop]).view(spec.target)
-            tensor = self._tensors[piece.index]
-            first = tensor.storage_offset() + piece.start
-            self._conversions.add(destination, tensor.detach().as_strided((piece.length,), (1,), first))
+            made = torch.from_numpy(self._memory[piece.offset : stop]).view(spec.target)
+            first = alias.storage_offset() + piece.start
+            self._conversions.add(piece.index, made, alias.as_strided((piece.length,), (1,), first))
 
 
 if sys.platform == "win32":
@@ -129,20 +130,12 @@ _is_whole = attrgetter("is_whole")
 _spec = attrgetter("spec")
 
 
-def _pick(items: Sequence[T], runs: Iterable[Run]) -> list[T]:
-    """Return the items of the leaves in some runs."""
-    picked: list[T] = []
-    for run in runs:
-        if isinstance(run.indices, range):
-            picked += items[run.indices.start : run.indices.stop]
-        else:
-            picked += [items[index] for index in run.indices]
-    return picked
-
-
-def _known(spec: Spec | None) -> Spec:
-    assert spec is not None  # noqa: S101 - a plan places leaves with memory only
-    return spec
+def _joined(runs: Sequence[Run]) -> Sequence[int]:
+    """Return the numbers of the leaves in some runs, as a range if they are one."""
+    ranges = [run.indices for run in runs if isinstance(run.indices, range)]
+    if len(ranges) == len(runs) and all(after.start == before.stop for before, after in pairwise(ranges)):
+        return range(ranges[0].start, ranges[-1].stop)
+    return list(chain.from_iterable(run.indices for run in runs))
 
 
 def _is_memory(spec: Spec) -> bool:

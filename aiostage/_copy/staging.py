@@ -355,8 +355,9 @@ class Staging:
             if self._options.detect_torn:
                 with Phase(self.timings, "check"):
                     await self._slices.run(self._look.changes.compare())
-                if self._look.changes.paths:
-                    raise TornSnapshotError([format_path(path) for path in self._look.changes.paths])
+            torn = dict.fromkeys(self._look.changes.paths) | dict.fromkeys(self._lost_paths())
+            if torn:
+                raise TornSnapshotError([format_path(path) for path in torn])
             if not early:
                 await self._rebuild()
             await self._slices.run(self._look.walk.releasing())
@@ -369,6 +370,11 @@ class Staging:
             counts.copies += flight.copies
             counts.launches += flight.launches
         return self.tree
+
+    def _lost_paths(self) -> list[Path]:
+        """Return where leaves are that could not be copied, because their memory had been replaced by then."""
+        lost = self._copies.sources.lost if self._copies is not None else ()
+        return [self._look.walk.path(index) for index in sorted(lost)]
 
     def _dropping(self) -> Generator[None, None, None]:
         while self.staged:

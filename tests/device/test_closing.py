@@ -83,7 +83,7 @@ async def look_at_the_memory(snapshot: Snapshot[Any]) -> None:
 async def test_a_staging(loop: str) -> None:
     with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
         source = full(accelerator, 1)
-        alive, stager, refused = weakref.ref(source), AsyncStager(backend=accelerator), Refused()
+        alive, stager, refused = weakref.ref(source.untyped_storage()), AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, {"a": source}))
             await until(lambda: len(airborne) == 1)

@@ -191,7 +191,7 @@ class TestAbandoned:
         with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
             source = full(accelerator, 1)
             accelerator.synchronize()
-            alive = weakref.ref(source)
+            alive = weakref.ref(source.untyped_storage())
             async with AsyncStager(backend=accelerator) as stager:
                 task = asyncio.ensure_future(stager.stage({"a": source}))
                 await until(lambda: len(airborne) == 1)
