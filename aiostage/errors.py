@@ -25,6 +25,10 @@ __all__ = [
     "UnsupportedLeafError",
 ]
 
+_LONGEST_VALUE = 80
+_LONGEST_REASON = 1000
+_LONGEST_PATH = 200
+
 SHOWN_PATHS = 10
 """How many paths a message spells out before it counts the rest."""
 
@@ -117,7 +121,13 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class CheckpointCorruptError(CheckpointError, ValueError):
-    """The files of a checkpoint contradict each other, their checksums or the format."""
+    """The files of a checkpoint contradict each other, their checksums or the format.
+
+    What the files say is in the message with at most 1,000 characters: whoever has made them may have put anything in.
+    """
+
+    def __init__(self, reason: str, *, path: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(_cut(reason, _LONGEST_REASON), path=path, remedy=remedy)
 
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
@@ -150,7 +160,7 @@ class CheckpointMismatchError(CheckpointError, ValueError):
         self.unexpected: tuple[str, ...] = tuple(unexpected)
         self.mismatched: tuple[str, ...] = tuple(mismatched)
         parts = [
-            f"{name}: {', '.join(paths)}"
+            f"{name}: {listed([_cut(path, _LONGEST_PATH) for path in paths[:SHOWN_PATHS]] + list(paths[SHOWN_PATHS:]))}"
             for name, paths in (
                 (f"missing from {source}", self.missing),
                 (f"unexpected in {source}", self.unexpected),
@@ -191,3 +201,24 @@ def listed(paths: Sequence[str]) -> str:
     shown = ", ".join(paths[:SHOWN_PATHS])
     rest = len(paths) - SHOWN_PATHS
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def shortened(value: object) -> str:
+    """Return what a value looks like in code, in at most 80 characters."""
+    # Not of all of it: it may be long, and a number of many digits has no text at all.
+    if isinstance(value, (str, bytes)):
+        value = value[:_LONGEST_VALUE]
+    elif isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
+        return f"a number of {value.bit_length()} bits"
+    elif isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > _LONGEST_VALUE:
+        return f"{type(value).__name__} of {len(value)}"
+    return _cut(repr(value), _LONGEST_VALUE)
+
+
+def said(error: BaseException) -> str:
+    """Return the class of an error and what it says, in at most 300 characters."""
+    return f"{type(error).__name__}: {_cut(str(error), 300)}" if len(error.args) <= 1 else _cut(repr(error), 300)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

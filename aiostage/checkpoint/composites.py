@@ -10,6 +10,7 @@ import torch
 
 from aiostage import _private
 from aiostage.checkpoint.values import torch_constant
+from aiostage.storage.sizes import checked_sizes
 
 __all__ = ["COMPOSITES", "SPARSE", "assemble", "check_invariants", "take_apart"]
 
@@ -109,21 +110,22 @@ def _assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any], *,
     with warnings.catch_warnings():
         # Sparse layouts are in beta and quantized ones deprecated; whoever made the tensor has been told.
         warnings.simplefilter("ignore")
+        shape = checked_sizes(form["shape"])
         if kind == "sparse":
             indices, values = parts
             return torch.sparse_coo_tensor(
-                indices, values, form["shape"], is_coalesced=form["coalesced"] is True, check_invariants=check
+                indices, values, shape, is_coalesced=form["coalesced"] is True, check_invariants=check
             )
         if kind == "sparse_compressed":
             compressed, plain, values = parts
             layout = torch_constant(form["layout"])
             return torch.sparse_compressed_tensor(
-                compressed, plain, values, form["shape"], layout=layout, check_invariants=check
+                compressed, plain, values, shape, layout=layout, check_invariants=check
             )
-        return _assemble_quantized(parts, form)
+        return _assemble_quantized(parts, form, shape)
 
 
-def _assemble_quantized(parts: Sequence[torch.Tensor], form: dict[str, Any]) -> torch.Tensor:
+def _assemble_quantized(parts: Sequence[torch.Tensor], form: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
     dtype = torch_constant(form["dtype"])
     schemes: dict[str, Any] = {"per_tensor_affine": torch.per_tensor_affine} | {
         str(scheme).removeprefix("torch."): scheme for scheme in _PER_CHANNEL
@@ -137,6 +139,6 @@ def _assemble_quantized(parts: Sequence[torch.Tensor], form: dict[str, Any]) -> 
     memory = parts[0].untyped_storage()
     typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
     tensor: torch.Tensor = _private.require("rebuild_qtensor")(
-        typed, form["offset"], form["shape"], form["stride"], parameters, False, {}
+        typed, form["offset"], shape, checked_sizes(form["stride"]), parameters, False, {}
     )
     return tensor

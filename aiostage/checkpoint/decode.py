@@ -10,6 +10,7 @@ import torch
 
 from aiostage._private import storage_identity
 from aiostage.checkpoint.composites import COMPOSITES, assemble
+from aiostage.checkpoint.hashing import Collisions
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import FACTORIES, MAPPINGS, SCALAR_KINDS, read_bytes, read_scalar
 from aiostage.checkpoint.views import view_of
@@ -42,7 +43,7 @@ _NEW: dict[str, Callable[[dict[str, Any]], Any]] = {
 """Containers that are made empty and filled when everything else exists, so that they may contain themselves."""
 
 _EXTEND: dict[str, Callable[[Any, Any], None]] = {"list": list.extend, "set": set.update, "deque": deque.extend}
-_IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
+_IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
 _BYTES = ("bytes", "bytearray")
@@ -162,6 +163,8 @@ class TreeDecoder:
         """Make an object that cannot be changed later, or has nothing in it that could refer to it."""
         form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
+        if kind == "frozenset":
+            return frozenset(Collisions().add(map(self._child, children)))
         if kind in _IMMUTABLE:
             return _IMMUTABLE[kind](map(self._child, children))
         if kind == "tensor" or kind in COMPOSITES:
@@ -201,14 +204,18 @@ class TreeDecoder:
         made, form, children = self._made[index], self._table.forms[index], self._table.children[index]
         kind = form["is"]
         if kind in _MAPPINGS:
+            collisions = Collisions()
             for place in range(0, len(children), 2):
+                (key,) = collisions.add((self._child(children[place]),))
                 # Not through Counter.update, which adds.
-                made[self._child(children[place])] = self._child(children[place + 1])
+                made[key] = self._child(children[place + 1])
                 if place % _CHUNK == 0:
                     yield
         elif kind in _EXTEND:
+            elements = Collisions() if kind == "set" else None
             for start in range(0, len(children), _CHUNK):
-                _EXTEND[kind](made, map(self._child, children[start : start + _CHUNK]))
+                found = map(self._child, children[start : start + _CHUNK])
+                _EXTEND[kind](made, elements.add(found) if elements is not None else found)
                 yield
         if "attributes" in form:
             attach(made, form, {name: self._child(child) for name, child in form["attributes"].items()})

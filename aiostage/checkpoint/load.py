@@ -31,7 +31,7 @@ from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import ResolvingReader, open_checkpoint
+from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.sparse import check_sparse, parts_of_sparse
 from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
@@ -179,6 +179,8 @@ async def load_after(
                     _logger.info("loaded %s in %.3f s", reader.location, perf_counter() - begin)
                     return tree
                 except CheckpointNotFoundError:
+                    if await is_removed(storage, name):
+                        raise
                     # Replaced while it was read; if it was deleted, the next attempt says so.
                     continue
                 finally:

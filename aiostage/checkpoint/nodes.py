@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from aiostage.checkpoint.values import MAPPINGS
-from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError
+from aiostage.checkpoint.hashing import check_hashed
+from aiostage.checkpoint.values import EXACT_INTEGERS, MAPPINGS
+from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shortened
 
 __all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading", "shown"]
+
+T = TypeVar("T")
 
 _CHUNK = 64
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "
 """What PyTorch's errors contain that say so; they have no class of their own."""
 
 _MAPPINGS = frozenset(MAPPINGS.values())
+_INLINE = frozenset((str, int, float, bool, type(None)))
+_NOTHING: list[Any] = []
+"""The children of all nodes that have none. Never added to."""
 
 LOOKED_INTO = _MAPPINGS | {"list", "tuple"}
 """Kinds of containers that live trees are compared in key by key; others are values, and replaced as a whole."""
@@ -53,7 +59,7 @@ def reading(path: str) -> Iterator[None]:
             ) from error
         if _NO_HOST_MEMORY in str(error):
             raise HostMemoryError(f"no memory for a tensor: {error}", path=path) from error
-        raise CheckpointCorruptError(f"its nodes do not describe a tree: {error!r}.", path=path) from error
+        raise CheckpointCorruptError(f"its nodes do not describe a tree: {said(error)}.", path=path) from error
 
 
 class NodeTable:
@@ -73,44 +79,96 @@ class NodeTable:
         self.root: Any = None
         self.kinds: Any = 0
         self.reached = bytearray()
+        self._is_whole = False
+        self._highest = -1
+        # Many lines and references are alike, and each would be an object of its own.
+        self._plain: dict[str, dict[str, Any]] = {}
+        self._references: dict[int, list[int]] = {}
 
     @classmethod
-    def read(cls, lines: Sequence[Any]) -> Generator[None, None, NodeTable]:
+    def read(cls, lines: Iterable[Any]) -> Generator[None, None, NodeTable]:
         """Join the lines of a manifest, yielding now and then.
 
         Raises:
             ValueError: If they are no table. Other exceptions are possible too.
         """
         table = cls()
-        for count, line in enumerate(lines[:-1]):
-            if line.get("is") != "more":
-                table.forms.append(line)
-                table.children.append([])
-            children = table.children[-1]
-            if "of" in line:
-                children += line["of"]
-            for pair in line.get("pairs", ()):
-                key, value = pair
-                children += (key, value)
-            for item in line.get("items", {}).items():
-                children += item
+        for count, line in enumerate(lines):
+            table.add(line)
             if count % _CHUNK == 0:
                 yield
-        table.root = lines[-1]["root"]
-        table.kinds = lines[-1].get("kinds", 0)
-        yield from table._check()
+        yield from table.complete()
         return table
 
-    def _check(self) -> Generator[None, None, None]:
-        """Raise a ValueError if a node has no kind, refers to nothing, or is a mapping with a key and no value."""
-        self.node(self.root)
+    def add(self, line: Any) -> None:
+        """Add one line of a manifest, and check all of it that can be checked before the others are there.
+
+        Raises:
+            ValueError: If it is none. Other exceptions are possible too.
+        """
+        if type(line) is not dict or self._is_whole:
+            raise ValueError(f"{shortened(line)} is no node, or comes after the root")
+        if "root" in line:
+            self.root, self.kinds = self._child(line["root"]), line.get("kinds", 0)
+            self._is_whole = True
+            return
+        kind = line.pop("is")
+        if type(kind) is not str:
+            raise ValueError(f"{shortened(kind)} is no kind of a node")
+        found: list[Any] = list(map(self._child, _checked(line.pop("of", []), list)))
+        for key, value in _checked(line.pop("pairs", []), list):
+            found += (self._child(key), self._child(value))
+        for key, value in _checked(line.pop("items", {}), dict).items():
+            found += (key, self._child(value))
+        if kind == "more":
+            if line:
+                raise ValueError("a line that adds children has more than these")
+            self._extend(found)
+            return
+        if "attributes" in line:
+            attributes = _checked(line["attributes"], dict)
+            line["attributes"] = {name: self._child(child) for name, child in attributes.items()}
+        self.forms.append({"is": kind, **line} if line else self._plain.setdefault(kind, {"is": kind}))
+        self.children.append(found or _NOTHING)
+
+    def _extend(self, found: list[Any]) -> None:
+        if self.children[-1] is _NOTHING:
+            self.children[-1] = []
+        self.children[-1] += found
+
+    def _child(self, child: Any) -> Any:
+        """Check a child: a JSON scalar, or a list with the number of a node."""
+        kind = type(child)
+        if kind is list:
+            (index,) = child
+            if type(index) is not int or index < 0:
+                raise ValueError(f"there is no node {shortened(index)}")
+            self._highest = max(self._highest, index)
+            return self._references.setdefault(index, child)
+        if kind is int and abs(child) > EXACT_INTEGERS:
+            raise ValueError(f"{shortened(child)} is larger than numbers in JSON are")
+        if kind not in _INLINE:
+            raise ValueError(f"{shortened(child)} is no child of a node")
+        return child
+
+    def complete(self) -> Generator[None, None, None]:
+        """Check what could not be checked before all lines were there, yielding now and then.
+
+        Raises:
+            ValueError: If a node refers to nothing, or is a mapping with a key and no value; or if something that is
+                to be hashed takes too long for it.
+        """
+        self._references.clear()
+        if not self._is_whole:
+            raise ValueError("there is no root")
+        if self._highest >= len(self.forms):
+            raise ValueError(f"there is no node {self._highest}")
         for index, (form, children) in enumerate(zip(self.forms, self.children, strict=True)):
-            if type(form["is"]) is not str or (form["is"] in _MAPPINGS and len(children) % 2):
+            if form["is"] in _MAPPINGS and len(children) % 2:
                 raise ValueError(f"node {index} is no {form['is']!r}")
-            for count, child in enumerate((*children, *form.get("attributes", {}).values())):
-                self.node(child)
-                if count % _CHUNK == 0:
-                    yield
+            if index % _CHUNK == 0:
+                yield
+        yield from check_hashed(self.forms, self.children)
 
     def node(self, child: Any) -> int | None:
         """Return the number of the node that a child refers to, or None if it is a scalar.
@@ -185,3 +243,9 @@ class NodeTable:
 def shown(key: object) -> object:
     """Return a key as part of a path; one that is a node, as tuples are, by its number."""
     return f"<node {key[0]}>" if isinstance(key, list) else key
+
+
+def _checked(value: Any, cls: type[T]) -> T:
+    if type(value) is not cls:
+        raise ValueError(f"{shortened(value)} is no {cls.__name__} of children")
+    return value

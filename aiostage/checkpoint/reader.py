@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.slices import Slices
+from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.checkpoint.decode import Memory, TreeDecoder
@@ -17,12 +17,12 @@ from aiostage.checkpoint.incoming import Destinations, Incoming
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, shortened
 from aiostage.format.classes import Classes
 from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
+from aiostage.storage.manifest import FileRecord, Manifest
 from aiostage.storage.parts import Content, Hole, Part, cut
 from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, Record, read_header
 
@@ -111,14 +111,10 @@ class CheckpointReader:
         May be cancelled; nothing is left behind then.
         """
         with span("manifest"):
-            text = await self._reader.manifest()
-            if len(text) > MAX_MANIFEST_BYTES:
-                raise CheckpointCorruptError(
-                    f"it is {len(text)} bytes long, too long for a manifest.", path=self.manifest_path
-                )
-            manifest = await read_manifest(text, path=self.manifest_path, workers=self._workers, slices=self._slices)
+            table = NodeTable()
+            manifest = await self._reader.open(self._workers, table.add)
             with reading(self.manifest_path):
-                table = await self._slices.run(NodeTable.read(manifest.nodes))
+                await self._workers.run(lambda: in_turns(table.complete()))
         self._incoming = Incoming(
             self._reader,
             self._workers,
@@ -251,7 +247,7 @@ def _index(
 ) -> Generator[None, None, None]:
     for count, record in enumerate(found):
         if record.name in records:
-            raise CheckpointCorruptError(f"another file has the tensor {record.name!r} too.", path=path)
+            raise CheckpointCorruptError(f"another file has the tensor {shortened(record.name)} too.", path=path)
         records[record.name] = record
         positions[record.name] = start + record.start
         if count % _CHUNK == 0:

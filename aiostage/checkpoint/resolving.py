@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import anyio
 
-from aiostage._loop.cleanup import finish
-from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.checkpoint.retention import mark_of, removed_of, step_of
-from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES, read_placement
+from aiostage.storage.manifest import MAX_MANIFEST_BYTES, Manifest, read_manifest, read_placement
 from aiostage.storage.placement import Piece, PlacedFile, Placement
 
 __all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
@@ -30,15 +28,16 @@ class ResolvingReader(Reader):
         storage: Where they are.
         name: Of the checkpoint.
         reader: Of the checkpoint; closed with this.
+        refuses_removed: Whether one that was removed, and lies there for others, is not to be found.
     """
 
-    def __init__(self, storage: Storage, name: str, reader: Reader) -> None:
+    def __init__(self, storage: Storage, name: str, reader: Reader, *, refuses_removed: bool = True) -> None:
         self._storage = storage
         self._name = name
         self._reader = reader
         self._others: dict[str, Reader] = {}
         self._opening = anyio.Lock()
-        self._workers, self._slices = Workers(1, "aiostage-load"), Slices(MAX_HOLD)
+        self._refuses_removed = refuses_removed
         self._placement: Placement | None = None
         self._is_known = False
 
@@ -53,25 +52,55 @@ class ResolvingReader(Reader):
         return self._reader.reads_at_once
 
     async def manifest(self) -> Buffer:
-        """Return the contents of the manifest.
+        """Return the contents of the manifest, which need not be one.
 
         Raises:
-            CheckpointCorruptError: If it is anything but a manifest.
+            CheckpointCorruptError: If it is longer than any manifest.
             OSError: If the storage refuses.
         """
         text = await self._reader.manifest()
-        path = self._path(MANIFEST_NAME)
         if len(text) > MAX_MANIFEST_BYTES:
-            raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
-        self._placement = await read_placement(text, path=path, workers=self._workers, slices=self._slices)
-        self._is_known = True
+            raise CheckpointCorruptError(
+                f"it is {len(text)} bytes long, too long for a manifest.", path=self._path(MANIFEST_NAME)
+            )
         return text
 
+    async def open(self, workers: Workers, add_node: Callable[[Any], object]) -> Manifest:
+        """Read the manifest, and find out where the files lie. It is read and checked once.
+
+        Args:
+            workers: Do that.
+            add_node: As for :func:`~aiostage.storage.manifest.read_manifest`.
+
+        Raises:
+            CheckpointCorruptError: If it is anything but a manifest.
+            CheckpointNotFoundError: If the checkpoint was removed, and lies there only because others refer to it.
+            OSError: If the storage refuses.
+        """
+        async with self.told_apart():
+            text = await self.manifest()
+            manifest = await read_manifest(text, path=self._path(MANIFEST_NAME), workers=workers, add_node=add_node)
+        await self._use(manifest.placement)
+        return manifest
+
     async def placement(self) -> Placement | None:
-        """Return where the files lie; None if each lies as a whole in the checkpoint. Raises as :meth:`manifest`."""
+        """Return where the files lie; None if each lies as a whole in the checkpoint. Raises as :meth:`open`."""
         if not self._is_known:
-            await self.manifest()
+            workers = Workers(1, "aiostage-load")
+            try:
+                async with self.told_apart():
+                    text = await self.manifest()
+                    placement = await read_placement(text, path=self._path(MANIFEST_NAME), workers=workers)
+            finally:
+                workers.stop()
+            await self._use(placement)
         return self._placement
+
+    async def _use(self, placement: Placement | None) -> None:
+        # Only those that refer to others, or may be referred to, are ever removed in steps.
+        if placement is not None and self._refuses_removed:
+            await refuse_removed(self._storage, self._name, self.location)
+        self._placement, self._is_known = placement, True
 
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes. Raises as :meth:`read`."""
@@ -117,15 +146,16 @@ class ResolvingReader(Reader):
         try:
             yield
         except CheckpointCorruptError as error:
-            try:
-                await (await open_checkpoint(self._storage, self._name)).aclose()
-            except CheckpointNotFoundError as gone:
-                raise gone from error
+            if self._refuses_removed:
+                try:
+                    await (await open_checkpoint(self._storage, self._name)).aclose()
+                    await refuse_removed(self._storage, self._name, self.location)
+                except CheckpointNotFoundError as gone:
+                    raise gone from error
             raise
 
     async def aclose(self) -> None:
         """Let go of it and of the others. May be called more than once."""
-        self._workers.stop()
         for reader in (self._reader, *self._others.values()):
             await reader.aclose()
 
@@ -163,22 +193,28 @@ class ResolvingReader(Reader):
 async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:
     """Open a checkpoint, wherever its bytes lie.
 
+    Whether it was removed is found out with its manifest: by :meth:`ResolvingReader.open` or ``placement``.
+
     Raises:
-        CheckpointNotFoundError: If there is none; or if it was removed, and lies there only because others refer to it.
+        CheckpointNotFoundError: If there is none.
         OSError: If the storage refuses.
     """
-    reader = await storage.read(name)
-    try:
-        if await is_removed(storage, name):
-            raise CheckpointNotFoundError(
-                "it was removed; what is left of it lies there for others that refer to it.", path=reader.location
-            )
-    except BaseException as error:
-        # A coroutine that is being closed may not wait.
-        if not isinstance(error, GeneratorExit):
-            await finish(reader.aclose)
-        raise
-    return ResolvingReader(storage, name, reader)
+    if removed_of(name.rpartition("/")[2]) is not None:
+        raise CheckpointNotFoundError("it only says that another one was removed.", path=f"{storage.location}/{name}")
+    return ResolvingReader(storage, name, await storage.read(name))
+
+
+async def refuse_removed(storage: Storage, name: str, location: str) -> None:
+    """Raise a CheckpointNotFoundError if a checkpoint was removed, and lies there only because others refer to it.
+
+    Raises:
+        CheckpointNotFoundError: If so.
+        OSError: If the storage refuses.
+    """
+    if await is_removed(storage, name):
+        raise CheckpointNotFoundError(
+            "it was removed; what is left of it lies there for others that refer to it.", path=location
+        )
 
 
 async def is_removed(storage: Storage, name: str) -> bool:
@@ -212,7 +248,7 @@ async def placement_of(storage: Storage, name: str) -> Placement | None:
         CheckpointCorruptError: If its manifest is damaged.
         OSError: If the storage refuses.
     """
-    reader = ResolvingReader(storage, name, await storage.read(name))
+    reader = ResolvingReader(storage, name, await storage.read(name), refuses_removed=False)
     try:
         return await reader.placement()
     finally:

@@ -12,8 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from aiostage.errors import shortened
+
 __all__ = [
     "ARRAY_DTYPES",
+    "EXACT_INTEGERS",
     "FACTORIES",
     "MAPPINGS",
     "SCALARS",
@@ -46,7 +49,7 @@ ARRAY_DTYPES = frozenset(
 _STEP = 64 << 10
 """Characters of base64 that are decoded at once, a multiple of four."""
 
-_EXACT_INTEGERS = 1 << 53
+EXACT_INTEGERS = 1 << 53
 """Larger integers are read inexactly by other JSON parsers, and would be slow to print in decimal."""
 
 
@@ -57,7 +60,7 @@ def is_inline(value: Any) -> bool:
         # Surrogates survive JSON one by one but not in pairs.
         return value.isascii() or _is_encodable(value)
     if cls is int:
-        return abs(int(value)) <= _EXACT_INTEGERS
+        return abs(int(value)) <= EXACT_INTEGERS
     if cls is float:
         return math.isfinite(value)
     return value is None or cls is bool
@@ -77,13 +80,15 @@ def torch_constant(name: str) -> Any:
     Raises:
         ValueError: If torch has none of that name.
     """
-    value = getattr(torch, name, None)
-    if type(value) not in _TORCH_CONSTANTS:
-        raise ValueError(f"torch.{name} is no dtype, layout or memory format")
+    # Not looked up in torch, which imports what is asked for.
+    value = _CONSTANTS.get(name) if isinstance(name, str) else None
+    if value is None:
+        raise ValueError(f"torch.{shortened(name)} is no dtype, layout or memory format")
     return value
 
 
 _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+_CONSTANTS = {name: value for name, value in vars(torch).items() if type(value) in _TORCH_CONSTANTS}
 
 
 def _bits(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import torch
 from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD, is_injective
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import torch_constant
+from aiostage.errors import shortened
 from aiostage.storage.safetensors import DTYPES, Record
+from aiostage.storage.sizes import checked_sizes, elements_in
 
 __all__ = ["View", "contents_of", "sizes_of", "spread_views", "view_of"]
 
@@ -52,7 +53,7 @@ class View:
             ValueError: If it does not fit.
         """
         if self.nbytes > data.numel():
-            raise ValueError(f"{self} exceeds {data.numel()} bytes")
+            raise ValueError(f"{shortened(self)} exceeds {data.numel()} bytes")
         if self.dtype is not torch.complex32:
             return _over(data, self.dtype, self)
         with warnings.catch_warnings():
@@ -83,15 +84,15 @@ def view_of(form: dict[str, Any], records: Mapping[str, Record]) -> View:
     name = form["name"]
     record = records[name]
     dtype = torch_constant(form["dtype"]) if "dtype" in form else DTYPES[record.dtype]
-    shape = _sizes(form["shape"]) if "shape" in form else record.shape
-    stride = _sizes(form["stride"]) if "stride" in form else _contiguous(shape)
+    shape = checked_sizes(form["shape"]) if "shape" in form else record.shape
+    stride = checked_sizes(form["stride"]) if "stride" in form else _contiguous(shape)
     if dtype in _QUANTIZED:
         raise ValueError(f"{dtype} needs a quantization scheme")
     if len(stride) != len(shape):
         raise ValueError(f"there are {len(shape)} sizes and {len(stride)} strides")
-    if "offset" not in form and math.prod(shape) * dtype.itemsize != record.stop - record.start:
-        raise ValueError(f"the elements of {name!r} are not {dtype} {list(shape)}")
-    (offset,) = _sizes([form.get("offset", 0)])
+    if "offset" not in form and elements_in(shape) * dtype.itemsize != record.stop - record.start:
+        raise ValueError(f"the elements of {shortened(name)} are not {dtype} {shortened(shape)}")
+    (offset,) = checked_sizes([form.get("offset", 0)])
     return View(dtype, shape, stride, offset)
 
 
@@ -125,7 +126,7 @@ def spread_views(
             yield
     with reading(path):
         if both := plain.intersection(found):
-            raise ValueError(f"leaves look at {both.pop()!r} in different ways")
+            raise ValueError(f"leaves look at {shortened(both.pop())} in different ways")
     return found
 
 
@@ -136,11 +137,11 @@ def _add_spread(
     nbytes = records[name].stop - records[name].start
     # One layout for each, or a few nodes could ask for any amount of memory.
     if found.setdefault(name, view) != view:
-        raise ValueError(f"leaves look at {name!r} in different ways")
+        raise ValueError(f"leaves look at {shortened(name)} in different ways")
     if view.nbytes > MAX_SPREAD * nbytes or (nbytes and not is_injective(view.shape, view.stride)):
-        raise ValueError(f"{nbytes} bytes cannot be laid out as {view}")
+        raise ValueError(f"{nbytes} bytes cannot be laid out as {shortened(view)}")
     if positions[name] % view.dtype.itemsize:
-        raise ValueError(f"the elements of {name!r} are cut by the parts of its file")
+        raise ValueError(f"the elements of {shortened(name)} are cut by the parts of its file")
 
 
 def sizes_of(
@@ -176,10 +177,3 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    """Check that a list holds sizes."""
-    if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
-    return tuple(values)

@@ -56,18 +56,19 @@ def worded(error: BaseException) -> str:
     return f"{text}: {cause[1]}." if cause is not None else f"{text}."
 
 
-def translate(error: Exception, location: str) -> Exception:
+def translate(error: Exception, location: str, *, conditional: bool = True) -> Exception:
     """Return what an error that came from a store is for a bucket: itself, or what is to be raised from it.
 
     Args:
         error: Any.
         location: What it is about.
+        conditional: Whether the request had a condition. Without one, 409 and 412 are the store's own trouble.
     """
     if isinstance(error, CheckpointError) or not isinstance(error, BaseError | OSError):
         return error
     if isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
         return error
-    if isinstance(error, AlreadyExistsError | PreconditionError):
+    if isinstance(error, AlreadyExistsError | PreconditionError) and conditional:
         return FileExistsError(f"{location}: {worded(error)}")
     remedy = next((remedy for sign, remedy in _REMEDIES if sign.search(str(error))), None)
     if remedy is None and isinstance(error, PermissionDeniedError | UnauthenticatedError):

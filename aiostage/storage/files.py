@@ -28,6 +28,9 @@ _READ_BYTES = 512 << 10
 another thread have the core, and that may be the event loop's: 8 MiB at once delayed it by 6 ms."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_NO_FILE = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
+"""What the system says of sockets, devices without a driver, and names that no file can have."""
+
 _NOT_SUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
@@ -179,16 +182,29 @@ class InputFile(Descriptor):
         path: For errors.
 
     Raises:
-        CheckpointCorruptError: If there is no such file, or it is not a regular one.
+        CheckpointCorruptError: If there is no such file, or it is not a regular one; a link is none.
     """
 
     def __init__(self, directory: Descriptor, name: str, *, path: str) -> None:
         self.path = path
         try:
-            # A FIFO would otherwise be waited for.
-            number = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory.fileno())
+            # A FIFO would otherwise be waited for, and a link may lead to anything that this process may read.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+            number = os.open(name, flags, dir_fd=directory.fileno())
         except FileNotFoundError as error:
             raise CheckpointCorruptError("the file is missing.", path=path) from error
+        except ValueError as error:
+            raise CheckpointCorruptError("no file can have this name.", path=ascii(path)) from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CheckpointCorruptError(
+                    "it is a link, and links in a checkpoint are not followed.",
+                    path=path,
+                    remedy="Put the file itself in its place. The directory may be a link.",
+                ) from error
+            if error.errno in _NO_FILE:
+                raise CheckpointCorruptError("it is not a regular file.", path=path) from error
+            raise
         super().__init__(number)
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):

@@ -9,20 +9,20 @@ however deep the tree is.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import xxhash
 
-from aiostage._loop.slices import Slices, exhausted
+from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError, CheckpointError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shortened
 from aiostage.storage.files import DIRECT_ALIGNMENT
-from aiostage.storage.lines import Lines, parse
+from aiostage.storage.lines import lines_of, parse_line
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
 from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
 
@@ -56,7 +56,18 @@ million tensors fit."""
 MAX_NODES_BYTES = MAX_MANIFEST_BYTES - (32 << 20)
 """How much of that the tree may take, so that a tree which is accepted has room for the digests of its files."""
 
+MAX_NODES = 3_000_000
+"""More are neither written nor read."""
+
+_NODES_WITHOUT_FILES = 1_000_000
+_BYTES_A_NODE = 64
+"""How many nodes there may be besides, for so many bytes of files: what a tensor takes at least, its name included."""
+
+_MAX_NUMBER = (1 << 63) - 1
+_MAX_FILE_NAME = 255
+
 _CHUNK = 64
+_MORE = '{"is":"more"'
 _PLACES = b'"places":['
 _FILES = b'"files":['
 _FILES_AFTER_PLACES = b"]," + _FILES
@@ -65,6 +76,9 @@ _MAX_ABOUT_BYTES = 1 << 20
 _DIGEST_BYTES = 16
 _END = b'],"digest":"%s"}\n'
 _END_BYTES = len(_END) - 2 + _DIGEST_BYTES
+
+_STEP_NAME = re.compile(r"step-[0-9]{8,20}")
+"""What checkpoints are called that others may refer to."""
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -93,14 +107,14 @@ class Manifest:
         leaves: How many tensors the tree has.
         part_bytes: How long the parts are that the files have digests of.
         files: Every other file of the checkpoint.
-        nodes: The tree, one JSON value for each line.
+        placement: Where they lie; None if each lies as a whole in the checkpoint.
     """
 
     nbytes: int
     leaves: int
     part_bytes: int
     files: tuple[FileRecord, ...]
-    nodes: Sequence[Any]
+    placement: Placement | None
 
 
 def write_manifest(
@@ -121,6 +135,7 @@ def write_manifest(
     Raises:
         CheckpointError: If it became too large to be read again.
     """
+    files = tuple(files)
     about = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -133,9 +148,28 @@ def write_manifest(
     lines = (_dump({"name": file.name, "nbytes": file.nbytes, "digests": file.digests}) for file in files)
     yield from _extend(text, lines)
     text += _NODES + b"\n"
-    yield from _extend(text, nodes)
+    yield from _extend(text, _counted(nodes, files))
     text += _END % xxhash.xxh3_64_hexdigest(text).encode()
     return text
+
+
+def _most_nodes(files: Iterable[FileRecord]) -> int:
+    """Return how many nodes there may be beside files. A node takes more memory than its line."""
+    return min(MAX_NODES, _NODES_WITHOUT_FILES + sum(file.nbytes for file in files) // _BYTES_A_NODE)
+
+
+def _counted(nodes: Iterable[str], files: Iterable[FileRecord]) -> Iterator[str]:
+    """Iterate over the lines of nodes, unless there are more than would be read."""
+    left = _most_nodes(files)
+    for line in nodes:
+        left -= not line.startswith(_MORE)
+        if left < 0:
+            raise CheckpointError(
+                f"what is not a tensor consists of more than {_NODES_WITHOUT_FILES:,} objects, or all of it of more "
+                f"than {MAX_NODES:,}.",
+                remedy="Put bulk data into tensors.",
+            )
+        yield line
 
 
 def _extend(text: bytearray, lines: Iterable[str]) -> Generator[None, None, None]:
@@ -164,24 +198,24 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-async def read_manifest(text: Buffer, *, path: str, workers: Workers, slices: Slices) -> Manifest:
+async def read_manifest(text: Buffer, *, path: str, workers: Workers, add_node: Callable[[Any], object]) -> Manifest:
     """Read a manifest that may be damaged or hostile.
 
     Args:
         text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
-        workers: To compute its checksum in.
-        slices: Run everything else.
+        workers: Do everything.
+        add_node: Called in a worker thread with the JSON value of each node, in order, which it has to check: it raises
+            a ValueError, say, for what is no node.
 
     Returns:
-        What it says. The nodes are JSON values, unchecked.
+        What it says.
 
     Raises:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        lines, about = await _opened(text, path, workers, slices)
-        return await slices.run(_read(lines, about))
+        return await workers.run(lambda: in_turns(_read(text, path, add_node)))
 
 
 def with_placement(text: bytes, placement: Placement) -> bytearray:
@@ -221,14 +255,13 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     return placed
 
 
-async def read_placement(text: Buffer, *, path: str, workers: Workers, slices: Slices) -> Placement | None:
+async def read_placement(text: Buffer, *, path: str, workers: Workers) -> Placement | None:
     """Read where the files of a checkpoint lie, from a manifest that may be damaged or hostile.
 
     Args:
         text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
-        workers: To compute its checksum in.
-        slices: Run everything else.
+        workers: Do everything.
 
     Returns:
         Where they lie; None if each lies as a whole in the checkpoint.
@@ -237,10 +270,7 @@ async def read_placement(text: Buffer, *, path: str, workers: Workers, slices: S
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        lines, about = await _opened(text, path, workers, slices)
-        if about["version"] != PLACED_VERSION:
-            return None
-        return await slices.run(_read_placement(lines, about))
+        return await workers.run(lambda: in_turns(_read_placement(text, path)))
 
 
 def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
@@ -254,8 +284,7 @@ def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        about = exhausted(_about(Lines(memoryview(text)), path))
-        _check_digest(memoryview(text), path)
+        _, about = _opened(memoryview(text), path)
         return _whole_number(about["nbytes"]), _whole_number(about["leaves"])
 
 
@@ -264,96 +293,108 @@ def _damage(path: str) -> Iterator[None]:
     """Say of whatever goes wrong in reading that the manifest is damaged."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointCorruptError):
             raise
-        raise CheckpointCorruptError(f"it is not a manifest of aiostage: {error!r}.", path=path) from error
+        raise CheckpointCorruptError(f"it is not a manifest of aiostage: {said(error)}.", path=path) from error
 
 
-async def _opened(text: Buffer, path: str, workers: Workers, slices: Slices) -> tuple[Lines, dict[str, Any]]:
-    """Read the first line, and check whether the rest can be read and is whole."""
-    lines = Lines(text)
-    about = await slices.run(_about(lines, path))
-    await workers.run(partial(_check_digest, text, path))
-    return lines, about
-
-
-def _about(lines: Lines, path: str) -> Generator[None, None, dict[str, Any]]:
-    """Read the first line."""
-    line = yield from lines.next()
-    if bytes(line[: len(_DCP)]) == _DCP:
+def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
+    """Check whether a text is whole and can be read; return its lines after the first, and what that says."""
+    lines = lines_of(text)
+    first = next(lines, b"")
+    if first[: len(_DCP)] == _DCP:
         raise CheckpointCorruptError(
             "it is of a checkpoint of aiostage.dcp.",
             path=path,
             remedy="Read it by aiostage.dcp.load() with a StorageReader.",
         )
-    if len(line) > _MAX_ABOUT_BYTES:
-        raise ValueError(f"its first line is {len(line)} bytes long")
-    about: dict[str, Any] = yield from parse(bytes(line).removesuffix(b",") + b"}")
+    if len(first) > _MAX_ABOUT_BYTES:
+        raise ValueError(f"its first line is {len(first)} bytes long")
+    about: dict[str, Any] = parse_line(first.removesuffix(b",") + b"}")
     if about["format"] != FORMAT:
-        raise ValueError(f"its format is {about['format']!r}")
-    if about["version"] not in (FORMAT_VERSION, PLACED_VERSION):
+        raise ValueError(f"its format is {shortened(about['format'])}")
+    version = about["version"]
+    if type(version) is not int or version not in (FORMAT_VERSION, PLACED_VERSION):
         raise CheckpointCorruptError(
-            f"it is of format version {about['version']!r}, and only {FORMAT_VERSION} and {PLACED_VERSION} are known.",
+            f"it is of format version {shortened(version)}, and only {FORMAT_VERSION} and {PLACED_VERSION} are known.",
             path=path,
             remedy="Read it with a newer aiostage.",
         )
-    return about
-
-
-def _check_digest(text: Buffer, path: str) -> None:
-    """Raise an error if a manifest does not match its checksum. Blocks, without the GIL."""
+    # Without the GIL.
     if text[-_END_BYTES:] != _END % xxhash.xxh3_64_hexdigest(text[:-_END_BYTES]).encode():
         raise CheckpointCorruptError("it does not match its own checksum.", path=path)
+    return lines, about
 
 
-def _read(lines: Lines, about: dict[str, Any]) -> Generator[None, None, Manifest]:
+def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
+    lines, about = _opened(text, path)
     if about["digest_of_parts"] != DIGEST_NAME:
-        raise ValueError(f"its digests are {about['digest_of_parts']!r}")
+        raise ValueError(f"its digests are {shortened(about['digest_of_parts'])}")
     part_bytes = _whole_number(about["part_bytes"])
     if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % DIRECT_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
-    line = yield from lines.next()
-    if about["version"] == PLACED_VERSION:
-        while line not in (_FILES_AFTER_PLACES, b""):
-            line = yield from lines.next()
-            yield
-    elif line != _FILES:
+    placement = (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
+    if placement is None and next(lines, None) != _FILES:
         raise ValueError("it does not list its files")
-    files: list[FileRecord] = []
-    nodes: list[Any] = []
-    while (line := (yield from lines.next())) not in (_NODES, b""):
-        value = yield from _value(line)
-        files.append(_file(value, part_bytes))
+    files: dict[str, FileRecord] = {}
+    for line in lines:
+        if line == _NODES:
+            break
+        file = _file(_value(line), part_bytes)
+        if files.setdefault(file.name, file) is not file:
+            raise ValueError(f"it lists the file {file.name!r} twice")
         yield
-    while bytes((line := (yield from lines.next()))[:2]) not in (_END[:2], b""):
-        nodes.append((yield from _value(line)))
-        if len(nodes) % _CHUNK == 0:
+    left, more = _most_nodes(files.values()), _MORE.encode()
+    for number, line in enumerate(lines):
+        if line[:2] == _END[:2]:
+            break
+        left -= line[: len(more)] != more
+        if left < 0:
+            raise ValueError(f"it has more than {_most_nodes(files.values())} nodes")
+        node = _value(line)
+        try:
+            add_node(node)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            reason = f"its nodes do not describe a tree: {said(error)}."
+            raise CheckpointCorruptError(reason, path=path) from error
+        if number % _CHUNK == 0:
             yield
-    return Manifest(_whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files), nodes)
+    return Manifest(
+        _whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files.values()), placement
+    )
 
 
-def _read_placement(lines: Lines, about: dict[str, Any]) -> Generator[None, None, Placement]:
+def _read_placement(text: Buffer, path: str) -> Generator[None, None, Placement | None]:
+    lines, about = _opened(text, path)
+    return (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
+
+
+def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Placement]:
+    """Read where files lie, up to the line that begins the list of files."""
     if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
-        raise ValueError(f"its blocks are {about['block_bytes']!r} bytes with {about['digest_of_blocks']!r}")
+        raise ValueError(
+            f"its blocks are {shortened(about['block_bytes'])} bytes with {shortened(about['digest_of_blocks'])}"
+        )
     sizes: dict[Place, int] = {}
     for source, file, nbytes in about["sources"]:
         sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
-        yield
-    if (yield from lines.next()) != _PLACES:
+    if next(lines, None) != _PLACES:
         raise ValueError("it does not say where its files lie")
     places = list(sizes)
     files: dict[str, PlacedFile] = {}
-    while (line := (yield from lines.next())) not in (_FILES_AFTER_PLACES, b""):
-        value = yield from _value(line)
+    for line in lines:
+        if line == _FILES_AFTER_PLACES:
+            return Placement(sizes, files)
+        value = _value(line)
         files[_name(value["name"])] = yield from _placed(value, places)
         yield
-    return Placement(sizes, files)
+    raise ValueError("it does not list its files")
 
 
-def _value(line: bytes | Buffer) -> Generator[None, None, Any]:
+def _value(line: bytes) -> Any:
     """Return what a line says, which may end with a comma."""
-    return (yield from parse(line[:-1] if line[-1:] == b"," else line))
+    return parse_line(line.removesuffix(b","))
 
 
 def _file(value: Any, part_bytes: int) -> FileRecord:
@@ -374,25 +415,30 @@ def _placed(value: Any, places: Sequence[Place]) -> Generator[None, None, Placed
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)
     if len(blocks) != -(-placed.nbytes // BLOCK_BYTES) or not all(isinstance(text, str) for text in blocks):
-        raise ValueError(f"the file {value['name']!r} has {len(blocks)} blocks for {placed.nbytes} bytes")
+        raise ValueError(f"the file {shortened(value['name'])} has {len(blocks)} blocks for {placed.nbytes} bytes")
     return placed
 
 
 def _name(value: Any) -> str:
     """Check the name of a file, which must not lead out of its checkpoint."""
-    if not isinstance(value, str) or not value or value[0] == "." or not _NAME_CHARACTERS.issuperset(value):
-        raise ValueError(f"{value!r} is no name of a file")
+    if (
+        not isinstance(value, str)
+        or not 0 < len(value) <= _MAX_FILE_NAME
+        or value[0] == "."
+        or not _NAME_CHARACTERS.issuperset(value)
+    ):
+        raise ValueError(f"{shortened(value)} is no name of a file")
     return value
 
 
 def _source(value: Any) -> str:
-    """Check the name of a checkpoint, which must not lead out of its storage."""
-    if not isinstance(value, str) or any(step in ("", ".", "..") for step in value.split("/")):
-        raise ValueError(f"{value!r} is no name of a checkpoint")
+    """Check the name of a checkpoint that others refer to: another step of the same run, and nothing else."""
+    if not isinstance(value, str) or not _STEP_NAME.fullmatch(value):
+        raise ValueError(f"{shortened(value)} is no name of a step's checkpoint")
     return value
 
 
 def _whole_number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no whole number from 0")
+    if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
+        raise ValueError(f"{shortened(value)} is no whole number from 0 to {_MAX_NUMBER}")
     return value

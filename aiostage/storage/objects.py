@@ -172,6 +172,11 @@ class _ObjectBucket(Bucket):
                 return 0
             raise
         source = np.frombuffer(memoryview(data), np.uint8)
+        if source.size > into.nbytes:
+            raise StorageError(
+                f"the store was asked for {into.nbytes} bytes and answered with {source.size}.",
+                path=f"{self._location}/{path}",
+            )
         target = np.frombuffer(into, np.uint8)[: source.size]
         await self._workers.run(partial(np.copyto, target, source))
         return int(source.size)
@@ -302,7 +307,7 @@ class _ObjectBucket(Bucket):
 
     async def _put(self, path: str, data: Buffer, mode: Any) -> None:
         store = await self._connected()
-        with self._translated(path):
+        with self._translated(path, conditional=mode != "overwrite"):
             await _settled(obstore.put_async(store, self._prefix + path, data, mode=mode, use_multipart=False))
 
     def _writer(self, store: ObjectStore, path: str, capacity: int) -> obstore.AsyncWritableFile:
@@ -338,12 +343,12 @@ class _ObjectBucket(Bucket):
         return self._store
 
     @contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
+    def _translated(self, path: str, *, conditional: bool = False) -> Iterator[None]:
         """Turn the errors of obstore into those of a bucket."""
         try:
             yield
         except Exception as error:
-            meaning = translate(error, f"{self._location}/{path}" if path else self._location)
+            meaning = translate(error, f"{self._location}/{path}" if path else self._location, conditional=conditional)
             if meaning is error:
                 raise
             raise meaning from error

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, said
 from aiostage.storage.bucket import Bucket, Version
 from aiostage.storage.lease import LEASE_NAME
 
@@ -51,11 +51,14 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
         return None
     try:
         content = json.loads(bytes(found.data))
-        if content["format"] != _FORMAT or content["version"] != _VERSION or not FOLDER.fullmatch(content["data"]):
+        version = content["version"]
+        if content["format"] != _FORMAT or type(version) is not int or version != _VERSION:
             raise ValueError("it is of another format or version")
+        if not FOLDER.fullmatch(content["data"]):
+            raise ValueError("it names no folder of a checkpoint")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointCorruptError(
-            f"it is not the pointer of a checkpoint: {error!r}.", path=f"{bucket.location}/{path}"
+            f"it is not the pointer of a checkpoint: {said(error)}.", path=f"{bucket.location}/{path}"
         ) from error
     return Pointer(content["data"], found.version)
 

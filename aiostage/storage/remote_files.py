@@ -112,6 +112,8 @@ class _FsspecBucket(Bucket):
             if offset >= _size(fs, full):
                 return 0
             source = np.frombuffer(fs.cat_file(full, start=offset, end=offset + into.nbytes), np.uint8)
+            if source.size > into.nbytes:
+                raise OSError(f"asked for {into.nbytes} bytes, it answered with {source.size}")
             np.copyto(np.frombuffer(into, np.uint8)[: source.size], source)
             return int(source.size)
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, said, shortened
+from aiostage.storage.sizes import checked_sizes, elements_in
 
 __all__ = [
     "DTYPES",
@@ -143,7 +144,7 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     records: dict[str, Record] = {}
     for index, (name, value) in enumerate(_members(header, path)):
         if name in records:
-            raise CheckpointCorruptError(f"its header names the tensor {name!r} twice.", path=path)
+            raise CheckpointCorruptError(f"its header names the tensor {shortened(name)} twice.", path=path)
         if name != "__metadata__":
             records[name] = _record(name, value, path)
         if index % _CHUNK == 0:
@@ -153,7 +154,8 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     for record in ordered:
         if record.start != position:
             raise CheckpointCorruptError(
-                f"its header puts the tensor {record.name!r} at byte {record.start} of the data, not at {position}.",
+                f"its header puts the tensor {shortened(record.name)} at byte {record.start} of the data, not at "
+                f"{position}.",
                 path=path,
             )
         position = record.stop
@@ -186,7 +188,7 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
                 if position == last:
                     raise ValueError(f"a name is expected at character {position}")
     except (ValueError, RecursionError, IndexError) as error:
-        raise CheckpointCorruptError(f"its header cannot be read: {error}.", path=path) from error
+        raise CheckpointCorruptError(f"its header cannot be read: {said(error)}.", path=path) from error
 
 
 def _skip(text: str, position: int) -> int:
@@ -202,17 +204,16 @@ def _record(name: str, value: Any, path: str) -> Record:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         if set(value) != {"dtype", "shape", "data_offsets"}:
             raise ValueError("it has unknown members")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise ValueError("sizes and offsets must be whole numbers from 0")
+        shape, (start, stop) = checked_sizes(shape), checked_sizes([start, stop])
         if dtype == _PACKED:
             if not shape or shape[-1] % 2:
                 raise ValueError("its last dimension has no pairs of elements")
-            shape = [*shape[:-1], shape[-1] // 2]
-        nbytes = DTYPES[dtype].itemsize
-        for size in shape:
-            nbytes *= size
+            shape = (*shape[:-1], shape[-1] // 2)
+        nbytes = DTYPES[dtype].itemsize * elements_in(shape)
         if stop - start != nbytes:
             raise ValueError(f"its {stop - start} bytes do not fit its shape and dtype")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointCorruptError(f"its header is wrong about {name[:100]!r}: {error!r}.", path=path) from error
-    return Record(name, dtype, tuple(shape), start, stop)
+        raise CheckpointCorruptError(
+            f"its header is wrong about {shortened(name)}: {said(error)}.", path=path
+        ) from error
+    return Record(name, dtype, shape, start, stop)
