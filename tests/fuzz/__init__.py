@@ -1,0 +1,1 @@
+"""Random trees, random changes and random cancellations; ``python -m tests.fuzz --help``."""

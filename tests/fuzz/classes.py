@@ -1,0 +1,348 @@
+"""Classes whose objects are copied in every way that Python and PyTorch know."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "HOLDERS",
+    "Color",
+    "Drifting",
+    "Keyed",
+    "Marked",
+    "MarkedParameter",
+    "OwnCopy",
+    "Pair",
+    "SlotTensor",
+    "Summing",
+    "SummingArguments",
+    "SummingState",
+    "Tagged",
+    "Wrapper",
+]
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Color(enum.Enum):
+    RED = 1
+    GREEN = 2
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Tagged(Plain):
+    """Hashed by identity, and found again by its tag."""
+
+    def __init__(self, tag: int, value: Any = None) -> None:
+        super().__init__(value)
+        self.tag = tag
+
+
+@dataclass
+class Record:
+    value: Any
+    items: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    value: Any
+
+
+class Slotted:
+    __slots__ = ("absent", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class SlottedAndMore(Slotted):
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.more = [value]
+
+
+class Reduced:
+    """Is rebuilt from an argument."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.value,)
+
+
+class ReducedEx(Plain):
+    """Is rebuilt from nothing, and given its state and items afterwards."""
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__(value)
+        self.items: list[Any] = []
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ReducedEx, (), {"value": self.value}, iter([self.value, 1])
+
+
+class Stateful:
+    """Has a state that is made when it is asked for."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __getstate__(self) -> Any:
+        return {"kept": self.value}
+
+    def __setstate__(self, state: Any) -> None:
+        self.value = state["kept"]
+
+
+class StateAsTuple(Stateful):
+    def __getstate__(self) -> Any:
+        return (self.value, "state")
+
+    def __setstate__(self, state: Any) -> None:
+        self.value = state[0]
+
+
+class NewArguments:
+    def __new__(cls, value: Any) -> NewArguments:
+        made = super().__new__(cls)
+        made.value = value  # type: ignore[attr-defined]
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (self.value,)  # type: ignore[attr-defined]
+
+
+class NewKeywords:
+    def __new__(cls, *, value: Any) -> NewKeywords:
+        made = super().__new__(cls)
+        made.value = value  # type: ignore[attr-defined]
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {"value": self.value}  # type: ignore[attr-defined]
+
+
+class NewStrings(str):
+    value: Any
+
+    def __new__(cls, value: Any) -> NewStrings:
+        made = super().__new__(cls, "text")
+        made.value = value
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (self.value,)
+
+
+class OwnCopy:
+    """Copies itself as the manual says."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnCopy:
+        made = OwnCopy.__new__(OwnCopy)
+        memo[id(self)] = made
+        made.value = copy.deepcopy(self.value, memo)
+        return made
+
+
+class Loyal(OwnCopy):
+    """Copies to itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loyal:
+        return self
+
+
+def total(items: Any) -> float:
+    """Add up all numbers that lie in a container as such."""
+    return float(sum(_sum(item) if isinstance(item, torch.Tensor) else 1.0 for item in items))
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    return float(tensor.detach().to(torch.complex128).sum().real) if plain and tensor.device.type == "cpu" else 1.0
+
+
+class Summing:
+    """Computes over a copy when it is copied."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+        self.total = total(items)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Summing:
+        return Summing(copy.deepcopy(self.items, memo))
+
+
+class SummingArguments(Summing):
+    __deepcopy__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return SummingArguments, (self.items,)
+
+
+class SummingState(SummingArguments):
+    def __reduce__(self) -> Any:
+        return SummingState.__new__, (SummingState,), (self.items,)
+
+    def __setstate__(self, state: Any) -> None:
+        (self.items,) = state
+        self.total = total(self.items)
+
+
+class Keyed:
+    """Is hashed by what lies in a list."""
+
+    def __init__(self, items: list[int]) -> None:
+        self.items = items
+
+    def __hash__(self) -> int:
+        return hash(tuple(item for item in self.items if type(item) is int))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keyed) and self.items == other.items
+
+
+class Drifting:
+    """Has another state each time that it is asked."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __getstate__(self) -> Any:
+        return dict(self.__dict__)
+
+
+class ListKind(list[Any]):
+    pass
+
+
+class DictKind(dict[Any, Any]):
+    pass
+
+
+class TupleKind(tuple[Any, ...]):
+    pass
+
+
+class SetKind(set[Any]):
+    pass
+
+
+def _list_kind(value: Any) -> ListKind:
+    made = ListKind([value, value])
+    made.value = value  # type: ignore[attr-defined]
+    return made
+
+
+def _dict_kind(value: Any) -> DictKind:
+    made = DictKind(a=value)
+    made.value = [value]  # type: ignore[attr-defined]
+    return made
+
+
+HOLDERS: list[Any] = [
+    Plain,
+    Record,
+    Frozen,
+    Slotted,
+    SlottedAndMore,
+    Reduced,
+    ReducedEx,
+    Stateful,
+    StateAsTuple,
+    NewArguments,
+    lambda value: NewKeywords(value=value),
+    NewStrings,
+    OwnCopy,
+    Drifting,
+    _list_kind,
+    _dict_kind,
+    lambda value: TupleKind((value, 1)),
+    lambda value: Pair(value, [value]),
+    lambda value: Pair(1, value),
+    lambda value: deque([value, 2], maxlen=5),
+    lambda value: OrderedDict(a=value, b=1),
+    lambda value: defaultdict(list, a=value),
+    lambda value: UserDict({"a": value}),
+    lambda value: UserList([value]),
+    lambda value: slice(0, value),
+]
+"""Each makes something that holds a value."""
+
+
+# Tensors
+
+
+class Marked(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+class SlotTensor(torch.Tensor):
+    __slots__ = ("value",)
+
+
+class OwnCopyTensor(torch.Tensor):
+    """Copies itself, and tells how often."""
+
+    generation = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnCopyTensor:
+        made = self.detach().clone().as_subclass(OwnCopyTensor)
+        made.generation = self.generation + 1
+        memo[id(self)] = made
+        return made
+
+
+class MarkedParameter(torch.nn.Parameter):
+    pass
+
+
+class Wrapper(torch.Tensor):
+    """Two tensors that are one outside."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, left: torch.Tensor, right: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, left.shape, strides=left.stride(), dtype=left.dtype, device=left.device
+        )
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self.left, self.right = left, right
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["left", "right"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> Wrapper:
+        return Wrapper(inner["left"], inner["right"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        left = func(*tree_map(lambda x: x.left if isinstance(x, Wrapper) else x, args), **kwargs)
+        right = func(*tree_map(lambda x: x.right if isinstance(x, Wrapper) else x, args), **kwargs)
+        return Wrapper(left, right) if isinstance(left, torch.Tensor) else left

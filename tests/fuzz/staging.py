@@ -1,0 +1,195 @@
+"""Random trees are staged; what comes out is what copy.deepcopy gives, bytes, ties and all."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import math
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aiostage import AsyncStager, StagingOptions, UnsupportedLeafError
+from tests.fuzz.choices import Choices, shrink
+from tests.fuzz.describing import Description, describe, difference
+from tests.fuzz.trees import Grower
+
+__all__ = ["Mismatch", "check_tree", "main"]
+
+MAY_BE_REFUSED = {
+    "meta": r"meta tensor",
+    "mkldnn": r"mkldnn",
+}
+"""What may be refused, and what the refusal says. Anything else has to be staged."""
+
+PROFILES = (
+    StagingOptions(),
+    StagingOptions(max_loop_hold=1e-9),
+    StagingOptions(max_loop_hold=math.inf),
+    StagingOptions(use_shared_memory=True),
+    StagingOptions(use_async_staging=False),
+)
+
+
+class Mismatch(AssertionError):
+    """A copy that is not what it has to be."""
+
+
+def reference(tree: Any) -> Any:
+    """Return what ``copy.deepcopy`` gives, or the error that it raises."""
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(tree)
+    except Exception as error:
+        return error
+
+
+def check_same(source: Description, expected: Description, staged: Description) -> None:
+    """Check that a copy is what deepcopy gives, and shares nothing with its source that deepcopy does not.
+
+    Raises:
+        Mismatch: If not.
+    """
+    found = difference(expected, staged)
+    if found is not None:
+        raise Mismatch(found)
+    shared = staged.mutable.keys() & source.mutable.keys() - expected.mutable.keys()
+    if shared:
+        raise Mismatch(f"{staged.mutable[min(shared)]} is the source's own object")
+    parameters = {path for path, tensor in source.tensors if isinstance(tensor, torch.nn.Parameter)}
+    ties, allowed, kept = staged.overlaps(), expected.overlaps(), source.overlaps()
+    for pair in ties.keys() | allowed.keys():
+        # deepcopy gives each Parameter memory of its own, also if it is a view of another; here it stays one.
+        wanted = kept.get(pair) if parameters & set(pair) else allowed.get(pair)
+        if ties.get(pair) != wanted:
+            raise Mismatch(f"bytes shared by {pair} at a distance of {ties.get(pair)}, expected {wanted}")
+
+
+def scribble(tree: Description) -> None:
+    """Write over the memory of the tensors of a tree."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        for _, tensor in tree.tensors:
+            if tensor.numel() and tensor.device.type == "cpu" and not tensor.is_inference():
+                memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                memory.fill_(0x5A)
+
+
+async def check_tree(stager: AsyncStager, choices: Choices) -> str:
+    """Grow one tree, stage it twice and compare; return what became of it.
+
+    Raises:
+        Mismatch: If a copy is wrong, or there is none and should be one.
+    """
+    grower = Grower(choices)
+    with torch.no_grad():
+        tree = grower.tree()
+    expected = reference(tree)
+    try:
+        first, second = await stager.stage(tree), await stager.stage(tree)
+    except UnsupportedLeafError as refusal:
+        kinds = [kind for kind in grower.kinds if re.search(MAY_BE_REFUSED[kind], str(refusal))]
+        if not kinds and not isinstance(expected, Exception):
+            raise Mismatch(f"refused without need: {refusal}") from None
+        return f"refused: {kinds[0]}" if kinds else f"refused, as by deepcopy: {type(expected).__name__}"
+    except Exception as error:
+        raise Mismatch(f"{type(error).__name__}: {error}") from error
+    if isinstance(expected, Exception):
+        compare_with_source(tree, first, second)
+        return f"compared with its source, as deepcopy raises {type(expected).__name__}"
+    again = reference(tree)
+    source, wanted = describe(tree), describe(expected, bare_parameters=True)
+    changed = difference(wanted, describe(again, bare_parameters=True))
+    if changed is not None:
+        raise Mismatch(f"staging has changed its source: {changed}")
+    scribble(source)
+    for staged in (first, second):
+        check_same(source, wanted, describe(staged, bare_parameters=True))
+    return "as deepcopy"
+
+
+def compare_with_source(tree: Any, *copies: Any) -> None:
+    """Compare where deepcopy gives nothing to compare with: its own faults are with tensors in circles."""
+    source = describe(tree)
+    for staged in copies:
+        found = difference(source, describe(staged))
+        if found is not None:
+            raise Mismatch(found)
+
+
+async def check_seeds(seeds: Sequence[int], results: Counter[str]) -> None:
+    """Check the trees of some seeds, some at a time with one stager.
+
+    Raises:
+        Mismatch: At the first that is wrong, with its seed and the smallest tree like it that was found.
+    """
+    for start in range(0, len(seeds), 20):
+        async with AsyncStager(PROFILES[seeds[start] % len(PROFILES)]) as stager:
+            for seed in seeds[start : start + 20]:
+                choices = Choices(seed)
+                try:
+                    results[await check_tree(stager, choices)] += 1
+                except Mismatch as error:
+                    raise Mismatch(f"seed {seed}: {error}\n{choices.taken}") from error
+            gc.collect()
+            leases = stager.statistics().leases
+            if leases:
+                raise Mismatch(f"seeds {seeds[start]} to {seed}: {leases} leases are left")
+
+
+def failing(values: Sequence[int], options: StagingOptions) -> str | None:
+    """Return how the tree of some choices fails, or None."""
+
+    async def run() -> str | None:
+        async with AsyncStager(options) as stager:
+            try:
+                await check_tree(stager, Choices(values=values))
+            except Mismatch as error:
+                return str(error)
+        return None
+
+    return asyncio.run(run())
+
+
+def explain(seed: int) -> str:
+    """Return the smallest tree found that fails as that of a seed does."""
+    for options in PROFILES:
+        choices = Choices(seed)
+        with torch.no_grad():
+            Grower(choices).tree()
+        error = failing(choices.taken, options)
+        if error is None:
+            continue
+        kind = re.sub(r"\d+", "", error)[-60:]
+        small = shrink(choices.taken, lambda values: failing(values, options) is not None)
+        with torch.no_grad():
+            tree = Grower(Choices(values=small)).tree()
+        return f"{options}\nchoices {small}\n{failing(small, options)}\n{tree}\n(like {kind})"
+    return "does not fail alone"
+
+
+def main(n: int, seed: int) -> int:
+    """Stage ``n`` random trees; print what became of them, and the seeds that fail. Return how many do."""
+    warnings.simplefilter("ignore")
+    results: Counter[str] = Counter()
+    failures = 0
+    for start in range(seed, seed + n, 200):
+        seeds = list(range(start, min(start + 200, seed + n)))
+        while seeds:
+            try:
+                asyncio.run(check_seeds(seeds, results))
+                break
+            except Mismatch as error:
+                failures += 1
+                print(str(error)[:600], file=sys.stderr)
+                failed = int(re.search(r"seeds? (?:\d+ to )?(\d+)", str(error)).group(1))  # type: ignore[union-attr]
+                seeds = [other for other in seeds if other > failed]
+    for what, count in sorted(results.items()):
+        print(f"{count:6} trees: {what}")
+    print(f"{failures:6} trees failed")
+    return failures
