@@ -45,7 +45,7 @@ class Choices:
         return options[self.below(len(options))]
 
 
-def shrink(values: Sequence[int], fails: Callable[[Sequence[int]], Any], seconds: float = 20.0) -> list[int]:
+def shrink(values: Sequence[int], fails: Callable[[Sequence[int]], Any], seconds: float = 8.0) -> list[int]:
     """Return a shorter stream of choices that fails still.
 
     Args:
