@@ -45,7 +45,7 @@ class Choices:
         return options[self.below(len(options))]
 
 
-def shrink(values: Sequence[int], fails: Callable[[Sequence[int]], Any], seconds: float = 8.0) -> list[int]:
+def shrink(values: Sequence[int], fails: Callable[[Sequence[int]], Any], seconds: float = 6.0) -> list[int]:
     """Return a shorter stream of choices that fails still.
 
     Args:
@@ -62,7 +62,10 @@ def shrink(values: Sequence[int], fails: Callable[[Sequence[int]], Any], seconds
             start = 0
             while start < len(best) and time.monotonic() < end:
                 block = best[start : start + size]
-                for tried in (best[:start] + best[start + size :], best[:start] + [0] * len(block) + best[start + size :]):
+                for tried in (
+                    best[:start] + best[start + size :],
+                    best[:start] + [0] * len(block) + best[start + size :],
+                ):
                     if tried != best and fails(tried):
                         best, improved = tried, True
                         break

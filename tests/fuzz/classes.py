@@ -179,7 +179,11 @@ def total(items: Any) -> float:
 
 
 def _sum(tensor: torch.Tensor) -> float:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    plain = (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+    )
     return float(tensor.detach().to(torch.complex128).sum().real) if plain and tensor.device.type == "cpu" else 1.0
 
 

@@ -19,7 +19,15 @@ from tests.fuzz.classes import Wrapper
 __all__ = ["Description", "describe", "difference"]
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size)
-_SAME = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, enum.Enum, weakref.ref, type(NotImplemented))
+_SAME = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    enum.Enum,
+    weakref.ref,
+    type(NotImplemented),
+)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy
@@ -101,7 +102,9 @@ class Scene:
         def swap() -> None:
             other = pick(self.tensors)
             if type(other) is type(tensor) and other is not tensor and tensor.grad is other.grad is None:
-                torch.utils.swap_tensors(tensor, other)
+                # Refused, with nothing changed, where views refer to one of them.
+                with suppress(RuntimeError):
+                    torch.utils.swap_tensors(tensor, other)
 
         def attribute() -> None:
             tensor.note = serial  # type: ignore[attr-defined]

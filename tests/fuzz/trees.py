@@ -80,6 +80,7 @@ class Grower:
         root: Any = {} if self.choices.below(3) else []
         self.fill(root, 1)
         while self.left > 0:
+            self.left -= 1
             self.fill(root, 1)
         return root
 
@@ -115,7 +116,9 @@ class Grower:
         return made
 
     def atom(self) -> Any:
-        return self.choices.pick([None, 1, "text", 2.5, True, b"bytes", -0.0, 10**30, torch.float16, Color.RED, len, Pair, ()])
+        return self.choices.pick(
+            [None, 1, "text", 2.5, True, b"bytes", -0.0, 10**30, torch.float16, Color.RED, len, Pair, ()]
+        )
 
     def again(self) -> Any:
         """Return something made before."""
@@ -328,7 +331,9 @@ class Grower:
         base = torch.arange(4.0) + self.number()
         if self.choices.below(2):
             return torch.quantize_per_tensor(base, 0.5, 3, torch.quint8)
-        return torch.quantize_per_channel(base.reshape(2, 2), torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), 0, torch.qint8)
+        return torch.quantize_per_channel(
+            base.reshape(2, 2), torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), 0, torch.qint8
+        )
 
     def by_value(self, depth: int) -> torch.Tensor:
         base = torch.complex(torch.arange(6.0), torch.arange(6.0) + self.number())
@@ -423,4 +428,3 @@ class _Is:
 def _uncoalesced(dense: torch.Tensor) -> torch.Tensor:
     places = torch.tensor([[0, 0], [1, 1]])
     return torch.sparse_coo_tensor(places, torch.tensor([1.0, float(dense[0, 1])]), (2, 2))
-
