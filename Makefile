@@ -38,6 +38,10 @@ test-matrix:
 test-oldest:
 	$(MAKE) test CONSTRAINTS=constraints-oldest.txt
 
+# Random trees, changes, disturbed stagings and cancellations by the ten thousand; takes some twenty minutes.
+fuzz: $(READY)
+	$(BIN)/python -X faulthandler -m tests.fuzz
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

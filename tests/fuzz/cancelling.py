@@ -149,26 +149,34 @@ async def check_cancelled(operations: Operations, name: str, choices: Choices) -
 
 
 async def check_seeds(n: int, seed: int, results: Counter[str]) -> list[str]:
-    """Cancel ``n`` operations; return what was wrong."""
-    failures = []
+    """Cancel ``n`` operations, up to 50 with one stager; return what was wrong."""
+    failures: list[str] = []
+    numbers = list(range(seed, seed + n))
+    while numbers:
+        failures += await check_some(numbers, results)
+    return failures
+
+
+async def check_some(numbers: list[int], results: Counter[str]) -> list[str]:
+    """Take seeds off a list and check them, up to 50 or the first that fails; return what was wrong."""
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        options = StagingOptions(max_loop_hold=1e-9, max_host_bytes=2 * COPY_BYTES)
-        async with AsyncStager(options) as stager:
+        async with AsyncStager(StagingOptions(max_loop_hold=1e-9, max_host_bytes=2 * COPY_BYTES)) as stager:
             operations = Operations(stager, Path(folder))
             await operations.prepare()
+            for make in operations.all().values():
+                await make()
             names = list(operations.all())
-            for name in names:
-                await operations.all()[name]()
             probe = LeakProbe(stager, ignore_threads=("asyncio_", "AnyIO worker", "aiostage-"))
-            for number in range(seed, seed + n):
+            for _ in range(min(50, len(numbers))):
+                number = numbers.pop(0)
                 name = names[number % len(names)]
                 try:
                     results[f"{name}: {await check_cancelled(operations, name, Choices(number))}"] += 1
                 except Leaked as error:
                     failures.append(f"seed {number}: {name}: {error}")
-                if number % 50 == 0:
-                    failures += await look(probe, number, Path(folder))
-            failures += await look(probe, seed + n, Path(folder))
+                    return failures
+            failures += await look(probe, number, Path(folder))
     return failures
 
 
@@ -177,8 +185,8 @@ async def look(probe: LeakProbe, number: int, folder: Path) -> list[str]:
     try:
         await probe.settled()
     except AssertionError as error:
-        return [f"before seed {number}: {error}"]
-    return [f"before seed {number}: {name}" for name in stale_files(folder)]
+        return [f"up to seed {number}: {error}"]
+    return [f"up to seed {number}: {name}" for name in stale_files(folder)]
 
 
 def main(n: int, seed: int) -> int:

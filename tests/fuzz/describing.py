@@ -26,7 +26,6 @@ _SAME = (
     types.ModuleType,
     enum.Enum,
     weakref.ref,
-    type(NotImplemented),
 )
 
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,11 +166,10 @@ def explain(seed: int) -> str:
         error = failing(choices.taken, options)
         if error is None:
             continue
-        kind = re.sub(r"\d+", "", error)[-60:]
-        small = shrink(choices.taken, lambda values: failing(values, options) is not None)
+        small = shrink(choices.taken, partial(failing, options=options))
         with torch.no_grad():
             tree = Grower(Choices(values=small)).tree()
-        return f"{options}\nchoices {small}\n{failing(small, options)}\n{tree}\n(like {kind})"
+        return f"{options}\nchoices {small}\n{failing(small, options)}\n{tree}"
     return "does not fail alone"
 
 

@@ -109,9 +109,9 @@ class Grower:
         drawn = self.choices.below(sum(weight for weight, _ in makers))
         for weight, maker in makers:
             if drawn < weight:
+                made = maker()
                 break
             drawn -= weight
-        made = maker()
         self.made.append(made)
         return made
 
