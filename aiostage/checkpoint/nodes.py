@@ -115,7 +115,9 @@ class NodeTable:
         kind = line.pop("is")
         if type(kind) is not str:
             raise ValueError(f"{shortened(kind)} is no kind of a node")
-        found: list[Any] = list(map(self._child, _checked(line.pop("of", []), list)))
+        # Of objects of classes it says what kind of class that is.
+        of = line.pop("of") if type(line.get("of", "")) is not str else []
+        found: list[Any] = list(map(self._child, _checked(of, list)))
         for key, value in _checked(line.pop("pairs", []), list):
             found += (self._child(key), self._child(value))
         for key, value in _checked(line.pop("items", {}), dict).items():
