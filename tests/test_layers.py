@@ -13,6 +13,7 @@ from tests.parsing import parse
 ROWS = [
     {"_arguments", "_extras", "errors"},
     {"_private"},
+    {"_platform"},
     {"options", "leaf"},
     {"abc"},
     {"observe"},

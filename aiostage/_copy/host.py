@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from itertools import chain, groupby, pairwise
 from operator import attrgetter
-from time import sleep
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from aiostage._copy.gather import Gathers
 from aiostage._copy.moves import Moves
 from aiostage._copy.sources import Sources
 from aiostage._loop.workers import Job
+from aiostage._platform import yield_core
 
 __all__ = ["HostCopy"]
 
@@ -78,7 +76,7 @@ class HostCopy:
             for _ in way.pieces():
                 # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
                 # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
-                _yield_core()
+                yield_core()
                 if job.cancelled:
                     return False
         return True
@@ -114,16 +112,6 @@ class HostCopy:
             made = torch.from_numpy(self._memory[piece.offset : stop]).view(spec.target)
             first = alias.storage_offset() + piece.start
             self._conversions.add(piece.index, made, alias.as_strided((piece.length,), (1,), first))
-
-
-if sys.platform == "win32":
-
-    def _yield_core() -> None:
-        sleep(0)
-
-else:
-    # os.sched_yield() keeps the GIL, and with it from running whom the core is for.
-    _yield_core = ctypes.CDLL(None).sched_yield
 
 
 _is_whole = attrgetter("is_whole")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -14,6 +12,8 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
+from aiostage._platform import open_timer, set_timer
+
 __all__ = ["Alarm"]
 
 _COARSE_SECONDS = 0.001
@@ -21,25 +21,6 @@ _COARSE_SECONDS = 0.001
 
 _BLIND_SECONDS = 0.005
 """Without a timer of its own it never sleeps longer, since it is not told of an alarm that is set meanwhile."""
-
-_CLOCK_MONOTONIC = 1
-_TIMER_ABSOLUTE = 1
-_NANOSECONDS = 1_000_000_000
-
-
-class _TimerSpecification(ctypes.Structure):
-    """What C calls ``struct itimerspec``."""
-
-    _fields_ = (
-        ("interval_seconds", ctypes.c_long),
-        ("interval_nanoseconds", ctypes.c_long),
-        ("seconds", ctypes.c_long),
-        ("nanoseconds", ctypes.c_long),
-    )
-
-
-# Not CDLL: it gives up the GIL around each call, and a busy worker thread may not hand it back for 5 ms.
-_library = ctypes.PyDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class Alarm:
@@ -71,12 +52,8 @@ class Alarm:
         if not self.is_open:
             self._open()
         if self.is_open:
-            # Zero would mean never.
-            nanoseconds = max(int(when * _NANOSECONDS), 1)
-            value = _TimerSpecification(0, 0, *divmod(nanoseconds, _NANOSECONDS))
-            assert _library is not None  # noqa: S101 - there is no descriptor without it
             # It is never read: being set anew is what makes it unreadable again.
-            _library.timerfd_settime(self._descriptor, _TIMER_ABSOLUTE, ctypes.byref(value), None)
+            set_timer(self._descriptor, self._when)
 
     async def wait(self) -> None:
         """Wait until it rings, or somewhat less. Set it before. Cancelling changes nothing."""
@@ -121,9 +98,7 @@ class Alarm:
             self.close()
 
     def _open(self) -> None:
-        if _library is None:
-            return
-        self._descriptor = _library.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        self._descriptor = open_timer()
         if self.is_open and isinstance(self._native, asyncio.AbstractEventLoop):
             self._native.add_reader(self._descriptor, self._ring)
 

@@ -37,6 +37,4 @@ def _tell() -> None:
     del left_behind
 
 
-# Windows does not fork.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_tell)
+os.register_at_fork(after_in_child=_tell)

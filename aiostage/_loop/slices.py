@@ -10,7 +10,8 @@ from typing import TypeVar
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop.collection import CollectionPause
-from aiostage._loop.workers import Job, let_threads_run
+from aiostage._loop.workers import Job
+from aiostage._platform import let_threads_run
 
 __all__ = ["Slices", "collector_paused", "exhausted", "in_turns"]
 

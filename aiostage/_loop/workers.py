@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from time import sleep
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -18,7 +15,7 @@ from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.threads import begin
 from aiostage._loop.wakeup import Wakeup
 
-__all__ = ["Job", "Workers", "let_threads_run"]
+__all__ = ["Job", "Workers"]
 
 T = TypeVar("T")
 
@@ -217,24 +214,6 @@ class Job:
 def _wake(waiters: list[Wakeup]) -> None:
     for waiter in waiters:
         waiter.set()
-
-
-if sys.platform == "win32":
-
-    def let_threads_run() -> None:
-        """Give the GIL to threads that wait for it."""
-        sleep(0.0001)
-
-else:
-    _usleep = ctypes.CDLL(None).usleep
-
-    def let_threads_run() -> None:
-        """Give the GIL to threads that wait for it; takes about 60 microseconds.
-
-        A thread that works in short steps and lets go of the GIL for a moment between them has it back before those
-        that wait have woken up, and they ask for it in earnest after 5 ms only. So it has to be away for longer.
-        """
-        _usleep(1)
 
 
 class _Outcome(Generic[T]):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,13 +14,12 @@ import numpy
 import numpy.typing
 
 from aiostage._memory.shared import SharedFile, SharedHandle
+from aiostage._platform import PAGE_BYTES, advise_huge_pages, advise_small_pages, discard, map_private
 from aiostage.errors import HostMemoryError
 
 __all__ = ["Arena", "Exporter", "pieces", "whole_pages"]
 
 Exporter = numpy.typing.NDArray[numpy.uint8]
-
-PAGE_BYTES = mmap.PAGESIZE
 
 PIECE_BYTES = 8 << 20
 """How much one uninterruptible step faults in: 1 to 4 ms as a rule, and 40 ms where a virtual machine has to ask its
@@ -79,9 +76,7 @@ class Arena:
         self.pinning: weakref.finalize[..., Any] | None = None
         self.registering = threading.Lock()
         self.closed = False
-        self._huge = sys.platform == "linux" and file is None
-        if self._huge:
-            self._advise(mmap.MADV_HUGEPAGE)
+        self._huge = file is None and advise_huge_pages(memory)
 
     @classmethod
     def pageable(cls, nbytes: int) -> Arena:
@@ -95,10 +90,7 @@ class Arena:
         """
         size = whole_pages(nbytes)
         try:
-            if sys.platform == "win32":
-                return cls(mmap.mmap(-1, size))
-            # Python's own default for anonymous memory is MAP_SHARED, which gets no huge pages.
-            return cls(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            return cls(map_private(size))
         except (OSError, MemoryError, OverflowError) as error:
             raise refused(size, error) from error
 
@@ -178,7 +170,7 @@ class Arena:
         _over(self._memory)[start:stop:PAGE_BYTES] = 0
         if self._huge and thread_time() - begin > _SLOW_HUGE_PAGE_SECONDS_PER_BYTE * (stop - start):
             self._huge = False
-            self._advise(mmap.MADV_NOHUGEPAGE)
+            advise_small_pages(self._memory)
         last = len(self._warm) if stop == self.nbytes else stop // _BLOCK_BYTES
         first = min(-(-start // _BLOCK_BYTES), last)
         self._warm[first:last] = b"\1" * (last - first)
@@ -215,7 +207,7 @@ class Arena:
         # Unmapping holds the lock of the address space until the last page is freed, 100 ms for 2 GiB of ordinary
         # pages, and the event loop's next malloc may need that lock. Discarding does not hold it.
         for start, stop in pieces(0, self.nbytes, _DISCARD_BYTES):
-            _discard(self.address + start, stop - start)
+            discard(self.address + start, stop - start)
         # Another thread may be about to drop the last view of it, which then unmaps.
         with suppress(BufferError):
             self._memory.close()
@@ -223,11 +215,6 @@ class Arena:
     def __repr__(self) -> str:
         pinned = ", pinned" if self.pinned else ""
         return f"<Arena {self.kind}{pinned}, {self.nbytes} bytes at {self.address:#x}>"
-
-    def _advise(self, advice: int) -> None:
-        # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
-        with suppress(OSError):
-            self._memory.madvise(advice)
 
 
 def pieces(start: int, stop: int, nbytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
@@ -254,17 +241,3 @@ def refused(nbytes: int, error: BaseException) -> HostMemoryError:
 def _over(memory: mmap.mmap) -> Exporter:
     view: Exporter = numpy.frombuffer(memory, numpy.uint8)
     return view
-
-
-if sys.platform == "linux":
-    # mmap.madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds.
-    _madvise = ctypes.CDLL(None, use_errno=True).madvise
-    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-    def _discard(address: int, nbytes: int) -> None:
-        _madvise(address, nbytes, mmap.MADV_DONTNEED)
-
-else:
-
-    def _discard(address: int, nbytes: int) -> None:
-        """Leave it to the unmapping."""

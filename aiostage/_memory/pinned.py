@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import weakref
 
@@ -11,11 +10,9 @@ import torch
 
 from aiostage._loop.forks import tell_of_forks
 from aiostage._memory.arena import Arena
+from aiostage._platform import locked_memory_limit
 from aiostage.abc import Backend
 from aiostage.errors import AcceleratorUnavailableError
-
-if sys.platform != "win32":
-    import resource
 
 __all__ = ["Pinning"]
 
@@ -89,10 +86,6 @@ class Pinning:
 
 def _memory_lock_limit() -> str:
     """Say how much memory this process may lock."""
-    if sys.platform == "win32":
-        return "It may be more than the system can lock."
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    amount = (
-        "no limit on locked memory" if limit == resource.RLIM_INFINITY else f"a limit of {limit} bytes of locked memory"
-    )
+    limit = locked_memory_limit()
+    amount = "no limit on locked memory" if limit is None else f"a limit of {limit} bytes of locked memory"
     return f"This process has {amount} (RLIMIT_MEMLOCK, shown in KiB by `ulimit -l`)."

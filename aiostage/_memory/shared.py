@@ -5,30 +5,26 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import sys
 import weakref
 from dataclasses import dataclass
 
 import numpy
 import numpy.typing
 
+from aiostage._platform import (
+    PAGE_BYTES,
+    lock,
+    memory_file,
+    reserve_memory,
+    shared_memory_reason,
+    try_lock,
+    unlock,
+)
 from aiostage.errors import HostMemoryError
 
-if sys.platform == "linux":
-    import fcntl
-
-__all__ = ["SharedFile", "SharedHandle", "shared_memory_reason"]
+__all__ = ["SharedFile", "SharedHandle"]
 
 _GENERATION = struct.Struct("<Q")
-
-
-def shared_memory_reason() -> str | None:
-    """Return why memory cannot be shared between processes here, or None if it can."""
-    if sys.platform != "linux":
-        return f"sharing staged memory needs memfd_create and /proc, which {sys.platform} does not have"
-    if not hasattr(os, "memfd_create"):
-        return "this Python was built without memfd_create"
-    return None
 
 
 class SharedFile:
@@ -54,10 +50,10 @@ class SharedFile:
             raise HostMemoryError(f"{reason}.", remedy="Stage with use_shared_memory=False.")
         self.nbytes = nbytes
         self._generation = 0
-        self._descriptor = os.memfd_create("aiostage", os.MFD_CLOEXEC)
+        self._descriptor = memory_file("aiostage")
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._close.atexit = False
-        os.ftruncate(self._descriptor, nbytes + mmap.PAGESIZE)
+        os.ftruncate(self._descriptor, nbytes + PAGE_BYTES)
 
     def map(self) -> mmap.mmap:
         """Map it all, to read and to write."""
@@ -69,17 +65,15 @@ class SharedFile:
         Raises:
             OSError: If there are not enough.
         """
-        os.posix_fallocate(self._descriptor, offset, nbytes)
+        reserve_memory(self._descriptor, offset, nbytes)
 
     def claim(self) -> bool:
         """Begin a new generation, unless another process still maps this one; return whether it was begun."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._descriptor):
             return False
         self._generation += 1
         os.pwrite(self._descriptor, _GENERATION.pack(self._generation), self.nbytes)
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        unlock(self._descriptor)
         return True
 
     def handle(self, nbytes: int) -> SharedHandle:
@@ -135,8 +129,8 @@ class SharedHandle:
                 raise self._gone(f"process {self.pid} has closed it")
             # Opening made a description of its own, so the lock is ours alone, and the mapping's duplicate of the
             # descriptor holds it until the mapping goes.
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            (generation,) = _GENERATION.unpack(os.pread(descriptor, _GENERATION.size, status.st_size - mmap.PAGESIZE))
+            lock(descriptor)
+            (generation,) = _GENERATION.unpack(os.pread(descriptor, _GENERATION.size, status.st_size - PAGE_BYTES))
             if generation != self.generation:
                 raise self._gone(f"process {self.pid} has dropped the staged copy and used its memory again")
             # Private, so that a write here cannot reach the staged copies of others.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
 from aiostage._loop.forks import tell_of_forks
+from aiostage._platform import sync
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.storage.directories import (
     exchange,
@@ -129,7 +130,7 @@ class DraftDirectory:
         """
         if self._directory.closed:
             raise CheckpointError("what was written here is not, or no longer, this process's.", path=self.target)
-        os.fsync(self._directory.fileno())
+        sync(self._directory.fileno())
         old = self._take_place(overwrite)
         sync_directory(os.path.dirname(self.target))
         self._directory.close()

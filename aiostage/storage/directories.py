@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import logging
 import os
 import shutil
 
+from aiostage._platform import rename as _rename
+from aiostage._platform import sync
+from aiostage._platform import try_lock as _try_lock
 from aiostage.storage.files import Descriptor
 
 __all__ = [
@@ -24,10 +25,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("aiostage")
-
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
 
 
 def open_directory(path: str, *, follow_link: bool = True) -> Descriptor:
@@ -82,7 +79,7 @@ def sync_directory(path: str) -> None:
     """Wait until the names in a directory are on the disk. Blocks."""
     directory = open_directory(path)
     try:
-        os.fsync(directory.fileno())
+        sync(directory.fileno())
     finally:
         directory.close()
 
@@ -90,13 +87,10 @@ def sync_directory(path: str) -> None:
 def try_lock(directory: Descriptor) -> bool | None:
     """Lock a directory; return False if it is locked already, None where the file system has no locks. Blocks."""
     try:
-        fcntl.flock(directory.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return _try_lock(directory.fileno())
     except OSError:
         # Without locks nobody can tell debris from work, so nothing is ever removed.
         return None
-    return True
 
 
 def remove(path: str) -> None:
@@ -117,7 +111,7 @@ def remove(path: str) -> None:
 
 def exchange(first: str, second: str) -> bool:
     """Exchange what two paths name, in one step; return False where that is not possible. Blocks."""
-    return _rename(first, second, _RENAME_EXCHANGE)
+    return _rename(first, second, exchange=True)
 
 
 def move(source: str, target: str) -> None:
@@ -126,7 +120,7 @@ def move(source: str, target: str) -> None:
     Raises:
         FileExistsError: If it is not.
     """
-    if _rename(source, target, _RENAME_NOREPLACE):
+    if _rename(source, target, exchange=False):
         return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
@@ -136,16 +130,3 @@ def move(source: str, target: str) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
         raise
-
-
-def _rename(source: str, target: str, flag: int) -> bool:
-    """Call ``renameat2``; return False where the system or the file system does not have it."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), source, None, target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import weakref
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from aiostage._platform import NOT_SUPPORTED, read_into, reserve_file, set_direct, sync
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 
@@ -27,11 +27,8 @@ _READ_BYTES = 512 << 10
 """How much is read in one call. A kernel that does not preempt what runs inside it copies all of a call before it lets
 another thread have the core, and that may be the event loop's: 8 MiB at once delayed it by 6 ms."""
 
-_DIRECT = getattr(os, "O_DIRECT", 0)
 _NO_FILE = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
 """What the system says of sockets, devices without a driver, and names that no file can have."""
-
-_NOT_SUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
 def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -102,7 +99,7 @@ class OutputFile(Descriptor):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self.path = path
         self.nbytes = nbytes
-        self.direct = direct and _DIRECT != 0
+        self.direct = direct
         super().__init__(os.open(path, flags, 0o666))
         if self.direct:
             self.direct = self._set_direct(True)
@@ -134,7 +131,7 @@ class OutputFile(Descriptor):
             try:
                 written = os.pwrite(self._number, view, offset)
             except OSError as error:
-                if self.direct and error.errno in _NOT_SUPPORTED:
+                if self.direct and error.errno in NOT_SUPPORTED:
                     # Some file systems let direct I/O be switched on and then refuse it.
                     self.direct = self._set_direct(False)
                     continue
@@ -145,29 +142,24 @@ class OutputFile(Descriptor):
         """Cut the padding off, wait until everything is on the disk, and close. Called once, after every write."""
         try:
             os.ftruncate(self._number, self.nbytes)
-            os.fsync(self._number)
+            sync(self._number)
         except OSError as error:
             raise self._named(error) from error
         self.close()
 
     def _set_direct(self, on: bool) -> bool:
         """Switch direct I/O; return whether it is on now."""
-        flags = fcntl.fcntl(self._number, fcntl.F_GETFL)
         try:
-            fcntl.fcntl(self._number, fcntl.F_SETFL, flags | _DIRECT if on else flags & ~_DIRECT)
+            return set_direct(self._number, on)
         except OSError as error:
-            if not on or error.errno not in _NOT_SUPPORTED:
-                raise self._named(error) from error
-            return False
-        return on
+            raise self._named(error) from error
 
     def _reserve(self) -> None:
         """Reserve the file's space: a full disk shows before anything is written, and threads need not take turns."""
         try:
-            os.posix_fallocate(self._number, 0, max(self.nbytes, 1))
+            reserve_file(self._number, max(self.nbytes, 1))
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise self._named(error) from error
+            raise self._named(error) from error
 
     def _named(self, error: OSError) -> OSError:
         return OSError(error.errno, error.strerror, self.path)
@@ -220,7 +212,7 @@ class InputFile(Descriptor):
             OSError: If the file cannot be read.
         """
         while into:
-            count = os.preadv(self._number, [into[:_READ_BYTES]], offset)
+            count = read_into(self._number, into[:_READ_BYTES], offset)
             if count == 0:
                 raise CheckpointCorruptError(f"it ends at byte {offset}; more was expected.", path=self.path)
             into, offset = into[count:], offset + count

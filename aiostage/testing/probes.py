@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import sys
 import threading
 import time
 import traceback
@@ -20,6 +18,7 @@ from typing import Any
 import anyio
 
 from aiostage import _private
+from aiostage._platform import open_descriptors
 from aiostage.stager import AsyncStager
 
 __all__ = ["LeakProbe", "Leftovers", "LoopHold", "LoopProbe"]
@@ -309,12 +308,4 @@ class LeakProbe:
 
 def _descriptors() -> Counter[str]:
     """Count what is open, by what it refers to."""
-    found: Counter[str] = Counter()
-    directory = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
-    for number in os.listdir(directory):
-        try:
-            found[os.readlink(f"{directory}/{number}") if sys.platform == "linux" else number] += 1
-        except FileNotFoundError:
-            # The one that the directory itself was read through.
-            continue
-    return found
+    return Counter(open_descriptors())

@@ -116,7 +116,7 @@ def look(target: str, overwrite: bool) -> int:
 
 def main(directory: str, overwrite: bool, exchanging: bool) -> None:
     if not exchanging:
-        directories._rename = lambda *_: False
+        directories._rename = lambda *_, **__: False
     # What is loaded here, and what no collector looks at, costs the children nothing.
     asyncio.run(checkpoint())
     gc.disable()

@@ -171,7 +171,7 @@ class TestWaiting:
 
     @pytest.mark.asyncio
     async def test_without_a_timer_of_its_own(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(alarm, "_library", None)
+        monkeypatch.setattr(alarm, "open_timer", lambda: -1)
         events = [Event() for _ in range(5)]
         for event in events:
             event.at_query = 4

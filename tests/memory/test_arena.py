@@ -12,7 +12,8 @@ import numpy
 import pytest
 import torch
 
-from aiostage._memory.arena import PAGE_BYTES, Arena, pieces, whole_pages
+from aiostage._memory.arena import Arena, pieces, whole_pages
+from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError
 
 MIB = 1 << 20

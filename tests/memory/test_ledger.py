@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aiostage._memory.arena import PAGE_BYTES
 from aiostage._memory.ledger import Ledger, Moves, Request
+from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 
 

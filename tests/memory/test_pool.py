@@ -13,8 +13,8 @@ import torch
 import trio.testing
 
 from aiostage._loop.workers import Workers
-from aiostage._memory.arena import PAGE_BYTES
 from aiostage._memory.pool import Lease, Pool, PoolStatistics
+from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 from aiostage.testing import at_every_await
 

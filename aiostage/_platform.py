@@ -1,0 +1,441 @@
+"""Everything that an operating system may lack, each call with the portable second that stands in for it.
+
+Linux is what aiostage is measured on. No other module asks which system it runs on, or calls what only some systems
+have. Calls are looked up once, when this is imported; what is missing then is done without.
+
+=====================  ==================================================================================
+``memfd_create``       a nameless file in /dev/shm; without /proc memory cannot be shared between processes
+``posix_fallocate``    each page of shared memory is written to; files grow as they are written
+``madvise``            memory goes back when it is unmapped, and has ordinary pages
+``O_DIRECT``           writes pass through the page cache
+``preadv``             ``pread``, and a copy
+``renameat2``          ``renamex_np`` of macOS, else two renames that readers and later savers can tell from one
+``timerfd``            the event loop's own clock, in whole milliseconds
+``sched_yield``        a sleep of no length, likewise without the GIL
+``F_FULLFSYNC``        macOS only, where ``fsync`` leaves the disk's own cache alone; ``fsync`` elsewhere
+=====================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+if sys.platform == "win32":
+    raise ImportError(
+        "aiostage does not support Windows, whose files and locks are not those of POSIX; use it in WSL 2 instead."
+    )
+
+import fcntl
+import resource
+
+__all__ = [
+    "HAS_TIMERS",
+    "NOT_SUPPORTED",
+    "PAGE_BYTES",
+    "advise_huge_pages",
+    "advise_small_pages",
+    "discard",
+    "let_threads_run",
+    "lock",
+    "locked_memory_limit",
+    "map_addresses",
+    "map_private",
+    "memory_file",
+    "memory_limit",
+    "open_descriptors",
+    "open_timer",
+    "read_into",
+    "rename",
+    "reserve_file",
+    "reserve_memory",
+    "set_direct",
+    "set_timer",
+    "shared_memory_reason",
+    "sync",
+    "try_lock",
+    "unlock",
+    "yield_core",
+]
+
+NOT_SUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
+"""What a kernel or a file system says that does not have what it was asked for."""
+
+PAGE_BYTES = mmap.PAGESIZE
+"""4 KiB on x86_64, 16 KiB on Apple's processors, up to 64 KiB on other aarch64 machines."""
+
+_BUILT_FOR_LINUX = sys.platform == "linux"
+_HAS_PROC = os.path.isdir("/proc/self/fd")
+
+
+def _find(name: str, library: Any) -> Any:
+    """Return a function of the C library, or None where there is no such function."""
+    try:
+        return getattr(library, name)
+    except AttributeError:
+        return None
+
+
+_c_library = ctypes.CDLL(None, use_errno=True)
+# Not CDLL for what is over at once: that gives up the GIL around each call, and a busy worker thread may not hand it
+# back for 5 ms.
+_c_library_with_gil = ctypes.PyDLL(None, use_errno=True)
+
+
+# Memory
+
+_LARGEST_HUGE_PAGE_BYTES = 32 << 20
+"""Huge pages are as large as a page of page tables maps: 2 MiB for pages of 4 KiB, 32 MiB for 16 KiB, 512 MiB for
+64 KiB. Filling one of the largest with zeros is a single step of the kernel that takes a tenth of a second."""
+
+_HUGE_PAGE_BYTES = PAGE_BYTES * (PAGE_BYTES // 8)
+
+_HAS_USUAL_FLAGS = _BUILT_FOR_LINUX and platform.machine() in ("x86_64", "aarch64", "riscv64", "s390x", "loongarch64")
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _HAS_USUAL_FLAGS else 0)
+"""Python has a name for it from 3.13 on."""
+
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+def map_private(nbytes: int) -> mmap.mmap:
+    """Map memory of this process alone. Python's own default is MAP_SHARED, which gets no huge pages."""
+    return mmap.mmap(-1, nbytes, flags=_ANONYMOUS)
+
+
+def map_addresses(nbytes: int) -> mmap.mmap:
+    """Map addresses that take no memory, and count for none, until they are written to."""
+    return mmap.mmap(-1, nbytes, flags=_ANONYMOUS | _NO_RESERVE)
+
+
+def advise_huge_pages(memory: mmap.mmap) -> bool:
+    """Ask for huge pages; return whether there is anything to ask."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None or _HUGE_PAGE_BYTES > _LARGEST_HUGE_PAGE_BYTES:
+        return False
+    _advise(memory, advice)
+    return True
+
+
+def advise_small_pages(memory: mmap.mmap) -> None:
+    """Ask for ordinary pages after all."""
+    advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
+    if advice is not None:
+        _advise(memory, advice)
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
+    with suppress(OSError):
+        memory.madvise(advice)
+
+
+# Python's own madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds. Other systems
+# than Linux take it for a hint that frees nothing.
+_madvise = _find("madvise", _c_library) if _BUILT_FOR_LINUX else None
+if _madvise is not None:
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def discard(address: int, nbytes: int) -> None:
+    """Give pages back before they are unmapped, which holds the lock of the address space for as long as it takes."""
+    if _madvise is not None:
+        _madvise(address, nbytes, mmap.MADV_DONTNEED)
+
+
+_MEMORY_FILES = "/dev/shm"
+
+
+def shared_memory_reason() -> str | None:
+    """Return why memory cannot be shared between processes here, or None if it can."""
+    if not _HAS_PROC:
+        return f"sharing staged memory needs /proc, which {sys.platform} does not have, or not here"
+    if not hasattr(os, "memfd_create") and not hasattr(os, "O_TMPFILE"):
+        return "sharing staged memory needs memfd_create or O_TMPFILE, and this Python was built without them"
+    return None
+
+
+def memory_file(name: str) -> int:
+    """Return a descriptor of a new file in memory that has no name and goes with the last who has it open.
+
+    Raises:
+        OSError: If the system refuses.
+    """
+    create: Callable[[str, int], int] | None = getattr(os, "memfd_create", None)
+    if create is not None:
+        try:
+            return create(name, os.MFD_CLOEXEC)
+        except OSError as error:
+            # A seccomp filter may answer for the kernel.
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+    return os.open(_MEMORY_FILES, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+
+
+def reserve_memory(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the kernel find the pages of a range of a file in memory, keeping what is in it. Blocks.
+
+    Raises:
+        OSError: If there are not enough.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, offset, nbytes)
+        return
+    for page in range(offset, offset + nbytes, PAGE_BYTES):
+        os.pwrite(descriptor, os.pread(descriptor, 1, page) or b"\0", page)
+
+
+# Files
+
+_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+
+def set_direct(descriptor: int, on: bool) -> bool:
+    """Switch direct I/O; return whether it is on now.
+
+    Raises:
+        OSError: If it cannot be switched for another reason than that there is none.
+    """
+    if not _O_DIRECT:
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT if on else flags & ~_O_DIRECT)
+    except OSError as error:
+        if not on or error.errno not in NOT_SUPPORTED:
+            raise
+        return False
+    return on
+
+
+def reserve_file(descriptor: int, nbytes: int) -> None:
+    """Reserve the space of a new file, where the file system can.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def read_into(descriptor: int, into: Any, offset: int) -> int:
+    """Read as much as one call gives into a writable buffer of bytes; return how much that was, 0 at the end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset)
+    data = os.pread(descriptor, len(into), offset)
+    into[: len(data)] = data
+    return len(data)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file or a directory is on the disk, and not only in the disk's cache. Blocks."""
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+        except OSError as error:
+            # Not every file system of macOS has it.
+            if error.errno not in NOT_SUPPORTED:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
+
+
+def lock(descriptor: int) -> None:
+    """Take a shared lock on an open file, which the kernel drops with the last descriptor of its opening. Blocks."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take an exclusive lock on an open file; return whether it was free.
+
+    Raises:
+        OSError: If the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Give a lock back."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+_AT_FDCWD = -100
+_renameat2 = _find("renameat2", _c_library)
+_RENAMEAT2_NOREPLACE, _RENAMEAT2_EXCHANGE = 1, 2
+_renamex_np = _find("renamex_np", _c_library)
+_RENAMEX_SWAP, _RENAMEX_EXCL = 2, 4
+
+
+def rename(source: str, target: str, *, exchange: bool) -> bool:
+    """Rename in one step with a condition; return False where the system or the file system cannot.
+
+    Args:
+        source: What is renamed.
+        target: To what.
+        exchange: Give what is at the target the name of the source. Otherwise there must be nothing.
+
+    Raises:
+        OSError: If it cannot be done.
+    """
+    old, new = os.fsencode(source), os.fsencode(target)
+    if _renameat2 is not None:
+        flag = _RENAMEAT2_EXCHANGE if exchange else _RENAMEAT2_NOREPLACE
+        failed = _renameat2(_AT_FDCWD, old, _AT_FDCWD, new, flag)
+    elif _renamex_np is not None:
+        failed = _renamex_np(old, new, _RENAMEX_SWAP if exchange else _RENAMEX_EXCL)
+    else:
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), source, None, target)
+
+
+def open_descriptors() -> list[str]:
+    """Return what this process's open descriptors refer to, or their numbers where the system does not tell more."""
+    directory = "/proc/self/fd" if _HAS_PROC else "/dev/fd"
+    found = []
+    for number in os.listdir(directory):
+        try:
+            found.append(os.readlink(f"{directory}/{number}"))
+        except FileNotFoundError:
+            # The one that the directory itself was read through.
+            continue
+        except OSError:
+            # Not a link: /dev/fd of macOS.
+            found.append(number)
+    return found
+
+
+# Time and threads
+
+_CLOCK_MONOTONIC = 1
+_TIMER_ABSOLUTE = 1
+_NANOSECONDS = 1_000_000_000
+
+_timerfd_create = _find("timerfd_create", _c_library_with_gil)
+_timerfd_settime = _find("timerfd_settime", _c_library_with_gil)
+
+HAS_TIMERS = _timerfd_create is not None and _timerfd_settime is not None
+"""Whether :func:`open_timer` may have one to give."""
+
+
+class _TimerSpecification(ctypes.Structure):
+    """What C calls ``struct itimerspec``."""
+
+    _fields_ = (
+        ("interval_seconds", ctypes.c_long),
+        ("interval_nanoseconds", ctypes.c_long),
+        ("seconds", ctypes.c_long),
+        ("nanoseconds", ctypes.c_long),
+    )
+
+
+def open_timer() -> int:
+    """Return a descriptor that can be read once its time has come, or -1 if there is none to be had."""
+    if not HAS_TIMERS:
+        return -1
+    descriptor: int = _timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+    return descriptor
+
+
+def set_timer(descriptor: int, when: float) -> None:
+    """Set a timer to a time of :func:`time.monotonic`; what it was set to before is forgotten, and it is unread."""
+    # Zero would mean never.
+    nanoseconds = max(int(when * _NANOSECONDS), 1)
+    value = _TimerSpecification(0, 0, *divmod(nanoseconds, _NANOSECONDS))
+    _timerfd_settime(descriptor, _TIMER_ABSOLUTE, ctypes.byref(value), None)
+
+
+# os.sched_yield() keeps the GIL, and with it from running whom the core is for.
+_sched_yield = _find("sched_yield", _c_library)
+
+
+def _sleep_briefly() -> None:
+    sleep(0)
+
+
+yield_core: Callable[[], object] = _sched_yield or _sleep_briefly
+"""Offer the core to threads that wait for one, without the GIL meanwhile."""
+
+_usleep = _find("usleep", _c_library)
+
+
+def let_threads_run() -> None:
+    """Give the GIL to threads that wait for it; takes about 60 microseconds.
+
+    A thread that works in short steps and lets go of the GIL for a moment between them has it back before those that
+    wait have woken up, and they ask for it in earnest after 5 ms only. So it has to be away for longer.
+    """
+    if _usleep is not None:
+        _usleep(1)
+    else:
+        sleep(1e-6)
+
+
+# Limits
+
+
+def locked_memory_limit() -> int | None:
+    """Return how many bytes of memory this process may lock, or None for no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Return how many bytes of memory this process may have, by its control groups, or None for no limit of theirs.
+
+    Args:
+        root: Of the file system in which to look.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            limits += _limits(root / "sys/fs/cgroup", path, "memory.max")
+        elif "memory" in controllers.split(","):
+            limits += _limits(root / "sys/fs/cgroup/memory", path, "memory.limit_in_bytes")
+    return min(limits, default=None)
+
+
+_UNLIMITED_BYTES = 1 << 62
+"""Control groups of the first version say that they have no limit by a number near the largest."""
+
+
+def _limits(mount: Path, path: str, name: str) -> list[int]:
+    """Return the limits of a control group and of those around it; seen from a container, its own is the root."""
+    found = []
+    group = mount / path.strip("/")
+    for directory in (group, *group.parents):
+        with suppress(OSError, ValueError):
+            limit = int((directory / name).read_text())
+            if limit < _UNLIMITED_BYTES:
+                found.append(limit)
+        if directory == mount:
+            break
+    return found
