@@ -39,6 +39,7 @@ import fcntl
 import resource
 
 __all__ = [
+    "DESCRIPTORS",
     "HAS_TIMERS",
     "NOT_SUPPORTED",
     "PAGE_BYTES",
@@ -52,7 +53,6 @@ __all__ = [
     "map_private",
     "memory_file",
     "memory_limit",
-    "open_descriptors",
     "open_timer",
     "read_into",
     "rename",
@@ -312,20 +312,8 @@ def rename(source: str, target: str, *, exchange: bool) -> bool:
     raise OSError(number, os.strerror(number), source, None, target)
 
 
-def open_descriptors() -> list[str]:
-    """Return what this process's open descriptors refer to, or their numbers where the system does not tell more."""
-    directory = "/proc/self/fd" if _HAS_PROC else "/dev/fd"
-    found = []
-    for number in os.listdir(directory):
-        try:
-            found.append(os.readlink(f"{directory}/{number}"))
-        except FileNotFoundError:
-            # The one that the directory itself was read through.
-            continue
-        except OSError:
-            # Not a link: /dev/fd of macOS.
-            found.append(number)
-    return found
+DESCRIPTORS = "/proc/self/fd" if _HAS_PROC else "/dev/fd"
+"""The directory of this process's open descriptors; where there is no /proc, it does not tell what they refer to."""
 
 
 # Time and threads
