@@ -120,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
         if place not in self._storages:
             arena, start, nbytes = place
             self._storages[place] = torch.from_numpy(self._memory[arena][start : start + nbytes]).untyped_storage()
-        tensor = torch.empty(0, dtype=dtype).set_(self._storages[place], offset, shape, stride)
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(self._storages[place], offset, shape, stride)
         made = torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
         self._tensors[number] = made
         return made

@@ -334,7 +334,9 @@ def _sparse(tensor: torch.Tensor) -> Composite:
     size, coalesced = tensor.size(), tensor.is_coalesced()
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        result = torch.sparse_coo_tensor(staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False)
+        result = torch.sparse_coo_tensor(
+            staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False, device="cpu"
+        )
         return _finished(result, tensor)
 
     return Composite((tensor._indices(), tensor._values()), assemble)
@@ -351,7 +353,7 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             result = torch.sparse_compressed_tensor(
-                staged[0], staged[1], staged[2], size, layout=layout, check_invariants=False
+                staged[0], staged[1], staged[2], size, layout=layout, check_invariants=False, device="cpu"
             )
         return _finished(result, tensor)
 

@@ -330,7 +330,7 @@ def _is_simple(tensor: torch.Tensor) -> bool:
 
 def _same_over(storage: torch.UntypedStorage, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor like another one over a copy of its storage."""
-    result = torch.empty(0, dtype=tensor.dtype)
+    result = torch.empty(0, dtype=tensor.dtype, device="cpu")
     result.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     requires_grad = tensor.requires_grad and tensor.is_leaf
     if isinstance(tensor, torch.nn.Parameter):

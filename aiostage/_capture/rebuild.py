@@ -78,7 +78,7 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     spec, count = run.spec, len(run.indices)
     dtype = _NUMPY_DTYPES.get(spec.target)
     if spec.extent == 0:
-        tensors = [torch.empty_strided(spec.shape, spec.stride, dtype=spec.target) for _ in range(count)]
+        tensors = [torch.empty_strided(spec.shape, spec.stride, dtype=spec.target, device="cpu") for _ in range(count)]
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
@@ -93,7 +93,7 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     else:
         size = spec.staged_nbytes
         tensors = [
-            torch.empty(0, dtype=spec.target).set_(
+            torch.empty(0, dtype=spec.target, device="cpu").set_(
                 torch.from_numpy(memory[start : start + size]).untyped_storage(), 0, spec.shape, spec.stride
             )
             for start in range(0, count * size, size)
@@ -115,7 +115,7 @@ def build_block(memory: np.ndarray[Any, Any], block: Block, specs: Sequence[Spec
     storage = torch.from_numpy(memory).untyped_storage()
     tensors: list[torch.Tensor] = []
     for offset, spec in zip(block.offsets, specs, strict=True):
-        tensor = torch.empty(0, dtype=spec.target)
+        tensor = torch.empty(0, dtype=spec.target, device="cpu")
         tensor.set_(storage, offset // spec.target.itemsize, spec.shape, spec.stride)
         tensors += _of_class([tensor], spec)
     return tensors

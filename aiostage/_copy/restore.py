@@ -83,7 +83,7 @@ def _to_host(located: _Located, arrivals: Arrivals, device: torch.device) -> tup
     """Enqueue a copy to host memory, in a worker thread."""
     value = located.pair.value
     try:
-        host = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        host = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
     except RuntimeError as error:
         raise HostMemoryError(
             f"no memory for {value.nbytes} bytes of a value on {device}: {error}", path=format_path(located.path)

@@ -120,7 +120,7 @@ def agree(pairs: Sequence[Pair]) -> bool:
         return False
     base = min(live.data_ptr() for live, _ in pairs)
     nbytes = max(live.data_ptr() + reach(live) for live, _ in pairs) - base
-    memory = torch.zeros(nbytes, dtype=torch.uint8)
+    memory = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     written = []
     with torch.no_grad():
         for live, value in pairs:
@@ -128,7 +128,9 @@ def agree(pairs: Sequence[Pair]) -> bool:
             at, rest = divmod(live.data_ptr() - base, live.element_size())
             if rest:
                 return False
-            there = torch.empty(0, dtype=plain.dtype).set_(memory.untyped_storage(), at, live.shape, live.stride())
+            there = torch.empty(0, dtype=plain.dtype, device="cpu").set_(
+                memory.untyped_storage(), at, live.shape, live.stride()
+            )
             target, source = unexpanded(there, wanted)
             target.copy_(source)
             written.append((there, wanted))

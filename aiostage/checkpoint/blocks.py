@@ -220,7 +220,7 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
         sharer.node.form = form | sharer.node.form
     memory: int | torch.Tensor = leaf.address
     if not leaf.contiguous and count:
-        memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()])
+        memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device="cpu")
         memory.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     dtype, shape = _in_file(tensor)
     return FileTensor(name, dtype, shape, count * tensor.element_size(), tensor.element_size(), memory, tensor)

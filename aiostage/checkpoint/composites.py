@@ -65,7 +65,7 @@ def _take_quantized_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Te
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "scheme": str(scheme).removeprefix("torch."),
     }
-    parts = {"memory": torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())}
+    parts = {"memory": torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())}
     if scheme == torch.per_tensor_affine:
         return "quantized", parts, form | {"scale": tensor.q_scale().hex(), "zero_point": tensor.q_zero_point()}
     if scheme in _PER_CHANNEL:
@@ -114,13 +114,18 @@ def _assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any], *,
         if kind == "sparse":
             indices, values = parts
             return torch.sparse_coo_tensor(
-                indices, values, shape, is_coalesced=form["coalesced"] is True, check_invariants=check
+                indices,
+                values,
+                shape,
+                is_coalesced=form["coalesced"] is True,
+                check_invariants=check,
+                device=values.device,
             )
         if kind == "sparse_compressed":
             compressed, plain, values = parts
             layout = torch_constant(form["layout"])
             return torch.sparse_compressed_tensor(
-                compressed, plain, values, shape, layout=layout, check_invariants=check
+                compressed, plain, values, shape, layout=layout, check_invariants=check, device=values.device
             )
         return _assemble_quantized(parts, form, shape)
 

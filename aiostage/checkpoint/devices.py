@@ -192,7 +192,7 @@ def host_memory(
     found: dict[str, torch.Tensor] = {}
     for count, (name, nbytes) in enumerate(sizes.items()):
         try:
-            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device or "cpu")
         except RuntimeError as error:
             raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
         if count % _CHUNK == 0:

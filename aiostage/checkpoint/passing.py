@@ -83,7 +83,7 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
     await snapshot.landed(address, nbytes)
     if not isinstance(piece, Scattered):
         return memory
-    tensor = torch.empty(0, dtype=piece.tensor.dtype)
+    tensor = torch.empty(0, dtype=piece.tensor.dtype, device="cpu")
     tensor.set_(memory.untyped_storage(), 0, piece.tensor.shape, piece.tensor.stride())
     return Scattered(tensor, piece.start, piece.stop)
 

@@ -31,7 +31,7 @@ async def bench(nbytes: int, tensors: int, rounds: int) -> AsyncIterator[str]:
         An iterator over lines with medians. Event-loop delays are those of a ticker beside, every millisecond.
     """
     elements = max(1, nbytes // tensors // 4)
-    state = {str(number): torch.zeros(elements) for number in range(tensors)}
+    state = {str(number): torch.zeros(elements, device="cpu") for number in range(tensors)}
     total = elements * tensors * 4
     yield f"{tensors} tensors, {total / 2**20:.0f} MiB in host memory, PyTorch {torch.__version__}"
     copy = {name: torch.empty_like(tensor) for name, tensor in state.items()}

@@ -307,7 +307,7 @@ class StorageReader(torch_storage.StorageReader):
         await reader.aclose()
 
     async def _read(self, reader: Reader, file: str, offset: int, nbytes: int, expected: str) -> Buffer:
-        data = _bytes(torch.empty(nbytes, dtype=torch.uint8))
+        data = _bytes(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
         if nbytes:
             await reader.read(file, offset, data)
         if digest(data) != expected:
@@ -343,7 +343,7 @@ def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner)
         planner.load_bytes(item, io.BytesIO(data))
         return
     dtype = record.dtype or torch.uint8
-    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype)
+    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype, device="cpu")
     tensor = tensor.view(record.shape)
     part = narrow_by_index(tensor, item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()
@@ -354,7 +354,11 @@ def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner)
 
 
 def _tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> Buffer:
@@ -380,7 +384,7 @@ async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
         part = parts.pop()
         memory = whole(part)
         if memory is None:
-            memory = torch.empty(part.nbytes, dtype=torch.uint8)
+            memory = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu")
             gather(part, memory)
         data = _bytes(memory)
         del part, memory

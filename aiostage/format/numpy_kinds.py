@@ -37,7 +37,11 @@ def array_parts(array: np.ndarray[Any, Any]) -> Parts:
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     form = {"dtype": dtype, "shape": list(array.shape)} | ({"fortran": True} if fortran else {})
     data = array.tobytes("F" if fortran else "C")
-    memory = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    memory = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     return Parts(form, {"array": memory})
 
 

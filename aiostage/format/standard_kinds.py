@@ -156,7 +156,7 @@ def _take_buffer_apart(value: BytesIO) -> Parts:
     if value.closed:
         raise NotCarried("a BytesIO that was closed has no contents", "Put its getvalue() into the state dict.")
     contents = torch.frombuffer(bytearray(value.getvalue()), dtype=torch.uint8) if value.getbuffer().nbytes else None
-    data = contents if contents is not None else torch.empty(0, dtype=torch.uint8)
+    data = contents if contents is not None else torch.empty(0, dtype=torch.uint8, device="cpu")
     return Parts({"position": value.tell()}, {"data": data}, dict(vars(value)))
 
 

@@ -55,7 +55,7 @@ def _take_generator_apart(value: torch.Generator) -> Parts:
 
 def _put_generator_together(form: Mapping[str, Any], children: Sequence[Any]) -> torch.Generator:
     (state,) = children
-    return torch.Generator().set_state(state)
+    return torch.Generator(device="cpu").set_state(state)
 
 
 def _take_returned_apart(value: Any) -> Parts:
@@ -69,7 +69,7 @@ def _put_returned_together(form: Mapping[str, Any], children: Sequence[Any]) -> 
 def _bytes_over(storage: torch.UntypedStorage) -> torch.Tensor:
     if storage.device.type != "cpu":
         raise NotCarried(f"it is a storage on {storage.device}", "Stage it first.")
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
 def _untyped(children: Sequence[Any]) -> torch.UntypedStorage:

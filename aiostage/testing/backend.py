@@ -215,7 +215,7 @@ class SimulatedBackend(Backend):
         tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         nbytes = tensor.untyped_storage().nbytes()
         if nbytes == 0:
-            return torch.empty_strided(size, stride, dtype=dtype)
+            return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         with self._scheduler.lock:
             self._settle()
             stream.on.check()
@@ -223,7 +223,7 @@ class SimulatedBackend(Backend):
                 raise torch.OutOfMemoryError("the simulated device is out of memory, as the test wanted")
             stream.on.in_use = True
             storage = stream.on.memory.allocate(nbytes, stream)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(size), tuple(stride))
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(size), tuple(stride))
 
     def _enqueue_kernel(
         self,
@@ -280,7 +280,9 @@ class SimulatedBackend(Backend):
 
     def _poison(self, device: Device, block: Block) -> None:
         """Have freed memory overwritten by the stream that gets it next, with the lock held."""
-        freed = torch.empty(0, dtype=torch.uint8).set_(device.memory.storage, block.offset, (block.nbytes,), (1,))
+        freed = torch.empty(0, dtype=torch.uint8, device="cpu").set_(
+            device.memory.storage, block.offset, (block.nbytes,), (1,)
+        )
         self._scheduler.append(block.stream, Operation(name="poison", run=lambda: freed.fill_(_POISON)))
 
     def _strike(self, kind: FailureKind) -> bool:

@@ -177,14 +177,14 @@ class TensorReference:
     def tensor(self) -> torch.Tensor | None:
         """Return a tensor over what is in that place now; None if it was in host memory that is gone."""
         if 0 in self._size:
-            return torch.empty_strided(self._size, self._stride, dtype=self._dtype)
+            return torch.empty_strided(self._size, self._stride, dtype=self._dtype, device="cpu")
         if self._memory is not None:
             storage: torch.UntypedStorage | None = self._memory.storage
         else:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
             return None
-        tensor = torch.empty(0, dtype=self._dtype).set_(storage, self._offset, self._size, self._stride)
+        tensor = torch.empty(0, dtype=self._dtype, device="cpu").set_(storage, self._offset, self._size, self._stride)
         if self._conjugate:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if self._negative else tensor

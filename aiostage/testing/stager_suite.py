@@ -50,8 +50,8 @@ class _Refuses:
 def _tree(value: float = 1.0, leaves: int = 20) -> dict[str, Any]:
     return {
         "step": int(value),
-        "weights": {f"w{number}": torch.full((3, 4), value + number) for number in range(leaves)},
-        "list": [torch.arange(5), (torch.ones(2, dtype=torch.bfloat16), None)],
+        "weights": {f"w{number}": torch.full((3, 4), value + number, device="cpu") for number in range(leaves)},
+        "list": [torch.arange(5, device="cpu"), (torch.ones(2, dtype=torch.bfloat16, device="cpu"), None)],
     }
 
 
@@ -125,7 +125,7 @@ class StagerSuite(ABC):
             assert len(source["list"]) == 2
 
     async def test_ties_stay_ties(self) -> None:
-        shared = torch.arange(4.0)
+        shared = torch.arange(4.0, device="cpu")
         inside = [shared]
         async with self.make_stager() as stager:
             source: dict[str, Any] = {"a": shared, "b": shared, "c": inside, "d": inside}
@@ -136,10 +136,10 @@ class StagerSuite(ABC):
 
     async def test_shapes_and_strides(self) -> None:
         source = {
-            "transposed": torch.arange(6.0).reshape(2, 3).t(),
-            "empty": torch.empty(0, 3),
-            "scalar": torch.tensor(7),
-            "flags": torch.tensor([True, False]),
+            "transposed": torch.arange(6.0, device="cpu").reshape(2, 3).t(),
+            "empty": torch.empty(0, 3, device="cpu"),
+            "scalar": torch.tensor(7, device="cpu"),
+            "flags": torch.tensor([True, False], device="cpu"),
         }
         async with self.make_stager() as stager:
             staged = await stager.stage(source)
@@ -149,7 +149,7 @@ class StagerSuite(ABC):
                 assert staged[name].stride() == tensor.stride(), name
 
     async def test_containers_of_other_kinds(self) -> None:
-        source = _Pair({"a": torch.ones(1)}, frozenset({1, 2}))
+        source = _Pair({"a": torch.ones(1, device="cpu")}, frozenset({1, 2}))
         async with self.make_stager() as stager:
             staged = await stager.stage(source)
             assert type(staged) is _Pair
@@ -159,7 +159,7 @@ class StagerSuite(ABC):
     async def test_parameters(self) -> None:
         if not self.keeps_parameters:
             raise unittest.SkipTest("this stager makes plain tensors of parameters")
-        source = {"p": torch.nn.Parameter(torch.ones(2), requires_grad=False)}
+        source = {"p": torch.nn.Parameter(torch.ones(2, device="cpu"), requires_grad=False)}
         async with self.make_stager() as stager:
             staged = await stager.stage(source)
             assert type(staged["p"]) is torch.nn.Parameter
@@ -217,7 +217,7 @@ class StagerSuite(ABC):
         async with self.make_stager() as stager:
             for _ in range(3):
                 try:
-                    await stager.stage({"weights": torch.ones(3), "odd": _Refuses()})
+                    await stager.stage({"weights": torch.ones(3, device="cpu"), "odd": _Refuses()})
                 except Exception as error:
                     told = str(error)
                 else:
