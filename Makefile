@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test test-all test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
+.PHONY: demo test test-all test-simgpu test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
@@ -25,6 +25,12 @@ IN_PARALLEL := --numprocesses 2 --dist loadfile
 
 test: $(READY)
 	$(BIN)/python -m pytest $(IN_PARALLEL)
+	$(MAKE) test-simgpu
+
+# On a PyTorch device without hardware, which changes torch.accelerator for all of its process. The first time it is
+# built, into the user's cache; where there is no C++ compiler the reason is printed.
+test-simgpu: $(READY)
+	$(BIN)/python -m aiostage.testing.simgpu --if-possible $(BIN)/python -m pytest tests/simgpu
 
 # With the tests of four processes, which take some minutes more.
 test-all: $(READY)

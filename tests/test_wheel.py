@@ -54,7 +54,9 @@ def test_the_wheel(tmp_path: Path) -> None:
         names = set(wheel.namelist())
         wheel.extractall(site)
     tracked = {
-        str(file.relative_to(ROOT)) for file in (ROOT / "aiostage").rglob("*") if file.suffix in (".py", ".typed")
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "aiostage").rglob("*")
+        if file.suffix in (".py", ".typed", ".cpp", ".hpp")
     }
     assert "aiostage/py.typed" in tracked
     assert {name for name in names if not name.startswith("aiostage-")} == tracked
