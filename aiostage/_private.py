@@ -19,6 +19,7 @@ __all__ = [
     "find",
     "foreach_copy",
     "has_storage",
+    "is_wrapper",
     "make_parameter",
     "narrow_by_index",
     "require",
@@ -66,6 +67,8 @@ is_functional: Any = find("torch._is_functional_tensor")
 has_kernel: Any = find("torch._C._dispatch_has_kernel_for_dispatch_key")
 privateuse1_name: Any = find("torch._C._get_privateuse1_backend_name")
 cuda_has_context: Any = find("torch._C._cuda_hasPrimaryContext")
+new_object: Any = find("copyreg.__newobj__")
+is_traceable_wrapper: Any = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _slotnames: Any = find("copyreg._slotnames")
 current_frames: Any = find("sys._current_frames")
 asyncio_backend: Any = find("anyio._backends._asyncio")
@@ -96,6 +99,8 @@ CONSEQUENCES = {
     "cuda_has_context": "every device is taken to have a context",
     "storage_setup": "dcp.save and dcp.load raise StagingError",
     "narrow_tensor_by_index": "Tensor.narrow is called for each dimension instead",
+    "new_object": "objects are only built once all their tensors are there",
+    "is_traceable_wrapper": "a subclass with __tensor_flatten__ and __tensor_unflatten__ is taken for a wrapper",
     "_slotnames": "the slots of a class are found through its bases",
     "current_frames": "a report of a loop hold has no stack",
     "asyncio_backend": "anyio is imported with its first use, which holds that loop for 10 ms",
@@ -156,6 +161,13 @@ def foreach_copy(
         return
     for destination, source in zip(destinations, sources, strict=True):
         destination.copy_(source, non_blocking=non_blocking)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is of a subclass that tells what it wraps."""
+    if is_traceable_wrapper is not None:
+        return bool(is_traceable_wrapper(tensor))
+    return hasattr(type(tensor), "__tensor_flatten__") and hasattr(type(tensor), "__tensor_unflatten__")
 
 
 def narrow_by_index(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterable[int]) -> torch.Tensor:

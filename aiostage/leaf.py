@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import torch
 
+from aiostage._arguments import shown
+
 __all__ = ["Attribute", "Path", "StagedLeaf", "format_path"]
 
 Path: TypeAlias = tuple[object, ...]
@@ -41,5 +43,5 @@ def format_path(path: Path) -> str:
     Returns:
         For example ``state_dict['model']['0.weight']`` or ``state_dict['tokenizer'].table[3]``.
     """
-    steps = (f".{step}" if isinstance(step, Attribute) else f"[{step!r}]" for step in path)
+    steps = (f".{step}" if isinstance(step, Attribute) else f"[{shown(step)}]" for step in path)
     return "state_dict" + "".join(steps)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from aiostage import _private
 from aiostage._loop.collection import untrack_all
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Path, format_path
@@ -22,24 +23,7 @@ __all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_a
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
 
-_REFUSED_KEYS = {
-    "Meta": ("it is a meta tensor and has no data.", "Give its module memory with to_empty() and values first."),
-    "Mkldnn": ("it is in the mkldnn layout, whose memory has no defined order.", "Stage its to_dense()."),
-    "FuncTorch": ("it is inside a torch.func transform.", "Stage outside of the transform."),
-    "Functionalize": ("it is a functionalization wrapper.", "Stage outside of the transform."),
-    "ZeroTensor": ("it is an autograd zero tensor without memory.", "Stage its clone()."),
-    "NestedTensor": ("it is a nested tensor in the strided layout.", "Use torch.jagged, or stage its unbind()."),
-}
-"""Dispatch keys, up to the name of the device, that mean that a tensor cannot be copied, why, and the way out."""
-
-_HANDLED_KEYS = {
-    "SparseCsr": "sparse_compressed",
-    "Sparse": "sparse",
-    "Quantized": "quantized",
-    "Conjugate": "value",
-    "Negative": "value",
-}
-"""Dispatch keys, up to the name of the device, that need more than a copy of memory. The first that fits counts."""
+_COMPRESSED_LAYOUTS = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 _WITHOUT_COPY = frozenset(
@@ -155,15 +139,18 @@ class SpecTable:
         self._plain_specs: dict[object, Spec] = {}
         self._meanings: dict[int, str | Refusal] = {}
 
-    def meanings(self, tensors: Iterable[torch.Tensor]) -> list[str | Refusal]:
+    def meanings(self, tensors: Sequence[torch.Tensor]) -> list[str | Refusal]:
         """Return for each tensor how it is handled: "dense", "value", "sparse", ..., or why it is refused."""
-        keys = list(map(torch._C._dispatch_keys, tensors))
-        numbers = list(map(torch._C.DispatchKeySet.raw_repr, keys))
+        if not keys_tell_leaves_apart():
+            return list(map(_meaning, tensors))
+        dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
+        assert dispatch_keys is not None and raw_repr is not None  # noqa: S101, PT018 - without them they do not tell
+        numbers = list(map(raw_repr, map(dispatch_keys, tensors)))
         known = self._meanings
         if not known.keys() >= set(numbers):
-            for number, key in zip(numbers, keys, strict=True):
+            for number, tensor in zip(numbers, tensors, strict=True):
                 if number not in known:
-                    known[number] = _meaning(key)
+                    known[number] = _meaning(tensor)
         return list(map(known.__getitem__, numbers))
 
     def specs(self, tensors: Sequence[torch.Tensor]) -> list[Spec] | None:
@@ -237,21 +224,101 @@ def _on_host(tensor: torch.Tensor) -> None:
     return None
 
 
-def _meaning(keys: object) -> str | Refusal:
-    """Read a key set through its printed names, the one form that has every key and survives torch's versions."""
-    names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
-    for prefix, (reason, remedy) in _REFUSED_KEYS.items():
-        if any(name.startswith(prefix) for name in names):
-            return Refusal(reason, remedy)
-    for prefix, meaning in _HANDLED_KEYS.items():
-        if any(name.startswith(prefix) for name in names):
-            return meaning
-    if "Python" in names:
-        return Refusal(
-            "it is a wrapper subclass without __tensor_flatten__, so its inner tensors cannot be found.",
-            "Give the class __tensor_flatten__ and __tensor_unflatten__, or stage its inner tensors.",
-        )
+def keys_tell_leaves_apart() -> bool:
+    """Return whether tensors that are handled differently have different dispatch keys, as far as samples tell.
+
+    Dispatch keys are private to PyTorch. They only save asking each tensor what it is, so they are not relied upon
+    where they cannot be had, or do not tell a sample of one kind from a plain tensor.
+    """
+    dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
+    if dispatch_keys is None or raw_repr is None:
+        return False
+    return _keys_are_proven()
+
+
+@cache
+def _keys_are_proven() -> bool:
+    dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
+    if dispatch_keys is None or raw_repr is None:
+        return False
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            plain = torch.ones(2, device="cpu")
+            conjugate = torch.ones(2, dtype=torch.complex64, device="cpu").conj()
+            samples = [
+                plain,
+                conjugate,
+                conjugate.imag,
+                torch.eye(2, device="cpu").to_sparse(),
+                torch.eye(2, device="cpu").to_sparse_csr(),
+                torch.quantize_per_tensor(plain, 1.0, 0, torch.quint8),
+                torch.empty(2, device="meta"),
+            ]
+            numbers = [raw_repr(dispatch_keys(sample)) for sample in samples]
+            same = raw_repr(dispatch_keys(torch.zeros(3, 4, device="cpu")))
+            return len(set(numbers)) == len(samples) and numbers[0] == same and same == int(same)
+    except Exception:
+        return False
+
+
+def _meaning(tensor: torch.Tensor) -> str | Refusal:
+    """Return how a tensor is handled, asking it what it is."""
+    with _private.without_torch_function():
+        for asks, reason, remedy in _REFUSED:
+            if asks(tensor):
+                return Refusal(reason, remedy)
+        if tensor.layout in _COMPRESSED_LAYOUTS:
+            return "sparse_compressed"
+        if tensor.layout is torch.sparse_coo:
+            return "sparse"
+        if tensor.layout is not torch.strided:
+            return Refusal(f"its layout {tensor.layout} is not supported.", "Stage it in another layout.")
+        if tensor.is_quantized:
+            return "quantized"
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return Refusal(
+                "it is a wrapper subclass without __tensor_flatten__, so its inner tensors cannot be found.",
+                "Give the class __tensor_flatten__ and __tensor_unflatten__, or stage its inner tensors.",
+            )
+        if not _private.has_storage(tensor):
+            return Refusal("it has no memory of its own.", "Stage its clone(), outside of any transform.")
+        if tensor.is_conj() or tensor.is_neg():
+            return "value"
     return "dense"
+
+
+def _asked(name: str, tensor: torch.Tensor) -> bool:
+    """Ask one of PyTorch's private predicates; what it would have refused has no storage, which is found later."""
+    predicate = getattr(_private, name)
+    return predicate is not None and bool(predicate(tensor))
+
+
+_REFUSED: tuple[tuple[Callable[[torch.Tensor], bool], str, str], ...] = (
+    (
+        partial(_asked, "is_functorch_wrapped"),
+        "it is inside a torch.func transform.",
+        "Stage outside of the transform.",
+    ),
+    (partial(_asked, "is_functional"), "it is a functionalization wrapper.", "Stage outside of the transform."),
+    (
+        attrgetter("is_meta"),
+        "it is a meta tensor and has no data.",
+        "Give its module memory with to_empty() and values first.",
+    ),
+    (
+        attrgetter("is_mkldnn"),
+        "it is in the mkldnn layout, whose memory has no defined order.",
+        "Stage its to_dense().",
+    ),
+    (partial(_asked, "is_zero_tensor"), "it is an autograd zero tensor without memory.", "Stage its clone()."),
+    (
+        lambda tensor: tensor.is_nested and tensor.layout is torch.strided,
+        "it is a nested tensor in the strided layout.",
+        "Use torch.jagged, or stage its unbind().",
+    ),
+)
+"""What means that a tensor cannot be copied, why, and the way out."""
 
 
 def take_apart(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None:
@@ -272,7 +339,7 @@ def take_apart(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None
         if isinstance(tensor, UninitializedTensorMixin):
             return _uninitialized(tensor)
         _refuse_by_class(tensor)
-        if is_traceable_wrapper_subclass(tensor):
+        if _private.is_wrapper(tensor):
             return _wrapper(tensor)
     if isinstance(meaning, Refusal):
         raise meaning
@@ -339,7 +406,11 @@ def _sparse(tensor: torch.Tensor) -> Composite:
         )
         return _finished(result, tensor)
 
-    return Composite((tensor._indices(), tensor._values()), assemble)
+    if _private.sparse_indices is not None and _private.sparse_values is not None:
+        return Composite((_private.sparse_indices(tensor), _private.sparse_values(tensor)), assemble)
+    if not coalesced:
+        raise Refusal("it is a sparse tensor that is not coalesced, which this PyTorch cannot read.", "Coalesce it.")
+    return Composite((tensor.indices(), tensor.values()), assemble)
 
 
 def _sparse_compressed(tensor: torch.Tensor) -> Composite:
@@ -361,6 +432,8 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 
 
 def _quantized(tensor: torch.Tensor) -> Composite:
+    if _private.rebuild_qtensor is None:
+        raise Refusal("it is quantized, and this PyTorch cannot rebuild it.", "Stage its dequantize().")
     try:
         scheme = tensor.qscheme()
     except RuntimeError:
@@ -386,7 +459,7 @@ def _quantized(tensor: torch.Tensor) -> Composite:
         with warnings.catch_warnings():
             # The storage is of a deprecated class, which is how torch itself does it.
             warnings.simplefilter("ignore", UserWarning)
-            result: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
+            result: torch.Tensor = _private.require("rebuild_qtensor")(
                 typed, offset, size, stride, scheme_and_parameters, False, {}
             )
         return _finished(result, tensor)

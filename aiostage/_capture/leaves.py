@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Generator, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 
-from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Spec, SpecTable, take_apart
+from aiostage import _private
+from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart
 from aiostage._loop.collection import untrack_all
 
-try:
-    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
-except ImportError:  # Without it every leaf is inspected anew in each staging: slower, never wrong.
-    TensorGuards: Any = None
-else:
-    TensorGuards = _TensorGuards
-
-__all__ = ["NO_VERSION", "Inspection", "Leaves", "NotPlain", "changed"]
+__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "changed", "have_attributes"]
 
 CHUNK = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
+
+NO_WITNESS = -2
+"""Stands for the version of any tensor where PyTorch has none."""
 
 NO_VERSION = -1
 """Stands for the version of tensors that have none (inference tensors)."""
 
 _address = torch.Tensor.data_ptr
-_version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
+_grad = attrgetter("grad")
 _DENSE = {"dense"}
-
-
-class NotPlain(Exception):
-    """There is something in the tree that only the general walk can copy."""
 
 
 class _Chunk:
@@ -64,11 +56,17 @@ class _Chunk:
         """Make the guard. It costs as much as a look does, and pays once the same leaves have come twice."""
         specs = self.specs
         # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
-        self.check = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(spec.shape) for spec in specs],
-            dynamic_dims_strides=[list(spec.stride) for spec in specs],
-        ).check
+        try:
+            check = _private.TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(spec.shape) for spec in specs],
+                dynamic_dims_strides=[list(spec.stride) for spec in specs],
+            ).check
+            # A guard that does not know what it was made from, or knows anything, is none.
+            usable = check(*tensors) is True and check(*tensors[1:], torch.empty(0, device="meta")) is False
+        except Exception:
+            usable = False
+        self.check = check if usable else None
 
 
 class Inspection:
@@ -86,11 +84,21 @@ class Inspection:
 
 
 class Leaves:
-    """Every distinct tensor object that a walk has met, in the order of meeting.
+    """Every tensor that a walk has met, in the order of meeting.
 
-    Columns of equal length once inspected: ``tensors``, ``specs`` (None for a leaf that is taken apart or already
-    copied), ``addresses`` of the first element, ``versions``, ``storages`` (None for a leaf that has none) and
-    ``storage_sizes`` in bytes. Copies by address hold the storages: a tensor may be given another one meanwhile.
+    Columns of equal length: ``tensors``, and what was noted of each in the step in which it was met: ``addresses`` of
+    the first element, ``versions``, ``storages`` (None for a leaf that has none) and ``storage_sizes`` in bytes. Copies
+    by address hold the storages: a tensor may be given another one meanwhile. ``specs`` follows at inspection; it is
+    None for a leaf that is taken apart, copied already, or met before.
+
+    Attributes:
+        composites: How leaves are taken apart, and the indices of their parts.
+        gradients: The index of its gradient for each leaf that has one.
+        given: Copies that were made already.
+        owners: For a part, a gradient, and a tensor met again: the leaf that it belongs to.
+        aliases: For a tensor met again: the index that it was met at first.
+        attributed: Leaves with attributes of their own, which the walk sees to.
+        positions: Indices by identity, after :meth:`index`.
     """
 
     def __init__(self) -> None:
@@ -101,58 +109,54 @@ class Leaves:
         self.storages: list[torch.UntypedStorage | None] = []
         self.storage_sizes: list[int] = []
         self.composites: dict[int, tuple[Composite, tuple[int, ...]]] = {}
-        self.gradients: list[tuple[int, int]] = []
+        self.gradients: dict[int, int] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
+        self.aliases: dict[int, int] = {}
+        self.attributed: set[int] = set()
+        self.positions: dict[int, int] = {}
         # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
         untrack_all((self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes))
         self._count = 0
-        self._early: dict[int, int] = {}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._seen: set[int] = set()
-        self._noted = 0
-        self._index: dict[int, int] = {}
+        self._indexed = 0
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
         return self._count or len(self.tensors)
 
-    def extend(self, tensors: Sequence[torch.Tensor]) -> int | None:
-        """Add tensors if none was met before and none has attributes; return the index of the first, else None."""
-        identities = set(map(id, tensors))
-        if len(identities) < len(tensors) or not self._seen.isdisjoint(identities) or _have_attributes(tensors):
-            return None
-        start = len(self.tensors)
-        self._seen |= identities
-        self.tensors += tensors
-        self._noted += len(tensors)
-        return start
-
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Add tensors that may have been met before; :meth:`inspect` will tell.
-
-        Raises:
-            NotPlain: If one has attributes.
-        """
-        # An ordinary tensor refers to its class alone.
-        if len(gc.get_referents(*tensors)) > len(tensors) and _have_attributes(tensors):
-            raise NotPlain
+        """Add tensors, and note what they are now; :meth:`inspect` finds out which of them were met before."""
         self.tensors += tensors
+        self.versions += _versions(tensors)
+        self.addresses += _addresses(tensors)
+        storages, sizes = _storages(tensors)
+        self.storages += storages
+        self.storage_sizes += sizes
 
-    def copy_now(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a host copy of one tensor, made at once, for an object that copies itself.
+    def index(self) -> Generator[None, None, None]:
+        """Fill :attr:`positions`, yielding between small steps."""
+        while self._indexed < len(self.tensors):
+            start = self._indexed
+            for index, tensor in enumerate(self.tensors[start : start + CHUNK], start):
+                first = self.positions.setdefault(id(tensor), index)
+                if first != index:
+                    self.aliases[index] = self.owners[index] = first
+                    if index < len(self.specs):
+                        self.specs[index] = None
+            self._indexed = min(start + CHUNK, len(self.tensors))
+            yield
 
-        Its whole storage is copied, so that whatever else lies in it can stay tied to this copy.
-        """
-        self._early[id(tensor)] = _versions([tensor])[0]
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            if not _is_simple(tensor):
-                return copy.deepcopy(tensor)
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                copied = storage.clone() if storage.device.type == "cpu" else storage.cpu()  # type: ignore[no-untyped-call]
-                self._storages[storage._cdata] = copied
-            return _same_over(self._storages[storage._cdata], tensor)
+    def add(self, tensor: torch.Tensor, owner: int) -> int:
+        """Return the index of a tensor that belongs to a leaf; it is added unless it was met before."""
+        for _ in self.index():
+            pass
+        found = self.positions.get(id(tensor))
+        if found is not None:
+            return found
+        index = len(self.tensors)
+        self.append((tensor,))
+        self.owners[index] = owner
+        return index
 
     def release(self) -> None:
         """Let go of every tensor."""
@@ -160,76 +164,58 @@ class Leaves:
         # Copies that run still hold the lists of those that they read.
         self.tensors = []
         self.storages = []
-        for held in (self.composites, self.given, self.gradients, self._apart, self._storages):
+        for held in (self.composites, self.given, self.gradients, self._apart, self.positions):
             held.clear()
-        self._seen.clear()
-        self._index.clear()
 
-    def add(self, tensor: torch.Tensor) -> tuple[int, bool]:
-        """Return the index of a tensor, and whether it was met for the first time."""
-        identity = id(tensor)
-        if self._noted < len(self.tensors):
-            self._seen.update(map(id, self.tensors[self._noted :]))
-            self._noted = len(self.tensors)
-        if identity in self._seen:
-            if identity not in self._index:
-                done = len(self._index)
-                self._index.update(zip(map(id, self.tensors[done:]), range(done, len(self.tensors)), strict=True))
-            return self._index[identity], False
-        self._seen.add(identity)
-        self.tensors.append(tensor)
-        self._noted += 1
-        return len(self.tensors) - 1, True
-
-    def composite(self, index: int) -> Composite | None:
+    def take_apart(self, index: int, tensor: torch.Tensor) -> Composite | None:
         """Return how a leaf of a tensor subclass is taken apart, or None if it is one piece of memory."""
-        tensor = self.tensors[index]
         if type(tensor) in PLAIN_CLASSES:
             return None
-        with torch._C.DisableTorchFunctionSubclass():
+        with _private.without_torch_function():
             found = take_apart(tensor, "dense")
         if found is not None:
             self._apart[index] = found
         return found
 
     def inspect(self, inspection: Inspection) -> Generator[None, None, None]:
-        """Fill the columns, in chunks with a yield after each; parts of composites become leaves on the way.
+        """Fill the specs, in chunks with a yield after each; parts of composites become leaves on the way.
+
+        May be called again when more were appended.
 
         Raises:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
-            NotPlain: If a tensor was appended twice.
         """
-        start, unsure, recognized = 0, self._noted < len(self.tensors), True
+        start, recognized = len(self.specs), True
+        whole = start == 0
         while start < len(self.tensors):
             chunk = self.tensors[start : start + CHUNK]
             known = inspection.chunks.get(start)
-            if known is not None and not self.given and known.recognizes(chunk):
-                addresses = list(map(_address, chunk))
-                # Another address means other memory, whose size the guard knows nothing of.
-                if addresses == known.addresses:
-                    self.specs += known.specs
-                    self.addresses += addresses
-                    self.versions += _versions(chunk)
-                    self._note_storages(chunk)
-                    start += len(chunk)
-                    yield
-                    continue
+            addresses = self.addresses[start : start + CHUNK]
+            # Another address means other memory, whose size the guard knows nothing of.
+            if (
+                known is not None
+                and addresses == known.addresses
+                and known.recognizes(chunk)
+                and not any(map(_is_something, map(_grad, chunk)))
+            ):
+                self.specs += known.specs
+                start += len(chunk)
+                yield
+                continue
             recognized, inspection.apart = False, None
-            with torch._C.DisableTorchFunctionSubclass():
+            with _private.without_torch_function():
                 simple = self._inspect_slowly(chunk, start, inspection.table)
-            self._note_storages(chunk)
             yield
-            if simple and TensorGuards is not None:
+            if simple and _private.TensorGuards is not None:
                 specs: list[Any] = self.specs[start:]
-                addresses = self.addresses[start:]
                 if known is not None and known.specs == specs and known.addresses == addresses:
                     known.guard(chunk)
                 else:
                     inspection.chunks[start] = _Chunk(specs, addresses)
                 yield
             start += len(chunk)
-        if unsure and not (recognized and (yield from self._are_apart(inspection))):
-            yield from self._check_distinct()
+        if not (whole and recognized and (yield from self._are_apart(inspection))):
+            yield from self.index()
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
         """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""
@@ -241,156 +227,175 @@ class Leaves:
             inspection.apart = len(met) == len(self.addresses) + 1
         return inspection.apart
 
-    def _check_distinct(self) -> Generator[None, None, None]:
-        for start in range(0, len(self.tensors), CHUNK):
-            self._seen.update(map(id, self.tensors[start : start + CHUNK]))
-            yield
-        if len(self._seen) < len(self.tensors):
-            raise NotPlain
-
     def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
         """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""
-        versions, meanings = _versions(chunk), table.meanings(chunk)
-        if set(meanings) == _DENSE and not self.given and set(map(type, chunk)) <= PLAIN_CLASSES:
+        meanings = table.meanings(chunk)
+        if NO_WITNESS in self.versions[start : start + len(chunk)]:
+            raise Refusal(
+                "this PyTorch counts no versions, so a change to it during the staging could not be noticed.",
+                "Use StagingOptions(detect_torn=False), and leave the source alone until it is captured.",
+            )
+        if set(meanings) == _DENSE and set(map(type, chunk)) <= PLAIN_CLASSES:
             specs = table.specs(chunk)
-            if specs is not None:
+            if specs is not None and not any(map(_is_something, map(_grad, chunk))):
                 self.specs += specs
-                self.addresses += map(_address, chunk)
-                self.versions += versions
                 return True
         simple = True
-        for offset, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True)):
-            index = start + offset
-            if self._storages and index not in self.given and _is_simple(tensor):
-                storage = self._storages.get(tensor.untyped_storage()._cdata)
-                if storage is not None:
-                    self.given[index] = _same_over(storage, tensor)
-            composite = None if index in self.given else self._apart.get(index) or take_apart(tensor, meaning)
+        for index, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True), start):
+            composite = self._apart.get(index) or take_apart(tensor, meaning)
+            spec = None
             if composite is not None:
                 self._add_parts(index, composite)
-            if index in self.given or composite is not None:
-                simple = False
-                self.specs.append(None)
-                self.addresses.append(0)
             else:
                 spec = table.spec(tensor, by_value=meaning == "value")
-                if type(tensor) is not torch.nn.Parameter and spec.requires_grad and tensor.grad is not None:
-                    simple = False
-                    self._add_gradient(index, tensor.grad)
-                simple = (
-                    simple
-                    and meaning == "dense"
-                    and type(tensor) in PLAIN_CLASSES
-                    and tensor.requires_grad == spec.requires_grad
-                )
-                self.specs.append(spec)
-                self.addresses.append(tensor.data_ptr())
-            # What was copied at once must not have changed since that copy.
-            self.versions.append(self._early.get(id(tensor), versions[offset]))
+            # A Parameter's gradient is not copied, as copy.deepcopy does not.
+            gradient = tensor.grad if tensor.is_leaf and type(tensor) is not torch.nn.Parameter else None
+            if gradient is not None:
+                self.gradients[index] = self.add(gradient, index)
+            simple = (
+                simple
+                and spec is not None
+                and gradient is None
+                and meaning == "dense"
+                and type(tensor) in PLAIN_CLASSES
+                and tensor.requires_grad == spec.requires_grad
+            )
+            self.specs.append(spec)
         return simple
 
-    def _note_storages(self, chunk: Sequence[torch.Tensor]) -> None:
-        storages, sizes = _storages(chunk)
-        self.storages += storages
-        self.storage_sizes += sizes
-
     def _add_parts(self, index: int, composite: Composite) -> None:
-        parts = []
-        for part in composite.parts:
-            position, new = self.add(part)
-            if new:
-                self.owners[position] = index
-            parts.append(position)
-        self.composites[index] = (composite, tuple(parts))
-
-    def _add_gradient(self, index: int, gradient: torch.Tensor) -> None:
-        position, new = self.add(gradient)
-        if new:
-            self.owners[position] = index
-        self.gradients.append((index, position))
+        self.composites[index] = (composite, tuple(self.add(part, index) for part in composite.parts))
 
 
-def _have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether some tensor may have attributes of its own.
-
-    ``vars`` would answer too, but gives every tensor that has none a dictionary to keep.
-    """
-    return dict in map(type, gc.get_referents(*tensors)) and any(map(vars, tensors))
-
-
-def _is_simple(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a plain view of one storage."""
-    return (
-        type(tensor) in PLAIN_CLASSES
-        and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
-        and torch._C._has_storage(tensor)
-    )
+def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether some tensor has attributes of its own."""
+    # An ordinary tensor refers to its class alone. vars() would answer too, but gives every tensor that has none a
+    # dictionary to keep.
+    referents = gc.get_referents(*tensors)
+    return len(referents) > len(tensors) and dict in map(type, referents) and any(map(vars, tensors))
 
 
-def _same_over(storage: torch.UntypedStorage, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor like another one over a copy of its storage."""
-    result = torch.empty(0, dtype=tensor.dtype, device="cpu")
-    result.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-    requires_grad = tensor.requires_grad and tensor.is_leaf
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(result, requires_grad)
-    return result.requires_grad_(requires_grad)
+def _is_something(value: object) -> bool:
+    return value is not None
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    if _private.version_of is None:
+        return [NO_WITNESS] * len(tensors)
+    version: Callable[[torch.Tensor], int] = _private.version_of.__get__
     try:
-        return list(map(_version, tensors))
+        return list(map(version, tensors))
     except RuntimeError:
-        with torch._C.DisableTorchFunctionSubclass():
-            return [NO_VERSION if tensor.is_inference() else tensor._version for tensor in tensors]
+        with _private.without_torch_function():
+            return [NO_VERSION if tensor.is_inference() else version(tensor) for tensor in tensors]
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        with _private.without_torch_function():
+            return list(map(_address, tensors))
+    except Exception:
+        # Some have none. What they are is found at their inspection; their parts are leaves themselves.
+        return [_address_or_none(tensor) for tensor in tensors]
+
+
+def _address_or_none(tensor: torch.Tensor) -> int:
+    try:
+        with _private.without_torch_function():
+            return _address(tensor)
+    except Exception:
+        return 0
 
 
 def _storages(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.UntypedStorage | None], list[int]]:
     """Return the storage of each tensor, None where it has none, and its size in bytes."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with _private.without_torch_function():
         try:
             storages: list[Any] = list(map(torch.Tensor.untyped_storage, tensors))
         except RuntimeError:
             # Some have none: wrapper subclasses and sparse tensors.
-            storages = [tensor.untyped_storage() if torch._C._has_storage(tensor) else None for tensor in tensors]
+            storages = [tensor.untyped_storage() if _private.has_storage(tensor) else None for tensor in tensors]
             return storages, [storage.nbytes() if storage is not None else 0 for storage in storages]
     # These objects live as long as the memory that they stand for, and the collector has no business with them.
     untrack_all(storages)
     return storages, list(map(_storage_nbytes, storages))
 
 
-def changed(leaves: Leaves) -> Generator[None, None, list[int]]:
-    """Return the indices of leaves that were written to, or given other memory, since they were inspected.
+def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[None, None, list[int]]:
+    """Return the indices of leaves that are not what they were when they were noted, yielding between chunks.
 
-    Yields between chunks.
+    Args:
+        leaves: Noted and inspected.
+        inspection: What they were inspected with, whose guards compare shapes and strides at C speed.
     """
     found: list[int] = []
     for start in range(0, len(leaves.versions), CHUNK):
         part = slice(start, start + CHUNK)
         tensors = leaves.tensors[part]
-        before = (leaves.versions[part], leaves.storages[part], leaves.storage_sizes[part])
         storages, sizes = _storages(tensors)
-        now = (_versions(tensors), storages, sizes)
-        if now[0] != before[0] or now[2] != before[2] or not all(map(is_, now[1], before[1])):
-            columns = zip(*before, *now, strict=True)
-            found += [
-                start + offset for offset, (v, s, n, w, t, m) in enumerate(columns) if (v, n) != (w, m) or s is not t
-            ]
-        found += _moved(leaves, start)
+        noted = leaves.versions[part], leaves.addresses[part], leaves.storage_sizes[part]
+        now = _versions(tensors), _addresses(tensors), sizes
+        same = noted == now and all(map(is_, storages, leaves.storages[part]))
+        if not (same and _same_forms(leaves, start, tensors, inspection)):
+            found += _changed_among(leaves, start, tensors, storages, now)
         yield
     return found
 
 
-def _moved(leaves: Leaves, start: int) -> list[int]:
-    """Return which leaves of a chunk begin at another address than they did."""
-    part = slice(start, start + CHUNK)
-    tensors, addresses, specs = leaves.tensors[part], leaves.addresses[part], leaves.specs[part]
-    if None not in specs and list(map(_address, tensors)) == addresses:
-        return []
-    columns = zip(tensors, addresses, specs, strict=True)
-    return [
-        start + offset
-        for offset, (tensor, address, spec) in enumerate(columns)
-        if spec is not None and _address(tensor) != address
-    ]
+def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], inspection: Inspection | None) -> bool:
+    """Return whether the leaves of a chunk, whose memory is the same, show it as they did."""
+    if len(gc.get_referents(*tensors)) > len(tensors) or leaves.gradients:
+        return False
+    known = inspection.chunks.get(start) if inspection is not None else None
+    specs = leaves.specs[start : start + len(tensors)]
+    if known is not None and known.specs == specs and known.recognizes(tensors):
+        return not any(map(_is_something, map(_grad, tensors)))
+    return False
+
+
+def _changed_among(
+    leaves: Leaves,
+    start: int,
+    tensors: Sequence[torch.Tensor],
+    storages: Sequence[torch.UntypedStorage | None],
+    now: tuple[list[int], list[int], list[int]],
+) -> list[int]:
+    """Return which leaves of a chunk have changed."""
+    found = []
+    with _private.without_torch_function():
+        for index, (tensor, storage, version, address, size) in enumerate(
+            zip(tensors, storages, *now, strict=True), start
+        ):
+            spec = leaves.specs[index]
+            if index in leaves.composites:
+                # Its parts, which are leaves themselves, say whether its memory is the same.
+                if version != leaves.versions[index] or not _same_gradient(leaves, index, tensor):
+                    found.append(index)
+            elif (
+                version != leaves.versions[index]
+                or address != leaves.addresses[index]
+                or size != leaves.storage_sizes[index]
+                or storage is not leaves.storages[index]
+                or (
+                    spec is not None
+                    and (tensor.shape, tensor.stride(), tensor.dtype) != (spec.shape, spec.stride, spec.dtype)
+                )
+                or not _same_gradient(leaves, index, tensor)
+                or _has_new_attributes(leaves, index, tensor)
+            ):
+                found.append(index)
+    return found
+
+
+def _has_new_attributes(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:
+    """Return whether a leaf that had no attributes has some; those that it had are compared by the walk."""
+    if type(tensor) not in PLAIN_CLASSES or index in leaves.owners or index in leaves.attributed:
+        return False
+    return have_attributes((tensor,))
+
+
+def _same_gradient(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:
+    if type(tensor) is torch.nn.Parameter or not tensor.is_leaf or index in leaves.aliases:
+        return True
+    noted = leaves.gradients.get(index)
+    return tensor.grad is (None if noted is None else leaves.tensors[noted])

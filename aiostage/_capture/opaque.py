@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import copyreg
 import types
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+
+from aiostage import _private
 
 __all__ = ["tensors_within"]
 
@@ -34,6 +36,8 @@ def tensors_within(root: object) -> Iterator[torch.Tensor]:
             pending += item
         elif isinstance(item, types.MethodType):
             pending.append(item.__self__)
+        elif isinstance(item, np.ndarray):
+            pending += item.ravel().tolist() if item.dtype == object else ()
         pending += getattr(item, "__dict__", {}).values()
-        slots = copyreg._slotnames(type(item))  # type: ignore[attr-defined]
+        slots = _private.slot_names(type(item))
         pending += [getattr(item, name) for name in slots if hasattr(item, name)]

@@ -1,23 +1,20 @@
-"""Making the staged tree: leaves in bulk over an arena, then the program that a walk has written."""
+"""Making the staged tree: leaves in bulk over an arena, and what is put together from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from aiostage import _private
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Leaves
 from aiostage._capture.plan import Block, Run
 from aiostage._loop.collection import untrack_all
 
-__all__ = ["Holes", "Results", "Step", "build_block", "build_run", "finish_leaves", "perform"]
-
-Holes: TypeAlias = list[tuple[int, int]]
-"""Positions in a list of children that are not known yet, each with a reference: a leaf's index, or the complement
-(``~index``) of an object that is made late."""
+__all__ = ["build_block", "build_run", "finish_leaves", "of_class"]
 
 _NUMPY_DTYPES: dict[torch.dtype, Any] = {
     torch.bool: np.bool_,
@@ -37,34 +34,6 @@ _NUMPY_DTYPES: dict[torch.dtype, Any] = {
 }
 
 
-class Results:
-    """What references refer to: staged leaves, and objects that could only be made after them."""
-
-    __slots__ = ("late", "staged")
-
-    def __init__(self, staged: list[Any], late: int = 0) -> None:
-        self.staged = staged
-        self.late: list[Any] = [None] * late
-
-    def fill(self, children: list[Any], holes: Holes) -> list[Any]:
-        """Return the children with every hole filled."""
-        filled = list(children)
-        for position, reference in holes:
-            filled[position] = self[reference]
-        return filled
-
-    def put(self, index: int, made: Any) -> None:
-        """Take an object that was made late."""
-        self.late[index] = made
-
-    def __getitem__(self, reference: int) -> Any:
-        return self.staged[reference] if reference >= 0 else self.late[~reference]
-
-
-Step: TypeAlias = Callable[[Results], None]
-"""One step of the program that rebuilds the tree."""
-
-
 def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     """Make the staged leaves of a run, each with a storage of exactly its own size.
 
@@ -82,6 +51,9 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
+        if tensors[0].stride() != spec.stride:
+            # NumPy has strides of its own for dimensions of size 1, by which a memory format is told.
+            tensors = [tensor.as_strided(spec.shape, spec.stride) for tensor in tensors]
         # A staged leaf refers to nothing but its memory, so no circle can go through it (unless somebody hangs an
         # attribute on it that leads back).
         untrack_all(tensors)
@@ -98,7 +70,7 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
             )
             for start in range(0, count * size, size)
         ]
-    return _of_class(tensors, spec)
+    return of_class(tensors, spec)
 
 
 def build_block(memory: np.ndarray[Any, Any], block: Block, specs: Sequence[Spec]) -> list[torch.Tensor]:
@@ -117,14 +89,14 @@ def build_block(memory: np.ndarray[Any, Any], block: Block, specs: Sequence[Spec
     for offset, spec in zip(block.offsets, specs, strict=True):
         tensor = torch.empty(0, dtype=spec.target, device="cpu")
         tensor.set_(storage, offset // spec.target.itemsize, spec.shape, spec.stride)
-        tensors += _of_class([tensor], spec)
+        tensors += of_class([tensor], spec)
     return tensors
 
 
-def _of_class(tensors: list[torch.Tensor], spec: Spec) -> list[torch.Tensor]:
+def of_class(tensors: list[torch.Tensor], spec: Spec) -> list[torch.Tensor]:
+    """Return tensors of the class of a leaf, over the same memory."""
     if spec.cls is torch.nn.Parameter:
-        make = torch.Tensor._make_subclass
-        return [make(torch.nn.Parameter, tensor, spec.requires_grad) for tensor in tensors]
+        return [_private.make_parameter(tensor, spec.requires_grad) for tensor in tensors]
     if spec.cls is not torch.Tensor:
         tensors = [tensor.as_subclass(spec.cls) for tensor in tensors]
     if spec.requires_grad:
@@ -134,18 +106,15 @@ def _of_class(tensors: list[torch.Tensor], spec: Spec) -> list[torch.Tensor]:
 
 
 def finish_leaves(leaves: Leaves, staged: list[Any]) -> None:
-    """Put the leaves together that were taken apart, and attach gradients."""
+    """Put the leaves together that were taken apart, attach gradients, and give tensors met again their copy."""
     for index, tensor in leaves.given.items():
         staged[index] = tensor
     # Parts were found after what they are parts of, so the innermost composites come last.
     for index, (composite, parts) in reversed(leaves.composites.items()):
-        staged[index] = composite.assemble([staged[part] for part in parts])
-    for index, gradient in leaves.gradients:
-        staged[index].grad = staged[gradient]
-
-
-def perform(program: Sequence[Step], results: Results) -> Generator[None, None, None]:
-    """Run the program of a walk, yielding between steps."""
-    for step in program:
-        step(results)
-        yield
+        if index not in leaves.given:
+            staged[index] = composite.assemble([staged[part] for part in parts])
+    for index, gradient in leaves.gradients.items():
+        if staged[index].grad is None:
+            staged[index].grad = staged[gradient]
+    for index, first in leaves.aliases.items():
+        staged[index] = staged[first]

@@ -8,9 +8,13 @@ from itertools import islice
 from operator import is_
 from typing import Any, Protocol
 
+from aiostage._capture.buffers import same_buffer
 from aiostage.leaf import Attribute, Path
 
-__all__ = ["Witness"]
+__all__ = ["GONE", "ContainerChanges"]
+
+GONE = object()
+"""Stands for the value of an attribute that an object does not have."""
 
 _CHUNK = 2048
 """Children compared between two yields, at about 20 ns each."""
@@ -23,7 +27,7 @@ class _HasPath(Protocol):
     def path(self, slot: int) -> Path: ...
 
 
-class Witness:
+class ContainerChanges:
     """What every container held when the walk met it, to be compared when capture completes.
 
     Comparing in pieces is enough: a part found unchanged held its value during the whole time from the walk until it
@@ -35,6 +39,7 @@ class Witness:
         self._contents: list[tuple[Collection[Any], Sequence[Any], Sequence[object], _HasPath, int]] = []
         self._sets: list[tuple[set[Any], set[int], _HasPath, int]] = []
         self._slots: list[tuple[object, Mapping[str, Any], _HasPath, int]] = []
+        self._buffers: list[tuple[Any, Any, _HasPath, int]] = []
 
     def add_mapping(
         self, source: dict[Any, Any], keys: Sequence[Any], values: Sequence[Any], frame: _HasPath, slot: int
@@ -62,6 +67,10 @@ class Witness:
     def add_slots(self, source: object, slots: Mapping[str, Any], frame: _HasPath, slot: int) -> None:
         """Note the attributes that an object keeps in slots."""
         self._slots.append((source, slots, frame, slot))
+
+    def add_buffer(self, source: Any, copy: Any, frame: _HasPath, slot: int) -> None:
+        """Note what memory without a version held: its copy."""
+        self._buffers.append((source, copy, frame, slot))
 
     def changed(self) -> Generator[None, None, list[Path]]:
         """Return the paths of what is another object now, yielding between small steps.
@@ -99,9 +108,16 @@ class Witness:
             yield
         for item, slots, frame, slot in self._slots:
             for name, value in slots.items():
-                if getattr(item, name, None) is not value:
-                    paths[(*frame.path(slot), Attribute(name))] = None
-            yield
+                if getattr(item, name, GONE) is not value:
+                    place = frame.path(slot)
+                    paths[place if name.startswith("__") else (*place, Attribute(name))] = None
+            looked_at += _CONTAINER_COST
+            if looked_at >= _CHUNK:
+                yield
+                looked_at = 0
+        for buffer, copy, frame, slot in self._buffers:
+            if not (yield from same_buffer(buffer, copy)):
+                paths[frame.path(slot)] = None
         return list(paths)
 
 

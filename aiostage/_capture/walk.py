@@ -1,38 +1,98 @@
-"""A cooperative deep copy of everything that is not a tensor.
+"""The walk over a state dict: everything is noted when it is met, and what cannot be compared later is copied last.
 
-The walk follows :func:`copy.deepcopy` object by object, but keeps its own stack, so that nesting is bounded by memory
-and not by the recursion limit, and yields between small steps, so that an event loop can interrupt it. Containers are
-copied while they are met; what needs a staged tensor before it can be made (a tuple around a tensor, say) is written
-down as a program that runs when the tensors are there.
+The walk keeps its own stack, so that nesting is bounded by memory and not by the recursion limit, and yields between
+small steps, so that an event loop can interrupt it. It only notes; :mod:`aiostage._capture.build` makes the copy.
 """
 
 from __future__ import annotations
 
 import copyreg
+import enum
 import types
-from collections import OrderedDict
+import weakref
+from bisect import bisect_right
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator
+from itertools import islice
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 
-from aiostage._capture.containers import copy_list, copy_mapping, copy_method, copy_ordered_dict, copy_tuple
+from aiostage import _private
+from aiostage._capture.buffers import copy_buffer, nbytes_of
+from aiostage._capture.build import Memo, build, built_now
+from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
-from aiostage._capture.frames import HIDDEN, Frame
-from aiostage._capture.leaves import Leaves
-from aiostage._capture.memo import ATOMIC, Memo
-from aiostage._capture.objects import copy_object
-from aiostage._capture.rebuild import Results, perform
-from aiostage._capture.versions import Witness
-from aiostage.leaf import Attribute, Path
+from aiostage._capture.leaves import Inspection, Leaves, have_attributes
+from aiostage._capture.nodes import (
+    HIDDEN,
+    STATE,
+    AttributesNode,
+    DictNode,
+    GivenNode,
+    ListNode,
+    MethodNode,
+    Node,
+    ObjectNode,
+    SetNode,
+    TupleNode,
+)
+from aiostage._capture.opaque import tensors_within
+from aiostage._capture.protocol import BUFFERS, IMMUTABLE, is_safe_to_make, is_witnessed
+from aiostage._capture.versions import GONE, ContainerChanges
+from aiostage._loop.collection import untrack_all
+from aiostage._loop.slices import exhausted
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import Attribute, Path, format_path
 
-__all__ = ["Walk"]
+__all__ = ["ATOMIC", "Walk"]
 
-_MANY = 64
-"""Children looked at one by one between two yields."""
+ATOMIC = frozenset(
+    (
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type,
+        range,
+        property,
+        type(Ellipsis),
+        type(NotImplemented),
+        types.CodeType,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        types.ModuleType,
+        weakref.ref,
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        torch.Size,
+        Attribute,
+    )
+)
+"""Classes whose instances are passed through: immutable, or code rather than state."""
 
-_BULK = 512
-"""Children taken at once when they are all alike."""
+_AT_ONCE = 512
+"""Children looked at between two yields."""
+
+_READ_AT_ONCE = 8 * _AT_ONCE
+"""Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
+
+_NODE_COST = 8
+"""What opening a container costs in terms of children."""
+
+_BYTES_LAST = 2**20
+"""How many bytes of arrays are copied in the last step, which is one. A megabyte takes a tenth of a millisecond; what
+is beyond is copied before, in pieces, and compared at capture."""
+
+_SMALLEST_BUFFER = 1024
+"""What the smallest array counts for, in bytes: calling for its copy takes as long."""
 
 
 class Walk:
@@ -40,165 +100,483 @@ class Walk:
 
     Args:
         passthrough: Says which objects are put into the staged tree uncopied.
+        only_leaves: Whether to find the tensors only, so that objects that copy themselves need not.
     """
 
-    def __init__(self, *, passthrough: Callable[[Path, object], bool] | None = None) -> None:
-        self._memo = Memo()
+    def __init__(self, *, passthrough: Callable[[Path, object], bool] | None = None, only_leaves: bool = False) -> None:
+        self.leaves = Leaves()
+        self.changes = ContainerChanges()
+        self.calls_out = False
+        """Whether building calls other people's code, which may look at the values of tensors."""
         self._passthrough = passthrough
-        self._root: Any = None
-        self._root_reference: int | None = None
-
-    @property
-    def leaves(self) -> Leaves:
-        """The tensors met."""
-        return self._memo.leaves
-
-    @property
-    def late(self) -> int:
-        """How many objects can only be made once the leaves are there."""
-        return self._memo.late_count
-
-    @property
-    def witness(self) -> Witness:
-        """What the containers held."""
-        return self._memo.witness
-
-    @property
-    def calls_out(self) -> bool:
-        """Whether the program calls other people's code, which may look at the values of tensors."""
-        return self._memo.calls_out
+        self._only_leaves = only_leaves
+        self._root: Node | None = None
+        self._nodes: dict[int, Node] = {}
+        self._origins: list[Node] = []
+        self._fresh: list[Node] = []
+        self._stack: list[Node] = []
+        self._all: list[Node] = []
+        self._reduced_last: list[ObjectNode] = []
+        self._buffers: list[GivenNode] = []
+        self._opaque: list[GivenNode] = []
+        self._within: dict[int, list[torch.Tensor]] = {}
+        self._early: EarlyCopies | None = None
+        self._memo: Memo | None = None
+        self._bytes_left = _BYTES_LAST
 
     def run(self, state_dict: object) -> Generator[None, None, None]:
-        """Walk the tree, yielding between small steps.
+        """Note the tree, yielding between small steps.
 
         Raises:
             UnsupportedLeafError: If something in the tree cannot be copied.
         """
-        stack = self._memo.stack
-        self._memo.push(None, 0, [state_dict], (HIDDEN,), self._finish_root)
-        while stack:
-            frame = stack[-1]
-            if frame.position < len(frame.sources):
-                self._advance(frame)
-            else:
-                stack.pop()
-                frame.finish(frame)
-            yield
+        root = self._root = ListNode(None, None, 0)
+        root.children, root.steps = [state_dict], (HIDDEN,)
+        self._all.append(root)
+        self._take(root, 0)
+        self._opened(root)
+        yield from self._note()
 
-    def rebuild(self, results: Results) -> Generator[None, None, Any]:
-        """Build what is left to be built around the staged leaves, and return the staged tree."""
-        yield from perform(self._memo.program, results)
-        return self._root if self._root_reference is None else results[self._root_reference]
+    def inspect(self, inspection: Inspection) -> Generator[None, None, None]:
+        """Find out what each tensor noted is, yielding between small steps.
+
+        Raises:
+            UnsupportedLeafError: If a leaf cannot be staged faithfully.
+        """
+        try:
+            yield from self.leaves.inspect(inspection)
+        except Refusal as refusal:
+            raise refusal.at(self.path(len(self.leaves.specs))) from None
+
+    def settle(self, inspection: Inspection) -> Generator[None, None, None]:
+        """Copy what no comparison can tell to have changed, in one step: the moment of the copy.
+
+        Everything else has been noted by then, and is compared at capture: unchanged between the two, it was so in
+        this step.
+
+        Raises:
+            UnsupportedLeafError: If something cannot be copied.
+        """
+        if self._opaque or self._reduced_last:
+            yield from self.leaves.index()
+        if not (self._opaque or self._reduced_last or self._buffers):
+            return
+        while self._reduced_last or self._opaque_unknown():
+            reduced, self._reduced_last = self._reduced_last, []
+            for node in reduced:
+                self._reduce(node)
+                self._stack.append(node)
+                exhausted(self._note())
+            for given in self._opaque_unknown():
+                self._find_tensors(given)
+                exhausted(self._note())
+        exhausted(self.inspect(inspection))
+        if not self._only_leaves:
+            self._copy_last()
+        yield
+        if self._early is not None:
+            yield from self._early.tie()
+
+    def rebuild(self, staged: list[Any]) -> Generator[None, None, Any]:
+        """Build the staged tree around the staged leaves, and return it, yielding between small steps."""
+        root = self._root
+        assert root is not None  # noqa: S101 - nothing is built before the walk
+        yield from build(root, lambda start, stop: staged[start:stop], self._memo)
+        return root.copy[0]
 
     def path(self, leaf: int) -> Path:
-        """Return the path of a leaf: the first that led to it."""
-        return self._memo.path(leaf)
+        """Return the path of a leaf: one that leads to it."""
+        while leaf in self.leaves.owners:
+            leaf = self.leaves.owners[leaf]
+        node = self._origins[bisect_right(self._origins, leaf, key=attrgetter("first_leaf")) - 1]
+        if isinstance(node, GivenNode):
+            return node.own_path()
+        return node.path(node.leaves[leaf - node.first_leaf])
 
     def releasing(self) -> Generator[None, None, None]:
         """Do the larger part of :meth:`release`, yielding between small steps."""
-        yield from self._memo.releasing()
+        for start in range(0, len(self._all), _AT_ONCE // _NODE_COST):
+            for node in self._all[start : start + _AT_ONCE // _NODE_COST]:
+                node.release()
+            yield
 
     def release(self) -> None:
         """Let go of the source and of the copy; only paths can be asked for from now on."""
-        self._root = None
-        self._memo.release()
+        self.changes = ContainerChanges()
+        self.leaves.release()
+        self._early = None
+        for held in (
+            self._nodes,
+            self._fresh,
+            self._stack,
+            self._reduced_last,
+            self._buffers,
+            self._opaque,
+            self._within,
+        ):
+            held.clear()
+        if self._memo is not None:
+            self._memo.forget()
+            self._memo = None
+        for _ in self.releasing():
+            pass
+        self._all.clear()
 
-    def _finish_root(self, frame: Frame) -> None:
-        self._root = frame.copies[0]
-        if frame.first_leaf is not None:
-            self._root_reference = frame.first_leaf
-        elif frame.holes:
-            self._root_reference = frame.holes[0][1]
+    # Noting
 
-    def _advance(self, frame: Frame) -> None:
-        """Look at some of a frame's children, up to the first that needs a frame of its own."""
-        begin = frame.position
-        if self._take_alike(frame, begin):
-            return
-        frame.spread()
-        depth = len(self._memo.stack)
-        for slot in range(begin, min(len(frame.sources), begin + _MANY)):
-            frame.position = slot + 1
-            child = frame.sources[slot]
-            cls = type(child)
-            if cls in ATOMIC:
+    def _note(self) -> Generator[None, None, None]:
+        """Open what was met and not opened yet, depth first."""
+        stack, cost = self._stack, 0
+        while stack:
+            node = stack.pop()
+            if isinstance(node, GivenNode):
+                yield from self._copy_buffer(node)
                 continue
-            self._enter(child, cls, frame, slot)
-            if len(self._memo.stack) > depth:
-                return
+            for _ in self._read(node):
+                yield
+                cost = 0
+            node.first_leaf = len(self.leaves.tensors)
+            for start in range(0, len(node.children), _AT_ONCE):
+                if cost >= _AT_ONCE:
+                    yield
+                    cost = 0
+                self._take(node, start)
+                cost += min(_AT_ONCE, len(node.children) - start)
+            self._opened(node)
+            cost += _NODE_COST
+            if cost >= _AT_ONCE:
+                yield
+                cost = 0
 
-    def _take_alike(self, frame: Frame, begin: int) -> bool:
-        """Take many children at once if they are all atomic, or all plain tensors not met before."""
-        chunk = frame.sources[begin : begin + _BULK]
-        classes = set(map(type, chunk))
-        if classes <= ATOMIC:
-            frame.spread()
-        elif self._passthrough is not None or not classes <= PLAIN_CLASSES:
-            return False
-        else:
-            start = self._memo.leaves.extend(chunk)
-            if start is None:
-                return False
-            self._memo.origins.append((start, frame, begin))
-            if begin == 0:
-                frame.first_leaf = start
-            elif frame.first_leaf is None:
-                frame.holes += zip(range(begin, begin + len(chunk)), range(start, start + len(chunk)), strict=True)
-        frame.position = begin + len(chunk)
-        return True
+    def _opened(self, node: Node) -> None:
+        if node.leaves:
+            self._origins.append(node)
+        fresh = self._fresh
+        self._all += fresh
+        fresh.reverse()
+        self._stack += fresh
+        fresh.clear()
 
-    def _enter(self, child: Any, cls: type, frame: Frame, slot: int) -> None:
-        """Copy one child, or push the frame that will."""
-        memo = self._memo
-        if memo.already(child, frame, slot):
+    def _take(self, node: Node, start: int) -> None:
+        """Sort some children of a node."""
+        children = node.children[start : start + _AT_ONCE]
+        kinds = set(map(type, children))
+        if kinds <= ATOMIC:
             return
-        if self._passthrough is not None and self._passthrough(frame.path(slot), child):
+        if self._passthrough is None and kinds <= PLAIN_CLASSES and not have_attributes(children):
+            self.leaves.append(children)
+            node.note_leaves(range(start, start + len(children)))
             return
-        if issubclass(cls, torch.Tensor):
-            self._tensor(child, frame, slot)
-        elif cls is dict:
-            copy_mapping(memo, child, {}, frame, slot)
-        elif cls is OrderedDict:
-            copy_ordered_dict(memo, child, frame, slot)
-        elif cls is list:
-            copy_list(memo, child, frame, slot)
-        elif cls is tuple:
-            copy_tuple(memo, child, frame, slot)
-        elif cls is types.MethodType:
-            copy_method(memo, child, frame, slot)
-        elif not issubclass(cls, type):
-            copy_object(memo, child, cls, frame, slot)
+        tensors: list[torch.Tensor] = []
+        slots: list[int] = []
+        for slot, child in enumerate(children, start):
+            kind = type(child)
+            if kind in ATOMIC:
+                continue
+            met = self._nodes.get(id(child))
+            if met is not None:
+                node.nested.append((slot, met))
+            elif self._passthrough is not None and self._passthrough(node.path(slot), child):
+                continue
+            elif issubclass(kind, torch.Tensor) and not _copies_itself(child, kind):
+                tensors.append(child)
+                slots.append(slot)
+                if kind not in PLAIN_CLASSES or have_attributes((child,)):
+                    index = len(self.leaves.tensors) + len(tensors) - 1
+                    self._attributes(child, index, node, slot)
+            else:
+                self._meet(child, kind, node, slot)
+        if tensors:
+            self.leaves.append(tensors)
+            node.note_leaves(slots)
 
-    def _tensor(self, tensor: torch.Tensor, frame: Frame, slot: int) -> None:
-        memo = self._memo
-        index, new = memo.leaves.add(tensor)
-        frame.holes.append((slot, index))
-        if not new:
-            return
-        memo.origins.append((index, frame, slot))
+    def _attributes(self, tensor: torch.Tensor, index: int, node: Node, slot: int) -> None:
+        """Note what hangs on a tensor."""
         try:
-            composite = memo.leaves.composite(index)
+            composite = self.leaves.take_apart(index, tensor)
         except Refusal as refusal:
-            raise refusal.at(frame.path(slot)) from None
+            raise refusal.at(node.path(slot)) from None
         owned = composite.owned_attributes if composite is not None else frozenset()
         attributes = {name: value for name, value in vars(tensor).items() if name not in owned}
-        if type(tensor) not in PLAIN_CLASSES:
-            names = copyreg._slotnames(type(tensor))  # type: ignore[attr-defined]
+        if type(tensor) in PLAIN_CLASSES:
+            self.changes.add_attributes(vars(tensor), list(attributes.values()), node, slot)
+        else:
+            names = _private.slot_names(type(tensor))
             attributes |= {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-        if attributes:
-            self._attributes(index, attributes, frame, slot)
-
-    def _attributes(self, index: int, attributes: dict[str, Any], frame: Frame, slot: int) -> None:
+            self.changes.add_slots(tensor, attributes, node, slot)
+        self.leaves.attributed.add(index)
+        if not attributes:
+            return
+        made = AttributesNode(tensor, node, slot)
+        made.leaf = index
         # A bound method on a tensor (a weight loader, say) is code, and the module behind it is no part of the tensor.
-        names = [name for name, value in attributes.items() if type(value) is not types.MethodType]
+        made.kept = {name: value for name, value in attributes.items() if type(value) is types.MethodType}
+        made.names = [name for name in attributes if name not in made.kept]
+        made.children = [attributes[name] for name in made.names]
+        made.steps = list(map(Attribute, made.names))
+        self._add(made, node, slot)
 
-        def finish(done: Frame) -> None:
-            def attach(results: Results) -> None:
-                values = dict(zip(names, done.filled(results), strict=True))
-                for name, value in (attributes | values).items():
-                    setattr(results.staged[index], name, value)
+    def _add(self, made: Node, node: Node, slot: int) -> None:
+        self._nodes[id(made.source)] = made
+        self._fresh.append(made)
+        node.nested.append((slot, made))
 
-            self._memo.program.append(attach)
+    def _meet(self, child: Any, kind: type, node: Node, slot: int) -> None:
+        """Note that a child is to be copied; it is opened later."""
+        made: Node
+        if kind is dict or kind is OrderedDict:
+            made = DictNode(child, node, slot)
+        elif kind is list:
+            made = ListNode(child, node, slot)
+        elif kind is tuple:
+            made = TupleNode(child, node, slot)
+        elif kind is set or kind is frozenset:
+            made = SetNode(child, node, slot)
+        elif kind is types.MethodType:
+            made = MethodNode(child, node, slot)
+        elif issubclass(kind, (type, enum.Enum)):
+            return
+        elif kind in BUFFERS and not (kind is np.ndarray and child.dtype.hasobject):
+            made = GivenNode(child, node, slot)
+            size = max(_SMALLEST_BUFFER, nbytes_of(child))
+            if size <= self._bytes_left:
+                self._bytes_left -= size
+                self._buffers.append(made)
+                self._nodes[id(child)] = made
+                self._all.append(made)
+                node.nested.append((slot, made))
+                return
+        elif getattr(child, "__deepcopy__", None) is not None:
+            made = GivenNode(child, node, slot)
+            self._opaque.append(made)
+            # Its code may look at the values of tensors, but has its own copies of them.
+            self._nodes[id(child)] = made
+            self._all.append(made)
+            node.nested.append((slot, made))
+            return
+        else:
+            made = ObjectNode(child, node, slot)
+            made.failed = failed
+            if not is_witnessed(kind):
+                self._reduced_last.append(made)
+                self._nodes[id(child)] = made
+                self._all.append(made)
+                node.nested.append((slot, made))
+                return
+        self._add(made, node, slot)
 
-        # The leaf itself stands between the parent's path and the attribute's.
-        self._memo.push(frame, slot, [attributes[name] for name in names], list(map(Attribute, names)), finish)
+    def _read(self, node: Node) -> Generator[None, None, None]:
+        """Note what a node holds, yielding between parts of a large one."""
+        source = node.source
+        if isinstance(node, DictNode):
+            yield from self._read_mapping(node)
+        elif isinstance(node, ListNode):
+            if len(source) <= _READ_AT_ONCE:
+                node.children = list(source)
+            else:
+                untrack_all((node.children,))
+                while part := source[len(node.children) : len(node.children) + _READ_AT_ONCE]:
+                    node.children += part
+                    yield
+            node.steps = range(len(node.children))
+            self.changes.add_sequence(source, node.children, _parent(node), node.slot)
+        elif isinstance(node, TupleNode):
+            node.children = source
+            inside = _parent(node).steps[node.slot] is STATE and len(source) == 2
+            node.steps = (STATE, STATE) if inside else range(len(source))
+        elif isinstance(node, SetNode):
+            node.children = list(source)
+            node.steps = (HIDDEN,) * len(source)
+            if type(source) is set:
+                self.changes.add_set(source, _parent(node), node.slot)
+            self.calls_out = self.calls_out or not set(map(type, node.children)) <= ATOMIC
+        elif isinstance(node, MethodNode):
+            node.children, node.steps = [source.__self__], (Attribute("__self__"),)
+        elif isinstance(node, ObjectNode) and not node.steps:
+            self._reduce(node)
+
+    def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
+        source, keys, values = node.source, node.keys, node.children
+        parent, slot = _parent(node), node.slot
+        if len(source) <= _READ_AT_ONCE:
+            keys += source
+            values += source.values()
+        else:
+            untrack_all((keys, values))
+            key_iterator, value_iterator = iter(source), iter(source.values())
+            try:
+                while part := list(islice(key_iterator, _READ_AT_ONCE)):
+                    keys += part
+                    values += islice(value_iterator, _READ_AT_ONCE)
+                    yield
+            except RuntimeError:
+                # It changed size on the way: noted anew, in one step, as it is now.
+                keys[:], values[:] = source.keys(), source.values()
+        node.steps = keys
+        if parent.steps[slot] is STATE:
+            node.steps = [Attribute(key) if type(key) is str else key for key in keys]
+            self.changes.add_attributes(source, list(values), parent, slot)
+        else:
+            self.changes.add_mapping(source, list(keys), list(values), parent, slot)
+        if not all(set(map(type, keys[start : start + _AT_ONCE])) <= ATOMIC for start in range(0, len(keys), _AT_ONCE)):
+            self.calls_out = node.interleaved = True
+            node.children = [part for pair in zip(values, keys, strict=True) for part in pair]
+            node.steps = [step for step in node.steps for _ in range(2)]
+            node.keys = []
+        if type(source) is OrderedDict and vars(source):
+            # Module.state_dict() hangs _metadata there.
+            node.attributed = True
+            node.children = [*node.children, vars(source)]
+            node.steps = [*node.steps, STATE]
+
+    def _reduce(self, node: ObjectNode) -> None:
+        """Note what an object reduces to."""
+        source, cls = node.source, type(node.source)
+        reductor = copyreg.dispatch_table.get(cls)
+        try:
+            reduced = reductor(source) if reductor is not None else source.__reduce_ex__(4)
+            if isinstance(reduced, str):
+                node.copy, node.done = source, True
+                return
+            function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+            given = list(items) if items is not None else []
+            mapped = list(pairs) if pairs is not None else []
+        except Exception as error:
+            raise failed(node, error) from error
+        node.set_reduced(function, arguments, state, given, mapped)
+        if not issubclass(cls, IMMUTABLE) and not (function in _SAFE and is_safe_to_make(cls)):
+            self.calls_out = True
+        self._witness(node, state)
+
+    def _witness(self, node: ObjectNode, state: Any) -> None:
+        """Note what an object holds, where that can be looked at again."""
+        source, cls = node.source, type(node.source)
+        if not is_witnessed(cls) or issubclass(cls, IMMUTABLE) or isinstance(source, np.generic):
+            return
+        parent, slot, changes = _parent(node), node.slot, self.changes
+        if isinstance(source, dict):
+            changes.add_mapping(source, list(dict.keys(source)), list(dict.values(source)), parent, slot)
+        elif isinstance(source, (list, deque)):
+            changes.add_sequence(source, list(source), parent, slot)
+        elif isinstance(source, set):
+            changes.add_set(source, parent, slot)
+        noted = {name: getattr(source, name, GONE) for name in _private.slot_names(cls)}
+        if isinstance(source, defaultdict):
+            noted["default_factory"] = source.default_factory
+        if cls.__dictoffset__:
+            noted["__dict__"] = source.__dict__
+            if not source.__dict__:
+                changes.add_attributes(source.__dict__, [], parent, slot)
+        if noted:
+            changes.add_slots(source, noted, parent, slot)
+
+    def _copy_buffer(self, node: GivenNode) -> Generator[None, None, None]:
+        """Copy memory in pieces, to be compared with it at capture."""
+        copy = yield from copy_buffer(node.source)
+        node.copy, node.done = copy, True
+        self.changes.add_buffer(node.source, copy, _parent(node), node.slot)
+
+    # The last step
+
+    def _opaque_unknown(self) -> list[GivenNode]:
+        return [node for node in self._opaque if id(node) not in self._within]
+
+    def _find_tensors(self, node: GivenNode) -> None:
+        """Note the tensors inside an object that copies itself, so that its code gets their staged copies."""
+        found = self._within[id(node)] = [tensor for tensor in tensors_within(node.source) if tensor is not node.source]
+        known = self.leaves.positions
+        exhausted(self.leaves.index())
+        new = [tensor for tensor in found if id(tensor) not in known]
+        if not new:
+            return
+        node.first_leaf = len(self.leaves.tensors)
+        self.leaves.append(new)
+        node.leaves = range(len(new))
+        self._origins.append(node)
+        for index, tensor in enumerate(new, node.first_leaf):
+            if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
+                nested = len(_parent(node).nested)
+                self._attributes(tensor, index, _parent(node), node.slot)
+                # It is reached through the object's own code, and no child of what the object is in.
+                del _parent(node).nested[nested:]
+        self._all += self._fresh
+        self._stack += self._fresh
+        self._fresh.clear()
+
+    def _copy_last(self) -> None:
+        """Copy everything that cannot be compared later."""
+        for node in self._buffers:
+            node.copy, node.done = exhausted(copy_buffer(node.source)), True
+        if not self._opaque:
+            return
+        exhausted(self.leaves.index())
+        early = self._early = EarlyCopies(self.leaves)
+        memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, self._give)
+        for node in self._opaque:
+            if not node.done:
+                self._give(node)
+        for suspended in memo.suspended:
+            if not suspended.done:
+                built_now(suspended, memo)
+
+    def _give(self, node: GivenNode) -> None:
+        """Let an object copy itself.
+
+        It may compute with the copies of tensors, so they have their values.
+        """
+        memo, early = self._memo, self._early
+        assert memo is not None and early is not None  # noqa: S101, PT018 - made before the first is copied
+        source = node.source
+        node.active = True
+        try:
+            result = source.__deepcopy__(memo)
+        except Exception as error:
+            raise failed(node, error) from error
+        finally:
+            node.active = False
+        memory = {_memory_of(tensor) for tensor in self._within.get(id(node), ())}
+        for tensor in tensors_within(result):
+            if not early.made(tensor) and (_memory_of(tensor) in memory or tensor.device.type != "cpu"):
+                raise UnsupportedLeafError(
+                    f"the __deepcopy__ of {type(source).__qualname__} returned a tensor that is not a copy in host "
+                    f"memory ({tensor.dtype} {tuple(tensor.shape)} on {tensor.device}).",
+                    path=format_path(node.own_path()),
+                    remedy="Copy tensors with copy.deepcopy(tensor, memo) in it, or use passthrough for the object.",
+                )
+        node.copy, node.done = result, True
+        memo[id(source)] = result
+
+
+_SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))
+"""What makes an object without looking at what it is given."""
+
+
+def _parent(node: Node) -> Node:
+    assert node.parent is not None  # noqa: S101 - only the root has none, and it is never asked
+    return node.parent
+
+
+def _copies_itself(tensor: torch.Tensor, kind: type) -> bool:
+    """Return whether a tensor in host memory is of a class with a __deepcopy__ that is not PyTorch's."""
+    if kind in PLAIN_CLASSES:
+        return False
+    own = getattr(kind, "__deepcopy__", None)
+    return not str(getattr(own, "__module__", "")).startswith("torch") and not _private.is_wrapper(tensor)
+
+
+def _memory_of(tensor: torch.Tensor) -> object:
+    """Return what two tensors have in common exactly when they share a storage."""
+    if _private.has_storage(tensor):
+        return _private.storage_identity(tensor.untyped_storage())
+    return id(tensor)
+
+
+def failed(node: Node, error: Exception) -> Exception:
+    """Return the error to raise for one that the code of an object has raised."""
+    if isinstance(error, UnsupportedLeafError):
+        return error
+    return UnsupportedLeafError(
+        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400]}.",
+        path=format_path(node.own_path()),
+        remedy="Give it a __deepcopy__ or __reduce__, or leave it out with passthrough.",
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 
-from aiostage._capture.leaves import changed
-from aiostage._capture.plain import PlainWalk
+from aiostage._capture.leaves import Inspection, changed
 from aiostage._capture.plan import Batch
 from aiostage._capture.walk import Walk
 from aiostage.leaf import Path, format_path
@@ -21,10 +20,12 @@ class Changes:
 
     Args:
         walk: Which met the leaves and containers.
+        inspection: Of the leaves.
     """
 
-    def __init__(self, walk: Walk | PlainWalk) -> None:
+    def __init__(self, walk: Walk, inspection: Inspection) -> None:
         self._walk = walk
+        self._inspection = inspection
         self._torn: dict[Path, None] = {}
         self._settled: set[int] = set()
         self._over = False
@@ -42,18 +43,18 @@ class Changes:
         """
         if self._over:
             return
-        for index in (yield from changed(self._walk.leaves)):
+        for index in (yield from changed(self._walk.leaves, self._inspection)):
             if index not in self._settled and (leaves is None or index in leaves):
                 self._torn[self._walk.path(index)] = None
         if leaves is not None:
             self._settled.update(leaves)
             return
-        self._torn |= dict.fromkeys((yield from self._walk.witness.changed()))
+        self._torn |= dict.fromkeys((yield from self._walk.changes.changed()))
         self._over = True
 
 
 def within(
-    parts: Collection[Path], walk: Walk | PlainWalk, batches: Sequence[Batch]
+    parts: Collection[Path], walk: Walk, batches: Sequence[Batch]
 ) -> Generator[None, None, tuple[set[int], set[int]]]:
     """Find what lies in some parts of a tree, yielding between small steps.
 

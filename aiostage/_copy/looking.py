@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import Leaves, NotPlain
-from aiostage._capture.plain import PlainWalk
+from aiostage._arguments import shown
+from aiostage._capture.faithful import Spec
+from aiostage._capture.leaves import Leaves
 from aiostage._capture.plan import MixedCast, Plan
 from aiostage._capture.walk import Walk
 from aiostage._copy.changes import Changes
@@ -38,9 +38,9 @@ class Look:
         self._resources = resources
         self._options = resources.options
         self._timings = timings
-        self.walk: Walk | PlainWalk = PlainWalk()
+        self.walk = Walk(passthrough=resources.options.passthrough)
         self.specs: list[Spec | None] = []
-        self.changes = Changes(self.walk)
+        self.changes = Changes(self.walk, resources.inspection)
 
     @property
     def leaves(self) -> Leaves:
@@ -48,7 +48,7 @@ class Look:
         return self.walk.leaves
 
     def run(self, source: Any) -> Generator[None, None, None]:
-        """Find the leaves, and what each of them is; the short way if it leads to the end.
+        """Find the leaves, and what each of them is.
 
         Args:
             source: The state dict.
@@ -56,16 +56,16 @@ class Look:
         Raises:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
         """
-        if self._options.passthrough is None:
-            try:
-                yield from self._along(self.walk, source)
-                return
-            except NotPlain:
-                # Its nodes refer to each other in circles, and to the source.
-                self.walk.release()
-        self.walk = Walk(passthrough=self._options.passthrough)
-        self.changes = Changes(self.walk)
-        yield from self._along(self.walk, source)
+        walk, inspection = self.walk, self._resources.inspection
+        with Phase(self._timings, "walk"):
+            yield from walk.run(source)
+        with Phase(self._timings, "inspect"):
+            yield from walk.inspect(inspection)
+            # Everything else has been noted: now comes the moment of the copy.
+            yield from walk.settle(inspection)
+            self.specs = walk.leaves.specs
+            if self._options.dtype is not None:
+                self.specs = yield from self._cast()
 
     def plan(self) -> Generator[None, None, Plan]:
         """Return where the leaves are to go.
@@ -82,18 +82,6 @@ class Look:
                     path=format_path(self.walk.path(mixed.index)),
                     remedy="Leave one of the two out, or return None for it from the dtype function.",
                 ) from None
-
-    def _along(self, walk: Walk | PlainWalk, source: Any) -> Generator[None, None, None]:
-        with Phase(self._timings, "walk"):
-            yield from walk.run(source)
-        with Phase(self._timings, "inspect"):
-            try:
-                yield from walk.leaves.inspect(self._resources.inspection)
-            except Refusal as refusal:
-                raise refusal.at(walk.path(len(walk.leaves.specs))) from None
-            self.specs = walk.leaves.specs
-            if self._options.dtype is not None:
-                self.specs = yield from self._cast()
 
     def _cast(self) -> Generator[None, None, list[Spec | None]]:
         """Return the specs with the dtypes that the options ask for."""
@@ -117,5 +105,6 @@ class Look:
 def _check_target(target: object, path: Path) -> None:
     if target is not None and not (isinstance(target, torch.dtype) and target.is_floating_point):
         raise TypeError(
-            f"{format_path(path)}: the dtype function must return a floating-point torch.dtype or None, not {target!r}"
+            f"{format_path(path)}: the dtype function must return a floating-point torch.dtype or None, "
+            f"not {target if isinstance(target, torch.dtype) else shown(target)}"
         )

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aiostage._capture.faithful import Refusal
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
@@ -144,15 +143,11 @@ class _Leaves:
     @classmethod
     async def of(cls, slices: Slices, tree: Any, resources: Resources) -> _Leaves:
         """Find the leaves of a tree, taking composites apart."""
-        walk = Walk()
         device_of = resources.backend.device_of if resources.backend is not None else None
+        walk, inspection = Walk(only_leaves=True), Inspection(device_of)
         await slices.run(walk.run(tree))
-        # An object that copies itself keeps its tensors; only here they are wanted and not their copies.
-        walk.leaves.given.clear()
-        try:
-            await slices.run(walk.leaves.inspect(Inspection(device_of)))
-        except Refusal as refusal:
-            raise refusal.at(walk.path(len(walk.leaves.specs))) from None
+        await slices.run(walk.inspect(inspection))
+        await slices.run(walk.settle(inspection))
         leaves = cls(walk, device_of)
         await slices.run(leaves.index())
         return leaves

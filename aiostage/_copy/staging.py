@@ -10,7 +10,7 @@ import anyio
 import numpy as np
 
 from aiostage._capture.plan import Batch, Plan
-from aiostage._capture.rebuild import Results, finish_leaves
+from aiostage._capture.rebuild import finish_leaves
 from aiostage._copy.building import build_empty, keep_freed_memory
 from aiostage._copy.changes import within
 from aiostage._copy.copies import Copies
@@ -65,7 +65,6 @@ class Staging:
         # What holds memory is kept here and not in locals: there the traceback of an error, or of a cancellation,
         # would keep it for as long as somebody keeps the error.
         self._lease: Lease | None = None
-        self._results: Results | None = None
         self.tree: Any = None
         self.plan: Plan | None = None
         self.staged: list[Any] = []
@@ -386,8 +385,7 @@ class Staging:
         walk = self._look.walk
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
-            self._results = Results(self.staged, walk.late)
-            self.tree = await self._slices.run(walk.rebuild(self._results), self.job)
+            self.tree = await self._slices.run(walk.rebuild(self.staged), self.job)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""
@@ -397,7 +395,7 @@ class Staging:
         self.timings.yields = self._slices.yields
         self._retired = True
         self._lease = None
-        self._results = self.tree = self.landing.flights = self._copies = self._refused = None
+        self.tree = self.landing.flights = self._copies = self._refused = None
         self._looking.close()
         self._look.walk.release()
 

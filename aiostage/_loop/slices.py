@@ -50,12 +50,14 @@ class Slices:
     def take(self, work: Generator[None, None, object]) -> bool:
         """Run the first slice of a generator at once, for callers who cannot wait; :meth:`run` goes on from there.
 
+        It may use all of ``max_hold``: what is done in it is done at the call.
+
         Returns:
             Whether the generator has ended.
         """
         _collection_pause.begin()
         try:
-            self._slice(work)
+            self._slice(work, share=1.0)
         except StopIteration:
             return True
         finally:
@@ -101,9 +103,9 @@ class Slices:
         await checkpoint()
         self._used = 0.0
 
-    def _slice(self, work: Generator[None, None, object]) -> None:
+    def _slice(self, work: Generator[None, None, object], share: float = _SHARE) -> None:
         begin = perf_counter()
-        deadline = begin + self.max_hold * _SHARE - self._used
+        deadline = begin + self.max_hold * share - self._used
         try:
             # At least one step, or a max_hold below the clock's own cost would never get anywhere.
             next(work)

@@ -12,7 +12,7 @@ import torch
 
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import Block, Run
-from aiostage._capture.rebuild import Results, build_block, build_run, perform
+from aiostage._capture.rebuild import build_block, build_run
 from tests.capture.test_plan import spec
 
 DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex128, torch.float8_e4m3fn]
@@ -82,15 +82,3 @@ def test_the_last_leaf_lets_go_of_the_memory(dtype: torch.dtype) -> None:
 def test_the_collector_does_not_look_at_many_leaves() -> None:
     tensors = build_run(np.zeros(4000, dtype=np.uint8), Run(spec([1]), list(range(1000)), 0))
     assert not any(map(gc.is_tracked, tensors))
-
-
-def test_results_fill_holes_with_leaves_and_late_objects() -> None:
-    results = Results(["leaf 0", "leaf 1"], 2)
-    children = ["a", None, None, "d"]
-    program = [
-        lambda results: results.put(0, "late 0"),
-        lambda results: results.put(1, results.fill(children, [(1, 1), (2, ~0)])),
-    ]
-    assert list(perform(program, results)) == [None, None]
-    assert results[~1] == ["a", "leaf 1", "late 0", "d"]
-    assert children == ["a", None, None, "d"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage._capture import versions
-from aiostage._capture.versions import Witness
+from aiostage._capture.versions import ContainerChanges
 from aiostage.leaf import Attribute, Path
 
 
@@ -25,7 +25,7 @@ class At:
 AT = At()
 
 
-def changed(witness: Witness, between: Callable[[int], object] = lambda step: None) -> list[Path]:
+def changed(witness: ContainerChanges, between: Callable[[int], object] = lambda step: None) -> list[Path]:
     """Look again, doing something between the steps."""
     work: Generator[None, None, list[Path]] = witness.changed()
     step = 0
@@ -43,8 +43,8 @@ class Slotted:
 
 
 class TestMappings:
-    def note(self, source: dict[Any, Any]) -> Witness:
-        witness = Witness()
+    def note(self, source: dict[Any, Any]) -> ContainerChanges:
+        witness = ContainerChanges()
         witness.add_mapping(source, list(source), list(source.values()), AT, 0)
         return witness
 
@@ -102,7 +102,7 @@ class TestSequences:
     @pytest.mark.parametrize("make", [list, deque])
     def test_changes(self, make: Any, change: Any, paths: list[Path]) -> None:
         source = make([object(), object(), object()])
-        witness = Witness()
+        witness = ContainerChanges()
         witness.add_sequence(source, list(source), AT, 2)
         change(source)
         assert changed(witness) == paths
@@ -112,7 +112,7 @@ class TestSequences:
         objects = [object() for _ in range(3)]
         source = [objects[number] for number in numbers]
         before = list(source)
-        witness = Witness()
+        witness = ContainerChanges()
         witness.add_sequence(source, list(source), AT, 0)
         if source:
             source[position % len(source)] = objects[value]
@@ -122,7 +122,7 @@ class TestSequences:
 
 def test_sets() -> None:
     source = {"a", "b"}
-    witness = Witness()
+    witness = ContainerChanges()
     witness.add_set(source, AT, 1)
     assert changed(witness) == []
     source.remove("a")
@@ -136,7 +136,7 @@ def test_attributes() -> None:
 
     thing = Thing()
     thing.value, thing.other = object(), object()  # type: ignore[attr-defined]
-    witness = Witness()
+    witness = ContainerChanges()
     witness.add_attributes(vars(thing), list(vars(thing).values()), AT, 0)
     assert changed(witness) == []
     thing.value = object()  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def test_attributes() -> None:
 def test_slots() -> None:
     thing = Slotted()
     thing.left = thing.right = object()
-    witness = Witness()
+    witness = ContainerChanges()
     witness.add_slots(thing, {"left": thing.left, "right": thing.right}, AT, 0)
     assert changed(witness) == []
     del thing.left
@@ -157,6 +157,6 @@ def test_slots() -> None:
 
 def test_large_containers_are_compared_in_steps() -> None:
     source = [object() for _ in range(10 * versions._CHUNK)]
-    witness = Witness()
+    witness = ContainerChanges()
     witness.add_sequence(source, list(source), AT, 0)
     assert sum(1 for _ in witness.changed()) >= 10

@@ -1,0 +1,118 @@
+"""Private names of PyTorch, CPython and anyio: each one can be gone, and no byte is wrong for it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiostage
+from aiostage import AsyncStager, UnsupportedLeafError, _private
+
+ROOT = Path(aiostage.__file__).parent
+
+
+def test_a_name_that_is_gone_is_none() -> None:
+    assert _private.find("torch._C.no_such_name") is None
+    assert _private.find("no_such_module.at.all") is None
+    assert _private.find("torch._foreach_copy_") is torch._foreach_copy_
+
+
+def test_each_name_says_what_happens_without_it() -> None:
+    source = inspect.getsource(_private)
+    looked_up = set(re.findall(r"^(\w+): .* = find\(", source, re.M))
+    assert looked_up | set(_private.DISTRIBUTED) == set(_private.CONSEQUENCES)
+
+
+def test_what_is_required_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_private.DISTRIBUTED, "storage_setup", "torch.no_such_name")
+    with pytest.raises(RuntimeError, match="lacks storage_setup"):
+        _private.require("storage_setup")
+
+
+def test_a_part_is_found_without_the_private_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.arange(12.0).reshape(3, 4)
+    known = _private.narrow_by_index(source, (1, 2), (2, 1))
+    monkeypatch.setitem(_private.DISTRIBUTED, "narrow_tensor_by_index", "torch.no_such_name")
+    assert torch.equal(_private.narrow_by_index(source, (1, 2), (2, 1)), known)
+
+
+class Slotted:
+    __slots__ = ("__hidden", "plain")
+
+
+class Below(Slotted):
+    __slots__ = ("more",)
+
+
+def test_slots_are_found_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = _private.slot_names(Below)
+    monkeypatch.setattr(_private, "_slotnames", None)
+    assert sorted(_private.slot_names(Below)) == sorted(known) == ["_Slotted__hidden", "more", "plain"]
+
+
+def odd_leaves() -> dict[str, Any]:
+    base = torch.arange(6.0)
+    return {
+        "plain": base,
+        "conj": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        "neg": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "view": base[2:4],
+    }
+
+
+def staged(tree: Any) -> Any:
+    async def run() -> Any:
+        async with AsyncStager() as stager:
+            for _ in range(3):
+                result = await stager.stage(tree)
+            return result
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", sorted(_private.CONSEQUENCES))
+def test_without_it_nothing_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in _private.DISTRIBUTED:
+        monkeypatch.setitem(_private.DISTRIBUTED, name, "torch.no_such_name")
+    else:
+        monkeypatch.setattr(_private, name, None)
+    source = odd_leaves()
+    if name == "version_of":
+        with pytest.raises(UnsupportedLeafError, match="detect_torn=False"):
+            staged(source)
+        return
+    result = staged(source)
+    for key, tensor in source.items():
+        assert type(result[key]) is type(tensor)
+        assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
+    assert result["parameter"].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_its_rebuilder_a_quantized_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.quint8)
+    monkeypatch.setattr(_private, "rebuild_qtensor", None)
+    with pytest.raises(UnsupportedLeafError, match="quantized"):
+        staged([source])
+
+
+def test_no_other_module_uses_private_names() -> None:
+    pattern = re.compile(
+        r"torch\._[a-zA-Z]|torch\.Tensor\._[a-z]|torch\.[a-z_.]+\._[a-z]|copyreg\._|anyio\._|sys\._current|\._cdata"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.name != "_private.py" and path.relative_to(ROOT).parts[0] != "testing"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line.split("#")[0]) and "``" not in line
+    ]
+    assert found == []
