@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aiostage import _private
 from aiostage.errors import CheckpointError
 from aiostage.format.kinds import NotCarried, Parts
 
@@ -72,7 +72,7 @@ def has_plain_layout(cls: type) -> bool:
 
 def slots_of(cls: type) -> list[str]:
     """Return the names of a class's slots, as the pickle protocol knows them."""
-    return list(copyreg._slotnames(cls))  # type: ignore[attr-defined]
+    return list(_private.slot_names(cls))
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def make_subclass(cls: Any, form: Mapping[str, Any], children: Sequence[Any]) ->
         return PlainObject(form["type"], "tensor", {"data": data, "attributes": {}})
     if not issubclass(cls, torch.Tensor):
         raise _unfit(cls, "is no Tensor")
-    with torch._C.DisableTorchFunctionSubclass():
+    with _private.without_torch_function():
         return data.as_subclass(cls)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from aiostage import _private
 from aiostage.format.classes import full_name, slots_of, wrapper_parts
 from aiostage.format.kinds import Kind, NotCarried, Parts
 
@@ -39,13 +40,13 @@ def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
         shape = (tuple(tensor.size()), tuple(tensor.stride()))
         parts = wrapper_parts(full_name(cls), inner, context, shape)
         return "wrapper", Parts(parts.form, parts.children, _attributes(tensor, set(names)))
-    if torch._C._dispatch_keys(tensor).has("Python"):
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise NotCarried(
             "its class has __torch_dispatch__ and does not say what it is made of",
             "Give the class __tensor_flatten__ and __tensor_unflatten__, or register it with "
             "aiostage.checkpoint.register().",
         )
-    with torch._C.DisableTorchFunctionSubclass():
+    with _private.without_torch_function():
         data = torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
     return "subclass", Parts({"type": full_name(cls)}, {"data": data}, _attributes(tensor, set()))
 

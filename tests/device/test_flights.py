@@ -137,8 +137,9 @@ class TestStreams:
         torn = seen = 0
         for seed in range(100):
             with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
-                # A slice is not plain, so that the walk takes a while.
-                state = {"row": slice(1), **{str(n): full(accelerator, 0) for n in range(20)}}
+                # Lists, so that the walk takes a while until it comes to the tensors.
+                lists = [[n] for n in range(600)]
+                state = {"lists": lists, "last": {str(n): full(accelerator, 0) for n in range(20)}}
                 accelerator.synchronize()
                 stream = accelerator.side_stream(accelerator.devices[0])
                 async with AsyncStager(StagingOptions(max_loop_hold=1e-9), backend=accelerator) as stager:
@@ -146,14 +147,14 @@ class TestStreams:
                         task = asyncio.ensure_future(stager.stage(state))
                     for _ in range(seed % 14):
                         await asyncio.sleep(0)
-                    accelerator.launch(lambda t: t.fill_(7), state["19"], seconds=1e-3, stream=stream)
+                    accelerator.launch(lambda t: t.fill_(7), state["last"]["19"], seconds=1e-3, stream=stream)
                     try:
                         staged = await task
                     except TornSnapshotError:
                         torn += 1
                     else:
                         seen += 1
-                        assert bool((staged["19"] == 7).all())
+                        assert bool((staged["last"]["19"] == 7).all())
         assert torn
         assert seen
 
