@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import partial
@@ -23,8 +24,9 @@ from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
-from aiostage.abc import Backend
+from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.devices import DeviceOption, Devices, host_memory
+from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.incoming import THREADS, Destinations
 from aiostage.checkpoint.into import Transfer, compare
 from aiostage.checkpoint.nodes import LEFT_OUT
@@ -39,6 +41,7 @@ from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
 from aiostage.format.classes import Classes
 from aiostage.observe import span
+from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import Target, locate
 from aiostage.storage.manifest import FileRecord
 from aiostage.storage.parts import Part
@@ -100,6 +103,7 @@ def load(
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointError: If it is of another program and needs code, or a class of ``classes`` does not fit.
         CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign.
         CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not. Nothing
             was changed then, nor read but headers.
@@ -153,7 +157,7 @@ async def load_after(
         raise ValueError("in_place=True needs a live tree to load into: pass into=")
     if device is not None and into is not None:
         raise ValueError("device= is for a new tree; the tensors of into= stay on the devices that they are on")
-    selection = Selection(only) if only is not None else None
+    selection = Selection(only, f"{storage.location}/{name}") if only is not None else None
     known = Classes(classes, _declared())
     with span("load", source=name), reporting(progress, f"loading {name}") as report:
         backend = backend if backend is not None else default_backend()
@@ -173,7 +177,17 @@ async def load_after(
             report=report,
         ) as loading:
             for _ in range(_ATTEMPTS):
-                reader = await open_checkpoint(storage, name)
+                try:
+                    reader = await open_checkpoint(storage, name)
+                except CheckpointNotFoundError:
+                    read = await loading.recognize(storage, name)
+                    if read is None:
+                        raise
+                    if device is not None:
+                        raise ValueError(
+                            f"device= is for checkpoints of aiostage, and {name!r} is none; pass into=, or convert it"
+                        ) from None
+                    return await loading.adopt(read)
                 try:
                     tree = await loading.attempt(reader)
                     _logger.info("loaded %s in %.3f s", reader.location, perf_counter() - begin)
@@ -245,6 +259,40 @@ class _Loading:
         if not isinstance(error, GeneratorExit):
             await self._destinations.pool.aclose()
         self._workers.stop()
+
+    async def recognize(self, storage: Storage, name: str) -> Read | None:
+        """Return what reads a checkpoint of another program, if there is one at a local path."""
+        if not isinstance(storage, LocalStorage):
+            return None
+        return await self._workers.run(partial(recognize, os.path.join(storage.location, name)))
+
+    async def adopt(self, read: Read) -> Any:
+        """Read a checkpoint of another program, and do with it what was asked for."""
+        tree = await self._workers.run(partial(read, self._verify))
+        if self._selection is not None:
+            tree = await self._slices.run(self._selection.prune_tree(tree, None if self._into is None else LEFT_OUT))
+        if self._into is None:
+            return tree
+        with span("compare"):
+            wanted = self._selection.chooses if self._selection is not None else None
+            transfer = await self._slices.run(compare(self._into, tree, wanted))
+            devices = await self._slices.run(self._fill(transfer))
+        self._follow_the_caller(devices)
+        with span("into"):
+            await self._carry_out(transfer)
+        return self._into
+
+    def _fill(self, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+        """Have loaded tensors copied into their live ones, and return the devices of these."""
+        devices: set[torch.device] = set()
+        for count, (_, live, loaded) in enumerate(transfer.pairs):
+            device = self._destinations.device_of(live)
+            if device is not None:
+                devices.add(device)
+            transfer.add(live, loaded, device)
+            if count % _CHUNK == 0:
+                yield
+        return devices
 
     async def attempt(self, reader: ResolvingReader) -> Any:
         """Read one checkpoint."""

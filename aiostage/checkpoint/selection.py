@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterable
 from fnmatch import translate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, shown
 from aiostage.checkpoint.ways import Place, path_to
@@ -16,6 +16,10 @@ __all__ = ["Only", "Selection"]
 
 _CHUNK = 16
 _EXAMPLES = 5
+_MAX_DEPTH = 100
+"""Of trees from other programs; what is deeper is taken as a whole or not at all."""
+
+_NOTHING = object()
 
 Only: TypeAlias = "str | Iterable[str] | Callable[[Path], bool]"
 """Patterns of paths with dots between their steps, or a function of a path."""
@@ -27,13 +31,15 @@ class Selection:
     Args:
         only: Patterns as ``fnmatch`` knows them, against paths such as ``model.layers.0.weight``; or a function that is
             called with the path of each container and each leaf, and returns whether it is wanted.
+        where: The checkpoint, for errors.
 
     Raises:
         TypeError: If it is neither.
         ValueError: If there is no pattern.
     """
 
-    def __init__(self, only: Only) -> None:
+    def __init__(self, only: Only, where: str = "") -> None:
+        self._where = f" {where}" if where else ""
         self._function: Callable[[Path], bool] | None = None
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._unmatched: set[str] = set()
@@ -83,11 +89,50 @@ class Selection:
             yield from self._look_below(table)
         self.check_matched()
 
+    def prune_tree(self, tree: Any, instead: object) -> Generator[None, None, Any]:
+        """Return what is wanted of a tree of dicts, lists and tuples, as new containers; yielding now and then.
+
+        Args:
+            tree: Not changed.
+            instead: Stands for what is not wanted in lists and tuples.
+
+        Raises:
+            ValueError: If nothing is wanted, or a pattern matches nothing.
+        """
+        kept = yield from self._kept(tree, (), instead, set())
+        self.check_matched()
+        if kept is _NOTHING:
+            raise ValueError("only= selects nothing of the checkpoint")
+        return kept
+
+    def _kept(self, value: Any, path: Path, instead: object, above: set[int]) -> Generator[None, None, Any]:
+        if not isinstance(value, (dict, list, tuple)) or id(value) in above or len(path) >= _MAX_DEPTH:
+            return _NOTHING
+        found: dict[Any, Any] = {}
+        for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            here = (*path, key)
+            kept = child
+            if self.chooses(here):
+                if self._unmatched:
+                    # Patterns may match below what was chosen as a whole, too.
+                    yield from self._kept(child, here, instead, above | {id(value)})
+            else:
+                kept = yield from self._kept(child, here, instead, above | {id(value)})
+            if kept is not _NOTHING:
+                found[key] = kept
+            yield
+        if not found:
+            return _NOTHING
+        if isinstance(value, dict):
+            return found
+        items = [found.get(place, instead) for place in range(len(value))]
+        return tuple(items) if isinstance(value, tuple) else items
+
     def check_matched(self) -> None:
         """Raise a ValueError if a pattern has matched nothing so far."""
         if self._unmatched:
             raise ValueError(
-                f"only={listed(sorted(map(repr, self._unmatched)))} matches nothing in the checkpoint. "
+                f"only={listed(sorted(map(repr, self._unmatched)))} matches nothing in the checkpoint{self._where}. "
                 f"Its first paths are {', '.join(self._examples)}."
             )
 

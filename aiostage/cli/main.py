@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import anyio
 
 from aiostage.abc import Storage
+from aiostage.checkpoint.conversion import convert
 from aiostage.checkpoint.resolving import is_removed
 from aiostage.checkpoint.verify import verify
 from aiostage.cli.bench import bench
@@ -68,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--progress", action="store_true", help="show a bar (needs tqdm)")
     check.set_defaults(run=_verify)
+    change = commands.add_parser("convert", help="make a checkpoint of aiostage from one of another program")
+    change.add_argument("source", help="a file of torch.save, Lightning or safetensors, or a directory; also of DCP")
+    change.add_argument("target", help="the checkpoint to make: a path, or a URL such as s3://bucket/runs/7")
+    change.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    change.set_defaults(run=_convert)
     measure = commands.add_parser("bench", help="measure staging on this machine")
     measure.add_argument("--mebibytes", type=_positive, default=512, help="size of the state dict (512)")
     measure.add_argument("--tensors", type=_positive, default=64, help="how many tensors it has (64)")
@@ -106,6 +112,11 @@ async def _verify_one(source: str, place: tuple[Storage, str], progress: bool) -
     nbytes = sum(file.file.nbytes for file in outline.files)
     files = "1 file" if len(outline.files) == 1 else f"{len(outline.files)} files"
     print(f"{source}: {files}, {nbytes:,} bytes, all as they were written")
+
+
+async def _convert(options: argparse.Namespace) -> None:
+    info = await convert(options.source, options.target, overwrite=options.overwrite)
+    print(f"{info.location}: {info.leaves} tensors, {info.nbytes:,} bytes")
 
 
 async def _bench(options: argparse.Namespace) -> None:

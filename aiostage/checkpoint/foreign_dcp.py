@@ -1,0 +1,195 @@
+"""Directories of ``torch.distributed.checkpoint``, read without running what their pickles name. All of it blocks."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from aiostage.errors import CheckpointCorruptError, CheckpointError
+
+__all__ = ["read_dcp"]
+
+_MAX_BYTES = 1 << 30
+
+_MADE_UP = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo", "_StoragePrefix")),
+    "torch.serialization": frozenset(("_get_layout",)),
+    "pathlib": frozenset(("PosixPath", "WindowsPath")),
+}
+"""By module, the names in a pickle for which objects without any behaviour stand in."""
+
+
+class _StandIn:
+    """Holds the state of an object of a class of PyTorch, whose own code is not run."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+        else:
+            self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what describes a checkpoint, and nothing else."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._classes: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of this unpickler's own, which a pickle may spoil; or a size, a dtype or a dict."""
+        if name in _MADE_UP.get(module, ()):
+            return self._classes.setdefault(name, type(name, (_StandIn,), {}))
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        found = vars(torch).get(name) if module == "torch" else None
+        if isinstance(found, (torch.dtype, torch.memory_format)):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}"[:200])
+
+
+def read_dcp(path: str) -> dict[str, Any]:
+    """Read all of a checkpoint, whatever number of ranks has saved it. It has no checksums. Blocks.
+
+    Raises:
+        CheckpointError: If it needs code.
+        CheckpointCorruptError: If its files do not fit each other.
+        OSError: If the system refuses.
+    """
+    index = os.path.join(path, ".metadata")
+    if os.path.getsize(index) > _MAX_BYTES:
+        raise CheckpointCorruptError("it is too long for a .metadata.", path=index)
+    with open(index, "rb") as file:
+        data = file.read()
+    try:
+        about = _Unpickler(io.BytesIO(data)).load()
+        return _Checkpoint(path, about).read()
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"it is a checkpoint of torch.distributed.checkpoint that needs code: {error!s:.200}.",
+            path=index,
+            remedy="If you trust it, read it with torch.distributed.checkpoint.load().",
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        # Objects of any shape can be in a pickle.
+        raise CheckpointCorruptError(
+            f"it is no checkpoint of torch.distributed.checkpoint: {error!r:.200}.", path=index
+        ) from error
+
+
+class _Checkpoint:
+    """Reads one directory."""
+
+    def __init__(self, path: str, about: Any) -> None:
+        self._path = path
+        self._entries: Mapping[str, Any] = about.state_dict_metadata
+        self._paths: Mapping[str, Any] = about.planner_data or {}
+        # By name, where its bytes lie; by name and offsets, where those of a chunk lie.
+        self._places: dict[tuple[str, tuple[int, ...]], Any] = {
+            (found.fqn, tuple(getattr(found, "offset", None) or ())): place
+            for found, place in about.storage_data.items()
+        }
+
+    def read(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for name, entry in self._entries.items():
+            if type(entry).__name__ == "TensorStorageMetadata":
+                value: Any = self._tensor(name, entry)
+            else:
+                value = self._load(self._places[name, ()])
+            _put(tree, self._paths.get(name, (name,)), value)
+        _make_lists(tree)
+        return tree
+
+    def _tensor(self, name: str, entry: Any) -> torch.Tensor:
+        dtype = entry.properties.state[0]
+        nbytes = math.prod(entry.size) * dtype.itemsize
+        # A chunk is as large as its bytes, so a checkpoint cannot ask for more than it has.
+        if nbytes > sum(self._places[name, tuple(chunk.offsets)].length for chunk in entry.chunks):
+            raise ValueError(f"the chunks of {name!r:.80} do not cover it")
+        made = torch.empty(entry.size, dtype=dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            part = self._load(self._places[name, tuple(chunk.offsets)])
+            if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype is not made.dtype:
+                raise ValueError(f"a chunk of {name!r:.80} is not what it should be")
+            target = made
+            for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                target = target.narrow(dimension, offset, size)
+            target.copy_(part.detach())
+            filled += part.numel()
+        if filled != made.numel():
+            raise ValueError(f"the chunks of {name!r:.80} do not cover it")
+        return made
+
+    def _load(self, place: Any) -> Any:
+        """Load what lies at a place, each of which is a file of ``torch.save``."""
+        name = place.relative_path
+        if os.path.basename(name) != name or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{name!r:.80} is not a plain file of the checkpoint")
+        with open(os.path.join(self._path, name), "rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.length)
+        if len(data) != place.length:
+            raise CheckpointCorruptError(f"it ends before byte {place.offset + place.length}.", path=file.name)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class _Items(dict[int, Any]):
+    """A list of which not all items are there yet."""
+
+
+def _put(tree: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Put a value at a path; steps that are numbers are places in lists."""
+    at = tree
+    for step, following in pairwise(path):
+        at = at.setdefault(step, _Items() if type(following) is int else {})
+    at[path[-1]] = value
+
+
+def _make_lists(tree: dict[Any, Any]) -> None:
+    """Make lists of what was collected for them, innermost first."""
+    order: list[tuple[Any, Any]] = []
+    pending: list[Any] = [tree]
+    while pending:
+        at = pending.pop()
+        for key, value in at.items():
+            if isinstance(value, dict):
+                order.append((at, key))
+                pending.append(value)
+    for at, key in reversed(order):
+        items = at[key]
+        if type(items) is _Items:
+            if sorted(items) != list(range(len(items))):
+                raise ValueError("a list lacks items")
+            at[key] = [items[place] for place in range(len(items))]

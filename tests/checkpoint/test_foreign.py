@@ -1,0 +1,251 @@
+"""Checkpoints of other programs: read where that needs no code, and named where it does."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+import aiostage
+from aiostage.checkpoint import convert
+from aiostage.cli.main import main
+from tests.checkpoint.comparing import assert_same
+
+
+def tree() -> dict[str, Any]:
+    weight = torch.arange(6.0).view(2, 3)
+    return {"model": OrderedDict(weight=weight, tied=weight, bias=torch.ones(3)), "step": 7, "names": ["a", ("b", 1.5)]}
+
+
+def flat() -> dict[str, torch.Tensor]:
+    # In the order of the files.
+    return {"a.weight": torch.arange(6.0).view(2, 3), "empty": torch.empty(0, 2), "a.half": torch.ones(5).bfloat16()}
+
+
+def save_torch(path: Path) -> Path:
+    torch.save(tree(), path / "file.pt")
+    return path / "file.pt"
+
+
+def save_legacy(path: Path) -> Path:
+    torch.save(tree(), path / "file.ckpt", _use_new_zipfile_serialization=False)
+    return path / "file.ckpt"
+
+
+def save_single(path: Path) -> Path:
+    save_file(flat(), path / "anything.safetensors", metadata={"format": "pt"})
+    return path / "anything.safetensors"
+
+
+def save_hub(path: Path) -> Path:
+    """As hubs have it: shards, an index and other files."""
+    found = flat()
+    (path / "config.json").write_text("{}")
+    save_file({"a.weight": found.pop("a.weight")}, path / "model-00001-of-00002.safetensors")
+    save_file(found, path / "model-00002-of-00002.safetensors")
+    where = dict.fromkeys(found, "model-00002-of-00002.safetensors") | {"a.weight": "model-00001-of-00002.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return path
+
+
+def save_hub_torch(path: Path) -> Path:
+    torch.save(flat(), path / "pytorch_model.bin")
+    return path
+
+
+FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[], Any]]] = {
+    "torch.save": (save_torch, tree),
+    "torch.save of old": (save_legacy, tree),
+    "safetensors": (save_single, flat),
+    "a hub": (save_hub, flat),
+    "its index": (lambda path: save_hub(path) / "model.safetensors.index.json", flat),
+    "a hub of old": (save_hub_torch, flat),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", FORMATS)
+async def test_formats(name: str, tmp_path: Path) -> None:
+    write, expected = FORMATS[name]
+    path = write(tmp_path)
+    assert_same(expected(), await aiostage.load(path))
+    assert_same(expected(), await aiostage.load(path, verify=False))
+    info = await convert(path, tmp_path / "converted")
+    assert_same(expected(), await aiostage.load(info.path))
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_distributed_checkpoints(tmp_path: Path) -> None:
+    saved = {"model": {"w": torch.arange(6.0).view(2, 3), "n": 5}, "list": [torch.ones(2), {"a": "text"}], "s": None}
+    dcp.save(saved, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert_same(saved, await aiostage.load(tmp_path / "dcp"))
+    live: dict[str, Any] = {"model": {"w": torch.zeros(2, 3), "n": 0}}
+    weight = live["model"]["w"]
+    await aiostage.load(tmp_path / "dcp", into=live, only="model")
+    assert weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert live["model"]["n"] == 5
+
+
+@pytest.mark.asyncio
+async def test_lightning(tmp_path: Path) -> None:
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": OrderedDict(weight=torch.ones(2)),
+        "callbacks": {},
+        "hyper_parameters": Namespace(lr=0.1),
+    }
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(aiostage.CheckpointError, match=r"needs argparse.Namespace, which weights_only") as caught:
+        await aiostage.load(tmp_path / "last.ckpt")
+    assert "add_safe_globals" in str(caught.value)
+    with torch.serialization.safe_globals([Namespace]):
+        loaded = await aiostage.load(tmp_path / "last.ckpt", only="state_dict.*")
+    assert list(loaded) == ["state_dict"]
+    assert loaded["state_dict"]["weight"].tolist() == [1, 1]
+
+
+@pytest.mark.asyncio
+async def test_into_and_only(tmp_path: Path) -> None:
+    path = save_single(tmp_path)
+    live = {"a.weight": torch.zeros(2, 3), "mine": torch.zeros(1)}
+    weight = live["a.weight"]
+    await aiostage.load(path, into=live, only="a.weight")
+    assert live["a.weight"] is weight
+    assert weight.sum() == 15
+    with pytest.raises(aiostage.CheckpointMismatchError, match="missing from the checkpoint"):
+        await aiostage.load(path, into=live)
+    with pytest.raises(ValueError, match=r"'\*.nothing' matches nothing .*\.safetensors. Its first paths are a.weight"):
+        await aiostage.load(path, only=["*.nothing", "empty"])
+    with pytest.raises(ValueError, match="device= is for checkpoints of aiostage"):
+        await aiostage.load(path, device="meta")
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return setattr, (Evil, "ran", True)
+
+
+def archive_of(names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    return buffer.getvalue()
+
+
+def of_numpy(save: Callable[..., None], *values: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *values)
+    return buffer.getvalue()
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "gguf": (lambda: b"GGUF\3\0\0\0", "a GGUF file.*gguf"),
+    "hdf5": (lambda: b"\x89HDF\r\n\x1a\n", "an HDF5 file.*h5py"),
+    "array": (lambda: of_numpy(np.save, np.ones(2)), "an array of NumPy.*numpy.load"),
+    "arrays": (lambda: of_numpy(np.savez, np.ones(2)), "an archive of arrays of NumPy.*numpy.load"),
+    "pickle": (lambda: pickle.dumps(Evil()), "a pickle, which can run any code.*pickle.load"),
+    "script": (lambda: archive_of(["m/constants.pkl", "m/data.pkl", "m/code/x.py"]), "TorchScript.*torch.jit.load"),
+    "program": (lambda: archive_of(["m/archive_format"]), "exported program.*torch.export.load"),
+    "zip": (lambda: archive_of(["text.txt"]), "an archive, and none of torch.save"),
+    "half a zip": (lambda: archive_of(["m/data.pkl"])[:-5], "an archive that cannot be opened"),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", REFUSED)
+async def test_what_cannot_be_read_is_named(kind: str, tmp_path: Path) -> None:
+    write, message = REFUSED[kind]
+    (tmp_path / "file").write_bytes(write())
+    with pytest.raises(aiostage.CheckpointError, match=message) as caught:
+        await aiostage.load(tmp_path / "file")
+    assert caught.value.path == str(tmp_path / "file")
+    assert not Evil.ran
+
+
+@pytest.mark.asyncio
+async def test_what_is_nothing_is_not_found(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name in ("text", "empty", "missing"):
+        with pytest.raises(aiostage.CheckpointNotFoundError):
+            await aiostage.load(tmp_path / name)
+
+
+@pytest.mark.asyncio
+async def test_code_in_files_of_torch_is_not_run(tmp_path: Path) -> None:
+    for new in (True, False):
+        torch.save({"a": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=new)
+        with pytest.raises(aiostage.CheckpointError, match=r"that needs \S*setattr, which"):
+            await aiostage.load(tmp_path / "evil.pt")
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(aiostage.CheckpointError, match=r"needs code: it names builtins\.setattr"):
+        await aiostage.load(tmp_path / "dcp")
+    assert not Evil.ran
+
+
+@pytest.mark.asyncio
+async def test_damage(tmp_path: Path) -> None:
+    path = save_torch(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[data.find(torch.tensor(4.0).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(aiostage.CheckpointCorruptError, match="does not match its checksum"):
+        await aiostage.load(path)
+    single = save_single(tmp_path)
+    whole = single.read_bytes()
+    for cut in (3, 9, len(whole) // 2, len(whole) - 1):
+        single.write_bytes(whole[:cut])
+        with pytest.raises((aiostage.CheckpointCorruptError, aiostage.CheckpointNotFoundError)):
+            await aiostage.load(single)
+    hub = save_hub(tmp_path)
+    (hub / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(aiostage.CheckpointCorruptError, match="the index names it, and it is missing"):
+        await aiostage.load(hub / "model.safetensors.index.json")
+    index = hub / "model.safetensors.index.json"
+    for text in ("[]", "{", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": [1]}}'):
+        index.write_text(text)
+        with pytest.raises(aiostage.CheckpointCorruptError, match="no index of shards"):
+            await aiostage.load(index)
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_damaged_distributed_checkpoints(tmp_path: Path) -> None:
+    dcp.save({"w": torch.arange(6.0)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    data = (tmp_path / "dcp" / "__0_0.distcp").read_bytes()
+    (tmp_path / "dcp" / "__0_0.distcp").write_bytes(data[:-20])
+    with pytest.raises(aiostage.CheckpointCorruptError, match="ends before byte"):
+        await aiostage.load(tmp_path / "dcp")
+    about = (tmp_path / "dcp" / ".metadata").read_bytes()
+    (tmp_path / "dcp" / ".metadata").write_bytes(about.replace(b"__0_0.distcp", b"../../passwd"))
+    with pytest.raises(aiostage.CheckpointCorruptError, match="not a plain file"):
+        await aiostage.load(tmp_path / "dcp")
+    (tmp_path / "dcp" / ".metadata").unlink()
+    with pytest.raises(aiostage.CheckpointError, match=r"without its \.metadata"):
+        await aiostage.load(tmp_path / "dcp")
+
+
+def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_torch(tmp_path)
+    assert main(["convert", str(path), str(tmp_path / "new")]) == 0
+    assert "2 tensors, 36 bytes" in capsys.readouterr().out
+    assert main(["convert", str(path), str(tmp_path / "new")]) == 1
+    assert str(tmp_path / "new") in capsys.readouterr().err
+    assert main(["convert", str(path), str(tmp_path / "new"), "--overwrite"]) == 0
