@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test test-all test-simgpu test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
+.PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
@@ -32,6 +32,24 @@ test: $(READY)
 test-simgpu: $(READY)
 	$(BIN)/python -m aiostage.testing.simgpu --if-possible $(BIN)/python -m pytest tests/simgpu
 
+# tests/gpu without a GPU, on a stand-in for CUDA's runtime, under a CUDA build of PyTorch. That takes 5.5 GB, outside of
+# the checkout: CUDA_VENV is a virtual environment that has it and the packages of the tests.
+CUDA_VENV ?= $(HOME)/.cache/aiostage/cuda-venv
+CUDA_BUILD ?= $(HOME)/.cache/aiostage/cuda-stand-in
+test-cuda: $(CUDA_BUILD)/libfakecuda_ops.so
+	FAKECUDA_COPY_US=200 FAKECUDA_KERNEL_US=100 FAKECUDA_JITTER_PERCENT=80 PYTHONPATH=$(CURDIR) \
+	    tests/cuda_stand_in/with_cuda.sh $(CUDA_BUILD) $(CUDA_VENV)/bin/python -m pytest tests/gpu
+
+$(CUDA_BUILD)/libfakecuda_ops.so: $(wildcard tests/cuda_stand_in/*.cpp tests/cuda_stand_in/*.hpp)
+	tests/cuda_stand_in/build.sh $(CUDA_VENV) $(CUDA_BUILD)
+
+# Everything that only a GPU can show, in one run: its tests and its benchmark, with results in one folder.
+GPU_RESULTS ?= gpu-results
+gpu: $(READY)
+	mkdir -p $(GPU_RESULTS)
+	$(BIN)/python -m pytest tests/gpu --junitxml=$(GPU_RESULTS)/tests.xml | tee $(GPU_RESULTS)/tests.txt
+	$(BIN)/python benchmarks/gpu.py --json $(GPU_RESULTS)/figures.json | tee $(GPU_RESULTS)/figures.txt
+
 # With the tests of four processes, which take some minutes more.
 test-all: $(READY)
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m ""
@@ -47,6 +65,7 @@ test-oldest:
 # Random trees, changes, disturbed stagings and cancellations by the ten thousand; takes some twenty minutes.
 fuzz: $(READY)
 	$(BIN)/python -X faulthandler -m tests.fuzz
+	AIOSTAGE_SCHEDULES=5000 $(BIN)/python -m aiostage.testing.simgpu --if-possible $(BIN)/python -m pytest tests/simgpu/test_schedules.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -132,6 +132,12 @@ def advise_small_pages(memory: mmap.mmap) -> None:
         _advise(memory, advice)
 
 
+def leave_out_of_children(memory: mmap.mmap) -> None:
+    """Leave memory out of forked children, whose accesses to it then end them. For private memory only."""
+    if _BUILT_FOR_LINUX:
+        _advise(memory, mmap.MADV_DONTFORK)
+
+
 def _advise(memory: mmap.mmap, advice: int) -> None:
     # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
     with suppress(OSError):

@@ -13,8 +13,16 @@ from typing import Any, Literal
 import numpy
 import numpy.typing
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage._memory.shared import SharedFile, SharedHandle
-from aiostage._platform import PAGE_BYTES, advise_huge_pages, advise_small_pages, discard, map_private
+from aiostage._platform import (
+    PAGE_BYTES,
+    advise_huge_pages,
+    advise_small_pages,
+    discard,
+    leave_out_of_children,
+    map_private,
+)
 from aiostage.errors import HostMemoryError
 
 __all__ = ["Arena", "Exporter", "pieces", "whole_pages"]
@@ -186,6 +194,17 @@ class Arena:
         self._exporter = weakref.ref(exporter)
         return exporter
 
+    def leave_out_of_children(self) -> None:
+        """Leave private memory that is page-locked out of forked children.
+
+        Linux copies such pages when a process forks, so that the driver's pages stay the parent's: 1.1 s for 512 MiB
+        where pages that are not page-locked take 0.03 s (Linux 6.18), for every worker of a ``DataLoader``, which then
+        has that much memory of its own. What the parent staged there cannot be read in a child: it ends with SIGSEGV.
+        """
+        if self._file is None:
+            leave_out_of_children(self._memory)
+            _left_out.mappings.add(self._memory)
+
     def close(self) -> None:
         """Undo the registration and give the memory back; while an exporter lives, leave the latter to its death.
 
@@ -215,6 +234,22 @@ class Arena:
     def __repr__(self) -> str:
         pinned = ", pinned" if self.pinned else ""
         return f"<Arena {self.kind}{pinned}, {self.nbytes} bytes at {self.address:#x}>"
+
+
+class _LeftOut:
+    """The mappings that a child does not have. It never unmaps them: something else may lie there by then."""
+
+    def __init__(self) -> None:
+        self.mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._never_unmapped: list[mmap.mmap] = []
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Keep the objects of the parent's mappings for as long as the child lives."""
+        self._never_unmapped += self.mappings
+
+
+_left_out = _LeftOut()
 
 
 def pieces(start: int, stop: int, nbytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:

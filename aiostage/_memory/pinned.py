@@ -71,6 +71,7 @@ class Pinning:
                 return
             arena.pinning = weakref.finalize(arena, self._backend.unregister, arena.address, device)
             arena.pinning.atexit = False
+            arena.leave_out_of_children()
 
     def _refused(self, arena: Arena, device: torch.device, error: OSError) -> None:
         reason = f"{device} cannot register {arena.nbytes} bytes of host memory: {error}. {_memory_lock_limit()}"
