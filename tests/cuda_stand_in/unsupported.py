@@ -24,8 +24,8 @@ for path in objects:
     ).stdout.splitlines()
     have |= {line.split()[-1] for line in lines if " T " in line}
 print("#include <stdio.h>")
-print(
-    'static int refuse(const char* name) {\n    fprintf(stderr, "fakecuda: %s is not implemented\\n", name);\n    return 801;\n}'
-)
+print("static int refuse(const char* name) {")
+print('    fprintf(stderr, "fakecuda: %s is not implemented\\n", name);')
+print("    return 801;\n}")
 for name in sorted(exported(real) - have):
     print(f'int {name}() {{ return refuse("{name}"); }}')
