@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from aiostage import _private
 from aiostage._loop.coroutines import named
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+from aiostage.dcp.keys import KeyedLoadPlanner
 
 __all__ = ["load"]
 
@@ -39,7 +40,7 @@ def load(
         state_dict: What to load, over tensors on their devices. Do not touch it until the coroutine returns.
         checkpoint_id: Where from, for the reader; a directory if there is no reader.
         storage_reader: One of DCP's, or a :class:`StorageReader`. None: the one that DCP finds for the id.
-        planner: DCP's; None is DCP's default.
+        planner: DCP's; None is DCP's default, but for values coming back under their own keys and not those as text.
         process_group: Whose ranks load together; None for all.
         no_dist: This process loads alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
@@ -81,6 +82,12 @@ def _read(
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
 
     def together(group: Any) -> None:
-        torch_load(state_dict, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        torch_load(
+            state_dict,
+            storage_reader=reader,
+            planner=planner if planner is not None else KeyedLoadPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
 
     return together

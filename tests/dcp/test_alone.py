@@ -52,6 +52,24 @@ class TestSaveAndLoad:
         checkpoint.load(plain, checkpoint_id=tmp_path / "a", no_dist=True)
         assert plain["a"].tolist() == [0, 1, 2, 3]
 
+    async def test_values_come_back_under_keys_that_are_no_text(self, tmp_path: Path) -> None:
+        def make(gamma: float) -> tuple[Any, Any]:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=gamma)
+            return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5], gamma=gamma)
+
+        (_, saved), (_, loaded) = make(0.5), make(0.25)
+        values = {"a": {3: {"x": [1, {7: "seven"}], 4: torch.ones(2)}, "b": 5, (1, 2): None}, "scheduler": saved}
+        await dcp.save(values, checkpoint_id=tmp_path / "a")
+        live = {"a": {3: {"x": [0, {7: ""}], 4: torch.zeros(2)}, "b": 0, (1, 2): 0}, "scheduler": loaded}
+        tensor = live["a"][3][4]  # type: ignore[index]
+        await dcp.load(live, checkpoint_id=tmp_path / "a")
+        assert tensor.tolist() == [1, 1]
+        assert live["a"] == {3: {"x": [1, {7: "seven"}], 4: tensor}, "b": 5, (1, 2): None}
+        assert loaded.state_dict() == saved.state_dict()
+        assert loaded.milestones == {3: 2, 5: 1}
+        # What came back can be saved again.
+        await dcp.save(live, checkpoint_id=tmp_path / "b")
+
     async def test_the_moment_is_the_call(self, tmp_path: Path) -> None:
         class Model:
             def __init__(self) -> None:
