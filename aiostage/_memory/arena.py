@@ -14,7 +14,8 @@ import numpy
 import numpy.typing
 
 from aiostage._loop.forks import tell_of_forks
-from aiostage._memory.shared import SharedFile, SharedHandle
+from aiostage._memory.sending import offer
+from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (
     PAGE_BYTES,
     advise_huge_pages,
@@ -115,9 +116,11 @@ class Arena:
         size = whole_pages(nbytes)
         try:
             file = SharedFile(size)
-            return cls(file.map(), file)
+            arena = cls(file.map(), file)
         except (OSError, MemoryError, OverflowError) as error:
             raise refused(size, error) from error
+        offer(arena)
+        return arena
 
     @property
     def kind(self) -> Literal["pageable", "shared"]:
@@ -141,6 +144,10 @@ class Arena:
                 remedy="Stage with StagingOptions(use_shared_memory=True).",
             )
         return self._file.handle(nbytes)
+
+    def send(self) -> SentMemory | None:
+        """Return what a message to another process carries of the present contents; None if that cannot be."""
+        return self._file.send() if self._file is not None else None
 
     def reserve(self, start: int, stop: int) -> None:
         """Have the kernel find pages for a range of a shared arena, so that writing to it cannot end in SIGBUS. Blocks.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage._platform import (
     PAGE_BYTES,
     lock,
@@ -22,7 +23,7 @@ from aiostage._platform import (
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = ["SharedFile", "SharedHandle"]
+__all__ = ["SentMemory", "SharedFile", "SharedHandle"]
 
 _GENERATION = struct.Struct("<Q")
 
@@ -42,7 +43,7 @@ class SharedFile:
         HostMemoryError: If this machine cannot share memory at all.
     """
 
-    __slots__ = ("__weakref__", "_close", "_descriptor", "_generation", "nbytes")
+    __slots__ = ("__weakref__", "_close", "_descriptor", "_generation", "_identity", "_sent", "nbytes")
 
     def __init__(self, nbytes: int) -> None:
         reason = shared_memory_reason()
@@ -50,9 +51,11 @@ class SharedFile:
             raise HostMemoryError(f"{reason}.", remedy="Stage with use_shared_memory=False.")
         self.nbytes = nbytes
         self._generation = 0
+        self._sent: dict[int, SentMemory] = {}
         self._descriptor = memory_file("aiostage")
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._close.atexit = False
+        self._identity = _identity(self._descriptor)
         os.ftruncate(self._descriptor, nbytes + PAGE_BYTES)
 
     def map(self) -> mmap.mmap:
@@ -69,6 +72,8 @@ class SharedFile:
 
     def claim(self) -> bool:
         """Begin a new generation, unless another process still maps this one; return whether it was begun."""
+        # Their locks would be taken for those of readers.
+        self._sent.clear()
         if not try_lock(self._descriptor):
             return False
         self._generation += 1
@@ -81,9 +86,64 @@ class SharedFile:
         status = os.fstat(self._descriptor)
         return SharedHandle(os.getpid(), self._descriptor, status.st_dev, status.st_ino, nbytes, self._generation)
 
+    def send(self) -> SentMemory | None:
+        """Return what a message to another process carries of the present contents, or None if this is closed.
+
+        The same until the next generation begins, so that a pickler that meets it many times writes it once.
+        """
+        # Without a lock, which another thread might hold when this process forks.
+        sent = self._sent.get(self._generation)
+        if sent is not None:
+            return sent
+        try:
+            made = SentMemory(f"/proc/self/fd/{self._descriptor}", self.nbytes)
+        except OSError:
+            return None
+        if _identity(made.descriptor) != self._identity:
+            # This was closed, and its number is that of another file now.
+            made.close()
+            return None
+        return self._sent.setdefault(self._generation, made)
+
     def close(self) -> None:
         """Close the descriptor; mappings stay."""
         self._close()
+        self._sent.clear()
+
+
+class SentMemory:
+    """A descriptor of the contents that a :class:`SharedFile` has now, locked against a new generation.
+
+    The lock belongs to what was opened, and so to every duplicate: one that is on its way to another process, or
+    mapped there, holds it when this one is closed.
+
+    Args:
+        path: Of the file.
+        nbytes: How many bytes to map.
+    """
+
+    __slots__ = ("__weakref__", "_close", "descriptor", "nbytes")
+
+    def __init__(self, path: str, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self._close.atexit = False
+        lock(self.descriptor)
+        tell_of_forks(self)
+
+    def close(self) -> None:
+        """Close it. Dropping it does so too."""
+        self._close()
+
+    def forked(self) -> None:
+        """Close it in a child, which would hold the lock for as long as it lives."""
+        self._close()
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True, slots=True)

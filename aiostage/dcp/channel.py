@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Job, Workers
+from aiostage.dcp.errors import RanksFailedError
 from aiostage.dcp.roll import RollCall, StoreLostError
 from aiostage.errors import RankFailedError, StagingError
 
@@ -204,7 +205,7 @@ class Channel:
                 raise
             failures = roll.arrive(timeout)
             if failures:
-                raise RankFailedError(self._named(failures))
+                raise RanksFailedError(self._named(failures))
             if self._met is not None:
                 self._met.forget()
             self._met = roll
@@ -212,7 +213,7 @@ class Channel:
         except StoreLostError as error:
             self._drop_group()
             reason = f"the store by which the ranks met, which it usually keeps, does not answer ({error})"
-            raise RankFailedError({self._ranks[0]: reason}, lost=True) from error
+            raise RanksFailedError({self._ranks[0]: reason}, lost=True) from error
 
     def _act_together(self, together: Callable[[Any], T], roll: RollCall, number: int, timeout: float) -> T:
         over = threading.Event()
@@ -235,7 +236,7 @@ class Channel:
             over.set()
         self._drop_group()
         reason = f"{type(broken).__name__}: {broken}"
-        raise RankFailedError(self._named(roll.blame(reason)), lost=True) from broken
+        raise RanksFailedError(self._named(roll.blame(reason)), lost=True) from broken
 
     def _answer(self, number: int, over: threading.Event) -> None:
         """Say that this process lives if another asks, until the call is over."""
@@ -304,7 +305,7 @@ def _act(together: Callable[[Any], T], group: Any, ranks: Sequence[int]) -> T:
             # The frames lead to the staged tensors, which must not live as long as the report that writing them failed.
             # Clearing frames would not do, for DCP's are those of closures. The error has them as text.
             raised.__traceback__ = None
-        raise RankFailedError(failures) from error.with_traceback(None)
+        raise RanksFailedError(failures) from error.with_traceback(None)
 
 
 def _leave(roll: RollCall) -> None:

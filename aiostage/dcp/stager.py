@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import weakref
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 from torch.distributed.checkpoint.staging import AsyncStager as TorchAsyncStager
 
 from aiostage.dcp.loop_thread import LoopThread
-from aiostage.errors import StagerClosedError, StagingError
+from aiostage.errors import StagerClosedError
 from aiostage.options import StagerStatistics, StagingOptions
-from aiostage.sharing import share
 from aiostage.stager import AsyncStager
 
 __all__ = ["TorchStager"]
-
-
-class StagedDict(dict[Any, Any]):
-    """A staged state dict that can be referred to weakly, and be opened by another process instead of sent there."""
-
-    __slots__ = ("__weakref__", "_shared_arenas")
-
-    def __init__(self, staged: Any = (), shared_arenas: Callable[[], Sequence[Any]] | None = None) -> None:
-        super().__init__(staged)
-        self._shared_arenas = shared_arenas
-
-    def __reduce__(self) -> Any:
-        """Pickle as a plain dict; in shared memory as a handle, where each tensor would get a descriptor of its own."""
-        if self._shared_arenas is not None:
-            # What holds no tensors, or cannot be pickled, is pickled in the ordinary way, or says why not there.
-            with contextlib.suppress(StagingError):
-                return _open, (share(dict(self), self._shared_arenas()),)
-        return dict, (dict(self),)
-
-
-def _open(handle: Any) -> Any:
-    return handle.open()
 
 
 class TorchStager(TorchAsyncStager):
@@ -61,67 +36,68 @@ class TorchStager(TorchAsyncStager):
         self._options = options if options is not None else StagingOptions()
         self._stager = AsyncStager(self._options)
         self._loop = LoopThread("aiostage-torch-stager")
-        self._pending: Future[Any] | None = None
-        self._latest: weakref.ref[StagedDict] | None = None
+        self._under_way: set[Future[Any]] = set()
+        self._latest: Future[Any] | None = None
+        self._closing = False
 
-    def stage(self, state_dict: Any, keys_not_requiring_copy: Sequence[str] = ()) -> Any:
+    def stage(self, state_dict: Any, keys_not_requiring_copy: Sequence[str] = (), **ignored: Any) -> Any:
         """Stage a state dict. The moment is that of the call.
 
         Args:
             state_dict: Any deep-copyable tree with tensors in it.
-            keys_not_requiring_copy: Top-level keys whose values are put into the staged dict as they are.
+            keys_not_requiring_copy: Top-level keys of a dict whose values are put into the staged one as they are.
+                Those that it does not have are ignored.
+            **ignored: What callers pass to other stagers; it changes nothing, as with PyTorch's.
 
         Returns:
-            A ``concurrent.futures.Future`` of the staged copy; or the copy, with ``use_async_staging=False``.
+            A ``concurrent.futures.Future`` of the staged copy, which has the types of the original; or the copy, with
+            ``use_async_staging=False``.
 
         Raises:
             UnsupportedLeafError: If a leaf cannot be staged faithfully; nothing was copied.
             TornSnapshotError: If the source changed before it was captured.
             HostMemoryError: If memory cannot be had.
-            StagerClosedError: If the stager is closed, at the call or while it runs.
+            StagerClosedError: If the stager is closed.
 
-        Except for the last at the call, errors come from the future, if there is one.
+        Except for the last, errors come from the future, if there is one.
         """
         self._loop.check()
-        if not self._loop.running:
+        if self._closing or not self._loop.running:
             raise StagerClosedError
-        kept = {key: state_dict[key] for key in keys_not_requiring_copy}
-        copied = {key: state_dict[key] for key in state_dict if key not in kept} if kept else state_dict
-        frame = copy.copy(state_dict) if kept else None
+        # Its memory may be used again for this one.
+        self._latest = None
+        kept, copied = {}, state_dict
+        if isinstance(state_dict, Mapping):
+            kept = {key: state_dict[key] for key in keys_not_requiring_copy if key in state_dict}
+        if kept:
+            copied = copy.copy(state_dict)
+            copied.update(dict.fromkeys(kept))
         # Called in this thread: what has to be waited for is on its streams.
-        staging = self._stager.stage(copied)
-        future = self._loop.submit(self._finish(staging, frame))
-        if not self._options.use_async_staging:
-            return future.result()
-        self._pending = future
-        future.add_done_callback(self._forget)
-        return future
-
-    async def _finish(self, staging: Coroutine[Any, Any, Any], frame: Any) -> Any:
-        staged = await staging
-        if frame is not None:
-            frame.update(staged)
-            staged = frame
-        if type(staged) is dict:
-            shared = self._options.use_shared_memory
-            staged = StagedDict(staged, self._stager._resources.pool.leased if shared else None)
-            self._latest = weakref.ref(staged)
-        return staged
-
-    def _forget(self, future: Future[Any]) -> None:
-        # A future keeps its result, and the result its memory.
-        if self._pending is future:
-            self._pending = None
+        future = self._loop.submit(_finish(self._stager.stage(copied), kept))
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        self._latest = future
+        return future if self._options.use_async_staging else future.result()
 
     def synchronize_staging(self) -> None:
-        """Wait until the latest state dict is captured. Its errors come from its future."""
-        pending = self._pending
-        if pending is not None:
-            pending.exception()
+        """Wait until the latest state dict is captured.
 
-    def get_staged_state_dict(self) -> object | None:
-        """Return the staged dict that was captured last, if anything still refers to it."""
-        return self._latest() if self._latest is not None else None
+        Raises:
+            The errors of :meth:`stage`.
+        """
+        latest = self._latest
+        if latest is not None:
+            latest.result()
+
+    def get_staged_state_dict(self) -> Any:
+        """Return what was staged last; None if that is under way or has failed, and after :meth:`close`.
+
+        The stager refers to it until the next :meth:`stage` begins, so that its memory can be used again only then.
+        """
+        latest = self._latest
+        if latest is None or not latest.done() or latest.cancelled() or latest.exception() is not None:
+            return None
+        return latest.result()
 
     def pinned_num_bytes(self) -> int:
         """Return how many bytes of host memory are page-locked now."""
@@ -132,7 +108,20 @@ class TorchStager(TorchAsyncStager):
         return self._stager.statistics()
 
     def close(self) -> None:
-        """Close: stagings under way end with StagerClosedError. Staged state dicts stay valid. Idempotent."""
+        """Take no more, wait for stagings under way, and close. Staged state dicts stay valid. Idempotent.
+
+        With ``max_host_bytes`` a staging may be waiting for memory; drop what was staged before, or it waits for ever.
+        """
+        self._closing = True
+        self._latest = None
         if self._loop.running:
+            wait(tuple(self._under_way))
             self._loop.run(self._stager.aclose())
             self._loop.stop()
+
+
+async def _finish(staging: Coroutine[Any, Any, Any], kept: dict[Any, Any]) -> Any:
+    staged = await staging
+    if kept:
+        staged.update(kept)
+    return staged

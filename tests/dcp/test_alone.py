@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, adapt, dcp
+from aiostage.dcp.errors import RanksFailedError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -295,3 +298,13 @@ async def test_on_trio(tmp_path: Path) -> None:
     into = {"w": torch.zeros(2)}
     await dcp.load(into, checkpoint_id=tmp_path / "a")
     assert into["w"].tolist() == [1, 1]
+
+
+def test_a_failed_rank_is_an_error_of_dcps_too() -> None:
+    error = RanksFailedError({1: "OSError: no space"}, lost=True)
+    for seen in (error, pickle.loads(pickle.dumps(error))):
+        assert isinstance(seen, RankFailedError)
+        assert isinstance(seen, CheckpointException)
+        assert seen.failures == {1: "OSError: no space"}
+        assert seen.lost
+        assert "rank 1 failed: OSError: no space." in str(seen)

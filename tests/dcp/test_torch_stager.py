@@ -7,9 +7,10 @@ import gc
 import os
 import pickle
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.staging import AsyncStager as TorchAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.utils._pytree import tree_leaves, tree_map
 
 from aiostage import StagerClosedError, StagingOptions, UnsupportedLeafError
 from aiostage.dcp import TorchStager
@@ -103,6 +105,10 @@ class TestStage:
         assert stager.statistics().leases == 4
         staged.clear()
         gc.collect()
+        # Of the latest, which the stager keeps for whoever asks.
+        assert stager.statistics().leases == 1
+        stager.close()
+        gc.collect()
         assert stager.statistics().leases == 0
 
     def test_memory_is_used_again(self, stager: TorchStager) -> None:
@@ -116,9 +122,29 @@ class TestStage:
         stager.synchronize_staging()
         assert future.done()
         failing = stager.stage({"w": torch.zeros(1, device="meta")})
-        stager.synchronize_staging()
+        with pytest.raises(UnsupportedLeafError):
+            stager.synchronize_staging()
         with pytest.raises(UnsupportedLeafError):
             failing.result(0)
+
+    @pytest.mark.parametrize(
+        "state",
+        [{"w": torch.ones(2)}, OrderedDict(w=torch.ones(2)), [torch.ones(2)], defaultdict(int, w=torch.ones(2))],
+        ids=lambda state: type(state).__name__,
+    )
+    @pytest.mark.parametrize("options", [None, SHARED], ids=["pageable", "shared"])
+    def test_the_copy_has_the_type_of_the_original(self, state: Any, options: StagingOptions | None) -> None:
+        stager = TorchStager(options)
+        staged = stager.stage(state).result(20)
+        assert type(staged) is type(state)
+        assert stager.get_staged_state_dict() is staged
+        cloned = tree_map(torch.clone, staged)
+        (before,), (after,) = tree_leaves(staged), tree_leaves(cloned)
+        assert after.data_ptr() != before.data_ptr()
+        stager.close()
+
+    def test_keywords_of_other_stagers(self, stager: TorchStager) -> None:
+        assert stager.stage({"w": torch.ones(2)}, non_blocking=True).result(20)["w"].tolist() == [1, 1]
 
     def test_closing(self) -> None:
         stager = TorchStager()
@@ -128,6 +154,14 @@ class TestStage:
         assert staged["w"].tolist() == [1, 1, 1]
         with pytest.raises(StagerClosedError):
             stager.stage({})
+
+    def test_closing_waits_for_stagings_under_way(self) -> None:
+        stager = TorchStager()
+        futures = [
+            stager.stage({"w": torch.full((4_000_000,), float(n)), "many": [torch.ones(9)] * 999}) for n in range(3)
+        ]
+        stager.close()
+        assert [future.result(0)["w"].unique().tolist() for future in futures] == [[0], [1], [2]]
 
     def test_dropping_ends_the_thread(self) -> None:
         stager = TorchStager()
@@ -150,9 +184,9 @@ class TestStage:
         threads = []
 
         class Odd(dict[str, Any]):
-            def __iter__(self) -> Iterator[str]:
+            def items(self) -> Any:
                 threads.append(threading.get_ident())
-                return super().__iter__()
+                return super().items()
 
         stager = TorchStager()
         stager.stage(Odd(a=torch.ones(2), b=1), ["b"]).result(20)
@@ -179,9 +213,22 @@ class TestTorchCheckpointing:
         assert stager.get_staged_state_dict() is staged
         del staged
         gc.collect()
-        # It is not kept for the asking, for its memory would not come back before the next save.
-        assert stager.get_staged_state_dict() is None
+        assert stager.get_staged_state_dict()["w"].tolist() == [1, 1, 1]
         assert stager.pinned_num_bytes() == 0
+        failing = stager.stage({"w": torch.zeros(1, device="meta")})
+        with pytest.raises(UnsupportedLeafError):
+            failing.result(20)
+        assert stager.get_staged_state_dict() is None
+
+    def test_keys_that_are_not_there(self, stager: TorchStager) -> None:
+        assert stager.stage({"a": 1}, ["a", "b"]).result(20) == {"a": 1}
+        assert stager.stage([1], ["b"]).result(20) == [1]
+
+    def test_attributes_of_the_dict_are_copied_beside_keys_not_requiring_copy(self, stager: TorchStager) -> None:
+        state = torch.nn.Linear(1, 1).state_dict()
+        staged = stager.stage(state, ["bias"]).result(20)
+        assert staged._metadata == state._metadata
+        assert staged._metadata is not state._metadata
 
     def test_it_is_all_that_a_stager_has_to_have(self, stager: TorchStager, tmp_path: Path) -> None:
         staging = pytest.importorskip("torch_checkpointing.staging", reason="torch-checkpointing is in the bench extra")
@@ -235,15 +282,26 @@ class TestPickling:
         assert type(copy) is dict
         assert copy["w"].tolist() == [1, 1, 1]
 
-    def test_shared_memory_goes_as_a_handle(self) -> None:
+    def test_a_pickle_for_a_file_has_the_bytes(self, tmp_path: Path) -> None:
+        stager = TorchStager(SHARED)
+        staged = stager.stage({"w": torch.arange(100_000.0), "n": 3}).result(20)
+        torch.save(staged, tmp_path / "saved")
+        (tmp_path / "pickled").write_bytes(pickle.dumps(staged))
+        stager.close()
+        del staged, stager
+        gc.collect()
+        for read in (torch.load(tmp_path / "saved"), pickle.loads((tmp_path / "pickled").read_bytes())):
+            assert torch.equal(read["w"], torch.arange(100_000.0))
+            assert read["n"] == 3
+
+    def test_a_pickle_for_a_process_has_a_descriptor(self) -> None:
         stager = TorchStager(SHARED)
         staged = stager.stage({"w": torch.ones(1_000_000), "n": 3}).result(20)
-        pickled = pickle.dumps(staged)
+        pickled = bytes(ForkingPickler.dumps(staged))
         assert len(pickled) < 10_000
         copy = pickle.loads(pickled)
         assert copy["w"].sum() == 1_000_000
         assert copy["n"] == 3
-        assert pickle.loads(pickle.dumps(stager.stage({"n": 3}).result(20))) == {"n": 3}
         stager.close()
 
 

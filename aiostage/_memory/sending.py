@@ -1,0 +1,74 @@
+"""Staged storages in shared memory, sent to other processes by ``multiprocessing``: as a descriptor, without a copy.
+
+Only multiprocessing's own pickler, which writes for a process that will read at once, is given a descriptor. Every
+other pickler (``pickle``, ``torch.save``, cloudpickle) may write for a file, and gets the bytes, as for any storage.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from multiprocessing.reduction import DupFd, ForkingPickler
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import numpy
+import numpy.typing
+import torch
+
+from aiostage._memory.shared import SentMemory
+
+if TYPE_CHECKING:
+    from aiostage._memory.arena import Arena
+
+__all__ = ["offer"]
+
+_offered: dict[int, ref[Arena]] = {}
+"""The shared arenas of this process. A dict, which a thread can copy in one step while others change it."""
+
+_reducers: Any = ForkingPickler
+_reduce_otherwise = _reducers._extra_reducers[torch.UntypedStorage]
+"""PyTorch's own, for storages that are not ours."""
+
+
+def offer(arena: Arena) -> None:
+    """Have multiprocessing send the storages of a shared arena as places in it."""
+    number = id(arena)
+    _offered[number] = ref(arena, lambda gone: _offered.pop(number, None))
+    ForkingPickler.register(SentMemory, _reduce_memory)
+    ForkingPickler.register(torch.UntypedStorage, _reduce_storage)
+
+
+def _reduce_storage(storage: torch.UntypedStorage) -> Any:
+    nbytes = storage.nbytes()
+    if storage.device.type == "cpu" and nbytes:
+        address = storage.data_ptr()
+        for weak in list(_offered.values()):
+            arena = weak()
+            if arena is None or arena.closed:
+                continue
+            if arena.address <= address and address + nbytes <= arena.address + arena.nbytes:
+                sent = arena.send()
+                if sent is not None:
+                    return _storage, (sent, address - arena.address, nbytes)
+    return _reduce_otherwise(storage)
+
+
+def _reduce_memory(sent: SentMemory) -> Any:
+    # Reduced once in each message, however many storages refer to it.
+    return _memory, (DupFd(sent.descriptor), sent.nbytes)
+
+
+def _memory(descriptor: Any, nbytes: int) -> numpy.typing.NDArray[numpy.uint8]:
+    """Map what was sent. The mapping's duplicate of the descriptor holds the lock that keeps the memory as it is."""
+    number = descriptor.detach()
+    try:
+        # Private, so that a write here cannot reach the staged copies of others.
+        memory = mmap.mmap(number, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(number)
+    return numpy.frombuffer(memory, numpy.uint8)
+
+
+def _storage(memory: numpy.typing.NDArray[numpy.uint8], offset: int, nbytes: int) -> torch.UntypedStorage:
+    return torch.from_numpy(memory[offset : offset + nbytes]).untyped_storage()

@@ -1,0 +1,30 @@
+"""The error of many ranks, which is one of ours and one of DCP's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from aiostage.errors import RankFailedError
+
+__all__ = ["RanksFailedError"]
+
+
+class RanksFailedError(RankFailedError, CheckpointException):
+    """What a save or load raises when ranks have failed: caught as ``RankFailedError`` or as ``CheckpointException``.
+
+    The type is private; catch one of the two.
+
+    Attributes:
+        failures: What was wrong with each rank, as text, by global rank. PyTorch's has pairs of an exception and its
+            stack instead, which not all ranks that fail can still send.
+    """
+
+    failures: dict[int, str] = {}  # noqa: RUF012 - in place of a property of CheckpointException; each has its own
+
+    def __init__(self, failures: Mapping[int, str], *, lost: bool = False) -> None:
+        super().__init__(failures, lost=lost)
+        # Read by CheckpointException's own methods.
+        self._failures: dict[int, Any] = {rank: (RuntimeError(text), None) for rank, text in self.failures.items()}
