@@ -22,7 +22,7 @@ class RanksFailedError(RankFailedError, CheckpointException):
             stack instead, which not all ranks that fail can still send.
     """
 
-    failures: dict[int, str] = {}  # noqa: RUF012 - in place of a property of CheckpointException; each has its own
+    failures: dict[int, str] = {}  # type: ignore[assignment]  # noqa: RUF012 - in place of a property
 
     def __init__(self, failures: Mapping[int, str], *, lost: bool = False) -> None:
         super().__init__(failures, lost=lost)
