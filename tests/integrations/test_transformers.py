@@ -11,8 +11,10 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from aiostage import CheckpointExistsError, CheckpointMismatchError, CheckpointNotFoundError
 from aiostage.blocking import Checkpointer
 from aiostage.integrations.transformers import CheckpointCallback
+from tests.integrations.killed import check_continued, losses
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -83,3 +85,56 @@ def test_stops_when_preempted(tmp_path: Path) -> None:
 def test_nonsense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         CheckpointCallback(Checkpointer(tmp_path), every=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_continued_with_the_same_losses(tmp_path: Path, ranks: int) -> None:
+    whole = losses("training", tmp_path / "whole", tmp_path / "output", 14, 0, ranks=ranks)
+    first = losses("training", tmp_path / "killed", tmp_path / "output", 14, 8, ranks=ranks, dies=True)
+    second = losses("training", tmp_path / "killed", tmp_path / "output", 14, 0, ranks=ranks)
+    assert len(whole) == 14
+    check_continued(whole, first, second)
+    with Checkpointer(tmp_path / "killed") as checkpoints:
+        assert checkpoints.steps() == [12, 14]
+
+
+def test_a_training_that_would_save_over_later_steps_is_refused_at_its_start(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        callback = CheckpointCallback(checkpoints, every=2)
+        train(Model(), tmp_path, callback, 4)
+        callback.restore(Model())
+        with pytest.raises(CheckpointExistsError, match=r"starts at step 0, .* of steps 2, 4.*callback.resume"):
+            train(Model(), tmp_path, CheckpointCallback(checkpoints, every=2), 4)
+
+
+def test_resume_from_a_step_and_from_nothing(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        callback = CheckpointCallback(checkpoints, every=2)
+        with callback.resume() as folder:
+            assert folder is None
+        train(Model(), tmp_path, callback, 4)
+        with callback.resume(2) as folder:
+            assert Path(folder).name == "checkpoint-2"
+            state = transformers.TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+            assert state.global_step == 2
+        assert not Path(folder).exists()
+        with pytest.raises(CheckpointNotFoundError), callback.resume(3):
+            pass
+        checkpoints.save(9, {"model": {}}).committed()
+        with pytest.raises(CheckpointMismatchError, match="trainer_state"), callback.resume():
+            pass
+
+
+def test_the_end_is_not_saved_twice(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        callback = CheckpointCallback(checkpoints, every=2)
+        train(Model(), tmp_path, callback, 4)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "output"), max_steps=4, use_cpu=True, save_strategy="no", report_to=[]
+        )
+        trainer = transformers.Trainer(Model(), arguments, train_dataset=DATA, callbacks=[callback])
+        with callback.resume() as folder:
+            trainer.train(resume_from_checkpoint=folder)
+        assert checkpoints.steps() == [2, 4]

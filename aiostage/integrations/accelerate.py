@@ -1,0 +1,122 @@
+"""Checkpoints of a training loop over Hugging Face's Accelerate: captured between two steps, written while it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiostage._extras import needed_for
+from aiostage.blocking import Checkpointer, SaveHandle
+from aiostage.errors import CheckpointMismatchError
+from aiostage.integrations._ranks import Ranks, read_generators, refuse_sharded, write_generators
+
+with needed_for("AcceleratorCheckpoints"):
+    from accelerate import Accelerator
+
+__all__ = ["AcceleratorCheckpoints"]
+
+_KINDS = ("models", "optimizers", "schedulers", "custom")
+
+
+class AcceleratorCheckpoints:
+    """What ``accelerator.save_state`` and ``load_state`` are for, through a checkpointer.
+
+    Saved is what the accelerator has prepared (models, optimizers, schedulers), what was registered with
+    ``register_for_checkpointing``, the gradient scaler, and every process's generators of random numbers. In a
+    training of many processes every process makes the same calls, with a checkpointer of the same target; the first
+    writes. Models that are sharded over processes are refused; save them with ``aiostage.dcp``.
+
+    Args:
+        accelerator: After its ``prepare``.
+        checkpoints: Entered around the training.
+
+    Raises:
+        TypeError: If ``accelerator`` is none.
+    """
+
+    def __init__(self, accelerator: Accelerator, checkpoints: Checkpointer) -> None:
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be an accelerate.Accelerator, not {type(accelerator).__qualname__}")
+        self._accelerator = accelerator
+        self._checkpoints = checkpoints
+        self._ranks = Ranks()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether any process has to end soon. All processes have to ask at the same step."""
+        return self._ranks.any(self._checkpoints.preempted.is_set())
+
+    def save(self, step: int) -> SaveHandle | None:
+        """Capture a checkpoint, and leave the writing to the background.
+
+        Args:
+            step: Which one, from 0. There must be no checkpoint of it yet.
+
+        Returns:
+            A handle on the rest, on the first process; None on the others.
+
+        Raises:
+            UnsupportedLeafError: If a model is sharded over processes, or something cannot be staged or carried.
+            Exception: As :meth:`aiostage.blocking.Checkpointer.save` does.
+        """
+        # Of the wrapped models: the names have no prefix of DistributedDataParallel.
+        models = [self._accelerator.unwrap_model(model).state_dict() for model in self._accelerator._models]
+        for number, model in enumerate(models):
+            refuse_sharded(model, f"models[{number}]")
+        generators = self._ranks.gather(write_generators(all_devices=False))
+        if not self._accelerator.is_main_process:
+            return None
+        saved: dict[str, Any] = {"models": models, "step": step, "generators": generators}
+        for kind, objects in self._objects().items():
+            if kind != "models":
+                saved[kind] = [item.state_dict() for item in objects]
+        if self._accelerator.scaler is not None:
+            saved["scaler"] = self._accelerator.scaler.state_dict()
+        return self._checkpoints.save(step, saved)
+
+    def restore(self, step: int | None = None) -> int | None:
+        """Load a checkpoint into what the accelerator has prepared.
+
+        Args:
+            step: Which one. None: the latest.
+
+        Returns:
+            The step that was saved; None if there is no checkpoint and no step was asked for. The data that was seen
+            until then is for ``accelerator.skip_first_batches``.
+
+        Raises:
+            CheckpointNotFoundError: If there is no checkpoint of that step.
+            CheckpointMismatchError: If other numbers of objects were prepared when it was saved; nothing was changed.
+        """
+        if step is None:
+            step = self._ranks.from_first(self._checkpoints.latest())
+        if step is None:
+            return None
+        saved = self._checkpoints.restore(step=step)
+        objects = self._objects()
+        differing = [
+            f"{kind} ({len(saved.get(kind, []))} instead of {len(objects[kind])})"
+            for kind in _KINDS
+            if len(saved.get(kind, [])) != len(objects[kind])
+        ]
+        if differing:
+            raise CheckpointMismatchError(
+                mismatched=differing, remedy="Prepare and register what was prepared and registered when it was saved."
+            )
+        for kind in _KINDS:
+            for target, state in zip(objects[kind], saved[kind], strict=True):
+                target.load_state_dict(state)
+        if self._accelerator.scaler is not None and "scaler" in saved:
+            self._accelerator.scaler.load_state_dict(saved["scaler"])
+        generators = saved["generators"]
+        if self._accelerator.process_index < len(generators):
+            read_generators(generators[self._accelerator.process_index])
+        return step
+
+    def _objects(self) -> dict[str, list[Any]]:
+        accelerator = self._accelerator
+        return {
+            "models": [accelerator.unwrap_model(model) for model in accelerator._models],
+            "optimizers": accelerator._optimizers,
+            "schedulers": accelerator._schedulers,
+            "custom": accelerator._custom_objects,
+        }
