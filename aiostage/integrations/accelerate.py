@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop over Hugging Face's Accelerate: captured between two steps, written while it goes on."""
+"""Checkpoints of a loop over Hugging Face's Accelerate: captured between two steps, written while it goes on."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ class CheckpointCallback(TrainerCallback):
         if later:
             raise CheckpointExistsError(
                 f"the training starts at step {state.global_step}, and there are checkpoints of {_named(later)}.",
-                remedy="Continue with `with callback.resume() as folder: trainer.train(resume_from_checkpoint=folder)`, "
-                "delete them, or save somewhere else.",
+                remedy="Continue with `with callback.resume() as folder:` and "
+                "`trainer.train(resume_from_checkpoint=folder)`, delete them, or save somewhere else.",
             )
         self._saved = state.global_step if state.global_step in steps else -1
 
