@@ -12,6 +12,8 @@ for object stores, ``aiostage.testing`` for tests. Everything raised on purpose 
 exception for wrong arguments.
 """
 
+from typing import TYPE_CHECKING
+
 from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
 from aiostage.checkpoint.checkpointer import Checkpointer
@@ -38,6 +40,11 @@ from aiostage.leaf import StagedLeaf
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, adapt
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from aiostage import blocking, dcp, storage, testing, tracing  # noqa: F401 - reachable, and imported when asked for
 
 __all__ = [
     "AcceleratorUnavailableError",
@@ -69,3 +76,18 @@ __all__ = [
     "save",
     "wait_event",
 ]
+
+_LAZY = ("blocking", "dcp", "storage", "testing", "tracing")
+
+
+def __getattr__(name: str) -> "ModuleType":
+    """Import a module of the package when it is first asked for: some take long, or need what is optional."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

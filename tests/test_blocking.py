@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import aiostage
-from aiostage.blocking import Checkpointer
+from aiostage import StagerClosedError, StagingError, StagingOptions
+from aiostage.blocking import Checkpointer, Stager, load, save
 from tests.forking import run_forking
 
 
@@ -124,7 +125,8 @@ def test_what_has_not_changed_is_not_written_again(tmp_path: Path) -> None:
 FORKING = """
 import torch
 from aiostage import CheckpointError
-from aiostage.blocking import Checkpointer
+from aiostage import StagerClosedError, StagingError, StagingOptions
+from aiostage.blocking import Checkpointer, Stager, load, save
 from tests.forking import run_forking
 
 def refused(call, *arguments):
@@ -165,3 +167,73 @@ main("ROOT")
 @pytest.mark.slow
 def test_a_forked_child_is_told_whose_it_is_and_may_have_its_own(tmp_path: Path) -> None:
     run_forking(FORKING.replace("ROOT", str(tmp_path)))
+
+
+class TestStager:
+    def test_stage_and_restore(self) -> None:
+        live = state(1)
+        with Stager() as stager:
+            stager.prewarm(live)
+            staged = stager.stage(live)
+            live["weight"].zero_()
+            assert staged["weight"].unique().tolist() == [1]
+            stager.restore(staged, live)
+            assert live["weight"].unique().tolist() == [1]
+            assert stager.statistics().stagings == 2
+        with pytest.raises(StagerClosedError):
+            stager.stage(live)
+        assert staged["weight"].unique().tolist() == [1]
+
+    def test_share(self) -> None:
+        with Stager(StagingOptions(use_shared_memory=True)) as stager:
+            staged = stager.stage(state(1))
+            assert stager.share(staged).open()["weight"].unique().tolist() == [1]
+
+    def test_one_snapshot_for_two_targets(self, tmp_path: Path) -> None:
+        live = state(1)
+        with Stager() as stager, Checkpointer(tmp_path / "run", stager) as checkpoints:
+            with stager.snapshot(live) as snapshot:
+                snapshot.source_free(("weight",))
+                snapshot.captured()
+                assert snapshot.is_captured
+                assert (snapshot.nbytes, snapshot.leaves) == (4000, 1)
+                live["weight"].zero_()
+                handle = checkpoints.save(1, snapshot)
+                save(snapshot, tmp_path / "other")
+            handle.committed()
+            assert stager.statistics().stagings == 1
+        for target in (tmp_path / "run" / "step-00000001", tmp_path / "other"):
+            assert load(target)["weight"].unique().tolist() == [1]
+
+    def test_a_snapshot_of_another_stager_is_refused(self, tmp_path: Path) -> None:
+        stager, checkpoints = Stager(), Checkpointer(tmp_path)
+        with stager, checkpoints, stager.snapshot({}) as snapshot, pytest.raises(StagingError, match="own stager"):
+            checkpoints.save(1, snapshot)
+
+    def test_it_is_used_inside_its_block(self, tmp_path: Path) -> None:
+        stager = Stager()
+        with pytest.raises(StagingError, match="not entered"):
+            stager.stage({})
+        with pytest.raises(StagingError, match="not entered"):
+            Checkpointer(tmp_path, stager).__enter__()
+        with stager:
+            pass
+        stager.close()
+        with pytest.raises(StagingError, match="entered before"), stager:
+            pass
+        assert not [thread for thread in threading.enumerate() if thread.name == "aiostage-stager"]
+
+
+class TestFiles:
+    def test_save_and_load(self, tmp_path: Path) -> None:
+        info = save(state(1), tmp_path / "a")
+        assert info.nbytes == 4000
+        with pytest.raises(aiostage.CheckpointExistsError):
+            save(state(2), tmp_path / "a")
+        with Stager() as stager:
+            save(state(2), tmp_path / "a", stager=stager, overwrite=True)
+            assert stager.statistics().stagings == 1
+        live = state(0)
+        assert load(tmp_path / "a", into=live) is live
+        assert live["step"] == 2
+        assert load(tmp_path / "a", only=["step"]) == {"step": 2}

@@ -54,3 +54,14 @@ def test_importing_touches_no_device_and_nothing_optional() -> None:
         "assert not optional & set(sys.modules), optional & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
+
+
+def test_modules_can_be_reached_and_are_imported_when_they_are() -> None:
+    program = (
+        "import sys, aiostage\n"
+        "assert 'aiostage.dcp' not in sys.modules and 'aiostage.blocking' not in sys.modules\n"
+        "assert {'dcp', 'blocking', 'storage', 'save'} <= set(dir(aiostage))\n"
+        "assert aiostage.dcp.save and aiostage.blocking.save and aiostage.storage and aiostage.testing\n"
+        "assert not hasattr(aiostage, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

@@ -65,10 +65,9 @@ def write_generators(*, all_devices: bool) -> torch.Tensor:
         all_devices: Of all CUDA devices, and not of the current one only.
     """
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    backend = torch.cuda
-    if backend.is_available():
-        random_of = backend.random
-        state["cuda"] = random_of.get_rng_state_all() if all_devices else random_of.get_rng_state()
+    device: Any = torch.get_device_module("cuda")
+    if device.is_available():
+        state["cuda"] = device.get_rng_state_all() if all_devices else device.get_rng_state()
     stream = io.BytesIO()
     torch.save(state, stream)
     return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
@@ -81,9 +80,9 @@ def read_generators(saved: torch.Tensor) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        random_of = torch.cuda.random
-        (random_of.set_rng_state_all if isinstance(state["cuda"], list) else random_of.set_rng_state)(state["cuda"])
+    device: Any = torch.get_device_module("cuda")
+    if "cuda" in state and device.is_available():
+        (device.set_rng_state_all if isinstance(state["cuda"], list) else device.set_rng_state)(state["cuda"])
 
 
 def refuse_sharded(state: dict[str, Any], name: str) -> None:

@@ -8,23 +8,29 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import anyio
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from aiostage._extras import needed_for
-from aiostage.checkpoint.load import load
+from aiostage.blocking import load
+from aiostage.checkpoint.load import load as async_load
 from aiostage.checkpoint.save import save
 from aiostage.errors import CheckpointNotFoundError
 from aiostage.options import StagingOptions
 from aiostage.stager import AsyncStager
 
 with needed_for("AiostageCheckpointIO"):
-    from pytorch_lightning.plugins.io import CheckpointIO
+    from pytorch_lightning import LightningDataModule, LightningModule
+    from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
 
-__all__ = ["AiostageCheckpointIO"]
+__all__ = ["AiostageCheckpointIO", "load_from_checkpoint"]
+
+T = TypeVar("T", LightningModule, LightningDataModule)
 
 
 class AiostageCheckpointIO(CheckpointIO):
@@ -75,20 +81,27 @@ class AiostageCheckpointIO(CheckpointIO):
         """Read a checkpoint, after those under way have been written.
 
         Args:
-            path: A directory that :meth:`save_checkpoint` has made.
+            path: A directory that :meth:`save_checkpoint` has made; or a file of ``torch.save``, such as Lightning's
+                own ``.ckpt``, which is read as Lightning does.
             map_location: A device or its name, for all tensors. Anything else, also a function or a dict, is about
-                storages in files of ``torch.save`` and not used: tensors come in host memory then.
-            weights_only: Not used: a checkpoint holds no code.
+                storages in files of ``torch.save`` and not used for directories: tensors come in host memory then.
+            weights_only: Not used for directories, which hold no code.
 
         Raises:
             CheckpointNotFoundError: If there is no checkpoint.
             CheckpointCorruptError: If it is damaged.
         """
         self._wait()
+        if Path(path).is_file():
+            options = {} if map_location is None else {"map_location": map_location}
+            theirs: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
+                Path(path), weights_only=weights_only, **options
+            )
+            return theirs
         portal, _ = self._begun()
         device = map_location if isinstance(map_location, (torch.device, str)) else None
         # Called in this thread, as in save_checkpoint().
-        loading = load(os.fspath(path), device=device)
+        loading = async_load(os.fspath(path), device=device)
         checkpoint: dict[str, Any] = portal.call(lambda: loading)
         return checkpoint
 
@@ -149,4 +162,30 @@ async def _remove(path: str) -> None:
         return
     if not await anyio.Path(path).exists():
         raise CheckpointNotFoundError("there is no checkpoint to remove.", path=path)
-    await anyio.to_thread.run_sync(shutil.rmtree, path)
+    # A run that goes on from Lightning's own files removes those too.
+    is_file = await anyio.Path(path).is_file()
+    await anyio.to_thread.run_sync(os.unlink if is_file else shutil.rmtree, path)
+
+
+def load_from_checkpoint(cls: type[T], path: str | os.PathLike[str], **options: Any) -> T:
+    """Make a module of a checkpoint: ``Net.load_from_checkpoint`` for the directories of this plugin.
+
+    Args:
+        cls: The module's class.
+        path: A directory that :class:`AiostageCheckpointIO` has made, or a file of Lightning's.
+        **options: What ``cls.load_from_checkpoint`` takes.
+
+    Returns:
+        The module, with its hyperparameters and weights.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointCorruptError: If it is damaged.
+    """
+    if Path(path).is_file():
+        return cls.load_from_checkpoint(Path(path), **options)
+    checkpoint = load(os.fspath(path))
+    with TemporaryDirectory(prefix="aiostage-lightning-") as folder:
+        file = Path(folder) / "checkpoint.ckpt"
+        torch.save(checkpoint, file)
+        return cls.load_from_checkpoint(file, **options)

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     from pytorch_lightning.callbacks import ModelCheckpoint
 
 import aiostage
-from aiostage.integrations.lightning import AiostageCheckpointIO
+from aiostage.integrations.lightning import AiostageCheckpointIO, load_from_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -121,3 +121,71 @@ def test_what_is_saved_may_change_at_once(tmp_path: Path) -> None:
     plugin.teardown()
     with pytest.raises(TypeError, match="storage_options"):
         plugin.save_checkpoint({}, tmp_path / "x", storage_options={})
+
+
+class Sized(Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.wide = torch.nn.Linear(width, 1)
+
+    def validation_step(self, batch, index):
+        self.log("loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+
+def test_modules_are_made_of_checkpoints(tmp_path: Path) -> None:
+    module = Sized(width=3)
+    run = trainer(tmp_path, AiostageCheckpointIO(), 1)
+    run.fit(module, loader())
+    path = run.checkpoint_callback.best_model_path
+    made = load_from_checkpoint(Sized, path)
+    assert made.hparams.width == 3
+    assert torch.equal(made.net.weight, module.net.weight)
+    # Lightning's own files are read too.
+    torch.save(aiostage.blocking.load(path), tmp_path / "theirs.ckpt")
+    assert torch.equal(load_from_checkpoint(Sized, tmp_path / "theirs.ckpt").net.weight, module.net.weight)
+    with pytest.raises(aiostage.CheckpointNotFoundError):
+        load_from_checkpoint(Sized, tmp_path / "nothing")
+
+
+def test_validating_a_checkpoint(tmp_path: Path) -> None:
+    module = Sized(width=3)
+    run = trainer(tmp_path, AiostageCheckpointIO(), 2)
+    run.fit(module, loader())
+    (after_training,) = run.validate(module, loader(), verbose=False)
+    path = run.checkpoint_callback.best_model_path
+    for ckpt_path in (path, "best"):
+        (loaded,) = run.validate(module, loader(), ckpt_path=ckpt_path, verbose=False)
+        assert loaded == after_training
+    other = trainer(tmp_path / "other", AiostageCheckpointIO(), 2)
+    (loaded,) = other.validate(Sized(width=3), loader(), ckpt_path=path, verbose=False)
+    assert loaded == after_training
+
+
+def test_going_on_from_a_checkpoint_that_torch_wrote(tmp_path: Path) -> None:
+    whole = Module()
+    trainer(tmp_path / "whole", AiostageCheckpointIO(), 4).fit(whole, loader())
+    keep = ModelCheckpoint(tmp_path / "theirs", filename="{epoch}", save_top_k=1, monitor="epoch", mode="max")
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    first = Module()
+    begun = lightning.Trainer(default_root_dir=tmp_path, max_epochs=2, callbacks=[keep, Epoch()], **options)
+    begun.fit(first, loader())
+    path = Path(begun.checkpoint_callback.best_model_path)
+    assert path.is_file()
+    second = Module()
+    keep = ModelCheckpoint(tmp_path / "theirs", filename="{epoch}", save_top_k=1, monitor="epoch", mode="max")
+    going_on = lightning.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=4,
+        plugins=[AiostageCheckpointIO()],
+        callbacks=[keep, Epoch()],
+        **options,
+    )
+    going_on.fit(second, loader(), ckpt_path=path)
+    assert first.losses + second.losses == whole.losses
+    assert torch.equal(second.net.weight, whole.net.weight)
+    plugin = AiostageCheckpointIO()
+    plugin.remove_checkpoint(path)
+    plugin.teardown()
+    assert not path.exists()
+    assert Path(going_on.checkpoint_callback.best_model_path, "manifest.json").is_file()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from typing import Any
 
 from aiostage._loop.forks import tell_of_forks
 from aiostage.abc import CheckpointStager
+from aiostage.blocking.background import Background, left_to_the_parent
+from aiostage.blocking.stager import Snapshot, Stager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
 from aiostage.checkpoint.info import CheckpointInfo
@@ -24,37 +23,11 @@ from aiostage.storage.locate import Root
 
 __all__ = ["Checkpointer", "SaveHandle"]
 
-T = TypeVar("T")
-
-_parents: list[object] = []
-"""What a forked child must not drop: to be closed, it would wait for its parent's thread."""
-
-
-class _Background:
-    """The event loop in its thread, which is that of the process that has started it."""
-
-    def __init__(self, portal: BlockingPortal) -> None:
-        self._portal = portal
-        self._process = os.getpid()
-
-    def check(self) -> None:
-        """Refuse a forked child, which does not have the thread."""
-        if os.getpid() != self._process:
-            raise CheckpointError(
-                f"the checkpointer was entered by process {self._process}, from which this one was forked.",
-                remedy="Make one in this process, or leave the checkpoints to the other.",
-            )
-
-    def call(self, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
-        """Call a function on the event loop, and block until what it returns has been awaited."""
-        self.check()
-        return self._portal.call(function, *arguments)
-
 
 class SaveHandle:
     """A captured checkpoint on its way into its storage. Made by :meth:`Checkpointer.save`."""
 
-    def __init__(self, background: _Background, handle: AsyncSaveHandle) -> None:
+    def __init__(self, background: Background, handle: AsyncSaveHandle) -> None:
         self._background = background
         self._handle = handle
 
@@ -94,7 +67,8 @@ class Checkpointer:
 
     Args:
         target: As for :class:`aiostage.Checkpointer`.
-        stager: As for :class:`aiostage.Checkpointer`.
+        stager: Takes the copies: a :class:`Stager` that was entered and stays so, whose background thread is then used
+            too; or one of the asynchronous ones. None: one is made for the block.
         keep: As for :class:`aiostage.Checkpointer`.
         keep_also: As for :class:`aiostage.Checkpointer`; called in the background thread.
         max_in_flight: As for :class:`aiostage.Checkpointer`.
@@ -110,7 +84,7 @@ class Checkpointer:
     def __init__(
         self,
         target: Root,
-        stager: CheckpointStager | None = None,
+        stager: Stager | CheckpointStager | None = None,
         *,
         keep: int | None = None,
         keep_also: Callable[[int], bool] | None = None,
@@ -119,9 +93,10 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
+        self._stager = stager if isinstance(stager, Stager) else None
         self._checkpointer = AsyncCheckpointer(
             target,
-            stager,
+            stager.stager if isinstance(stager, Stager) else stager,
             keep=keep,
             keep_also=keep_also,
             max_in_flight=max_in_flight,
@@ -130,14 +105,14 @@ class Checkpointer:
         )
         self._signals = catchable(save_on_signals)
         self._exit: ExitStack | None = None
-        self._background: _Background | None = None
+        self._background: Background | None = None
         self._preempted = threading.Event()
         tell_of_forks(self)
 
     def forked(self) -> None:
         """Leave it to the parent."""
         if self._exit is not None:
-            _parents.append(self._exit)
+            left_to_the_parent.append(self._exit)
             self._exit = None
 
     def __repr__(self) -> str:
@@ -156,7 +131,8 @@ class Checkpointer:
 
         Args:
             step: Which one, from 0. There must be no checkpoint of it yet.
-            state_dict: A tree as for :func:`aiostage.save`. It may change once this returns.
+            state_dict: A tree as for :func:`aiostage.save`, which may change once this returns; or an entered
+                :class:`Snapshot` of the checkpointer's own ``stager``, which is not copied again.
 
         Returns:
             A handle on the rest.
@@ -165,6 +141,8 @@ class Checkpointer:
             Exception: As :meth:`aiostage.Checkpointer.save` does.
         """
         background = self._entered()
+        if isinstance(state_dict, Snapshot):
+            state_dict = state_dict.on(background)
         # Called in this thread: its current streams are those that the copies have to follow.
         capture = self._checkpointer.save(step, state_dict)
         return SaveHandle(background, background.call(lambda: capture))
@@ -222,12 +200,15 @@ class Checkpointer:
             OSError: If the storage refuses.
         """
         with ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal(name="aiostage-checkpointer"))
-            stack.enter_context(portal.wrap_async_context_manager(self._checkpointer))
+            if self._stager is not None:
+                background = self._stager.background()
+            else:
+                background = stack.enter_context(Background.started("aiostage-checkpointer"))
+            stack.enter_context(background.wrap(self._checkpointer))
             stack.callback(Handlers(self._signals).put_back)
             for number in self._signals:
                 signal.signal(number, self._preempt)
-            self._background, self._exit = _Background(portal), stack.pop_all()
+            self._background, self._exit = background, stack.pop_all()
         return self
 
     def __exit__(
@@ -241,7 +222,7 @@ class Checkpointer:
     def _preempt(self, number: int, frame: FrameType | None) -> None:
         self._preempted.set()
 
-    def _entered(self) -> _Background:
+    def _entered(self) -> Background:
         if self._background is None:
             raise CheckpointError(
                 "the checkpointer was not entered, or was left.", remedy="Use it inside its `with` block."
