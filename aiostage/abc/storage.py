@@ -67,6 +67,16 @@ class Storage(ABC):
             OSError: If the storage refuses.
         """
 
+    async def list_level(self) -> Sequence[str]:
+        """Return the names of the committed checkpoints without a ``/`` in them, in any order.
+
+        A storage whose :meth:`list` looks at many levels may do this faster.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return [name for name in await self.list() if "/" not in name]
+
     @abstractmethod
     async def drafts(self) -> Sequence[str]:
         """Return the names of all checkpoints that are being written, in any order.
@@ -95,8 +105,8 @@ class Storage(ABC):
     async def trim(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that nobody needs any more; its manifest and the files that are named stay.
 
-        Asked for when a checkpoint was removed to some of whose files others refer. The only method that a storage may
-        do without: this one removes nothing, so that all files stay until the checkpoint is deleted.
+        Asked for when a checkpoint was removed to some of whose files others refer. A storage may do without this
+        method: this one removes nothing, so that all files stay until the checkpoint is deleted.
 
         Args:
             name: Of the checkpoint. One that is not there is no error.

@@ -115,6 +115,10 @@ class IncrementalStorage(Storage):
         """Return the names of all checkpoints. Raises as the storage's."""
         return await self._storage.list()
 
+    async def list_level(self) -> Sequence[str]:
+        """Return the names of the checkpoints of the first level. Raises as the storage's."""
+        return await self._storage.list_level()
+
     async def drafts(self) -> Sequence[str]:
         """Return the names of all checkpoints that are being written. Raises as the storage's."""
         return await self._storage.drafts()

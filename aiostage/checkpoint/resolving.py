@@ -20,6 +20,8 @@ from aiostage.storage.placement import Piece, PlacedFile, Placement
 
 __all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
 
+_REMOVED = "it was removed; what is left of it lies there for others that refer to it."
+
 
 class ResolvingReader(Reader):
     """A reader that follows references to other checkpoints of the same storage.
@@ -200,7 +202,7 @@ async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:
         OSError: If the storage refuses.
     """
     if removed_of(name.rpartition("/")[2]) is not None:
-        raise CheckpointNotFoundError("it only says that another one was removed.", path=f"{storage.location}/{name}")
+        raise CheckpointNotFoundError(_REMOVED, path=f"{storage.location}/{name}")
     return ResolvingReader(storage, name, await storage.read(name))
 
 
@@ -212,9 +214,7 @@ async def refuse_removed(storage: Storage, name: str, location: str) -> None:
         OSError: If the storage refuses.
     """
     if await is_removed(storage, name):
-        raise CheckpointNotFoundError(
-            "it was removed; what is left of it lies there for others that refer to it.", path=location
-        )
+        raise CheckpointNotFoundError(_REMOVED, path=location)
 
 
 async def is_removed(storage: Storage, name: str) -> bool:

@@ -58,7 +58,7 @@ class Shelf:
         Raises:
             OSError: If the storage refuses.
         """
-        return sorted(step for name in _there(await self._storage.list()) if (step := step_of(name)) is not None)
+        return sorted(step for name in _there(await self._storage.list_level()) if (step := step_of(name)) is not None)
 
     async def has(self, name: str) -> bool:
         """Return whether a checkpoint is there.
@@ -71,7 +71,7 @@ class Shelf:
 
     async def begin(self) -> None:
         """Look which there are, and finish what others have begun to remove. Raises as :meth:`remove`."""
-        self._known = set(await self._storage.list())
+        self._known = set(await self._storage.list_level())
         await self.remove()
 
     async def refuse(self, name: str) -> None:
@@ -111,7 +111,7 @@ class Shelf:
         Raises:
             OSError: If the storage refuses.
         """
-        there = _there(await self._storage.list())
+        there = _there(await self._storage.list_level())
         if saved in there:
             return saved
         latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
@@ -148,7 +148,7 @@ class Shelf:
 
         When cancelled, each is there as a whole, or not there for anybody who asks.
         """
-        names = await self._storage.list()
+        names = await self._storage.list_level()
         going = {name_of(step) for step in steps} & _there(names)
         referred = {name for name in going if await self._may_be_referred_to(name)}
         marked = referred | {name for mark in names if (name := removed_of(mark)) is not None}
@@ -190,9 +190,9 @@ class Shelf:
         A listing takes a while, and need not show what comes or goes meanwhile. Two that are alike show what was there
         between them.
         """
-        names, before = set(await self._storage.list()), None
+        names, before = set(await self._storage.list_level()), None
         while names != before:
-            names, before = set(await self._storage.list()), names
+            names, before = set(await self._storage.list_level()), names
         return names
 
     async def _may_be_referred_to(self, name: str) -> bool:

@@ -38,6 +38,12 @@ async def inspect(source: str, *, tree: bool = True) -> AsyncIterator[str]:
     Raises:
         The errors of :func:`~aiostage.checkpoint.verify.verify`.
     """
+    async for line in _described(source, tree):
+        # Names, keys and values are those of whoever has made the file, who may have meant them for the terminal.
+        yield "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+
+
+async def _described(source: str, tree: bool) -> AsyncIterator[str]:
     found = await find(source)
     if found is not None:
         async for line in _run(source, found):

@@ -34,7 +34,8 @@ from torch.futures import Future
 from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
 from aiostage.dcp.loop_thread import LoopThread
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, said
+from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
 from aiostage.storage.parts import PART_BYTES, Part, cut, digest, gather, whole
 
@@ -45,6 +46,8 @@ METADATA_NAME = ".metadata"
 
 FORMAT = "aiostage-dcp"
 VERSION = 1
+
+_MAX_MANIFEST_BYTES = 64 << 10
 
 _RECORDS_AT_ONCE = 4
 """How many records a rank reads at once. A guess: enough to hide the latency of an object store."""
@@ -248,22 +251,26 @@ class StorageReader(torch_storage.StorageReader):
         """
         if self._name is None:
             raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
-        metadata: Metadata = pickle.loads(self._loop().run(self._read_metadata(self._name)))
+        data = self._loop().run(self._read_metadata(self._name))
+        path = f"{self._storage.location}/{self._name}/{METADATA_NAME}"
+        try:
+            metadata = pickle.loads(data)
+        except Exception as error:
+            raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise CheckpointCorruptError(f"it is no metadata of DCP but a {type(metadata).__name__}.", path=path)
         return metadata
 
     async def _read_metadata(self, name: str) -> Buffer:
         self._reader = reader = await self._storage.read(name)
-        manifest = json.loads(bytes(await reader.manifest()))
-        if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        nbytes, expected = _read_manifest(await reader.manifest(), reader.location)
+        found = await reader.size(METADATA_NAME)
+        if found != nbytes:
             raise CheckpointCorruptError(
-                "it is not a checkpoint of aiostage.dcp.",
-                path=reader.location,
-                remedy="Read it with aiostage.load.",
+                f"it is {found} bytes long and not {nbytes}.", path=f"{reader.location}/{METADATA_NAME}"
             )
         # Pickled, so it is executed: only what the manifest vouches for is.
-        return await self._read(
-            reader, METADATA_NAME, 0, manifest["metadata"]["nbytes"], manifest["metadata"]["xxh3_64"]
-        )
+        return await self._read(reader, METADATA_NAME, 0, nbytes, expected)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:
         """Take over where everything is."""
@@ -327,6 +334,35 @@ class StorageReader(torch_storage.StorageReader):
         if not self._loops:
             self._loops.append(LoopThread("aiostage-dcp-reader"))
         return self._loops[0]
+
+
+def _read_manifest(text: Buffer, location: str) -> tuple[int, str]:
+    """Return how long the metadata is, and its digest, from a manifest that may be damaged or hostile."""
+    try:
+        if len(text) > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"it is {len(text)} bytes long")
+        manifest = json.loads(bytes(text))
+        version = manifest["version"]
+        if manifest["format"] != FORMAT or type(version) is not int or version != VERSION:
+            raise CheckpointCorruptError(
+                "it is not a checkpoint of aiostage.dcp, or of a newer one.",
+                path=location,
+                remedy="Read it with aiostage.load, or with a newer aiostage.",
+            )
+        about = manifest["metadata"]
+        nbytes, expected = about["nbytes"], about["xxh3_64"]
+        if about["name"] != METADATA_NAME or type(nbytes) is not int or nbytes < 0 or type(expected) is not str:
+            raise ValueError("it does not say where the metadata is")
+    except CheckpointCorruptError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # Checkpoints of other kinds have longer ones, of other forms.
+        raise CheckpointCorruptError(
+            f"it is not a manifest of aiostage.dcp: {said(error)}.",
+            path=f"{location}/{MANIFEST_NAME}",
+            remedy="Read checkpoints of aiostage.save with aiostage.load.",
+        ) from error
+    return nbytes, expected
 
 
 def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:

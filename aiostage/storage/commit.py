@@ -256,13 +256,17 @@ def trim_committed(target: str, keep: Collection[str]) -> None:
                     os.unlink(entry.name, dir_fd=directory.fileno())
 
 
-def committed_below(root: str) -> list[str]:
+def committed_below(root: str, *, deep: bool = True) -> list[str]:
     """Return the paths of all checkpoints below a directory, relative to it. Blocks.
 
-    Links to checkpoints count; other links are not followed.
+    Links to checkpoints count; other links are not followed. What cannot be looked into is passed over.
+
+    Args:
+        root: The directory.
+        deep: Whether to look at all levels, and not only at what the directory itself contains.
     """
     found: set[str] = set()
-    for path, names in _directories(root):
+    for path, names in _directories(root, deep=deep):
         for name in names:
             target = _target(path, name)
             if target is None:
@@ -305,8 +309,11 @@ def joined_path(target: str, ticket: str) -> str:
     return path
 
 
-def _directories(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over directories that are not checkpoints, each with the names of the directories in it."""
+def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Iterate over directories that are not checkpoints, each with the names of the directories in it.
+
+    Below the root, what cannot be looked into is passed over: others may keep what they like there.
+    """
     pending = [root]
     while pending:
         path = pending.pop()
@@ -315,15 +322,27 @@ def _directories(root: str) -> Iterator[tuple[str, list[str]]]:
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if _is_directory(entry):
                         (links if entry.is_symlink() else names).append(entry.name)
         except FileNotFoundError:
             continue
+        except OSError:
+            if path == root:
+                raise
+            continue
         yield path, names + links
-        for name in names:
+        for name in names if deep else ():
             below = os.path.join(path, name)
             if _target(path, name) is None and not os.path.lexists(os.path.join(below, MANIFEST_NAME)):
                 pending.append(below)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link that leads in a circle, or to where this process may not look.
+        return False
 
 
 def _new_path(target: str) -> str:
@@ -390,7 +409,8 @@ def _sweep(target: str) -> None:
     for path in _siblings(target):
         try:
             directory = open_directory(path, follow_link=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # The draft of another user, who will see to it.
             continue
         try:
             if try_lock(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):

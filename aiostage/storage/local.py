@@ -48,12 +48,12 @@ class LocalStorage(SharedStorage):
     checkpoint stays one, and by nothing that removes.
 
     Args:
-        root: The directory. It is made when a checkpoint is written. A relative one is looked up once, at the first
-            operation.
+        root: The directory; ``~`` is the home of the user. It is made when a checkpoint is written. A relative one is
+            looked up once, at the first operation.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = os.fsdecode(root)
+        self._root = os.path.expanduser(os.fsdecode(root))
         self._resolved = False
         self._workers = Workers(_IO_THREADS, "aiostage-disk")
 
@@ -132,6 +132,14 @@ class LocalStorage(SharedStorage):
             OSError: If the file system refuses.
         """
         return await self._workers.run(lambda: committed_below(self._path(".")))
+
+    async def list_level(self) -> Sequence[str]:
+        """Return the names of the committed checkpoints that lie right below the root, sorted; of a missing root, none.
+
+        Raises:
+            OSError: If the file system refuses.
+        """
+        return await self._workers.run(lambda: committed_below(self._path("."), deep=False))
 
     async def drafts(self) -> Sequence[str]:
         """Return the names of all checkpoints below the root that are being written, sorted; of a missing root, none.

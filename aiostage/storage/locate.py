@@ -91,7 +91,7 @@ def _locate_path(path: str) -> tuple[Storage, str]:
 
 
 def _checked(path: str) -> str:
-    """Refuse what is no path, or is one only by mistake."""
+    """Refuse what is no path, or is one only by mistake; return it with the home of a user in place of ``~``."""
     if not path:
         raise ValueError("the path of a checkpoint is empty. Pass '.' for the working directory.")
     if "\0" in path:
@@ -102,7 +102,7 @@ def _checked(path: str) -> str:
             f"{path!r} looks like a URL that has been a pathlib.Path, which makes one slash of two. "
             f"Pass URLs as text: '{scheme[1]}://...'. For a directory of that name write './{scheme[1]}:/...'."
         )
-    return path
+    return os.path.expanduser(path)
 
 
 def _is_url(text: str) -> bool:
