@@ -50,6 +50,10 @@ class CudaBackend(TorchBackend):
         has_context = _private.cuda_has_context or (lambda index: True)
         return [torch.device("cuda", index) for index in range(_cuda.device_count()) if has_context(index)]
 
+    def is_capturing(self) -> bool:
+        """Return whether the calling thread's current stream is being captured into a graph."""
+        return bool(_cuda.is_current_stream_capturing())
+
     def current_stream(self, device: torch.device) -> Any:
         """Return the calling thread's current stream of a device."""
         return _cuda.current_stream(device)

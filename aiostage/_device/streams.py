@@ -82,7 +82,13 @@ class CallerStreams:
     def _record(self) -> None:
         if self._backend is None:
             return
-        for device in self._backend.active_devices():
+        devices = self._backend.active_devices()
+        if devices and self._backend.is_capturing():
+            raise StagingError(
+                "the current stream is being captured into a graph, of which copies must not become a part.",
+                remedy="Stage, save, load or restore before the capture begins, and await it before that too.",
+            )
+        for device in devices:
             streams = [stream for stream, _ in self._recorded.get(device, ())]
             current = self._backend.current_stream(device)
             if current not in streams:

@@ -208,3 +208,10 @@ class Backend(ABC):
         Not abstract: without it the stream itself is entered, which is one that several threads may enter at once.
         """
         return cast("AbstractContextManager[object]", stream)
+
+    def is_capturing(self) -> bool:
+        """Return whether the calling thread's current stream is being captured into a graph, and carries nothing out.
+
+        Not abstract: a device without graphs never does that. Called only once a device is in use.
+        """
+        return False

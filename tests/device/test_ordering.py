@@ -295,3 +295,35 @@ def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():
         accelerator.synchronize()
         asyncio.run(until(lambda: len(airborne) == 0))
         asyncio.run(stager.aclose())
+
+
+class Captures(SimulatedAccelerator):
+    """Has graphs, which are captured when the test says so."""
+
+    capturing = False
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+
+@pytest.mark.asyncio
+class TestGraphCapture:
+    async def test_a_call_during_a_capture_is_refused_by_name(self):
+        with Captures(clock=VirtualClock()) as accelerator:
+            state = {"a": full(accelerator, 1)}
+            async with AsyncStager(backend=accelerator) as stager:
+                accelerator.capturing = True
+                staging, restoring = stager.stage(state), stager.restore({"a": torch.ones(SIZE)}, into=state)
+                accelerator.capturing = False
+                for refused in (staging, restoring):
+                    with pytest.raises(StagingError, match="captured into a graph"):
+                        await refused
+
+    async def test_what_is_in_host_memory_is_staged_all_the_same(self):
+        with Captures(clock=VirtualClock()) as accelerator:
+            live = full(accelerator, 1)
+            accelerator.capturing = True
+            async with AsyncStager(backend=accelerator) as stager:
+                staged = await stager.stage({"a": torch.ones(3)})
+            assert staged["a"].tolist() == [1] * 3
+            del live
