@@ -15,9 +15,16 @@ Nothing here imports pytest. For readable failures say in a conftest, before any
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import time
 import unittest
+import weakref
 from abc import ABC, abstractmethod
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import anyio
@@ -25,11 +32,11 @@ import torch
 from anyio.lowlevel import checkpoint
 
 from aiostage.abc import CheckpointStager
-from aiostage.errors import StagerClosedError
+from aiostage.errors import StagerClosedError, TornSnapshotError
 from aiostage.testing.cancelling import at_every_await
 from aiostage.testing.probes import LeakProbe
 
-__all__ = ["StagerSuite", "require_asyncio"]
+__all__ = ["StagerSuite", "longest_hold", "require_asyncio"]
 
 
 _POOLS = ("asyncio_", "AnyIO worker", "Trio thread")
@@ -38,6 +45,21 @@ _POOLS = ("asyncio_", "AnyIO worker", "Trio thread")
 class _Pair(NamedTuple):
     left: Any
     right: Any
+
+
+@dataclass
+class _Record:
+    value: Any
+
+
+class _OwnCopy:
+    """Copies itself, and nothing can tell whether it has changed since."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        return _OwnCopy(copy.deepcopy(self.value, memo))
 
 
 class _Refuses:
@@ -53,6 +75,46 @@ def _tree(value: float = 1.0, leaves: int = 20) -> dict[str, Any]:
         "weights": {f"w{number}": torch.full((3, 4), value + number, device="cpu") for number in range(leaves)},
         "list": [torch.arange(5, device="cpu"), (torch.ones(2, dtype=torch.bfloat16, device="cpu"), None)],
     }
+
+
+def _leaves() -> dict[str, torch.Tensor]:
+    """Return tensors of all usual dtypes, shapes and sizes, none of whose last values is zero."""
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.complex64)
+    leaves = {str(dtype): torch.arange(1, 8, device="cpu").to(dtype) for dtype in dtypes}
+    leaves |= {f"scalar {dtype}": torch.tensor(3, device="cpu").to(dtype) for dtype in dtypes}
+    # What float32 cannot hold.
+    leaves["precise"] = torch.tensor([1.0 + 2.0**-40, 1e300], dtype=torch.float64, device="cpu")
+    leaves["flags"] = torch.tensor([False, True], device="cpu")
+    leaves["flag"] = torch.tensor(True, device="cpu")
+    leaves["empty"] = torch.empty(0, 3, device="cpu")
+    for kibibytes in (4, 1024, 1025, 5000):
+        leaves[f"{kibibytes} KiB"] = torch.arange(1, kibibytes * 256 + 2, dtype=torch.float32, device="cpu")
+    leaves["strided"] = torch.arange(1.0, 13.0, device="cpu")[1::3]
+    leaves["transposed"] = torch.arange(1.0, 7.0, device="cpu").reshape(2, 3).t()
+    leaves["channels last"] = (
+        torch.arange(1.0, 17.0, device="cpu").reshape(1, 4, 2, 2).to(memory_format=torch.channels_last)
+    )
+    return leaves
+
+
+async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
+    """Run something, and return for how many seconds at most it kept another task from its turn."""
+    longest, done = 0.0, False
+
+    async def count() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not done:
+            await checkpoint()
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        await checkpoint()
+        await run()
+        done = True
+    return longest
 
 
 def _values(tree: dict[str, Any]) -> list[float]:
@@ -73,10 +135,15 @@ class StagerSuite(ABC):
     Attributes:
         keeps_results: Whether a result keeps its values when the next one is made. PyTorch's stagers do not.
         keeps_parameters: Whether an ``nn.Parameter`` stays one. PyTorch's stagers make plain tensors of them.
+        one_moment: Whether a copy is the tree of one moment, or TornSnapshotError, while other tasks change the
+            tree. What copies in a thread with nothing compared afterwards, as PyTorch's stagers do, mixes moments.
+        longest_hold: For how long a staging may keep the event loop from its other tasks, in seconds.
     """
 
     keeps_results = True
     keeps_parameters = True
+    one_moment = True
+    longest_hold = 0.04
 
     @abstractmethod
     def make_stager(self) -> CheckpointStager:
@@ -148,13 +215,65 @@ class StagerSuite(ABC):
                 assert staged[name].dtype is tensor.dtype, name
                 assert staged[name].stride() == tensor.stride(), name
 
+    async def test_leaves_of_every_kind(self) -> None:
+        source = _leaves()
+        expected = {name: tensor.clone() for name, tensor in source.items()}
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            for tensor in source.values():
+                tensor.zero_()
+            assert list(staged) == list(expected)
+            for name, tensor in expected.items():
+                assert staged[name].dtype is tensor.dtype, name
+                assert staged[name].shape == tensor.shape, name
+                assert torch.equal(staged[name], tensor), f"{name}: another value, or a change to the source shows"
+            for tensor in staged.values():
+                tensor.fill_(1)
+            assert not any(tensor.any() for tensor in source.values()), "a change to the copy shows"
+
+    async def test_views_stay_views(self) -> None:
+        base = torch.arange(1.0, 13.0, device="cpu")
+        source = {"high": base[4:10], "low": base[2:6], "all": base, "apart": torch.ones(3, device="cpu")}
+        expected = {name: tensor.tolist() for name, tensor in source.items()}
+        async with self.make_stager() as stager:
+            staged = await stager.stage(source)
+            assert {name: tensor.tolist() for name, tensor in staged.items()} == expected
+            # Where sources have memory in common, copies have.
+            staged["high"][0] = -1
+            assert float(staged["low"][2]) == -1
+            assert float(staged["all"][4]) == -1
+            assert staged["apart"].tolist() == [1, 1, 1]
+            assert base.tolist() == expected["all"]
+
     async def test_containers_of_other_kinds(self) -> None:
-        source = _Pair({"a": torch.ones(1, device="cpu")}, frozenset({1, 2}))
+        inside = torch.ones(1, device="cpu")
+        source = _Pair(
+            {
+                "ordered": OrderedDict(b=inside, a=1),
+                "default": defaultdict(list, a=inside),
+                "deque": deque([inside, 2], maxlen=4),
+                "record": _Record(inside),
+                "tuple": (inside, (1, 2)),
+                "set": {1, 2},
+            },
+            frozenset({1, 2}),
+        )
         async with self.make_stager() as stager:
             staged = await stager.stage(source)
             assert type(staged) is _Pair
             assert staged.right == source.right
-            assert staged.left["a"] is not source.left["a"]
+            for name, container in source.left.items():
+                assert type(staged.left[name]) is type(container), name
+                assert staged.left[name] is not container or name == "tuple", name
+            assert list(staged.left["ordered"]) == ["b", "a"]
+            assert staged.left["default"]["another"] == []
+            assert staged.left["deque"].maxlen == 4
+            assert staged.left["set"] == {1, 2}
+            copied = staged.left["ordered"]["b"]
+            assert copied is not inside
+            assert torch.equal(copied, inside)
+            others = (staged.left["default"]["a"], staged.left["deque"][0], staged.left["tuple"][0])
+            assert all(other is copied for other in (*others, staged.left["record"].value))
 
     async def test_parameters(self) -> None:
         if not self.keeps_parameters:
@@ -169,9 +288,24 @@ class StagerSuite(ABC):
         if not self.keeps_results:
             raise unittest.SkipTest("this stager overwrites its last result")
         async with self.make_stager() as stager:
-            results = [await stager.stage(_tree(float(number))) for number in range(4)]
+            # More than anyone would keep buffers for.
+            results = [await stager.stage(_tree(float(number))) for number in range(20)]
             for number, staged in enumerate(results):
                 assert _values(staged) == _values(_tree(float(number)))
+
+    async def test_results_are_let_go_of(self) -> None:
+        if not self.keeps_results:
+            raise unittest.SkipTest("this stager overwrites its last result")
+        async with self.make_stager() as stager:
+            alive: list[weakref.ref[torch.Tensor]] = []
+            for number in range(6):
+                staged = await stager.stage(_tree(float(number)))
+                alive += map(weakref.ref, staged["weights"].values())
+                del staged
+            await checkpoint()
+            gc.collect()
+            left = sum(reference() is not None for reference in alive)
+            assert not left, f"{left} of {len(alive)} tensors that nobody refers to are still there"
 
     async def test_results_outlive_the_stager(self) -> None:
         async with self.make_stager() as stager:
@@ -212,6 +346,57 @@ class StagerSuite(ABC):
             meanwhile = turns - before
             tasks.cancel_scope.cancel()
         assert meanwhile, "stage() did not let anything else run"
+
+    async def test_the_event_loop_is_not_held(self) -> None:
+        source = _tree(leaves=2000)
+        source["large"] = torch.ones(1 << 21, device="cpu")
+        async with self.make_stager() as stager:
+            # A busy machine stops everything now and then; what holds the loop does so each time.
+            held = min([await longest_hold(lambda: stager.stage(source)) for _ in range(6)])
+        assert held < self.longest_hold, f"the event loop was kept from other tasks for {held:.3f} s"
+
+    async def test_one_moment_or_an_error(self) -> None:
+        if not self.one_moment:
+            raise unittest.SkipTest("this stager mixes moments")
+        async with self.make_stager() as stager:
+            for turns in (0, 1, 2, 3, 5, 8, 13, 21, 50, 120, 300):
+                for leaves in (5, 300):
+                    await self._check_moment(stager, turns, leaves)
+
+    async def _check_moment(self, stager: CheckpointStager, turns: int, leaves: int) -> None:
+        """Change everything at once while it is staged; all of the change is in the copy, or nothing."""
+        source: dict[str, Any] = {"first": 0, "own": _OwnCopy(0)}
+        source["array"] = torch.zeros(3, device="cpu").numpy().copy()
+        source |= {f"w{number}": torch.zeros(3, device="cpu") for number in range(leaves)}
+        source |= {"list": [0], "last": 0, "own too": _OwnCopy(0)}
+        staged: list[dict[str, Any]] = []
+
+        async def stage() -> None:
+            with suppress(TornSnapshotError):
+                staged.append(await stager.stage(source))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stage)
+            for _ in range(turns):
+                await checkpoint()
+            for name, value in source.items():
+                if isinstance(value, torch.Tensor):
+                    value.fill_(1)
+                elif isinstance(value, _OwnCopy):
+                    value.value = 1
+                elif isinstance(value, int):
+                    source[name] = 1
+                else:
+                    value[0] = 1
+        for tree in staged:
+            found = {
+                name: float(
+                    value.value if isinstance(value, _OwnCopy) else value if isinstance(value, int) else value[0]
+                )
+                for name, value in tree.items()
+            }
+            old = [name for name, value in found.items() if value == 0]
+            assert len(old) in (0, len(found)), f"{old[:5]} are of before a change that the rest of the copy has"
 
     async def test_an_error_is_the_callers_and_changes_nothing(self) -> None:
         async with self.make_stager() as stager:

@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint
 from aiostage.abc import Draft, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.testing.cancelling import at_every_await
-from aiostage.testing.stager_suite import require_asyncio
+from aiostage.testing.stager_suite import longest_hold, require_asyncio
 
 __all__ = ["StorageSuite"]
 
@@ -33,11 +33,13 @@ class StorageSuite(ABC):
         part_bytes: Size of the parts that files are written in, a multiple of 4096. Make it as large as it takes for a
             file of three parts to be written in pieces.
         names: Names that checkpoints are written under.
+        longest_hold: For how long the storage may keep the event loop from its other tasks, in seconds.
         trims: Whether :meth:`~aiostage.abc.Storage.trim` removes anything.
     """
 
     part_bytes = 8192
-    names: tuple[str, ...] = ("checkpoint", "runs/a/10", "with space-and_dots.v1")
+    names: tuple[str, ...] = ("checkpoint", "runs/a/10", "with space-and_dots.v1", "checkpoint-2", "runs/a/1")
+    longest_hold = 0.04
     trims = True
 
     @abstractmethod
@@ -51,6 +53,7 @@ class StorageSuite(ABC):
         """Files of every kind of size."""
         part = self.part_bytes
         sizes = {"empty.bin": 0, "one.bin": 1, "odd.bin": 4097, "part.bin": part, "parts.bin": 2 * part + 5}
+        sizes["many.bin"] = 9 * part + 7
         return {name: _content(size, seed) for seed, (name, size) in enumerate(sizes.items())}
 
     async def _parts(self, content: bytes) -> AsyncIterator[memoryview]:
@@ -113,6 +116,40 @@ class StorageSuite(ABC):
         for number, name in enumerate(self.names):
             await self._check(storage, name, self.files, b"manifest %d" % number)
         assert sorted(await storage.list()) == sorted(self.names)
+
+    async def test_manifests_of_any_length(self) -> None:
+        storage = self.make_storage()
+        for nbytes in (1, 65, 4097, 200_001):
+            manifest = _content(nbytes, seed=nbytes)
+            await self._save(storage, "a", {"file.bin": b"1"}, manifest, overwrite=True)
+            await self._check(storage, "a", {"file.bin": b"1"}, manifest)
+
+    async def test_a_file_is_as_long_as_was_announced(self) -> None:
+        storage = self.make_storage()
+        content = _content(2 * self.part_bytes + 5)
+        draft = await storage.open("a")
+        for nbytes in (len(content) + 1, 3 * self.part_bytes, len(content) - 1, self.part_bytes):
+            await self._check_raises(Exception, draft.write("file.bin", nbytes, self._parts(content)))
+        await draft.write("file.bin", len(content), self._parts(content))
+        await draft.commit(memoryview(b"m"))
+        await self._check(storage, "a", {"file.bin": content}, b"m")
+
+    async def test_the_event_loop_gets_its_turn(self) -> None:
+        storage = self.make_storage()
+        files = {"file.bin": _content(3 * self.part_bytes)}
+
+        async def use() -> None:
+            await self._save(storage, "a", files, b"m", overwrite=True)
+            await self._check(storage, "a", files, b"m")
+            await storage.list()
+            await storage.drafts()
+            await storage.trim("a", files)
+            await storage.delete("a")
+            await storage.sweep()
+
+        # A busy machine stops everything now and then; what blocks the loop does so each time.
+        held = min([await longest_hold(use) for _ in range(5)])
+        assert held < self.longest_hold, f"the event loop was kept from other tasks for {held:.3f} s"
 
     async def test_ranges(self) -> None:
         storage = self.make_storage()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingOptions
 
 from aiostage import AsyncStager, CheckpointStager, StagerClosedError, StagingOptions, adapt
 from aiostage.testing import SimulatedAccelerator, StagerSuite
+from tests.fuzz import naive
 
 PLAIN = {"use_pinned_memory": False, "use_shared_memory": False, "use_non_blocking_copy": False}
 
@@ -50,6 +53,7 @@ class TestWithAnAccelerator(StagerSuite):
 class TestDefaultStager(StagerSuite):
     keeps_results = False
     keeps_parameters = False
+    one_moment = False
 
     def make_stager(self) -> CheckpointStager:
         return adapt(DefaultStager(TorchStagingOptions(use_async_staging=True, **PLAIN)))
@@ -72,6 +76,8 @@ class DeepCopyStager(CheckpointStager):
 
 @pytest.mark.asyncio
 class TestDeepCopyStager(StagerSuite):
+    one_moment = False
+
     def make_stager(self) -> CheckpointStager:
         return DeepCopyStager()
 
@@ -115,6 +121,121 @@ class NeverClosed(DeepCopyStager):
         return
 
 
+def walk(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors in dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tensor for child in children for tensor in walk(child)]
+
+
+class AliasesScalars(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        for copied, tensor in zip(walk(staged), walk(state_dict), strict=True):
+            if not tensor.dim():
+                copied.set_(tensor)
+        return staged
+
+
+class Ring(DeepCopyStager):
+    """Has four buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Any] = []
+
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        self.buffers.append(staged)
+        if len(self.buffers) > 4:
+            oldest = self.buffers.pop(0)
+            for buffer, tensor in zip(walk(oldest), walk(staged), strict=True):
+                buffer.copy_(tensor)
+            self.buffers[-1] = oldest
+            return oldest
+        return staged
+
+
+class LosesViews(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        if isinstance(staged, dict):
+            for name, value in staged.items():
+                if type(value) is torch.Tensor:
+                    staged[name] = value.clone()
+        return staged
+
+
+class Narrows(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        for tensor in walk(staged):
+            if tensor.dtype is torch.float64:
+                tensor.data = tensor.float()
+        return staged
+
+
+class NarrowsAndBack(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        for tensor in walk(staged):
+            if tensor.dtype is torch.float64:
+                tensor.copy_(tensor.float())
+        return staged
+
+
+class LosesTheLast(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        for tensor in walk(staged):
+            if tensor.nbytes > 1 << 20:
+                tensor.view(-1)[-1] = 0
+        return staged
+
+
+class ForgetsTheOrder(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        if isinstance(staged, tuple) and "ordered" in staged[0]:
+            staged[0]["ordered"] = dict(staged[0]["ordered"])
+        return staged
+
+
+class Holds(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        end = time.perf_counter() + 0.05
+        while time.perf_counter() < end:
+            pass
+        return await super().stage(state_dict)
+
+
+class Sleeps(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await super().stage(state_dict)
+        time.sleep(0.05)
+        return staged
+
+
+class Hoards(DeepCopyStager):
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Any] = []
+
+    async def stage(self, state_dict: Any) -> Any:
+        self.results.append(await super().stage(state_dict))
+        return self.results[-1]
+
+
+class MixesMoments(DeepCopyStager):
+    async def stage(self, state_dict: Any) -> Any:
+        staged = {}
+        for name, value in list(state_dict.items()):
+            await asyncio.sleep(0)
+            staged[name] = copy.deepcopy(value)
+        return staged
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("stager", "test"),
@@ -125,6 +246,19 @@ class NeverClosed(DeepCopyStager):
         (Overwriting, "test_results_keep_their_values"),
         (Swallowing, "test_cancelled_at_every_await"),
         (NeverClosed, "test_closing"),
+        (AliasesScalars, "test_leaves_of_every_kind"),
+        (Ring, "test_results_keep_their_values"),
+        (LosesViews, "test_views_stay_views"),
+        (Narrows, "test_leaves_of_every_kind"),
+        (NarrowsAndBack, "test_leaves_of_every_kind"),
+        (LosesTheLast, "test_leaves_of_every_kind"),
+        (ForgetsTheOrder, "test_containers_of_other_kinds"),
+        (Holds, "test_the_event_loop_is_not_held"),
+        (Sleeps, "test_the_event_loop_is_not_held"),
+        (Hoards, "test_results_are_let_go_of"),
+        (MixesMoments, "test_one_moment_or_an_error"),
+        (naive.LateVersions, "test_one_moment_or_an_error"),
+        (naive.Unwitnessed, "test_one_moment_or_an_error"),
     ],
 )
 async def test_the_suite_finds_what_is_wrong(stager: type[CheckpointStager], test: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Collection
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
 from typing import ClassVar
 
 import pytest
@@ -65,6 +66,41 @@ class Truncates(MemoryDraft):
         self.files[name] = self.files[name][:8192]
 
 
+class TakesFewer(MemoryDraft):
+    """Believes what was announced."""
+
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        await super().write(name, nbytes, _padded(parts, nbytes))
+
+
+async def _padded(parts: AsyncIterable[Buffer], nbytes: int) -> AsyncIterator[Buffer]:
+    sent = 0
+    async for part in parts:
+        part = part[: nbytes - sent]
+        sent += len(part)
+        yield part
+        del part
+    if sent < nbytes:
+        yield memoryview(bytes(nbytes - sent))
+
+
+class FourParts(MemoryDraft):
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        await super().write(name, nbytes, parts)
+        self.files[name] = self.files[name][: 4 * StorageSuite.part_bytes]
+
+
+class CutsManifests(MemoryDraft):
+    async def commit(self, manifest: Buffer) -> None:
+        await super().commit(manifest[:64])
+
+
+class Blocks(MemoryDraft):
+    async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        time.sleep(0.05)
+        await super().write(name, nbytes, parts)
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("draft", "test"),
@@ -76,6 +112,10 @@ class Truncates(MemoryDraft):
         (Halves, "test_replacing_cancelled_at_every_await"),
         (AbortsTheCommitted, "test_nothing_is_seen_before_it_is_committed"),
         (Truncates, "test_what_is_written_is_read"),
+        (TakesFewer, "test_a_file_is_as_long_as_was_announced"),
+        (FourParts, "test_what_is_written_is_read"),
+        (CutsManifests, "test_manifests_of_any_length"),
+        (Blocks, "test_the_event_loop_gets_its_turn"),
     ],
 )
 async def test_the_suite_finds_what_is_wrong(draft: type[MemoryDraft], test: str) -> None:
@@ -90,6 +130,32 @@ async def test_the_suite_finds_what_is_wrong(draft: type[MemoryDraft], test: str
             return Broken()
 
     with pytest.raises((AssertionError, BufferError, CheckpointCorruptError, CheckpointNotFoundError)):
+        await getattr(Suite(), test)()
+
+
+class DeletesTooMuch(MemoryStorage):
+    async def delete(self, name: str) -> None:
+        for other in [other for other in self.checkpoints if other.startswith(name)]:
+            await super().delete(other)
+
+
+class BlocksWhenListing(MemoryStorage):
+    async def list(self) -> Sequence[str]:
+        time.sleep(0.05)
+        return await super().list()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("storage", "test"),
+    [(DeletesTooMuch, "test_deleting"), (BlocksWhenListing, "test_the_event_loop_gets_its_turn")],
+)
+async def test_the_suite_finds_what_is_wrong_with_storages(storage: type[MemoryStorage], test: str) -> None:
+    class Suite(StorageSuite):
+        def make_storage(self) -> Storage:
+            return storage()
+
+    with pytest.raises(AssertionError):
         await getattr(Suite(), test)()
 
 
