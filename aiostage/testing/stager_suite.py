@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import os
 import time
 import unittest
 import weakref
@@ -98,22 +99,38 @@ def _leaves() -> dict[str, torch.Tensor]:
 
 
 async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
-    """Run something, and return for how many seconds at most it kept another task from its turn."""
+    """Run something, and return for how many seconds at most it kept another task from its turn.
+
+    What the thread waited for a core, as it does on a busy machine, does not count where Linux tells.
+    """
     longest, done = 0.0, False
+    try:
+        waits = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        waits = -1
+
+    def now() -> float:
+        # The second number is the time spent waiting for a core, in nanoseconds.
+        waited = int(os.pread(waits, 100, 0).split()[1]) if waits >= 0 else 0
+        return time.perf_counter() - waited * 1e-9
 
     async def count() -> None:
         nonlocal longest
-        last = time.perf_counter()
+        last = now()
         while not done:
             await checkpoint()
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+            this = now()
+            longest, last = max(longest, this - last), this
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(count)
-        await checkpoint()
-        await run()
-        done = True
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            await checkpoint()
+            await run()
+            done = True
+    finally:
+        if waits >= 0:
+            os.close(waits)
     return longest
 
 

@@ -139,7 +139,7 @@ async def check_changes(stager: AsyncStager, choices: Choices) -> int:
                 staged = await stager.stage(model.tree)
             except Exception as error:
                 raise Mismatch(f"after {done}: {type(error).__name__}: {error}") from error
-            kept.append((staged, describe(expected, bare_parameters=True), source, list(done)))
+            kept.append((staged, describe(expected, bare=True), source, list(done)))
             check_last(kept[-1:])
         for _ in range(1 + choices.below(2)):
             done.append(model.change())
@@ -150,7 +150,7 @@ async def check_changes(stager: AsyncStager, choices: Choices) -> int:
 def check_last(kept: list[tuple[Any, Description, Description, list[str]]]) -> None:
     for staged, expected, source, done in kept:
         try:
-            found = describe(staged, bare_parameters=True)
+            found = describe(staged, bare=True)
             wrong = difference(expected, found)
             if wrong is not None:
                 raise Mismatch(wrong)

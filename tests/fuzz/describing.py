@@ -62,15 +62,16 @@ class Description:
         return found
 
 
-def describe(root: Any, *, bare_parameters: bool = False) -> Description:
+def describe(root: Any, *, bare: bool = False, as_source: bool = False) -> Description:
     """Describe a tree by value; the description refers to none of its memory but through ``tensors``.
 
     Args:
         root: The tree.
-        bare_parameters: Whether to leave out what ``copy.deepcopy`` drops of an ``nn.Parameter``.
+        bare: Whether to leave out what ``copy.deepcopy`` drops of an ``nn.Parameter``.
+        as_source: Whether to leave out what a copy counts by itself.
     """
     description = Description()
-    _Describing(description, bare_parameters).visit(root, "tree")
+    _Describing(description, bare, as_source).visit(root, "tree")
     return description
 
 
@@ -91,9 +92,10 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 class _Describing:
-    def __init__(self, description: Description, bare_parameters: bool) -> None:
+    def __init__(self, description: Description, bare: bool, as_source: bool) -> None:
         self.to = description
-        self.bare_parameters = bare_parameters
+        self.bare = bare
+        self.as_source = as_source
         self.numbers: dict[int, int] = {}
         self.alive: list[Any] = []
 
@@ -176,8 +178,8 @@ class _Describing:
             self.note(path, array.tobytes())
 
     def tensor(self, tensor: torch.Tensor, path: str) -> None:
-        bare = self.bare_parameters and isinstance(tensor, torch.nn.Parameter)
-        without: tuple[str, ...] = ()
+        bare = self.bare and isinstance(tensor, torch.nn.Parameter)
+        without: tuple[str, ...] = ("generation",) if self.as_source else ()
         if isinstance(tensor, Wrapper):
             self.note(path, tensor.dtype, tuple(tensor.shape), tensor.requires_grad)
             without = ("left", "right")

@@ -176,7 +176,7 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
         await stager.stage(scene.tree)
         if choices.below(2):
             scene.change()
-    versions = [describe(scene.tree, bare_parameters=True)]
+    versions = [describe(scene.tree, bare=True)]
     turns = sorted(choices.below(choices.pick([3, 12, 60, 250])) for _ in range(1 + choices.below(2)))
     over = False
 
@@ -186,7 +186,7 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
                 if over:
                     return
                 scene.change()
-                versions.append(describe(scene.tree, bare_parameters=True))
+                versions.append(describe(scene.tree, bare=True))
             await asyncio.sleep(0)
 
     # The call, and the first step, are before the first change.
@@ -199,7 +199,7 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
     finally:
         over = True
         await task
-    found = describe(staged, bare_parameters=True)
+    found = describe(staged, bare=True)
     misses = [difference(version, found) for version in versions]
     if None not in misses:
         raise Disturbed(f"{len(versions)} moments, changes in turns {turns}; none is it: {misses}")

@@ -61,12 +61,15 @@ class Grower:
 
     Attributes:
         kinds: Names of what may be refused and is in the tree.
+        circular: Whether attributes of tensors may lead back to them, of which deepcopy makes too many or no end.
+        circles: Whether containers may lead back to themselves.
     """
 
     def __init__(self, choices: Choices) -> None:
         self.choices = choices
         self.kinds: set[str] = set()
         self.left = 0
+        self.circular = self.circles = False
         self.count = 0
         self.made: list[Any] = []
         self.tensors: list[torch.Tensor] = []
@@ -77,6 +80,8 @@ class Grower:
     def tree(self) -> Any:
         """Return a new tree."""
         self.left = 3 + self.choices.below(45)
+        self.circular = self.choices.chance(5)
+        self.circles = self.circular or self.choices.chance(3)
         root: Any = {} if self.choices.below(3) else []
         self.fill(root, 1)
         while self.left > 0:
@@ -126,7 +131,7 @@ class Grower:
 
     def back(self) -> Any:
         """Return something that this will lie in."""
-        return self.choices.pick(self.open) if self.open else None
+        return self.choices.pick(self.open) if self.open and self.circles else None
 
     def container(self, depth: int) -> Any:
         kind = self.choices.below(9)
@@ -401,11 +406,11 @@ class Grower:
         if isinstance(made, OwnCopyTensor):
             return
         kind = self.choices.below(5)
-        if kind == 0:
+        if kind == 0 or self.circles > self.circular:
             made.note = f"note {self.number()}"  # type: ignore[attr-defined]
         elif kind == 1:
             made.twin = self.again()  # type: ignore[attr-defined]
-        elif kind == 2:
+        elif kind == 2 and self.circular:
             made.circle = [made]  # type: ignore[attr-defined]
         elif kind == 3:
             made.owner = self.back()  # type: ignore[attr-defined]

@@ -54,6 +54,8 @@ class TestDefaultStager(StagerSuite):
     keeps_results = False
     keeps_parameters = False
     one_moment = False
+    # It works in a thread that keeps the GIL.
+    longest_hold = 1.0
 
     def make_stager(self) -> CheckpointStager:
         return adapt(DefaultStager(TorchStagingOptions(use_async_staging=True, **PLAIN)))
