@@ -37,7 +37,7 @@ from aiostage.errors import StagerClosedError, TornSnapshotError
 from aiostage.testing.cancelling import at_every_await
 from aiostage.testing.probes import LeakProbe
 
-__all__ = ["StagerSuite", "longest_hold", "require_asyncio"]
+__all__ = ["StagerSuite", "check_holds", "require_asyncio"]
 
 
 _POOLS = ("asyncio_", "AnyIO worker", "Trio thread")
@@ -132,6 +132,19 @@ async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
         if waits >= 0:
             os.close(waits)
     return longest
+
+
+async def check_holds(run: Callable[[], Awaitable[object]], limit: float) -> None:
+    """Check that something can run without keeping other tasks from their turn for some seconds.
+
+    A busy machine stops everything now and then; what holds the loop does so each time.
+    """
+    held = []
+    for _ in range(10):
+        held.append(await longest_hold(run))
+        if held[-1] < limit:
+            return
+    raise AssertionError(f"the event loop was kept from other tasks for {min(held):.3f} s, each time")
 
 
 def _values(tree: dict[str, Any]) -> list[float]:
@@ -368,9 +381,7 @@ class StagerSuite(ABC):
         source = _tree(leaves=2000)
         source["large"] = torch.ones(1 << 21, device="cpu")
         async with self.make_stager() as stager:
-            # A busy machine stops everything now and then; what holds the loop does so each time.
-            held = min([await longest_hold(lambda: stager.stage(source)) for _ in range(6)])
-        assert held < self.longest_hold, f"the event loop was kept from other tasks for {held:.3f} s"
+            await check_holds(lambda: stager.stage(source), self.longest_hold)
 
     async def test_one_moment_or_an_error(self) -> None:
         if not self.one_moment:

@@ -391,6 +391,7 @@ class Grower:
         kind = self.choices.below(8)
         lazy = isinstance(made, torch.nn.parameter.UninitializedTensorMixin)
         floating = made.dtype in (torch.float32, torch.float64) and not lazy and not made.is_inference()
+        floating = floating and not isinstance(made, OwnCopyTensor)
         if kind == 5 and floating and made.layout is torch.strided and not isinstance(made, Wrapper):
             if made.is_leaf and self.choices.below(2):
                 made.requires_grad_()
