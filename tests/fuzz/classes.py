@@ -89,6 +89,12 @@ class Reduced:
 class ReducedEx(Plain):
     """Is rebuilt from nothing, and given its state and items afterwards."""
 
+    @classmethod
+    def of(cls, value: Any) -> ReducedEx:
+        made = cls(value)
+        made.items = [value, 1]
+        return made
+
     def __init__(self, value: Any = None) -> None:
         super().__init__(value)
         self.items: list[Any] = []
@@ -97,7 +103,7 @@ class ReducedEx(Plain):
         self.items.append(item)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return ReducedEx, (), {"value": self.value}, iter([self.value, 1])
+        return ReducedEx, (), {"value": self.value}, iter(self.items)
 
 
 class Stateful:
@@ -272,7 +278,7 @@ HOLDERS: list[Any] = [
     Slotted,
     SlottedAndMore,
     Reduced,
-    ReducedEx,
+    ReducedEx.of,
     Stateful,
     StateAsTuple,
     NewArguments,

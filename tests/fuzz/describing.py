@@ -156,6 +156,8 @@ class _Describing:
         self.attributes(item, path)
 
     def attributes(self, item: Any, path: str, without: tuple[str, ...] = ()) -> None:
+        if self.as_source:
+            without += ("generation", "total")
         held = {name: value for name, value in getattr(item, "__dict__", {}).items() if name not in without}
         self.note(path, "attributes", tuple(held))
         for name, value in list(held.items()):
@@ -181,7 +183,7 @@ class _Describing:
 
     def tensor(self, tensor: torch.Tensor, path: str) -> None:
         bare = self.bare and isinstance(tensor, torch.nn.Parameter)
-        without: tuple[str, ...] = ("generation",) if self.as_source else ()
+        without: tuple[str, ...] = ()
         if isinstance(tensor, Wrapper):
             self.note(path, tensor.dtype, tuple(tensor.shape), tensor.requires_grad)
             without = ("left", "right")

@@ -159,6 +159,15 @@ def failing(values: Sequence[int], options: StagingOptions) -> str | None:
     return asyncio.run(run())
 
 
+def _kind(error: str | None) -> str | None:
+    """Return what errors of one kind have in common."""
+    return error and re.sub(r"(tree|state_dict)\S*|[\d.]+", "", error)[:60]
+
+
+def _fails_alike(values: Sequence[int], *, options: StagingOptions, kind: str | None) -> bool:
+    return _kind(failing(values, options)) == kind
+
+
 def explain(seed: int) -> str:
     """Return the smallest tree found that fails as that of a seed does."""
     for options in PROFILES:
@@ -168,10 +177,11 @@ def explain(seed: int) -> str:
         error = failing(choices.taken, options)
         if error is None:
             continue
-        small = shrink(choices.taken, partial(failing, options=options))
+        small = shrink(choices.taken, partial(_fails_alike, options=options, kind=_kind(error)))
         with torch.no_grad():
             tree = Grower(Choices(values=small)).tree()
-        return f"{options}\nchoices {small}\n{failing(small, options)}\n{tree}"
+        facts = "\n".join(f"{path}: {str(fact)[:100]}" for path, fact in describe(tree).facts)
+        return f"{options}\nchoices {small}\n{facts}\n{failing(small, options)}"
     return "does not fail alone"
 
 

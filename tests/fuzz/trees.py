@@ -76,6 +76,7 @@ class Grower:
         self.bases: list[torch.Tensor] = []
         self.arrays: list[numpy.ndarray[Any, Any]] = []
         self.open: list[Any] = []
+        self.given: list[torch.Tensor] = []
 
     def tree(self) -> Any:
         """Return a new tree."""
@@ -305,7 +306,10 @@ class Grower:
         base = self.base()
         size, kind = base.numel(), self.choices.below(12)
         if size < 4 or kind == 0:
-            return base if self.choices.below(2) else base[:]
+            # Each once, so that it cannot become an attribute of its own.
+            met = any(base is tensor for tensor in self.given)
+            self.given.append(base)
+            return base[:] if met else base
         start = self.choices.below(size)
         stop = start + self.choices.below(size - start + 1)
         if kind < 5:
