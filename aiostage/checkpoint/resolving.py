@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import anyio
 
+from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.checkpoint.retention import mark_of, removed_of, step_of
@@ -19,6 +21,9 @@ from aiostage.storage.manifest import MAX_MANIFEST_BYTES, Manifest, read_manifes
 from aiostage.storage.placement import Piece, PlacedFile, Placement
 
 __all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
+
+_OPEN_OTHERS = 8
+"""Checkpoints that one refers to and that stay open while it is read; a run may have thousands."""
 
 _REMOVED = "it was removed; what is left of it lies there for others that refer to it."
 
@@ -38,6 +43,7 @@ class ResolvingReader(Reader):
         self._name = name
         self._reader = reader
         self._others: dict[str, Reader] = {}
+        self._users: Counter[str] = Counter()
         self._opening = anyio.Lock()
         self._refuses_removed = refuses_removed
         self._placement: Placement | None = None
@@ -178,18 +184,31 @@ class ResolvingReader(Reader):
             await self._reader.read(piece.file, piece.offset, into)
             return
         try:
-            reader = await self._other(piece.source)
-            await reader.read(piece.file, piece.offset, into)
+            async with self._other(piece.source) as reader:
+                await reader.read(piece.file, piece.offset, into)
         except CheckpointNotFoundError as error:
             raise CheckpointCorruptError(
                 f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
             ) from error
 
-    async def _other(self, name: str) -> Reader:
+    @asynccontextmanager
+    async def _other(self, name: str) -> AsyncGenerator[Reader, None]:
+        """Lend the reader of another checkpoint, of which only a few stay open."""
         async with self._opening:
-            if name not in self._others:
-                self._others[name] = await self._storage.read(name)
-            return self._others[name]
+            reader = self._others.pop(name, None) or await self._storage.read(name)
+            # At the end, as the one that was used last.
+            self._others[name] = reader
+            self._users[name] += 1
+        try:
+            yield reader
+        finally:
+            self._users[name] -= 1
+        # After an error all are closed soon, with this.
+        while len(self._others) > _OPEN_OTHERS:
+            idle = next((other for other in self._others if not self._users[other]), None)
+            if idle is None:
+                break
+            await finish(self._others.pop(idle).aclose)
 
 
 async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:

@@ -36,6 +36,9 @@ _IO_THREADS = 2
 _PARTS_AT_ONCE = _IO_THREADS + 1
 """One waits, so that no thread ever does."""
 
+_OPEN_FILES = 16
+"""Of one checkpoint that is read. Processes may have 1,024 in all, and a checkpoint may have more."""
+
 _DIRECT_FROM = 1 << 20
 """Smaller files go through the page cache: direct I/O saves nothing there."""
 
@@ -318,7 +321,9 @@ class LocalReader(Reader):
         self._directory: Descriptor | None = directory
         self._path = path
         self._workers = workers
+        # The latest used ones, in the order of their use.
         self._files: dict[str, InputFile] = {}
+        self._opening = Lock()
 
     @property
     def location(self) -> str:
@@ -366,20 +371,27 @@ class LocalReader(Reader):
             self._file(name).read(into, offset)
 
     def _file(self, name: str) -> InputFile:
-        """Open a file, once. Several threads may do so at the same time; then one of the two is dropped."""
-        file = self._files.get(name)
-        if file is None:
-            path = os.path.join(self._path, name)
-            directory = self._directory
-            if directory is None:
-                raise CheckpointError("the reader is closed.", path=path, remedy="Read before aclose().")
-            try:
-                file = InputFile(directory, name, path=path)
-            except CheckpointCorruptError:
-                if is_current(directory, self._path):
-                    raise
-                raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
+        """Open a file, unless it is open. Several threads may do so at once; then one of the two is dropped."""
+        with self._opening:
+            file = self._files.pop(name, None)
+            if file is not None:
+                self._files[name] = file
+                return file
+        path = os.path.join(self._path, name)
+        directory = self._directory
+        if directory is None:
+            raise CheckpointError("the reader is closed.", path=path, remedy="Read before aclose().")
+        try:
+            file = InputFile(directory, name, path=path)
+        except CheckpointCorruptError:
+            if is_current(directory, self._path):
+                raise
+            raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
+        with self._opening:
             file = self._files.setdefault(name, file)
+            while len(self._files) > _OPEN_FILES:
+                # Closed once the steps that read it have ended.
+                del self._files[next(iter(self._files))]
         return file
 
 
