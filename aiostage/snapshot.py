@@ -32,6 +32,7 @@ class Snapshot(Generic[T]):
     def __init__(self, resources: Resources, source: T, *, streamed: bool = False) -> None:
         self._staging = Staging(resources, source, streamed=streamed)
         self._completing = anyio.Lock()
+        self._waiting = 0
         self._tree: T | None = None
         self._state = "new"
         self._failure: BaseException | None = None
@@ -257,19 +258,29 @@ class Snapshot(Generic[T]):
     async def _complete(self) -> None:
         if self._state == "captured":
             return
-        async with self._completing:
-            if self._state == "captured":
-                return
-            self._check_entered()
-            try:
-                self._tree = await self._staging.complete()
-            except Exception as error:
-                self._failure = error
-                raise
-            except BaseException:
+        self._waiting += 1
+        try:
+            async with self._completing:
+                await self._complete_alone()
+        except BaseException as error:
+            # A waiter that is cancelled leaves the rest to the others; the last one abandons the staging.
+            if not isinstance(error, Exception) and self._waiting == 1 and self._state == "entered":
                 self._state = "left"
-                raise
-            self._state = "captured"
+                await self._staging.abandon(error)
+            raise
+        finally:
+            self._waiting -= 1
+
+    async def _complete_alone(self) -> None:
+        if self._state == "captured":
+            return
+        self._check_entered()
+        try:
+            self._tree = await self._staging.complete(resumable=True)
+        except Exception as error:
+            self._failure = error
+            raise
+        self._state = "captured"
 
 
 def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:

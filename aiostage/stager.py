@@ -186,11 +186,14 @@ class AsyncStager(CheckpointStager):
         resources = self._resources
         resources.closing.close()
         resources.pool.close()
-        for staging in tuple(resources.running):
-            staging.job.cancel()
-        for staging in tuple(resources.running):
-            await finish(staging.job.settled)
-        resources.stop()
+        jobs = [staging.job for staging in tuple(resources.running)]
+        for job in jobs:
+            job.cancel()
+        try:
+            for job in jobs:
+                await finish(job.settled)
+        finally:
+            resources.stop()
 
 
 def _check_available(options: StagingOptions, backend: Backend) -> None:

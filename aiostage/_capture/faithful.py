@@ -14,7 +14,6 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from aiostage import _private
-from aiostage._loop.collection import untrack_all
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Path, format_path
 
@@ -172,8 +171,6 @@ class SpecTable:
         specs = list(map(table.__getitem__, keys))
         offsets = map(torch.Tensor.storage_offset, tensors)
         storages = list(map(torch.Tensor.untyped_storage, tensors))
-        # These objects live as long as the memory that they stand for, and the collector has no business with them.
-        untrack_all(storages)
         for spec, offset, nbytes in zip(specs, offsets, map(_storage_nbytes, storages), strict=True):
             if spec.nbytes and offset * spec.dtype.itemsize + spec.nbytes > nbytes:
                 return None

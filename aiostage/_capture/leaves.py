@@ -316,8 +316,6 @@ def _storages(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.UntypedStorag
             # Some have none: wrapper subclasses and sparse tensors.
             storages = [tensor.untyped_storage() if _private.has_storage(tensor) else None for tensor in tensors]
             return storages, [storage.nbytes() if storage is not None else 0 for storage in storages]
-    # These objects live as long as the memory that they stand for, and the collector has no business with them.
-    untrack_all(storages)
     return storages, list(map(_storage_nbytes, storages))
 
 

@@ -12,7 +12,6 @@ from aiostage import _private
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Leaves
 from aiostage._capture.plan import Block, Run
-from aiostage._loop.collection import untrack_all
 
 __all__ = ["build_block", "build_run", "finish_leaves", "of_class"]
 
@@ -54,14 +53,10 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
         if tensors[0].stride() != spec.stride:
             # NumPy has strides of its own for dimensions of size 1, by which a memory format is told.
             tensors = [tensor.as_strided(spec.shape, spec.stride) for tensor in tensors]
-        # A staged leaf refers to nothing but its memory, so no circle can go through it (unless somebody hangs an
-        # attribute on it that leads back).
-        untrack_all(tensors)
     elif not spec.shape and dtype is not None:
         size = spec.staged_nbytes
         scalars = (np.ndarray((), dtype, memory, start) for start in range(0, count * size, size))
         tensors = list(map(torch.from_numpy, scalars))
-        untrack_all(tensors)
     else:
         size = spec.staged_nbytes
         tensors = [

@@ -76,6 +76,7 @@ class Staging:
         self._outlining: anyio.Event | None = None
         self._outlined = self._retired = False
         self._reason: Exception | None = None
+        self._finishing: Generator[None, None, None] | None = None
         self._look = Look(resources, self.timings)
         self._looking = self._look.run(source)
         self._refused: BaseException | None = None
@@ -119,8 +120,12 @@ class Staging:
             await self.abandon(error)
             raise
 
-    async def complete(self) -> Any:
+    async def complete(self, *, resumable: bool = False) -> Any:
         """Wait for the copies, compare the source, and return the staged tree.
+
+        Args:
+            resumable: Leave the staging as it is when cancelled. Another call may then complete it; otherwise it has to
+                be abandoned.
 
         Raises:
             TornSnapshotError: If the source changed meanwhile.
@@ -131,7 +136,8 @@ class Staging:
         try:
             tree = await self._complete()
         except BaseException as error:
-            await self.abandon(error)
+            if not resumable or isinstance(error, Exception):
+                await self.abandon(error)
             raise
         self._retire()
         self._end(None)
@@ -145,14 +151,17 @@ class Staging:
         self.job.cancel()
         if self.landing.window is not None:
             self.landing.window.close()
-        # A coroutine that is being closed may not wait; what runs keeps its memory.
-        if not isinstance(error, GeneratorExit):
-            await finish(self.job.settled)
-        if self.landing.flights is not None:
-            self.landing.flights.abandon()
-        self._retire()
-        self.staged = []
-        self._end(error)
+        try:
+            # A coroutine that is being closed may not wait; what runs keeps its memory.
+            if not isinstance(error, GeneratorExit):
+                await finish(self.job.settled)
+        finally:
+            # A second cancellation is raised from that wait, once it is over.
+            if self.landing.flights is not None:
+                self.landing.flights.abandon()
+            self._retire()
+            self.staged = []
+            self._end(error)
 
     async def drop(self) -> None:
         """Let go of the staged leaves, in steps: destructors of 50,000 take 20 ms. When cancelled, all at once."""
@@ -178,7 +187,7 @@ class Staging:
             # Not a lock: it could not be let go of by a coroutine that is closed after its loop has gone.
             self._outlining = done = anyio.Event()
             try:
-                await self._rebuild()
+                await self._slices.run(self._rebuilding(), self.job)
                 self._outlined = True
             finally:
                 self._outlining = None
@@ -341,7 +350,10 @@ class Staging:
         resources = self._resources
         early = await self.outline()
         with Phase(self.timings, "copy"):
-            await self.job.join()
+            # Joining would end the job when this is cancelled, and another may go on here.
+            await self.job.settled()
+            if self.job.error is not None:
+                await self.job.join()
             for number, batch in enumerate(self._batches):
                 if batch.device is not None:
                     await self.landing.batch(number)
@@ -350,16 +362,11 @@ class Staging:
                 raise self._reason
             if self.job.cancelled:
                 raise StagingError("the staging was abandoned while somebody waited for it.")
-        with collector_paused():
-            if self._options.detect_torn:
-                with Phase(self.timings, "check"):
-                    await self._slices.run(self._look.changes.compare())
-            torn = dict.fromkeys(self._look.changes.paths) | dict.fromkeys(self._lost_paths())
-            if torn:
-                raise TornSnapshotError([format_path(path) for path in torn])
-            if not early:
-                await self._rebuild()
-            await self._slices.run(self._look.walk.releasing())
+        if self._finishing is None:
+            self._finishing = self._finish(rebuild=not early)
+        await self._slices.run(self._finishing, self.job, resumable=True)
+        if self._retired:
+            raise StagingError("the staging was abandoned while somebody waited for it.")
         counts = resources.counts
         counts.stagings += 1
         counts.leaves += len(self._look.specs)
@@ -369,6 +376,18 @@ class Staging:
             counts.copies += flight.copies
             counts.launches += flight.launches
         return self.tree
+
+    def _finish(self, *, rebuild: bool) -> Generator[None, None, None]:
+        """Compare the source with what was noted, and make the staged tree, in small steps."""
+        if self._options.detect_torn:
+            with Phase(self.timings, "check"):
+                yield from self._look.changes.compare()
+        torn = dict.fromkeys(self._look.changes.paths) | dict.fromkeys(self._lost_paths())
+        if torn:
+            raise TornSnapshotError([format_path(path) for path in torn])
+        if rebuild:
+            yield from self._rebuilding()
+        yield from self._look.walk.releasing()
 
     def _lost_paths(self) -> list[Path]:
         """Return where leaves are that could not be copied, because their memory had been replaced by then."""
@@ -380,12 +399,12 @@ class Staging:
             del self.staged[-_DROPPED_AT_ONCE:]
             yield
 
-    async def _rebuild(self) -> None:
+    def _rebuilding(self) -> Generator[None, None, None]:
         """Make the staged tree."""
         walk = self._look.walk
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
-            self.tree = await self._slices.run(walk.rebuild(self.staged), self.job)
+            self.tree = yield from walk.rebuild(self.staged)
 
     def _retire(self) -> None:
         """Let go of the source and of the lease; the staged tensors hold what they need."""
@@ -396,6 +415,9 @@ class Staging:
         self._retired = True
         self._lease = None
         self.tree = self.landing.flights = self._copies = self._refused = None
+        if self._finishing is not None:
+            self._finishing.close()
+            self._finishing = None
         self._looking.close()
         self._look.walk.release()
 

@@ -64,17 +64,18 @@ class Slices:
             _collection_pause.end()
         return False
 
-    async def run(self, work: Generator[None, None, T], beside: Job | None = None) -> T:
+    async def run(self, work: Generator[None, None, T], beside: Job | None = None, *, resumable: bool = False) -> T:
         """Run a generator to its end.
 
         Args:
             work: Yields between its indivisible steps.
             beside: What threads do meanwhile. They get the GIL now and then, and the slices are cut for that.
+            resumable: Leave the generator open when cancelled, for another call to go on with it.
 
         Returns:
             What the generator returns.
 
-        Cancellation is delivered between slices; the generator is then closed where it stands.
+        Cancellation is delivered between slices; the generator is then closed where it stands, unless resumable.
         """
         _collection_pause.begin()
         try:
@@ -88,7 +89,8 @@ class Slices:
                     return result
                 await self._turn(beside)
         finally:
-            work.close()
+            if not resumable:
+                work.close()
             # Python 3.13 leaves a generator that is closed before it has begun the arguments of its call, and the
             # traceback of a cancellation keeps this frame.
             del work

@@ -130,7 +130,10 @@ class Pool:
         self._lock = threading.Lock()
         # Finalizers run whenever the garbage collector likes, also in a thread that holds the lock just now. They
         # only ever put into this queue, whose put() is made to be re-entered, and wake a waiter.
-        self._returned: SimpleQueue[Arena | Request | None] = SimpleQueue()
+        self._returned: SimpleQueue[Arena | Request] = SimpleQueue()
+        # Wakes the thread that outlives the leases; False ends it. What has come back itself stays in the other queue
+        # until somebody takes it with the lock held: in between, it would be counted as leased.
+        self._ended: SimpleQueue[bool] = SimpleQueue()
         self._closings: set[Job] = set()
         self._outliving = False
 
@@ -191,6 +194,8 @@ class Pool:
             if isinstance(error, GeneratorExit):
                 # The garbage collector may be closing this coroutine inside the lock.
                 _nudge(self._ledger)
+                if self._ledger.closed:
+                    self._ended.put(True)
             else:
                 self._advance()
             raise
@@ -300,7 +305,7 @@ class Pool:
 
     def _lease(self, arena: Arena, nbytes: int) -> Lease:
         buffer = arena.exporter(nbytes)
-        finalizer = weakref.finalize(buffer, _end_lease, self._returned, self._ledger, arena)
+        finalizer = weakref.finalize(buffer, _end_lease, self._returned, self._ended, self._ledger, arena)
         finalizer.atexit = False
         return Lease(arena, buffer)
 
@@ -313,7 +318,7 @@ class Pool:
                 last, self._outliving = self._outliving, self._outliving and bool(self._ledger.leased)
                 over = last and not self._outliving
             if over:
-                self._returned.put(None)
+                self._ended.put(False)
             again = False
             for request in moves.answered:
                 if not request.wakeup.set():
@@ -327,10 +332,6 @@ class Pool:
             try:
                 item = self._returned.get_nowait()
             except Empty:
-                return
-            if item is None:
-                # Meant for the thread that outlives the leases.
-                self._returned.put(None)
                 return
             yield item
 
@@ -357,14 +358,15 @@ class Pool:
 
     def _outlive_leases(self) -> None:
         """Give arenas back as the leases of a closed pool end; runs in a thread of its own until the last has."""
-        while (item := self._returned.get()) is not None:
-            self._returned.put(item)
+        while self._ended.get():
             self._advance()
 
 
-def _end_lease(returned: SimpleQueue[Arena | Request | None], ledger: Ledger, arena: Arena) -> None:
+def _end_lease(returned: SimpleQueue[Arena | Request], ended: SimpleQueue[bool], ledger: Ledger, arena: Arena) -> None:
     """Take note that a lease has ended. Runs in a finalizer: in any thread, at any point, inside any lock."""
     returned.put(arena)
+    if ledger.closed:
+        ended.put(True)
     _nudge(ledger)
 
 

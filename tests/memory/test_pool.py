@@ -508,3 +508,27 @@ class TestTrio:
             await anyio.sleep(1000)
             assert len(caplog.messages) == 1
             holder.clear()
+
+
+@pytest.mark.asyncio
+async def test_a_lease_that_ended_after_closing_counts_no_more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(Workers(1, "test"))
+    lease = await pool.acquire(100, populate=False)
+    # As if the thread that outlives the leases were switched away from before it has done anything.
+    held = threading.Event()
+    advance = pool._advance
+
+    def held_back() -> None:
+        if threading.current_thread().name == "aiostage-leases":
+            held.wait(5)
+        advance()
+
+    monkeypatch.setattr(pool, "_advance", held_back)
+    pool.close()
+    del lease
+    try:
+        for _ in range(50):
+            assert pool.statistics().leases == 0
+            await asyncio.sleep(0.001)
+    finally:
+        held.set()

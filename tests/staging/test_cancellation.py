@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
-from aiostage import AsyncStager, StagingOptions
+from aiostage import AsyncStager, StagingError, StagingOptions
 from aiostage.testing import at_every_await
 from tests.staging.holding import copies_held, until
 
@@ -169,3 +170,64 @@ async def test_tasks_cancelled_at_random_moments() -> None:
         await asyncio.sleep(0)
         gc.collect()
         await everything_is_back(stager)
+
+
+@pytest.mark.asyncio
+async def test_cancelled_twice_and_more_while_leaves_are_built() -> None:
+    turns = 0
+    async with AsyncStager(StagingOptions(max_loop_hold=1e-9, max_host_bytes=20_000_000)) as stager:
+        gc.disable()
+        try:
+            for times in (2, 3, 5):
+                for turns in range(0, 240, 6):
+                    task = asyncio.ensure_future(stager.stage(SOURCE))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    for _ in range(times):
+                        task.cancel()
+                        await asyncio.sleep(0)
+                    with suppress(asyncio.CancelledError):
+                        await task
+                    del task
+                    assert not stager._resources.running, turns
+                    assert stager.statistics().leases == 0, turns
+        finally:
+            gc.enable()
+        await everything_is_back(stager)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("source", [SOURCE, {**SOURCE, "set": {1.5}}], ids=["plain", "general"])
+async def test_a_waiter_that_is_cancelled_leaves_the_snapshot_to_the_others(source: Any) -> None:
+    async with AsyncStager(EAGER) as stager:
+        for first in (True, False):
+            for turns in range(0, 120, 3):
+                async with stager.snapshot(source) as snapshot:
+                    waiters = [asyncio.ensure_future(snapshot.result()) for _ in range(3)]
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    waiters[0 if first else 1].cancel()
+                    results = await asyncio.gather(*waiters, return_exceptions=True)
+                    assert sum(isinstance(result, dict) for result in results) >= 2, (turns, results)
+                    assert float(results[2]["model"]["p7"][0]) == 7
+                    assert results[2]["step"] == 3
+                    del results, waiters
+        await everything_is_back(stager)
+
+
+@pytest.mark.asyncio
+async def test_the_last_waiter_that_is_cancelled_abandons_the_snapshot() -> None:
+    async with AsyncStager() as stager:
+        with copies_held(stager) as release:
+            async with stager.snapshot(SOURCE) as snapshot:
+                waiters = [asyncio.ensure_future(snapshot.captured()) for _ in range(3)]
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                for waiter in waiters:
+                    waiter.cancel()
+                release.set()
+                results = await asyncio.gather(*waiters, return_exceptions=True)
+                assert all(isinstance(result, asyncio.CancelledError) for result in results)
+                assert not stager._resources.running
+                with pytest.raises(StagingError, match="abandoned"):
+                    await snapshot.captured()

@@ -114,3 +114,21 @@ async def test_an_error_that_is_kept_keeps_no_memory() -> None:
                 kept.append(caught.value)
                 assert stager.statistics().leases == 0
         assert kept
+
+
+@pytest.mark.asyncio
+async def test_staged_tensors_in_circles_are_collected() -> None:
+    marked = torch.ones(3)
+    marked.back = [marked]  # type: ignore[attr-defined]
+    source = {"a": torch.ones(3), "s": torch.tensor(1.0), "p": torch.nn.Parameter(torch.ones(2)), "marked": marked}
+    async with AsyncStager(StagingOptions(max_host_bytes=4096)) as stager:
+        for _ in range(3):
+            staged = await stager.stage(source)
+            assert staged["marked"].back[0] is staged["marked"]  # type: ignore[attr-defined]
+            for name in ("a", "s", "p"):
+                staged[name].owner = staged
+            assert all(gc.is_tracked(tensor) for tensor in staged.values())
+            del staged
+            gc.collect()
+            assert stager.statistics().leases == 0
+        assert gc.is_tracked(source["a"].untyped_storage())
