@@ -483,7 +483,9 @@ class Walk:
 
     def _find_tensors(self, node: GivenNode) -> None:
         """Note the tensors inside an object that copies itself, so that its code gets their staged copies."""
-        found = self._within[id(node)] = [tensor for tensor in tensors_within(node.source) if tensor is not node.source]
+        found = self._within[id(node)] = [
+            tensor for tensor in tensors_within(node.source) if not _copies_itself(tensor, type(tensor))
+        ]
         known = self.leaves.positions
         exhausted(self.leaves.index())
         new = [tensor for tensor in found if id(tensor) not in known]
@@ -566,8 +568,9 @@ def _copies_itself(tensor: torch.Tensor, kind: type) -> bool:
 
 def _memory_of(tensor: torch.Tensor) -> object:
     """Return what two tensors have in common exactly when they share a storage."""
-    if _private.has_storage(tensor):
-        return _private.storage_identity(tensor.untyped_storage())
+    with _private.without_torch_function():
+        if _private.has_storage(tensor):
+            return _private.storage_identity(tensor.untyped_storage())
     return id(tensor)
 
 
