@@ -306,3 +306,42 @@ async def test_an_unflatten_that_fails_is_told(tmp_path: Path) -> None:
     await write_checkpoint([Odd()], tmp_path / "checkpoint")
     with pytest.raises(aiostage.CheckpointError, match=r"Odd could not be made again: KeyError: 'gone'"):
         await aiostage.load(tmp_path / "checkpoint")
+
+
+class Packed:
+    """A class whose flatten function looks at the values of its tensors."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+
+def pack(packed: Packed) -> tuple[list[Any], Any]:
+    return [torch.cat([tensor + 1 for tensor in packed.tensors.values()])], list(packed.tensors)
+
+
+register(Packed, pack, lambda children, names: (children[0], names))
+
+
+@pytest.mark.asyncio
+async def test_functions_see_values_and_not_memory_that_is_being_filled(tmp_path: Path) -> None:
+    for step in range(5):
+        tensors = {str(number): torch.full((1 << 20,), float(number + step)) for number in range(8)}
+        state = {"before": torch.full((4 << 20,), float(step)), "packed": Packed(tensors)}
+        expected = pack(state["packed"])[0][0]  # type: ignore[arg-type]
+        await aiostage.save(state, tmp_path / f"saved-{step}")
+        async with aiostage.Checkpointer(tmp_path / "run") as checkpoints:
+            await checkpoints.save(step, state)
+        for place in (tmp_path / f"saved-{step}", tmp_path / "run" / f"step-{step:08}"):
+            data, names = (await aiostage.load(place))["packed"]
+            assert torch.equal(data, expected)
+            assert names == list(tensors)
+
+
+@pytest.mark.asyncio
+async def test_functions_need_room_for_all_that_they_look_at(tmp_path: Path) -> None:
+    state = {"packed": Packed({str(number): torch.full((1 << 20,), float(number)) for number in range(4)})}
+    async with aiostage.AsyncStager(aiostage.StagingOptions(max_host_bytes=24 << 20)) as stager:
+        with pytest.raises(aiostage.HostMemoryError, match="Raise max_host_bytes"):
+            await aiostage.save(state, tmp_path / "checkpoint", stager=stager)
+    async with aiostage.AsyncStager() as stager:
+        await aiostage.save(state, tmp_path / "checkpoint", stager=stager)
