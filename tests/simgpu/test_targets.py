@@ -10,6 +10,7 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointMismatchError
+from aiostage._device import TorchBackend
 from aiostage.checkpoint.save import write_checkpoint
 
 pytestmark = pytest.mark.asyncio
@@ -146,3 +147,15 @@ async def test_a_staged_view_is_not_written_to(name: str) -> None:
             torch.simgpu.drain()  # type: ignore[attr-defined]
             assert live.cpu().tolist() == [7 + 7j] * 5000, round
             live.fill_(1 + 1j)
+
+
+@pytest.mark.parametrize("name", ["conj", "neg"])
+async def test_telling_the_allocator_of_a_view_enqueues_nothing(name: str) -> None:
+    """It would be the old values, copied back over what the trainer writes meanwhile."""
+    live = torch.full((5000,), 1 + 1j, device="simgpu:0")
+    leaf = live.conj() if name == "conj" else live.conj().imag
+    before, version = torch.simgpu.stats(), live._version  # type: ignore[attr-defined]
+    TorchBackend().keep(leaf, torch.Stream("simgpu:0"))
+    after = torch.simgpu.stats()  # type: ignore[attr-defined]
+    assert (after["copies"], after["kernels"]) == (before["copies"], before["kernels"])
+    assert live._version == version
