@@ -146,7 +146,16 @@ class StorageWriter(torch_storage.StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[torch_storage.WriteResult]]:
-        """Write this rank's file."""
+        """Write this rank's file.
+
+        Raises:
+            ValueError: If this rank saves another checkpoint than the coordinator.
+        """
+        if plan.storage_data.name != self._name:
+            raise ValueError(
+                f"this rank saves {self._name!r}, the coordinator {plan.storage_data.name!r}; "
+                "all ranks have to save the same checkpoint"
+            )
         written: Future[list[torch_storage.WriteResult]] = Future()
         written.set_result(self._loop().run(self._write(plan.storage_data, plan.items, planner)))
         return written

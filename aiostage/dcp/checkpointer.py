@@ -1,0 +1,435 @@
+"""The checkpoints of a run of many ranks: saved beside the training, found again, and removed by age."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import anyio
+import torch.distributed as dist
+from anyio.abc import TaskGroup
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+
+from aiostage._loop.workers import Workers
+from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.preemption import catchable, set_by_signals
+from aiostage.checkpoint.retention import name_of, step_of, surplus
+from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
+from aiostage.dcp.saver import Saving, start_save
+from aiostage.dcp.storage import StorageReader, StorageWriter
+from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.stager import AsyncStager, check_stager
+from aiostage.storage.locate import Root, storage_at
+
+__all__ = ["Checkpointer", "SaveHandle"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("aiostage")
+
+_numbers: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
+"""How many checkpointers each process group has had, by which the ranks tell them apart in their store."""
+
+
+class SaveHandle:
+    """A captured checkpoint of many ranks on its way into its storage. Made by :meth:`Checkpointer.save`."""
+
+    def __init__(self, step: int, saving: Saving) -> None:
+        self.step = step
+        self._saving = saving
+        self._ended = anyio.Event()
+        self.error: Exception | None = None
+        self.was_asked = False
+
+    def done(self) -> bool:
+        """Return whether it is committed, or has failed."""
+        return self._ended.is_set()
+
+    async def committed(self) -> Metadata:
+        """Wait until the checkpoint is complete in its storage, on all ranks.
+
+        Returns:
+            DCP's metadata of the checkpoint.
+
+        Raises:
+            RankFailedError: If any rank failed.
+
+        Cancelling changes nothing.
+        """
+        self.was_asked = True
+        return await self._saving.committed()
+
+    async def finish(self) -> bool:
+        """Wait until it has ended, and return whether it is committed."""
+        try:
+            await self._saving.committed()
+        except Exception as error:
+            self.error = error
+        finally:
+            self._ended.set()
+        return self.error is None
+
+
+@dataclass
+class _Block:
+    """What there is between entering and leaving."""
+
+    stager: CheckpointStager
+    group: TaskGroup
+    slots: anyio.Semaphore
+    exit: AsyncExitStack
+    is_open: bool = True
+
+
+class Checkpointer:
+    """Saves the checkpoints of a run of many ranks with DCP, and finds them again.
+
+    Every rank makes one with the same arguments, enters it, and makes the same calls in the same order, like the
+    functions of :mod:`aiostage.dcp`. A checkpoint appears whole or not at all. Leaving waits for the saves under way;
+    when cancelled they go on by themselves.
+
+    Args:
+        root: Where the checkpoints lie, each below it under a name like ``step-00000100``: as for
+            :class:`~aiostage.dcp.StorageWriter`. All ranks need to reach it.
+        stager: Takes the copies. None: one is made for the block.
+        keep: How many of the last checkpoints to keep; older ones are removed after each commit. None: all.
+        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        max_in_flight: How many saves may be under way at once. Each holds its staged copy.
+        process_group: Whose ranks save together; None for all.
+        no_dist: This process saves alone, as it does if there are no process groups.
+        timeout: Seconds to wait for other ranks, as for :func:`~aiostage.dcp.save`.
+        save_on_signals: Signals, say ``signal.SIGTERM``, that :meth:`should_stop` tells of instead of ending the
+            process. One rank that receives one is enough.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the storage does not let several processes write.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        stager: CheckpointStager | None = None,
+        *,
+        keep: int | None = None,
+        keep_also: Callable[[int], bool] | None = None,
+        max_in_flight: int = 1,
+        process_group: Any = None,
+        no_dist: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+        save_on_signals: Sequence[signal.Signals] = (),
+    ) -> None:
+        for name, number in (("keep", 1 if keep is None else keep), ("max_in_flight", max_in_flight)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name} must be a whole number, not {number!r}")
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number!r}")
+        if keep_also is not None and keep is None:
+            raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        check_stager(stager)
+        self._storage = storage_at(root)
+        self._root = root
+        StorageWriter(root)  # refuses what several processes cannot write
+        self._stager = stager
+        self._keep = keep
+        self._keep_also = keep_also
+        self._max_in_flight = max_in_flight
+        self._signals = catchable(save_on_signals)
+        self._alone = no_dist or not dist.is_available() or not dist.is_initialized()
+        self._parent: Any = None
+        if not self._alone:
+            self._parent = process_group if process_group is not None else dist.group.WORLD
+        self._is_first = self._alone or dist.get_rank(self._parent) == 0
+        self._call: Callable[[Any], Call[Any]] = partial(call_for, process_group, no_dist=no_dist, timeout=timeout)
+        self._options = {"process_group": process_group, "no_dist": no_dist, "timeout": timeout}
+        self._number = 0 if self._alone else next(_numbers.setdefault(self._parent, count()))
+        self._store: Any = None
+        self._workers = Workers(1, "aiostage-dcp-stop")
+        self._preempted = anyio.Event()
+        self._newest: int | None = None
+        self._handles: list[SaveHandle] = []
+        self._block: _Block | None = None
+
+    def __repr__(self) -> str:
+        return f"<dcp.Checkpointer {self._storage!r}, {sum(not each.done() for each in self._handles)} in flight>"
+
+    @property
+    def preempted(self) -> anyio.Event:
+        """Set on this rank when its process has to end soon, by one of ``save_on_signals`` or by you."""
+        return self._preempted
+
+    async def should_stop(self, step: int) -> bool:
+        """Return whether the training is to stop after this step, the same on all ranks.
+
+        Call it after every step, with its number. When any rank is preempted, all are told so after the step that
+        follows: then save, and leave the loop. It asks the store by which the ranks met, in a thread, which is a small
+        message; no collective waits. Ranks must not be more than one step apart, as they are not where each step
+        reads a value that all have computed, such as the loss. Otherwise they may stop at different steps; saving then
+        fails on all of them.
+
+        Args:
+            step: Which has been done.
+
+        Raises:
+            OSError: If the store does not answer.
+        """
+        if self._alone:
+            await anyio.lowlevel.checkpoint()
+            return self._preempted.is_set()
+        return await self._workers.run(partial(self._ask, step, self._preempted.is_set()))
+
+    def _ask(self, step: int, preempted: bool) -> bool:
+        key = f"aiostage/stop/{self._number}"
+        try:
+            if self._store is None:
+                # A connection of its own: others wait in the parent's.
+                self._store = self._parent.get_group_store().clone()
+            if preempted:
+                self._store.compare_set(key, "", str(step + 1))
+            if not self._store.check([key]):
+                return False
+            return step >= int(self._store.get(key))
+        except RuntimeError as error:
+            raise OSError(f"the store by which the ranks met does not answer: {error}") from error
+
+    def save(
+        self, step: int, state_dict: Mapping[str, Any], *, planner: SavePlanner | None = None
+    ) -> Coroutine[Any, Any, SaveHandle]:
+        """Return a coroutine that returns once this rank's part of a checkpoint is captured.
+
+        A plain function: the caller's moment is that of the call. The rest happens in the background.
+
+        Args:
+            step: Which one, from 0, the same on all ranks. There must be no checkpoint of it.
+            state_dict: As for :func:`~aiostage.dcp.save`.
+            planner: DCP's; None is DCP's default.
+
+        Returns:
+            A coroutine, which waits for its turn if ``max_in_flight`` saves are under way; then for the copy. It
+            returns a handle on the rest.
+
+        Raises:
+            CheckpointError: If the block was not entered, or was left.
+            The errors of :meth:`Saving.captured`.
+            ValueError: If the step is below 0.
+
+        That there is a checkpoint of this step already, the handle says.
+        """
+        block, name = self._entered(), name_of(_checked(step))
+        writer = StorageWriter(self._root)
+        saving = start_save(
+            state_dict,
+            checkpoint_id=name,
+            storage_writer=writer,
+            planner=planner,
+            stager=block.stager,
+            **self._options,
+        )
+        return self._capture(block, SaveHandle(step, saving), saving)
+
+    async def _capture(self, block: _Block, handle: SaveHandle, saving: Saving) -> SaveHandle:
+        await block.slots.acquire()
+        try:
+            self._entered()
+            await saving.captured()
+            self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
+            self._handles.append(handle)
+            block.group.start_soon(self._finish, block, handle, name=f"save step {handle.step}")
+        except BaseException:
+            block.slots.release()
+            raise
+        return handle
+
+    async def _finish(self, block: _Block, handle: SaveHandle) -> None:
+        try:
+            if await handle.finish():
+                self._newest = handle.step
+                if self._is_first and self._keep is not None:
+                    await self._remove_surplus()
+        finally:
+            block.slots.release()
+
+    async def _remove_surplus(self) -> None:
+        """Remove old checkpoints, on the first rank. Where that fails it is tried again after the next save."""
+        try:
+            old = surplus(await self.steps(), keep=self._keep, keep_also=self._keep_also, newest=self._newest)
+            for step in old:
+                await self._storage.delete(name_of(step))
+        except Exception as error:
+            _log.warning("old checkpoints could not be removed: %s: %s", type(error).__name__, error)
+
+    async def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints, in ascending order, as this rank sees them now.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return sorted(step for name in await self._storage.list() if (step := step_of(name)) is not None)
+
+    def latest(self) -> Coroutine[Any, Any, int | None]:
+        """Return a coroutine that returns the highest step that there is a checkpoint of, or None.
+
+        The first rank looks, and all return what it has found. Earlier saves and loads of the ranks come first.
+
+        Raises:
+            RankFailedError: If any rank failed.
+            OSError: On the first rank, if the storage refuses.
+        """
+        return self._from_first(self._call({}), self._latest, lambda step, group: step)
+
+    def restore(
+        self, into: dict[str, Any], step: int | None = None, *, planner: LoadPlanner | None = None
+    ) -> Coroutine[Any, Any, int]:
+        """Return a coroutine that loads a checkpoint into a state dict, in place, together with the other ranks.
+
+        Args:
+            into: As for :func:`~aiostage.dcp.load`: each rank reads what it needs.
+            step: Which one, the same on all ranks. None: the latest that the first rank sees.
+            planner: DCP's; None is DCP's default.
+
+        Returns:
+            A coroutine that returns the step that was loaded.
+
+        Raises:
+            CheckpointNotFoundError: If there is no checkpoint at all.
+            RankFailedError: If any rank failed, also because there is no checkpoint of the step.
+            ValueError: If the step is below 0.
+        """
+        reader = StorageReader(self._root)
+        if step is not None:
+            _checked(step)
+
+        async def choose() -> int | None:
+            return step if step is not None else await self._latest()
+
+        def read(chosen: int | None, group: Any) -> int | None:
+            if chosen is not None:
+                torch_load(
+                    into,
+                    checkpoint_id=name_of(chosen),
+                    storage_reader=reader,
+                    planner=planner,
+                    process_group=group,
+                    no_dist=group is None,
+                )
+            return chosen
+
+        call = self._call(into)
+        return self._restored(call, self._from_first(call, choose, read))
+
+    async def _restored(self, call: Call[int | None], loading: Coroutine[Any, Any, int | None]) -> int:
+        try:
+            step = await loading
+        finally:
+            # As in load().
+            call.caller.order_current_stream_after()
+        if step is None:
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint of a run there, of a name like {name_of(0)}.",
+                path=self._storage.location,
+                remedy="Save one first; `await latest()` is None until then.",
+            )
+        return step
+
+    async def _latest(self) -> int | None:
+        return max(await self.steps(), default=None)
+
+    async def _from_first(self, call: Call[T], find: Callable[[], Awaitable[Any]], act: Callable[[Any, Any], T]) -> T:
+        """Have the first rank find something out, and all act on it."""
+
+        async def ready() -> None:
+            found = None
+            if self._is_first:
+                try:
+                    found = await find()
+                except Exception as error:
+                    await call.refuse(f"{type(error).__name__}: {error}")
+                    raise
+            call.hand_over(lambda: lambda group: act(_broadcast(found, group), group))
+
+        return await call.complete(ready)
+
+    async def __aenter__(self) -> Checkpointer:
+        """Begin to listen for signals; the first rank removes what writers that died have left behind.
+
+        Raises:
+            CheckpointError: If it was entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+        """
+        if self._block is not None:
+            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        if self._is_first:
+            await self._storage.sweep()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
+            stager = self._stager
+            if stager is None:
+                stager = await stack.enter_async_context(AsyncStager())
+            group = await stack.enter_async_context(anyio.create_task_group())
+            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), stack.pop_all())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the saves under way. Take no more.
+
+        Raises:
+            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+
+        An error of the block goes first; what the saves have failed of is then in its notes.
+        """
+        block = self._entered()
+        block.is_open = False
+        self._workers.stop()
+        if error is not None and not isinstance(error, (Exception, SystemExit)):
+            block.group.cancel_scope.cancel()
+        if isinstance(error, GeneratorExit):
+            # A coroutine that is being closed may not wait.
+            return
+        await block.exit.__aexit__(None, None, None)
+        failures = [each.error for each in self._handles if each.error is not None and not each.was_asked]
+        self._handles.clear()
+        if error is not None:
+            for failure in failures:
+                error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
+        elif len(failures) == 1:
+            raise failures[0]
+        elif failures:
+            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+
+    def _entered(self) -> _Block:
+        if self._block is None or not self._block.is_open:
+            raise CheckpointError(
+                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
+                remedy="Save inside its `async with` block.",
+            )
+        return self._block
+
+
+def _checked(step: object) -> int:
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"a step must be a whole number, not {step!r}")
+    if step < 0:
+        raise ValueError(f"a step is a whole number from 0, not {step}")
+    return step
+
+
+def _broadcast(found: Any, group: Any) -> Any:
+    """Return what the first rank has found."""
+    if group is None:
+        return found
+    box = [found]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
