@@ -153,8 +153,8 @@ class StorageWriter(torch_storage.StorageWriter):
         """
         if plan.storage_data.name != self._name:
             raise ValueError(
-                f"this rank saves {self._name!r} by a plan for {plan.storage_data.name!r}: either it has followed a cached "
-                "plan (use a planner with enable_plan_caching=False), or the ranks save different checkpoints"
+                f"this rank saves {self._name!r} by a plan for {plan.storage_data.name!r}: either it has followed "
+                "a cached plan (use a planner with enable_plan_caching=False), or the ranks save different checkpoints"
             )
         written: Future[list[torch_storage.WriteResult]] = Future()
         written.set_result(self._loop().run(self._write(plan.storage_data, plan.items, planner)))
