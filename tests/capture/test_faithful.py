@@ -49,7 +49,11 @@ def bytes_of(tensor: torch.Tensor) -> list[int]:
     return storage[start:].tolist()
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings(
+    "ignore:ComplexHalf support is experimental",
+    "ignore:BComplex32 support is experimental",
+    "ignore:torch.quantize_per_tensor",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_that_can_be_made(dtype: torch.dtype) -> None:
     source = torch.empty(12, dtype=dtype)

@@ -1,0 +1,167 @@
+"""What a system may lack, and what is done without it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiostage import _platform
+from tests.patience import seconds
+
+ROOT = Path(__file__).parent.parent
+
+ON_A_BARE_SYSTEM = [
+    "tests/memory/test_shared.py",
+    "tests/memory/test_pool.py::TestLeases",
+    "tests/staging/test_sharing.py",
+    "tests/storage/test_local.py",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_all_works_where_linux_calls_are_missing() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.bare_system", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *ON_A_BARE_SYSTEM], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(200)
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_they_are_missing_there() -> None:
+    program = """
+import os, tests.bare_system
+from aiostage import _platform as p
+assert not p.HAS_TIMERS and p.open_timer() == -1
+assert p._renameat2 is None and p._sched_yield is None and p._madvise is None and p._usleep is None
+assert not p.rename("absent", "absent too", exchange=True)
+assert not p.set_direct(0, True)
+p.yield_core(), p.let_threads_run(), p.discard(0, 0)
+number = p.memory_file("name")
+os.ftruncate(number, 3 * p.PAGE_BYTES)
+os.pwrite(number, b"kept", p.PAGE_BYTES)
+p.reserve_memory(number, 0, 3 * p.PAGE_BYTES)
+assert os.fstat(number).st_blocks * 512 >= 3 * p.PAGE_BYTES
+assert os.pread(number, 4, p.PAGE_BYTES) == b"kept"
+into = bytearray(4)
+assert p.read_into(number, memoryview(into), p.PAGE_BYTES) == 4 and into == b"kept"
+assert p.read_into(number, memoryview(into), 3 * p.PAGE_BYTES) == 0
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, timeout=seconds(20))
+
+
+def test_windows_is_refused_in_one_sentence() -> None:
+    program = "import torch, numpy, anyio, xxhash, asyncio, ctypes, sys; sys.platform = 'win32'; import aiostage"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(20)
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: aiostage does not support Windows")
+
+
+class TestMacos:
+    """Its calls, seen from Linux: that they are made, with its numbers for its flags."""
+
+    def test_renamex_np(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[tuple[bytes, bytes, int]] = []
+        answer = 0
+
+        def renamex_np(old: bytes, new: bytes, flags: int) -> int:
+            calls.append((old, new, flags))
+            return answer
+
+        monkeypatch.setattr(_platform, "_renameat2", None)
+        monkeypatch.setattr(_platform, "_renamex_np", renamex_np)
+        assert _platform.rename("a", "b", exchange=True)
+        assert _platform.rename("a", "b", exchange=False)
+        # RENAME_SWAP and RENAME_EXCL of <sys/stdio.h>.
+        assert calls == [(b"a", b"b", 2), (b"a", b"b", 4)]
+        answer = -1
+        ctypes.set_errno(errno.ENOTSUP)
+        assert not _platform.rename("a", "b", exchange=True)
+        ctypes.set_errno(errno.EEXIST)
+        with pytest.raises(FileExistsError):
+            _platform.rename("a", "b", exchange=False)
+
+    @pytest.mark.parametrize("number", [None, errno.ENOTSUP, errno.EIO])
+    def test_full_fsync(self, number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[Any] = []
+
+        def ask(descriptor: int, command: int) -> int:
+            calls.append(command)
+            if number is not None:
+                raise OSError(number, os.strerror(number))
+            return 0
+
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+        monkeypatch.setattr(fcntl, "fcntl", ask)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+        if number == errno.EIO:
+            with pytest.raises(OSError, match="Input/output error"):
+                _platform.sync(0)
+        else:
+            _platform.sync(0)
+        assert calls == ([51, "fsync"] if number == errno.ENOTSUP else [51])
+
+
+class TestMemoryLimit:
+    def test_no_control_groups(self, tmp_path: Path) -> None:
+        assert _platform.memory_limit(tmp_path) is None
+
+    def write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def test_the_tightest_of_a_group_and_those_around_it(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "proc/self/cgroup", "0::/pods/mine\n")
+        self.write(tmp_path / "sys/fs/cgroup/pods/mine/memory.max", "max\n")
+        assert _platform.memory_limit(tmp_path) is None
+        self.write(tmp_path / "sys/fs/cgroup/pods/memory.max", "4096\n")
+        assert _platform.memory_limit(tmp_path) == 4096
+        self.write(tmp_path / "sys/fs/cgroup/pods/mine/memory.max", "8192\n")
+        assert _platform.memory_limit(tmp_path) == 4096
+
+    def test_seen_from_a_container(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "proc/self/cgroup", "4:cpu,memory:/docker/abc\n0::/\n")
+        self.write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+        assert _platform.memory_limit(tmp_path) is None
+        self.write(tmp_path / "sys/fs/cgroup/memory.max", "1000\n")
+        assert _platform.memory_limit(tmp_path) == 1000
+        self.write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "500\n")
+        assert _platform.memory_limit(tmp_path) == 500
+
+
+@pytest.mark.timeout(120)
+def test_a_bare_container(tmp_path: Path) -> None:
+    """No HOME, a user without a name, nowhere to write but the target."""
+    program = f"""
+import asyncio, os, aiostage, torch
+# The interpreter may lie where only its owner can read it.
+os.setgid(54321), os.setuid(54321)
+
+async def main():
+    async with aiostage.AsyncStager() as stager:
+        staged = await stager.stage({{"a": torch.arange(3)}})
+    await aiostage.save(staged, {str(tmp_path / "target" / "a")!r})
+    return await aiostage.load({str(tmp_path / "target" / "a")!r})
+
+assert asyncio.run(main())["a"].tolist() == [0, 1, 2]
+"""
+    if os.getuid() != 0:
+        pytest.skip("only root can become a user without a name")
+    (tmp_path / "target").mkdir()
+    for directory in (tmp_path, *tmp_path.parents[:2], tmp_path / "target"):
+        directory.chmod(0o777)
+    environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TMPDIR": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, timeout=seconds(30)
+    )
+    assert done.returncode == 0, done.stderr
