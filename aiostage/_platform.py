@@ -41,6 +41,7 @@ import resource
 __all__ = [
     "DESCRIPTORS",
     "HAS_TIMERS",
+    "MEMORY_LIMIT",
     "NOT_SUPPORTED",
     "PAGE_BYTES",
     "advise_huge_pages",
@@ -433,3 +434,7 @@ def _limits(mount: Path, path: str, name: str) -> list[int]:
         if directory == mount:
             break
     return found
+
+
+MEMORY_LIMIT = memory_limit()
+"""What :func:`memory_limit` said when this was imported; asking reads files."""

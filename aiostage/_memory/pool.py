@@ -22,6 +22,7 @@ from aiostage._memory.arena import Arena, Exporter, pieces, whole_pages
 from aiostage._memory.ledger import Ledger, Request
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.shared import SharedHandle
+from aiostage._platform import MEMORY_LIMIT
 from aiostage.errors import HostMemoryError, StagerClosedError
 
 __all__ = ["Lease", "Pool", "PoolStatistics"]
@@ -123,6 +124,7 @@ class Pool:
         self._pinning = pinning
         self._make = Arena.shared if shared else Arena.pageable
         self._ledger = Ledger(self._make, max_bytes)
+        self._compared = False
         self._begin()
         tell_of_forks(self)
 
@@ -182,6 +184,7 @@ class Pool:
             if self._ledger.closed:
                 raise StagerClosedError
             self._ledger.waiting.append(request)
+        self._compare_with_limit(request)
         try:
             arena = await self._turn(request)
             await self._prepare(arena, nbytes, populate, device)
@@ -199,6 +202,21 @@ class Pool:
             else:
                 self._advance()
             raise
+
+    def _compare_with_limit(self, request: Request) -> None:
+        """Say at the first lease that what may be leased is more than the container has: no error tells of that."""
+        if self._compared:
+            return
+        self._compared = True
+        wanted = self._max_bytes or request.size
+        if MEMORY_LIMIT is not None and wanted > MEMORY_LIMIT:
+            _logger.warning(
+                "staging may take %d bytes of host memory (%s), but the control group of this process, its container, "
+                "may have %d bytes in all; beyond that the kernel kills it. Lower max_host_bytes, or raise the limit.",
+                wanted,
+                "max_host_bytes" if self._max_bytes else "the first copy",
+                MEMORY_LIMIT,
+            )
 
     def statistics(self) -> PoolStatistics:
         """Return what is held now."""

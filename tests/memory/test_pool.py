@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import anyio
 import pytest
@@ -184,6 +185,46 @@ class TestLeases:
         del tensor
         gc.collect()
         await until(lambda: memory_files() <= before)
+
+    async def test_an_ended_lease_of_a_closed_pool_counts_for_nobody(self, workers: Workers):
+        """Also when the thread that outlives the leases is stopped as soon as it knows."""
+        pool = Pool(workers)
+        go = threading.Event()
+
+        class Stopping:
+            def __init__(self) -> None:
+                self.queue: SimpleQueue[object] = SimpleQueue()
+                self.put, self.get_nowait = self.queue.put, self.queue.get_nowait
+
+            def get(self) -> object:
+                item = self.queue.get()
+                go.wait(SOON)
+                return item
+
+        pool._returned = Stopping()  # type: ignore[assignment]
+        lease = await pool.acquire(MIB)
+        pool.close()
+        del lease
+        # Long enough for that thread to have been told, if it is told in this way.
+        await anyio.sleep(0.05)
+        try:
+            with anyio.fail_after(SOON / 2):
+                while pool.statistics().leases:
+                    await anyio.sleep(0.001)
+        finally:
+            go.set()
+
+    @pytest.mark.parametrize(("budget", "said"), [(None, "the first copy"), (4 * MIB, "max_host_bytes")])
+    async def test_more_than_the_container_has(
+        self, workers: Workers, budget: int | None, said: str, monkeypatch, caplog
+    ):
+        monkeypatch.setattr("aiostage._memory.pool.MEMORY_LIMIT", MIB)
+        pool = Pool(workers, max_bytes=budget)
+        for _ in range(2):
+            await pool.acquire(2 * MIB)
+        (record,) = [record for record in caplog.records if "control group" in record.message]
+        assert said in record.message
+        assert str(MIB) in record.message
 
     async def test_repr(self, workers: Workers):
         pool = Pool(workers)

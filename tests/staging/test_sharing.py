@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, HostMemoryError, StagingError, StagingOptions
+from aiostage._memory import shared
 
 READER = """
 import pickle, sys, torch
@@ -132,7 +133,7 @@ async def test_memory_that_is_not_there_is_an_error_before_anything_is_written(m
     source = {"a": torch.ones(1000)}
     async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
         with monkeypatch.context() as full:
-            full.setattr(os, "posix_fallocate", refuse)
+            full.setattr(shared, "reserve_memory", refuse)
             with pytest.raises(HostMemoryError, match="No space left"):
                 await stager.stage(source)
         assert stager.statistics().leases == 0
