@@ -161,7 +161,8 @@ class Scene:
 
     def change(self) -> None:
         """Change some things in one step, of which a copy has all or none."""
-        for _ in range(2 + self.choices.below(3)):
+        # Few, as what gives one of them away hides that another was not seen.
+        for _ in range(2 + self.choices.chance(4)):
             self.choices.pick(self.changes())()
 
 

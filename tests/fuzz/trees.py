@@ -111,6 +111,7 @@ class Grower:
             (1, lambda: self.odd(depth)),
             (3, lambda: self.again()),
             (1, lambda: self.back()),
+            (2, lambda: self.parts()),
         )
         drawn = self.choices.below(sum(weight for weight, _ in makers))
         for weight, maker in makers:
@@ -133,6 +134,15 @@ class Grower:
     def back(self) -> Any:
         """Return something that this will lie in."""
         return self.choices.pick(self.open) if self.open and self.circles else None
+
+    def parts(self) -> Any:
+        """Return views of one size in any order, with or without what they are parts of."""
+        base = torch.arange(24.0).reshape(6, 4) + self.number()
+        parts = [base[start : start + 2] for start in range(0, 5, 1 + self.choices.below(2))]
+        ordered = [parts.pop(self.choices.below(len(parts))) for _ in range(1 + self.choices.below(len(parts)))]
+        if self.choices.below(2):
+            ordered.insert(self.choices.below(len(ordered) + 1), base)
+        return {f"part{self.number()}": part for part in ordered} if self.choices.below(2) else ordered
 
     def container(self, depth: int) -> Any:
         kind = self.choices.below(9)
