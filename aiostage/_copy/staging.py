@@ -24,7 +24,7 @@ from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.collection import untrack_all
-from aiostage._loop.slices import Slices, collector_paused, exhausted
+from aiostage._loop.slices import Slices, exhausted
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError
@@ -110,8 +110,7 @@ class Staging:
         self._resources.check_open()
         self._resources.running.add(self)
         try:
-            with collector_paused():
-                from_devices = await self._begin()
+            from_devices = await self._begin()
             if from_devices:
                 await self._launch(from_devices)
                 # The next step may change what is in host memory without asking any stream.

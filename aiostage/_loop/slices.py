@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
 from time import perf_counter
 from typing import TypeVar
 
 from anyio.lowlevel import checkpoint
 
-from aiostage._loop.collection import CollectionPause
 from aiostage._loop.workers import Job
 from aiostage._platform import let_threads_run
 
-__all__ = ["Slices", "collector_paused", "exhausted", "in_turns"]
+__all__ = ["Slices", "exhausted", "in_turns"]
 
 T = TypeVar("T")
 
@@ -25,8 +23,6 @@ and for getting the GIL back from threads that have just been given it."""
 
 _THREAD_TURN = 0.0003
 """Seconds after which a thread gives the GIL away, so that an event loop beside it does not wait for long."""
-
-_collection_pause = CollectionPause()
 
 
 class Slices:
@@ -55,13 +51,10 @@ class Slices:
         Returns:
             Whether the generator has ended.
         """
-        _collection_pause.begin()
         try:
             self._slice(work, share=1.0)
         except StopIteration:
             return True
-        finally:
-            _collection_pause.end()
         return False
 
     async def run(self, work: Generator[None, None, T], beside: Job | None = None, *, resumable: bool = False) -> T:
@@ -77,7 +70,6 @@ class Slices:
 
         Cancellation is delivered between slices; the generator is then closed where it stands, unless resumable.
         """
-        _collection_pause.begin()
         try:
             if self._used and self._used >= self.max_hold * _SHARE:
                 await self._turn(beside)
@@ -94,12 +86,10 @@ class Slices:
             # Python 3.13 leaves a generator that is closed before it has begun the arguments of its call, and the
             # traceback of a cancellation keeps this frame.
             del work
-            _collection_pause.end()
 
     async def _turn(self, beside: Job | None) -> None:
         """Let others run."""
         self.yields += 1
-        _collection_pause.renew()
         if beside is not None and beside.busy:
             let_threads_run()
         await checkpoint()
@@ -116,16 +106,6 @@ class Slices:
         finally:
             self._used += perf_counter() - begin
             self.longest_hold = max(self.longest_hold, self._used)
-
-
-@contextmanager
-def collector_paused() -> Generator[None, None, None]:
-    """Keep the collector out between generators that are run one after another, too; it would come in right there."""
-    _collection_pause.begin()
-    try:
-        yield
-    finally:
-        _collection_pause.end()
 
 
 def exhausted(work: Generator[None, None, T]) -> T:
@@ -147,7 +127,6 @@ def in_turns(work: Generator[None, None, T]) -> T:
     Returns:
         What the generator returns.
     """
-    _collection_pause.begin()
     try:
         given = perf_counter()
         while True:
@@ -157,9 +136,7 @@ def in_turns(work: Generator[None, None, T]) -> T:
                 result: T = stop.value
                 return result
             if perf_counter() - given > _THREAD_TURN:
-                _collection_pause.renew()
                 let_threads_run()
                 given = perf_counter()
     finally:
         work.close()
-        _collection_pause.end()

@@ -1,4 +1,4 @@
-"""A child that was forked beside busy threads works, leaves its parent's work alone, and has a collector."""
+"""A child that was forked beside busy threads works, and leaves its parent's work alone."""
 
 from __future__ import annotations
 
@@ -45,46 +45,3 @@ asyncio.run(main())
 
 def test_workers_begin_anew_with_threads_of_their_own() -> None:
     run_forking(WORKERS)
-
-
-COLLECTOR = """
-from aiostage._loop import collection, slices
-
-# So that no machine is too slow for what follows.
-collection._EXPIRY = 1000.0
-
-def child():
-    assert gc.isenabled()
-    with slices.collector_paused():
-        assert not gc.isenabled()
-        with slices.collector_paused():
-            pass
-        assert not gc.isenabled()
-    assert gc.isenabled()
-
-paused = slices.collector_paused()
-paused.__enter__()
-slices._collection_pause.renew()
-in_child(child, slices._collection_pause._lock)
-assert not gc.isenabled()
-
-def closes_what_the_parent_began():
-    with slices.collector_paused():
-        paused.__exit__(None, None, None)
-    assert gc.isenabled()
-    with slices.collector_paused():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-
-in_child(closes_what_the_parent_began)
-paused.__exit__(None, None, None)
-assert gc.isenabled()
-
-gc.disable()
-with slices.collector_paused():
-    in_child(lambda: gc.isenabled() and sys.exit("the user had switched it off"))
-"""
-
-
-def test_a_pause_of_the_collector_is_the_parents() -> None:
-    run_forking(COLLECTOR)

@@ -8,7 +8,7 @@ import weakref
 import anyio
 import pytest
 
-from aiostage._loop.slices import Slices
+from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.workers import Workers
 from aiostage.testing import at_every_await
 
@@ -123,24 +123,29 @@ class TestAsyncio:
         assert caught.value.__traceback__ is not None
         assert gone() is None
 
-    async def test_the_collector_runs_again_afterwards(self):
+    async def test_the_collector_is_left_alone(self):
         states = []
 
         def watch():
             states.append(gc.isenabled())
             yield
+            states.append(gc.isenabled())
 
-        assert gc.isenabled()
-        await Slices(NO_TIME).run(watch())
-        assert states == [False]
-        assert gc.isenabled()
-        async for _ in at_every_await(lambda: Slices(NO_TIME).run(count_to(3))):
-            assert gc.isenabled()
+        slices = Slices(NO_TIME)
+        assert not slices.take(watch())
+        await slices.run(watch())
+        in_turns(watch())
+        assert states == [True] * 5
 
-    async def test_a_collector_that_was_off_stays_off(self):
-        gc.disable()
+    async def test_a_users_switch_of_the_collector_stays(self):
+        def switch():
+            gc.disable()
+            yield
+            assert not gc.isenabled()
+            yield
+
         try:
-            await Slices(0.001).run(count_to(3))
+            await Slices(NO_TIME).run(switch())
             assert not gc.isenabled()
         finally:
             gc.enable()
