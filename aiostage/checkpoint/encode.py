@@ -14,6 +14,13 @@ import numpy as np
 import torch
 
 from aiostage.checkpoint.composites import take_apart
+from aiostage.checkpoint.hashing import (
+    MAX_HASHED_DEPTH,
+    MAX_HASHED_SIZE,
+    Collisions,
+    TooLongToHashError,
+    check_hashed,
+)
 from aiostage.checkpoint.values import (
     ARRAY_DTYPES,
     FACTORIES,
@@ -38,9 +45,13 @@ _AT_ONCE = 64
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
+_SETS = frozenset(("set", "frozenset"))
+
 _ARRAYS = frozenset((np.ndarray, np.memmap))
 
 _NAME_ONLY = {"name"}
+
+_KEPT_IN_A_LIST = "Keep it in a list, or as a value."
 
 # json.dumps would make an encoder for each line.
 _dump = json.JSONEncoder(separators=(",", ":")).encode
@@ -126,6 +137,7 @@ class TreeEncoder:
     def __init__(self, *, values_are_there: bool = True) -> None:
         self.tensors: list[Node] = []
         self.uses_kinds = False
+        self._hashes_nodes = False
         self._values_are_there = values_are_there
         self._open = 0
         # Depths of open nodes that have to be made as a whole.
@@ -164,6 +176,29 @@ class TreeEncoder:
             count += 1
             if count % _AT_ONCE == 0:
                 yield
+        if self._hashes_nodes:
+            yield from self._check_hashed()
+
+    def _check_hashed(self) -> Generator[None, None, None]:
+        """Refuse elements of sets and keys that a load would refuse to hash."""
+        forms: list[dict[str, Any]] = []
+        children: list[list[Any]] = []
+        for count, node in enumerate(self._ended):
+            attributes = {name: _reference(child) for name, child in node.attributes.items()}
+            forms.append({"is": node.kind, "attributes": attributes})
+            children.append(list(map(_reference, node.children)))
+            if count % _AT_ONCE == 0:
+                yield
+        try:
+            yield from check_hashed(forms, children)
+        except TooLongToHashError as error:
+            what = "an element" if self._ended[error.container].kind in _SETS else "a key"
+            raise _unsupported(
+                self._ended[error.container],
+                f"it has {what} that no load would hash: more than {MAX_HASHED_DEPTH} levels deep, or of more than "
+                f"{MAX_HASHED_SIZE} objects, or too large together with the others.",
+                _KEPT_IN_A_LIST,
+            ) from None
 
     def _end(self, node: Node) -> None:
         """Give a node its number."""
@@ -258,7 +293,10 @@ class TreeEncoder:
                     f"a defaultdict whose default_factory is {factory!r} cannot be carried by JSON.",
                     "Convert it to a dict.",
                 ) from None
+        collisions = Collisions()
         for count, (key, value) in enumerate(node.value.items()):
+            if type(key) is not str:
+                self._note_hashed(node, (key,), collisions)
             node.children.append(self._child(key, node, key, found))
             node.children.append(self._child(value, node, key, found))
             if count % _AT_ONCE == 0:
@@ -268,10 +306,22 @@ class TreeEncoder:
         node.kind = SEQUENCES[type(node.value)]
         if type(node.value) is deque:
             node.form["maxlen"] = node.value.maxlen
+        collisions = Collisions() if node.kind in _SETS else None
         for index, value in enumerate(node.value):
+            if collisions is not None:
+                self._note_hashed(node, (value,), collisions)
             node.children.append(self._child(value, node, index, found))
             if index % _AT_ONCE == 0:
                 yield
+
+    def _note_hashed(self, node: Node, keys: tuple[Any], collisions: Collisions) -> None:
+        """Note a key or an element that a load will hash."""
+        try:
+            (key,) = collisions.add(keys)
+        except TooLongToHashError as error:
+            raise _unsupported(node, f"{error}, so that no load would take it.", _KEPT_IN_A_LIST) from None
+        if not is_inline(key):
+            self._hashes_nodes = True
 
     def _enter_array(self, node: Node, found: list[Node]) -> None:
         array: np.ndarray[Any, Any] = np.asarray(node.value)

@@ -1,4 +1,4 @@
-"""What a stranger's file may have hashed: elements of sets and keys of mappings.
+"""What a file may have hashed: elements of sets and keys of mappings. A save refuses what a load would refuse.
 
 Tuples hash all that they contain whenever they are hashed, by recursion in C that nobody bounds, and a few nodes that
 refer to one another twice describe an exponential number of elements. Numbers have hashes that can be chosen, so that
@@ -13,7 +13,7 @@ from typing import Any
 
 from aiostage.checkpoint.values import MAPPINGS
 
-__all__ = ["MAX_HASHED_DEPTH", "MAX_HASHED_SIZE", "Collisions", "check_hashed"]
+__all__ = ["MAX_HASHED_DEPTH", "MAX_HASHED_SIZE", "Collisions", "TooLongToHashError", "check_hashed"]
 
 MAX_HASHED_DEPTH = 100
 """Levels of tuples in an element of a set or in a key."""
@@ -34,6 +34,18 @@ _CHEAP = _MAPPINGS | {"set", "list", "deque", "tensor"}
 _CHUNK = 64
 
 
+class TooLongToHashError(ValueError):
+    """An element of a set or a key is too deep or too large, or too many have one hash.
+
+    Attributes:
+        container: The number of the node that it is an element or a key of; -1 if its caller knows.
+    """
+
+    def __init__(self, message: str, container: int = -1) -> None:
+        super().__init__(message)
+        self.container = container
+
+
 def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[Any]]) -> Generator[None, None, None]:
     """Refuse nodes that take too long to hash and are to be hashed, yielding now and then.
 
@@ -42,7 +54,7 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
         children: What each contains: scalars, and lists with the number of a node.
 
     Raises:
-        ValueError: If there is one, or if there are too many in total.
+        TooLongToHashError: If there is one, or if there are too many in total.
     """
     if not any(form["is"] in _SETS or form["is"] in _MAPPINGS for form in forms):
         return
@@ -70,9 +82,10 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
             if type(child) is list:
                 total += sizes[child[0]]
                 if depths[child[0]] > MAX_HASHED_DEPTH or sizes[child[0]] > MAX_HASHED_SIZE or total > _MAX_HASHED:
-                    raise ValueError(
+                    raise TooLongToHashError(
                         f"node {child[0]} is hashed and too large for it: more than {MAX_HASHED_DEPTH} levels, more "
-                        f"than {MAX_HASHED_SIZE} objects, or more than {_MAX_HASHED} with others"
+                        f"than {MAX_HASHED_SIZE} objects, or more than {_MAX_HASHED} with others",
+                        index,
                     )
             if place % _CHUNK == 0:
                 yield
@@ -90,7 +103,7 @@ class Collisions:
         """Count the hashes of keys; return the keys.
 
         Raises:
-            ValueError: If too many different ones have the same hash.
+            TooLongToHashError: If too many different ones have the same hash.
             TypeError: If one has none.
         """
         keys = list(keys)
@@ -100,5 +113,5 @@ class Collisions:
                 found = f"{hash(key):x}"
                 count = self._found[found] = self._found.get(found, 0) + 1
                 if count > _MAX_COLLISIONS:
-                    raise ValueError(f"more than {_MAX_COLLISIONS} elements or keys have the same hash")
+                    raise TooLongToHashError(f"more than {_MAX_COLLISIONS} elements or keys have the same hash")
         return keys
