@@ -1,4 +1,4 @@
-"""Every function that aiostage uses of PyTorch, CPython and anyio and that they do not promise to keep.
+"""Every function that aiostage uses of PyTorch, NumPy, CPython and anyio and that they do not promise to keep.
 
 Each is looked up by its name when this module is imported. One that is gone is None here, and :data:`CONSEQUENCES` says
 what aiostage does without it: the same result more slowly, or a refusal. It never guesses. Modules ask for these
@@ -71,6 +71,9 @@ new_object: Any = find("copyreg.__newobj__")
 is_traceable_wrapper: Any = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _slotnames: Any = find("copyreg._slotnames")
 current_frames: Any = find("sys._current_frames")
+get_layout: Any = find("torch.serialization._get_layout")
+numpy_reconstruct: Any = find("numpy._core.multiarray._reconstruct") or find("numpy.core.multiarray._reconstruct")
+numpy_scalar: Any = find("numpy._core.multiarray.scalar") or find("numpy.core.multiarray.scalar")
 asyncio_backend: Any = find("anyio._backends._asyncio")
 
 DISTRIBUTED = {
@@ -103,6 +106,9 @@ CONSEQUENCES = {
     "is_traceable_wrapper": "a subclass with __tensor_flatten__ and __tensor_unflatten__ is taken for a wrapper",
     "_slotnames": "the slots of a class are found through its bases",
     "current_frames": "a report of a loop hold has no stack",
+    "get_layout": "dcp.load refuses checkpoints with the layout of a tensor in their metadata, which all have",
+    "numpy_reconstruct": "dcp.load refuses arrays of NumPy unless weights_only=False",
+    "numpy_scalar": "dcp.load refuses numbers of NumPy unless weights_only=False",
     "asyncio_backend": "anyio is imported with its first use, which holds that loop for 10 ms",
 }
 """What happens without each of the names above."""

@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
+from aiostage._arguments import check_flags
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.retention import name_of, step_of, surplus
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
+from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import Saving, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointError, CheckpointNotFoundError
@@ -288,14 +290,20 @@ class Checkpointer:
         return self._from_first(self._call({}), self._latest, lambda step, group: step)
 
     def restore(
-        self, into: dict[str, Any], step: int | None = None, *, planner: LoadPlanner | None = None
+        self,
+        into: dict[str, Any],
+        step: int | None = None,
+        *,
+        planner: LoadPlanner | None = None,
+        weights_only: bool = True,
     ) -> Coroutine[Any, Any, int]:
         """Return a coroutine that loads a checkpoint into a state dict, in place, together with the other ranks.
 
         Args:
             into: As for :func:`~aiostage.dcp.load`: each rank reads what it needs.
             step: Which one, the same on all ranks. None: the latest that the first rank sees.
-            planner: DCP's; None is DCP's default.
+            planner: As for :func:`~aiostage.dcp.load`.
+            weights_only: As for :func:`~aiostage.dcp.load`.
 
         Returns:
             A coroutine that returns the step that was loaded.
@@ -308,6 +316,8 @@ class Checkpointer:
         reader = StorageReader(self._root)
         if step is not None:
             _checked(step)
+        check_flags(weights_only=weights_only)
+        used = planner if planner is not None else KeyedLoadPlanner(weights_only=weights_only)
 
         async def choose() -> int | None:
             return step if step is not None else await self._latest()
@@ -318,7 +328,7 @@ class Checkpointer:
                     into,
                     checkpoint_id=name_of(chosen),
                     storage_reader=reader,
-                    planner=planner,
+                    planner=used,
                     process_group=group,
                     no_dist=group is None,
                 )

@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from aiostage.dcp.unpickling import read_value
+
 __all__ = ["KeyedLoadPlanner"]
 
 
@@ -19,7 +21,14 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
 
     DCP names leaves by their keys as text, and puts values that are no tensors back under that text: a dict of
     ``{3: 2}`` would get another key ``"3"`` beside its own, and could not be saved again.
+
+    Args:
+        weights_only: As for ``torch.load``. DCP's planner runs whatever code a checkpoint names.
     """
+
+    def __init__(self, *, weights_only: bool = True) -> None:
+        super().__init__()
+        self._weights_only = weights_only
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -30,15 +39,14 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a value where it was."""
-        path = self._paths.get(read_item.dest_index.fqn) if self.flatten_state_dict else None
-        if path is None:
-            super().load_bytes(read_item, value)
-            return
+        found = read_value(value, weights_only=self._weights_only)
+        name = read_item.dest_index.fqn
+        # The live state dict was taken apart for this load, so all that leads to the value is there.
+        path = self._paths.get(name) or self.mappings[name]
         at: Any = self.original_state_dict
         for key in path[:-1]:
             at = at[key]
-        # As the planner does itself: a checkpoint of DCP is trusted.
-        at[path[-1]] = torch.load(value, weights_only=False)
+        at[path[-1]] = found
 
 
 def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:

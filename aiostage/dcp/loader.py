@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader
 
 from aiostage import _private
+from aiostage._arguments import check_flags
 from aiostage._loop.coroutines import named
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
 from aiostage.dcp.keys import KeyedLoadPlanner
@@ -28,6 +29,7 @@ def load(
     process_group: Any = None,
     no_dist: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
+    weights_only: bool = True,
 ) -> Coroutine[Any, Any, None]:
     """Return a coroutine that loads a checkpoint into a state dict, in place, together with other ranks.
 
@@ -44,6 +46,10 @@ def load(
         process_group: Whose ranks load together; None for all.
         no_dist: This process loads alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
+        weights_only: Refuse values that are no plain data, as ``torch.load`` does; arrays and numbers of NumPy are
+            taken, and classes that were passed to ``torch.serialization.add_safe_globals``. False runs whatever code
+            the checkpoint names. A ``planner`` of your own decides for itself; DCP's own planners run the code, and
+            so do DCP's own readers, whatever this says, for the metadata.
 
     Returns:
         A coroutine.
@@ -59,6 +65,9 @@ def load(
     """
     if storage_reader is None and checkpoint_id is None:
         raise ValueError("a load needs a checkpoint_id or a storage_reader to say where from")
+    check_flags(weights_only=weights_only)
+    if planner is None:
+        planner = KeyedLoadPlanner(weights_only=weights_only)
     call: Call[None] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     return named(_load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner)), "load")
 
@@ -76,7 +85,7 @@ def _read(
     state_dict: dict[str, Any],
     checkpoint_id: str | os.PathLike[str] | None,
     storage_reader: StorageReader | None,
-    planner: LoadPlanner | None,
+    planner: LoadPlanner,
 ) -> Callable[[Any], None]:
     """Find the reader, and return what needs the other ranks."""
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
@@ -85,7 +94,7 @@ def _read(
         torch_load(
             state_dict,
             storage_reader=reader,
-            planner=planner if planner is not None else KeyedLoadPlanner(),
+            planner=planner,
             process_group=group,
             no_dist=group is None,
         )

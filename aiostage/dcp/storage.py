@@ -34,6 +34,7 @@ from torch.futures import Future
 from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
 from aiostage.dcp.loop_thread import LoopThread
+from aiostage.dcp.unpickling import read_metadata
 from aiostage.errors import CheckpointCorruptError, said
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
@@ -232,7 +233,9 @@ class StorageWriter(torch_storage.StorageWriter):
 class StorageReader(torch_storage.StorageReader):
     """DCP's reader of what :class:`StorageWriter` has written, on any number of ranks. Every record is verified.
 
-    Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``.
+    Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``. The metadata is unpickled
+    without running code. Values that are no tensors are unpickled by the planner; in the latter that is DCP's, which
+    runs the code that they name.
 
     Args:
         root: As for the writer; any :class:`~aiostage.abc.Storage` will do.
@@ -263,7 +266,7 @@ class StorageReader(torch_storage.StorageReader):
         data = self._loop().run(self._read_metadata(self._name))
         path = f"{self._storage.location}/{self._name}/{METADATA_NAME}"
         try:
-            metadata = pickle.loads(data)
+            metadata = read_metadata(data, Record)
         except Exception as error:
             raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -278,7 +281,6 @@ class StorageReader(torch_storage.StorageReader):
             raise CheckpointCorruptError(
                 f"it is {found} bytes long and not {nbytes}.", path=f"{reader.location}/{METADATA_NAME}"
             )
-        # Pickled, so it is executed: only what the manifest vouches for is.
         return await self._read(reader, METADATA_NAME, 0, nbytes, expected)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:

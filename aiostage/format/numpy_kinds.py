@@ -12,7 +12,7 @@ import torch
 from aiostage.format.kinds import Kind, NotCarried, Parts
 from aiostage.format.numpy_dtypes import dtype_form, dtype_of
 
-__all__ = ["NUMPY_KINDS", "array_parts"]
+__all__ = ["NUMPY_KINDS", "array_parts", "bit_generator"]
 
 _MAX_DIMENSIONS = 64
 _MT19937_WORDS = 624
@@ -105,7 +105,7 @@ def _take_bit_generator_apart(value: Any) -> Parts:
     return Parts({"generator": type(value).__name__}, {"state": value.state})
 
 
-def _bit_generator(name: str, state: Any) -> Any:
+def bit_generator(name: str, state: Any) -> Any:
     """Make a generator of bits.
 
     NumPy takes positions as they are and reads whatever memory they lead to, so they are checked here.
@@ -148,7 +148,7 @@ def _take_random_state_apart(value: Any) -> Parts:
 
 def _put_random_state_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.RandomState:
     (state,) = children
-    bits = _bit_generator(form["generator"], {key: value for key, value in state.items() if "gauss" not in key})
+    bits = bit_generator(form["generator"], {key: value for key, value in state.items() if "gauss" not in key})
     made = np.random.RandomState(bits)
     made.set_state(state)
     return made
@@ -185,7 +185,7 @@ NUMPY_KINDS: tuple[Kind, ...] = (
         "BitGenerator",
         tuple(_BIT_GENERATORS.values()),
         _take_bit_generator_apart,
-        lambda form, children: _bit_generator(form["generator"], *children),
+        lambda form, children: bit_generator(form["generator"], *children),
     ),
     Kind("np.random.Generator", (np.random.Generator,), _take_generator_apart, _put_generator_together),
     Kind("RandomState", (np.random.RandomState,), _take_random_state_apart, _put_random_state_together),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import random
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
-__all__ = ["Ranks", "read_generators", "refuse_sharded", "write_generators"]
+__all__ = ["Ranks", "refuse_sharded"]
 
 
 class Ranks:
@@ -56,33 +53,6 @@ class Ranks:
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         return self._group
-
-
-def write_generators(*, all_devices: bool) -> torch.Tensor:
-    """Return the state of all generators of random numbers, as a file of the Trainer's ``rng_state.pth`` has it.
-
-    Args:
-        all_devices: Of all CUDA devices, and not of the current one only.
-    """
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    device: Any = torch.get_device_module("cuda")
-    if device.is_available():
-        state["cuda"] = device.get_rng_state_all() if all_devices else device.get_rng_state()
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
-
-
-def read_generators(saved: torch.Tensor) -> None:
-    """Set the generators to what :func:`write_generators` has returned."""
-    # Pickles of NumPy's own kinds are in it, which weights_only refuses; the bytes come from our checkpoint.
-    state = torch.load(io.BytesIO(bytes(saved.numpy())), weights_only=False)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    device: Any = torch.get_device_module("cuda")
-    if "cuda" in state and device.is_available():
-        (device.set_rng_state_all if isinstance(state["cuda"], list) else device.set_rng_state)(state["cuda"])
 
 
 def refuse_sharded(state: dict[str, Any], name: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointMismatchError
-from aiostage.integrations._ranks import Ranks, read_generators, refuse_sharded, write_generators
+from aiostage.integrations._generators import Generators, state_of_generators
+from aiostage.integrations._ranks import Ranks, refuse_sharded
 
 with needed_for("AcceleratorCheckpoints"):
     from accelerate import Accelerator
@@ -62,7 +63,7 @@ class AcceleratorCheckpoints:
         models = [self._accelerator.unwrap_model(model).state_dict() for model in self._accelerator._models]
         for number, model in enumerate(models):
             refuse_sharded(model, f"models[{number}]")
-        generators = self._ranks.gather(write_generators(all_devices=False))
+        generators = self._ranks.gather(state_of_generators(all_devices=False))
         if not self._accelerator.is_main_process:
             return None
         saved: dict[str, Any] = {"models": models, "step": step, "generators": generators}
@@ -86,6 +87,7 @@ class AcceleratorCheckpoints:
         Raises:
             CheckpointNotFoundError: If there is no checkpoint of that step.
             CheckpointMismatchError: If other numbers of objects were prepared when it was saved; nothing was changed.
+            CheckpointCorruptError: If it is damaged, or foreign; nothing was changed.
         """
         if step is None:
             step = self._ranks.from_first(self._checkpoints.latest())
@@ -102,14 +104,15 @@ class AcceleratorCheckpoints:
             raise CheckpointMismatchError(
                 mismatched=differing, remedy="Prepare and register what was prepared and registered when it was saved."
             )
+        generators, rank = saved["generators"], self._accelerator.process_index
+        own = Generators(generators[rank]) if rank < len(generators) else None
         for kind in _KINDS:
             for target, state in zip(objects[kind], saved[kind], strict=True):
                 target.load_state_dict(state)
         if self._accelerator.scaler is not None and "scaler" in saved:
             self._accelerator.scaler.load_state_dict(saved["scaler"])
-        generators = saved["generators"]
-        if self._accelerator.process_index < len(generators):
-            read_generators(generators[self._accelerator.process_index])
+        if own is not None:
+            own.set()
         return step
 
     def _objects(self) -> dict[str, list[Any]]:

@@ -15,7 +15,8 @@ import torch
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointExistsError, CheckpointMismatchError, listed
-from aiostage.integrations._ranks import Ranks, read_generators, refuse_sharded, write_generators
+from aiostage.integrations._generators import Generators, state_of_generators
+from aiostage.integrations._ranks import Ranks, refuse_sharded
 
 with needed_for("CheckpointCallback"):
     from transformers import TrainerCallback
@@ -131,14 +132,16 @@ class CheckpointCallback(TrainerCallback):
 
         Raises:
             CheckpointNotFoundError: If there is none.
+            CheckpointCorruptError: If it is damaged, or foreign; nothing was changed.
         """
         self._settle()
         saved = self._checkpoints.restore()
+        generators = Generators(saved["generators"][0])
         model.load_state_dict(saved["model"])
         for name, target in zip(_PARTS, (optimizer, lr_scheduler), strict=True):
             if target is not None:
                 target.load_state_dict(saved[name])
-        read_generators(saved["generators"][0])
+        generators.set()
         step: int = saved["step"]
         return step
 
@@ -149,7 +152,7 @@ class CheckpointCallback(TrainerCallback):
         model = objects["model"].state_dict()
         refuse_sharded(model, "model")
         several = not self._ranks.alone
-        generators = self._ranks.gather(write_generators(all_devices=several))
+        generators = self._ranks.gather(state_of_generators(all_devices=several))
         self._saved = step
         if not state.is_world_process_zero:
             return
@@ -180,7 +183,7 @@ def _lay_out(saved: dict[str, Any], root: Path, step: int) -> None:
     generators = saved["generators"]
     for rank, state in enumerate(generators):
         name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{rank}.pth"
-        (folder / name).write_bytes(bytes(state.numpy()))
+        (folder / name).write_bytes(Generators(state).file())
     (folder / "trainer_state.json").write_text(saved["trainer_state"])
 
 

@@ -1,0 +1,82 @@
+"""The states of a process's generators of random numbers, as plain values and tensors: reading them runs no code."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage.errors import CheckpointCorruptError, said
+from aiostage.format.numpy_kinds import bit_generator
+
+__all__ = ["Generators", "state_of_generators"]
+
+
+def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
+    """Return the state of all generators of random numbers, for a checkpoint.
+
+    Args:
+        all_devices: Of all CUDA devices, and not of the current one only.
+    """
+    version, words, gauss = random.getstate()
+    state = {
+        # Of hundreds of numbers, which as a tensor take no entry each.
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": np.random.get_state(legacy=False),
+        "cpu": torch.get_rng_state(),
+    }
+    device: Any = torch.get_device_module("cuda")
+    if device.is_available():
+        state["cuda"] = device.get_rng_state_all() if all_devices else device.get_rng_state()
+    return state
+
+
+class Generators:
+    """What :func:`state_of_generators` has returned, from a checkpoint. It is checked before anything is set.
+
+    Raises:
+        CheckpointCorruptError: If it is no such state.
+    """
+
+    def __init__(self, saved: Any) -> None:
+        try:
+            python, cuda = saved["python"], saved.get("cuda")
+            self._python = (python["version"], tuple(python["words"].tolist()), python["gauss"])
+            self._numpy, self._cpu, self._cuda = saved["numpy"], saved["cpu"], cuda
+            random.Random().setstate(self._python)
+            if not isinstance(self._python[2], (float, type(None))):
+                raise ValueError(f"the next Gaussian number is a {type(self._python[2]).__name__}")
+            # NumPy takes a position outside of the state, and reads what is there.
+            bits = {key: value for key, value in self._numpy.items() if "gauss" not in key}
+            np.random.RandomState(bit_generator(bits["bit_generator"], bits)).set_state(self._numpy)
+            torch.Generator(device="cpu").set_state(self._cpu)
+            for state in cuda if isinstance(cuda, list) else [cuda] * (cuda is not None):
+                if not isinstance(state, torch.Tensor) or state.dtype is not torch.uint8:
+                    raise TypeError(f"the state of a CUDA device is a {type(state).__name__}")
+        except Exception as error:
+            kind = "" if isinstance(saved, Mapping) else f" but a {type(saved).__name__}"
+            raise CheckpointCorruptError(
+                f"it is no state of the generators of random numbers{kind}: {said(error)}.", path="generators"
+            ) from error
+
+    def set(self) -> None:
+        """Set the generators of this process. CUDA's are left alone where there is none."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        device: Any = torch.get_device_module("cuda")
+        if self._cuda is not None and device.is_available():
+            (device.set_rng_state_all if isinstance(self._cuda, list) else device.set_rng_state)(self._cuda)
+
+    def file(self) -> bytes:
+        """Return the contents of the Trainer's ``rng_state.pth``."""
+        state = {"python": self._python, "numpy": self._numpy, "cpu": self._cpu}
+        if self._cuda is not None:
+            state["cuda"] = self._cuda
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        return stream.getvalue()

@@ -1,0 +1,123 @@
+"""Checkpoints of DCP that name code to run."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path, PosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import aiostage.dcp
+from aiostage import CheckpointCorruptError, RankFailedError
+from aiostage.dcp import StorageReader, StorageWriter
+from aiostage.dcp.storage import Record
+from aiostage.dcp.unpickling import read_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return exec, ("__import__('os').environ['AIOSTAGE_TEST_RAN'] = '1'",)
+
+
+@pytest.fixture(autouse=True)
+def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    monkeypatch.setenv("AIOSTAGE_TEST_RAN", "0")
+    return lambda: os.environ["AIOSTAGE_TEST_RAN"] == "1"
+
+
+def save(state: dict[str, Any], root: Path) -> None:
+    asyncio.run(aiostage.dcp.save(state, checkpoint_id="one", storage_writer=StorageWriter(root), no_dist=True))
+
+
+def load(state: dict[str, Any], root: Path, **options: Any) -> None:
+    asyncio.run(
+        aiostage.dcp.load(state, checkpoint_id="one", storage_reader=StorageReader(root), no_dist=True, **options)
+    )
+
+
+def test_code_in_the_metadata_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Callable[[], bool]
+) -> None:
+    # With its own size and checksum in the manifest, as whoever makes a checkpoint can have it.
+    with monkeypatch.context() as patch:
+        dumps = pickle.dumps
+        patch.setattr(pickle, "dumps", lambda value, *rest: dumps(Hostile(), *rest))
+        dcp.save({"a": torch.ones(3)}, storage_writer=StorageWriter(tmp_path), checkpoint_id="one", no_dist=True)
+    reader = StorageReader(tmp_path)
+    reader.reset("one")
+    with pytest.raises(CheckpointCorruptError, match=r"it names builtins\.exec"):
+        reader.read_metadata()
+    assert not ran()
+
+
+def test_code_in_a_value_runs_only_if_it_may(tmp_path: Path, ran: Callable[[], bool]) -> None:
+    dcp.save(
+        {"a": torch.ones(3), "b": Hostile()},
+        storage_writer=StorageWriter(tmp_path),
+        checkpoint_id="one",
+        no_dist=True,
+    )
+    live = {"a": torch.zeros(3), "b": 0}
+    with pytest.raises(RankFailedError, match="weights_only"):
+        load(live, tmp_path)
+    assert not ran()
+    load(live, tmp_path, weights_only=False)
+    assert ran()
+
+
+def test_plain_values_come_back(tmp_path: Path) -> None:
+    values = {
+        "array": np.arange(5, dtype=np.int16),
+        "generator": np.random.get_state(legacy=False),
+        "number": np.float64(0.5),
+        "when": np.datetime64("2026-01-01"),
+        "ordered": collections.OrderedDict(a=1),
+        "set": {1, 2},
+        "complex": 1 + 2j,
+        "bytes": b"abc",
+        "tuple": (1, "two", None, 3.0),
+        "size": torch.Size([2]),
+        "dtype": torch.bfloat16,
+        "empty": {},
+    }
+    state = {"tensor": torch.ones(2), "nested": {3: [torch.zeros(1), 7]}, **values}
+    save(state, tmp_path)
+    live: dict[str, Any] = {"tensor": torch.zeros(2), "nested": {3: [torch.ones(1), 0]}, **dict.fromkeys(values)}
+    live["generator"] = dict.fromkeys(values["generator"])
+    live["generator"]["state"] = dict.fromkeys(values["generator"]["state"])
+    live["ordered"], live["empty"] = collections.OrderedDict(a=0), {}
+    load(live, tmp_path)
+    assert repr(live) == repr(state)
+
+
+def test_the_kinds_of_metadata(tmp_path: Path) -> None:
+    metadata = dcp.metadata.Metadata(
+        state_dict_metadata={
+            str(layout): dcp.metadata.TensorStorageMetadata(
+                dcp.metadata.TensorProperties(torch.bfloat16, layout, memory_format=memory_format),
+                torch.Size([3]),
+                [dcp.metadata.ChunkStorageMetadata(torch.Size([0]), torch.Size([3]))],
+            )
+            for layout, memory_format in (
+                (torch.strided, torch.contiguous_format),
+                (torch.sparse_coo, torch.channels_last),
+            )
+        },
+        planner_data={"a": ("a", 3)},
+        storage_data={dcp.metadata.MetadataIndex("a"): Record("file", 0, 1, "x", torch.int8, (1,))},
+        storage_meta=dcp.metadata.StorageMeta(checkpoint_id=PosixPath("one")),
+    )
+    assert read_metadata(pickle.dumps(metadata), Record) == metadata
+    with pytest.raises(pickle.UnpicklingError, match=r"it names _io\.BytesIO"):
+        read_metadata(pickle.dumps(io.BytesIO()), Record)
