@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -19,6 +19,7 @@ from aiostage._arguments import check_flags, whole
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.coroutines import named
+from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.chain import Chain
 from aiostage.checkpoint.handle import SaveHandle
@@ -51,7 +52,6 @@ class _Block:
         group: Owns the saves.
         slots: As many as saves may be under way.
         loop: The event loop that it was entered on.
-        exit: Ends all that was begun by entering.
         is_open: Whether saves are taken.
     """
 
@@ -59,15 +59,15 @@ class _Block:
     group: TaskGroup
     slots: anyio.Semaphore
     loop: object
-    exit: AsyncExitStack
     is_open: bool = True
 
 
 class Checkpointer:
     """Saves the checkpoints of a run, and finds them again.
 
-    Enter and leave it in one task: the saves that are under way belong to its block. Leaving waits for them; when
-    cancelled it abandons them, and nothing of them is left. An exception that leaves the block does not: what was
+    Enter it with ``async with``; or, where no block holds it (a service, a fixture, an actor), call :meth:`open` and
+    :meth:`aclose`. Any tasks of one event loop may do that, and save. Leaving waits for the saves that are under way;
+    when cancelled it abandons them, and nothing of them is left. An exception that leaves the block does not: what was
     captured before is good, and is committed first. :meth:`steps`, :meth:`latest` and :meth:`restore` only read, and
     need not be entered for.
 
@@ -126,6 +126,7 @@ class Checkpointer:
         self._newest = (-1, -1)
         self._not_removed: Exception | None = None
         self._block: _Block | None = None
+        self._host: HostedContext[_Block] | None = None
 
     def __repr__(self) -> str:
         return f"<Checkpointer {self._storage!r}, {len(self._savings)} in flight>"
@@ -273,8 +274,50 @@ class Checkpointer:
         async with self._removing:
             await self._shelf.remove([step])
 
+    async def open(self) -> None:
+        """Remove what writers that died have left behind, and begin to take saves and to listen for signals.
+
+        For whoever cannot enter a block: what begins here is ended by :meth:`aclose`, in whichever task.
+
+        Raises:
+            CheckpointError: If it was opened or entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing has begun, and it may be called again.
+        """
+        if self._host is not None:
+            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        host = self._host = HostedContext(self._serving())
+        try:
+            await self._storage.sweep()
+            async with self._removing:
+                await self._shelf.begin()
+            self._block = await host.open()
+        except BaseException:
+            self._host = None
+            raise
+
+    async def aclose(self) -> None:
+        """Wait for the saves under way, and take no more. May be called by any task of the loop, and again.
+
+        Raises:
+            CheckpointError: If it was opened on another event loop, which still runs it.
+            Exception: The error of a save, if neither its handle nor a later save has told it; several as an
+                ``ExceptionGroup``.
+            OSError: If checkpoints that were to be removed could not be.
+
+        When cancelled, the saves under way are abandoned, and nothing of them is left.
+        """
+        await self._leave()
+        failures = self._take_failures()
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+
     async def __aenter__(self) -> Checkpointer:
-        """Remove what writers that died have left behind, and begin to listen for signals.
+        """Begin, as :meth:`open` does.
 
         Raises:
             CheckpointError: If it was entered before.
@@ -283,19 +326,7 @@ class Checkpointer:
 
         When cancelled, nothing has begun.
         """
-        if self._block is not None:
-            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
-        await self._storage.sweep()
-        async with self._removing:
-            await self._shelf.begin()
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
-            stager = self._stager
-            if stager is None:
-                stager = await stack.enter_async_context(AsyncStager())
-            group = await stack.enter_async_context(anyio.create_task_group())
-            slots = anyio.Semaphore(self._max_in_flight)
-            self._block = _Block(stager, group, slots, current_token().native_token, stack.pop_all())
+        await self.open()
         return self
 
     async def __aexit__(
@@ -304,38 +335,68 @@ class Checkpointer:
         """Wait for the saves under way; abandon them if the block is cancelled. Take no more.
 
         Raises:
-            Exception: The error of a save, if neither its handle nor a later save has told it; several as an
-                ``ExceptionGroup``.
-            OSError: If checkpoints that were to be removed could not be.
+            Exception: As :meth:`aclose` does.
 
         An error of the block goes first; what the saves have failed of is then in its notes, and in the log.
         """
-        block = self._entered()
-        block.is_open = False
-        if error is not None and not isinstance(error, (Exception, SystemExit)):
-            block.group.cancel_scope.cancel()
+        if error is None:
+            await self.aclose()
+            return
         if isinstance(error, GeneratorExit):
             # A coroutine that is being closed may not wait.
+            if self._block is not None and self._host is not None:
+                self._block.is_open = False
+                self._host.abandon()
             return
-        # Not told of the error: task groups wrap what they are told of.
-        await block.exit.__aexit__(None, None, None)
+        await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
+        for failure in self._take_failures():
+            error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
+
+    async def _leave(self, *, abandon: bool = False) -> None:
+        """Take no more saves, and wait for those under way, or abandon them."""
+        block, host = self._block, self._host
+        if block is None or host is None:
+            return
+        if not host.has_ended and block.loop is not current_token().native_token:
+            raise CheckpointError(
+                "the checkpointer was entered on another event loop, which its saves belong to.",
+                remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
+            )
+        block.is_open = False
+        if abandon:
+            host.abandon()
+        await host.aclose()
+
+    def _take_failures(self) -> list[Exception]:
+        """Return what nobody was told of, for somebody who is told by this."""
         failures = [failure for handle in self._failed if (failure := handle.error) is not None]
         if self._not_removed is not None:
             failures.append(self._not_removed)
         self._failed.clear()
-        if error is not None:
-            for failure in failures:
-                error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
-        elif len(failures) == 1:
-            raise failures[0]
-        elif failures:
-            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+        self._not_removed = None
+        return failures
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncGenerator[_Block, None]:
+        """Take saves, and listen for signals."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
+            stager = self._stager
+            if stager is None:
+                stager = await stack.enter_async_context(AsyncStager())
+            group = await stack.enter_async_context(anyio.create_task_group())
+            block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
+            try:
+                yield block
+            finally:
+                # The loop may end it too.
+                block.is_open = False
 
     def _entered(self) -> _Block:
         if self._block is None or not self._block.is_open:
             raise CheckpointError(
                 f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
-                remedy="Save inside its `async with` block.",
+                remedy="Save inside its `async with` block, or between open() and aclose().",
             )
         return self._block
 
