@@ -259,7 +259,8 @@ class _Control(CheckpointStager):
             if self.waits:
                 stream.wait_stream(torch.accelerator.current_stream(tensor.device))
             with stream:
-                host = torch.empty(tensor.shape)
+                # CUDA's copies into pageable memory are over when the call returns.
+                host = torch.empty(tensor.shape, pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
                 event = torch.Event(tensor.device)
                 event.record(stream)

@@ -32,10 +32,16 @@ def busy(name: str, microseconds: int) -> None:
         torch.cuda._sleep(microseconds * CYCLES_IN_A_MICROSECOND)
 
 
+def drain() -> None:
+    """Wait for all devices: PyTorch's own waits for the current one."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)
+
+
 def run(first: int, count: int, checkpoint: Path, control: type[CheckpointStager] | None = None) -> Outcome:
     async def main() -> Outcome:
         names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        machine, total = Machine(names, busy, torch.accelerator.synchronize), Outcome()
+        machine, total = Machine(names, busy, drain), Outcome()
         for seed in range(first, first + count):
             outcome = await run_schedule(machine, seed, checkpoint, control() if control is not None else None)
             total.stagings += outcome.stagings
