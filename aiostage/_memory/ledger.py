@@ -81,7 +81,8 @@ class Ledger:
         free: Idle arenas, the least recently used first.
         leased: Arenas that were granted and have not come back.
         closing: Arenas that are being closed and still count.
-        waiting: Requests not yet answered, the oldest first.
+        waiting: Requests not yet answered, the oldest first. A tuple that is replaced at each change, because finalizers
+            go through it in any thread and may take no lock.
         closed: Whether the pool is closed: nothing is granted, and what comes back is closed.
         held_elsewhere: Whether, at the last move, an idle arena could not be used because another process maps it.
     """
@@ -93,7 +94,7 @@ class Ledger:
         self.free: list[Arena] = []
         self.leased: set[Arena] = set()
         self.closing: set[Arena] = set()
-        self.waiting: deque[Request] = deque()
+        self.waiting: tuple[Request, ...] = ()
         self.closed = False
         self.held_elsewhere = False
 
@@ -101,6 +102,10 @@ class Ledger:
     def arenas(self) -> list[Arena]:
         """Every arena that takes memory."""
         return [*self.free, *self.leased, *self.closing]
+
+    def add(self, request: Request) -> None:
+        """Put a request behind all others; the next move looks at it."""
+        self.waiting += (request,)
 
     def advance(self, returned: Iterable[Arena | Request]) -> Moves:
         """Take back arenas, answer the requests that can be answered, and say what is to be closed.
@@ -127,7 +132,7 @@ class Ledger:
                 if not request.answered:
                     break
                 moves.answered.append(request)
-            self.waiting.popleft()
+            self.waiting = self.waiting[1:]
         self._trim(moves)
         return moves
 
@@ -136,8 +141,7 @@ class Ledger:
         if isinstance(item, Request):
             # Withdrawing twice is harmless: the second time there is nothing left to take.
             item.abandoned = True
-            if item in self.waiting:
-                self.waiting.remove(item)
+            self.waiting = tuple(request for request in self.waiting if request is not item)
             arena, item.arena = item.arena, None
             if arena is None:
                 return
@@ -224,10 +228,10 @@ class Ledger:
             moves.close.append(arena)
 
     def _refuse_all(self, moves: Moves) -> None:
-        for request in self.waiting:
+        refused, self.waiting = self.waiting, ()
+        for request in refused:
             request.error = StagerClosedError()
             moves.answered.append(request)
-        self.waiting.clear()
 
     def _shortage(self, size: int) -> int:
         return 0 if self._max_bytes is None else _total(self.arenas) + size - self._max_bytes

@@ -146,8 +146,9 @@ class Pool:
         left_behind = (ledger.arenas, self._closings)
         self._begin()
         # Leases that end refer to it. They must neither keep idle arenas nor wake those who wait in the parent.
-        for each in (ledger.free, ledger.leased, ledger.closing, ledger.waiting):
+        for each in (ledger.free, ledger.leased, ledger.closing):
             each.clear()
+        ledger.waiting = ()
         return left_behind
 
     def __repr__(self) -> str:
@@ -183,7 +184,7 @@ class Pool:
         with self._lock:
             if self._ledger.closed:
                 raise StagerClosedError
-            self._ledger.waiting.append(request)
+            self._ledger.add(request)
         self._compare_with_limit(request)
         try:
             arena = await self._turn(request)
@@ -390,7 +391,7 @@ def _end_lease(returned: SimpleQueue[Arena | Request], ended: SimpleQueue[bool],
 
 def _nudge(ledger: Ledger) -> None:
     """Wake the first waiter that can still be woken; it will look again, on behalf of all."""
-    for request in list(ledger.waiting):
+    for request in ledger.waiting:
         if not request.abandoned and request.wakeup.set():
             return
         request.abandoned = True

@@ -45,7 +45,7 @@ def ledger_of(pages: int | None, make: Callable[[int], object] = FakeArena) -> L
 
 def ask(ledger: Ledger, pages: int) -> Request:
     request = Request(pages * PAGE_BYTES, Bell())
-    ledger.waiting.append(request)
+    ledger.add(request)
     return request
 
 
@@ -76,6 +76,17 @@ class TestGranting:
         assert request.arena.nbytes == 3 * PAGE_BYTES
         assert ledger.leased == {request.arena}
         assert not ledger.waiting
+
+    def test_who_goes_through_the_waiting_sees_them_as_they_were(self):
+        """Finalizers do, in any thread and without a lock."""
+        ledger = ledger_of(1)
+        granted(ledger, 1)
+        first, second = ask(ledger, 1), ask(ledger, 1)
+        seen = iter(ledger.waiting)
+        assert next(seen) is first
+        ledger.advance([first])
+        ask(ledger, 1)
+        assert list(seen) == [second]
 
     def test_a_returned_arena_is_reused(self):
         ledger = ledger_of(None)
@@ -326,7 +337,7 @@ class AnyHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.waiting)
     @rule(data=st.data())
     def withdraw(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(list(self.ledger.waiting)))
+        request = data.draw(st.sampled_from(self.ledger.waiting))
         self.asked.remove(request)
         self.carry_out(self.ledger.advance([request]))
 
