@@ -81,8 +81,8 @@ class Ledger:
         free: Idle arenas, the least recently used first.
         leased: Arenas that were granted and have not come back.
         closing: Arenas that are being closed and still count.
-        waiting: Requests not yet answered, the oldest first. A tuple that is replaced at each change, because finalizers
-            go through it in any thread and may take no lock.
+        waiting: Requests not yet answered, the oldest first. A tuple that is replaced at each change, because
+            finalizers go through it in any thread and may take no lock.
         closed: Whether the pool is closed: nothing is granted, and what comes back is closed.
         held_elsewhere: Whether, at the last move, an idle arena could not be used because another process maps it.
     """
