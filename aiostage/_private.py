@@ -1,4 +1,4 @@
-"""Every function that aiostage uses of PyTorch, NumPy, CPython and anyio and that they do not promise to keep.
+"""Every function that aiostage uses of PyTorch, NumPy, CPython, anyio and accelerate that they do not promise.
 
 Each is looked up by its name when this module is imported. One that is gone is None here, and :data:`CONSEQUENCES` says
 what aiostage does without it: the same result more slowly, or a refusal. It never guesses. Modules ask for these
@@ -22,6 +22,7 @@ __all__ = [
     "is_wrapper",
     "make_parameter",
     "narrow_by_index",
+    "prepared_by",
     "require",
     "slot_names",
     "storage_identity",
@@ -74,6 +75,7 @@ current_frames: Any = find("sys._current_frames")
 get_layout: Any = find("torch.serialization._get_layout")
 numpy_reconstruct: Any = find("numpy._core.multiarray._reconstruct") or find("numpy.core.multiarray._reconstruct")
 numpy_scalar: Any = find("numpy._core.multiarray.scalar") or find("numpy.core.multiarray.scalar")
+forking_reducers: Any = find("multiprocessing.reduction.ForkingPickler._extra_reducers")
 asyncio_backend: Any = find("anyio._backends._asyncio")
 
 DISTRIBUTED = {
@@ -81,6 +83,14 @@ DISTRIBUTED = {
     "narrow_tensor_by_index": "torch.distributed._shard._utils.narrow_tensor_by_index",
 }
 """Looked up when they are asked for, because they take torch.distributed.checkpoint with them."""
+
+ACCELERATE = {
+    "prepared_models": "_models",
+    "prepared_optimizers": "_optimizers",
+    "prepared_schedulers": "_schedulers",
+    "prepared_custom": "_custom_objects",
+}
+"""Attributes of an accelerate.Accelerator, whose class does not have them."""
 
 CONSEQUENCES = {
     "dispatch_keys": "each leaf is classified by itself: slower, the same result",
@@ -106,6 +116,11 @@ CONSEQUENCES = {
     "is_traceable_wrapper": "a subclass with __tensor_flatten__ and __tensor_unflatten__ is taken for a wrapper",
     "_slotnames": "the slots of a class are found through its bases",
     "current_frames": "a report of a loop hold has no stack",
+    "forking_reducers": "multiprocessing sends staged tensors in shared memory as copies of their bytes",
+    "prepared_models": "AcceleratorCheckpoints raises RuntimeError",
+    "prepared_optimizers": "AcceleratorCheckpoints raises RuntimeError",
+    "prepared_schedulers": "AcceleratorCheckpoints raises RuntimeError",
+    "prepared_custom": "AcceleratorCheckpoints raises RuntimeError",
     "get_layout": "dcp.load refuses checkpoints with the layout of a tensor in their metadata, which all have",
     "numpy_reconstruct": "dcp.load refuses arrays of NumPy unless weights_only=False",
     "numpy_scalar": "dcp.load refuses numbers of NumPy unless weights_only=False",
@@ -124,6 +139,23 @@ def require(name: str) -> Any:
     if found is None:
         raise RuntimeError(f"PyTorch {torch.__version__} lacks {name}; without it {CONSEQUENCES[name]}")
     return found
+
+
+def prepared_by(accelerator: Any, kind: str) -> list[Any]:
+    """Return what an accelerate.Accelerator has prepared.
+
+    Args:
+        accelerator: Of any kind.
+        kind: ``"models"``, ``"optimizers"``, ``"schedulers"``, or ``"custom"`` for what was registered.
+
+    Raises:
+        RuntimeError: If it does not tell.
+    """
+    found = getattr(accelerator, ACCELERATE[f"prepared_{kind}"], None)
+    if found is None:
+        raise RuntimeError(f"this version of accelerate lacks {ACCELERATE[f'prepared_{kind}']}, which is needed here")
+    prepared: list[Any] = found
+    return prepared
 
 
 def without_torch_function() -> AbstractContextManager[Any]:

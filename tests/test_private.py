@@ -26,7 +26,7 @@ def test_a_name_that_is_gone_is_none() -> None:
 def test_each_name_says_what_happens_without_it() -> None:
     source = inspect.getsource(_private)
     looked_up = set(re.findall(r"^(\w+): .* = find\(", source, re.M))
-    assert looked_up | set(_private.DISTRIBUTED) == set(_private.CONSEQUENCES)
+    assert looked_up | set(_private.DISTRIBUTED) | set(_private.ACCELERATE) == set(_private.CONSEQUENCES)
 
 
 def test_what_is_required_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,10 @@ def staged(tree: Any) -> Any:
 def test_without_it_nothing_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in _private.DISTRIBUTED:
         monkeypatch.setitem(_private.DISTRIBUTED, name, "torch.no_such_name")
+    elif name in _private.ACCELERATE:
+        monkeypatch.setitem(_private.ACCELERATE, name, "_no_such_name")
+        with pytest.raises(RuntimeError, match="lacks _no_such_name"):
+            _private.prepared_by(object(), name.removeprefix("prepared_"))
     else:
         monkeypatch.setattr(_private, name, None)
     source = odd_leaves()
@@ -107,6 +111,7 @@ def test_without_its_rebuilder_a_quantized_tensor_is_refused(monkeypatch: pytest
 def test_no_other_module_uses_private_names() -> None:
     pattern = re.compile(
         r"torch\._[a-zA-Z]|torch\.Tensor\._[a-z]|torch\.[a-z_.]+\._[a-z]|copyreg\._|anyio\._|sys\._current|\._cdata"
+        r"|\._extra_reducers|accelerator\._[a-z]"
     )
     found = [
         f"{path.relative_to(ROOT)}:{number}"

@@ -16,6 +16,7 @@ import numpy
 import numpy.typing
 import torch
 
+from aiostage import _private
 from aiostage._memory.shared import SentMemory
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ __all__ = ["offer"]
 _offered: dict[int, ref[Arena]] = {}
 """The shared arenas of this process. A dict, which a thread can copy in one step while others change it."""
 
-_reducers: Any = ForkingPickler
-_reduce_otherwise = _reducers._extra_reducers[torch.UntypedStorage]
-"""PyTorch's own, for storages that are not ours."""
+_reduce_otherwise: Any = (_private.forking_reducers or {}).get(torch.UntypedStorage)
+"""PyTorch's own, for storages that are not ours. Without it, all are left to PyTorch."""
 
 
 def offer(arena: Arena) -> None:
     """Have multiprocessing send the storages of a shared arena as places in it."""
+    if _reduce_otherwise is None:
+        return
     number = id(arena)
     _offered[number] = ref(arena, lambda gone: _offered.pop(number, None))
     ForkingPickler.register(SentMemory, _reduce_memory)

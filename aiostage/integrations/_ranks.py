@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
-__all__ = ["Ranks", "refuse_sharded"]
+__all__ = ["Ranks", "refuse_partitioned", "refuse_sharded"]
 
 
 class Ranks:
@@ -55,11 +56,16 @@ class Ranks:
         return self._group
 
 
-def refuse_sharded(state: dict[str, Any], name: str) -> None:
-    """Refuse a state dict that has only this rank's part of its tensors.
+def refuse_sharded(model: torch.nn.Module, state: Mapping[str, Any], name: str) -> None:
+    """Refuse a model of which this rank has only a part: of DTensors, FSDP 1 or DeepSpeed's ZeRO 3.
+
+    Args:
+        model: Without the wrapper of DistributedDataParallel.
+        state: Its state dict.
+        name: Of the model, for the error.
 
     Raises:
-        UnsupportedLeafError: If one is sharded.
+        UnsupportedLeafError: If a tensor is sharded over ranks.
     """
     for key, value in state.items():
         if (
@@ -67,8 +73,37 @@ def refuse_sharded(state: dict[str, Any], name: str) -> None:
             and hasattr(value, "placements")
             and any(not placement.is_replicate() for placement in value.placements)
         ):
-            raise UnsupportedLeafError(
-                f"the tensor is sharded over ranks ({', '.join(map(str, value.placements))}), and one rank writes.",
-                path=format_path((name, key)),
-                remedy="Save sharded models with aiostage.dcp, on all ranks.",
-            )
+            raise _sharded(f"the tensor is sharded over ranks ({', '.join(map(str, value.placements))})", (name, key))
+    # A state dict of FSDP 1 may be whole, but the state of the optimizer is that of this rank's flat parameters.
+    if dist.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        for key, module in model.named_modules():
+            if isinstance(module, FullyShardedDataParallel):
+                raise _sharded("the module is sharded over ranks by FullyShardedDataParallel", (name, key))
+    for key, parameter in model.named_parameters():
+        # DeepSpeed leaves the parameter itself empty. Its state dict has detached ones, which do not say so.
+        if hasattr(parameter, "ds_id"):
+            raise _sharded("the parameter is partitioned over ranks by DeepSpeed (ZeRO 3)", (name, key))
+
+
+def refuse_partitioned(optimizer: Any, name: str) -> None:
+    """Refuse an optimizer of DeepSpeed, which from ZeRO 1 on has this rank's part of the state only.
+
+    Raises:
+        UnsupportedLeafError: If it is, or wraps, one.
+    """
+    seen: list[Any] = []
+    while optimizer is not None and all(optimizer is not each for each in seen):
+        if any(cls.__module__.split(".")[0] == "deepspeed" for cls in type(optimizer).__mro__):
+            raise _sharded("DeepSpeed partitions the state of the optimizer over ranks", (name,))
+        seen.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _sharded(reason: str, path: tuple[str, ...]) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        f"{reason}, and one rank writes.",
+        path=format_path(tuple(part for part in path if part)),
+        remedy="Save sharded models with aiostage.dcp on all ranks; with DeepSpeed, by its own save_checkpoint().",
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiostage import _private
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointMismatchError
 from aiostage.integrations._generators import Generators, state_of_generators
-from aiostage.integrations._ranks import Ranks, refuse_sharded
+from aiostage.integrations._ranks import Ranks, refuse_partitioned, refuse_sharded
 
 with needed_for("AcceleratorCheckpoints"):
     from accelerate import Accelerator
@@ -24,7 +25,8 @@ class AcceleratorCheckpoints:
     Saved is what the accelerator has prepared (models, optimizers, schedulers), what was registered with
     ``register_for_checkpointing``, the gradient scaler, and every process's generators of random numbers. In a
     training of many processes every process makes the same calls, with a checkpointer of the same target; the first
-    writes. Models that are sharded over processes are refused; save them with ``aiostage.dcp``.
+    writes. Models that are sharded over processes (FSDP, DeepSpeed ZeRO 3) are refused; save them with
+    ``aiostage.dcp``. So are DeepSpeed's optimizers, of any stage.
 
     Args:
         accelerator: After its ``prepare``.
@@ -56,20 +58,24 @@ class AcceleratorCheckpoints:
             A handle on the rest, on the first process; None on the others.
 
         Raises:
-            UnsupportedLeafError: If a model is sharded over processes, or something cannot be staged or carried.
+            UnsupportedLeafError: If a model or an optimizer is sharded over processes, or something cannot be staged or
+                carried.
             Exception: As :meth:`aiostage.blocking.Checkpointer.save` does.
         """
         # Of the wrapped models: the names have no prefix of DistributedDataParallel.
-        models = [self._accelerator.unwrap_model(model).state_dict() for model in self._accelerator._models]
-        for number, model in enumerate(models):
-            refuse_sharded(model, f"models[{number}]")
+        objects = self._objects()
+        models = [model.state_dict() for model in objects["models"]]
+        for number, (model, state) in enumerate(zip(objects["models"], models, strict=True)):
+            refuse_sharded(model, state, f"models[{number}]")
+        for number, optimizer in enumerate(objects["optimizers"]):
+            refuse_partitioned(optimizer, f"optimizers[{number}]")
         generators = self._ranks.gather(state_of_generators(all_devices=False))
         if not self._accelerator.is_main_process:
             return None
         saved: dict[str, Any] = {"models": models, "step": step, "generators": generators}
-        for kind, objects in self._objects().items():
+        for kind, items in objects.items():
             if kind != "models":
-                saved[kind] = [item.state_dict() for item in objects]
+                saved[kind] = [item.state_dict() for item in items]
         if self._accelerator.scaler is not None:
             saved["scaler"] = self._accelerator.scaler.state_dict()
         return self._checkpoints.save(step, saved)
@@ -116,10 +122,5 @@ class AcceleratorCheckpoints:
         return step
 
     def _objects(self) -> dict[str, list[Any]]:
-        accelerator = self._accelerator
-        return {
-            "models": [accelerator.unwrap_model(model) for model in accelerator._models],
-            "optimizers": accelerator._optimizers,
-            "schedulers": accelerator._schedulers,
-            "custom": accelerator._custom_objects,
-        }
+        prepared = {kind: list(_private.prepared_by(self._accelerator, kind)) for kind in _KINDS}
+        return prepared | {"models": [self._accelerator.unwrap_model(model) for model in prepared["models"]]}

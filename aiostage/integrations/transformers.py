@@ -16,7 +16,7 @@ from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointExistsError, CheckpointMismatchError, listed
 from aiostage.integrations._generators import Generators, state_of_generators
-from aiostage.integrations._ranks import Ranks, refuse_sharded
+from aiostage.integrations._ranks import Ranks, refuse_partitioned, refuse_sharded
 
 with needed_for("CheckpointCallback"):
     from transformers import TrainerCallback
@@ -35,7 +35,8 @@ class CheckpointCallback(TrainerCallback):
     a checkpointer of the same target; the first writes. When the checkpointer of any process is preempted, the
     callback saves and stops the training on all.
 
-    Models that are sharded over processes (FSDP, DeepSpeed ZeRO 3) are refused; save them with ``aiostage.dcp``.
+    Models that are sharded over processes (FSDP, DeepSpeed ZeRO 3) are refused; save them with ``aiostage.dcp``. So are
+    DeepSpeed's optimizers, of any stage.
 
     Args:
         checkpoints: Entered around the training.
@@ -150,7 +151,8 @@ class CheckpointCallback(TrainerCallback):
         if step == self._saved:
             return
         model = objects["model"].state_dict()
-        refuse_sharded(model, "model")
+        refuse_sharded(objects["model"], model, "model")
+        refuse_partitioned(objects.get("optimizer"), "optimizer")
         several = not self._ranks.alone
         generators = self._ranks.gather(state_of_generators(all_devices=several))
         self._saved = step
