@@ -6,10 +6,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-import anyio
-
 from aiostage._copy.resources import Resources
-from aiostage._copy.staging import Staging
+from aiostage._copy.staging import Staging, State
 from aiostage._copy.timings import Timings
 from aiostage._copy.window import Window
 from aiostage._loop.coroutines import named
@@ -31,11 +29,6 @@ class Snapshot(Generic[T]):
 
     def __init__(self, resources: Resources, source: T, *, streamed: bool = False) -> None:
         self._staging = Staging(resources, source, streamed=streamed)
-        self._completing = anyio.Lock()
-        self._waiting = 0
-        self._tree: T | None = None
-        self._state = "new"
-        self._failure: BaseException | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +43,7 @@ class Snapshot(Generic[T]):
     @property
     def is_captured(self) -> bool:
         """Whether the source may be changed."""
-        return self._state == "captured"
+        return self._staging.state is State.CAPTURED
 
     @property
     def timings(self) -> Timings:
@@ -84,8 +77,7 @@ class Snapshot(Generic[T]):
         May be cancelled; the staging is then abandoned unless another task waits for it too.
         """
         self._check_whole()
-        await self._complete()
-        return self._tree  # type: ignore[return-value]
+        return await self._complete()
 
     async def source_free(self, path_prefix: Path = ()) -> None:
         """Wait until a part of the source has been copied, before the rest has.
@@ -103,7 +95,7 @@ class Snapshot(Generic[T]):
         is captured.
         """
         self._check_entered()
-        if self._state == "captured":
+        if self.is_captured:
             return
         if not await self._staging.parts_free([tuple(path_prefix)]):
             await self._complete()
@@ -111,12 +103,12 @@ class Snapshot(Generic[T]):
     @property
     def memory(self) -> range:
         """The addresses of the staged memory; empty until the snapshot is entered."""
-        return self._staging.landing.memory
+        return self._staging.progress.memory
 
     @property
     def window(self) -> Window | None:
         """What the bytes pass through if they do not fit ``max_host_bytes``; the addresses then have no memory."""
-        return self._staging.landing.window
+        return self._staging.progress.window
 
     async def fill(self) -> None:
         """Copy through the window, if there is one, as its consumer makes room; returns when all is under way.
@@ -127,25 +119,24 @@ class Snapshot(Generic[T]):
 
         May be cancelled; the staging is then abandoned.
         """
-        if self._state == "entered":
+        if self._staging.state is State.COPYING:
             await self._staging.fill()
 
     async def outline(self) -> T:
-        """Return the staged tree, whose tensors may not have their values yet; for writers that use :meth:`landed`.
+        """Return the staged tree, whose tensors may not have their values yet; for writers that use :meth:`copied`.
 
         Raises:
             The errors of :meth:`result`.
 
         Waits for the capture only if the tree cannot be made without looking at values.
         """
-        if self._state != "captured":
+        if not self.is_captured:
             self._check_entered()
-            if await self._staging.outline():
+            if await self._staging.build_early():
                 return self._staging.tree  # type: ignore[no-any-return]
-        await self._complete()
-        return self._tree  # type: ignore[return-value]
+        return await self._complete()
 
-    async def landed(self, address: int, nbytes: int) -> None:
+    async def copied(self, address: int, nbytes: int) -> None:
         """Wait until bytes of the staged memory have their final values; for addresses elsewhere, do not wait.
 
         Args:
@@ -157,9 +148,9 @@ class Snapshot(Generic[T]):
 
         May be cancelled; that changes nothing.
         """
-        if self._state != "captured":
+        if not self.is_captured:
             self._check_entered()
-            if not await self._staging.landing.bytes(address, nbytes):
+            if not await self._staging.progress.bytes(address, nbytes):
                 await self._complete()
 
     def order_before(self, stream: Any | None = None, *, parts: Iterable[Path] | None = None) -> None:
@@ -181,14 +172,14 @@ class Snapshot(Generic[T]):
                 snapshot was not entered or was left before.
         """
         self._check_entered()
-        if self._state != "captured":
+        if not self.is_captured:
             self._staging.order_before(stream, None if parts is None else [tuple(path) for path in parts])
 
     async def __aiter__(self) -> AsyncIterator[StagedLeaf]:
-        """Yield each leaf as it lands, with the first path that leads to it.
+        """Yield each leaf as it is copied, with the first path that leads to it.
 
-        A leaf that lands is final as a copy; whether the source was left alone meanwhile is known when the iteration
-        ends, which is when the snapshot is captured.
+        A leaf that is yielded is final as a copy; whether the source was left alone meanwhile is known when the
+        iteration ends, which is when the snapshot is captured.
 
         Raises:
             TornSnapshotError: At the end, if the source changed on the way.
@@ -197,13 +188,14 @@ class Snapshot(Generic[T]):
         self._check_whole()
         staging = self._staging
         for number, batch in staging.in_order():
-            if self._state != "captured" and not await staging.landing.batch(number):
+            if not self.is_captured and not await staging.progress.batch(number):
                 # Failed, abandoned or closed: completing says which.
                 break
-            for index in filter(staging.is_whole, batch.lands):
+            # No leaf is in a local: the traceback of a cancellation would keep it.
+            for index in staging.leaves_of(batch):
                 yield staging.leaf(index)
         await self._complete()
-        for index in filter(staging.is_whole, staging.not_copied()):
+        for index in staging.leaves_of(None):
             yield staging.leaf(index)
 
     async def __aenter__(self) -> Snapshot[T]:
@@ -216,71 +208,39 @@ class Snapshot(Generic[T]):
 
         May be cancelled; nothing is then left behind.
         """
-        if self._state != "new":
+        if self._staging.state is not State.NEW:
             raise StagingError("the snapshot was entered before.", remedy="Call snapshot() again for another one.")
-        self._state = "left"
         await self._staging.begin()
-        self._state = "entered"
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let go of the staged tree, or abandon the staging if it is not captured and wait for the copies that run."""
-        captured, self._state, self._tree = self._state == "captured", "left", None
-        if not captured:
-            await self._staging.abandon(error)
-        # A coroutine that is being closed may not wait.
-        elif not isinstance(error, GeneratorExit):
-            await self._staging.drop()
-        self._staging.staged = []
-        if self._staging.landing.window is not None:
-            self._staging.landing.window.close()
+        await self._staging.drop(error)
 
     def _check_whole(self) -> None:
-        if self._staging.landing.window is not None:
+        if self._staging.progress.window is not None:
             raise HostMemoryError(
                 f"the {self.nbytes} bytes of the copy only pass through memory, for max_host_bytes would not hold two.",
                 remedy="Give the snapshot to save(), or make it without streamed=True.",
             )
 
     def _check_entered(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._state == "new":
+        state, failure = self._staging.state, self._staging.failure
+        if state in (State.NEW, State.NOTING):
             raise StagingError("the snapshot was not entered.", remedy="Use `async with stager.snapshot(...)`.")
-        if self._state == "left":
+        if failure is not None:
+            raise failure
+        if state in (State.FAILED, State.DROPPED):
             raise StagingError(
                 "the snapshot was left, or abandoned before it was captured.",
                 remedy="Await captured() and result() inside the `async with` block.",
             )
 
-    async def _complete(self) -> None:
-        if self._state == "captured":
-            return
-        self._waiting += 1
-        try:
-            async with self._completing:
-                await self._complete_alone()
-        except BaseException as error:
-            # A waiter that is cancelled leaves the rest to the others; the last one abandons the staging.
-            if not isinstance(error, Exception) and self._waiting == 1 and self._state == "entered":
-                self._state = "left"
-                await self._staging.abandon(error)
-            raise
-        finally:
-            self._waiting -= 1
-
-    async def _complete_alone(self) -> None:
-        if self._state == "captured":
-            return
+    async def _complete(self) -> T:
         self._check_entered()
-        try:
-            self._tree = await self._staging.complete(resumable=True)
-        except Exception as error:
-            self._failure = error
-            raise
-        self._state = "captured"
+        return await self._staging.complete()  # type: ignore[no-any-return]
 
 
 def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
@@ -289,5 +249,10 @@ def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
 
 
 async def _run(staging: Staging) -> Any:
-    await staging.begin()
-    return await staging.complete()
+    try:
+        await staging.begin()
+        return await staging.complete()
+    except BaseException:
+        # Nobody else asks for the error, and its traceback leads to this.
+        staging.move(State.DROPPED)
+        raise

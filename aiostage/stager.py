@@ -186,7 +186,7 @@ class AsyncStager(CheckpointStager):
         resources = self._resources
         resources.closing.close()
         resources.pool.close()
-        jobs = [staging.job for staging in tuple(resources.running)]
+        jobs = tuple(resources.running)
         for job in jobs:
             job.cancel()
         try:

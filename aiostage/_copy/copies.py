@@ -1,9 +1,11 @@
-"""The copies of one staging, handed over to threads while the leaves are still being built."""
+"""The copies of one staging, handed over to threads while the leaves are still being built, and how far they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,16 @@ import numpy as np
 from aiostage._capture.plan import Batch
 from aiostage._copy.building import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
+from aiostage._copy.flights import Flights
 from aiostage._copy.host import HostCopy
-from aiostage._copy.looking import Look
+from aiostage._copy.inspection import SourceInspection
 from aiostage._copy.sources import Sources
-from aiostage._copy.window import Chunk
+from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
+from aiostage.errors import StagingError
 from aiostage.observe import OpenSpan, inside
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "CopyProgress"]
 
 
 class Copies:
@@ -28,30 +32,30 @@ class Copies:
     not by several threads.
 
     Args:
-        look: At the source.
+        inspection: Of the source.
         job: For the threads.
         batches: Of the plan, with their numbers, in the order in which they are copied.
-        landed: Where the threads note the numbers of the batches that they have copied.
+        copied: Where the threads note the numbers of the batches that they have copied.
         span: What the copies are part of, for observers.
         inline: Whether to copy in the calling thread, and at once.
     """
 
     def __init__(
         self,
-        look: Look,
+        inspection: SourceInspection,
         job: Job,
         batches: Iterable[tuple[int, Batch]],
         *,
-        landed: set[int],
+        copied: set[int],
         span: OpenSpan | None,
         inline: bool,
     ) -> None:
-        self._look = look
-        self.sources = Sources(look.leaves, look.specs)
+        self._inspection = inspection
+        self.sources = Sources(inspection.leaves, inspection.specs)
         self._job = job
         self._batches = list(batches)
         self._span = span
-        self._landed = landed
+        self._copied = copied
         self._inline = inline
 
     def build(self, memory: np.ndarray[Any, Any], staged: list[Any]) -> Generator[None, None, list[DeviceCopy]]:
@@ -76,7 +80,7 @@ class Copies:
                 yield
         from_devices: list[DeviceCopy] = []
         for number, batch in self._batches:
-            yield from build_batch(batch, memory, staged, self._look.specs)
+            yield from build_batch(batch, memory, staged, self._inspection.specs)
             if batch.device is not None:
                 from_devices.append((yield from DeviceCopy.of(number, batch, self.sources, staged, memory)))
             elif number in waiting:
@@ -87,7 +91,7 @@ class Copies:
     def outline(self, addresses: np.ndarray[Any, Any], staged: list[Any]) -> Generator[None, None, None]:
         """Make the staged leaves over addresses that have no memory behind them, and copy nothing."""
         for _, batch in self._batches:
-            yield from build_batch(batch, addresses, staged, self._look.specs)
+            yield from build_batch(batch, addresses, staged, self._inspection.specs)
 
     def fill(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> Generator[None, None, list[DeviceCopy]]:
         """Start the copies into a part of what passes through memory.
@@ -124,4 +128,94 @@ class Copies:
         # where huge pages are slow to come, and two threads do it at once.
         with inside(self._span, "batch", number=number, nbytes=nbytes):
             if copies.run(self._job):
-                self._landed.add(number)
+                self._copied.add(number)
+
+
+class CopyProgress:
+    """How far the copies of one staging are, for those who wait for some of them.
+
+    Args:
+        job: Of the threads that copy from host memory.
+
+    Attributes:
+        flights: The copies from devices; None without an accelerator, and once the staging is over.
+        batches: Of the plan.
+        window: What the copy passes through, if it is larger than the memory for it.
+        memory: The addresses of the staged memory.
+        copied: The numbers of the batches that were seen to have been copied.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.flights: Flights | None = None
+        self.batches: Sequence[Batch] = ()
+        self.window: Window | None = None
+        self.memory = range(0)
+        self.copied: set[int] = set()
+
+    async def batch(self, number: int) -> bool:
+        """Wait until a batch has been copied.
+
+        Returns:
+            False if it will not be: the staging has failed, was abandoned or closed.
+
+        Raises:
+            StagingError: If the device has failed.
+
+        Cancelling changes nothing.
+        """
+        if self.window is not None:
+            await self.window.launched(number)
+        if self.batches[number].device is not None and self.flights is not None:
+            await self.flights.land(number)
+            self.copied.add(number)
+        while number not in self.copied and not self._job.finished():
+            await self._job.progressed(self._job.done)
+        return number in self.copied
+
+    async def bytes(self, address: int, nbytes: int) -> bool:
+        """Wait until the copies into a range of staged memory have been made; elsewhere there is nothing to wait for.
+
+        Returns:
+            False if they will not be: the staging has failed, was abandoned or closed.
+
+        Raises:
+            StagingError: If the device has failed.
+
+        Cancelling changes nothing.
+        """
+        start = max(address - self.memory.start, 0)
+        stop = min(address + nbytes, self.memory.stop) - self.memory.start
+        for number in range(bisect_right(self.batches, start, key=_stop), len(self.batches)):
+            if self.batches[number].start >= stop:
+                break
+            if not await self.batch(number):
+                return False
+        return True
+
+    def order_before(self, stream: Any | None, numbers: Collection[int] | None) -> None:
+        """Make later work of a stream wait, on the device, for the copies.
+
+        Args:
+            stream: Whose work; None for the current stream of each device that copies.
+            numbers: The batches to wait for; None for all.
+
+        Raises:
+            StagingError: If copies from host memory are under way, for which no stream can wait.
+        """
+        if self.window is not None and not self._job.finished():
+            raise StagingError(
+                "the copy passes through memory smaller than itself, so some of its copies wait for room.",
+                remedy="Await captured() before you change the source.",
+            )
+        in_host_memory = {number for number, batch in enumerate(self.batches) if batch.device is None} - self.copied
+        if in_host_memory if numbers is None else not in_host_memory.isdisjoint(numbers):
+            raise StagingError(
+                "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
+                remedy="Await source_free() or captured() before you change them.",
+            )
+        if self.flights is not None:
+            self.flights.order_before(stream, numbers)
+
+
+_stop = attrgetter("stop")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
@@ -13,14 +13,11 @@ from aiostage._device.streams import CopyStreams
 from aiostage._loop.closing import Closing
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.transfers import Traffic
-from aiostage._loop.workers import Workers
+from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Backend
 from aiostage.options import StagingOptions
-
-if TYPE_CHECKING:
-    from aiostage._copy.staging import Staging
 
 __all__ = ["Counts", "Resources"]
 
@@ -71,7 +68,8 @@ class Resources:
         )
         self.inspection = Inspection(backend.device_of if backend is not None else None)
         self.counts = Counts()
-        self.running: set[Staging] = set()
+        self.running: set[Job] = set()
+        """Of the stagings under way."""
         self.closing = Closing()
         self._known: tuple[list[Spec | None], list[int], Plan] | None = None
         tell_of_forks(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from enum import Enum
 from typing import Any, TypeVar
 
 import anyio
@@ -12,12 +13,10 @@ import numpy as np
 from aiostage._capture.plan import Batch, Plan
 from aiostage._capture.rebuild import finish_leaves
 from aiostage._copy.building import build_empty, keep_freed_memory
-from aiostage._copy.changes import within
-from aiostage._copy.copies import Copies
+from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.flights import Flights
-from aiostage._copy.landing import Landing
-from aiostage._copy.looking import Look
+from aiostage._copy.inspection import SourceInspection, within
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
@@ -31,7 +30,7 @@ from aiostage.errors import StagingError, TornSnapshotError
 from aiostage.leaf import Path, StagedLeaf, format_path
 from aiostage.observe import begin
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "State"]
 
 T = TypeVar("T")
 
@@ -41,6 +40,57 @@ _DROPPED_AT_ONCE = 256
 """Leaves whose destructors run between two yields, a tenth of a millisecond."""
 
 _NO_MEMORY = np.empty(0, dtype=np.uint8)
+
+
+_NOT_BUILT = object()
+_ABANDONED = "the staging was abandoned while somebody waited for it."
+
+
+class State(Enum):
+    """Where a staging is in its life. Only :meth:`Staging.move` changes it."""
+
+    NEW = "new"
+    """Called; what its first slice has met is noted."""
+    NOTING = "noting"
+    """Begun: the source is walked, memory is leased, copies are started."""
+    COPYING = "copying"
+    """All copies are under way, or will be as their consumer makes room."""
+    CAPTURED = "captured"
+    """The source may change; the staged tree is whole."""
+    FAILED = "failed"
+    """Ended by an error."""
+    DROPPED = "dropped"
+    """Ended because nobody wants the copy: cancelled, or its context was exited."""
+
+
+_TRANSITIONS = {
+    State.NEW: {State.NOTING, State.DROPPED},
+    State.NOTING: {State.COPYING, State.FAILED, State.DROPPED},
+    State.COPYING: {State.CAPTURED, State.FAILED, State.DROPPED},
+    State.CAPTURED: {State.DROPPED},
+    State.FAILED: {State.DROPPED},
+    State.DROPPED: set[State](),
+}
+
+
+class _Turns:
+    """Lets one task in at a time.
+
+    Unlike a lock it can be left by a coroutine that is closed after its loop has gone.
+    """
+
+    def __init__(self) -> None:
+        self._taken: anyio.Event | None = None
+
+    async def __aenter__(self) -> None:
+        while self._taken is not None:
+            await self._taken.wait()
+        self._taken = anyio.Event()
+
+    async def __aexit__(self, *_: object) -> None:
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.set()
 
 
 class Staging:
@@ -55,6 +105,12 @@ class Staging:
         resources: Of the stager.
         source: The state dict.
         streamed: Whether there will be a consumer, so that the copy may be larger than the memory for it.
+
+    Attributes:
+        state: What it is at. Whatever else can be asked of a staging follows from this.
+        failure: What is raised for those who wait for it.
+        tree: The staged tree, once it is built and until it is dropped.
+        staged: The staged leaves, by their indices.
     """
 
     def __init__(self, resources: Resources, source: Any, *, streamed: bool = False) -> None:
@@ -62,36 +118,75 @@ class Staging:
         self._streamed = streamed
         self._options = resources.options
         self._slices = Slices(resources.options.max_loop_hold)
+        self.state = State.NEW
+        self.failure: BaseException | None = None
         # What holds memory is kept here and not in locals: there the traceback of an error, or of a cancellation,
         # would keep it for as long as somebody keeps the error.
         self._lease: Lease | None = None
-        self.tree: Any = None
+        self.tree: Any = _NOT_BUILT
         self.plan: Plan | None = None
         self.staged: list[Any] = []
         self.job: Job = resources.workers.job()
-        self.landing = Landing(self.job)
+        self.progress = CopyProgress(self.job)
         self.timings = Timings()
         self.timings.span = begin("stage")
         self._copies: Copies | None = None
-        self._outlining: anyio.Event | None = None
-        self._outlined = self._retired = False
-        self._reason: Exception | None = None
+        self._waiters = 0
+        self._building = _Turns()
+        self._completing = _Turns()
         self._finishing: Generator[None, None, None] | None = None
-        self._look = Look(resources, self.timings)
-        self._looking = self._look.run(source)
-        self._refused: BaseException | None = None
-        self._looked = False
+        self._inspection = SourceInspection(resources, self.timings)
+        self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         self._caller = caller = CallerStreams.record(resources.backend, source)
         if resources.backend is not None and resources.streams is not None:
-            self.landing.flights = Flights(
+            self.progress.flights = Flights(
                 resources.backend, resources.streams, caller, resources.traffic, resources.closing
             )
         try:
-            self._looked = self._slices.take(self._looking)
+            if self._slices.take(self._inspecting):
+                self._inspecting = None
             caller.include()
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.
-            self._refused = error
+            self.failure = error
+
+    def move(self, to: State, error: BaseException | None = None) -> None:
+        """Change the state, and release what the new one does not need.
+
+        Nothing happens if it cannot come there from where it is: it has ended otherwise before.
+
+        Args:
+            to: The next state.
+            error: What has ended it. It is kept for those who wait while it is copying.
+        """
+        if to not in _TRANSITIONS[self.state]:
+            return
+        waited_for = self.state is State.COPYING
+        self.state = to
+        if to is State.NOTING:
+            self._resources.running.add(self.job)
+        if to in (State.NOTING, State.COPYING):
+            return
+        # The source, the plan's copies and the lease; the staged tensors hold what they need.
+        for work in (self._inspecting, self._finishing):
+            if work is not None:
+                work.close()
+        self._inspecting = self._finishing = self._copies = self._lease = None
+        self._inspection.walk.release()
+        if to is State.CAPTURED:
+            self._resources.running.discard(self.job)
+        else:
+            self.failure = error if to is State.FAILED and waited_for else None
+            self.tree, self.staged = _NOT_BUILT, []
+            self.job.cancel()
+            if self.progress.window is not None:
+                self.progress.window.close()
+            if self.progress.flights is not None:
+                self.progress.flights.abandon()
+        self.progress.flights = None
+        counts = self._resources.counts
+        counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
+        self.timings.yields = self._slices.yields
 
     # The public life of a staging
 
@@ -108,7 +203,7 @@ class Staging:
         May be cancelled; whatever was begun is then dropped, and the copies that run have ended.
         """
         self._resources.check_open()
-        self._resources.running.add(self)
+        self.move(State.NOTING)
         try:
             from_devices = await self._begin()
             if from_devices:
@@ -116,82 +211,82 @@ class Staging:
                 # The next step may change what is in host memory without asking any stream.
                 await self.job.join()
         except BaseException as error:
-            await self.abandon(error)
+            await self._end(error)
             raise
+        self.move(State.COPYING)
 
-    async def complete(self, *, resumable: bool = False) -> Any:
-        """Wait for the copies, compare the source, and return the staged tree.
-
-        Args:
-            resumable: Leave the staging as it is when cancelled. Another call may then complete it; otherwise it has to
-                be abandoned.
+    async def complete(self) -> Any:
+        """Wait for the copies, compare the source, and return the staged tree. Several tasks may wait.
 
         Raises:
             TornSnapshotError: If the source changed meanwhile.
             StagerClosedError: If the stager was closed meanwhile.
+            StagingError: If it was dropped meanwhile.
 
-        May be cancelled; whatever was begun is then dropped, and the copies that run have ended.
+        May be cancelled. A waiter that is cancelled leaves the rest to the others; with the last one the staging is
+        dropped, and the copies that run have ended.
         """
+        self._waiters += 1
         try:
-            tree = await self._complete()
+            return await self._complete()
         except BaseException as error:
-            if not resumable or isinstance(error, Exception):
-                await self.abandon(error)
+            if self.state is not State.CAPTURED and (isinstance(error, Exception) or self._waiters == 1):
+                await self._end(error)
             raise
-        self._retire()
-        self._end(None)
-        return tree
+        finally:
+            self._waiters -= 1
 
-    async def abandon(self, error: BaseException | None = None) -> None:
-        """Drop the copies not yet begun, wait for those that run in threads, and give everything up.
+    async def drop(self, error: BaseException | None = None) -> None:
+        """Drop what there is, for the context was exited; the copies that run in threads have ended then.
+
+        Args:
+            error: What the context was exited with.
+
+        Staged leaves are let go in steps, because destructors of 50,000 take 20 ms; when cancelled, all at once.
+        """
+        if self.state is not State.CAPTURED:
+            await self._end(error, State.DROPPED)
+            return
+        staged, self.staged = self.staged, []
+        self.move(State.DROPPED)
+        try:
+            # A coroutine that is being closed may not wait.
+            if not isinstance(error, GeneratorExit):
+                await self._slices.run(_dropping(staged))
+        finally:
+            staged.clear()
+
+    async def _end(self, error: BaseException | None, to: State | None = None) -> None:
+        """End it before it is captured: start no more copies, and wait for those that run in threads.
 
         Copies that devices are making cannot be stopped; their memory is kept until they are done.
         """
-        self.job.cancel()
-        if self.landing.window is not None:
-            self.landing.window.close()
+        # A failure stays, for those who ask later.
+        if self.state is not State.FAILED:
+            self.move(to or (State.FAILED if isinstance(error, Exception) else State.DROPPED), error)
         try:
             # A coroutine that is being closed may not wait; what runs keeps its memory.
             if not isinstance(error, GeneratorExit):
                 await finish(self.job.settled)
         finally:
             # A second cancellation is raised from that wait, once it is over.
-            if self.landing.flights is not None:
-                self.landing.flights.abandon()
-            self._retire()
-            self.staged = []
-            self._end(error)
+            self._resources.running.discard(self.job)
+            self._report(error)
 
-    async def drop(self) -> None:
-        """Let go of the staged leaves, in steps: destructors of 50,000 take 20 ms. When cancelled, all at once."""
-        try:
-            await self._slices.run(self._dropping())
-        finally:
-            self.staged = []
-
-    async def outline(self) -> bool:
-        """Make the staged tree, :attr:`tree`, although its bytes may not have arrived.
+    async def build_early(self) -> bool:
+        """Build the staged tree, :attr:`tree`, although its bytes may not have been copied.
 
         Returns:
-            False if that is not possible, because making it looks at them, or because the staging has ended.
+            False if that is not possible, because building it looks at them, or because the staging has ended.
 
         May be cancelled, and called again then.
         """
         if not self._is_early:
             return False
-        while not (self._outlined or self._retired):
-            if self._outlining is not None:
-                await self._outlining.wait()
-                continue
-            # Not a lock: it could not be let go of by a coroutine that is closed after its loop has gone.
-            self._outlining = done = anyio.Event()
-            try:
+        async with self._building:
+            if self.state is State.COPYING and self.tree is _NOT_BUILT:
                 await self._slices.run(self._rebuilding(), self.job)
-                self._outlined = True
-            finally:
-                self._outlining = None
-                done.set()
-        return not self._retired
+        return self.state in (State.COPYING, State.CAPTURED)
 
     def order_before(self, stream: Any | None, parts: Collection[Path] | None) -> None:
         """Make later work of a stream wait, on the device, for the copies, and look for changes up to now.
@@ -206,28 +301,16 @@ class Staging:
         """
         leaves = numbers = None
         if parts is not None:
-            leaves, numbers = exhausted(within(parts, self._look.walk, self._batches))
-        if self.landing.window is not None and not self.job.finished():
-            raise StagingError(
-                "the copy passes through memory smaller than itself, so some of its copies wait for room.",
-                remedy="Await captured() before you change the source.",
-            )
-        left = self.landing.left_in_host_memory()
-        if left if numbers is None else not left.isdisjoint(numbers):
-            raise StagingError(
-                "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
-                remedy="Await source_free() or captured() before you change them.",
-            )
-        if self.landing.flights is not None:
-            self.landing.flights.order_before(stream, numbers)
+            leaves, numbers = exhausted(within(parts, self._inspection.walk, self._batches))
+        self.progress.order_before(stream, numbers)
         if self._options.detect_torn:
-            exhausted(self._look.changes.compare(leaves))
+            exhausted(self._inspection.changes.compare(leaves))
 
     async def parts_free(self, parts: Collection[Path]) -> bool:
         """Wait until some parts of the tree have been copied.
 
         Returns:
-            False if they will not be, as :meth:`land` says.
+            False if they will not be, as :meth:`CopyProgress.batch` says.
 
         Raises:
             KeyError: If one of the parts has no tensor in it that is copied.
@@ -235,9 +318,9 @@ class Staging:
 
         Cancelling changes nothing.
         """
-        _, numbers = await self._slices.run(within(parts, self._look.walk, self._batches))
+        _, numbers = await self._slices.run(within(parts, self._inspection.walk, self._batches))
         for number in numbers:
-            if not await self.landing.batch(number):
+            if not await self.progress.batch(number):
                 return False
         return True
 
@@ -245,24 +328,25 @@ class Staging:
 
     async def _begin(self) -> list[DeviceCopy]:
         """Start the copies from host memory, and return those from devices."""
-        if self._refused is not None:
-            raise self._refused
-        if not self._looked:
-            await self._slices.run(self._looking)
+        if self.failure is not None:
+            raise self.failure
+        if self._inspecting is not None:
+            await self._slices.run(self._inspecting)
+            self._inspecting = None
             # What was written meanwhile is in the versions that were read, so the copies have to have it too.
             self._caller.renew()
-        plan = self.plan = await self._slices.run(self._look.plan())
-        self.landing.batches = plan.batches
+        plan = self.plan = await self._slices.run(self._inspection.plan())
+        self.progress.batches = plan.batches
         copies = self._copies = Copies(
-            self._look,
+            self._inspection,
             self.job,
             self.in_order(),
-            landed=self.landing.landed,
+            copied=self.progress.copied,
             span=self.timings.span,
             inline=not self._options.use_async_staging,
         )
         if plan.nbytes and self._is_streamed(plan.nbytes):
-            self.landing.window = Window(plan, self._options.max_host_bytes or plan.nbytes)
+            self.progress.window = Window(plan, self._options.max_host_bytes or plan.nbytes)
             await self._slices.run(self._make(plan, copies.outline))
             return []
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
@@ -278,9 +362,11 @@ class Staging:
         return from_devices
 
     async def _launch(self, copies: list[DeviceCopy]) -> None:
-        if self.landing.flights is not None and copies:
+        if self.progress.flights is not None and copies:
             with Phase(self.timings, "launch"):
-                await self.landing.flights.launch(copies, self._resources.launcher, self._resources.max_bytes_in_flight)
+                await self.progress.flights.launch(
+                    copies, self._resources.launcher, self._resources.max_bytes_in_flight
+                )
 
     def _is_streamed(self, nbytes: int) -> bool:
         """Return whether the copy is to pass through memory smaller than itself."""
@@ -294,21 +380,21 @@ class Staging:
     def _is_early(self) -> bool:
         """Whether the tree can be made before its bytes have arrived."""
         # What is put into containers needs no bytes in it yet; whatever may look at values does.
-        return not (self._look.walk.calls_out or self._look.leaves.composites)
+        return not (self._inspection.walk.calls_out or self._inspection.leaves.composites)
 
     def _make(
         self, plan: Plan, build: Callable[[np.ndarray[Any, Any], list[Any]], Generator[None, None, T]]
     ) -> Generator[None, None, T]:
         """Make the staged leaves, those that have memory in one way or another."""
-        staged = self.staged = [None] * len(self._look.leaves.tensors)
+        staged = self.staged = [None] * len(self._inspection.leaves.tensors)
         untrack_all((staged,))
         keep_freed_memory()
         yield from build_empty(plan.empty, staged)
-        if self.landing.window is not None:
-            memory = self.landing.window.addresses
+        if self.progress.window is not None:
+            memory = self.progress.window.addresses
         else:
             memory = self._lease.buffer if self._lease is not None else _NO_MEMORY
-        self.landing.memory = range(memory.ctypes.data, memory.ctypes.data + memory.nbytes)
+        self.progress.memory = range(memory.ctypes.data, memory.ctypes.data + memory.nbytes)
         return (yield from build(memory, staged))
 
     async def fill(self) -> None:
@@ -319,21 +405,19 @@ class Staging:
             StagerClosedError: If the stager is closed.
             StagingError: If the device has failed.
 
-        May be cancelled; whatever was begun is then dropped, as by :meth:`abandon`.
+        May be cancelled; whatever was begun is then dropped, like all of it.
         """
-        copies, window = self._copies, self.landing.window
+        copies, window = self._copies, self.progress.window
         if copies is None or window is None:
             return
         try:
             for chunk in window.chunks:
+                if self.state is not State.COPYING:
+                    raise self.failure or StagingError(_ABANDONED)
                 await self._fill_chunk(copies, window, chunk)
             self.job.close()
         except BaseException as error:
-            without_locals(error)
-            if isinstance(error, Exception):
-                # For whoever waits for the capture.
-                self._reason = error
-            await self.abandon(error)
+            await self._end(without_locals(error))
             raise
 
     async def _fill_chunk(self, copies: Copies, window: Window, chunk: Chunk) -> None:
@@ -346,8 +430,16 @@ class Staging:
         window.filled(chunk, memory)
 
     async def _complete(self) -> Any:
-        resources = self._resources
-        early = await self.outline()
+        async with self._completing:
+            if self.state is State.COPYING:
+                await self._capture()
+        if self.state is State.CAPTURED:
+            return self.tree
+        raise self.failure or StagingError(_ABANDONED)
+
+    async def _capture(self) -> None:
+        """Wait for the copies, and finish; returns early if it is ended by another task."""
+        early = await self.build_early()
         with Phase(self.timings, "copy"):
             # Joining would end the job when this is cancelled, and another may go on here.
             await self.job.settled()
@@ -355,72 +447,46 @@ class Staging:
                 await self.job.join()
             for number, batch in enumerate(self._batches):
                 if batch.device is not None:
-                    await self.landing.batch(number)
-            resources.check_open()
-            if self._reason is not None:
-                raise self._reason
-            if self.job.cancelled:
-                raise StagingError("the staging was abandoned while somebody waited for it.")
+                    await self.progress.batch(number)
+            self._resources.check_open()
+        if self.state is not State.COPYING:
+            return
         if self._finishing is None:
             self._finishing = self._finish(rebuild=not early)
         await self._slices.run(self._finishing, self.job, resumable=True)
-        if self._retired:
-            raise StagingError("the staging was abandoned while somebody waited for it.")
-        counts = resources.counts
+        if self.state is not State.COPYING:
+            return
+        counts = self._resources.counts
         counts.stagings += 1
-        counts.leaves += len(self._look.specs)
+        counts.leaves += len(self._inspection.specs)
         counts.nbytes += self.nbytes
         counts.copies += self.job.done
-        for flight in self.landing.flights or ():
+        for flight in self.progress.flights or ():
             counts.copies += flight.copies
             counts.launches += flight.launches
-        return self.tree
+        self.move(State.CAPTURED)
+        self._report(None)
 
     def _finish(self, *, rebuild: bool) -> Generator[None, None, None]:
         """Compare the source with what was noted, and make the staged tree, in small steps."""
         if self._options.detect_torn:
             with Phase(self.timings, "check"):
-                yield from self._look.changes.compare()
-        torn = dict.fromkeys(self._look.changes.paths) | dict.fromkeys(self._lost_paths())
+                yield from self._inspection.changes.compare()
+        torn = self._inspection.torn(self._copies.sources.lost if self._copies is not None else ())
         if torn:
             raise TornSnapshotError([format_path(path) for path in torn])
         if rebuild:
             yield from self._rebuilding()
-        yield from self._look.walk.releasing()
-
-    def _lost_paths(self) -> list[Path]:
-        """Return where leaves are that could not be copied, because their memory had been replaced by then."""
-        lost = self._copies.sources.lost if self._copies is not None else ()
-        return [self._look.walk.path(index) for index in sorted(lost)]
-
-    def _dropping(self) -> Generator[None, None, None]:
-        while self.staged:
-            del self.staged[-_DROPPED_AT_ONCE:]
-            yield
+        yield from self._inspection.walk.releasing()
 
     def _rebuilding(self) -> Generator[None, None, None]:
         """Make the staged tree."""
-        walk = self._look.walk
+        walk = self._inspection.walk
         with Phase(self.timings, "rebuild"):
             finish_leaves(walk.leaves, self.staged)
             self.tree = yield from walk.rebuild(self.staged)
 
-    def _retire(self) -> None:
-        """Let go of the source and of the lease; the staged tensors hold what they need."""
-        self._resources.running.discard(self)
-        counts = self._resources.counts
-        counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
-        self.timings.yields = self._slices.yields
-        self._retired = True
-        self._lease = None
-        self.tree = self.landing.flights = self._copies = self._refused = None
-        if self._finishing is not None:
-            self._finishing.close()
-            self._finishing = None
-        self._looking.close()
-        self._look.walk.release()
-
-    def _end(self, error: BaseException | None) -> None:
+    def _report(self, error: BaseException | None) -> None:
         """Tell the log and observers that it is over, and what became of it."""
         if error is None:
             _logger.debug("staged %d bytes of %d leaves: %s", self.nbytes, self.leaves, self.timings)
@@ -448,21 +514,23 @@ class Staging:
         """How many leaves the tree has, once planned; a tensor that is reached by several paths counts once."""
         if self.plan is None:
             return 0
-        return len(self._look.leaves) - len(self._look.leaves.owners)
+        return self._inspection.whole_leaves
 
-    def is_whole(self, index: int) -> bool:
-        """Return whether a leaf is one of the tree's, and not only a part of one."""
-        return index not in self._look.leaves.owners
+    def leaves_of(self, batch: Batch | None) -> Iterator[int]:
+        """Return the numbers of the leaves that a batch completes; None for those that no batch does."""
+        return self._inspection.whole(self._inspection.without_bytes() if batch is None else batch.lands)
 
     def leaf(self, index: int) -> StagedLeaf:
         """Return a staged leaf."""
-        return StagedLeaf(self._look.walk.path(index), self.staged[index])
-
-    def not_copied(self) -> list[int]:
-        """Return the leaves that no batch completes: those without memory of their own, or without elements."""
-        return [index for index, spec in enumerate(self._look.specs) if spec is None or spec.extent == 0]
+        return StagedLeaf(self._inspection.walk.path(index), self.staged[index])
 
     @property
     def nbytes(self) -> int:
         """Size of the staged copy."""
         return self.plan.nbytes if self.plan is not None else 0
+
+
+def _dropping(staged: list[Any]) -> Generator[None, None, None]:
+    while staged:
+        del staged[-_DROPPED_AT_ONCE:]
+        yield

@@ -40,7 +40,7 @@ class Timings:
     yields: int = 0
 
     def __post_init__(self) -> None:
-        """Have no span; it is the business of whoever measures, and no figure."""
+        """Start without a span; the caller sets one. It is no field, because it is no figure."""
         self.span: OpenSpan | None = None
 
 
@@ -50,7 +50,7 @@ class Phase:
     A section may be cut into slices and go on in another task, so its span is not the current one of any context.
     """
 
-    __slots__ = ("_begin", "_name", "_span", "_timings")
+    __slots__ = ("_name", "_span", "_start", "_timings")
 
     def __init__(self, timings: Timings, name: str) -> None:
         self._timings = timings
@@ -59,12 +59,12 @@ class Phase:
     def __enter__(self) -> None:
         within = self._timings.span
         self._span = within.child(self._name) if within is not None else None
-        self._begin = perf_counter()
+        self._start = perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        spent = getattr(self._timings, self._name) + perf_counter() - self._begin
+        spent = getattr(self._timings, self._name) + perf_counter() - self._start
         setattr(self._timings, self._name, spent)
         if self._span is not None:
             self._span.end(error)

@@ -81,7 +81,7 @@ class Window:
 
     def filled(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> None:
         """Take note that the copies into a chunk are under way."""
-        if chunk.number >= self._passed:
+        if chunk.number >= self._passed and not self.closed:
             chunk.memory = memory
         self._filled = chunk.number + 1
         self._tell()

@@ -106,7 +106,7 @@ class OutgoingFile:
                     part, self._snapshot, self._snapshot.window, buffers=self._buffers, workers=self._workers
                 )
             for piece in part.pieces:
-                await self._snapshot.landed(*place(piece))
+                await self._snapshot.copied(*place(piece))
         data = whole(part)
         return data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
 

@@ -36,7 +36,7 @@ async def collect(
         The chunk's own memory where all of it lies in one, in order; else a copy.
 
     Raises:
-        The errors of :meth:`Snapshot.landed` and :meth:`Window.take`.
+        The errors of :meth:`Snapshot.copied` and :meth:`Window.take`.
 
     May be cancelled; nothing is held then.
     """
@@ -80,7 +80,7 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
             # The staging was given up; this tells why, which whoever gave it up may not have done yet.
             await snapshot.captured()
         raise
-    await snapshot.landed(address, nbytes)
+    await snapshot.copied(address, nbytes)
     if not isinstance(piece, Scattered):
         return memory
     tensor = torch.empty(0, dtype=piece.tensor.dtype, device="cpu")

@@ -76,7 +76,7 @@ async def iterate(snapshot: Snapshot[Any]) -> None:
 
 
 async def look_at_the_memory(snapshot: Snapshot[Any]) -> None:
-    await snapshot.landed(snapshot.memory.start, len(snapshot.memory))
+    await snapshot.copied(snapshot.memory.start, len(snapshot.memory))
 
 
 @on_every_loop

@@ -178,7 +178,7 @@ class TestBytesInFlight:
             accelerator.synchronize()
             stager = AsyncStager(StagingOptions(**options), backend=accelerator)  # type: ignore[arg-type]
             async with stager, stager.snapshot(state) as snapshot:
-                flights = snapshot._staging.landing.flights
+                flights = snapshot._staging.progress.flights
                 assert flights is not None
                 assert sum(not flight.event.completed for flight in flights) <= 4  # type: ignore[attr-defined]
                 staged = await snapshot.result()

@@ -44,4 +44,4 @@ async def until(condition: Callable[[], bool]) -> None:
 async def until_copies_wait(stager: AsyncStager) -> None:
     """Let the loop turn until a staging has handed over all its copies, and only waits for them."""
     running = stager._resources.running
-    await until(lambda: any(not staging.job._open for staging in running))
+    await until(lambda: any(not job._open for job in running))

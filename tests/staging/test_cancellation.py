@@ -216,6 +216,30 @@ async def test_a_waiter_that_is_cancelled_leaves_the_snapshot_to_the_others(sour
 
 
 @pytest.mark.asyncio
+async def test_a_waiter_that_is_cancelled_right_after_capture_drops_nothing() -> None:
+    async with AsyncStager() as stager:
+        with copies_held(stager) as release:
+            async with stager.snapshot(SOURCE) as snapshot:
+
+                async def wait_and_cancel() -> Any:
+                    staged = await snapshot.result()
+                    second.cancel()
+                    return staged
+
+                first = asyncio.ensure_future(wait_and_cancel())
+                await asyncio.sleep(0)
+                second = asyncio.ensure_future(snapshot.result())
+                await asyncio.sleep(0)
+                release.set()
+                staged = await first
+                with pytest.raises(asyncio.CancelledError):
+                    await second
+                assert snapshot.is_captured
+                assert await snapshot.result() is staged
+                assert float(staged["model"]["p7"][0]) == 7
+
+
+@pytest.mark.asyncio
 async def test_the_last_waiter_that_is_cancelled_abandons_the_snapshot() -> None:
     async with AsyncStager() as stager:
         with copies_held(stager) as release:

@@ -110,9 +110,9 @@ class TestSnapshot:
             with copies_held(stager) as release:
                 async with stager.snapshot(tree()) as snapshot:
                     first = asyncio.ensure_future(snapshot.result())
-                    await until(lambda: snapshot._completing.statistics().locked)
+                    await until(lambda: snapshot._staging._waiters == 1)
                     second = asyncio.ensure_future(snapshot.result())
-                    await until(lambda: snapshot._completing.statistics().tasks_waiting == 1)
+                    await until(lambda: snapshot._staging._waiters == 2)
                     second.cancel()
                     with pytest.raises(asyncio.CancelledError):
                         await second
@@ -124,9 +124,9 @@ class TestSnapshot:
             with copies_held(stager) as release:
                 async with stager.snapshot(tree()) as snapshot:
                     first = asyncio.ensure_future(snapshot.result())
-                    await until(lambda: snapshot._completing.statistics().locked)
+                    await until(lambda: snapshot._staging._waiters == 1)
                     second = asyncio.ensure_future(snapshot.result())
-                    await until(lambda: snapshot._completing.statistics().tasks_waiting == 1)
+                    await until(lambda: snapshot._staging._waiters == 2)
                     first.cancel()
                     await asyncio.sleep(0)
                     release.set()
