@@ -119,6 +119,19 @@ class Storage(ABC):
         """
         return
 
+    async def is_link(self, name: str) -> bool:
+        """Return whether a checkpoint lies elsewhere, and only a link to it here, so that it may be somebody else's.
+
+        A storage without links may do without this method: this one says that it is none.
+
+        Args:
+            name: Of the checkpoint. One that is not there is no link.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return False
+
     @abstractmethod
     async def sweep(self) -> None:
         """Remove what writers that died have left behind, and nothing that a living one is at work on.

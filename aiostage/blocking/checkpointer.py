@@ -126,13 +126,14 @@ class Checkpointer:
         """
         return self._preempted
 
-    def save(self, step: int, state_dict: Any) -> SaveHandle:
+    def save(self, step: int, state_dict: Any, *, replace: bool = False) -> SaveHandle:
         """Capture a checkpoint, and leave the writing to the background.
 
         Args:
-            step: Which one, from 0. There must be no checkpoint of it yet.
+            step: Which one, from 0. There must be no checkpoint of it yet, unless it may be replaced.
             state_dict: A tree as for :func:`aiostage.save`, which may change once this returns; or an entered
                 :class:`Snapshot` of the checkpointer's own ``stager``, which is not copied again.
+            replace: As for :meth:`aiostage.Checkpointer.save`.
 
         Returns:
             A handle on the rest.
@@ -144,7 +145,7 @@ class Checkpointer:
         if isinstance(state_dict, Snapshot):
             state_dict = state_dict.on(background)
         # Called in this thread: its current streams are those that the copies have to follow.
-        capture = self._checkpointer.save(step, state_dict)
+        capture = self._checkpointer.save(step, state_dict, replace=replace)
         return SaveHandle(background, background.call(lambda: capture))
 
     def steps(self) -> list[int]:

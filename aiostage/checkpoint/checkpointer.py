@@ -139,15 +139,17 @@ class Checkpointer:
         """
         return self._preempted
 
-    def save(self, step: int, state_dict: Any) -> Coroutine[Any, Any, SaveHandle]:
+    def save(self, step: int, state_dict: Any, *, replace: bool = False) -> Coroutine[Any, Any, SaveHandle]:
         """Return a coroutine that returns once a checkpoint is captured; it is written in the background.
 
         A plain function: the caller's moment is that of the call, also if the coroutine is started later by a task.
 
         Args:
-            step: Which one, from 0. There must be no checkpoint of it.
+            step: Which one, from 0. There must be no checkpoint of it, unless it may be replaced.
             state_dict: A tree as for :func:`save`, which must not change before the coroutine has returned; or an
                 entered :class:`~aiostage.Snapshot`, which may be left as soon as it has, and is not copied again.
+            replace: Replace a checkpoint of the step that is there now, in one step once everything is written. What
+                replaces one is written whole, also if the checkpointer is incremental.
 
         Returns:
             A coroutine, which waits for its turn if ``max_in_flight`` saves are under way; then for the copy. It
@@ -156,11 +158,13 @@ class Checkpointer:
         Raises:
             CheckpointExistsError: If there was a checkpoint of this step when the block was entered, or one was saved
                 in it or is under way; before anything is copied. What another process has saved since, the handle says.
+                With ``replace``, if it is under way; if it is a link, which may lead to another run's checkpoint; or if
+                others may refer to its files, because it was saved incrementally.
             UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
             TornSnapshotError: If the tree changed before it was captured.
             HostMemoryError: If memory for the copy cannot be had.
             CheckpointError: If the block was not entered, was left, or was entered on another event loop.
-            TypeError: If the step is no whole number.
+            TypeError: If the step is no whole number, or ``replace`` no bool.
             ValueError: If it is below 0.
             OSError: If the storage refuses.
             Exception: The error of an earlier save that has failed since, and whose handle was not asked. Nothing of
@@ -169,6 +173,7 @@ class Checkpointer:
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
         step = _checked(step)
+        check_flags(replace=replace)
         saving = Saving(
             next(self._numbers),
             step,
@@ -178,7 +183,7 @@ class Checkpointer:
             progress=self._progress,
             chain=self._chain,
         )
-        return named(self._begin(saving), "Checkpointer.save")
+        return named(self._begin(saving, replace), "Checkpointer.save")
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.
@@ -400,7 +405,7 @@ class Checkpointer:
             )
         return self._block
 
-    async def _begin(self, saving: Saving) -> SaveHandle:
+    async def _begin(self, saving: Saving, replace: bool) -> SaveHandle:
         """Wait for a free slot, then for the capture."""
         name = name_of(saving.handle.step)
         try:
@@ -411,7 +416,7 @@ class Checkpointer:
                     remedy="Save there, say through asyncio.run_coroutine_threadsafe(); without a loop of your own "
                     "use aiostage.blocking.Checkpointer.",
                 )
-            if any(other.handle.step == saving.handle.step for other in self._savings):
+            if any(other.handle.step == saving.handle.step and not other.handle.done() for other in self._savings):
                 raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
         except CheckpointError:
             saving.drop()
@@ -419,7 +424,7 @@ class Checkpointer:
         self._savings.append(saving)
         try:
             self._raise_earlier_failure(saving.handle.step)
-            await self._shelf.refuse(name)
+            saving.replaces = await self._shelf.refuse(name, replace=replace)
             await block.slots.acquire()
             try:
                 # The save that had the slot may have failed, and the block may have been left.
@@ -467,7 +472,7 @@ class Checkpointer:
         """Save, then remove what has had its day."""
         try:
             if await saving.run():
-                if self._chain is None:
+                if self._chain is None or saving.replaces:
                     self._shelf.add(name_of(saving.handle.step), None)
                 self._newest = max(self._newest, (saving.number, saving.handle.step))
                 await self._remove_surplus()

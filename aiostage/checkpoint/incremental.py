@@ -131,6 +131,10 @@ class IncrementalStorage(Storage):
         """Remove files of a checkpoint. Raises as the storage's."""
         await self._storage.trim(name, keep)
 
+    async def is_link(self, name: str) -> bool:
+        """Return whether a checkpoint lies elsewhere. Raises as the storage's."""
+        return await self._storage.is_link(name)
+
     async def sweep(self) -> None:
         """Remove what dead writers have left. Raises as the storage's."""
         await self._storage.sweep()

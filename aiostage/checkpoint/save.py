@@ -208,9 +208,13 @@ async def _writing(
 
 
 async def write_planned(
-    writer: CheckpointWriter, target: Target, progress: ProgressOption[SaveProgress] = None
+    writer: CheckpointWriter,
+    target: Target,
+    progress: ProgressOption[SaveProgress] = None,
+    *,
+    overwrite: bool = False,
 ) -> CheckpointInfo:
-    """Write what a writer has planned to a target where there is nothing yet.
+    """Write what a writer has planned, to a target where there is nothing yet unless it may be overwritten.
 
     Returns:
         What was saved, without times.
@@ -224,7 +228,7 @@ async def write_planned(
     """
     storage, name = locate(target)
     with span("save", target=name), reporting(progress, f"saving {name}") as report:
-        async with _draft(storage, name, overwrite=False) as draft:
+        async with _draft(storage, name, overwrite) as draft:
             return await writer.write(draft, report)
 
 

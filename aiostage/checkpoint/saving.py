@@ -54,6 +54,8 @@ class Saving:
     ) -> None:
         self.number = number
         self.handle = SaveHandle(step)
+        # Whether there is a checkpoint of the step that it may replace.
+        self.replaces = False
         self._began = perf_counter()
         self._captured_after: float | None = None
         # Whether it is known that files can carry the tree.
@@ -167,8 +169,10 @@ class Saving:
         return written[0]
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
-        write = partial(write_planned, writer, progress=self._progress)
-        return await (write(self._target) if self._chain is None else self._chain.write(self._target[1], write))
+        write = partial(write_planned, writer, progress=self._progress, overwrite=self.replaces)
+        if self._chain is None or self.replaces:
+            return await write(self._target)
+        return await self._chain.write(self._target[1], write)
 
     def _mark_captured(self) -> None:
         if self._captured_after is None:

@@ -74,23 +74,57 @@ class Shelf:
         self._known = set(await self._storage.list_level())
         await self.remove()
 
-    async def refuse(self, name: str) -> None:
+    async def refuse(self, name: str, *, replace: bool = False) -> bool:
         """Refuse to save a checkpoint that was there at the beginning, or was added since.
 
+        Args:
+            name: What it is called.
+            replace: Whether it may be replaced, unless others may need it.
+
+        Returns:
+            Whether one is there, to be replaced. What replaces it must not be incremental either: other processes
+            remember of a checkpoint that nobody refers to it.
+
         Raises:
-            CheckpointExistsError: If it is still there.
+            CheckpointExistsError: If it is still there, and may not be replaced.
             OSError: If the storage refuses.
         """
-        if name not in self._known or not await exists(self._storage, name):
-            return
+        if not (replace or name in self._known) or not await exists(self._storage, name):
+            return False
         path = f"{self._storage.location}/{name}"
         if await exists(self._storage, mark_of(name)):
             raise CheckpointExistsError(
                 "it was removed, but others still refer to its files.", path=path, remedy="Save another step."
             )
-        raise CheckpointExistsError(
-            "there is already a checkpoint of this step.", path=path, remedy="Save another step, or delete() it first."
-        )
+        if not replace:
+            raise CheckpointExistsError(
+                "there is already a checkpoint of this step.",
+                path=path,
+                remedy="Pass replace=True, save another step, or delete() it first.",
+            )
+        if await self._storage.is_link(name):
+            raise CheckpointExistsError(
+                "it is a link to a checkpoint, which may be another run's and is not replaced.",
+                path=path,
+                remedy="delete() the step first, which removes the link only, or save another step.",
+            )
+        if await self._is_referred_to(name):
+            raise CheckpointExistsError(
+                "it was saved incrementally, so that others may refer to its files; it is not replaced.",
+                path=path,
+                remedy="delete() it and the later ones first, or save another step.",
+            )
+        return True
+
+    async def _is_referred_to(self, name: str) -> bool:
+        """Return whether somebody may refer to a checkpoint, now or while it is replaced."""
+        try:
+            return await placement_of(self._storage, name) is not None
+        except CheckpointNotFoundError:
+            return False
+        except CheckpointCorruptError:
+            # Nobody begins to refer to it any more.
+            return name in await self._needed(_there(await self._storage.list_level()) - {name})
 
     def add(self, name: str, placement: Placement | None) -> None:
         """Say that a new checkpoint is there.
@@ -149,7 +183,12 @@ class Shelf:
         When cancelled, each is there as a whole, or not there for anybody who asks.
         """
         names = await self._storage.list_level()
-        going = {name_of(step) for step in steps} & _there(names)
+        asked = {name_of(step) for step in steps}
+        going = asked & _there(names)
+        for unlisted in sorted(asked.difference(names)):
+            # Some storages read a linked checkpoint and do not list it.
+            if await self._storage.is_link(unlisted):
+                await self._storage.delete(unlisted)
         referred = {name for name in going if await self._may_be_referred_to(name)}
         marked = referred | {name for mark in names if (name := removed_of(mark)) is not None}
         if marked:

@@ -144,6 +144,15 @@ class LocalStorage(SharedStorage):
         """
         return await self._workers.run(lambda: committed_below(self._path("."), deep=False))
 
+    async def is_link(self, name: str) -> bool:
+        """Return whether a name is a symbolic link, wherever it leads.
+
+        Raises:
+            ValueError: If the name leads out of the root.
+        """
+        _check(name)
+        return await self._workers.run(lambda: os.path.islink(self._path(name)))
+
     async def drafts(self) -> Sequence[str]:
         """Return the names of all checkpoints below the root that are being written, sorted; of a missing root, none.
 

@@ -127,6 +127,11 @@ class RemoteStorage(SharedStorage):
         """Return the names of all checkpoints that are being written; see :meth:`aiostage.abc.Storage.drafts`."""
         return await drafts(self._bucket)
 
+    async def is_link(self, name: str) -> bool:
+        """Return whether a checkpoint is a link, which only stores on a disk have; see :meth:`aiostage.abc.Storage`."""
+        _check_name(name)
+        return await self._bucket.is_link(name)
+
     async def delete(self, name: str) -> None:
         """Remove a checkpoint; see :meth:`aiostage.Storage.delete`. Of a link to one, the link is removed."""
         _check_name(name)
