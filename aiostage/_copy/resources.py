@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import CopyStreams
 from aiostage._loop.closing import Closing
 from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.threads import begin
 from aiostage._loop.transfers import Traffic
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
@@ -45,7 +49,8 @@ class Counts:
 class Resources:
     """Threads, memory, streams and what was learnt of the last state dict.
 
-    A forked child begins with none but the last.
+    A forked child begins with none but the last. The stager and its snapshots refer to it; when the last of them is
+    dropped without a call of ``aclose()``, it warns of that.
 
     Args:
         options: Of the stager.
@@ -78,6 +83,24 @@ class Resources:
         """Begin anew in a child, where the stagings under way never end."""
         left_behind, self.running = self.running, set()
         return left_behind
+
+    def __del__(self) -> None:
+        """Warn of memory that nobody has given back, and have a thread do it.
+
+        Unmapping and unregistering take a tenth of a second a GiB, and this may be the thread of an event loop. It
+        may also be a thread that holds a lock of the pool, which collects garbage just now: so no lock is taken here.
+        """
+        if self.closing.closed or not self.pool.used:
+            return
+        # Without a thread, at the end of the interpreter, memory goes with the last that refers to it.
+        with suppress(RuntimeError):
+            begin(threading.Thread(target=self.pool.close, name="aiostage-dropped", daemon=True))
+        warnings.warn(
+            "an AsyncStager that has staged was dropped and never closed; use `async with`, or await its aclose()",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
 
     @property
     def max_bytes_in_flight(self) -> int | None:

@@ -114,6 +114,9 @@ class Pool:
         max_bytes: How many bytes all arenas together may take; None for no limit.
         shared: Whether other processes are to open the memory.
         pinning: How to register arenas with an accelerator; None for not at all.
+
+    Attributes:
+        used: Whether memory was ever asked for, in this process.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Pool:
         self._ended: SimpleQueue[bool] = SimpleQueue()
         self._closings: set[Job] = set()
         self._outliving = False
+        self.used = False
 
     def forked(self) -> object:
         """Begin anew in a child. Its copies of what its parent staged hold their memory as before."""
@@ -184,6 +188,7 @@ class Pool:
         with self._lock:
             if self._ledger.closed:
                 raise StagerClosedError
+            self.used = True
             self._ledger.add(request)
         self._compare_with_limit(request)
         try:

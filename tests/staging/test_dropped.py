@@ -1,0 +1,113 @@
+"""Stagers that nobody closes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+import torch
+
+from aiostage import AsyncStager, StagingOptions
+from aiostage.testing import SimulatedAccelerator
+
+MIB = 2**20
+SOURCE = {"w": torch.arange(4.0 * MIB)}
+
+
+class Registering(SimulatedAccelerator):
+    """Notes which threads unregister."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, spontaneous=True)
+        self.threads: list[int] = []
+
+    def unregister(self, address: int, device: torch.device) -> None:
+        super().unregister(address, device)
+        self.threads.append(threading.get_ident())
+
+
+@contextmanager
+def warned(times: int) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    assert [(found.category, "never closed" in str(found.message)) for found in caught] == [
+        (ResourceWarning, True)
+    ] * times
+    # They refer to what they warn of.
+    caught.clear()
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+
+async def until_unregistered(accelerator: Registering) -> None:
+    with anyio.fail_after(20):
+        while not accelerator.threads:
+            await anyio.sleep(0.001)
+    assert threading.get_ident() not in accelerator.threads
+
+
+@pytest.mark.asyncio
+class TestDropped:
+    async def test_one_that_has_staged_nothing_says_nothing(self):
+        stager = AsyncStager()
+        await stager.stage({"step": 1})
+        with warned(0):
+            del stager
+
+    async def test_a_closed_one_says_nothing(self):
+        stager = AsyncStager()
+        await stager.stage(SOURCE)
+        with warned(0):
+            await stager.aclose()
+            del stager
+
+    @pytest.mark.parametrize("use_shared_memory", [False, True])
+    async def test_it_warns_and_a_thread_gives_its_memory_back(self, use_shared_memory: bool):
+        stager = AsyncStager(StagingOptions(use_shared_memory=use_shared_memory))
+        address = (await stager.stage(SOURCE))["w"].data_ptr()
+        assert is_mapped(address)
+        with warned(1):
+            del stager
+        with anyio.fail_after(20):
+            while is_mapped(address):
+                await anyio.sleep(0.001)
+
+    async def test_a_thread_unregisters_its_memory(self):
+        with Registering() as accelerator:
+            stager = AsyncStager(backend=accelerator)
+            staged = await stager.stage({"w": accelerator.empty(MIB)})
+            del staged
+            with warned(1):
+                del stager
+            await until_unregistered(accelerator)
+
+    async def test_what_it_has_staged_outlives_it(self):
+        with Registering() as accelerator:
+            stager = AsyncStager(backend=accelerator)
+            staged = await stager.stage({"w": accelerator.to_device(torch.full((MIB,), 7.0))})
+            with warned(1):
+                del stager
+            assert torch.equal(staged["w"], torch.full((MIB,), 7.0))
+            assert not accelerator.threads
+            del staged
+            await until_unregistered(accelerator)
+
+    async def test_a_snapshot_is_as_good_as_the_stager(self):
+        with warned(1):
+            snapshot = AsyncStager().snapshot(SOURCE)
+            async with snapshot:
+                gc.collect()
+                staged = await snapshot.result()
+                assert torch.equal(staged["w"], SOURCE["w"])
+            del snapshot
