@@ -146,7 +146,9 @@ class StagerStatistics:
         pageable_bytes: Bytes of ordinary memory in arenas now.
         shared_bytes: Bytes of shared memory in arenas now.
         pinned_bytes: Bytes registered with the accelerator now; they count as pageable or shared as well.
-        longest_loop_hold: The longest time that one slice of work held the event loop, in seconds.
+        longest_loop_hold: The most CPU time that the event loop's thread spent on one slice of work, in seconds.
+        longest_loop_hold_elapsed: The longest that one slice of work took by the clock, in seconds; it counts also
+            when the system had the thread wait for a core, or another thread had the GIL.
     """
 
     stagings: int
@@ -163,3 +165,4 @@ class StagerStatistics:
     shared_bytes: int
     pinned_bytes: int
     longest_loop_hold: float
+    longest_loop_hold_elapsed: float

@@ -30,7 +30,8 @@ class AsyncStager(CheckpointStager):
 
     Entering does nothing that needs undoing and may happen in another task than leaving; leaving closes. Many tasks
     may stage at once, each gets its own copy. A stager may serve several event loops, one after the other or from
-    several threads.
+    several threads. One that has staged and is dropped without having been closed warns of that (ResourceWarning), and
+    a thread gives its memory back.
 
     Args:
         options: How to stage; the defaults fit the machine.
@@ -174,6 +175,7 @@ class AsyncStager(CheckpointStager):
             shared_bytes=pool.shared_bytes,
             pinned_bytes=pool.pinned_bytes,
             longest_loop_hold=counts.longest_loop_hold,
+            longest_loop_hold_elapsed=counts.longest_loop_hold_elapsed,
         )
 
     async def aclose(self) -> None:

@@ -72,7 +72,8 @@ def show(statistics: StagerStatistics) -> None:
     print(f"{statistics.stagings} stagings, {statistics.leaves} leaves, {statistics.nbytes:,} bytes")
     print(f"plans: {statistics.plans_compiled} compiled, {statistics.plans_replayed} replayed")
     print(f"arenas: {statistics.arenas}, leased: {statistics.leases}, pageable bytes: {statistics.pageable_bytes:,}")
-    print(f"longest hold of the event loop: {statistics.longest_loop_hold * 1e3:.2f} ms")
+    held, elapsed = statistics.longest_loop_hold * 1e3, statistics.longest_loop_hold_elapsed * 1e3
+    print(f"longest hold of the event loop: {held:.2f} ms of CPU time, {elapsed:.2f} ms by the clock")
 
 
 async def main() -> None:

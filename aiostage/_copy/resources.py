@@ -44,6 +44,7 @@ class Counts:
     copies: int = 0
     launches: int = 0
     longest_loop_hold: float = 0.0
+    longest_loop_hold_elapsed: float = 0.0
 
 
 class Resources:

@@ -186,6 +186,7 @@ class Staging:
         self.progress.flights = None
         counts = self._resources.counts
         counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
+        counts.longest_loop_hold_elapsed = max(counts.longest_loop_hold_elapsed, self._slices.longest_elapsed)
         self.timings.yields = self._slices.yields
 
     # The public life of a staging

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TypeVar
 
 from anyio.lowlevel import checkpoint
@@ -33,15 +33,21 @@ class Slices:
 
     Args:
         max_hold: The longest that a slice should hold the event loop, in seconds; ``math.inf`` never yields.
+
+    Attributes:
+        longest_hold: The most CPU time of the loop's thread that went by without a turn for the loop, in seconds.
+        longest_elapsed: The same by the clock. A system with too few cores takes the thread off its core in the
+            middle of a slice, other threads have the GIL meanwhile, and that is no work of the slice.
+        yields: How often the loop had a turn.
     """
 
-    __slots__ = ("_used", "longest_hold", "max_hold", "yields")
+    __slots__ = ("_computed", "_used", "longest_elapsed", "longest_hold", "max_hold", "yields")
 
     def __init__(self, max_hold: float) -> None:
         self.max_hold = max_hold
-        self.longest_hold = 0.0
+        self.longest_hold = self.longest_elapsed = 0.0
         self.yields = 0
-        self._used = 0.0
+        self._used = self._computed = 0.0
 
     def take(self, work: Generator[None, None, object]) -> bool:
         """Run the first slice of a generator at once, for callers who cannot wait; :meth:`run` goes on from there.
@@ -93,10 +99,10 @@ class Slices:
         if beside is not None and beside.busy:
             let_threads_run()
         await checkpoint()
-        self._used = 0.0
+        self._used = self._computed = 0.0
 
     def _slice(self, work: Generator[None, None, object], share: float = _SHARE) -> None:
-        begin = perf_counter()
+        begin, computed = perf_counter(), thread_time()
         deadline = begin + self.max_hold * share - self._used
         try:
             # At least one step, or a max_hold below the clock's own cost would never get anywhere.
@@ -105,7 +111,9 @@ class Slices:
                 next(work)
         finally:
             self._used += perf_counter() - begin
-            self.longest_hold = max(self.longest_hold, self._used)
+            self._computed += thread_time() - computed
+            self.longest_elapsed = max(self.longest_elapsed, self._used)
+            self.longest_hold = max(self.longest_hold, self._computed)
 
 
 def exhausted(work: Generator[None, None, T]) -> T:

@@ -197,14 +197,68 @@ async def test_a_step_right_after_the_call_is_whole_or_torn() -> None:
         assert all(int(weight) == staged["version"] - 7 for weight in staged["weights"])
 
 
+class Own:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def large_tree() -> dict[str, Any]:
+    return {
+        "weights": [torch.zeros(1) for _ in range(3000)],
+        "nested": {"counter": 0, "names": ["a"], "set": {1}},
+        "own": Own(),
+        "small": np.zeros(3),
+        "large": np.zeros(4 << 20, dtype=np.uint8),
+        "bytes": bytearray(4 << 20),
+        "random": random.Random(1),
+    }
+
+
 @pytest.mark.asyncio
-async def test_one_indivisible_step_has_its_moment_at_the_call() -> None:
-    tree: dict[str, Any] = {"array": np.zeros(3), "weights": [torch.zeros(1) for _ in range(3000)]}
+@pytest.mark.parametrize("streamed", [None, False, True])
+@pytest.mark.parametrize(
+    ("change", "witnessed"),
+    [
+        (lambda tree: torch._foreach_add_(tree["weights"], 1), True),
+        (lambda tree: tree["weights"].append(1), True),
+        (lambda tree: tree["nested"].update(counter=1), True),
+        (lambda tree: tree["nested"]["names"].append("b"), True),
+        (lambda tree: tree["nested"]["set"].add(2), True),
+        (lambda tree: setattr(tree["own"], "count", 1), True),
+        (lambda tree: tree["small"].fill(1), False),
+        (lambda tree: tree["large"].fill(1), True),
+        (lambda tree: tree["bytes"].extend(b"1"), True),
+        (lambda tree: tree["random"].seed(2), False),
+    ],
+    ids=["weights", "list", "dict", "inner list", "set", "attribute", "array", "large array", "bytes", "random"],
+)
+async def test_one_indivisible_step_has_its_moment_at_the_call(
+    streamed: bool | None, change: Callable[[Any], object], witnessed: bool
+) -> None:
+    tree = large_tree()
     async with AsyncStager(StagingOptions(max_loop_hold=math.inf)) as stager:
-        coroutine = stager.stage(tree)
-        tree["array"] += 1
-        staged = await coroutine
-    assert staged["array"].sum() == 0
+        with copies_held(stager) as release:
+            if streamed is None:
+                task = asyncio.ensure_future(stager.stage(tree))
+            else:
+                task = asyncio.ensure_future(result_of(stager.snapshot(tree, streamed=streamed)))
+            # The first step that another task takes after the call, before anything is copied.
+            change(tree)
+            release.set()
+            staged, error = await outcome(task)
+    assert (error is not None) is witnessed
+    if error is None:
+        expected = large_tree()
+        assert all(map(torch.equal, staged["weights"], expected["weights"]))
+        assert staged["nested"] == expected["nested"]
+        assert all(np.array_equal(staged[name], expected[name]) for name in ("small", "large"))
+        assert staged["bytes"] == expected["bytes"]
+        assert staged["random"].getstate() == expected["random"].getstate()
+
+
+async def result_of(snapshot: Any) -> Any:
+    async with snapshot:
+        return await snapshot.result()
 
 
 class TestCodeThatComputes:

@@ -85,7 +85,7 @@ def test_yields_follow_the_limit(use_async_staging: bool) -> None:
         stager = AsyncStager(StagingOptions(max_loop_hold=max_loop_hold, use_async_staging=use_async_staging))
 
         async def stage() -> int:
-            async with stager.snapshot(tree) as snapshot:
+            async with stager, stager.snapshot(tree) as snapshot:
                 await snapshot.captured()
                 return snapshot.timings.yields
 
@@ -99,8 +99,12 @@ def test_yields_follow_the_limit(use_async_staging: bool) -> None:
 
 def test_every_yield_is_a_turn_of_the_loop() -> None:
     tree = [[torch.ones(1), slice(n)] for n in range(1000)]
-    few = suspensions(AsyncStager(StagingOptions(max_loop_hold=math.inf)).stage(tree))
-    many = suspensions(AsyncStager(StagingOptions(max_loop_hold=1e-9)).stage(tree))
+
+    async def stage(max_loop_hold: float) -> None:
+        async with AsyncStager(StagingOptions(max_loop_hold=max_loop_hold)) as stager:
+            await stager.stage(tree)
+
+    few, many = suspensions(stage(math.inf)), suspensions(stage(1e-9))
     assert many > few + 1000 * 8 * 2 // 512
 
 

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -168,9 +169,13 @@ class TestStage:
         stager = TorchStager()
         stager.stage({"w": torch.ones(3)}).result(20)
         thread = stager._loop.thread
-        del stager
-        gc.collect()
-        thread.join(20)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del stager
+            gc.collect()
+            thread.join(20)
+            gc.collect()
+        assert [found.category for found in caught] == [ResourceWarning]
         assert not thread.is_alive()
 
     def test_a_stager_that_nobody_closes_keeps_no_interpreter_from_exiting(self) -> None:

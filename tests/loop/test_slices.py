@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import time
 import weakref
 
 import anyio
@@ -25,6 +26,17 @@ def count_to(steps: int, seen: list[int] | None = None):
         return steps
     finally:
         seen.append(-1)
+
+
+def test_time_without_the_core_is_elapsed_and_no_hold() -> None:
+    def wait():
+        time.sleep(0.1)
+        yield
+
+    slices = Slices(math.inf)
+    assert slices.take(wait())
+    assert slices.longest_elapsed >= 0.1
+    assert slices.longest_hold < 0.05
 
 
 @pytest.mark.asyncio
@@ -73,7 +85,7 @@ class TestAsyncio:
             runs += 1
         # Each alone is over in a microsecond.
         assert runs > 20
-        assert slices.longest_hold >= 0.0003
+        assert slices.longest_elapsed >= 0.0003
 
     async def test_threads_get_the_gil_between_two_slices(self):
         workers = Workers(1, "test-turns")

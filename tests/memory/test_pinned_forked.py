@@ -62,6 +62,7 @@ async def stage_on(own):
 
 in_child(child)
 assert float(staged["a"].mean()) == 1
+asyncio.run(stager.aclose())
 """
 
 

@@ -64,7 +64,8 @@ def stage(tree: Tree, path: Path) -> Awaitable[Tree]:
 
 
 def snapshot(tree: Tree, path: Path) -> Awaitable[Tree]:
-    return _result(AsyncStager().snapshot(tree))
+    stager = AsyncStager()
+    return _closing(stager, _result(stager.snapshot(tree)))
 
 
 def adapted_default(tree: Tree, path: Path) -> Awaitable[Tree]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -346,6 +348,22 @@ class TestLoops:
         for thread in threads:
             thread.join()
         assert not failures
+
+    def test_a_hold_is_counted_in_cpu_time_and_by_the_clock(self):
+        def wait(path: object, value: object) -> bool:
+            time.sleep(0.1)
+            return False
+
+        async def close() -> None:
+            await coroutine
+            await stager.aclose()
+
+        stager = AsyncStager(StagingOptions(max_loop_hold=math.inf, passthrough=wait))
+        coroutine = stager.stage({"a": torch.ones(1)})
+        asyncio.run(close())
+        statistics = stager.statistics()
+        assert statistics.longest_loop_hold_elapsed >= 0.1
+        assert 0 < statistics.longest_loop_hold < 0.05
 
     def test_one_stager_may_serve_loop_after_loop(self):
         stager = AsyncStager()
