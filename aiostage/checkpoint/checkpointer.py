@@ -237,14 +237,15 @@ class Checkpointer:
     async def _restore(self, caller: CallerStreams, into: Any, step: int | None, options: dict[str, Any]) -> Any:
         if step is not None:
             name = name_of(_checked(step))
-            if not await self._shelf.has(name):
+            try:
+                return await load_after(caller, (self._storage, name), into=into, foreign=False, **options)
+            except CheckpointNotFoundError as error:
                 steps = await self.steps()
                 raise CheckpointNotFoundError(
                     f"there is no checkpoint of step {step}.",
                     path=f"{self._storage.location}/{name}",
                     remedy=f"There is one of {listed(list(map(str, steps)))}." if steps else _NOTHING_THERE,
-                )
-            return await load_after(caller, (self._storage, name), into=into, **options)
+                ) from error
         for _ in range(_ATTEMPTS):
             latest = await self.latest()
             if latest is None:
@@ -254,7 +255,7 @@ class Checkpointer:
                     remedy=_NOTHING_THERE,
                 )
             try:
-                return await load_after(caller, (self._storage, name_of(latest)), into=into, **options)
+                return await load_after(caller, (self._storage, name_of(latest)), into=into, foreign=False, **options)
             except CheckpointNotFoundError:
                 continue
         raise CheckpointError("others keep removing the latest checkpoint.", path=self._storage.location)

@@ -149,8 +149,12 @@ async def load_after(
     verify: bool = True,
     progress: ProgressOption[LoadProgress] = None,
     backend: Backend | None = None,
+    foreign: bool = True,
 ) -> Any:
-    """Read a checkpoint for a caller whose streams were recorded at the call; the rest is as for :func:`load`."""
+    """Read a checkpoint for a caller whose streams were recorded at the call; the rest is as for :func:`load`.
+
+    Without ``foreign``, one of another program will not do.
+    """
     storage, name = locate(source)
     check_flags(in_place=in_place, verify=verify)
     if in_place and into is None:
@@ -180,7 +184,7 @@ async def load_after(
                 try:
                     reader = await open_checkpoint(storage, name)
                 except CheckpointNotFoundError:
-                    read = await loading.recognize(storage, name)
+                    read = await loading.recognize(storage, name) if foreign else None
                     if read is None:
                         raise
                     if device is not None:

@@ -60,15 +60,6 @@ class Shelf:
         """
         return sorted(step for name in _there(await self._storage.list_level()) if (step := step_of(name)) is not None)
 
-    async def has(self, name: str) -> bool:
-        """Return whether a checkpoint is there.
-
-        Raises:
-            OSError: If the storage refuses.
-        """
-        # In this order: of one that others remove meanwhile, the mark goes last.
-        return not await exists(self._storage, mark_of(name)) and await exists(self._storage, name)
-
     async def begin(self) -> None:
         """Look which there are, and finish what others have begun to remove. Raises as :meth:`remove`."""
         self._known = set(await self._storage.list_level())
