@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingError, StagingOptions
-from aiostage.testing import at_every_await
-from tests.staging.holding import copies_held, until
+from aiostage.testing import LeakProbe, at_every_await
+from aiostage.testing.cancelling import CancelledAt
+from tests.staging.holding import copies_held, copies_slowed, until
 
 SOURCE = {
     "step": 3,
@@ -88,6 +89,75 @@ async def test_snapshot_with_everything_in_it() -> None:
 async def test_prewarm() -> None:
     async with AsyncStager(EAGER) as stager:
         assert await check(stager, lambda: stager.prewarm(SOURCE)) > 10
+
+
+async def check_twice(stager: AsyncStager, make: Callable[[], Coroutine[Any, Any, object]]) -> int:
+    """Cancel at every await, and again at every await of the clean-up; return how often it was cancelled twice.
+
+    Leases, jobs and tasks are counted after each round, threads and descriptors at the end.
+    """
+
+    async def cancelled_at(number: int) -> None:
+        await CancelledAt(make(), number)
+
+    await make()
+    probe = LeakProbe(stager)
+    twice = number = 0
+    gc.disable()
+    try:
+        while True:
+            again = 0
+            while True:
+                # The second does not count the await that the first was cancelled at.
+                second = CancelledAt(cancelled_at(number), number + again)
+                ended = True
+                with suppress(asyncio.CancelledError):
+                    await second
+                    ended = False
+                statistics = stager.statistics()
+                assert (statistics.leases, statistics.waiting) == (0, 0), (number, again)
+                assert not stager._resources.running, (number, again)
+                assert asyncio.all_tasks() == {asyncio.current_task()}, (number, again)
+                if not second.reached:
+                    break
+                twice += 1
+                again += 1
+            if not ended:
+                break
+            number += 1
+    finally:
+        gc.enable()
+    assert number > 5
+    await probe.settled()
+    return twice
+
+
+@pytest.mark.asyncio
+async def test_prewarm_cancelled_twice() -> None:
+    async with AsyncStager(EAGER) as stager:
+        with copies_slowed(stager):
+            assert await check_twice(stager, lambda: stager.prewarm(SOURCE)) >= 1
+        await everything_is_back(stager)
+
+
+@pytest.mark.asyncio
+async def test_restore_cancelled_twice() -> None:
+    staged = {f"p{n}": torch.full((50,), 1.0) for n in range(100)}
+    live = {name: torch.zeros(50) for name in staged}
+
+    async def restore() -> None:
+        for tensor in live.values():
+            tensor.zero_()
+        try:
+            await stager.restore(staged, into=live)
+        finally:
+            totals = {float(tensor.sum()) for tensor in live.values()}
+            assert totals in ({0.0}, {50.0}), "half restored"
+
+    async with AsyncStager(EAGER) as stager:
+        with copies_slowed(stager):
+            assert await check_twice(stager, restore) >= 1
+        await everything_is_back(stager)
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,35 @@
+"""A reader can follow what a stage, a save and a load do: they pass through few files, in stacks that are not deep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+CEILINGS = {
+    # files, functions, classes, frames. To be lowered whenever less is reached; which functions are entered depends a
+    # little on who waits for whom, hence a few more than were seen.
+    "stage": (36, 256, 44, 15),
+    "save": (62, 468, 64, 20),
+    "load": (42, 248, 28, 17),
+}
+
+
+@pytest.mark.timeout(120)
+def test_how_much_of_the_package_is_entered() -> None:
+    # A process of its own: threads that other tests have started are not profiled.
+    run = subprocess.run([sys.executable, "-m", "tests.depth"], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    depths = json.loads(run.stdout)
+    assert depths.keys() == CEILINGS.keys()
+    for name, (files, functions, classes, frames) in CEILINGS.items():
+        depth = depths[name]
+        # It measures something: the loop's thread enters the walk, a worker's the copies.
+        assert {"_loop/slices.py", "_loop/workers.py"} <= set(depth["files"])
+        assert len(depth["files"]) <= files, f"{name} passes through {depth['files']}"
+        assert depth["functions"] <= functions, name
+        assert depth["classes"] <= classes, name
+        assert depth["frames"] <= frames, f"{name} is as deep as {depth['deepest']}"
+    assert {"_capture/walk.py", "_copy/host.py", "_copy/gather.py"} <= set(depths["stage"]["files"])
