@@ -355,7 +355,7 @@ class Staging:
             self._caller.check()
         if plan.nbytes:
             with Phase(self.timings, "memory"):
-                self._lease = await self._resources.pool.acquire(plan.nbytes, populate=False, device=device)
+                self._lease = await self._resources.pool.acquire(plan.nbytes, device=device)
         self._resources.check_open()
         with Phase(self.timings, "build"):
             from_devices = await self._slices.run(self._make(plan, copies.build), self.job)

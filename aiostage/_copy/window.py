@@ -76,7 +76,7 @@ class Window:
         """Return memory for a chunk, once there is some, at the same distance from a page's start as in the arena."""
         lead = chunk.start % PAGE_BYTES
         # All of one size, so that each can take the place of any other.
-        lease = await pool.acquire(self._chunk_bytes + PAGE_BYTES, populate=False, device=chunk.device)
+        lease = await pool.acquire(self._chunk_bytes + PAGE_BYTES, device=chunk.device)
         return lease.buffer[lead : lead + chunk.stop - chunk.start]
 
     def filled(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> None:

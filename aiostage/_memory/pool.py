@@ -18,7 +18,7 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.wakeup import Wakeup
 from aiostage._loop.workers import Job, Workers
-from aiostage._memory.arena import Arena, Exporter, pieces, whole_pages
+from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.shared import SharedHandle
@@ -77,19 +77,6 @@ class Lease:
     def __init__(self, arena: Arena, buffer: Exporter) -> None:
         self.arena = arena
         self.buffer = buffer
-
-    def populate(self, start: int, stop: int) -> None:
-        """Fault in a range that is about to be written and that nobody else uses meanwhile. Blocks, without the GIL.
-
-        A range that is already there is left alone; one that is not holds zeros afterwards. Memory that the CPU writes
-        to does not need it: faults taken while copying cost the same.
-
-        Args:
-            start: Where the range begins in the buffer, in bytes.
-            stop: Where it ends.
-        """
-        for first, last in pieces(start, stop):
-            self.arena.populate(first, last - first)
 
     def share(self) -> SharedHandle:
         """Return a handle by which another process can map the buffer, for as long as this lease lasts.
@@ -160,12 +147,11 @@ class Pool:
         state = "closed, " if self._ledger.closed else ""
         return f"<Pool {state}{self.statistics()}>"
 
-    async def acquire(self, nbytes: int, *, populate: bool = True, device: torch.device | None = None) -> Lease:
+    async def acquire(self, nbytes: int, *, device: torch.device | None = None) -> Lease:
         """Return a lease on an arena, waiting for the budget in turn.
 
         Args:
             nbytes: How much memory, in bytes.
-            populate: Whether to fault it in first. Otherwise the first writer to each page does that.
             device: The accelerator that is to reach the memory, which then is registered with it if the pool pins;
                 registering faults in too. None for no accelerator.
 
@@ -193,7 +179,7 @@ class Pool:
         self._compare_with_limit(request)
         try:
             arena = await self._turn(request)
-            await self._prepare(arena, nbytes, populate, device)
+            await self._prepare(arena, device)
             if self._ledger.closed:
                 raise StagerClosedError
             return self._lease(arena, nbytes)
@@ -293,18 +279,15 @@ class Pool:
             statistics.waiting,
         )
 
-    async def _prepare(self, arena: Arena, nbytes: int, populate: bool, device: torch.device | None) -> None:
+    async def _prepare(self, arena: Arena, device: torch.device | None) -> None:
         """Do in worker threads what an arena needs before it is handed out."""
         if not arena.reserved:
             await self._each(arena.reserve, pieces(0, arena.nbytes, _RESERVED_BYTES))
             arena.reserved = True
-        pinning = self._pinning if device is not None else None
-        pin = pinning is not None and pinning.wants(arena)
-        if populate or pin:
+        pinning = self._pinning
+        if pinning is not None and device is not None and pinning.wants(arena):
             # The driver takes an arena as a whole.
-            extent = arena.nbytes if pin else whole_pages(nbytes)
-            await self._each(arena.populate, (cold for cold in pieces(0, extent) if not arena.is_warm(*cold)))
-        if pinning is not None and device is not None and pin:
+            await self._each(arena.populate, (cold for cold in pieces(0, arena.nbytes) if not arena.is_warm(*cold)))
             await self._register(pinning, arena, device)
 
     async def _register(self, pinning: Pinning, arena: Arena, device: torch.device) -> None:

@@ -75,7 +75,7 @@ class Destinations:
 
     async def buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
         """Return uninitialized memory for one part, which is used again when nothing refers to it any more."""
-        return (await self.pool.acquire(nbytes, populate=False, device=self.device)).buffer
+        return (await self.pool.acquire(nbytes, device=self.device)).buffer
 
 
 class Incoming:

@@ -54,7 +54,7 @@ class TestPools:
     async def test_an_arena_is_registered_once_as_a_whole_in_a_worker(self, workers: Workers):
         registry = Registry()
         pool = Pool(workers, pinning=Pinning(registry))
-        lease = await pool.acquire(20 * MIB, populate=False, device=DEVICE)
+        lease = await pool.acquire(20 * MIB, device=DEVICE)
         assert registry.registered == {lease.arena.address: (20 * MIB, DEVICE)}
         assert lease.arena.is_warm(0, 20 * MIB), "faulted in before, by all workers"
         assert lease.arena.pinned

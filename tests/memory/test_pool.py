@@ -68,19 +68,12 @@ class TestLeases:
         lease = await Pool(workers).acquire(0)
         assert lease.buffer.nbytes == 0
 
-    async def test_populating_faults_everything_in(self, workers: Workers, shared: bool):
-        lease = await Pool(workers, shared=shared).acquire(20 * MIB, populate=True)
-        assert lease.arena.is_warm(0, lease.arena.nbytes)
-
-    async def test_or_leaves_that_to_the_writer(self, workers: Workers, shared: bool):
-        lease = await Pool(workers, shared=shared).acquire(20 * MIB, populate=False)
+    async def test_faulting_in_is_left_to_the_writer(self, workers: Workers, shared: bool):
+        lease = await Pool(workers, shared=shared).acquire(20 * MIB)
         assert not lease.arena.is_warm(0, 1)
-        lease.populate(0, 2 * MIB)
-        assert lease.arena.is_warm(0, 2 * MIB)
-        assert not lease.arena.is_warm(0, 2 * MIB + 1)
 
-    async def test_shared_memory_is_reserved_either_way(self, workers: Workers):
-        lease = await Pool(workers, shared=True).acquire(2 * MIB, populate=False)
+    async def test_shared_memory_is_reserved(self, workers: Workers):
+        lease = await Pool(workers, shared=True).acquire(2 * MIB)
         assert lease.arena.reserved
         descriptor = lease.share().descriptor
         assert os.fstat(descriptor).st_blocks * 512 >= 2 * MIB
@@ -301,18 +294,17 @@ class TestBudget:
         await small
         assert kept.buffer.nbytes == 2 * MIB
 
-    @pytest.mark.parametrize("populate", [False, True])
-    async def test_cancelled_at_every_await(self, workers: Workers, shared: bool, populate: bool):
+    async def test_cancelled_at_every_await(self, workers: Workers, shared: bool):
         pool = Pool(workers, max_bytes=20 * MIB, shared=shared)
         rounds = 0
 
-        async def wait_and_populate() -> Lease:
-            holder = [await pool.acquire(20 * MIB, populate=False)]
+        async def wait() -> Lease:
+            holder = [await pool.acquire(20 * MIB)]
             asyncio.get_running_loop().call_soon(holder.clear)
-            # Another size, so that the idle arena is closed and a new one reserved and populated.
-            return await pool.acquire(MIB * (8 if rounds % 2 else 9), populate=populate)
+            # Another size, so that the idle arena is closed and a new one reserved.
+            return await pool.acquire(MIB * (8 if rounds % 2 else 9))
 
-        async for _ in at_every_await(wait_and_populate):
+        async for _ in at_every_await(wait):
             gc.collect()
             assert pool.statistics().waiting == 0
             await until(lambda: pool.statistics().leases == 0)
@@ -388,18 +380,19 @@ class TestClosing:
         assert lease.buffer.nbytes == MIB
 
     async def test_whoever_was_granted_but_not_served_too(self, workers: Workers):
-        pool = Pool(workers)
+        # Shared memory has to be reserved before it is handed over.
+        pool = Pool(workers, shared=True)
         blocked = threading.Event()
         for _ in range(2):
             job = workers.job()
             job.put(lambda: blocked.wait(SOON))
             job.close()
-        populating = asyncio.create_task(pool.acquire(MIB))
+        reserving = asyncio.create_task(pool.acquire(MIB))
         await settle()
         pool.close()
         blocked.set()
         with pytest.raises(StagerClosedError):
-            await populating
+            await reserving
         await until(lambda: pool.statistics().arenas == 0)
 
     async def test_closed_is_closed(self, workers: Workers):
@@ -439,7 +432,7 @@ class TestSeveralLoops:
 
         async def work() -> None:
             async def one(number: int) -> None:
-                lease = await pool.acquire(MIB * (1 + number % 3), populate=number % 5 == 0)
+                lease = await pool.acquire(MIB * (1 + number % 3))
                 lease.buffer[0] = number
                 await asyncio.sleep(0)
                 assert lease.buffer[0] == number
@@ -512,7 +505,7 @@ class TestTrio:
 
         async def wait(name: str) -> None:
             try:
-                await pool.acquire(MIB, populate=False)
+                await pool.acquire(MIB)
                 got.append(name)
             except StagerClosedError:
                 got.append(f"{name} closed")
@@ -536,9 +529,9 @@ class TestTrio:
     async def test_a_long_wait_says_once_what_it_waits_for(self, workers: Workers, caplog: pytest.LogCaptureFixture):
         caplog.set_level(logging.INFO, "aiostage")
         pool = Pool(workers, max_bytes=2 * MIB)
-        holder = [await pool.acquire(MIB, populate=False) for _ in range(2)]
+        holder = [await pool.acquire(MIB) for _ in range(2)]
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: pool.acquire(2 * MIB, populate=False))
+            group.start_soon(lambda: pool.acquire(2 * MIB))
             await anyio.sleep(9.9)
             assert caplog.messages == []
             await anyio.sleep(0.2)
@@ -554,7 +547,7 @@ class TestTrio:
 @pytest.mark.asyncio
 async def test_a_lease_that_ended_after_closing_counts_no_more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(Workers(1, "test"))
-    lease = await pool.acquire(100, populate=False)
+    lease = await pool.acquire(100)
     # As if the thread that outlives the leases were switched away from before it has done anything.
     held = threading.Event()
     advance = pool._advance
