@@ -20,7 +20,7 @@ EXTRAS = {
 
 @contextmanager
 def needed_for(purpose: str) -> Iterator[None]:
-    """Import optional packages in this block, so that whoever lacks one is told what to install.
+    """Import optional packages in this block. The error for a missing one says what to install.
 
     Args:
         purpose: What needs them, as the beginning of a sentence.

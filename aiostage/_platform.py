@@ -380,7 +380,7 @@ _usleep = _find("usleep", _c_library)
 def let_threads_run() -> None:
     """Give the GIL to threads that wait for it; takes about 60 microseconds.
 
-    A thread that works in short steps and lets go of the GIL for a moment between them has it back before those that
+    A thread that works in short steps and releases the GIL for a moment between them has it back before those that
     wait have woken up, and they ask for it in earnest after 5 ms only. So it has to be away for longer.
     """
     if _usleep is not None:

@@ -55,7 +55,7 @@ class StagingError(Exception):
         return f"{where}{self.reason}{remedy}"
 
     def __repr__(self) -> str:
-        # As in groups, notes and logs: without the path nobody knows which one it was.
+        # As in groups, notes and logs: without the path the reader does not know which one it was.
         return f"{type(self).__name__}({str(self)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 class CheckpointCorruptError(CheckpointError, ValueError):
     """The files of a checkpoint contradict each other, their checksums or the format.
 
-    What the files say is in the message with at most 1,000 characters: whoever has made them may have put anything in.
+    The message has at most 1,000 characters of what the files say: their author may have put anything in.
     """
 
     def __init__(self, reason: str, *, path: str | None = None, remedy: str | None = None) -> None:
@@ -135,11 +135,11 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 
 
 class StorageError(CheckpointError, OSError):
-    """A storage refused, or could not be reached, after all the retries that it was told to make."""
+    """A storage refused, or could not be reached, after all configured retries."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """A checkpoint, or a staged copy, and the live tree it is to go into have not the same leaves; nothing was changed.
+    """A checkpoint, or a staged copy, and the live tree do not have the same leaves; nothing was changed.
 
     Attributes:
         missing: Rendered paths that the live tree has and the checkpoint lacks.

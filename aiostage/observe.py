@@ -1,10 +1,10 @@
-"""What aiostage does, told to whoever wants to know: spans with a beginning, an end and a parent.
+"""Spans of what aiostage does, for observers: each has a beginning, an end and a parent.
 
-A span is opened for a call, a stage of one, or a part of a file, never for a tensor. As long as nobody listens, opening
-one is a look at a module attribute and at a context variable, and nothing is made.
+A span is opened for a call, a stage of one, or a part of a file, never for a tensor. Without an observer, opening
+one reads a module attribute and a context variable, and makes nothing.
 
-Who listens is a matter of context, as in :func:`observing`, or of the process, as in :func:`add_observer`. Contexts
-reach tasks by asyncio's own rules, and worker threads because their steps run in the context of whoever asked for them.
+Observers belong to a context, as in :func:`observing`, or to the process, as in :func:`add_observer`. Contexts reach
+tasks by asyncio's own rules, and worker threads because their steps run in the context of their caller.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def begin(name: str, **attributes: object) -> OpenSpan | None:
         **attributes: What else is known: numbers and strings.
 
     Returns:
-        The span, inside the one that is open around the call; None if nobody listens.
+        The span, inside the one that is open around the call; None without an observer.
     """
     observers = _everywhere + _here.get()
     return OpenSpan(observers, _new(name, _current.get(), attributes)) if observers else None
@@ -127,7 +127,7 @@ def inside(parent: OpenSpan | None, name: str, **attributes: object) -> Abstract
     """Open a span for a block inside a span that was opened by hand.
 
     Args:
-        parent: From :func:`begin`; None if nobody listens.
+        parent: From :func:`begin`; None without an observer.
         name: What is done, one of a small number of names.
         **attributes: What else is known: numbers and strings.
 
@@ -142,7 +142,7 @@ def within(opened: OpenSpan | None) -> Iterator[None]:
     """Have spans that a block opens lie inside a span that was opened by hand, which it does not end.
 
     Args:
-        opened: From :func:`begin`; None if nobody listens.
+        opened: From :func:`begin`; None without an observer.
     """
     if opened is None:
         yield
@@ -230,7 +230,7 @@ _Tell: TypeAlias = Callable[..., object]
 
 
 def _tell(tell: _Tell, *what: object) -> None:
-    """Call an observer. What it raises must not end a save, and in a worker thread nobody could be told."""
+    """Call an observer. Its error must not end a save, and in a worker thread no caller could get it."""
     try:
         tell(*what)
     except Exception:

@@ -26,7 +26,7 @@ class SharedTree:
 
     Attributes:
         memory: The shared memory, one handle for each arena, whatever the number of tensors.
-        structure: The tree without its bytes, pickled. Open it only if you trust whoever sent it.
+        structure: The tree without its bytes, pickled. Open it only if you trust its sender.
     """
 
     memory: tuple[SharedHandle, ...]

@@ -28,7 +28,7 @@ _CATEGORY = "aiostage"
 
 
 class Trace(Observer):
-    """Records the spans that it is told of, in memory: about half a kilobyte for each."""
+    """Records the spans that it receives, in memory: about half a kilobyte for each."""
 
     def __init__(self) -> None:
         self.begin: float = perf_counter()

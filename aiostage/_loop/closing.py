@@ -1,4 +1,4 @@
-"""Telling whoever waits, on any event loop, that what it waits with has been closed."""
+"""Ends waits, on any event loop, when the object that they belong to is closed."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _SHARE = 0.3
 """How much of its time a slice plans with. asyncio runs what its selector reports after what was ready before, so that
-whoever is woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
+a task woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
 and for getting the GIL back from threads that have just been given it."""
 
 _THREAD_TURN = 0.0003

@@ -12,7 +12,7 @@ def begin(thread: threading.Thread) -> None:
     """Start a thread that was not started; it appears among the threads of the process a moment later.
 
     ``Thread.start()`` returns when the new thread has had its first turn, for which that waits like any other: where
-    all cores are busy an event loop was held for up to 3 ms. So another thread, of which nobody knows, waits for it.
+    all cores are busy an event loop was held for up to 3 ms. So another, internal thread waits for it.
 
     Args:
         thread: A daemon; what it runs is run at once or, if the interpreter ends, never.

@@ -17,7 +17,7 @@ class Wakeup:
     """A one-shot event that any thread may set and one event loop waits for.
 
     It belongs to the loop that is running when it is made. Setting it after that loop has closed wakes
-    nobody, and says so.
+    no task, and returns that.
     """
 
     __slots__ = ("_event", "_native", "_set")

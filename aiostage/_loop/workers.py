@@ -30,7 +30,7 @@ class Job:
     Several threads may run different steps of one job at once. After :meth:`cancel`, or after a step has failed,
     the steps not yet begun are dropped; those that run are always waited for. Steps hold references to what they
     touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job. Each runs
-    in a copy of the context of whoever has put it, as with ``asyncio.to_thread``.
+    in a copy of the context of the caller of put, as with ``asyncio.to_thread``.
 
     A coroutine that fills a job from beginning to end does so in its ``async with`` block, which ends as :meth:`join`
     does, and after an error as a cancelled :meth:`join` does.
@@ -118,7 +118,7 @@ class Job:
             context.run(step)
         except BaseException as raised:
             error = without_locals(raised)
-        # The step keeps tensors alive; it must be gone before anybody is told that it is over.
+        # The step keeps tensors alive; it must be gone before a waiter learns that it is over.
         del context, step
         with self._lock:
             self._running -= 1
@@ -314,7 +314,7 @@ class _WorkerState:
             with self.condition:
                 self.alive -= 1
                 if self.alive == 0:
-                    # Nobody is left to serve it. With fewer threads than wished, work only takes longer.
+                    # No thread is left to serve it. With fewer threads than wished, work only takes longer.
                     self.queue.remove(job)
                     raise
 

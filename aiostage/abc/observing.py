@@ -1,4 +1,4 @@
-"""What is told of what aiostage does."""
+"""Observers: they receive the spans of what aiostage does."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Span:
 
 
 class Observer(ABC):
-    """Is told of what aiostage does. These methods are all that an observer has to have.
+    """Receives the spans of what aiostage does. An observer has to have these methods only.
 
     They are called on event loops and in worker threads, from several at once, in the context of the work, and must
-    neither block nor take long. What they raise is logged and changes nothing. Every span that was started is told of
-    once more, when it has ended, unless its coroutine was dropped without being closed.
+    neither block nor take long. What they raise is logged and changes nothing. Every span that was started is
+    reported once more, when it has ended, unless its coroutine was dropped without being closed.
     """
 
     @abstractmethod

@@ -9,14 +9,14 @@ from typing import TypeAlias
 __all__ = ["Buffer", "Draft", "Reader", "SharedDraft", "SharedStorage", "Storage"]
 
 Buffer: TypeAlias = memoryview
-"""Contiguous bytes (format B) over somebody's memory. What refers to it, or to anything made from it, keeps the memory
-from being used again; whoever is done with it lets go."""
+"""Contiguous bytes (format B) over memory of the caller or the storage. A reference to it, or to anything made from it,
+keeps the memory from being used again; drop it when you are done."""
 
 
 class Storage(ABC):
     """Where checkpoints lie, each under a name. Its abstract methods are all that a storage has to have.
 
-    A checkpoint is a few files and a manifest. It is there once its manifest is, and whoever looks finds all of it or
+    A checkpoint is a few files and a manifest. It exists once its manifest does, and a reader finds all of it or
     nothing. Names are relative paths with ``/`` between their steps. Every coroutine may be cancelled at any await, and
     none blocks the event loop.
     """
@@ -91,19 +91,19 @@ class Storage(ABC):
 
     @abstractmethod
     async def delete(self, name: str) -> None:
-        """Remove a checkpoint, its manifest first, so that nobody finds half of it. One that is not there is no error.
+        """Remove a checkpoint, its manifest first, so that no reader finds half of it. A missing one is no error.
 
         Args:
             name: As it was opened under.
 
         Raises:
-            OSError: If the storage refuses. What is left can no longer be found, and is debris.
+            OSError: If the storage refuses. What is left can no longer be found, and is stale.
 
         When cancelled, it is there as a whole, or can no longer be found.
         """
 
     async def trim(self, name: str, keep: Collection[str]) -> None:
-        """Remove files of a checkpoint that nobody needs any more; its manifest and the files that are named stay.
+        """Remove files of a checkpoint that are not needed any more; its manifest and the files that are named stay.
 
         Asked for when a checkpoint was removed to some of whose files others refer. A storage may do without this
         method: this one removes nothing, so that all files stay until the checkpoint is deleted.
@@ -160,7 +160,7 @@ class SharedStorage(Storage):
 
         Returns:
             A draft of which only ``write`` may be called. Its files are committed or removed with the others by
-            whoever has opened the checkpoint, which has to outlive the writing.
+            the process that has opened the checkpoint, which has to outlive the writing.
 
         Raises:
             OSError: If the storage refuses.
@@ -278,4 +278,4 @@ class Reader(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Let go of it. May be called more than once."""
+        """Close it. May be called more than once."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Stager:
-    """An :class:`aiostage.AsyncStager` whose methods block their caller, and nobody else.
+    """An :class:`aiostage.AsyncStager` whose methods block their caller only.
 
     Copies are made by an event loop in a background thread, and that loop's workers. Enter it with ``with``. Several
     threads may use it.

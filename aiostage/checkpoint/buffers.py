@@ -13,7 +13,7 @@ __all__ = ["PartBuffers"]
 
 
 class PartBuffers:
-    """Memory for parts that are gathered from many places, used again when nobody refers to what was made from it.
+    """Memory for parts that are gathered from many places, used again when nothing refers to what was made from it.
 
     Args:
         part_bytes: How large each is.

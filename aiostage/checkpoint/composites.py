@@ -108,7 +108,7 @@ def check_invariants(kind: str, parts: Sequence[torch.Tensor], form: dict[str, A
 
 def _assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any], *, check: bool) -> torch.Tensor:
     with warnings.catch_warnings():
-        # Sparse layouts are in beta and quantized ones deprecated; whoever made the tensor has been told.
+        # Sparse layouts are in beta and quantized ones deprecated; PyTorch has warned the code that made the tensor.
         warnings.simplefilter("ignore")
         shape = checked_sizes(form["shape"])
         if kind == "sparse":

@@ -127,7 +127,7 @@ class TreeEncoder:
 
     Attributes:
         tensors: The nodes of tensors that are one piece of memory, in the order of the tree. Their ``form`` is left
-            to whoever knows where the memory goes.
+            to the code that knows where the memory goes.
         uses_kinds: Whether there are objects that readers of the first version do not know.
 
     Args:

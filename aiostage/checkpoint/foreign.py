@@ -31,7 +31,7 @@ _OTHERS = (
     (b"GGUF", "a GGUF file", "Read it with the package gguf."),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Read it with h5py, or with the Keras that has written it."),
     (b"\x93NUMPY", "an array of NumPy", "Read it with numpy.load()."),
-    (b"\x80", "a pickle, which can run any code", "Read it with pickle.load() if you trust whoever made it."),
+    (b"\x80", "a pickle, which can run any code", "Read it with pickle.load() if you trust its author."),
 )
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"

@@ -59,7 +59,7 @@ class SaveHandle:
         return self.outcome()
 
     def outcome(self) -> CheckpointInfo:
-        """Return what was saved, or raise what it failed of, without waiting.
+        """Return what was saved, or raise its error, without waiting.
 
         Raises:
             RuntimeError: If it is still under way; look at :meth:`done`.
@@ -94,6 +94,6 @@ class SaveHandle:
         return None if self._told or self._waiting else self._error
 
     def take_error(self) -> Exception | None:
-        """Return what it failed of, for somebody who is told by this."""
+        """Return its error, and count it as reported to the caller."""
         self._told = True
         return self._error

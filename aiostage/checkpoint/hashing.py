@@ -1,6 +1,6 @@
 """What a file may have hashed: elements of sets and keys of mappings. A save refuses what a load would refuse.
 
-Tuples hash all that they contain whenever they are hashed, by recursion in C that nobody bounds, and a few nodes that
+Tuples hash all that they contain whenever they are hashed, by recursion in C without a bound, and a few nodes that
 refer to one another twice describe an exponential number of elements. Numbers have hashes that can be chosen, so that
 each lookup in a set of them meets all others.
 """

@@ -51,7 +51,7 @@ _STRAIGHT = 64
 large tensors are mostly two, since data does not begin where parts do."""
 
 _HOLE_BYTES = 512 << 10
-"""How much is read at once, in order to verify it, of what nobody wants."""
+"""How much is read at once of bytes without a destination, in order to verify them."""
 
 _GROUP = 256
 """Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
@@ -207,7 +207,7 @@ class Incoming:
             arrived(part.nbytes)
 
     def _goes_straight(self, part: Part) -> bool:
-        """Return whether a part consists of few pieces, all of them in host memory or wanted by nobody."""
+        """Return whether a part consists of few pieces, all of them in host memory or without a destination."""
         return len(part.pieces) <= _STRAIGHT and all(
             isinstance(piece, Hole) or (isinstance(piece, torch.Tensor) and self._destinations.device_of(piece) is None)
             for piece in part.pieces

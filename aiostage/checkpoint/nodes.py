@@ -31,7 +31,7 @@ LOOKED_INTO = _MAPPINGS | {"list", "tuple"}
 
 
 class _LeftOut:
-    """Stands where a child was that nobody wants."""
+    """Placeholder for a child that was not chosen."""
 
     def __repr__(self) -> str:
         return "<left out>"

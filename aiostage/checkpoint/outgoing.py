@@ -56,7 +56,7 @@ class OutgoingFile:
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether nobody waits for the memory of its parts, so that later ones come though earlier ones are kept."""
+        """Whether nothing waits for the memory of its parts, so that later ones come though earlier ones are kept."""
         return self._snapshot is None or self._snapshot.window is None
 
     async def send(self, draft: Draft) -> FileRecord:

@@ -162,7 +162,7 @@ class CheckpointReader:
         Args:
             outline: From :meth:`open`.
             contents: Where tensors go, by name; what is not named is not wanted.
-            everything: Also those that nobody wants, in order to verify them.
+            everything: Also those without a destination, in order to verify them.
 
         Returns:
             Each part, with its file.

@@ -150,7 +150,7 @@ class ResolvingReader(Reader):
 
     @asynccontextmanager
     async def told_apart(self) -> AsyncGenerator[None, None]:
-        """Tell what was removed, and then, rightly, what nobody else referred to, from what is damaged."""
+        """Tell what was removed, with all that no other checkpoint referred to, from what is damaged."""
         try:
             yield
         except CheckpointCorruptError as error:
@@ -163,7 +163,7 @@ class ResolvingReader(Reader):
             raise
 
     async def aclose(self) -> None:
-        """Let go of it and of the others. May be called more than once."""
+        """Close it and the others. May be called more than once."""
         for reader in (self._reader, *self._others.values()):
             await reader.aclose()
 

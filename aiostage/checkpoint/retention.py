@@ -1,4 +1,4 @@
-"""What the checkpoints of a run are called, and which of them have had their day. Nothing here touches a storage."""
+"""The names of a run's checkpoints, and which of them the retention policy removes. Nothing here touches a storage."""
 
 from __future__ import annotations
 

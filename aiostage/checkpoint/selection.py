@@ -85,7 +85,7 @@ class Selection:
         """
         yield from _Pruning(table, self, instead).run()
         if self._unmatched:
-            # Below what was chosen as a whole nobody has looked yet.
+            # Nodes below what was chosen as a whole have not been visited yet.
             yield from self._look_below(table)
         self.check_matched()
 
@@ -215,7 +215,7 @@ class _Pruning:
             pending += reversed(found)
 
     def _keep(self, index: int, number: int) -> None:
-        """Keep a child of a container, and the container for whoever has it."""
+        """Keep a child of a container, and the container for its own parent."""
         pending = [(index, number)]
         while pending:
             index, number = pending.pop()

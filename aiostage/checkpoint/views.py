@@ -57,7 +57,7 @@ class View:
         if self.dtype is not torch.complex32:
             return _over(data, self.dtype, self)
         with warnings.catch_warnings():
-            # They are called experimental whenever one is made; whoever saved it has been told.
+            # They are called experimental whenever one is made; PyTorch has warned the code that saved it.
             warnings.simplefilter("ignore", UserWarning)
             return _over(data, self.dtype, self)
 

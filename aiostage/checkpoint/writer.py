@@ -57,7 +57,7 @@ class CheckpointWriter:
     """Writes one checkpoint: :meth:`plan`, which refuses what files cannot carry, then :meth:`write`.
 
     Args:
-        name: What it is called, for whoever follows the progress.
+        name: What it is called, for reports of the progress.
         max_shard_bytes: How many bytes of tensors one file may hold.
     """
 
@@ -134,7 +134,7 @@ class CheckpointWriter:
         digests = await self._workers.run(partial(_digests, manifest))
         if snapshot is not None:
             if snapshot.window is not None:
-                # Nobody else will take what no file has asked for.
+                # No other writer will take what no file has asked for.
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
         with span("commit"):
@@ -152,7 +152,7 @@ class CheckpointWriter:
         )
 
     def close(self) -> None:
-        """Let the threads end, and let go of the tree."""
+        """Let the threads end, and drop the tree."""
         self._workers.stop()
         self._snapshot = None
         self._plan = _FilePlan(0, 0, [], [])

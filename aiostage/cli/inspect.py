@@ -39,7 +39,7 @@ async def inspect(source: str, *, tree: bool = True) -> AsyncIterator[str]:
         The errors of :func:`~aiostage.checkpoint.verify.verify`.
     """
     async for line in _described(source, tree):
-        # Names, keys and values are those of whoever has made the file, who may have meant them for the terminal.
+        # The author of the file chose names, keys and values, and may have put terminal sequences into them.
         yield "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all is well, 1 if it is not, with the reason on stderr; as from the signal if it was
-        interrupted, or if nobody reads on.
+        interrupted, or if the reader of its output has stopped.
     """
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -105,7 +105,7 @@ async def _verify(options: argparse.Namespace) -> None:
 
 async def _verify_one(source: str, place: tuple[Storage, str], progress: bool) -> None:
     if await is_removed(*place):
-        # Shells find it for patterns such as step-*. Its files are read for whoever refers to them.
+        # Shells find it for patterns such as step-*. Its files are read for the checkpoints that refer to them.
         print(f"{source}: removed; what is left of it lies there for others that refer to it")
         return
     outline = await verify(place, progress=progress)

@@ -68,7 +68,7 @@ class Call(Generic[T]):
     async def refuse(self, reason: str) -> None:
         """Tell the other ranks that this one will not take part, if that is not too late.
 
-        Bears no cancellation: it is told first.
+        Shielded from cancellation: the other ranks get the reason first.
         """
         await finish(partial(self._channel.refuse, self.number, reason))
         # If it has not begun it never will; if it has, it ends by itself, at once or with its work done.
@@ -159,7 +159,7 @@ class Channel:
         self._arranging.put(self._take_turns)
 
     def forsake(self, number: int, job: Job) -> None:
-        """Step over a call that nobody can hand over any more. Called by the collector, so it only leaves notes."""
+        """Skip a call that can no longer be handed over. Called by the collector, so it only leaves notes."""
         job.cancel()
         self._handed.append((number, None))
         self._arranging.put(self._take_turns)
@@ -173,7 +173,7 @@ class Channel:
             await self._messengers.run(partial(self._refuse, number, reason))
 
     def _refuse(self, number: int, reason: str) -> None:
-        # A store that does not answer reaches nobody, and every rank finds that out by itself.
+        # A store that does not answer reaches no rank, and every rank finds that out by itself.
         with contextlib.suppress(StoreLostError):
             self._messengers_roll_call(number).refuse(reason)
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class LoopThread:
     """An asyncio event loop in a daemon thread, which ends when this is stopped or dropped.
 
-    A daemon, so that what nobody closes keeps no interpreter from exiting.
+    A daemon, so that a thread that is never closed does not keep the interpreter from exiting.
 
     Args:
         name: Of the thread.

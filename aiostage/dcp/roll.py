@@ -2,7 +2,7 @@
 
 Collectives cannot be left once they have begun, and what a broken one raises names no rank. So every call begins with
 a roll call in the store: either all ranks enter the collectives, or none does and all know why. If a collective breaks
-all the same, whoever still can says so in the store, and the silent ones are to blame.
+all the same, each rank that still can reports it in the store, and the silent ranks are to blame.
 
 A call costs each rank a handful of small messages to the store, whatever the number of ranks; only a failure makes one
 of them ask after each rank.
@@ -119,7 +119,7 @@ class RollCall:
         return asked
 
     def blame(self, reason: str) -> Mapping[int, str]:
-        """Say that a collective broke in this rank, and find out because of whom.
+        """Report that a collective broke in this rank, and find out which ranks caused it.
 
         Args:
             reason: What it raised.

@@ -1,4 +1,4 @@
-"""How objects of common packages are taken apart. Nothing here imports them: whoever has such an object has."""
+"""Takes objects of common packages apart. Nothing here imports them: a program with such an object has done so."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ __all__ = ["ProgressBar"]
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # it has no types
-    # It is redrawn by every report; a thread that looks after bars nobody updates would outlive them all.
+    # It is redrawn by every report; tqdm's monitor thread for bars without updates would outlive them all.
     monitor_interval = 0
 
 

@@ -1,9 +1,9 @@
 """Directories that appear whole or not at all: written beside their place, then moved there in one step.
 
 A draft is a sibling of the target with a name that tells whose it is. Its writer holds an ``flock`` on it, which the
-kernel lets go of however the writer ends; the next save to the same target removes drafts that nobody holds. Where
+kernel releases however the writer ends; the next save to the same target removes drafts without a lock. Where
 the kernel can exchange two directories, replacing a checkpoint is that one step. Elsewhere the old one is moved
-aside first, and whoever finds the target missing then takes the one that was moved aside.
+aside first, and a reader that finds the target missing then takes the one that was moved aside.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class DraftDirectory:
         raise CheckpointError("another process keeps removing what is being written.", path=target)
 
     def _lock(self) -> Descriptor | None:
-        """Lock the new directory; return None if somebody took it for debris before that."""
+        """Lock the new directory; return None if another process took it for stale files before that."""
         try:
             directory = open_directory(self.path, follow_link=False)
         except FileNotFoundError:
@@ -225,7 +225,7 @@ def delete_committed(target: str) -> None:
     with directory:
         if not os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
             return
-        # Locked, so that nobody who sweeps takes what is left for debris before it is gone.
+        # Locked, so that no clean-up takes what is left for stale files before it is gone.
         try_lock(directory)
         path = _new_path(target)
         try:
@@ -239,7 +239,7 @@ def delete_committed(target: str) -> None:
 def trim_committed(target: str, keep: Collection[str]) -> None:
     """Remove files of a checkpoint that are not named. Blocks. What is no checkpoint is left alone.
 
-    So is a link to one: whoever it belongs to may need all of it.
+    So is a link to one: its owner may need all of it.
 
     Raises:
         OSError: If the file system refuses.
@@ -288,7 +288,7 @@ def drafts_below(root: str) -> list[str]:
 
 
 def sweep_below(root: str) -> None:
-    """Bring checkpoints back that were moved aside and never replaced, and remove debris below a directory. Blocks."""
+    """Restore checkpoints that were moved aside and never replaced, and remove stale files in a directory. Blocks."""
     for path, names in _directories(root):
         for target in {target for name in names if (target := _target(path, name)) is not None}:
             _sweep(target)
@@ -372,7 +372,7 @@ def _target(parent: str, name: str) -> str | None:
 
 
 def _siblings(target: str) -> Iterator[str]:
-    """Iterate over the paths of drafts for a target, whoever they belong to."""
+    """Iterate over the paths of drafts for a target, of all writers."""
     parent, start = os.path.split(_prefix(target))
     try:
         names = os.listdir(parent)

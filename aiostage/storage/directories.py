@@ -89,7 +89,7 @@ def try_lock(directory: Descriptor) -> bool | None:
     try:
         return _try_lock(directory.fileno())
     except OSError:
-        # Without locks nobody can tell debris from work, so nothing is ever removed.
+        # Without locks no process can tell stale files from work, so nothing is ever removed.
         return None
 
 

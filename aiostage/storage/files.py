@@ -44,7 +44,7 @@ def address_of(data: Buffer) -> int:
 
 
 class Descriptor:
-    """A file descriptor that is closed at the latest when nobody refers to it any more.
+    """A file descriptor that is closed at the latest when the last reference to it is gone.
 
     Steps in worker threads refer to this object and not to the number, so the number cannot be closed, and then
     belong to another file, while one of them runs.

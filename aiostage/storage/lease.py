@@ -1,4 +1,4 @@
-"""Signs of life: how a writer tells others, on a store that knows no locks, that what it writes is not debris."""
+"""Heartbeats: on a store without locks, a writer shows other processes that it is alive and its files are in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 __all__ = ["BEATS_PER_LEASE", "LEASE_NAME", "Heartbeat", "lease_seconds", "write_lease"]
 
 LEASE_NAME = "lease.json"
-"""An object beside the files of a checkpoint. Its age is how long ago its writer gave a sign of life."""
+"""An object beside the files of a checkpoint. Its age is the time since the last heartbeat of its writer."""
 
 BEATS_PER_LEASE = 4
 """How often a lease is renewed before it would run out, so that a few failures in a row do no harm."""
@@ -22,12 +22,12 @@ _log = logging.getLogger("aiostage")
 
 
 def write_lease(seconds: float) -> bytes:
-    """Compose a lease: for how long it holds, and for whoever looks at it, who writes there."""
+    """Compose a lease: for how long it holds, and, for people who read it, which process writes there."""
     return json.dumps({"seconds": seconds, "host": socket.gethostname(), "process": os.getpid()}).encode()
 
 
 def lease_seconds(data: bytes) -> float:
-    """Return for how long a lease holds; 0 for one that cannot be read, which nobody renews."""
+    """Return for how long a lease holds; 0 for one that cannot be read, which no writer renews."""
     try:
         seconds = json.loads(data)["seconds"]
         return float(seconds)
@@ -36,7 +36,7 @@ def lease_seconds(data: bytes) -> float:
 
 
 class Heartbeat:
-    """Does something now and then, in a thread of its own, until it is stopped or nobody refers to it any more.
+    """Calls a function at intervals, in a thread of its own, until it is stopped or the last reference to it is gone.
 
     A thread, because it must go on while an event loop is busy, and while nothing of the writer is being awaited.
 

@@ -69,7 +69,7 @@ class LocalStorage(SharedStorage):
         return self._root
 
     async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
-        """Begin a checkpoint, which nobody sees before it is committed.
+        """Begin a checkpoint. Readers do not see it before it is committed.
 
         Args:
             name: Path relative to the root. Missing directories are made.
@@ -269,7 +269,7 @@ class _JoinedDraft(Draft):
                 if job.error:
                     break
         if offset != file.nbytes:
-            raise CheckpointError(f"it was to be {file.nbytes} bytes long, but {offset} came.", path=file.path)
+            raise CheckpointError(f"expected {file.nbytes} bytes, got {offset}.", path=file.path)
 
     async def commit(self, manifest: Buffer) -> None:
         raise CheckpointError("only the process that has opened it can commit it.", path=self._target)
@@ -360,8 +360,8 @@ class LocalReader(Reader):
         await self._workers.run(partial(self.read_blocking, name, offset, into))
 
     async def aclose(self) -> None:
-        """Let go of the files. May be called more than once."""
-        # Nobody waits for steps that still run; they keep the descriptors that they use.
+        """Drop the files. May be called more than once."""
+        # Steps that still run are not waited for; they keep the descriptors that they use.
         self._files.clear()
         self._directory = None
 

@@ -52,7 +52,7 @@ _COPY_THREADS = 2
 
 _BATCH = 200
 
-# The threads of obstore let go of Python objects a little after they have answered. One that finds the interpreter
+# The threads of obstore drop Python objects a little after they have answered. One that finds the interpreter
 # gone then aborts the process: 8 of 60 programs that ended right after an upload ended like that, and none with this.
 atexit.register(time.sleep, 0.02)
 
@@ -78,7 +78,7 @@ class ObjectStorage(RemoteStorage):
     Args:
         store: A store of obstore; what its own options and the environment say goes.
         prefix: Below which everything is.
-        lease_seconds: A writer that has given no sign of life for so long is taken for dead by :meth:`sweep`.
+        lease_seconds: After so long without a heartbeat, :meth:`sweep` takes a writer for dead.
             Living ones give four in that while, from a thread of their own.
     """
 
@@ -215,7 +215,7 @@ class _ObjectBucket(Bucket):
                     await (_settled(written.pop()) if begins else _answered(written.pop()))
             if sent != nbytes:
                 raise CheckpointError(
-                    f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
+                    f"expected {nbytes} bytes, but its parts have {sent}.", path=f"{self._location}/{path}"
                 )
             writer = writer if writer is not None else self._writer(store, path, 1)
             closing = True

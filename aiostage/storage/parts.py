@@ -67,7 +67,7 @@ def memory_of(address: int, nbytes: int, owner: object) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """Bytes of a file that are read and checked, but wanted by nobody.
+    """Bytes of a file that are read and checked, but have no destination.
 
     Attributes:
         nbytes: How many.

@@ -69,16 +69,16 @@ def write_pointer(folder: str) -> Buffer:
 
 
 async def end_uploads(bucket: Bucket, folder: str) -> None:
-    """End the uploads to a folder that nobody writes to any more."""
+    """End the uploads to a folder without a writer."""
     uploads = [upload async for batch in bucket.uploads(f"{folder}/") for upload in batch]
     for upload in uploads:
         await bucket.end(upload)
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
-    """Remove all objects below a path, the lease last: its age tells when whoever left the rest was alive.
+    """Remove all objects below a path, the lease last: its age tells when the writer of the rest was last alive.
 
-    Of a link the link goes, and what it leads to stays.
+    A link itself is removed; its target stays.
     """
     if await bucket.is_link(folder):
         await bucket.unlink(folder)

@@ -39,7 +39,7 @@ from aiostage.storage.sweep import drafts, sweep
 __all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage"]
 
 DEFAULT_LEASE_SECONDS = 3600.0
-"""A guess: far longer than any store is out of reach, shorter than debris is a burden."""
+"""A guess: far longer than any store is out of reach, shorter than stale files become a burden."""
 
 _TOKEN_BYTES = 8
 
@@ -58,7 +58,7 @@ class RemoteStorage(SharedStorage):
 
     Args:
         bucket: Where.
-        lease_seconds: A writer that has given no sign of life for so long is taken for dead by :meth:`sweep`.
+        lease_seconds: After so long without a heartbeat, :meth:`sweep` takes a writer for dead.
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
@@ -152,7 +152,7 @@ class RemoteStorage(SharedStorage):
             return
         folder = f"{name}/{pointer.folder}"
         if await self._bucket.is_link(name) or await self._bucket.is_link(folder):
-            # Whoever it belongs to may need all of it.
+            # Its owner may need all of it.
             return
         stay = {f"{folder}/{file}" for file in (MANIFEST_NAME, LEASE_NAME, *keep)}
         found = [entry.path async for batch in self._bucket.list(folder) for entry in batch]
@@ -169,7 +169,7 @@ class RemoteStorage(SharedStorage):
 
 
 class _RemoteDraft(SharedDraft):
-    """A folder that nobody points to yet."""
+    """A folder that no pointer names yet."""
 
     def __init__(
         self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float, joined: str | None = None
@@ -177,7 +177,7 @@ class _RemoteDraft(SharedDraft):
         self._bucket = bucket
         self._name = name
         self._overwrite = overwrite
-        # Another process gives the signs of life of one that is joined, and ends it.
+        # For a draft that this one has joined, another process sends the heartbeat, and ends it.
         self._joined = self._ended = joined is not None
         self._token = joined or secrets.token_hex(_TOKEN_BYTES)
         self._folder = f"data-{self._token}"
@@ -189,7 +189,7 @@ class _RemoteDraft(SharedDraft):
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
         self._replaced: str | None = None
         self._committed = False
-        # Whether an upload may be open of which nobody knows: one that was begun twice because an answer was lost.
+        # Whether an unknown upload may be open: one that was begun twice because a response was lost.
         self._uploads_in_doubt = False
 
     @property
@@ -204,7 +204,7 @@ class _RemoteDraft(SharedDraft):
         return self._token
 
     async def begin(self) -> None:
-        """Give the first sign of life."""
+        """Send the first heartbeat."""
         await self._bucket.put(f"{self._path}/{LEASE_NAME}", memoryview(self._lease))
         beat = partial(self._bucket.touch, f"{self._path}/{LEASE_NAME}", self._lease)
         self._heartbeat = Heartbeat(beat, self._interval, "aiostage-heartbeat")
@@ -230,7 +230,7 @@ class _RemoteDraft(SharedDraft):
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")
         except FileNotFoundError as error:
             raise CheckpointError(
-                "its files have been taken for debris and removed.",
+                "its files were deleted by another process because its heartbeat expired.",
                 path=self.location,
                 remedy="Give all who write here the same, longer lease_seconds.",
             ) from error
@@ -245,7 +245,7 @@ class _RemoteDraft(SharedDraft):
             await finish(self._clean_up)
 
     async def _clean_up(self) -> None:
-        """Remove what nobody points to: what this draft has replaced if it was committed, else the draft."""
+        """Remove what no pointer names: what this draft has replaced if it was committed, else the draft."""
         await self._stop_heartbeat()
         try:
             committed = self._committed or await self._is_committed()
@@ -259,7 +259,7 @@ class _RemoteDraft(SharedDraft):
         self._ended = True
 
     async def _end_uploads(self) -> None:
-        """End what was begun and is not going to be completed: nobody writes any more."""
+        """End uploads that were begun and will not be completed, once this draft writes no more."""
         if not self._uploads_in_doubt:
             return
         try:
@@ -360,7 +360,7 @@ class _RemoteReader(Reader):
             )
 
     async def aclose(self) -> None:
-        """Let go of it: nothing is held."""
+        """Do nothing: nothing is held."""
 
     def _path(self, name: str) -> str:
         if not name or "/" in name or name in (".", ".."):

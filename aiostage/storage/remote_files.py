@@ -148,7 +148,7 @@ class _FsspecBucket(Bucket):
                 del part
             if sent != nbytes:
                 raise CheckpointError(
-                    f"it was to be {nbytes} bytes long, and its parts are {sent}.", path=f"{self._location}/{path}"
+                    f"expected {nbytes} bytes, but its parts have {sent}.", path=f"{self._location}/{path}"
                 )
             await self._run(path, lambda _, __: opened[0].close())
         except BaseException as error:
@@ -298,7 +298,7 @@ def _draft(full: str, data: bytes) -> Iterator[str]:
     """Write a local file that is about to appear at a path.
 
     fsspec truncates a local file and then fills it, and creates one after it has looked whether there is one. The file
-    lies in a folder that a sweep takes for what it is, debris, if this process dies here.
+    is in a folder that a sweep removes as stale, if this process dies here.
     """
     folder = f"{os.path.dirname(full)}/data-{secrets.token_hex(8)}"
     draft = f"{folder}/draft"
@@ -325,7 +325,7 @@ def _write(file: Any, part: Buffer, fs: Any, full: str) -> None:
 
 
 def _give_up(file: Any) -> None:
-    """Close a file that is not to be. What there is of it lies where nobody looks, and goes with its folder."""
+    """Close an unfinished file. No reader looks for its bytes; they are removed with the folder."""
     with suppress(Exception):
         file.discard()
     with suppress(Exception):

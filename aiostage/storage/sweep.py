@@ -21,7 +21,7 @@ _CLOCK = ".aiostage-clock"
 """Below which small objects are written for a moment, to see what time the store says it is."""
 
 _SWEPT = timedelta(days=1)
-"""How long nobody takes for a look at the clock."""
+"""Longer than reading the clock can take."""
 
 _log = logging.getLogger("aiostage")
 
@@ -46,7 +46,7 @@ class _Suspect:
 
 
 async def sweep(bucket: Bucket, seconds: float) -> None:
-    """Remove the folders that no checkpoint points to and nobody writes to, and end the uploads that are left of them.
+    """Remove the folders that have no pointer and no writer, and end the uploads that are left of them.
 
     Args:
         bucket: Where.
@@ -56,7 +56,7 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
         StorageError: If the store refuses. What is left is found again.
     """
     candidates = []
-    # Before the listing, or those of a draft that is committed in between would be taken for debris.
+    # Before the listing, or those of a draft that is committed in between would be taken for stale files.
     uploads = [upload async for batch in bucket.uploads("") for upload in batch]
     for suspect in await _suspects(bucket, uploads):
         if await _is_used(bucket, suspect):
@@ -121,7 +121,7 @@ async def _is_used(bucket: Bucket, suspect: _Suspect) -> bool:
 
 async def _end(bucket: Bucket, uploads: Sequence[Upload]) -> None:
     for upload in uploads:
-        _log.info("ending an upload of %s/%s that nobody completes", bucket.location, upload.path)
+        _log.info("ending an upload of %s/%s that no writer completes", bucket.location, upload.path)
         await bucket.end(upload)
 
 

@@ -36,7 +36,7 @@ _PAGE = 200
 
 _MAX_ANSWER_BYTES = 4 << 20
 
-_NO_LIST = "what it answers is no list of open uploads."
+_NO_LIST = "unexpected response to ListMultipartUploads: not a list of open uploads."
 
 _SIGNED_FOR = timedelta(minutes=5)
 

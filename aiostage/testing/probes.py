@@ -144,7 +144,7 @@ class LoopProbe:
         self.holds.append(LoopHold(seconds, cpu_seconds, min(beat.blamed, cpu_seconds), beat.stack))
 
     def _collected(self, phase: str, details: dict[str, int]) -> None:
-        # A collection strikes whoever makes an object at that moment, and is as long as the process is large.
+        # A collection runs in any code that makes an object at that moment, and takes longer in a larger process.
         if threading.get_ident() != self._thread:
             return
         collected, since = self._beat.collecting

@@ -72,7 +72,7 @@ class SimulatedAccelerator(SimulatedBackend):
         seed: Execute on a virtual clock, and choose at random among the streams that could go on. None: the operation
             that would be done first comes first.
         spontaneous: Execute a few operations, chosen by the seed, whenever anything is enqueued or queried, so that
-            nobody has to step. Needs a seed.
+            the test need not call ``step``. Needs a seed.
         bandwidth: Of a copy, in bytes a second; each direction of each device has it to itself.
         bus_bandwidth: What all that moves bytes on one device shares, in bytes a second: copies of both directions, of
             which several may then run at once, and kernels that say how much they move. None: there is no bus.

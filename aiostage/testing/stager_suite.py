@@ -335,7 +335,7 @@ class StagerSuite(ABC):
             await checkpoint()
             gc.collect()
             left = sum(reference() is not None for reference in alive)
-            assert not left, f"{left} of {len(alive)} tensors that nobody refers to are still there"
+            assert not left, f"{left} of {len(alive)} tensors without a reference are still there"
 
     async def test_results_outlive_the_stager(self) -> None:
         async with self.make_stager() as stager:

@@ -440,11 +440,11 @@ class StorageSuite(ABC):
 
     async def leave_debris(self, storage: Storage, name: str) -> None:
         """Leave behind what a writer leaves that is killed. Override it where a test can do that."""
-        raise unittest.SkipTest("leave_debris() says nothing of what a killed writer leaves here")
+        raise unittest.SkipTest("leave_debris() is not implemented: it makes what a killed writer leaves here")
 
     async def count_debris(self, storage: Storage) -> int:
         """Return how many things there are that belong to no committed checkpoint."""
-        raise unittest.SkipTest("count_debris() says nothing of what can be left here")
+        raise unittest.SkipTest("count_debris() is not implemented: it counts the stale files here")
 
     async def test_sweeping_removes_what_the_dead_have_left(self) -> None:
         storage = self.make_storage()

@@ -16,7 +16,7 @@ __all__ = ["Device", "Operation", "Queues", "SimulatedDeviceError", "SimulatedEv
 
 
 class SimulatedDeviceError(RuntimeError):
-    """Something that a simulated device was told to do has failed; the cause says why, unless a test wanted it so."""
+    """An operation of a simulated device has failed; the cause says why, unless a test wanted it so."""
 
     def again(self) -> SimulatedDeviceError:
         """Return an equal error to raise: raising one twice would lengthen its traceback."""

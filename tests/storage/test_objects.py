@@ -221,7 +221,7 @@ async def test_parts_of_another_length_are_refused(
     storage: ObjectStorage, store: Any, prefix: str, nbytes: int
 ) -> None:
     draft = await storage.open("a")
-    with pytest.raises(CheckpointError, match=f"was to be {nbytes} bytes long"):
+    with pytest.raises(CheckpointError, match=f"expected {nbytes} bytes, but its parts have"):
         await draft.write("data", nbytes, parts_of(some_bytes(4 * PART)))
     await draft.abort()
     assert paths(store, prefix) == []

@@ -102,7 +102,7 @@ async def test_whoever_was_taken_for_dead_cannot_commit(store: Any, monkeypatch:
     later(monkeypatch, LEASE + 5)
     await storage.sweep()
     assert paths(store) == []
-    with pytest.raises(CheckpointError, match="taken for debris and removed"):
+    with pytest.raises(CheckpointError, match="deleted by another process because its heartbeat expired"):
         await draft.commit(memoryview(b"{}"))
     await draft.abort()
     assert paths(store) == []

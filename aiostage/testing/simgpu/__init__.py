@@ -4,7 +4,7 @@
 PyTorch itself (PrivateUse1, in C++), which ``torch.accelerator`` finds and ordinary code uses as ``simgpu:0`` and
 ``simgpu:1``. Each stream has a thread; copies and kernels run as late and as slowly as the test says, and in two
 halves; freed memory is handed out at once; host code that touches device memory dies. So code that forgets to wait for
-a stream, or lets go of memory too early, gives wrong bytes here as it would on a GPU.
+a stream, or frees memory too early, gives wrong bytes here as it would on a GPU.
 
 It changes ``torch.accelerator`` for the whole process, so it is a process of its own that has it::
 
