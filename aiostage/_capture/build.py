@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node
+from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
@@ -124,6 +124,9 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
         if child is None:
             if upto < len(node.children) or node.position < len(node.nested):
                 continue
+            if memo and isinstance(node, TupleNode) and dict.__contains__(memo, id(node.source)):
+                # Code that was called for something inside has copied it.
+                node.copy = dict.__getitem__(memo, id(node.source))
             node.finish()
             node.done, node.active = True, False
             stack.pop()

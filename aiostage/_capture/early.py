@@ -57,7 +57,7 @@ class EarlyCopies:
         spec, storage = leaves.specs[index], leaves.storages[index]
         assert spec is not None and storage is not None  # noqa: S101, PT018 - what else would have been refused
         if spec.by_value:
-            copy = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="cpu")
+            copy = torch.empty_strided(spec.shape, spec.staged_stride, dtype=spec.dtype, device="cpu")
             return of_class([copy.copy_(leaves.tensors[index].detach())], spec)[0]
         identity = _private.storage_identity(storage)
         if identity not in self._storages:

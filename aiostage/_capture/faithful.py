@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from aiostage import _private
+from aiostage._capture.strides import stride_of_values
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Path, format_path
 
@@ -58,12 +60,14 @@ class Spec:
         dtype: Of the source.
         target: Of the staged copy; differs from ``dtype`` when the leaf is cast.
         shape: Of both.
-        stride: Of both, in elements.
+        stride: Of the source, in elements.
         requires_grad: Of both.
         device: Where the source is; None for host memory.
         by_value: The memory is not the value (conjugate and negative views), so elements are copied, not bytes.
-        extent: How many elements of memory lie between the first and one past the last.
-        dense: Whether the elements fill their extent in the order of their indices, and torch can copy them.
+        staged_stride: Of the staged copy; those of the source if not given. The values of a conjugate or negative
+            view come out dense.
+        extent: How many elements of the staged copy's memory lie between the first and one past the last.
+        dense: Whether these fill their extent in the order of their indices, and torch can copy them.
         nbytes: Size of the source's extent.
         staged_nbytes: Size of the staged copy's extent.
     """
@@ -76,6 +80,7 @@ class Spec:
     requires_grad: bool
     device: torch.device | None
     by_value: bool
+    staged_stride: tuple[int, ...] = ()
     extent: int = field(init=False)
     dense: bool = field(init=False)
     nbytes: int = field(init=False)
@@ -83,23 +88,26 @@ class Spec:
 
     def __post_init__(self) -> None:
         """Derive the sizes."""
-        if 0 in self.shape:
-            extent = count = 0
-        else:
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-            count = 1
-            for size in self.shape:
-                count *= size
+        staged_stride = self.staged_stride or self.stride
+        extent, staged_extent = _extent(self.shape, self.stride), _extent(self.shape, staged_stride)
         expected = 1
         ordered = True
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+        for size, stride in zip(reversed(self.shape), reversed(staged_stride), strict=True):
             ordered = ordered and (size == 1 or stride == expected)
             expected *= size
         put = object.__setattr__
-        put(self, "extent", extent)
-        put(self, "dense", count == extent and ordered and self.dtype not in _WITHOUT_COPY)
+        put(self, "staged_stride", staged_stride)
+        put(self, "extent", staged_extent)
+        put(self, "dense", math.prod(self.shape) == staged_extent and ordered and self.dtype not in _WITHOUT_COPY)
         put(self, "nbytes", extent * self.dtype.itemsize)
-        put(self, "staged_nbytes", extent * self.target.itemsize)
+        put(self, "staged_nbytes", staged_extent * self.target.itemsize)
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Return how many elements lie between the first of a tensor and one past the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +199,12 @@ class SpecTable:
         device = self._device_of(tensor)
         # Autograd history does not travel; only a graph leaf comes out requiring a gradient.
         requires_grad = tensor.requires_grad and tensor.is_leaf
-        key = (type(tensor), dtype, tensor.shape, stride, requires_grad, device, by_value)
+        staged_stride = stride_of_values(tensor) if by_value else stride
+        key = (type(tensor), dtype, tensor.shape, stride, requires_grad, device, by_value, staged_stride)
         spec = self._specs.get(key)
         if spec is None:
             shape = tuple(tensor.shape)
-            spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value)
+            spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value, staged_stride)
             self._specs[key] = spec
         nbytes = tensor.untyped_storage().nbytes()
         if spec.nbytes and nbytes < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
@@ -212,7 +221,15 @@ class SpecTable:
         found = self._specs.get(key)
         if found is None:
             found = self._specs[key] = Spec(
-                spec.cls, spec.dtype, target, spec.shape, spec.stride, spec.requires_grad, spec.device, spec.by_value
+                spec.cls,
+                spec.dtype,
+                target,
+                spec.shape,
+                spec.stride,
+                spec.requires_grad,
+                spec.device,
+                spec.by_value,
+                spec.staged_stride,
             )
         return found
 

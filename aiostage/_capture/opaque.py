@@ -1,7 +1,8 @@
-"""Finding the tensors inside objects that copy themselves."""
+"""Finding what is inside objects that copy themselves."""
 
 from __future__ import annotations
 
+import gc
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -12,13 +13,18 @@ import torch
 
 from aiostage import _private
 
-__all__ = ["tensors_within"]
+__all__ = ["objects_within", "tensors_within"]
 
 _NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
 
 
 def tensors_within(root: object) -> Iterator[torch.Tensor]:
     """Yield every distinct tensor that containers, attributes and slots lead to from an object."""
+    return (item for item in objects_within(root) if isinstance(item, torch.Tensor))
+
+
+def objects_within(root: object) -> Iterator[Any]:
+    """Yield an object and all that its containers, attributes and slots lead to, up to tensors, each once."""
     seen: set[int] = set()
     pending: list[Any] = [root]
     while pending:
@@ -26,8 +32,8 @@ def tensors_within(root: object) -> Iterator[torch.Tensor]:
         if isinstance(item, _NOT_STATE) or id(item) in seen:
             continue
         seen.add(id(item))
+        yield item
         if isinstance(item, torch.Tensor):
-            yield item
             continue
         if isinstance(item, dict):
             pending += item.keys()
@@ -38,6 +44,8 @@ def tensors_within(root: object) -> Iterator[torch.Tensor]:
             pending.append(item.__self__)
         elif isinstance(item, np.ndarray):
             pending += item.ravel().tolist() if item.dtype == object else ()
-        pending += getattr(item, "__dict__", {}).values()
+        # Asking an exception that has no attributes for them changes what it reduces to.
+        if not isinstance(item, BaseException) or dict in map(type, gc.get_referents(item)):
+            pending += getattr(item, "__dict__", {}).values()
         slots = _private.slot_names(type(item))
         pending += [getattr(item, name) for name in slots if hasattr(item, name)]

@@ -46,13 +46,15 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     spec, count = run.spec, len(run.indices)
     dtype = _NUMPY_DTYPES.get(spec.target)
     if spec.extent == 0:
-        tensors = [torch.empty_strided(spec.shape, spec.stride, dtype=spec.target, device="cpu") for _ in range(count)]
+        tensors = [
+            torch.empty_strided(spec.shape, spec.staged_stride, dtype=spec.target, device="cpu") for _ in range(count)
+        ]
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
-        if tensors[0].stride() != spec.stride:
+        if tensors[0].stride() != spec.staged_stride:
             # NumPy has strides of its own for dimensions of size 1, by which a memory format is told.
-            tensors = [tensor.as_strided(spec.shape, spec.stride) for tensor in tensors]
+            tensors = [tensor.as_strided(spec.shape, spec.staged_stride) for tensor in tensors]
     elif not spec.shape and dtype is not None:
         size = spec.staged_nbytes
         scalars = (np.ndarray((), dtype, memory, start) for start in range(0, count * size, size))
@@ -61,7 +63,7 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
         size = spec.staged_nbytes
         tensors = [
             torch.empty(0, dtype=spec.target, device="cpu").set_(
-                torch.from_numpy(memory[start : start + size]).untyped_storage(), 0, spec.shape, spec.stride
+                torch.from_numpy(memory[start : start + size]).untyped_storage(), 0, spec.shape, spec.staged_stride
             )
             for start in range(0, count * size, size)
         ]
@@ -83,7 +85,7 @@ def build_block(memory: np.ndarray[Any, Any], block: Block, specs: Sequence[Spec
     tensors: list[torch.Tensor] = []
     for offset, spec in zip(block.offsets, specs, strict=True):
         tensor = torch.empty(0, dtype=spec.target, device="cpu")
-        tensor.set_(storage, offset // spec.target.itemsize, spec.shape, spec.stride)
+        tensor.set_(storage, offset // spec.target.itemsize, spec.shape, spec.staged_stride)
         tensors += of_class([tensor], spec)
     return tensors
 

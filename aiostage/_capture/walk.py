@@ -23,6 +23,7 @@ import torch
 from aiostage import _private
 from aiostage._capture.buffers import copy_buffer, nbytes_of
 from aiostage._capture.build import Memo, build, built_now
+from aiostage._capture.circles import entries_of_circles
 from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
 from aiostage._capture.leaves import Inspection, Leaves, have_attributes
@@ -39,7 +40,7 @@ from aiostage._capture.nodes import (
     SetNode,
     TupleNode,
 )
-from aiostage._capture.opaque import tensors_within
+from aiostage._capture.opaque import objects_within, tensors_within
 from aiostage._capture.protocol import BUFFERS, IMMUTABLE, is_safe_to_make, is_witnessed
 from aiostage._capture.versions import GONE, ContainerChanges
 from aiostage._loop.collection import untrack_all
@@ -120,6 +121,7 @@ class Walk:
         self._buffers: list[GivenNode] = []
         self._opaque: list[GivenNode] = []
         self._within: dict[int, list[torch.Tensor]] = {}
+        self._reach: dict[int, list[int]] = {}
         self._early: EarlyCopies | None = None
         self._memo: Memo | None = None
         self._bytes_left = _BYTES_LAST
@@ -213,6 +215,7 @@ class Walk:
             self._buffers,
             self._opaque,
             self._within,
+            self._reach,
         ):
             held.clear()
         if self._memo is not None:
@@ -483,8 +486,10 @@ class Walk:
 
     def _find_tensors(self, node: GivenNode) -> None:
         """Note the tensors inside an object that copies itself, so that its code gets their staged copies."""
+        objects = list(objects_within(node.source))
+        self._reach[id(node)] = list(map(id, objects))
         found = self._within[id(node)] = [
-            tensor for tensor in tensors_within(node.source) if not _copies_itself(tensor, type(tensor))
+            item for item in objects if isinstance(item, torch.Tensor) and not _copies_itself(item, type(item))
         ]
         known = self.leaves.positions
         exhausted(self.leaves.index())
@@ -514,12 +519,22 @@ class Walk:
         exhausted(self.leaves.index())
         early = self._early = EarlyCopies(self.leaves)
         memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, self._give)
+        root = self._root
+        assert root is not None  # noqa: S101 - nothing is copied before the walk
+        for entry in entries_of_circles(root, self._opaque, self._leads):
+            if not (entry.done or isinstance(entry, GivenNode)):
+                built_now(entry, memo)
         for node in self._opaque:
             if not node.done:
                 self._give(node)
         for suspended in memo.suspended:
             if not suspended.done:
                 built_now(suspended, memo)
+
+    def _leads(self, node: Node) -> list[Node]:
+        """Return the nodes that a node leads to."""
+        within = map(self._nodes.get, self._reach.get(id(node), ()))
+        return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
 
     def _give(self, node: GivenNode) -> None:
         """Let an object copy itself.

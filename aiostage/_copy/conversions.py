@@ -41,7 +41,7 @@ class Conversions:
         return not self._leaves
 
     def add(self, index: int, destination: torch.Tensor, alias: torch.Tensor) -> None:
-        """Add a part of a leaf: one-dimensional tensors of one length."""
+        """Add a part of a leaf: tensors of one shape."""
         self._pairs.append((index, destination, alias))
 
     def add_leaves(self, aliases: Iterable[tuple[int, torch.Tensor]]) -> None:
@@ -91,10 +91,10 @@ class Conversions:
 def _cut(
     index: int, destination: torch.Tensor, source: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Cut one-dimensional tensors of one length into pieces."""
-    at_once = _PIECE_BYTES // source.itemsize
-    if len(source) <= at_once:
+    """Cut tensors of one shape into pieces."""
+    if source.nbytes <= _PIECE_BYTES:
         return iter(((index, destination, source),))
+    at_once = max(1, _PIECE_BYTES * len(source) // source.nbytes)
     return zip(repeat(index), torch.split(destination, at_once), torch.split(source, at_once), strict=False)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from aiostage._capture.plan import SMALL_BYTES, Batch
+from aiostage._copy.rectangles import pairs_of_values
 from aiostage._copy.sources import Sources, detached_alias
 from aiostage._loop.transfers import Traffic, Transfer
 from aiostage.abc import Backend, SupportsQuery
@@ -184,7 +185,9 @@ class DeviceCopy:
                 source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
                 source.set_(tensor.untyped_storage(), begin, (piece.length * size,), (1,))
             else:
-                destination = destination.view(spec.target)
-                source = tensor.as_strided((piece.length,), (1,), tensor.storage_offset() + piece.start)
+                for part, source in pairs_of_values(tensor, spec, piece.start, destination.view(spec.target)):
+                    self._destinations.append(part)
+                    self._sources.append(source)
+                continue
             self._destinations.append(destination)
             self._sources.append(source)

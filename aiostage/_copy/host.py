@@ -15,6 +15,7 @@ from aiostage._capture.plan import Batch, Piece, Run
 from aiostage._copy.conversions import Conversions
 from aiostage._copy.gather import Gathers
 from aiostage._copy.moves import Moves
+from aiostage._copy.rectangles import pairs_of_values
 from aiostage._copy.sources import Sources
 from aiostage._loop.workers import Job
 from aiostage._platform import yield_core
@@ -110,8 +111,8 @@ class HostCopy:
         if alias is not None:
             stop = piece.offset + piece.length * spec.target.itemsize
             made = torch.from_numpy(self._memory[piece.offset : stop]).view(spec.target)
-            first = alias.storage_offset() + piece.start
-            self._conversions.add(piece.index, made, alias.as_strided((piece.length,), (1,), first))
+            for part, source in pairs_of_values(alias, spec, piece.start, made):
+                self._conversions.add(piece.index, part, source)
 
 
 _is_whole = attrgetter("is_whole")

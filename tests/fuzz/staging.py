@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,20 +51,29 @@ def reference(tree: Any) -> Any:
         return error
 
 
-def check_same(source: Description, expected: Description, staged: Description) -> None:
+def check_same(
+    source: Description, expected: Description, staged: Description, kept: Mapping[tuple[str, str], int] | None = None
+) -> None:
     """Check that a copy is what deepcopy gives, and shares nothing with its source that deepcopy does not.
+
+    Args:
+        source: What was copied.
+        expected: What deepcopy gives.
+        staged: The copy.
+        kept: Which tensors of the source overlap, by the paths of the copy where these may differ from the source's.
 
     Raises:
         Mismatch: If not.
     """
-    found = difference(expected, staged, source.computed)
+    found = difference(expected, staged)
     if found is not None:
         raise Mismatch(found)
     shared = staged.mutable.keys() & source.mutable.keys() - expected.mutable.keys()
     if shared:
         raise Mismatch(f"{staged.mutable[min(shared)]} is the source's own object")
     parameters = {path for path, tensor in source.tensors if isinstance(tensor, torch.nn.Parameter)}
-    ties, allowed, kept = staged.overlaps(), expected.overlaps(), source.overlaps()
+    ties, allowed = staged.overlaps(), expected.overlaps()
+    kept = source.overlaps() if kept is None else kept
     for pair in ties.keys() | allowed.keys():
         # deepcopy gives each Parameter memory of its own, also if it is a view of another; here it stays one.
         wanted = kept.get(pair) if parameters & set(pair) else allowed.get(pair)
@@ -106,13 +115,13 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
             type(expected).__name__ if isinstance(expected, Exception) else "a tensor in a circle two copies"
         )
     again = reference(tree)
-    source, wanted = describe(tree), describe(expected, bare=True)
+    source, wanted, kept = describe(tree), describe(expected, bare=True), describe(tree, bare=True)
     changed = difference(wanted, describe(again, bare=True))
     if changed is not None:
         raise Mismatch(f"staging has changed its source: {changed}")
     scribble(source)
     for staged in (first, second):
-        check_same(source, wanted, describe(staged, bare=True))
+        check_same(source, wanted, describe(staged, bare=True), kept.overlaps())
     return "as deepcopy"
 
 
