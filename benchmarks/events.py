@@ -28,7 +28,7 @@ from anyio import sleep, to_thread
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop.polling import wait_event, wait_transfer
-from aiostage._loop.transfers import Traffic
+from aiostage._loop.transfers import BandwidthEstimator
 
 BYTES_PER_SECOND = 25e9
 LEARNING = 12
@@ -89,32 +89,32 @@ class CudaEvent:
         return self.began + self._start.elapsed_time(self._event) / 1e3
 
 
-Way = Callable[[Any, Traffic], Awaitable[None]]
+Way = Callable[[Any, BandwidthEstimator], Awaitable[None]]
 
 
-async def predicted(event: Any, traffic: Traffic) -> None:
-    await wait_transfer(event, traffic.announce("device", event.nbytes))
+async def predicted(event: Any, bandwidth: BandwidthEstimator) -> None:
+    await wait_transfer(event, bandwidth.announce("device", event.nbytes))
 
 
-async def unpredicted(event: Any, traffic: Traffic) -> None:
+async def unpredicted(event: Any, bandwidth: BandwidthEstimator) -> None:
     await wait_event(event)
 
 
-async def fixed_interval(event: Any, traffic: Traffic) -> None:
+async def fixed_interval(event: Any, bandwidth: BandwidthEstimator) -> None:
     while not event.query():
         await sleep(0.001)
 
 
-async def half_a_millisecond(event: Any, traffic: Traffic) -> None:
+async def half_a_millisecond(event: Any, bandwidth: BandwidthEstimator) -> None:
     while not event.query():
         await sleep(0.0005)
 
 
-async def blocking_thread(event: Any, traffic: Traffic) -> None:
+async def blocking_thread(event: Any, bandwidth: BandwidthEstimator) -> None:
     await to_thread.run_sync(event.synchronize)
 
 
-async def busy(event: Any, traffic: Traffic) -> None:
+async def busy(event: Any, bandwidth: BandwidthEstimator) -> None:
     while not event.query():
         await checkpoint()
 
@@ -148,15 +148,15 @@ class Figures:
 
 async def measure(kind: type[Any], seconds: float, rounds: int, jitter: float, seed: int) -> dict[str, Figures]:
     rng = random.Random(seed)
-    traffic = Traffic()
+    bandwidth = BandwidthEstimator()
     for _ in range(LEARNING):
-        await predicted(kind(min(seconds, LONGEST_LEARNING_SECONDS), jitter, rng), traffic)
+        await predicted(kind(min(seconds, LONGEST_LEARNING_SECONDS), jitter, rng), bandwidth)
     figures = {name: Figures() for name in WAYS}
     for _ in range(rounds):
         for name in rng.sample(list(WAYS), len(WAYS)):
             before = time.process_time()
             event = kind(seconds, jitter, rng)
-            await WAYS[name](event, traffic)
+            await WAYS[name](event, bandwidth)
             now = time.monotonic()
             spent = time.process_time() - before
             figures[name].latencies.append(now - event.completed_at())

@@ -13,9 +13,9 @@ import numpy as np
 from aiostage._capture.plan import Batch
 from aiostage._copy.building import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
-from aiostage._copy.flights import Flights
 from aiostage._copy.host import HostCopy
 from aiostage._copy.inspection import SourceInspection
+from aiostage._copy.pending import PendingCopies
 from aiostage._copy.sources import Sources
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
@@ -138,7 +138,7 @@ class CopyProgress:
         job: Of the threads that copy from host memory.
 
     Attributes:
-        flights: The copies from devices; None without an accelerator, and once the staging is over.
+        pending: The copies from devices; None without an accelerator, and once the staging is over.
         batches: Of the plan.
         window: What the copy passes through, if it is larger than the memory for it.
         memory: The addresses of the staged memory.
@@ -147,7 +147,7 @@ class CopyProgress:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.flights: Flights | None = None
+        self.pending: PendingCopies | None = None
         self.batches: Sequence[Batch] = ()
         self.window: Window | None = None
         self.memory = range(0)
@@ -166,8 +166,8 @@ class CopyProgress:
         """
         if self.window is not None:
             await self.window.launched(number)
-        if self.batches[number].device is not None and self.flights is not None:
-            await self.flights.land(number)
+        if self.batches[number].device is not None and self.pending is not None:
+            await self.pending.wait(number)
             self.copied.add(number)
         while number not in self.copied and not self._job.finished():
             await self._job.progressed(self._job.done)
@@ -214,8 +214,8 @@ class CopyProgress:
                 "tensors in host memory are being copied by threads, for which no stream of a device can wait.",
                 remedy="Await source_free() or captured() before you change them.",
             )
-        if self.flights is not None:
-            self.flights.order_before(stream, numbers)
+        if self.pending is not None:
+            self.pending.order_before(stream, numbers)
 
 
 _stop = attrgetter("stop")

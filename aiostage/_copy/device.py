@@ -12,14 +12,14 @@ import torch
 from aiostage._capture.plan import SMALL_BYTES, Batch
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage._copy.sources import Sources, detached_alias
-from aiostage._loop.transfers import Traffic, Transfer
+from aiostage._loop.transfers import BandwidthEstimator, Transfer
 from aiostage.abc import Backend, SupportsQuery
 
-__all__ = ["DeviceCopy", "Flight"]
+__all__ = ["DeviceCopy", "PendingCopy"]
 
 
 @dataclass(eq=False, slots=True)
-class Flight:
+class PendingCopy:
     """Copies that a device has been told to make, and everything that must outlive them.
 
     Attributes:
@@ -114,25 +114,25 @@ class DeviceCopy:
                 backend.keep(source, stream)
             self._launches += backend.copy(self._destinations, self._sources, stream)
 
-    def take_off(self, backend: Backend, stream: Any, traffic: Traffic) -> Flight:
+    def record(self, backend: Backend, stream: Any, bandwidth: BandwidthEstimator) -> PendingCopy:
         """Return the copies under way, also those of an :meth:`enqueue` that has failed half-way.
 
         Args:
             backend: How to reach the device.
             stream: The one that they were enqueued on.
-            traffic: Where to announce them.
+            bandwidth: Where to announce them.
 
         Raises:
             Exception: What the device says; then it has failed, and copies no more.
         """
         event = backend.record(stream)
-        transfer = traffic.announce(self.device, self.nbytes, stream)
+        transfer = bandwidth.announce(self.device, self.nbytes, stream)
         copies, launches = len(self._destinations), self._launches
         keep: list[object] = [self._leaves, self._destinations, self._memory]
         # What was gathered belongs to the stream. Let go of now, its memory serves the next batch; kept, all small
-        # leaves would lie on the device twice until they have landed.
+        # leaves would lie on the device twice until they have been copied.
         self._sources = []
-        return Flight(event, transfer, self.device, self.nbytes, self.number, copies, launches, keep)
+        return PendingCopy(event, transfer, self.device, self.nbytes, self.number, copies, launches, keep)
 
     def _take_whole(self, backend: Backend, stream: Any) -> None:
         """Note the leaves that are copied as they are, small ones in consecutive slots as one."""

@@ -12,11 +12,11 @@ import torch
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
-from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.conversions import copy_tensors
-from aiostage._copy.device import Flight
+from aiostage._copy.device import PendingCopy
 from aiostage._copy.resources import Resources
 from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable
+from aiostage._copy.to_device import HostToDeviceCopier
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
@@ -32,9 +32,11 @@ _AT_ONCE = 64
 
 async def restore(resources: Resources, caller: CallerStreams, staged: Any, into: Any) -> None:
     """Copy every tensor of one tree into its twin in the other, after all were found to match and to be writable."""
-    arrivals: Arrivals | None = None
+    copier: HostToDeviceCopier | None = None
     if resources.backend is not None and resources.streams is not None:
-        arrivals = Arrivals(resources.backend, resources.streams, caller, resources.traffic, resources.closing)
+        copier = HostToDeviceCopier(
+            resources.backend, resources.streams, caller, resources.bandwidth, resources.closing
+        )
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
@@ -42,43 +44,43 @@ async def restore(resources: Resources, caller: CallerStreams, staged: Any, into
         pairs = await slices.run(_pairs(source, target))
         await slices.run(_check_memory(pairs, caller.inference))
         await _check_ties(pairs, resources, await slices.run(shared_unlike([located.pair for located in pairs])))
-        if arrivals is not None:
+        if copier is not None:
             caller.renew()
-            await _bring_to_host(pairs, resources, arrivals)
+            await _bring_to_host(pairs, resources, copier)
         batches = await slices.run(_batches(pairs, target.device_of))
-        if arrivals is not None:
+        if copier is not None:
             for device in {batch.device: None for batch in batches if batch.device is not None}:
-                arrivals.follow_the_caller(device)
+                copier.follow_the_caller(device)
         # Half a restore is neither the old state nor the new: once begun it is finished.
-        await finish(partial(_copy, batches, resources.workers.job(), arrivals))
+        await finish(partial(_copy, batches, resources.workers.job(), copier))
     finally:
-        if arrivals is not None:
-            arrivals.abandon()
+        if copier is not None:
+            copier.abandon()
         source.walk.release()
         target.walk.release()
 
 
-async def _bring_to_host(pairs: list[_Located], resources: Resources, arrivals: Arrivals) -> None:
+async def _bring_to_host(pairs: list[_Located], resources: Resources, copier: HostToDeviceCopier) -> None:
     """Copy values that are on devices to host memory, before anything is changed.
 
     PyTorch orders a copy between two devices by the current streams of both, which a thread would have to make current;
     and a value that lies where another is to be written has to be read before.
     """
-    flights: list[Flight] = []
+    pending: list[PendingCopy] = []
     device_of = resources.backend.device_of if resources.backend is not None else _on_host
     for number, located in enumerate(pairs):
         device = device_of(located.pair.value)
         if device is None or is_itself(*located.pair):
             continue
-        arrivals.follow_the_caller(device)
-        flight, value = await resources.workers.run(partial(_to_host, located, arrivals, device))
-        flights.append(flight)
+        copier.follow_the_caller(device)
+        copy, value = await resources.workers.run(partial(_to_host, located, copier, device))
+        pending.append(copy)
         pairs[number] = located._replace(pair=Pair(located.pair.live, value))
-    for flight in flights:
-        await arrivals.land(flight)
+    for copy in pending:
+        await copier.wait(copy)
 
 
-def _to_host(located: _Located, arrivals: Arrivals, device: torch.device) -> tuple[Flight, torch.Tensor]:
+def _to_host(located: _Located, copier: HostToDeviceCopier, device: torch.device) -> tuple[PendingCopy, torch.Tensor]:
     """Enqueue a copy to host memory, in a worker thread."""
     value = located.pair.value
     try:
@@ -88,23 +90,23 @@ def _to_host(located: _Located, arrivals: Arrivals, device: torch.device) -> tup
             f"no memory for {value.nbytes} bytes of a value on {device}: {error}", path=format_path(located.path)
         ) from error
     destination, source = unexpanded(host, value)
-    return arrivals.enqueue([destination], [source], device), host
+    return copier.enqueue([destination], [source], device), host
 
 
-async def _copy(batches: list[_Batch], job: Job, arrivals: Arrivals | None) -> None:
+async def _copy(batches: list[_Batch], job: Job, copier: HostToDeviceCopier | None) -> None:
     """Make the copies; may be called again after a cancellation, and then goes on."""
     while batches:
         batch = batches.pop()
-        if batch.device is None or arrivals is None:
+        if batch.device is None or copier is None:
             job.put(partial(copy_tensors, batch.destinations, batch.values))
         else:
-            job.put(partial(arrivals.enqueue, batch.destinations, batch.values, batch.device))
+            job.put(partial(copier.enqueue, batch.destinations, batch.values, batch.device))
     job.close()
     await job.settled()
     if job.error is not None:
         raise job.error
-    if arrivals is not None:
-        await arrivals.land()
+    if copier is not None:
+        await copier.wait()
 
 
 class _Located(NamedTuple):

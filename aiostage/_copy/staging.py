@@ -15,8 +15,8 @@ from aiostage._capture.rebuild import finish_leaves
 from aiostage._copy.building import build_empty, keep_freed_memory
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
-from aiostage._copy.flights import Flights
 from aiostage._copy.inspection import SourceInspection, within
+from aiostage._copy.pending import PendingCopies
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
@@ -139,8 +139,8 @@ class Staging:
         self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         self._caller = caller = CallerStreams.record(resources.backend, source)
         if resources.backend is not None and resources.streams is not None:
-            self.progress.flights = Flights(
-                resources.backend, resources.streams, caller, resources.traffic, resources.closing
+            self.progress.pending = PendingCopies(
+                resources.backend, resources.streams, caller, resources.bandwidth, resources.closing
             )
         try:
             if self._slices.take(self._inspecting):
@@ -181,9 +181,9 @@ class Staging:
             self.job.cancel()
             if self.progress.window is not None:
                 self.progress.window.close()
-            if self.progress.flights is not None:
-                self.progress.flights.abandon()
-        self.progress.flights = None
+            if self.progress.pending is not None:
+                self.progress.pending.abandon()
+        self.progress.pending = None
         counts = self._resources.counts
         counts.longest_loop_hold = max(counts.longest_loop_hold, self._slices.longest_hold)
         counts.longest_loop_hold_elapsed = max(counts.longest_loop_hold_elapsed, self._slices.longest_elapsed)
@@ -363,9 +363,9 @@ class Staging:
         return from_devices
 
     async def _launch(self, copies: list[DeviceCopy]) -> None:
-        if self.progress.flights is not None and copies:
+        if self.progress.pending is not None and copies:
             with Phase(self.timings, "launch"):
-                await self.progress.flights.launch(
+                await self.progress.pending.launch(
                     copies, self._resources.launcher, self._resources.max_bytes_in_flight
                 )
 
@@ -462,9 +462,9 @@ class Staging:
         counts.leaves += len(self._inspection.specs)
         counts.nbytes += self.nbytes
         counts.copies += self.job.done
-        for flight in self.progress.flights or ():
-            counts.copies += flight.copies
-            counts.launches += flight.launches
+        for copy in self.progress.pending or ():
+            counts.copies += copy.copies
+            counts.launches += copy.launches
         self.move(State.CAPTURED)
         self._report(None)
 

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-__all__ = ["Expectation", "Traffic", "Transfer", "time_to_next_look"]
+__all__ = ["BandwidthEstimator", "Expectation", "Transfer", "time_to_next_look"]
 
 _FINEST_SECONDS = 50e-6
 """Between two looks when something is about to happen. A look costs the loop some 20 to 40 us, so this is as often as
@@ -74,7 +74,7 @@ def time_to_next_look(elapsed: float, remaining: float | None, uncertainty: floa
 
 
 @dataclass(eq=False, slots=True)
-class _Lane:
+class _Rate:
     """What is known of the transfers of one device, which follow one another.
 
     Attributes:
@@ -96,30 +96,30 @@ class _Lane:
 class Transfer:
     """Bytes that a device has been told to move.
 
-    Made by :meth:`Traffic.announce`; handed to :func:`aiostage._loop.polling.wait_transfer`.
+    Made by :meth:`BandwidthEstimator.announce`; handed to :func:`aiostage._loop.polling.wait_transfer`.
     """
 
-    __slots__ = ("_begin", "_end", "_failures", "_lane", "_nbytes", "began", "stream")
+    __slots__ = ("_begin", "_end", "_failures", "_nbytes", "_rate", "began", "stream")
 
     def __init__(
-        self, lane: _Lane, nbytes: int, stream: object, failures: WeakKeyDictionary[object, Exception]
+        self, rate: _Rate, nbytes: int, stream: object, failures: WeakKeyDictionary[object, Exception]
     ) -> None:
         self.began = monotonic()
         self.stream = stream
         self._failures = failures
-        self._lane = lane
+        self._rate = rate
         self._nbytes = nbytes
-        with lane.lock:
-            self._begin = max(self.began - lane.delay, lane.end)
-            self._end = lane.end = self._begin + nbytes * (lane.seconds_per_byte or 0.0)
+        with rate.lock:
+            self._begin = max(self.began - rate.delay, rate.end)
+            self._end = rate.end = self._begin + nbytes * (rate.seconds_per_byte or 0.0)
 
     def expected(self) -> Expectation | None:
         """Return when it should have arrived, or None if that is unknown."""
-        lane = self._lane
-        if lane.seconds_per_byte is None or self._nbytes < _SMALLEST_BYTES:
+        rate = self._rate
+        if rate.seconds_per_byte is None or self._nbytes < _SMALLEST_BYTES:
             return None
         return Expectation(
-            self._end + lane.delay, (self._end - self._begin) * (lane.deviation + math.sqrt(lane.variance))
+            self._end + rate.delay, (self._end - self._begin) * (rate.deviation + math.sqrt(rate.variance))
         )
 
     def arrived(self, when: float, since: float) -> None:
@@ -129,31 +129,31 @@ class Transfer:
             when: When it was seen to have arrived.
             since: When it was last seen not to have.
         """
-        with self._lane.lock:
-            lane = self._lane
+        with self._rate.lock:
+            rate = self._rate
             gap = when - since
             when -= gap / 2
-            duration = when - (self._begin + lane.delay)
+            duration = when - (self._begin + rate.delay)
             if self._nbytes < _SMALLEST_BYTES or duration <= 0:
                 return
             seen = duration / self._nbytes
-            known = lane.seconds_per_byte
+            known = rate.seconds_per_byte
             variance = (gap / duration / 2) ** 2
             faster = known is not None and seen < known
             if gap > duration / 4 and not faster:
                 # It may have arrived long before anyone looked.
                 return
-            lane.delay = when - self._end
+            rate.delay = when - self._end
             if known is None:
-                lane.seconds_per_byte, lane.variance = seen, variance
+                rate.seconds_per_byte, rate.variance = seen, variance
             else:
                 wrong = abs(seen - known) / known
                 # Not what was only due to having looked too seldom before.
-                surprise = min(max(wrong - math.sqrt(lane.variance), 0.0), 1.0)
-                lane.deviation += (surprise - lane.deviation) * _GAIN_DEVIATION
-                sharper = lane.variance / (lane.variance + variance) if lane.variance else 0.0
-                lane.variance *= 1 - sharper
-                lane.seconds_per_byte = known + (seen - known) * max(sharper, _GAIN_FASTER if faster else _GAIN_SLOWER)
+                surprise = min(max(wrong - math.sqrt(rate.variance), 0.0), 1.0)
+                rate.deviation += (surprise - rate.deviation) * _GAIN_DEVIATION
+                sharper = rate.variance / (rate.variance + variance) if rate.variance else 0.0
+                rate.variance *= 1 - sharper
+                rate.seconds_per_byte = known + (seen - known) * max(sharper, _GAIN_FASTER if faster else _GAIN_SLOWER)
 
     def failed(self, error: Exception) -> None:
         """Note that it has failed, and with it whatever is on its stream."""
@@ -167,11 +167,11 @@ class Transfer:
         return self._failures.get(self.stream) if self.stream is not None and len(self._failures) else None
 
 
-class Traffic:
+class BandwidthEstimator:
     """The transfers of one owner of copies, device by device."""
 
     def __init__(self) -> None:
-        self._lanes: dict[Hashable, _Lane] = {}
+        self._rates: dict[Hashable, _Rate] = {}
         self._failures: WeakKeyDictionary[object, Exception] = WeakKeyDictionary()
 
     def announce(self, device: Hashable, nbytes: int, stream: object = None) -> Transfer:
@@ -182,4 +182,4 @@ class Traffic:
             nbytes: How many bytes.
             stream: The stream that it is on. Once something on it is seen to have failed, so has all behind it.
         """
-        return Transfer(self._lanes.setdefault(device, _Lane()), nbytes, stream, self._failures)
+        return Transfer(self._rates.setdefault(device, _Rate()), nbytes, stream, self._failures)

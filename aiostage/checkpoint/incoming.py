@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.conversions import copy_tensors
-from aiostage._copy.device import Flight
+from aiostage._copy.device import PendingCopy
+from aiostage._copy.to_device import HostToDeviceCopier
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
@@ -64,13 +64,13 @@ class Destinations:
     Attributes:
         pool: Memory to pass through, which it registers with accelerators if they can do that.
         device_of: Returns the device that a tensor is on, or None for host memory.
-        arrivals: Brings values there, and follows the caller on each device already; None when there is no device.
+        copier: Brings values there, and follows the caller on each device already; None when there is no device.
         device: Any that is in use, to register the memory of the pool with; None while there is none.
     """
 
     pool: Pool
     device_of: Callable[[torch.Tensor], torch.device | None]
-    arrivals: Arrivals | None = None
+    copier: HostToDeviceCopier | None = None
     device: torch.device | None = None
 
     async def buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
@@ -158,7 +158,7 @@ class Incoming:
         """Read a part whatever it consists of, and return its bytes."""
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
-        if self._destinations.arrivals is None:
+        if self._destinations.copier is None:
             # Ordinary pages: huge ones, which a hypervisor may have to find first, took 19 ms for 8 MiB.
             memory: np.ndarray[Any, Any] = np.empty(part.nbytes, np.uint8)
         else:
@@ -192,7 +192,9 @@ class Incoming:
             read = await self._reader.blocking(file.name)
             data = whole(part)
             if head is not None:
-                await self._land(await self._workers.run(partial(self._copy, part, torch.from_numpy(head))))
+                await self._wait_until_copied(
+                    await self._workers.run(partial(self._copy, part, torch.from_numpy(head)))
+                )
             elif read is not None and self._goes_straight(part):
                 async with self._reader.told_apart():
                     await self._workers.run(partial(self._read_straight, read, file, part))
@@ -201,7 +203,7 @@ class Incoming:
             else:
                 memory = await self._destinations.buffer(self._part_bytes)
                 copy = partial(self._copy, part, torch.from_numpy(memory))
-                await self._land(await self._read(file, part, memory.data[: part.nbytes], copy))
+                await self._wait_until_copied(await self._read(file, part, memory.data[: part.nbytes], copy))
                 # It goes to the next part when nothing refers to it any more.
                 del memory, copy
             arrived(part.nbytes)
@@ -257,30 +259,30 @@ class Incoming:
                 path=self._path(file),
             )
 
-    async def _land(self, flights: Sequence[Flight]) -> None:
-        if self._destinations.arrivals is not None:
-            for flight in flights:
+    async def _wait_until_copied(self, pending: Sequence[PendingCopy]) -> None:
+        if self._destinations.copier is not None:
+            for copy in pending:
                 # Live tensors must not change any more once this has returned.
-                await finish(partial(self._destinations.arrivals.land, flight))
+                await finish(partial(self._destinations.copier.wait, copy))
 
     def _device_of(self, piece: object) -> torch.device | None:
         if isinstance(piece, Scattered):
             return self._destinations.device_of(piece.tensor)
         return self._destinations.device_of(piece) if isinstance(piece, torch.Tensor) else None
 
-    def _copy(self, part: Part, buffer: torch.Tensor) -> list[Flight]:
+    def _copy(self, part: Part, buffer: torch.Tensor) -> list[PendingCopy]:
         """Copy pieces wherever they belong; returns what devices are still doing. Runs in a worker thread."""
-        arrivals = self._destinations.arrivals
-        if arrivals is None and not any(isinstance(piece, Scattered) for piece in part.pieces):
+        copier = self._destinations.copier
+        if copier is None and not any(isinstance(piece, Scattered) for piece in part.pieces):
             scatter(part, buffer)
             return []
-        flights: list[Flight] = []
+        pending: list[PendingCopy] = []
         for device, places, values in _batches(part, buffer, self._device_of):
-            if device is None or arrivals is None:
+            if device is None or copier is None:
                 copy_tensors(places, values)
             else:
-                flights.append(arrivals.enqueue(places, values, device))
-        return flights
+                pending.append(copier.enqueue(places, values, device))
+        return pending
 
 
 def _batches(

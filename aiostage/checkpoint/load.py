@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from aiostage._arguments import check_flags
-from aiostage._copy.arrivals import Arrivals
 from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.to_device import HostToDeviceCopier
 from aiostage._device import CallerStreams, CopyStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.coroutines import named
 from aiostage._loop.slices import Slices
-from aiostage._loop.transfers import Traffic
+from aiostage._loop.transfers import BandwidthEstimator
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
@@ -245,7 +245,7 @@ class _Loading:
         self._destinations = Destinations(
             Pool(self._workers, pinning=pinning),
             backend.device_of,
-            Arrivals(backend, CopyStreams(backend), caller, Traffic()),
+            HostToDeviceCopier(backend, CopyStreams(backend), caller, BandwidthEstimator()),
             next(iter(backend.active_devices()), None),
         )
 
@@ -256,8 +256,8 @@ class _Loading:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Give memory back and let the threads end. What devices may still be copying is watched over."""
-        if self._destinations.arrivals is not None:
-            self._destinations.arrivals.abandon()
+        if self._destinations.copier is not None:
+            self._destinations.copier.abandon()
         self._destinations.pool.close()
         # A coroutine that is being closed may not wait.
         if not isinstance(error, GeneratorExit):
@@ -362,13 +362,13 @@ class _Loading:
 
     async def _bring(self, pairs: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Copy host memory to new memory of devices."""
-        arrivals = self._destinations.arrivals
+        copier = self._destinations.copier
         for live, value in pairs.items():
             device = self._destinations.device_of(live)
-            if arrivals is not None and device is not None:
-                await self._workers.run(partial(arrivals.enqueue, [live], [value], device))
-        if arrivals is not None:
-            await arrivals.land()
+            if copier is not None and device is not None:
+                await self._workers.run(partial(copier.enqueue, [live], [value], device))
+        if copier is not None:
+            await copier.wait()
 
     async def _read_first(
         self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
@@ -428,13 +428,13 @@ class _Loading:
 
     def _follow_the_caller(self, devices: Iterable[torch.device]) -> None:
         """Have copies to devices wait for what the caller has enqueued there until now."""
-        arrivals = self._destinations.arrivals
-        if arrivals is None:
+        copier = self._destinations.copier
+        if copier is None:
             return
         # What was enqueued since the call as well: live tensors may be changed until they are read into.
         self._caller.renew()
         for device in devices:
-            arrivals.follow_the_caller(device)
+            copier.follow_the_caller(device)
             # One that is in use, to register memory with: it may be the first.
             self._destinations.device = self._destinations.device or device
 
@@ -447,8 +447,8 @@ class _Loading:
         await finish(partial(self._complete, transfer, job))
 
     def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
-        if device is not None and self._destinations.arrivals is not None:
-            self._destinations.arrivals.enqueue(live, loaded, device)
+        if device is not None and self._destinations.copier is not None:
+            self._destinations.copier.enqueue(live, loaded, device)
         else:
             copy_tensors(live, loaded)
 
@@ -456,8 +456,8 @@ class _Loading:
         await job.settled()
         if job.error is not None:
             raise job.error
-        if self._destinations.arrivals is not None:
-            await self._destinations.arrivals.land()
+        if self._destinations.copier is not None:
+            await self._destinations.copier.wait()
         transfer.assign()
 
 

@@ -16,7 +16,7 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagerClosedError, StagingOptions
-from aiostage._copy.flights import airborne
+from aiostage._copy.pending import in_flight
 from aiostage.snapshot import Snapshot
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.simulator import SimulatedAccelerator
@@ -65,7 +65,7 @@ class Refused:
 async def everything_is_gone(accelerator: SimulatedAccelerator, stager: AsyncStager) -> None:
     """Let the device come to an end after all, and wait until nothing is kept for it."""
     accelerator.synchronize()
-    await until(lambda: len(airborne) == 0)
+    await until(lambda: len(in_flight) == 0)
     await until(lambda: stager.statistics().arenas == 0)
     assert accelerator.statistics().registered_bytes == 0
 
@@ -86,11 +86,11 @@ async def test_a_staging(loop: str) -> None:
         alive, stager, refused = weakref.ref(source.untyped_storage()), AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, {"a": source}))
-            await until(lambda: len(airborne) == 1)
+            await until(lambda: len(in_flight) == 1)
             await stager.aclose()
         del source
         gc.collect()
-        assert len(airborne) == 1
+        assert len(in_flight) == 1
         assert alive() is not None, "the device may still read it"
         assert stager.statistics().leases == 1, "and write to this"
         await everything_is_gone(accelerator, stager)
@@ -116,7 +116,7 @@ async def test_a_snapshot(loop: str, action: Action) -> None:
                     await anyio.lowlevel.checkpoint()
                 await stager.aclose()
             await refused.call(partial(action, snapshot))
-        assert len(airborne) == 3
+        assert len(in_flight) == 3
         await everything_is_gone(accelerator, stager)
 
 
@@ -128,9 +128,9 @@ async def test_a_launch_that_waits_for_its_turn(loop: str, options: dict[str, An
         stager, refused = AsyncStager(StagingOptions(**options), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, state))
-            await until(lambda: len(airborne) == 2)
+            await until(lambda: len(in_flight) == 2)
             await stager.aclose()
-        assert len(airborne) == 2, "the rest was not launched"
+        assert len(in_flight) == 2, "the rest was not launched"
         await everything_is_gone(accelerator, stager)
 
 
@@ -173,7 +173,7 @@ async def test_a_driver_that_hangs(loop: str, cancelled: bool) -> None:
         assert ended == ["cancelled" if cancelled else "closed"]
         assert stager.statistics().leases == 1, "it is in the driver's hands"
         accelerator.go_on.set()
-        await until(lambda: len(airborne) == 1)
+        await until(lambda: len(in_flight) == 1)
         await everything_is_gone(accelerator, stager)
 
 
@@ -189,12 +189,12 @@ async def test_a_restore_is_made_all_the_same(loop: str) -> None:
                 staged.append(await stager.stage(live))
 
             group.start_soon(stage)
-            await until(lambda: len(airborne) == 1)
+            await until(lambda: len(in_flight) == 1)
             accelerator.synchronize()
         accelerator.launch(lambda t: t.fill_(9), live["a"])
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.restore, staged.pop(), into=live))
-            await until(lambda: len(airborne) == 1)
+            await until(lambda: len(in_flight) == 1)
             await stager.aclose()
         seen = accelerator.empty(64)
         accelerator.launch(lambda to, source: to.copy_(source), seen, reads=[live["a"]])
@@ -213,7 +213,7 @@ async def test_a_save(loop: str, budget: int | None, tmp_path: Path) -> None:
         stager, refused = AsyncStager(StagingOptions(max_host_bytes=budget), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(aiostage.save, state, tmp_path / "saved", stager=stager))
-            await until(lambda: len(airborne) > 0)
+            await until(lambda: len(in_flight) > 0)
             for _ in range(50):
                 await anyio.lowlevel.checkpoint()
             await stager.aclose()
@@ -229,7 +229,7 @@ async def test_from_another_thread(loop: str) -> None:
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, {"a": full(accelerator, 1)}))
-            await until(lambda: len(airborne) == 1)
+            await until(lambda: len(in_flight) == 1)
             thread = threading.Thread(target=anyio.run, args=(stager.aclose,))
             thread.start()
             await until(lambda: not thread.is_alive())

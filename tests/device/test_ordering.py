@@ -1,4 +1,4 @@
-"""Order on devices: the next step behind the copies, parts that are free before the rest, cancelled flights."""
+"""Order on devices: the next step behind the copies, parts that are free before the rest, cancelled copies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagerClosedError, StagingError, StagingOptions, TornSnapshotError
-from aiostage._copy.flights import airborne
+from aiostage._copy.pending import in_flight
 from aiostage.testing import at_every_await
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.simulator import SimulatedAccelerator
@@ -178,9 +178,9 @@ class TestBytesInFlight:
             accelerator.synchronize()
             stager = AsyncStager(StagingOptions(**options), backend=accelerator)  # type: ignore[arg-type]
             async with stager, stager.snapshot(state) as snapshot:
-                flights = snapshot._staging.progress.flights
-                assert flights is not None
-                assert sum(not flight.event.completed for flight in flights) <= 4  # type: ignore[attr-defined]
+                pending = snapshot._staging.progress.pending
+                assert pending is not None
+                assert sum(not copy.event.completed for copy in pending) <= 4  # type: ignore[attr-defined]
                 staged = await snapshot.result()
             assert [float(staged[str(n)].mean()) for n in range(8)] == list(range(8))
 
@@ -194,7 +194,7 @@ class TestAbandoned:
             alive = weakref.ref(source.untyped_storage())
             async with AsyncStager(backend=accelerator) as stager:
                 task = asyncio.ensure_future(stager.stage({"a": source}))
-                await until(lambda: len(airborne) == 1)
+                await until(lambda: len(in_flight) == 1)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -203,7 +203,7 @@ class TestAbandoned:
                 assert alive() is not None
                 assert stager.statistics().leases == 1
                 accelerator.synchronize()
-                await until(lambda: len(airborne) == 0)
+                await until(lambda: len(in_flight) == 0)
                 await until(lambda: stager.statistics().leases == 0 and alive() is None)
 
     async def test_also_by_a_closed_stager(self):
@@ -212,14 +212,14 @@ class TestAbandoned:
             accelerator.synchronize()
             stager = AsyncStager(backend=accelerator)
             task = asyncio.ensure_future(stager.stage({"a": source}))
-            await until(lambda: len(airborne) == 1)
+            await until(lambda: len(in_flight) == 1)
             await stager.aclose()
-            assert len(airborne) == 1
+            assert len(in_flight) == 1
             accelerator.synchronize()
             with pytest.raises(StagerClosedError):
                 await task
             del task, stager
-            await until(lambda: len(airborne) == 0)
+            await until(lambda: len(in_flight) == 0)
 
     async def test_cancelled_at_every_await_in_every_order(self):
         for seed in range(5):
@@ -231,7 +231,7 @@ class TestAbandoned:
                         assert (float(staged["a"].mean()), float(staged["b"][0].mean())) == (1, 2)
                         del staged
                     accelerator.synchronize()
-                    await until(lambda: len(airborne) == 0)
+                    await until(lambda: len(in_flight) == 0)
                     gc.collect()
                     await until(lambda stager=stager: stager.statistics().leases == 0)  # type: ignore[misc]
 
@@ -285,15 +285,15 @@ def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():
         loop = asyncio.new_event_loop()
         coroutine = stager.stage(state)
         task = loop.create_task(coroutine)
-        loop.run_until_complete(until(lambda: len(airborne) == 1))
+        loop.run_until_complete(until(lambda: len(in_flight) == 1))
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         loop.close()
         coroutine.close()
         del task, coroutine, state
         gc.collect()
-        assert len(airborne) == 1
+        assert len(in_flight) == 1
         accelerator.synchronize()
-        asyncio.run(until(lambda: len(airborne) == 0))
+        asyncio.run(until(lambda: len(in_flight) == 0))
         asyncio.run(stager.aclose())
 
 

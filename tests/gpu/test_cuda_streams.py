@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagerClosedError, StagingOptions, TornSnapshotError, wait_event
-from aiostage._copy.flights import airborne
+from aiostage._copy.pending import in_flight
 from tests.staging.holding import until
 
 pytestmark = pytest.mark.gpu
@@ -123,13 +123,13 @@ class TestUnderWay:
         await stager.prewarm(state)
         busy()
         task = asyncio.ensure_future(stager.stage(state))
-        await until(lambda: len(airborne) > 0)
+        await until(lambda: len(in_flight) > 0)
         await stager.aclose()
         with pytest.raises(StagerClosedError):
             await task
         del task, state
         gc.collect()
-        await until(lambda: len(airborne) == 0)
+        await until(lambda: len(in_flight) == 0)
 
     async def test_packed_leaves_lie_on_the_device_once(self):
         state = {str(n): torch.ones(8192, device=DEVICE) for n in range(8000)}
@@ -172,13 +172,13 @@ def test_a_loop_that_is_closed_leaves_its_copies_to_a_thread() -> None:
     busy()
     coroutine = stager.stage(state)
     task = loop.create_task(coroutine)
-    loop.run_until_complete(until(lambda: len(airborne) > 0))
+    loop.run_until_complete(until(lambda: len(in_flight) > 0))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     coroutine.close()
     del task, coroutine, state
     gc.collect()
-    asyncio.run(until(lambda: len(airborne) == 0))
+    asyncio.run(until(lambda: len(in_flight) == 0))
     asyncio.run(stager.aclose())
 
 

@@ -22,7 +22,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop import alarm, polling
 from aiostage._loop.closing import Closing
 from aiostage._loop.polling import wait_event, wait_transfer
-from aiostage._loop.transfers import Traffic
+from aiostage._loop.transfers import BandwidthEstimator
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.testing import at_every_await
 
@@ -154,11 +154,11 @@ class TestWaiting:
     @pytest.mark.asyncio
     async def test_a_later_and_shorter_wait_is_not_kept_waiting(self):
         """The leader sleeps for a forecast of an hour; it is told of what is due sooner."""
-        traffic = Traffic()
-        transfer = traffic.announce("device", 1 << 30)
-        transfer._lane.seconds_per_byte = 1e9 / 2**30
+        bandwidth = BandwidthEstimator()
+        transfer = bandwidth.announce("device", 1 << 30)
+        transfer._rate.seconds_per_byte = 1e9 / 2**30
         distant, near = Event(), Event()
-        late = traffic.announce("device", 1 << 30)
+        late = bandwidth.announce("device", 1 << 30)
         task = asyncio.ensure_future(wait_transfer(distant, late))
         while not distant.queries:
             await asyncio.sleep(0)
@@ -378,10 +378,10 @@ class TestErrors:
 
     @pytest.mark.asyncio
     async def test_reaches_later_events_of_the_stream(self):
-        traffic, stream, other = Traffic(), Stream(), Stream()
+        bandwidth, stream, other = BandwidthEstimator(), Stream(), Stream()
         first, second, elsewhere = Event(), Event(), Event()
         tasks = [
-            asyncio.ensure_future(wait_transfer(event, traffic.announce("device", 1, on)))
+            asyncio.ensure_future(wait_transfer(event, bandwidth.announce("device", 1, on)))
             for event, on in ((first, stream), (second, stream), (elsewhere, other))
         ]
         await asked_again(second)
@@ -393,7 +393,7 @@ class TestErrors:
         assert caught.value.__cause__ is first.error
         third = Event()
         with pytest.raises(StagingError) as caught:
-            await wait_transfer(third, traffic.announce("device", 1, stream))
+            await wait_transfer(third, bandwidth.announce("device", 1, stream))
         assert caught.value.__cause__ is first.error
         assert third.queries == 0
         elsewhere.done = True
@@ -401,10 +401,10 @@ class TestErrors:
 
     @pytest.mark.asyncio
     async def test_a_failed_stream_is_not_kept(self):
-        traffic, stream, event = Traffic(), Stream(), Event()
+        bandwidth, stream, event = BandwidthEstimator(), Stream(), Event()
         event.error = ValueError("out of luck")
         with pytest.raises(StagingError):
-            await wait_transfer(event, traffic.announce("device", 1, stream))
+            await wait_transfer(event, bandwidth.announce("device", 1, stream))
         gone = weakref.ref(stream)
         del stream
         gc.collect()
@@ -447,14 +447,14 @@ class TestClosing:
         """Those who lead and those who do not, of one event and of several, and nobody else."""
 
         async def main() -> None:
-            closing, other, traffic = Closing(), Closing(), Traffic()
-            traffic.announce("device", 1 << 30)._lane.seconds_per_byte = 3600 / 2**30
+            closing, other, bandwidth = Closing(), Closing(), BandwidthEstimator()
+            bandwidth.announce("device", 1 << 30)._rate.seconds_per_byte = 3600 / 2**30
             events = [Event() for _ in range(3)]
             ended: list[str] = []
 
             async def wait(event: Event, of: Closing, name: str) -> None:
                 try:
-                    await wait_transfer(event, traffic.announce("device", 1 << 30), of)
+                    await wait_transfer(event, bandwidth.announce("device", 1 << 30), of)
                 except StagerClosedError:
                     name += " sent away"
                 ended.append(name)
@@ -477,7 +477,7 @@ class TestClosing:
             assert ended == ["waiter sent away"] * 6 + ["bystander sent away"]
             assert sum(event.queries for event in events) < 20
             with pytest.raises(StagerClosedError):
-                await wait_transfer(events[1], traffic.announce("device", 1), closing)
+                await wait_transfer(events[1], bandwidth.announce("device", 1), closing)
 
         run_on(loop, main)
 
@@ -486,7 +486,10 @@ class TestClosing:
         self, new_loop: Callable[[], asyncio.AbstractEventLoop]
     ) -> None:
         closing, event, loop = Closing(), Event(), new_loop()
-        tasks = [loop.create_task(wait_transfer(event, Traffic().announce("device", 1), closing)) for _ in range(3)]
+        tasks = [
+            loop.create_task(wait_transfer(event, BandwidthEstimator().announce("device", 1), closing))
+            for _ in range(3)
+        ]
         loop.run_until_complete(asked_again(event))
         loop.close()
         closing.close()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from aiostage._loop import transfers
-from aiostage._loop.transfers import Traffic, time_to_next_look
+from aiostage._loop.transfers import BandwidthEstimator, time_to_next_look
 
 GIB = 1 << 30
 
@@ -70,40 +70,40 @@ class TestLooking:
 
 class TestLearning:
     def test_nothing_is_known_at_first(self, clock: Clock):
-        assert Traffic().announce("device", GIB).expected() is None
+        assert BandwidthEstimator().announce("device", GIB).expected() is None
 
     def test_the_next_is_judged_by_the_last(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 2
         first.arrived(clock.now, clock.now)
-        second = traffic.announce("device", GIB // 2)
+        second = bandwidth.announce("device", GIB // 2)
         expected = second.expected()
         assert expected is not None
         assert expected.when == pytest.approx(clock.now + 1)
 
     def test_devices_differ(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 2
         first.arrived(clock.now, clock.now)
-        assert traffic.announce("another", GIB).expected() is None
+        assert bandwidth.announce("another", GIB).expected() is None
 
     def test_transfers_of_a_device_follow_one_another(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 1
         first.arrived(clock.now, clock.now)
-        queue = [traffic.announce("device", GIB) for _ in range(3)]
+        queue = [bandwidth.announce("device", GIB) for _ in range(3)]
         ends = [expected.when - clock.now for transfer in queue if (expected := transfer.expected())]
         assert ends == pytest.approx([1, 2, 3])
 
     def test_lateness_is_inherited(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 1
         first.arrived(clock.now, clock.now)
-        second, third = (traffic.announce("device", GIB) for _ in range(2))
+        second, third = (bandwidth.announce("device", GIB) for _ in range(2))
         clock.now += 5
         second.arrived(clock.now, clock.now)
         expected = third.expected()
@@ -111,40 +111,40 @@ class TestLearning:
         assert expected.when == pytest.approx(clock.now + 1)
 
     def test_after_a_pause_lateness_is_forgotten(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 1
         first.arrived(clock.now, clock.now)
         clock.now += 100
-        expected = traffic.announce("device", GIB).expected()
+        expected = bandwidth.announce("device", GIB).expected()
         assert expected is not None
         assert expected.when == pytest.approx(clock.now + 1)
 
     def test_what_was_seen_long_after_teaches_nothing(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 10
         first.arrived(clock.now, clock.now - 9)
-        assert traffic.announce("device", GIB).expected() is None
+        assert bandwidth.announce("device", GIB).expected() is None
 
     def test_a_faster_one_is_believed_although_seen_late(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", GIB)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", GIB)
         clock.now += 10
         first.arrived(clock.now, clock.now)
         for _ in range(30):
-            transfer = traffic.announce("device", GIB)
+            transfer = bandwidth.announce("device", GIB)
             clock.now += 1
             transfer.arrived(clock.now, clock.now - 0.9)
-        expected = traffic.announce("device", GIB).expected()
+        expected = bandwidth.announce("device", GIB).expected()
         assert expected is not None
         assert clock.now + 0.5 < expected.when < clock.now + 1.1
 
     def test_uncertainty_follows_what_was_seen(self, clock: Clock):
-        traffic = Traffic()
+        bandwidth = BandwidthEstimator()
         uncertainties = []
         for duration in (1.0, *[1.0] * 20, *[1.2, 0.8] * 20):
-            transfer = traffic.announce("device", GIB)
+            transfer = bandwidth.announce("device", GIB)
             if (expected := transfer.expected()) is not None:
                 uncertainties.append(expected.uncertainty)
             clock.now += duration
@@ -153,8 +153,8 @@ class TestLearning:
         assert 0.1 < uncertainties[-1] < 0.4
 
     def test_small_ones_are_left_out(self, clock: Clock):
-        traffic = Traffic()
-        first = traffic.announce("device", 1000)
+        bandwidth = BandwidthEstimator()
+        first = bandwidth.announce("device", 1000)
         clock.now += 1
         first.arrived(clock.now, clock.now)
-        assert traffic.announce("device", GIB).expected() is None
+        assert bandwidth.announce("device", GIB).expected() is None

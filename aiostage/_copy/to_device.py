@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 
-from aiostage._copy.device import Flight
-from aiostage._copy.flights import airborne, land
+from aiostage._copy.device import PendingCopy
+from aiostage._copy.pending import in_flight, wait_until_copied
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._device.streams import CallerStreams, CopyStreams
 from aiostage._loop.closing import Closing
-from aiostage._loop.transfers import Traffic
+from aiostage._loop.transfers import BandwidthEstimator
 from aiostage.abc import Backend
 
-__all__ = ["Arrivals"]
+__all__ = ["HostToDeviceCopier"]
 
 
-class Arrivals:
+class HostToDeviceCopier:
     """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of.
 
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        traffic: Where to announce the copies.
+        bandwidth: Where to announce the copies.
         closing: Of the stager, after which nobody waits for them; None where there is none.
     """
 
@@ -35,17 +35,17 @@ class Arrivals:
         backend: Backend,
         streams: CopyStreams,
         caller: CallerStreams,
-        traffic: Traffic,
+        bandwidth: BandwidthEstimator,
         closing: Closing | None = None,
     ) -> None:
         self._backend = backend
         self._streams = streams
-        self._traffic = traffic
+        self._bandwidth = bandwidth
         self._closing = closing
         self._caller = caller
         self._beside: dict[torch.device, Any] = {}
-        self._flights: list[Flight] = []
-        self._not_ordered: list[Flight] = []
+        self._pending: list[PendingCopy] = []
+        self._not_ordered: list[PendingCopy] = []
         self._count = 0
 
     def follow_the_caller(self, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Arrivals:
 
     def enqueue(
         self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
-    ) -> Flight:
+    ) -> PendingCopy:
         """Tell a device to copy; runs in a worker thread.
 
         Args:
@@ -67,7 +67,7 @@ class Arrivals:
             device: Which one.
 
         Returns:
-            The copies under way, for :meth:`land`.
+            The copies under way, for :meth:`wait`.
         """
         stream, launches = self._beside[device], 0
         # In host memory what is copied by value is made here, and kept alive with the rest; on a device the backend
@@ -83,50 +83,50 @@ class Arrivals:
         except Exception:
             # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
             with suppress(Exception):
-                self._take_off(destinations, sources, device, launches)
+                self._record(destinations, sources, device, launches)
             raise
-        return self._take_off(destinations, sources, device, launches)
+        return self._record(destinations, sources, device, launches)
 
-    def _take_off(
+    def _record(
         self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device, launches: int
-    ) -> Flight:
+    ) -> PendingCopy:
         stream = self._beside[device]
         event = self._backend.record(stream)
         nbytes = sum(source.nbytes for source in sources)
         keep: list[object] = [destinations, sources]
-        transfer = self._traffic.announce((device, "arrivals"), nbytes, stream)
+        transfer = self._bandwidth.announce((device, "to device"), nbytes, stream)
         self._count += 1
-        flight = Flight(event, transfer, device, nbytes, self._count, len(sources), launches, keep)
-        airborne.add(flight)
-        self._flights.append(flight)
-        self._not_ordered.append(flight)
-        return flight
+        copy = PendingCopy(event, transfer, device, nbytes, self._count, len(sources), launches, keep)
+        in_flight.add(copy)
+        self._pending.append(copy)
+        self._not_ordered.append(copy)
+        return copy
 
-    async def land(self, flight: Flight | None = None) -> None:
+    async def wait(self, copy: PendingCopy | None = None) -> None:
         """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing.
 
         Args:
-            flight: For which to wait; None for all.
+            copy: For which to wait; None for all.
 
         Raises:
             StagingError: If the device has failed.
             StagerClosedError: If the stager is closed; later work waits for the copies all the same.
         """
         self._order()
-        for each in tuple(self._flights) if flight is None else (flight,):
-            await land(each, self._streams, self._closing)
+        for each in tuple(self._pending) if copy is None else (copy,):
+            await wait_until_copied(each, self._streams, self._closing)
             # Another may have waited for the same one.
-            if each in self._flights:
-                self._flights.remove(each)
+            if each in self._pending:
+                self._pending.remove(each)
 
     def abandon(self) -> None:
         """Let what is still under way, after a failure, be watched over by a thread. Otherwise nothing is."""
         with suppress(Exception):
             self._order()
-        airborne.desert(self._flights)
+        in_flight.orphan(self._pending)
 
     def _order(self) -> None:
         while self._not_ordered:
-            flight = self._not_ordered[0]
-            self._caller.order_after(flight.event, flight.device)
-            self._not_ordered.remove(flight)
+            copy = self._not_ordered[0]
+            self._caller.order_after(copy.event, copy.device)
+            self._not_ordered.remove(copy)

@@ -13,66 +13,66 @@ from typing import Any
 
 import torch
 
-from aiostage._copy.device import DeviceCopy, Flight
+from aiostage._copy.device import DeviceCopy, PendingCopy
 from aiostage._device.streams import CallerStreams, CopyStreams, device_errors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.closing import Closing
 from aiostage._loop.polling import wait_transfer
-from aiostage._loop.transfers import Traffic
+from aiostage._loop.transfers import BandwidthEstimator
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Backend
 from aiostage.errors import StagerClosedError, StagingError
 
-__all__ = ["Flights", "airborne", "land"]
+__all__ = ["PendingCopies", "in_flight", "wait_until_copied"]
 
 _POLL_SECONDS = 0.005
 """Between two looks at copies that nobody waits for any more. Only memory waits for the outcome."""
 
 
-class _Airborne:
-    """Every flight of the process that has not been seen to land.
+class _InFlight:
+    """Every pending copy of the process.
 
     A device that was told to copy cannot be told otherwise, so what it reads and writes stays referred to here,
     whatever becomes of the staging, the stager or the event loop.
     """
 
     def __init__(self) -> None:
-        self._flights: set[Flight] = set()
-        self._deserted: SimpleQueue[Flight] = SimpleQueue()
+        self._pending: set[PendingCopy] = set()
+        self._orphans: SimpleQueue[PendingCopy] = SimpleQueue()
         self._watching = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._pending)
 
-    def add(self, flight: Flight) -> None:
-        """Refer to a flight until it has landed."""
-        self._flights.add(flight)
+    def add(self, copy: PendingCopy) -> None:
+        """Refer to a copy until it is complete."""
+        self._pending.add(copy)
 
-    def landed(self, flight: Flight) -> None:
-        """Let go of what a flight that is over kept alive, which may be wanted by others, and then of the flight."""
-        flight.keep.clear()
-        self._flights.discard(flight)
+    def finished(self, copy: PendingCopy) -> None:
+        """Release the memory of a completed copy, which others may wait for, before the copy itself."""
+        copy.keep.clear()
+        self._pending.discard(copy)
 
-    def desert(self, flights: Sequence[Flight]) -> None:
-        """Watch over flights that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
-        for flight in flights:
-            if flight in self._flights:
-                self._deserted.put(flight)
+    def orphan(self, copies: Sequence[PendingCopy]) -> None:
+        """Watch over copies that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
+        for copy in copies:
+            if copy in self._pending:
+                self._orphans.put(copy)
         self._watch()
 
     def _watch(self) -> None:
-        if not self._deserted.empty() and self._watching.acquire(blocking=False):
+        if not self._orphans.empty() and self._watching.acquire(blocking=False):
             try:
-                threading.Thread(target=self._watch_all, name="aiostage-landing", daemon=True).start()
+                threading.Thread(target=self._watch_all, name="aiostage-orphans", daemon=True).start()
             except RuntimeError:
-                # No thread can be had. Memory stays referred to until the next flight is deserted.
+                # No thread can be had. Memory stays referred to until the next copy is orphaned.
                 self._watching.release()
 
     def _watch_all(self) -> None:
-        watched: list[Flight] = []
+        watched: list[PendingCopy] = []
         while True:
-            while not self._deserted.empty():
-                watched.append(self._deserted.get())
+            while not self._orphans.empty():
+                watched.append(self._orphans.get())
             watched = self._not_over(watched)
             if not watched:
                 break
@@ -81,26 +81,26 @@ class _Airborne:
         # One may have come between the look at the queue and here.
         self._watch()
 
-    def _not_over(self, watched: Sequence[Flight]) -> list[Flight]:
-        """Let go of what is over, and return the rest. In the thread no name may be left that refers to the former."""
-        for flight in watched:
-            if _is_over(flight):
-                self.landed(flight)
-        return [flight for flight in watched if flight in self._flights]
+    def _not_over(self, watched: Sequence[PendingCopy]) -> list[PendingCopy]:
+        """Forget what is complete, and return the rest. In the thread no name may be left that refers to the former."""
+        for copy in watched:
+            if _is_over(copy):
+                self.finished(copy)
+        return [copy for copy in watched if copy in self._pending]
 
 
-def _is_over(flight: Flight) -> bool:
+def _is_over(copy: PendingCopy) -> bool:
     try:
-        return flight.event.query()
+        return copy.event.query()
     except Exception:
         # The device has failed: it copies no more, and there is nobody left to tell.
         return True
 
 
-airborne = _Airborne()
+in_flight = _InFlight()
 
 
-async def land(flight: Flight, streams: CopyStreams, closing: Closing | None) -> None:
+async def wait_until_copied(copy: PendingCopy, streams: CopyStreams, closing: Closing | None) -> None:
     """Wait until copies have been made.
 
     Raises:
@@ -110,43 +110,48 @@ async def land(flight: Flight, streams: CopyStreams, closing: Closing | None) ->
     Cancelling changes nothing.
     """
     try:
-        await wait_transfer(flight.event, flight.transfer, closing)
+        await wait_transfer(copy.event, copy.transfer, closing)
     except StagerClosedError:
         raise
     except StagingError:
-        streams.forget(flight.device, flight.transfer.stream)
+        streams.forget(copy.device, copy.transfer.stream)
         raise
-    airborne.landed(flight)
-    # Whoever counts flights may go on to refer to it, but memory is used again before that is over.
-    flight.keep.clear()
+    in_flight.finished(copy)
+    # Whoever counts copies may go on to refer to it, but memory is used again before that is over.
+    copy.keep.clear()
 
 
-class Flights:
+class PendingCopies:
     """Launches the copies of one staging and waits for them.
 
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        traffic: Where to announce the copies.
+        bandwidth: Where to announce the copies.
         closing: After which nobody waits for them.
     """
 
     def __init__(
-        self, backend: Backend, streams: CopyStreams, caller: CallerStreams, traffic: Traffic, closing: Closing
+        self,
+        backend: Backend,
+        streams: CopyStreams,
+        caller: CallerStreams,
+        bandwidth: BandwidthEstimator,
+        closing: Closing,
     ) -> None:
         self._backend = backend
         self._streams = streams
-        self._traffic = traffic
+        self._bandwidth = bandwidth
         self._closing = closing
         self._caller = caller
-        self._flights: dict[int, Flight] = {}
-        self._in_order: list[Flight] = []
+        self._pending: dict[int, PendingCopy] = {}
+        self._in_order: list[PendingCopy] = []
         self._lock = threading.Lock()
-        self._abandon = weakref.finalize(self, airborne.desert, self._in_order)
+        self._abandon = weakref.finalize(self, in_flight.orphan, self._in_order)
         self._abandon.atexit = False
 
-    def __iter__(self) -> Iterator[Flight]:
+    def __iter__(self) -> Iterator[PendingCopy]:
         return iter(tuple(self._in_order))
 
     async def launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
@@ -177,7 +182,7 @@ class Flights:
         try:
             for number, members in enumerate(rounds):
                 if number >= 2:
-                    await self._land_all([copy.number for copy in rounds[number - 2]])
+                    await self._wait_for_all([copy.number for copy in rounds[number - 2]])
                 await self._enqueue_all(members, streams, launcher)
         finally:
             # An error's traceback has this frame in it, and those of the callers, which must not keep memory alive.
@@ -212,9 +217,9 @@ class Flights:
         while not (job.finished() or self._closing.closed):
             await job.progressed(job.done)
 
-    async def _land_all(self, numbers: Sequence[int]) -> None:
+    async def _wait_for_all(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            await self.land(number)
+            await self.wait(number)
 
     def _enqueue(self, copy: DeviceCopy, stream: Any) -> None:
         """Enqueue one copy, in a worker thread."""
@@ -224,20 +229,20 @@ class Flights:
             # Some of it may be under way, into memory that must not be given away. Should that not even be
             # recorded, the device has failed and copies no more.
             with suppress(Exception):
-                self._add(copy.take_off(self._backend, stream, self._traffic))
+                self._add(copy.record(self._backend, stream, self._bandwidth))
             raise
-        self._add(copy.take_off(self._backend, stream, self._traffic))
+        self._add(copy.record(self._backend, stream, self._bandwidth))
 
-    def _add(self, flight: Flight) -> None:
-        airborne.add(flight)
+    def _add(self, copy: PendingCopy) -> None:
+        in_flight.add(copy)
         with self._lock:
-            self._flights[flight.number] = flight
-            self._in_order.append(flight)
+            self._pending[copy.number] = copy
+            self._in_order.append(copy)
             abandoned = not self._abandon.alive
         if abandoned:
-            airborne.desert([flight])
+            in_flight.orphan([copy])
 
-    async def land(self, number: int) -> None:
+    async def wait(self, number: int) -> None:
         """Wait until the copies of a batch have been made.
 
         Raises:
@@ -246,7 +251,7 @@ class Flights:
 
         Cancelling changes nothing.
         """
-        await land(self._flights[number], self._streams, self._closing)
+        await wait_until_copied(self._pending[number], self._streams, self._closing)
 
     def order_before(self, stream: Any | None, numbers: Collection[int] | None) -> None:
         """Make later work wait, on the device, for copies enqueued so far.
@@ -255,11 +260,11 @@ class Flights:
             stream: Whose work; None is the calling thread's current stream of every device that copies.
             numbers: The batches to wait for; None for all.
         """
-        flights = [flight for flight in self if numbers is None or flight.number in numbers]
-        last: dict[torch.device, Flight] = {flight.device: flight for flight in flights}
+        copies = [copy for copy in self if numbers is None or copy.number in numbers]
+        last: dict[torch.device, PendingCopy] = {copy.device: copy for copy in copies}
         with device_errors():
-            for device, flight in last.items():
-                self._backend.wait(self._backend.current_stream(device) if stream is None else stream, flight.event)
+            for device, copy in last.items():
+                self._backend.wait(self._backend.current_stream(device) if stream is None else stream, copy.event)
 
     def abandon(self) -> None:
         """Let what is still under way be watched over by a thread."""

@@ -13,7 +13,7 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
-from aiostage._copy.flights import airborne
+from aiostage._copy.pending import in_flight
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.simulator import SimulatedAccelerator, SimulatedDeviceError
 from tests.staging.holding import until
@@ -63,7 +63,7 @@ class TestAFailureHalfWay:
                 assert stager.statistics().leases == 1, "copies into it are under way"
                 # Leaving the block would raise if one of them met memory that is gone.
                 accelerator.synchronize()
-                await until(lambda: len(airborne) == 0)
+                await until(lambda: len(in_flight) == 0)
                 await until(lambda: stager.statistics().leases == 0)
                 assert caught.value.__traceback__ is not None, "which keeps nothing alive, nor needs the collector"
 
@@ -81,7 +81,7 @@ class TestAFailureHalfWay:
                             await wait()
                         errors.append(caught.value)
                     accelerator.synchronize()
-                    await until(lambda: len(airborne) == 0)
+                    await until(lambda: len(in_flight) == 0)
                     gc.collect()
                     assert stager.statistics().leases == 0
                 assert len(errors) == 2, "kept until here"
@@ -95,7 +95,7 @@ class TestAFailureHalfWay:
                 with pytest.raises(torch.OutOfMemoryError):
                     await stager.restore(staged, into=live)
                 accelerator.synchronize()
-                await until(lambda: len(airborne) == 0)
+                await until(lambda: len(in_flight) == 0)
                 await stager.restore(staged, into=live)
                 accelerator.synchronize()
                 assert [float(live[str(n)].mean()) for n in range(8)] == list(range(8))
@@ -127,7 +127,7 @@ class TestStreams:
                     assert streams is not None
                     accelerator.after_copy = lambda: streams.forget(device, streams.of(device))  # noqa: B023
                     task = asyncio.ensure_future(stager.stage(state))
-                    await until(lambda: len(airborne) == 4)
+                    await until(lambda: len(in_flight) == 4)
                     accelerator.synchronize()
                     staged = await task
                 assert all(bool((tensor == 7).all()) for tensor in staged.values())
