@@ -33,7 +33,8 @@ class Pair(NamedTuple):
 
     Attributes:
         live: Any tensor with memory of its own.
-        value: Of the same shape and dtype. On the meta device, it stands for elements that have not been read yet.
+        value: Of the same shape, and of the same dtype unless it is cast. On the meta device, it
+             stands for elements that have not been read yet.
     """
 
     live: torch.Tensor
@@ -220,6 +221,10 @@ def _tied_alike(first: Pair, second: Pair) -> bool:
     if storage_identity(value.untyped_storage()) != storage_identity(other_value.untyped_storage()):
         return False
     if _offset(other_value) - _offset(value) != distance:
+        return False
+    cast = live.dtype is not value.dtype or other.dtype is not other_value.dtype
+    if cast and (distance or live.dtype is not other.dtype or value.dtype is not other_value.dtype):
+        # Distances in bytes say nothing where elements have other sizes.
         return False
     if distance == 0 and live.stride() == other.stride() and value.stride() == other_value.stride():
         return True

@@ -213,8 +213,8 @@ class Checkpointer:
         Args:
             into: A live tree to change in place, as for :func:`load`. None: return a new tree.
             step: Which one. None: the latest.
-            **options: More that :func:`load` takes: ``in_place``, ``device``, ``only``, ``classes``, ``verify``,
-                ``progress``, ``backend``.
+            **options: More that :func:`load` takes: ``in_place``, ``strict``, ``cast``, ``device``, ``only``,
+                ``classes``, ``verify``, ``progress``, ``backend``.
 
         Returns:
             The tree that was saved; or ``into``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
 from aiostage.checkpoint.blocks import CARRIERS
+from aiostage.checkpoint.fit import STRICT, Fit, is_rounded
 from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import CheckpointMismatchError
@@ -34,11 +35,13 @@ class Transfer:
         pairs: Live tensors, each with the loaded one and the place of both. Loaded ones on the meta device stand for
             elements that have not been read yet.
         assignments: Mutable containers, each with a key or an index and the value to put there.
+        states: Objects with a ``load_state_dict``, each with the state to call it with.
     """
 
     def __init__(self) -> None:
         self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
+        self.states: list[tuple[Any, Any]] = []
         self._batches: list[_Batch] = []
 
     def add(self, live: torch.Tensor, loaded: torch.Tensor, device: torch.device | None) -> None:
@@ -87,7 +90,13 @@ class _Batch:
 
 
 def compare(
-    live: Any, loaded: Any, wanted: Callable[[Path], bool] | None = None, *, inference: bool = False
+    live: Any,
+    loaded: Any,
+    wanted: Callable[[Path], bool] | None = None,
+    *,
+    inference: bool = False,
+    fit: Fit = STRICT,
+    stateful: Collection[int] = (),
 ) -> Generator[None, None, Transfer]:
     """Compare two trees without changing either, yielding now and then.
 
@@ -99,6 +108,8 @@ def compare(
         loaded: The tree with the new values, which the live one will own in part. What is left out of it is left alone.
         wanted: Whether what is at a path is wanted, with all below it; only that can be missing. None: everything is.
         inference: Whether the caller is in inference mode, and may change tensors that were made in it.
+        fit: How well the two have to fit.
+        stateful: The ids of live objects that take a loaded value as their state.
 
     Returns:
         What has to be done, without copies.
@@ -106,14 +117,18 @@ def compare(
     Raises:
         CheckpointMismatchError: If the trees do not fit, with every place where they do not.
     """
-    comparison = _Comparison(wanted, inference=inference)
+    comparison = _Comparison(wanted, inference=inference, cast=fit.cast, stateful=stateful)
     yield from comparison.run(live, loaded)
     yield from comparison.check_ties()
-    if comparison.missing or comparison.unexpected or comparison.mismatched:
+    differ = bool(comparison.missing or comparison.unexpected)
+    if comparison.mismatched or (differ and fit.strict is True):
         raise CheckpointMismatchError(
             missing=comparison.missing, unexpected=comparison.unexpected, mismatched=comparison.mismatched
         )
+    if differ:
+        fit.report(comparison.missing, comparison.unexpected)
     transfer = Transfer()
+    transfer.states = comparison.states
     transfer.assignments = comparison.assignments
     transfer.pairs = comparison.pairs
     return transfer
@@ -122,9 +137,14 @@ def compare(
 class _Comparison:
     """A walk through two trees side by side."""
 
-    def __init__(self, wanted: Callable[[Path], bool] | None, *, inference: bool) -> None:
+    def __init__(
+        self, wanted: Callable[[Path], bool] | None, *, inference: bool, cast: bool, stateful: Collection[int]
+    ) -> None:
         self._wanted = wanted
         self._inference = inference
+        self._cast = cast
+        self._stateful = stateful
+        self.states: list[tuple[Any, Any]] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
@@ -149,6 +169,12 @@ class _Comparison:
     ) -> Generator[None, None, None]:
         if loaded is LEFT_OUT:
             return
+        if id(live) in self._stateful:
+            if not self._is_wanted_whole(place):
+                self._mismatch(place, f"only a part was chosen of the state of a {type(live).__name__}")
+            else:
+                self.states.append((live, loaded))
+            return
         if type(loaded) is PlainObject and type(live) is not PlainObject:
             self._mismatch(
                 place, f"a {loaded.class_name} that was loaded without its class: pass classes=[{type(live).__name__}]"
@@ -159,7 +185,7 @@ class _Comparison:
                 self._todo.append(((Attribute(name), place), getattr(live, name), getattr(loaded, name), None))
             return
         if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
-            reason = _why_not(live, loaded, inference=self._inference)
+            reason = _why_not(live, loaded, inference=self._inference, cast=self._cast)
             if reason is None:
                 self.pairs.append((place, live, loaded))
                 self._visit_attributes(place, live, loaded)
@@ -336,12 +362,15 @@ def _equal(live: Any, loaded: Any) -> bool:
     return bool(np.all(same)) or (live != live and loaded != loaded)
 
 
-def _why_not(live: Any, loaded: Any, *, inference: bool) -> str | None:
+def _why_not(live: Any, loaded: Any, *, inference: bool, cast: bool) -> str | None:
     """Return why a loaded value cannot be copied into a live tensor, or None if it can."""
     if not isinstance(live, torch.Tensor) or not isinstance(loaded, torch.Tensor):
         return f"a {type(loaded).__name__} into a {type(live).__name__}"
-    if live.shape != loaded.shape or live.dtype is not loaded.dtype:
-        return f"{loaded.dtype} {tuple(loaded.shape)} into {live.dtype} {tuple(live.shape)}"
+    castable = live.dtype is loaded.dtype or (cast and is_rounded(live) and is_rounded(loaded))
+    if live.shape != loaded.shape or not castable:
+        hint = ", which cast=True would allow" if is_rounded(live) and is_rounded(loaded) and not cast else ""
+        hint = hint if live.shape == loaded.shape else ""
+        return f"{loaded.dtype} {tuple(loaded.shape)} into {live.dtype} {tuple(live.shape)}{hint}"
     if hasattr(live, "__tensor_flatten__"):
         return f"the live tensor is a {type(live).__name__}"
     for tensor, which in ((live, "live"), (loaded, "loaded")):

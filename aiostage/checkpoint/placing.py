@@ -54,7 +54,7 @@ def place(
         HostMemoryError: If there is no memory for what does not go straight.
     """
     placement = Placement()
-    waiting: dict[str, list[torch.Tensor]] = {}
+    waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     records: dict[str, Record] = {}
     for count, (_, live, loaded) in enumerate(transfer.pairs):
         if not loaded.is_meta:
@@ -62,13 +62,14 @@ def place(
         elif live.numel():
             record = memory.origin(loaded)
             records[record.name] = record
-            waiting.setdefault(record.name, []).append(live)
+            waiting.setdefault(record.name, []).append((live, loaded))
         if count % _CHUNK == 0:
             yield
-    beside: dict[str, list[torch.Tensor]] = {}
+    beside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for count, (name, targets) in enumerate(waiting.items()):
-        first = targets[0]
-        if in_place and _is_one(targets) and _takes(first, positions[name]):
+        first = targets[0][0]
+        is_cast = any(live.dtype is not loaded.dtype for live, loaded in targets)
+        if in_place and not is_cast and _is_one([live for live, _ in targets]) and _takes(first, positions[name]):
             placement.contents[name] = copyable(first)
             placement.direct.append(first)
         else:
@@ -78,8 +79,8 @@ def place(
     new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
     placement.contents |= new
     for count, (name, targets) in enumerate(beside.items()):
-        for live in targets:
-            transfer.add(live, _elements(new[name], live), device_of(live))
+        for live, loaded in targets:
+            transfer.add(live, _elements(new[name], loaded), device_of(live))
         if count % _CHUNK == 0:
             yield
     return placement
@@ -105,6 +106,7 @@ def _takes(live: torch.Tensor, position: int) -> bool:
     return position % live.element_size() == 0
 
 
-def _elements(data: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Return memory that has elements in index order as a tensor like a live one."""
-    return data.view(copyable(live).dtype).view(live.shape)
+def _elements(data: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+    """Return memory that has elements in index order as a tensor like a loaded one, which has none."""
+    dtype = copyable(loaded).dtype
+    return data.view(dtype).view(loaded.shape)

@@ -16,6 +16,7 @@ from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
 from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
+from aiostage.checkpoint.stateful import states_of
 from aiostage.checkpoint.writer import CheckpointWriter
 from aiostage.observe import OpenSpan, begin, span, within
 from aiostage.snapshot import Snapshot
@@ -46,7 +47,9 @@ def save(
 
     Args:
         state_dict: A tree of tensors, scalars and plain containers; or a :class:`~aiostage.Snapshot` that was
-            entered, whose staged tree is then written without another copy.
+            entered, whose staged tree is then written without another copy. It, or a value of it if it is a dict, may
+            be an object with ``state_dict`` and ``load_state_dict`` (DCP's ``Stateful``, such as a module or an
+            optimizer), which is asked for its state at the call.
         target: Where: the directory to make, with its parents if need be; a URL such as ``s3://bucket/runs/7``; or a
             pair of a storage (or what makes one: a path, a URL, a store of obstore) and a name in it.
         stager: Takes the copy. None: one is made for this call. A stager of your own uses its memory again in the
@@ -125,6 +128,7 @@ def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coro
         A snapshot to be entered, whose bytes can be written as they land, or else a coroutine that returns a staged
         tree.
     """
+    state_dict = states_of(state_dict)
     return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 

@@ -1,0 +1,167 @@
+"""Loads into live trees that are not quite alike, and into objects that take a state dict."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aiostage
+from aiostage import CheckpointMismatchError
+
+pytestmark = pytest.mark.asyncio
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+async def test_objects_with_a_state(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    counter, extra = Counter(), torch.arange(3.0)
+    counter.count = 7
+    saving = aiostage.save(
+        {"model": model, "optimizer": optimizer, "counter": counter, "extra": extra, "step": 2}, tmp_path / "a"
+    )
+    # The moment is that of the call.
+    counter.count = 8
+    await saving
+    # A fresh Adam has no state yet.
+    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    fresh = torch.optim.Adam(other.parameters(), lr=0.5)
+    live = {"model": other, "optimizer": fresh, "counter": Counter(), "extra": torch.zeros(3), "step": 0}
+    kept = live["extra"]
+    assert await aiostage.load(tmp_path / "a", into=live) is live
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+    assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(fresh.state_dict()["state"][number][key], value)
+    assert (live["counter"].count, live["step"]) == (7, 2)
+    assert live["extra"] is kept
+    assert torch.equal(kept, extra)
+    with pytest.raises(ValueError, match="whole state dicts"):
+        await aiostage.load(tmp_path / "a", into=live, in_place=True)
+    with pytest.raises(CheckpointMismatchError, match="only a part"):
+        await aiostage.load(tmp_path / "a", into=live, only=["model.0.weight"])
+    live["counter"].count = 0
+    await aiostage.load(tmp_path / "a", into=live, only=["step", "extra"])
+    assert live["counter"].count == 0
+
+
+async def test_a_model_itself(tmp_path: Path) -> None:
+    model, _ = trained()
+    await aiostage.save(model, tmp_path / "a")
+    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    assert await aiostage.load(tmp_path / "a", into=other) is other
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in model.state_dict().items())
+    async with aiostage.Checkpointer(tmp_path / "run") as checkpointer:
+        handle = await checkpointer.save(1, {"model": model})
+        await handle.committed()
+        third = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        await checkpointer.restore({"model": third})
+    assert torch.equal(third[0].weight, model[0].weight)
+
+
+async def test_nothing_is_changed_when_an_object_has_no_state_there(tmp_path: Path) -> None:
+    await aiostage.save({"a": torch.ones(2)}, tmp_path / "a")
+    live = {"a": torch.zeros(2), "counter": Counter()}
+    with pytest.raises(CheckpointMismatchError, match="counter"):
+        await aiostage.load(tmp_path / "a", into=live)
+    assert not live["a"].any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+async def test_casts(tmp_path: Path, dtype: torch.dtype, in_place: bool) -> None:
+    saved = {"a": torch.randn(1000, 7), "t": torch.randn(4, 6).t(), "n": torch.arange(5), "b": torch.ones(3)}
+    saved["tied"] = saved["a"]
+    await aiostage.save(saved, tmp_path / "a")
+    live = {"a": torch.zeros(1000, 7, dtype=dtype), "t": torch.zeros(6, 4, dtype=dtype), "n": torch.zeros(5).long()}
+    live |= {"b": torch.zeros(3), "tied": live["a"]}
+    with pytest.raises(CheckpointMismatchError, match="cast=True"):
+        await aiostage.load(tmp_path / "a", into=live, in_place=in_place)
+    assert not live["b"].any()
+    await aiostage.load(tmp_path / "a", into=live, in_place=in_place, cast=True)
+    for key, tensor in live.items():
+        assert torch.equal(tensor.double(), saved[key].to(tensor.dtype).double()), key
+
+
+async def test_only_numbers_that_round_are_cast(tmp_path: Path) -> None:
+    await aiostage.save({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int64), "c": torch.ones(2)}, tmp_path / "a")
+    live = {"a": torch.zeros(2).long(), "b": torch.zeros(2), "c": torch.zeros(3, dtype=torch.bfloat16)}
+    with pytest.raises(CheckpointMismatchError) as caught:
+        await aiostage.load(tmp_path / "a", into=live, cast=True)
+    assert len(caught.value.mismatched) == 3
+
+
+async def test_views_that_overlap_by_bytes_only_are_not_cast(tmp_path: Path) -> None:
+    # The distance in bytes is the same in both, that in elements is not.
+    base, narrow = torch.arange(8.0), torch.zeros(8, dtype=torch.bfloat16)
+    await aiostage.save({"a": base[0:4], "b": base[1:5]}, tmp_path / "a")
+    with pytest.raises(CheckpointMismatchError, match="shares memory"):
+        await aiostage.load(tmp_path / "a", into={"a": narrow[0:4], "b": narrow[2:6]}, cast=True)
+    assert not narrow.any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_not_strict(tmp_path: Path, caplog: pytest.LogCaptureFixture, in_place: bool) -> None:
+    await aiostage.save({"a": torch.ones(2), "gone": {"x": torch.ones(3)}, "list": [1, 2]}, tmp_path / "a")
+    live: dict[str, Any] = {"a": torch.zeros(2), "new": torch.full((2,), 5.0), "list": [0]}
+    with pytest.raises(CheckpointMismatchError):
+        await aiostage.load(tmp_path / "a", into=live, in_place=in_place)
+    told: list[tuple[list[str], list[str]]] = []
+    await aiostage.load(tmp_path / "a", into=live, in_place=in_place, strict=lambda *paths: told.append(paths))
+    assert [(len(missing), len(unexpected)) for missing, unexpected in told] == [(1, 2)]
+    assert "new" in told[0][0][0]
+    assert live["a"].tolist() == [1, 1]
+    assert live["new"].tolist() == [5, 5]
+    assert live["list"] == [1]
+    assert "gone" not in live
+    with caplog.at_level(logging.WARNING, "aiostage"):
+        await aiostage.load(tmp_path / "a", into=live, in_place=in_place, strict=False)
+    assert "missing from" in caplog.text
+    assert "gone" in caplog.text
+
+    def refuse(missing: list[str], unexpected: list[str]) -> None:
+        raise KeyError(unexpected[0])
+
+    live["a"].zero_()
+    with pytest.raises(KeyError, match="gone"):
+        await aiostage.load(tmp_path / "a", into=live, in_place=in_place, strict=refuse)
+    assert not live["a"].any()
+    live["a"] = torch.zeros(3)
+    with pytest.raises(CheckpointMismatchError):
+        await aiostage.load(tmp_path / "a", into=live, in_place=in_place, strict=False)
+
+
+async def test_arguments(tmp_path: Path) -> None:
+    await aiostage.save({"a": torch.ones(2)}, tmp_path / "a")
+    for options in ({"cast": True}, {"strict": False}):
+        with pytest.raises(ValueError, match="pass into="):
+            await aiostage.load(tmp_path / "a", **options)
+    with pytest.raises(TypeError, match="strict must be"):
+        await aiostage.load(tmp_path / "a", into={}, strict="no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cast must be"):
+        await aiostage.load(tmp_path / "a", into={}, cast=1)  # type: ignore[arg-type]
