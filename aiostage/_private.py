@@ -177,7 +177,7 @@ def has_storage(tensor: torch.Tensor) -> bool:
 
 def storage_identity(storage: torch.UntypedStorage) -> int:
     """Return a number that two living storage objects have in common exactly when they are one storage."""
-    # PyTorch returns the same object for a storage for as long as somebody refers to that object.
+    # PyTorch returns the same object for a storage for as long as anything refers to that object.
     identity: int = getattr(storage, "_cdata", id(storage))
     return identity
 

@@ -158,7 +158,7 @@ def within(opened: OpenSpan | None) -> Iterator[None]:
 
 
 def current() -> Span | None:
-    """Return the span that is open around the caller, if somebody listens."""
+    """Return the span that is open around the caller; None without an observer."""
     return _current.get()
 
 

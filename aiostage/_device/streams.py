@@ -112,7 +112,7 @@ class CallerStreams:
             StagingError: If the device had failed.
         """
         self.check()
-        assert self._backend is not None  # noqa: S101 - whoever asks for a stream has reached a device
+        assert self._backend is not None  # noqa: S101 - a caller that asks for a stream has a device
         recorded = self._recorded.get(device)
         return recorded[0][0] if recorded else self._backend.current_stream(device)
 
@@ -210,7 +210,7 @@ class CopyStreams:
         """Return the copy stream of a device."""
         stream = self._streams.get(device)
         if stream is None:
-            # Should two threads meet here, both get the stream of the first; a stream that nobody uses costs nothing.
+            # Should two threads meet here, both get the stream of the first; an unused stream costs nothing.
             made = self._backend.side_stream(device, low_priority=self._low_priority)
             stream = self._streams.setdefault(device, made)
         return stream

@@ -68,7 +68,7 @@ class Alarm:
             await anyio.wait_readable(self._descriptor)
 
     def close(self) -> None:
-        """Give the descriptor back. Nobody may be waiting. Setting it opens another."""
+        """Give the descriptor back. No task may be waiting. Setting it opens another."""
         if not self.is_open:
             return
         if isinstance(self._native, asyncio.AbstractEventLoop):
@@ -79,7 +79,7 @@ class Alarm:
         self._descriptor = -1
 
     def close_soon(self, *, unless: Callable[[], bool]) -> None:
-        """Close once whoever is running has gone on: it takes some 50 microseconds.
+        """Close after the running callback has gone on: it takes some 50 microseconds.
 
         Args:
             unless: Asked then; if it returns True, it stays open.

@@ -89,7 +89,7 @@ class HostedContext(Generic[T]):
             # The loop itself ends.
             raise
         except BaseException as error:
-            # To whoever has asked: it would end a trio loop, and asyncio's would only log it.
+            # For the caller: here it would end a trio loop, and asyncio's would only log it.
             self._error = error
         finally:
             self.has_ended = True

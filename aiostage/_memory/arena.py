@@ -174,7 +174,7 @@ class Arena:
 
         Args:
             start: Where the range begins, in bytes from the beginning of the arena.
-            stop: Where it ends. Nobody else may use the range meanwhile.
+            stop: Where it ends. No other code may use the range meanwhile.
         """
         if self.is_warm(start, stop):
             return

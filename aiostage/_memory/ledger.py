@@ -24,7 +24,7 @@ _WASTE = 2
 
 
 class Request:
-    """Somebody who wants memory, from the asking to the handing over.
+    """A request for memory, until it is granted.
 
     Attributes:
         nbytes: How much, in bytes.
@@ -32,7 +32,7 @@ class Request:
         wakeup: Set when there is reason to look again; replaced by the waiter before each look.
         arena: What it was granted.
         error: Why it cannot be granted.
-        abandoned: Nobody waits for the answer any more.
+        abandoned: No task waits for the answer any more.
     """
 
     __slots__ = ("abandoned", "arena", "error", "nbytes", "size", "wakeup")
@@ -56,7 +56,7 @@ class Request:
             try:
                 raise self.error
             finally:
-                # The error's traceback leads to whoever waited, and from there here.
+                # The error's traceback leads to the waiter, and from there here.
                 self.error = None
         assert self.arena is not None  # noqa: S101 - asked only when answered
         return self.arena

@@ -13,7 +13,7 @@ __all__ = ["reserve_addresses"]
 
 
 def reserve_addresses(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return an array that takes addresses and no memory, for as long as nobody writes to it. It reads as zeros.
+    """Return an array that takes addresses and no memory, for as long as nothing writes to it. It reads as zeros.
 
     Args:
         nbytes: How many bytes; may be more than the machine has.

@@ -33,7 +33,7 @@ class SharedFile:
 
     Its last page is not mapped and holds a generation number, which goes up each time the memory is given to
     a new lease. A process that opens a handle takes a shared lock on the file for as long as it maps it, so the owner
-    can tell by asking for an exclusive one whether anybody still reads; the kernel drops the locks of the dead.
+    can tell by asking for an exclusive one whether a process still reads; the kernel drops the locks of the dead.
 
     Args:
         nbytes: How much memory to offer, whole pages.
@@ -173,7 +173,7 @@ class SharedHandle:
         """Map the memory without copying it.
 
         Returns:
-            The bytes. Writing to them changes this process's view and nobody else's. The memory stays as it is, and
+            The bytes. Writing to them changes this process's view and no other. The memory stays as it is, and
             its owner does not use it again, until this array and everything made from it are gone.
 
         Raises:

@@ -120,7 +120,7 @@ class Storage(ABC):
         return
 
     async def is_link(self, name: str) -> bool:
-        """Return whether a checkpoint lies elsewhere, and only a link to it here, so that it may be somebody else's.
+        """Return whether a checkpoint lies elsewhere, and only a link to it here, so that it may belong to others.
 
         A storage without links may do without this method: this one says that it is none.
 
@@ -211,7 +211,7 @@ class Draft(ABC):
 
     @abstractmethod
     async def abort(self) -> None:
-        """Remove everything written, unless it was committed. May be called more than once; bears no cancellation."""
+        """Remove everything written, unless it was committed. May be called twice; shielded from cancellation."""
 
 
 class SharedDraft(Draft):

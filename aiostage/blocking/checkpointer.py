@@ -188,7 +188,7 @@ class Checkpointer:
         """Leave the block without ``with``: wait for what is under way. May be called more than once.
 
         Raises:
-            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
         """
         self.__exit__(None, None, None)
 

@@ -77,7 +77,7 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
         memory = torch.from_numpy(await window.take(address, nbytes))
     except StagingError:
         if window.closed:
-            # The staging was given up; this tells why, which whoever gave it up may not have done yet.
+            # The staging was given up; this raises the reason, which its owner may not have raised yet.
             await snapshot.captured()
         raise
     await snapshot.copied(address, nbytes)

@@ -267,7 +267,7 @@ def _contents(file: TensorFile, contents: Mapping[str, torch.Tensor]) -> Generat
 
 
 def _wanted(parts: Sequence[Part]) -> Generator[None, None, list[Part]]:
-    """Return the parts of which somebody wants something."""
+    """Return the parts that have a destination."""
     found: list[Part] = []
     for part in parts:
         if not all(isinstance(piece, Hole) for piece in part.pieces):

@@ -29,15 +29,15 @@ def removed_of(name: str) -> str | None:
 
 
 def pin_of(name: str) -> str:
-    """Return what lies beside a checkpoint, as a draft, while somebody writes another that refers to it."""
+    """Return what lies beside a checkpoint, as a draft, while a save writes another that refers to it."""
     return name + _PIN
 
 
 def pinned_by(drafts: Iterable[str]) -> set[str]:
-    """Return the checkpoints that somebody is about to refer to.
+    """Return the checkpoints that a save is about to refer to.
 
     Args:
-        drafts: The names of all drafts that a storage tells of.
+        drafts: The names of all drafts of a storage.
     """
     return {draft.removesuffix(_PIN) for draft in drafts if draft.endswith(_PIN)}
 

@@ -69,7 +69,7 @@ class Saving:
         self._target = (storage, name_of(step))
         self._progress = progress
         self._chain = chain
-        # Whoever has entered a snapshot may leave it before it is written; the tree stays.
+        # The caller may exit the snapshot's context before it is written; the tree stays.
         self._source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
     async def accepted(self) -> None:
@@ -83,7 +83,7 @@ class Saving:
 
     @property
     def is_the_handles(self) -> bool:
-        """Whether its handle tells what became of it, and not whoever has asked for the copy.
+        """Whether its handle reports the outcome, and not the call that asked for the copy.
 
         That another writer was faster may be found out before that or after; the handle tells it either way.
         """

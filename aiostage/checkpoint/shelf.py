@@ -1,16 +1,16 @@
-"""The checkpoints of a run in their storage: which there are, and how one goes of which others still need files.
+"""The checkpoints of a run in their storage, and how one is removed while others still need its files.
 
-Such a checkpoint is removed in steps, after each of which a process may die. A mark is put beside it, a tiny checkpoint
-of its own, and from then on it is not there for anybody who asks for steps. Then those of its files go that no
-checkpoint that is left refers to. Once that is all of them, the checkpoint goes, and at last the mark. Whoever finds a
-mark goes on where another has stopped.
+Such a removal has steps, and a process may die after each. First a mark is written beside the checkpoint, a tiny
+checkpoint of its own. From then on readers that ask for steps do not find the checkpoint. Then the files are removed
+that no remaining checkpoint refers to. Once those are all, the checkpoint is removed, and the mark last. A process that
+finds a mark continues where another has stopped.
 
-Several processes may do this at once, beside others that write and that may die at any moment. Whoever is going to
-refer to a checkpoint first pins it, and then looks whether it is there unmarked; if not, it chooses another. Whoever
-removes one first marks it, and then looks who pins it; if somebody does, it is left to a later time, with all that it
-refers to. Whichever order that happens in, one of the two sees the other. A pin goes after the commit of what has made
-it, so whoever looks for pins first and for checkpoints then finds one of the two. The pin of somebody who died goes as
-all drafts of the dead do, and nothing of that writer can be committed afterwards.
+Several processes may do this at once, beside others that write and that may die at any moment. A writer that will refer
+to a checkpoint first pins it, and then checks that it exists unmarked; if not, it chooses another. A process that
+removes a checkpoint first marks it, and then looks for pins. If there is one, the checkpoint is left for later, with
+all that it refers to. In either order one of the two sees the other. The pin is removed after the commit of the
+checkpoint that it was made for, so a process that reads first the pins and then the checkpoints finds one of the two.
+The pin of a dead writer is removed like all drafts of the dead, and that writer can commit nothing afterwards.
 
 All this holds if a listing shows what was there throughout it. (What refers to a file could still be missed if during
 one listing another checkpoint came to refer to it too and the first was removed, with a name that had been passed.
@@ -44,8 +44,8 @@ class Shelf:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        # Of each checkpoint which files of which others it refers to; None if nobody ever refers to it, nor it to
-        # anybody. Checkpoints do not change, so that each is asked once.
+        # Of each checkpoint which files of which others it refers to; None if nothing ever refers to it, nor it to
+        # others. Checkpoints do not change, so each is read once.
         self._needs: dict[str, Mapping[str, frozenset[str]] | None] = {}
         # What was there at the beginning, or has been added since.
         self._known: set[str] = set()
@@ -74,7 +74,7 @@ class Shelf:
 
         Returns:
             Whether one is there, to be replaced. What replaces it must not be incremental either: other processes
-            remember of a checkpoint that nobody refers to it.
+            remember of a checkpoint that none refers to it.
 
         Raises:
             CheckpointExistsError: If it is still there, and may not be replaced.
@@ -108,13 +108,13 @@ class Shelf:
         return True
 
     async def _is_referred_to(self, name: str) -> bool:
-        """Return whether somebody may refer to a checkpoint, now or while it is replaced."""
+        """Return whether another may refer to a checkpoint, now or while it is replaced."""
         try:
             return await placement_of(self._storage, name) is not None
         except CheckpointNotFoundError:
             return False
         except CheckpointCorruptError:
-            # Nobody begins to refer to it any more.
+            # No save begins to refer to it any more.
             return name in await self._needed(_there(await self._storage.list_level()) - {name})
 
     def add(self, name: str, placement: Placement | None) -> None:
@@ -168,10 +168,10 @@ class Shelf:
             steps: Of which ones. One that is not there is no error.
 
         Raises:
-            CheckpointCorruptError: If one that stays is damaged, so that nobody knows what it needs; nothing is gone.
+            CheckpointCorruptError: If one that stays is damaged, so that its needs are unknown; nothing is removed.
             OSError: If the storage refuses.
 
-        When cancelled, each is there as a whole, or not there for anybody who asks.
+        When cancelled, each is there as a whole, or not there for any reader.
         """
         names = await self._storage.list_level()
         asked = {name_of(step) for step in steps}
@@ -193,12 +193,12 @@ class Shelf:
             await self._clear(marked)
 
     async def _clear(self, marked: Collection[str]) -> None:
-        """Remove whatever nobody needs of checkpoints that were removed.
+        """Remove files that are not needed any more of checkpoints that were removed.
 
         Args:
             marked: Those that had their marks before this was called.
         """
-        # In this order: who had pinned one and has let go of it has committed what refers to it.
+        # In this order: a writer that has removed its pin has committed what refers to the checkpoint.
         pinned = pinned_by(await self._storage.drafts())
         names = await self._names()
         # Those that others have marked since may have been pinned in between.

@@ -396,9 +396,9 @@ class Checkpointer:
         """Wait for the saves under way. Take no more.
 
         Raises:
-            Exception: What a save has failed of, if its handle was not asked; several as an ``ExceptionGroup``.
+            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
 
-        An error of the block goes first; what the saves have failed of is then in its notes.
+        An error of the block goes first; the errors of the saves are then in its notes.
         """
         block = self._entered()
         block.is_open = False

@@ -30,7 +30,7 @@ __all__ = ["Saving", "save", "start_save"]
 class Saving:
     """A save under way, in two moments. Made by :func:`start_save`.
 
-    Awaiting either moment stages. From there on the save goes on by itself, in a thread, whether anybody waits or not.
+    Awaiting either moment stages. From there on the save goes on by itself, in a thread, with or without a waiter.
     One that is dropped before saves nothing, with a warning, and the other ranks are told.
     """
 

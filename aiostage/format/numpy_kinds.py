@@ -85,7 +85,7 @@ def _take_masked_apart(value: Any) -> Parts:
         {
             "data": np.asarray(value.data),
             "mask": None if mask is np.ma.nomask else mask,
-            # Until somebody asks for it, an array has none of its own.
+            # Until code asks for it, an array has none of its own.
             "fill_value": None if value._fill_value is None else np.asarray(value._fill_value),
         },
     )

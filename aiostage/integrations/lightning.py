@@ -64,7 +64,7 @@ class AiostageCheckpointIO(CheckpointIO):
 
         Raises:
             TypeError: If there are ``storage_options``.
-            Exception: What an earlier save has failed of.
+            Exception: The error of an earlier save.
         """
         if storage_options is not None:
             raise TypeError("AiostageCheckpointIO takes no storage_options")
@@ -113,7 +113,7 @@ class AiostageCheckpointIO(CheckpointIO):
         """Wait for what is under way, and end the background thread. What was torn down may be used again.
 
         Raises:
-            Exception: What a save has failed of.
+            Exception: The error of a save.
         """
         stack, self._exit = self._exit, None
         self._portal = self._stager = None
@@ -145,7 +145,7 @@ class AiostageCheckpointIO(CheckpointIO):
             future.exception()
 
     def _raise_failures(self) -> None:
-        """Raise what a save that has ended has failed of."""
+        """Raise the error of a save that has ended."""
         ended = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if not future.done()]
         errors = [error for future in ended if isinstance(error := future.exception(), Exception)]

@@ -56,7 +56,7 @@ _ASIDE = ".old"
 _SHORTENED = "~"
 _ATTEMPTS = 100
 """How often a race with another process is retried before it is called an error. Each attempt can only fail when
-somebody else's has succeeded."""
+that of another process has succeeded."""
 
 
 def check_target(target: str, *, overwrite: bool) -> None:

@@ -123,7 +123,7 @@ class _ObjectBucket(Bucket):
     """A store of obstore.
 
     Futures of obstore are cancelled only where nothing depends on what becomes of the request: an upload whose
-    beginning is cancelled goes on without anybody knowing its name, and a small object may still appear.
+    beginning is cancelled goes on under an unknown name, and a small object may still appear.
     """
 
     def __init__(self, make: Callable[[], ObjectStore], prefix: str, location: str) -> None:

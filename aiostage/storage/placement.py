@@ -20,7 +20,7 @@ a terabyte has a million of these."""
 
 BLOCK_DIGEST_NAME = "xxh3_128"
 """Equal digests, and equal lengths, are taken for equal bytes. By chance that fails once in 2 to the power of 128
-comparisons; XXH3 does not withstand somebody who makes two blocks of one digest on purpose."""
+comparisons; XXH3 does not protect against two blocks that were made to have one digest."""
 
 Place: TypeAlias = "tuple[str | None, str]"
 """A file that bytes lie in: the checkpoint that has it, or None for the one that is spoken of, and its own name."""

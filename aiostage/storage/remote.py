@@ -48,7 +48,7 @@ _FILES_AT_ONCE = 2
 
 _ATTEMPTS = 100
 """How often a race with another writer is retried before it is called an error. Each attempt can only fail when
-somebody else's has succeeded."""
+that of another process has succeeded."""
 
 _log = logging.getLogger("aiostage")
 

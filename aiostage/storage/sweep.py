@@ -33,7 +33,7 @@ class _Suspect:
     Attributes:
         name: Of the checkpoint.
         folder: Name of the folder.
-        uploads: Those to it that were open before anybody looked whether it is committed.
+        uploads: Those to it that were open before the check whether it is committed.
     """
 
     name: str
@@ -77,7 +77,7 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
 
 
 async def drafts(bucket: Bucket) -> Sequence[str]:
-    """Return the names of the checkpoints to which somebody writes or has written, and that are not committed.
+    """Return the names of the checkpoints with files of a writer, alive or dead, that are not committed.
 
     Raises:
         StorageError: If the store refuses.

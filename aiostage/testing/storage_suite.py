@@ -187,7 +187,7 @@ class StorageSuite(ABC):
 
         draft = await storage.open("a")
         await draft.write("file.bin", len(memory), parts())
-        # A bytearray that is looked at by anybody cannot change its size.
+        # A bytearray with an exported buffer cannot change its size.
         memory.clear()
         await draft.abort()
 
@@ -238,7 +238,7 @@ class StorageSuite(ABC):
         for draft in (given_up, other, committed):
             await self._write(draft, {"file.bin": b"1"})
         assert set(await storage.drafts()) == {"b", "c/d"}
-        # They are somebody's.
+        # They belong to a living writer.
         await storage.sweep()
         await committed.commit(memoryview(b"m"))
         await given_up.abort()
