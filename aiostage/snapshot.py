@@ -23,8 +23,8 @@ class Snapshot(Generic[T]):
     """One staging under way. Made by :meth:`AsyncStager.snapshot`; enter it to begin.
 
     Entering walks the state dict and starts the copies; they run on while the block does other things. Leaving the
-    block lets go of everything: before :meth:`captured` has returned it abandons the staging, afterwards the staged
-    tree lives for as long as whoever took :meth:`result` refers to it. Several tasks may wait for one snapshot.
+    block before :meth:`captured` has returned abandons the staging. Afterwards it only drops the references: the staged
+    tree lives for as long as the caller refers to its :meth:`result`. Several tasks may wait for one snapshot.
     """
 
     def __init__(self, resources: Resources, source: T, *, streamed: bool = False) -> None:
@@ -216,7 +216,7 @@ class Snapshot(Generic[T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go of the staged tree, or abandon the staging if it is not captured and wait for the copies that run."""
+        """Drop the staged tree, or abandon the staging if it is not captured and wait for the copies that run."""
         await self._staging.drop(error)
 
     def _check_whole(self) -> None:
@@ -253,6 +253,6 @@ async def _run(staging: Staging) -> Any:
         await staging.begin()
         return await staging.complete()
     except BaseException:
-        # Nobody else asks for the error, and its traceback leads to this.
+        # No other waiter asks for the error, and its traceback leads to this.
         staging.move(State.DROPPED)
         raise

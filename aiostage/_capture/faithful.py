@@ -188,7 +188,7 @@ class SpecTable:
         """Return the spec of a dense tensor.
 
         Raises:
-            Refusal: If its storage is smaller than its elements need, or is where nobody can copy from.
+            Refusal: If its storage is smaller than its elements need, or its memory cannot be copied from.
         """
         if self._host_only and not tensor.is_cpu:
             raise Refusal(
@@ -434,7 +434,7 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
     plain = tensor.col_indices() if by_row else tensor.row_indices()
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        # The layout warns that it is in beta; whoever made the source has been told.
+        # The layout warns that it is in beta; PyTorch has warned the code that made the source.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             result = torch.sparse_compressed_tensor(

@@ -23,7 +23,7 @@ __all__ = ["SourceInspection", "within"]
 class Changes:
     """The changes that make a capture torn.
 
-    Whoever orders later work behind the copies of some leaves has them compared first: what was changed until then is
+    Before later work is ordered behind the copies of some leaves, these are compared: what was changed until then is
     torn, and what is changed afterwards is that work, which the copies do not see.
 
     Args:

@@ -19,7 +19,7 @@ class Moves:
     """Bytes on their way from address to address.
 
     Args:
-        sources: Keeps what is read alive. Whoever adds moves keeps their destinations alive.
+        sources: Keeps what is read alive. The caller that adds moves keeps their destinations alive.
     """
 
     __slots__ = ("_moves", "_sources")

@@ -26,7 +26,7 @@ from aiostage.errors import StagerClosedError, StagingError
 __all__ = ["PendingCopies", "in_flight", "wait_until_copied"]
 
 _POLL_SECONDS = 0.005
-"""Between two looks at copies that nobody waits for any more. Only memory waits for the outcome."""
+"""Between two queries of copies without a waiter. Only their memory waits for the outcome."""
 
 
 class _InFlight:
@@ -54,7 +54,7 @@ class _InFlight:
         self._pending.discard(copy)
 
     def orphan(self, copies: Sequence[PendingCopy]) -> None:
-        """Watch over copies that nobody waits for, from a thread. Takes no lock for long: finalizers call it."""
+        """Watch copies without a waiter, from a thread. Takes no lock for long: finalizers call it."""
         for copy in copies:
             if copy in self._pending:
                 self._orphans.put(copy)
@@ -93,7 +93,7 @@ def _is_over(copy: PendingCopy) -> bool:
     try:
         return copy.event.query()
     except Exception:
-        # The device has failed: it copies no more, and there is nobody left to tell.
+        # The device has failed: it copies no more, and no waiter is left to get the error.
         return True
 
 
@@ -117,7 +117,7 @@ async def wait_until_copied(copy: PendingCopy, streams: CopyStreams, closing: Cl
         streams.forget(copy.device, copy.transfer.stream)
         raise
     in_flight.finished(copy)
-    # Whoever counts copies may go on to refer to it, but memory is used again before that is over.
+    # A caller may still refer to it, but its memory is used again before that ends.
     copy.keep.clear()
 
 
@@ -129,7 +129,7 @@ class PendingCopies:
         streams: Where to copy.
         caller: What the copies follow.
         bandwidth: Where to announce the copies.
-        closing: After which nobody waits for them.
+        closing: After which all waits for them end.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ class Resources:
         return left_behind
 
     def __del__(self) -> None:
-        """Warn of memory that nobody has given back, and have a thread do it.
+        """Warn of memory that was not given back, and have a thread do it.
 
         Unmapping and unregistering take a tenth of a second a GiB, and this may be the thread of an event loop. It
         may also be a thread that holds a lock of the pool, which collects garbage just now: so no lock is taken here.

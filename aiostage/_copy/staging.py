@@ -60,7 +60,7 @@ class State(Enum):
     FAILED = "failed"
     """Ended by an error."""
     DROPPED = "dropped"
-    """Ended because nobody wants the copy: cancelled, or its context was exited."""
+    """Ended because the copy is not wanted: cancelled, or its context was exited."""
 
 
 _TRANSITIONS = {

@@ -27,7 +27,7 @@ class HostToDeviceCopier:
         streams: Where to copy.
         caller: What the copies follow.
         bandwidth: Where to announce the copies.
-        closing: Of the stager, after which nobody waits for them; None where there is none.
+        closing: Of the stager, after which all waits for them end; None where there is none.
     """
 
     def __init__(

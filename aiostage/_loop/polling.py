@@ -1,9 +1,9 @@
 """Events that can only be asked whether they are done, as awaitables.
 
-Asking takes a turn of the event loop, so one waiter asks for all. No task is started for it: whoever waits first
-*leads*, which is to sleep, ask about what is due, and wake those whose events are done, until its own is. Whoever
-leaves while it leads names another leader in the same step. So there is a leader whenever somebody waits, nothing is
-asked when nobody does, and nothing is left behind when the last one has gone.
+Asking takes a turn of the event loop, so one waiter asks for all. No task is started for it: the first waiter
+*leads*. It sleeps, asks about the events that are due, and wakes the waiters whose events are done, until its own is.
+A leader that leaves names another in the same step. So there is a leader whenever there are waiters, no event is asked
+without a waiter, and nothing is left behind after the last one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def wait_transfer(event: SupportsQuery, transfer: Transfer, closing: Closi
     Args:
         event: Done when the bytes have arrived.
         transfer: The bytes, announced when the device was told to move them.
-        closing: Of the stager that wants them. Once that is closed, nobody waits any more.
+        closing: Of the stager that wants them. Once that is closed, all waits end.
 
     Raises:
         StagingError: If ``query`` raises, or has raised for an event of the same stream before.
@@ -97,12 +97,12 @@ async def _wait(event: SupportsQuery, transfer: Transfer | None, closing: Closin
 
 
 class _Watch:
-    """An event that somebody waits for."""
+    """An event with a waiter."""
 
     __slots__ = ("began", "event", "looked", "transfer", "waiters")
 
     def __init__(self, event: SupportsQuery, transfer: Transfer | None) -> None:
-        # None once nobody waits: an entry of the agenda must not keep an event alive.
+        # None once it has no waiter: an entry of the agenda must not keep an event alive.
         self.event: SupportsQuery | None = event
         self.transfer = transfer
         self.looked = monotonic()
@@ -148,7 +148,7 @@ class _Polling:
         self._rest_until = 0.0
 
     def watches(self, event: SupportsQuery) -> bool:
-        """Return whether somebody waits for an event already."""
+        """Return whether an event has a waiter already."""
         return id(event) in self._watches
 
     async def wait(self, event: SupportsQuery, transfer: Transfer | None, closing: Closing | None) -> None:
@@ -166,7 +166,7 @@ class _Polling:
             raise _failure(event, waiter.error) from waiter.error
 
     async def _until_done(self, waiter: _Waiter) -> None:
-        """Wait, and lead whenever nobody else does, until a waiter's event is done or it is sent away."""
+        """Wait, and lead whenever no other waiter does, until a waiter's event is done or it is sent away."""
         if self._leader is not waiter:
             await waiter.wake.wait()
         while not waiter.done:
@@ -271,7 +271,7 @@ def _ask(event: SupportsQuery, transfer: Transfer | None, since: float | None = 
     Args:
         event: Which.
         transfer: What it stands for.
-        since: When it was last seen not to be done, None if nobody has looked.
+        since: When it was last seen not to be done, None if it was never asked.
     """
     if transfer is not None and (failure := transfer.failure) is not None:
         return True, failure
@@ -295,7 +295,7 @@ def _send_away(polling: ReferenceType[_Polling], waiter: ReferenceType[_Waiter])
 
 
 def _wake(waiter: _Waiter) -> None:
-    # A coroutine that the collector closes after its loop has been closed has nobody to wake.
+    # A coroutine that the collector closes after its loop has been closed has no waiter to wake.
     with suppress(RuntimeError):
         waiter.wake.set()
 

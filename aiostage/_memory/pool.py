@@ -33,7 +33,7 @@ _PATIENCE_SECONDS = 10.0
 """How long a wait for the budget may take before a log line says what is waited for."""
 
 _HELD_ELSEWHERE_SECONDS = 0.05
-"""How often to ask whether other processes still map an arena; the kernel tells nobody when they stop."""
+"""How often to ask whether other processes still map an arena; the kernel does not report when they stop."""
 
 
 _RESERVED_BYTES = 64 << 20
@@ -291,7 +291,7 @@ class Pool:
             await self._register(pinning, arena, device)
 
     async def _register(self, pinning: Pinning, arena: Arena, device: torch.device) -> None:
-        """Register an arena. Cancelled, it does not wait for the driver: whoever gets the arena next does."""
+        """Register an arena. Cancelled, it does not wait for the driver: the next user of the arena does."""
         job = self._workers.job()
         job.put(partial(pinning.register, arena, device))
         job.close()

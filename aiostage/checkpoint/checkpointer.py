@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved beside the training, a few at a time, and removed when they have had their day."""
+"""The checkpoints of a run: saved beside the training, a few at a time, and removed by the retention policy."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ class Checkpointer:
     async def open(self) -> None:
         """Remove what writers that died have left behind, and begin to take saves and to listen for signals.
 
-        For whoever cannot enter a block: what begins here is ended by :meth:`aclose`, in whichever task.
+        For programs that cannot enter a block: :meth:`aclose` ends what begins here, in any task.
 
         Raises:
             CheckpointError: If it was opened or entered before.
@@ -343,7 +343,7 @@ class Checkpointer:
         Raises:
             Exception: As :meth:`aclose` does.
 
-        An error of the block goes first; what the saves have failed of is then in its notes, and in the log.
+        An error of the block goes first; the errors of the saves are then in its notes, and in the log.
         """
         if error is None:
             await self.aclose()
@@ -374,7 +374,7 @@ class Checkpointer:
         await host.aclose()
 
     def _take_failures(self) -> list[Exception]:
-        """Return what nobody was told of, for somebody who is told by this."""
+        """Return the errors that no caller has received, for the caller that receives them by this."""
         failures = [failure for handle in self._failed if (failure := handle.error) is not None]
         if self._not_removed is not None:
             failures.append(self._not_removed)
@@ -453,7 +453,7 @@ class Checkpointer:
         return saving.handle
 
     def _raise_earlier_failure(self, step: int) -> None:
-        """Raise the error of the first save that has failed without anybody having been told."""
+        """Raise the error of the first save that has failed, if no caller has received it yet."""
         while self._failed:
             handle = self._failed.pop(0)
             if handle.error is not None:

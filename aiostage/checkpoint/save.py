@@ -110,7 +110,7 @@ async def _save(
                     captured.append(perf_counter())
                     info = await write(staged)
         except BaseException as error:
-            # Their locals refer to the staged copy, and whoever keeps the error would keep its memory: a task that has
+            # Their locals refer to the staged copy, so code that keeps the error would keep its memory: a task that has
             # failed does, in a circle with the frame that has awaited it.
             clear_frames(error.__traceback__)
             raise
@@ -156,7 +156,7 @@ async def write_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressOption[SaveProgress] = None,
 ) -> CheckpointInfo:
-    """Write a tree that nobody changes, without taking a copy first.
+    """Write a tree that does not change meanwhile, without taking a copy first.
 
     Args:
         staged: A tree in host memory, such as a stager's result. It must not change until this returns.
@@ -257,7 +257,7 @@ async def give_up(draft: Draft, error: BaseException) -> None:
         await aborting
         return
     with suppress(Exception):
-        # StopIteration is the end; anything else has nobody to go to.
+        # StopIteration is the end; no caller is left for any other error.
         aborting.send(None)
     aborting.close()
 
