@@ -6,7 +6,10 @@ Every class also inherits the standard-library exception it is one of, so that c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 __all__ = [
@@ -28,6 +31,10 @@ __all__ = [
 _LONGEST_VALUE = 80
 _LONGEST_REASON = 1000
 _LONGEST_PATH = 200
+_FEW = 4
+_SMALL = (bool, int, float, complex)
+_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, bytearray, deque)
+_SMALL_OF_TORCH = ("dtype", "device", "layout", "memory_format")
 
 SHOWN_PATHS = 10
 """How many paths a message spells out before it counts the rest."""
@@ -198,21 +205,54 @@ class RankFailedError(CheckpointError, RuntimeError):
 
 def listed(paths: Sequence[str]) -> str:
     """Join paths for a message, spelling out the first few and counting the rest."""
-    shown = ", ".join(paths[:SHOWN_PATHS])
+    spelled = ", ".join(paths[:SHOWN_PATHS])
     rest = len(paths) - SHOWN_PATHS
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{spelled} and {rest} more" if rest > 0 else spelled
 
 
-def shortened(value: object) -> str:
-    """Return what a value looks like in code, in at most 80 characters."""
-    # Not of all of it: it may be long, and a number of many digits has no text at all.
-    if isinstance(value, (str, bytes)):
-        value = value[:_LONGEST_VALUE]
-    elif isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
+def shown(value: object, *, _depth: int = 0) -> str:
+    """Describe a value for a message: what it is if that is short, its type and size if it is not.
+
+    Only what is small by nature is asked for its repr, for a state dict's takes seconds and megabytes.
+
+    Args:
+        value: Anything, such as an argument of the wrong type.
+
+    Returns:
+        At most 80 characters of the value, and the name of its type where it is a container, a tensor or an object.
+    """
+    kind = type(value)
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
+        # It may have more digits than Python agrees to write.
         return f"a number of {value.bit_length()} bits"
-    elif isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > _LONGEST_VALUE:
-        return f"{type(value).__name__} of {len(value)}"
-    return _cut(repr(value), _LONGEST_VALUE)
+    if value is None or kind in _SMALL or (kind.__module__ == "torch" and kind.__name__ in _SMALL_OF_TORCH):
+        return repr(value)
+    if isinstance(value, (str, bytes)):
+        plain: str | bytes = str.__str__(value) if isinstance(value, str) else bytes(value[:_LONGEST_VALUE])
+        return _cut(repr(plain[:_LONGEST_VALUE]) + "..." * (len(value) > _LONGEST_VALUE), _LONGEST_VALUE)
+    if isinstance(value, PurePath):
+        return _cut(f"{kind.__name__}({str(value)!r})", _LONGEST_VALUE)
+    if isinstance(value, Enum):
+        return _cut(f"{kind.__qualname__}.{value.name}", _LONGEST_VALUE)
+    if isinstance(value, type):
+        return _cut(f"the class {value.__qualname__}", _LONGEST_VALUE)
+    if kind is tuple and isinstance(value, tuple) and len(value) <= _FEW and _depth < _FEW:
+        parts = ", ".join([shown(item, _depth=_depth + 1) for item in value])
+        return _cut(f"({parts}{',' * (len(value) == 1)})", _LONGEST_VALUE)
+    return _cut(kind.__qualname__, _LONGEST_VALUE // 2) + _size_of(value)
+
+
+def _size_of(value: object) -> str:
+    """Return how large a container or a tensor is, asking only what answers at once and runs nobody's code."""
+    kind = type(value)
+    for base in _CONTAINERS:
+        if isinstance(value, base):
+            return f" of {base.__len__(value)}"
+    if kind.__module__.partition(".")[0] in ("torch", "numpy"):
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple):
+            return f" of shape {_cut(str(tuple(shape)), _LONGEST_VALUE // 2 - len(' of shape '))}"
+    return ""
 
 
 def said(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from aiostage._arguments import shown
+from aiostage.errors import shown
 
 __all__ = ["Attribute", "Path", "StagedLeaf", "format_path"]
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TypeAlias
 
 from aiostage.abc import Observer, Span
+from aiostage.errors import shown
 
 __all__ = ["OpenSpan", "add_observer", "begin", "current", "inside", "observing", "remove_observer", "span", "within"]
 
@@ -211,7 +212,7 @@ def remove_observer(observer: Observer) -> None:
     global _everywhere
     with _adding:
         if observer not in _everywhere:
-            raise ValueError(f"{observer!r} was not added with add_observer()")
+            raise ValueError(f"{shown(observer)} was not added with add_observer()")
         place = _everywhere.index(observer)
         _everywhere = _everywhere[:place] + _everywhere[place + 1 :]
 
@@ -219,7 +220,7 @@ def remove_observer(observer: Observer) -> None:
 def _check(observers: Iterable[object]) -> None:
     for observer in observers:
         if not isinstance(observer, Observer):
-            raise TypeError(f"an observer is an aiostage.abc.Observer, not {observer!r}")
+            raise TypeError(f"an observer is an aiostage.abc.Observer, not {shown(observer)}")
 
 
 def _new(name: str, parent: Span | None, attributes: dict[str, object]) -> Span:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from aiostage.errors import shown
 from aiostage.leaf import Path
 
 __all__ = ["StagerStatistics", "StagingOptions"]
@@ -71,10 +72,10 @@ class StagingOptions:
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), bool)
         if isinstance(self.max_loop_hold, bool) or not isinstance(self.max_loop_hold, (int, float)):
-            raise TypeError(f"max_loop_hold must be a number of seconds, not {self.max_loop_hold!r}")
+            raise TypeError(f"max_loop_hold must be a number of seconds, not {shown(self.max_loop_hold)}")
         if math.isnan(self.max_loop_hold) or self.max_loop_hold <= 0:
             raise ValueError(
-                f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {self.max_loop_hold!r}"
+                f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {shown(self.max_loop_hold)}"
             )
         for name in ("max_host_bytes", "max_bytes_in_flight"):
             if getattr(self, name) is not None:
@@ -86,9 +87,11 @@ class StagingOptions:
                 )
         elif self.dtype is not None and (isinstance(self.dtype, type) or not callable(self.dtype)):
             # Classes such as int and numpy.float32 can be called too, but are meant as dtypes.
-            raise TypeError(f"dtype must be a torch.dtype, a function of path and tensor, or None, not {self.dtype!r}")
+            raise TypeError(
+                f"dtype must be a torch.dtype, a function of path and tensor, or None, not {shown(self.dtype)}"
+            )
         if self.passthrough is not None and not callable(self.passthrough):
-            raise TypeError(f"passthrough must be a function of path and object or None, not {self.passthrough!r}")
+            raise TypeError(f"passthrough must be a function of path and object or None, not {shown(self.passthrough)}")
 
     @classmethod
     def from_torch(cls, config: Any, **changes: Any) -> StagingOptions:
@@ -118,14 +121,14 @@ class StagingOptions:
 
 def _require(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, not {value!r}")
+        raise TypeError(f"{name} must be {kind.__name__}, not {shown(value)}")
 
 
 def _require_bytes(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of bytes or None, not {value!r}")
+        raise TypeError(f"{name} must be a whole number of bytes or None, not {shown(value)}")
     if value <= 0:
-        raise ValueError(f"{name} must be above 0 (None for no limit), not {value!r}")
+        raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

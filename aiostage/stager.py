@@ -15,7 +15,7 @@ from aiostage._loop.coroutines import named
 from aiostage._loop.polling import wait_event
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend, CheckpointStager
-from aiostage.errors import AcceleratorUnavailableError, StagerClosedError
+from aiostage.errors import AcceleratorUnavailableError, StagerClosedError, shown
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import SharedTree, share
 from aiostage.snapshot import Snapshot, stage
@@ -45,11 +45,11 @@ class AsyncStager(CheckpointStager):
     def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
         if options is not None and not isinstance(options, StagingOptions):
             raise TypeError(
-                f"options must be aiostage.StagingOptions, not {options!r}. "
+                f"options must be aiostage.StagingOptions, not {shown(options)}. "
                 "StagingOptions.from_torch() takes over those of PyTorch's stagers."
             )
         if backend is not None and not isinstance(backend, Backend):
-            raise TypeError(f"backend must be an aiostage.Backend, or None for torch.accelerator, not {backend!r}")
+            raise TypeError(f"backend must be an aiostage.Backend, or None for torch.accelerator, not {shown(backend)}")
         self._options = options if options is not None else StagingOptions()
         backend = backend if backend is not None else default_backend()
         _check_available(self._options, backend)
@@ -271,7 +271,9 @@ def adapt(stager: Any) -> CheckpointStager:
         TypeError: If the object has no ``stage`` method, or is a :class:`CheckpointStager` already.
     """
     if isinstance(stager, CheckpointStager):
-        raise TypeError(f"adapt takes a synchronous stager; {stager!r} is asynchronous already, so use it as it is")
+        raise TypeError(
+            f"adapt takes a synchronous stager; {shown(stager)} is asynchronous already, so use it as it is"
+        )
     if isinstance(stager, type):
         raise TypeError(f"adapt takes a stager, not its class {stager.__qualname__}")
     if not callable(getattr(stager, "stage", None)):
@@ -287,6 +289,6 @@ def check_stager(stager: object) -> None:
     """
     if stager is not None and not isinstance(stager, CheckpointStager):
         raise TypeError(
-            f"stager must be a CheckpointStager such as AsyncStager, or None, not {stager!r}. "
+            f"stager must be a CheckpointStager such as AsyncStager, or None, not {shown(stager)}. "
             "aiostage.adapt() makes one of PyTorch's stagers."
         )

@@ -11,7 +11,8 @@ import aiostage
 from tests.parsing import parse
 
 ROWS = [
-    {"_arguments", "_extras", "errors"},
+    {"_extras", "errors"},
+    {"_arguments"},
     {"_private"},
     {"_platform"},
     {"options", "leaf"},

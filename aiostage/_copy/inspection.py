@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from aiostage._arguments import shown
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection, Leaves, changed
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.walk import Walk
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
-from aiostage.errors import UnsupportedLeafError
+from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.leaf import Path, format_path
 
 __all__ = ["SourceInspection", "within"]

@@ -24,7 +24,7 @@ from aiostage._loop.alarm import Alarm
 from aiostage._loop.closing import Closing
 from aiostage._loop.transfers import Transfer, time_to_next_look
 from aiostage.abc import SupportsQuery
-from aiostage.errors import StagerClosedError, StagingError
+from aiostage.errors import StagerClosedError, StagingError, shown
 
 __all__ = ["wait_event", "wait_transfer"]
 
@@ -59,7 +59,7 @@ async def wait_event(event: SupportsQuery) -> None:
     """
     query = getattr(event, "query", None)
     if not callable(query) or isinstance(event, type) or iscoroutinefunction(query):
-        raise TypeError(f"an event has a plain method query() that says whether it is done; {event!r} has none")
+        raise TypeError(f"an event has a plain method query() that says whether it is done; {shown(event)} has none")
     await _wait(event, None, None)
 
 
@@ -302,6 +302,6 @@ def _wake(waiter: _Waiter) -> None:
 
 def _failure(event: SupportsQuery, error: Exception) -> StagingError:
     return StagingError(
-        f"waiting for {event!r} failed: {type(error).__name__}: {str(error).rstrip('.')}.",
+        f"waiting for {shown(event)} failed: {type(error).__name__}: {str(error).rstrip('.')}.",
         remedy="What was enqueued on its stream cannot be relied on.",
     )

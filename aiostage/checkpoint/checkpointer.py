@@ -29,7 +29,7 @@ from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.retention import name_of, surplus
 from aiostage.checkpoint.saving import Saving
 from aiostage.checkpoint.shelf import Shelf
-from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed
+from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
@@ -102,9 +102,9 @@ class Checkpointer:
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
         if keep is not None and whole("keep", keep) < 1:
-            raise ValueError(f"keep must be at least 1, or None to keep all, not {keep!r}")
+            raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
         if whole("max_in_flight", max_in_flight) < 1:
-            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight!r}")
+            raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
         check_flags(incremental=incremental)
@@ -230,7 +230,9 @@ class Checkpointer:
         May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
         """
         if isinstance(into, int):
-            raise TypeError(f"into must be a live tree, not {into!r}. A step is passed by name: restore(step={into!r})")
+            raise TypeError(
+                f"into must be a live tree, not {shown(into)}. A step is passed by name: restore(step={shown(into)})"
+            )
         caller = CallerStreams.record(options.get("backend") or default_backend(), into)
         return named(self._restore(caller, into, step, options), "Checkpointer.restore")
 

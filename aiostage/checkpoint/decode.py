@@ -14,7 +14,7 @@ from aiostage.checkpoint.hashing import Collisions
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import FACTORIES, MAPPINGS, SCALAR_KINDS, read_bytes, read_scalar
 from aiostage.checkpoint.views import view_of
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.objects import (
     KINDS_VERSION,
@@ -180,7 +180,7 @@ class TreeDecoder:
             return self._object(form, list(map(self._child, children)))
         if kind not in SCALAR_KINDS:
             raise CheckpointCorruptError(
-                f"it has an object of kind {kind[:80]!r}, of version {self._table.kinds!r:.20} of all kinds, and only "
+                f"it has an object of kind {shown(kind)}, of version {shown(self._table.kinds)} of all kinds, and only "
                 f"those up to version {KINDS_VERSION} are known.",
                 path=self._path,
                 remedy="Read it with a newer aiostage, or leave that object out with only=.",

@@ -14,11 +14,11 @@ from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
 from aiostage.checkpoint.composites import COMPOSITES
-from aiostage.checkpoint.nodes import NodeTable, reading, shown
+from aiostage.checkpoint.nodes import NodeTable, path_step, reading
 from aiostage.checkpoint.values import torch_constant
 from aiostage.checkpoint.views import view_of
 from aiostage.checkpoint.ways import Place, path_to
-from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError
+from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
 from aiostage.leaf import Attribute, Path, format_path
 from aiostage.storage.safetensors import Record
 
@@ -135,12 +135,12 @@ class Devices:
         if device is None:
             return None
         if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
-            raise TypeError(f"device= is a torch.device, its name, or a function that returns one, not {device!r}")
+            raise TypeError(f"device= is a torch.device, its name, or a function that returns one, not {shown(device)}")
         if device not in self._known:
             try:
                 resolved = torch.device(device)
             except RuntimeError as error:
-                raise ValueError(f"device={device!r} is no device: {error}") from None
+                raise ValueError(f"device={shown(device)} is no device: {said(error)}") from None
             self._known[device] = self._with_index(resolved)
         return self._known[device]
 
@@ -194,7 +194,7 @@ def host_memory(
         try:
             found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device or "cpu")
         except RuntimeError as error:
-            raise HostMemoryError(f"no memory for the tensor {name!r}: {error}", path=path) from error
+            raise HostMemoryError(f"no memory for the tensor {shown(name)}: {error}", path=path) from error
         if count % _CHUNK == 0:
             yield
     return found
@@ -255,7 +255,7 @@ class _Walk:
         else:
             found = []
             for count, (key, child) in enumerate(self._table.edges(index)):
-                here = (shown(key), place)
+                here = (path_step(key), place)
                 found += [(here, key), (here, child)]
                 if count % _CHUNK == 0:
                     yield

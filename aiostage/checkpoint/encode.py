@@ -30,7 +30,7 @@ from aiostage.checkpoint.values import (
     is_inline,
     write_scalar,
 )
-from aiostage.errors import UnsupportedLeafError
+from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.format.kinds import NotCarried
 from aiostage.format.objects import KINDS_VERSION, MADE_WHOLE, is_flattened, take_object_apart
 from aiostage.leaf import Attribute, Path, format_path
@@ -290,7 +290,7 @@ class TreeEncoder:
             except (KeyError, TypeError):
                 raise _unsupported(
                     node,
-                    f"a defaultdict whose default_factory is {factory!r} cannot be carried by JSON.",
+                    f"a defaultdict whose default_factory is {shown(factory)} cannot be carried by JSON.",
                     "Convert it to a dict.",
                 ) from None
         collisions = Collisions()

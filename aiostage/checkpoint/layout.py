@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aiostage.checkpoint.blocks import FileTensor
-from aiostage.errors import HostMemoryError
+from aiostage.errors import HostMemoryError, shown
 from aiostage.snapshot import Snapshot
 from aiostage.storage.parts import Content, memory_of
 from aiostage.storage.safetensors import Record, header_cost, write_header
@@ -117,7 +117,8 @@ def _check_order(tensors: Sequence[FileTensor], memory: range) -> None:
         if address in memory:
             if address < last:
                 raise HostMemoryError(
-                    f"the tensor {tensor.name!r} shares memory so that its bytes come too late to be written in turn.",
+                    f"the tensor {shown(tensor.name)} shares memory so that its bytes come too late to be written in "
+                    "turn.",
                     remedy="Raise max_host_bytes so that the whole copy fits twice.",
                 )
             last = address

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aiostage._arguments import check_flags, shown
+from aiostage._arguments import check_flags
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import named
 from aiostage.abc import Backend
@@ -20,7 +20,7 @@ from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.resolving import is_removed, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.stateful import stateful_in
-from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
@@ -189,7 +189,8 @@ async def load_after(
                         raise
                     if device is not None:
                         raise ValueError(
-                            f"device= is for checkpoints of aiostage, and {name!r} is none; pass into=, or convert it"
+                            f"device= is for checkpoints of aiostage, and {shown(name)} is none; "
+                            "pass into=, or convert it"
                         ) from None
                     return await loading.adopt(read)
                 try:

@@ -11,9 +11,9 @@ import torch
 
 from aiostage.checkpoint.hashing import check_hashed
 from aiostage.checkpoint.values import EXACT_INTEGERS, MAPPINGS
-from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shortened
+from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shown
 
-__all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "reading", "shown"]
+__all__ = ["LEFT_OUT", "LOOKED_INTO", "NodeTable", "path_step", "reading"]
 
 T = TypeVar("T")
 
@@ -107,14 +107,14 @@ class NodeTable:
             ValueError: If it is none. Other exceptions are possible too.
         """
         if type(line) is not dict or self._is_whole:
-            raise ValueError(f"{shortened(line)} is no node, or comes after the root")
+            raise ValueError(f"{shown(line)} is no node, or comes after the root")
         if "root" in line:
             self.root, self.kinds = self._child(line["root"]), line.get("kinds", 0)
             self._is_whole = True
             return
         kind = line.pop("is")
         if type(kind) is not str:
-            raise ValueError(f"{shortened(kind)} is no kind of a node")
+            raise ValueError(f"{shown(kind)} is no kind of a node")
         # Of objects of classes it says what kind of class that is.
         of = line.pop("of") if type(line.get("of", "")) is not str else []
         found: list[Any] = list(map(self._child, _checked(of, list)))
@@ -144,13 +144,13 @@ class NodeTable:
         if kind is list:
             (index,) = child
             if type(index) is not int or index < 0:
-                raise ValueError(f"there is no node {shortened(index)}")
+                raise ValueError(f"there is no node {shown(index)}")
             self._highest = max(self._highest, index)
             return self._references.setdefault(index, child)
         if kind is int and abs(child) > EXACT_INTEGERS:
-            raise ValueError(f"{shortened(child)} is larger than numbers in JSON are")
+            raise ValueError(f"{shown(child)} is larger than numbers in JSON are")
         if kind not in _INLINE:
-            raise ValueError(f"{shortened(child)} is no child of a node")
+            raise ValueError(f"{shown(child)} is no child of a node")
         return child
 
     def complete(self) -> Generator[None, None, None]:
@@ -167,7 +167,7 @@ class NodeTable:
             raise ValueError(f"there is no node {self._highest}")
         for index, (form, children) in enumerate(zip(self.forms, self.children, strict=True)):
             if form["is"] in _MAPPINGS and len(children) % 2:
-                raise ValueError(f"node {index} is no {form['is']!r}")
+                raise ValueError(f"node {index} is no {shown(form['is'])}")
             if index % _CHUNK == 0:
                 yield
         yield from check_hashed(self.forms, self.children)
@@ -182,7 +182,7 @@ class NodeTable:
             return None
         (index,) = child
         if type(index) is not int or not 0 <= index < len(self.forms):
-            raise ValueError(f"there is no node {index!r}")
+            raise ValueError(f"there is no node {shown(index)}")
         return index
 
     def wanted(self) -> Iterator[dict[str, Any]]:
@@ -242,12 +242,12 @@ class NodeTable:
                 pending.append((node, 2))
 
 
-def shown(key: object) -> object:
+def path_step(key: object) -> object:
     """Return a key as part of a path; one that is a node, as tuples are, by its number."""
     return f"<node {key[0]}>" if isinstance(key, list) else key
 
 
 def _checked(value: Any, cls: type[T]) -> T:
     if type(value) is not cls:
-        raise ValueError(f"{shortened(value)} is no {cls.__name__} of children")
+        raise ValueError(f"{shown(value)} is no {cls.__name__} of children")
     return value

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from aiostage._loop.forks import tell_of_forks
+from aiostage.errors import shown
 
 __all__ = ["Handlers", "catchable", "set_by_signals"]
 
@@ -25,11 +26,13 @@ def catchable(signals: Iterable[int]) -> tuple[signal.Signals, ...]:
         ValueError: If there is one among them that no process can handle.
     """
     if isinstance(signals, (str, int)):
-        raise TypeError(f"save_on_signals must be a list of signals, such as [signal.SIGTERM], not {signals!r}")
+        raise TypeError(f"save_on_signals must be a list of signals, such as [signal.SIGTERM], not {shown(signals)}")
     signals = tuple(signals)
     for number in signals:
         if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
-            raise ValueError(f"save_on_signals takes signals that can be handled, like signal.SIGTERM, not {number!r}")
+            raise ValueError(
+                f"save_on_signals takes signals that can be handled, like signal.SIGTERM, not {shown(number)}"
+            )
     return tuple(map(signal.Signals, signals))
 
 

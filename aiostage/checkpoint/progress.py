@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TypeAlias, TypeVar
 
+from aiostage.errors import shown
+
 __all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "reporting"]
 
 
@@ -78,4 +80,4 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
     elif callable(progress):
         yield progress
     else:
-        raise TypeError(f"progress must be True, a function of one argument, or None, not {progress!r}")
+        raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")

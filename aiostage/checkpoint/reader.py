@@ -17,7 +17,7 @@ from aiostage.checkpoint.incoming import Destinations, Incoming
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
-from aiostage.errors import CheckpointCorruptError, shortened
+from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
@@ -247,7 +247,7 @@ def _index(
 ) -> Generator[None, None, None]:
     for count, record in enumerate(found):
         if record.name in records:
-            raise CheckpointCorruptError(f"another file has the tensor {shortened(record.name)} too.", path=path)
+            raise CheckpointCorruptError(f"another file has the tensor {shown(record.name)} too.", path=path)
         records[record.name] = record
         positions[record.name] = start + record.start
         if count % _CHUNK == 0:

@@ -18,6 +18,7 @@ from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.stateful import states_of
 from aiostage.checkpoint.writer import CheckpointWriter
+from aiostage.errors import shown
 from aiostage.observe import OpenSpan, begin, span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
@@ -196,7 +197,7 @@ async def _writing(
     """Open a draft that is gone afterwards, unless it was committed."""
     check_flags(overwrite=overwrite)
     if whole("max_shard_bytes", max_shard_bytes) <= 0:
-        raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes!r}")
+        raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
     with reporting(progress, f"saving {name}") as report:
         async with _draft(storage, name, overwrite) as draft:
             writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterable
 from fnmatch import translate
 from typing import Any, TypeAlias
 
-from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, shown
+from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, path_step
 from aiostage.checkpoint.ways import Place, path_to
-from aiostage.errors import listed
+from aiostage.errors import listed, shown
 from aiostage.leaf import Path
 
 __all__ = ["Only", "Selection"]
@@ -51,7 +51,7 @@ class Selection:
         if isinstance(only, Iterable):
             patterns = [only] if isinstance(only, str) else list(only)
         if not isinstance(only, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"only must be patterns or a function of a path, not {only!r}")
+            raise TypeError(f"only must be patterns or a function of a path, not {shown(only)}")
         if not patterns:
             raise ValueError("only=[] selects nothing; None selects everything")
         self._patterns = {pattern: re.compile(translate(pattern)) for pattern in patterns}
@@ -132,7 +132,7 @@ class Selection:
         """Raise a ValueError if a pattern has matched nothing so far."""
         if self._unmatched:
             raise ValueError(
-                f"only={listed(sorted(map(repr, self._unmatched)))} matches nothing in the checkpoint{self._where}. "
+                f"only={listed(sorted(map(shown, self._unmatched)))} matches nothing in the checkpoint{self._where}. "
                 f"Its first paths are {', '.join(self._examples)}."
             )
 
@@ -148,7 +148,7 @@ class Selection:
                 continue
             seen.add(index)
             for key, child in table.edges(index):
-                here = (shown(key), place)
+                here = (path_step(key), place)
                 self.chooses(path_to(here))
                 node = table.node(child)
                 if node is not None:
@@ -196,7 +196,7 @@ class _Pruning:
             index, place = pending.pop()
             found: list[tuple[int, Place]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
-                here = (shown(key), place)
+                here = (path_step(key), place)
                 node = self._table.node(child)
                 if self._selection.chooses(path_to(here)):
                     self._keep(index, number)

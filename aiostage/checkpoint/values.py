@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from aiostage.errors import shortened
+from aiostage.errors import shown
 
 __all__ = [
     "ARRAY_DTYPES",
@@ -83,7 +83,7 @@ def torch_constant(name: str) -> Any:
     # Not looked up in torch, which imports what is asked for.
     value = _CONSTANTS.get(name) if isinstance(name, str) else None
     if value is None:
-        raise ValueError(f"torch.{shortened(name)} is no dtype, layout or memory format")
+        raise ValueError(f"torch.{shown(name)} is no dtype, layout or memory format")
     return value
 
 
@@ -99,7 +99,7 @@ def _from_bits(text: str) -> float:
     try:
         (value,) = struct.unpack(">d", bytes.fromhex(text))
     except struct.error as error:
-        raise ValueError(f"{text!r} are not the bits of a float") from error
+        raise ValueError(f"{shown(text)} are not the bits of a float") from error
     return float(value)
 
 

@@ -12,7 +12,7 @@ import torch
 from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD, is_injective
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import torch_constant
-from aiostage.errors import shortened
+from aiostage.errors import shown
 from aiostage.storage.safetensors import DTYPES, Record
 from aiostage.storage.sizes import checked_sizes, elements_in
 
@@ -53,7 +53,7 @@ class View:
             ValueError: If it does not fit.
         """
         if self.nbytes > data.numel():
-            raise ValueError(f"{shortened(self)} exceeds {data.numel()} bytes")
+            raise ValueError(f"{shown(self)} exceeds {data.numel()} bytes")
         if self.dtype is not torch.complex32:
             return _over(data, self.dtype, self)
         with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, Record]) -> View:
     if len(stride) != len(shape):
         raise ValueError(f"there are {len(shape)} sizes and {len(stride)} strides")
     if "offset" not in form and elements_in(shape) * dtype.itemsize != record.stop - record.start:
-        raise ValueError(f"the elements of {shortened(name)} are not {dtype} {shortened(shape)}")
+        raise ValueError(f"the elements of {shown(name)} are not {dtype} {shown(shape)}")
     (offset,) = checked_sizes([form.get("offset", 0)])
     return View(dtype, shape, stride, offset)
 
@@ -126,7 +126,7 @@ def spread_views(
             yield
     with reading(path):
         if both := plain.intersection(found):
-            raise ValueError(f"leaves look at {shortened(both.pop())} in different ways")
+            raise ValueError(f"leaves look at {shown(both.pop())} in different ways")
     return found
 
 
@@ -137,11 +137,11 @@ def _add_spread(
     nbytes = records[name].stop - records[name].start
     # One layout for each, or a few nodes could ask for any amount of memory.
     if found.setdefault(name, view) != view:
-        raise ValueError(f"leaves look at {shortened(name)} in different ways")
+        raise ValueError(f"leaves look at {shown(name)} in different ways")
     if view.nbytes > MAX_SPREAD * nbytes or (nbytes and not is_injective(view.shape, view.stride)):
-        raise ValueError(f"{nbytes} bytes cannot be laid out as {shortened(view)}")
+        raise ValueError(f"{nbytes} bytes cannot be laid out as {shown(view)}")
     if positions[name] % view.dtype.itemsize:
-        raise ValueError(f"the elements of {shortened(name)} are cut by the parts of its file")
+        raise ValueError(f"the elements of {shown(name)} are cut by the parts of its file")
 
 
 def sizes_of(

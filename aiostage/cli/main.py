@@ -18,7 +18,7 @@ from aiostage.checkpoint.verify import verify
 from aiostage.cli.bench import bench
 from aiostage.cli.finding import find
 from aiostage.cli.inspect import inspect
-from aiostage.errors import StagingError
+from aiostage.errors import StagingError, shown
 from aiostage.storage.locate import locate
 
 __all__ = ["main"]
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number above 0")
     return int(text)
 
 

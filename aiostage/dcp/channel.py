@@ -28,7 +28,7 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.errors import RanksFailedError
 from aiostage.dcp.roll import RollCall, StoreLostError
-from aiostage.errors import RankFailedError, StagingError
+from aiostage.errors import RankFailedError, StagingError, shown
 
 __all__ = ["DEFAULT_TIMEOUT", "Action", "Call", "Channel", "call_for", "close"]
 
@@ -331,7 +331,7 @@ def call_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: float) ->
         ValueError: If this rank is not in the group, or the timeout is not above 0.
     """
     if isinstance(timeout, str) or not 0 < timeout < math.inf:
-        raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+        raise ValueError(f"timeout must be a number of seconds above 0, not {shown(timeout)}")
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return _ALONE.call(timeout, tree)
     return _channel_of(process_group).call(timeout, tree)

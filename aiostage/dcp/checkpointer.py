@@ -29,7 +29,7 @@ from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import Saving, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
-from aiostage.errors import CheckpointError, CheckpointNotFoundError
+from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
@@ -133,9 +133,9 @@ class Checkpointer:
     ) -> None:
         for name, number in (("keep", 1 if keep is None else keep), ("max_in_flight", max_in_flight)):
             if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name} must be a whole number, not {number!r}")
+                raise TypeError(f"{name} must be a whole number, not {shown(number)}")
             if number < 1:
-                raise ValueError(f"{name} must be at least 1, not {number!r}")
+                raise ValueError(f"{name} must be at least 1, not {shown(number)}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
         check_stager(stager)
@@ -430,7 +430,7 @@ class Checkpointer:
 
 def _checked(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"a step must be a whole number, not {step!r}")
+        raise TypeError(f"a step must be a whole number, not {shown(step)}")
     if step < 0:
         raise ValueError(f"a step is a whole number from 0, not {step}")
     return step

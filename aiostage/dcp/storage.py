@@ -35,7 +35,7 @@ from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.dcp.unpickling import read_metadata
-from aiostage.errors import CheckpointCorruptError, said
+from aiostage.errors import CheckpointCorruptError, said, shown
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
 from aiostage.storage.parts import PART_BYTES, Part, cut, digest, gather, whole
@@ -102,7 +102,9 @@ class StorageWriter(torch_storage.StorageWriter):
     def __init__(self, root: Root, *, overwrite: bool = False) -> None:
         storage = storage_at(root)
         if not isinstance(storage, SharedStorage):
-            raise TypeError(f"{storage!r} is not a SharedStorage, in which several processes may write one checkpoint")
+            raise TypeError(
+                f"{shown(storage)} is not a SharedStorage, in which several processes may write one checkpoint"
+            )
         self._storage = storage
         self._overwrite = overwrite
         self._name: str | None = None
@@ -154,8 +156,9 @@ class StorageWriter(torch_storage.StorageWriter):
         """
         if plan.storage_data.name != self._name:
             raise ValueError(
-                f"this rank saves {self._name!r} by a plan for {plan.storage_data.name!r}: either it has followed "
-                "a cached plan (use a planner with enable_plan_caching=False), or the ranks save different checkpoints"
+                f"this rank saves {shown(self._name)} by a plan for {shown(plan.storage_data.name)}: either it has "
+                "followed a cached plan (use a planner with enable_plan_caching=False), or the ranks save different "
+                "checkpoints"
             )
         written: Future[list[torch_storage.WriteResult]] = Future()
         written.set_result(self._loop().run(self._write(plan.storage_data, plan.items, planner)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aiostage import _private
-from aiostage.errors import CheckpointError
+from aiostage.errors import CheckpointError, shown
 from aiostage.format.kinds import NotCarried, Parts
 
 __all__ = [
@@ -128,7 +128,9 @@ def _plain_parts(value: PlainObject) -> tuple[str, Parts]:
         if value.kind == "tensor":
             return "subclass", Parts(form, {"data": fields["data"]}, fields["attributes"])
     except (KeyError, TypeError) as error:
-        raise NotCarried(f"a PlainObject of kind {value.kind!r} lacks {error}", "Save it as it was loaded.") from None
+        raise NotCarried(
+            f"a PlainObject of kind {shown(value.kind)} lacks {error}", "Save it as it was loaded."
+        ) from None
     raise NotCarried(f"a PlainObject is of kind {value.kind!r:.80}", "Save it as it was loaded.")
 
 
@@ -231,7 +233,7 @@ def set_attributes(made: Any, attributes: Mapping[str, Any]) -> None:
         elif others is not None:
             others[name] = value
         else:
-            raise _unfit(cls, f"has no attribute {name[:80]!r}")
+            raise _unfit(cls, f"has no attribute {shown(name)}")
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.name in attributes or hasattr(made, field.name):
             continue
@@ -240,7 +242,7 @@ def set_attributes(made: Any, attributes: Mapping[str, Any]) -> None:
         elif field.default is not dataclasses.MISSING:
             object.__setattr__(made, field.name, field.default)
         else:
-            raise _unfit(cls, f"has a field {field.name!r} without a default, which the checkpoint lacks")
+            raise _unfit(cls, f"has a field {shown(field.name)} without a default, which the checkpoint lacks")
 
 
 def make_registered(

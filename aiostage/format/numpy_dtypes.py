@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from aiostage.errors import shown
 from aiostage.format.kinds import NotCarried
 
 __all__ = ["dtype_form", "dtype_of"]
@@ -74,7 +75,7 @@ def dtype_of(form: Any, depth: int = 0) -> np.dtype[Any]:
     """
     if isinstance(form, str):
         if not _SIMPLE.fullmatch(form):
-            raise ValueError(f"{form[:80]!r} is no dtype of NumPy")
+            raise ValueError(f"{shown(form)} is no dtype of NumPy")
         return np.dtype(form)
     if depth > _MAX_DEPTH:
         raise ValueError("a dtype is nested too deeply")

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 import torch
 
+from aiostage.errors import shown
 from aiostage.format.kinds import Kind, NotCarried, Parts
 
 __all__ = ["STANDARD_KINDS", "read_zones"]
@@ -122,7 +123,7 @@ def read_zones(forms: Iterable[Mapping[str, Any]]) -> None:
             try:
                 _put_zone_together(form, ())
             except (LookupError, OSError) as error:
-                raise ValueError(f"the system has no time zone {form['key']!r}") from error
+                raise ValueError(f"the system has no time zone {shown(form['key'])}") from error
 
 
 def _put_zone_together(form: Mapping[str, Any], children: Sequence[Any]) -> ZoneInfo:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiostage._extras import needed_for
 from aiostage.checkpoint.progress import LoadProgress, Progress, SaveProgress
+from aiostage.errors import shown
 
 with needed_for("the bar of progress=True"):
     from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ class ProgressBar:
     @singledispatchmethod
     def show(self, progress: Progress) -> None:
         """Show how far it has come."""
-        raise TypeError(f"there is no bar for {progress!r}")
+        raise TypeError(f"there is no bar for {shown(progress)}")
 
     @show.register
     def _(self, progress: SaveProgress) -> None:

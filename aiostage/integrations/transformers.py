@@ -14,7 +14,7 @@ import torch
 
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
-from aiostage.errors import CheckpointExistsError, CheckpointMismatchError, listed
+from aiostage.errors import CheckpointExistsError, CheckpointMismatchError, listed, shown
 from aiostage.integrations._generators import Generators, state_of_generators
 from aiostage.integrations._ranks import Ranks, refuse_partitioned, refuse_sharded
 
@@ -48,7 +48,7 @@ class CheckpointCallback(TrainerCallback):
 
     def __init__(self, checkpoints: Checkpointer, *, every: int) -> None:
         if every < 1:
-            raise ValueError(f"every must be at least 1 step, not {every!r}")
+            raise ValueError(f"every must be at least 1 step, not {shown(every)}")
         self._checkpoints = checkpoints
         self._every = every
         self._saved = -1

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from aiostage._loop.forks import tell_of_forks
 from aiostage._platform import sync
-from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.storage.directories import (
     exchange,
     is_current,
@@ -303,7 +303,7 @@ def joined_path(target: str, ticket: str) -> str:
     """
     path = os.path.join(os.path.dirname(target), ticket)
     if os.path.basename(ticket) != ticket or not path.startswith(_prefix(target)):
-        raise ValueError(f"{ticket!r} is not the ticket of a draft for {target}: pass what ticket() has returned")
+        raise ValueError(f"{shown(ticket)} is not the ticket of a draft for {target}: pass what ticket() has returned")
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path}: the draft is gone, or on a file system that this machine does not share")
     return path

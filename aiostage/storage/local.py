@@ -10,7 +10,7 @@ from threading import Lock
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
-from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, shown
 from aiostage.observe import span
 from aiostage.storage.commit import (
     MANIFEST_NAME,
@@ -407,10 +407,10 @@ class LocalReader(Reader):
 def _check(name: str) -> None:
     """Refuse names that lead elsewhere."""
     if not isinstance(name, str):
-        raise TypeError(f"the name of a checkpoint is a str, not {name!r}")
+        raise TypeError(f"the name of a checkpoint is a str, not {shown(name)}")
     steps = name.split("/")
     if name != "." and (not name or os.path.isabs(name) or any(step in ("", ".", "..") for step in steps)):
-        raise ValueError(f"{name!r} is no name of a checkpoint: it must be a path below the storage's root")
+        raise ValueError(f"{shown(name)} is no name of a checkpoint: it must be a path below the storage's root")
 
 
 async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:

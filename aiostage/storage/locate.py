@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from aiostage._extras import needed_for
 from aiostage.abc import Storage
+from aiostage.errors import shown
 from aiostage.storage.local import LocalStorage
 
 __all__ = ["Root", "Target", "locate", "storage_at"]
@@ -45,7 +46,7 @@ def locate(target: Target) -> tuple[Storage, str]:
             text = os.fsdecode(target)
         case _:
             raise TypeError(
-                f"a checkpoint is at a path, at a URL, or at a pair of a storage and a name, not at {target!r}. "
+                f"a checkpoint is at a path, at a URL, or at a pair of a storage and a name, not at {shown(target)}. "
                 "Pass a path such as 'checkpoints/100', or (storage, name)."
             )
     if not _is_url(text):
@@ -55,7 +56,9 @@ def locate(target: Target) -> tuple[Storage, str]:
     root, _, name = text.rstrip("/").rpartition("/")
     if root.endswith(":/") or not root or name.endswith(":"):
         scheme = text.partition("://")[0]
-        raise ValueError(f"{text!r} names no checkpoint; the form of a URL is {scheme}://bucket/path/of/checkpoint")
+        raise ValueError(
+            f"{shown(text)} names no checkpoint; the form of a URL is {scheme}://bucket/path/of/checkpoint"
+        )
     return storage_at(root), name
 
 
@@ -79,7 +82,7 @@ def storage_at(root: Root) -> Storage:
         return _open_url(text) if _is_url(text) else LocalStorage(_checked(text))
     if type(root).__module__.partition(".")[0] in ("obstore", "_obstore"):
         return cast("Storage", _load("objects", "ObjectStorage", repr(root))(root))
-    raise TypeError(f"checkpoints lie below a path, a URL, a store of obstore or a Storage, not below {root!r}")
+    raise TypeError(f"checkpoints lie below a path, a URL, a store of obstore or a Storage, not below {shown(root)}")
 
 
 def _locate_path(path: str) -> tuple[Storage, str]:
@@ -95,11 +98,11 @@ def _checked(path: str) -> str:
     if not path:
         raise ValueError("the path of a checkpoint is empty. Pass '.' for the working directory.")
     if "\0" in path:
-        raise ValueError(f"{path!r} is no path: it has a null byte")
+        raise ValueError(f"{shown(path)} is no path: it has a null byte")
     scheme = _FLATTENED.match(path)
     if scheme is not None:
         raise ValueError(
-            f"{path!r} looks like a URL that has been a pathlib.Path, which makes one slash of two. "
+            f"{shown(path)} looks like a URL that has been a pathlib.Path, which makes one slash of two. "
             f"Pass URLs as text: '{scheme[1]}://...'. For a directory of that name write './{scheme[1]}:/...'."
         )
     return os.path.expanduser(path)
@@ -114,7 +117,7 @@ def _path_of(url: str) -> str:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise ValueError(
-            f"{url!r} names the host {parts.netloc!r}; only files of this one can be opened. "
+            f"{shown(url)} names the host {shown(parts.netloc)}; only files of this one can be opened. "
             f"A path from the root has three slashes: 'file:///{parts.netloc}{parts.path}'"
         )
     return _checked(unquote(parts.path))

@@ -20,7 +20,7 @@ import xxhash
 from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shortened
+from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
 from aiostage.storage.files import DIRECT_ALIGNMENT
 from aiostage.storage.lines import lines_of, parse_line
 from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
@@ -313,11 +313,11 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
         raise ValueError(f"its first line is {len(first)} bytes long")
     about: dict[str, Any] = parse_line(first.removesuffix(b",") + b"}")
     if about["format"] != FORMAT:
-        raise ValueError(f"its format is {shortened(about['format'])}")
+        raise ValueError(f"its format is {shown(about['format'])}")
     version = about["version"]
     if type(version) is not int or version not in (FORMAT_VERSION, PLACED_VERSION):
         raise CheckpointCorruptError(
-            f"it is of format version {shortened(version)}, and only {FORMAT_VERSION} and {PLACED_VERSION} are known.",
+            f"it is of format version {shown(version)}, and only {FORMAT_VERSION} and {PLACED_VERSION} are known.",
             path=path,
             remedy="Read it with a newer aiostage.",
         )
@@ -330,7 +330,7 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
 def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
     lines, about = _opened(text, path)
     if about["digest_of_parts"] != DIGEST_NAME:
-        raise ValueError(f"its digests are {shortened(about['digest_of_parts'])}")
+        raise ValueError(f"its digests are {shown(about['digest_of_parts'])}")
     part_bytes = _whole_number(about["part_bytes"])
     if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % DIRECT_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
@@ -343,7 +343,7 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
             break
         file = _file(_value(line), part_bytes)
         if files.setdefault(file.name, file) is not file:
-            raise ValueError(f"it lists the file {file.name!r} twice")
+            raise ValueError(f"it lists the file {shown(file.name)} twice")
         yield
     left, more = _most_nodes(files.values()), _MORE.encode()
     for number, line in enumerate(lines):
@@ -373,9 +373,7 @@ def _read_placement(text: Buffer, path: str) -> Generator[None, None, Placement 
 def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Placement]:
     """Read where files lie, up to the line that begins the list of files."""
     if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
-        raise ValueError(
-            f"its blocks are {shortened(about['block_bytes'])} bytes with {shortened(about['digest_of_blocks'])}"
-        )
+        raise ValueError(f"its blocks are {shown(about['block_bytes'])} bytes with {shown(about['digest_of_blocks'])}")
     sizes: dict[Place, int] = {}
     for source, file, nbytes in about["sources"]:
         sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
@@ -401,7 +399,7 @@ def _file(value: Any, part_bytes: int) -> FileRecord:
     """Check one file. Its name must not lead out of the directory."""
     name, nbytes, digests = _name(value["name"]), _whole_number(value["nbytes"]), value["digests"]
     if len(digests) != parts_in(nbytes, part_bytes) or not all(isinstance(text, str) for text in digests):
-        raise ValueError(f"the file {name!r} has {len(digests)} digests for {nbytes} bytes")
+        raise ValueError(f"the file {shown(name)} has {len(digests)} digests for {nbytes} bytes")
     return FileRecord(name, nbytes, tuple(digests))
 
 
@@ -415,7 +413,7 @@ def _placed(value: Any, places: Sequence[Place]) -> Generator[None, None, Placed
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)
     if len(blocks) != -(-placed.nbytes // BLOCK_BYTES) or not all(isinstance(text, str) for text in blocks):
-        raise ValueError(f"the file {shortened(value['name'])} has {len(blocks)} blocks for {placed.nbytes} bytes")
+        raise ValueError(f"the file {shown(value['name'])} has {len(blocks)} blocks for {placed.nbytes} bytes")
     return placed
 
 
@@ -427,18 +425,18 @@ def _name(value: Any) -> str:
         or value[0] == "."
         or not _NAME_CHARACTERS.issuperset(value)
     ):
-        raise ValueError(f"{shortened(value)} is no name of a file")
+        raise ValueError(f"{shown(value)} is no name of a file")
     return value
 
 
 def _source(value: Any) -> str:
     """Check the name of a checkpoint that others refer to: another step of the same run, and nothing else."""
     if not isinstance(value, str) or not _STEP_NAME.fullmatch(value):
-        raise ValueError(f"{shortened(value)} is no name of a step's checkpoint")
+        raise ValueError(f"{shown(value)} is no name of a step's checkpoint")
     return value
 
 
 def _whole_number(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise ValueError(f"{shortened(value)} is no whole number from 0 to {_MAX_NUMBER}")
+        raise ValueError(f"{shown(value)} is no whole number from 0 to {_MAX_NUMBER}")
     return value

@@ -22,7 +22,7 @@ from obstore.store import GCSStore, LocalStore, MemoryStore, S3Store, from_url
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, shown
 from aiostage.storage.bucket import Bucket, Entry, Found, Upload, Version
 from aiostage.storage.complaints import translate, worded
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
@@ -107,7 +107,7 @@ class ObjectStorage(RemoteStorage):
         """
         parts = urlsplit(url)
         if not parts.netloc or parts.query or parts.fragment:
-            raise ValueError(f"{url!r} is not the URL of a bucket; its form is s3://bucket/prefix")
+            raise ValueError(f"{shown(url)} is not the URL of a bucket; its form is s3://bucket/prefix")
         prefix = parts.path.strip("/")
         if parts.scheme == "memory":
             store = _memories.setdefault(parts.netloc, MemoryStore())
@@ -253,7 +253,7 @@ class _ObjectBucket(Bucket):
 
     async def end(self, upload: Upload) -> None:
         if self._open_uploads is None:
-            raise ValueError(f"{upload!r} was not found here")
+            raise ValueError(f"{shown(upload)} was not found here")
         with self._translated(upload.path):
             try:
                 await self._open_uploads.abort(upload)

@@ -27,6 +27,7 @@ from aiostage.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     StorageError,
+    shown,
 )
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.commit import MANIFEST_NAME
@@ -63,7 +64,7 @@ class RemoteStorage(SharedStorage):
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
         if isinstance(lease_seconds, str) or not lease_seconds > 0:
-            raise ValueError(f"lease_seconds must be above 0, not {lease_seconds!r}")
+            raise ValueError(f"lease_seconds must be above 0, not {shown(lease_seconds)}")
         self._bucket = bucket
         self._lease_seconds = lease_seconds
 
@@ -102,7 +103,7 @@ class RemoteStorage(SharedStorage):
         """Join a checkpoint that another process has begun; see :meth:`aiostage.abc.SharedStorage.join`."""
         _check_name(name)
         if not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", ticket):
-            raise ValueError(f"{ticket!r} is not the ticket of a draft: pass what ticket() has returned")
+            raise ValueError(f"{shown(ticket)} is not the ticket of a draft: pass what ticket() has returned")
         return _RemoteDraft(self._bucket, name, overwrite=False, lease_seconds=self._lease_seconds, joined=ticket)
 
     async def read(self, name: str) -> Reader:
@@ -212,7 +213,7 @@ class _RemoteDraft(SharedDraft):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write one file; see :meth:`aiostage.Draft.write`."""
         if not name or "/" in name or name in (".", "..", LEASE_NAME):
-            raise ValueError(f"{name!r} is not a plain name for a file")
+            raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
             several = True
             try:
@@ -365,7 +366,7 @@ class _RemoteReader(Reader):
     def _path(self, name: str) -> str:
         if not name or "/" in name or name in (".", ".."):
             # Names come from a manifest, which may be hostile.
-            raise CheckpointCorruptError(f"{name!r} is not a plain name for a file.", path=self.location)
+            raise CheckpointCorruptError(f"{shown(name)} is not a plain name for a file.", path=self.location)
         return f"{self._name}/{self._folder}/{name}"
 
     async def _missing(self, name: str) -> CheckpointError:
@@ -386,7 +387,7 @@ def _check_name(name: str) -> None:
     """
     for step in name.split("/"):
         if step in ("", ".", "..") or not step.isprintable() or FOLDER.fullmatch(step) or step == POINTER_NAME:
-            raise ValueError(f"{name!r} is not a name for a checkpoint: {step!r} cannot be a step of it")
+            raise ValueError(f"{shown(name)} is not a name for a checkpoint: {shown(step)} cannot be a step of it")
 
 
 def _exists(location: str) -> CheckpointExistsError:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aiostage.errors import CheckpointCorruptError, said, shortened
+from aiostage.errors import CheckpointCorruptError, said, shown
 from aiostage.storage.sizes import checked_sizes, elements_in
 
 __all__ = [
@@ -144,7 +144,7 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     records: dict[str, Record] = {}
     for index, (name, value) in enumerate(_members(header, path)):
         if name in records:
-            raise CheckpointCorruptError(f"its header names the tensor {shortened(name)} twice.", path=path)
+            raise CheckpointCorruptError(f"its header names the tensor {shown(name)} twice.", path=path)
         if name != "__metadata__":
             records[name] = _record(name, value, path)
         if index % _CHUNK == 0:
@@ -154,7 +154,7 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     for record in ordered:
         if record.start != position:
             raise CheckpointCorruptError(
-                f"its header puts the tensor {shortened(record.name)} at byte {record.start} of the data, not at "
+                f"its header puts the tensor {shown(record.name)} at byte {record.start} of the data, not at "
                 f"{position}.",
                 path=path,
             )
@@ -213,7 +213,5 @@ def _record(name: str, value: Any, path: str) -> Record:
         if stop - start != nbytes:
             raise ValueError(f"its {stop - start} bytes do not fit its shape and dtype")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointCorruptError(
-            f"its header is wrong about {shortened(name)}: {said(error)}.", path=path
-        ) from error
+        raise CheckpointCorruptError(f"its header is wrong about {shown(name)}: {said(error)}.", path=path) from error
     return Record(name, dtype, shape, start, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from aiostage.errors import shortened
+from aiostage.errors import shown
 
 __all__ = ["MAX_RANK", "checked_sizes", "elements_in"]
 
@@ -22,9 +22,9 @@ def checked_sizes(values: Any) -> tuple[int, ...]:
         ValueError: If they are not a list of whole numbers from 0, or are too many or too large.
     """
     if type(values) not in (list, tuple) or len(values) > MAX_RANK:
-        raise ValueError(f"{shortened(values)} are no sizes")
+        raise ValueError(f"{shown(values)} are no sizes")
     if not all(type(value) is int and 0 <= value < _MAX_SIZE for value in values):
-        raise ValueError(f"{shortened(values)} are no sizes")
+        raise ValueError(f"{shown(values)} are no sizes")
     return tuple(values)
 
 

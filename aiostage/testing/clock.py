@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from aiostage.errors import shown
+
 __all__ = ["Timeline", "VirtualClock"]
 
 
@@ -61,7 +63,7 @@ class VirtualClock:
             ValueError: If time were to run backwards.
         """
         if not seconds >= 0:
-            raise ValueError(f"a clock advances by 0 seconds or more, not {seconds!r}")
+            raise ValueError(f"a clock advances by 0 seconds or more, not {shown(seconds)}")
         end = self._now + seconds
         while (following := self._following()) is not None and following[0] <= end:
             when, timeline = following

@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from aiostage.errors import shown
 from aiostage.testing.backend import FailureKind, SimulatedBackend, count_change
 from aiostage.testing.clock import VirtualClock
 from aiostage.testing.streams import SimulatedDeviceError, SimulatedEvent, SimulatedStream
@@ -101,9 +102,9 @@ class SimulatedAccelerator(SimulatedBackend):
         poison_freed: bool = True,
     ) -> None:
         if devices < 1:
-            raise ValueError(f"a simulated accelerator has 1 device or more, not {devices!r}")
+            raise ValueError(f"a simulated accelerator has 1 device or more, not {shown(devices)}")
         if bus_bandwidth is not None and not bus_bandwidth > 0:
-            raise ValueError(f"bus_bandwidth is above 0 bytes a second, or None, not {bus_bandwidth!r}")
+            raise ValueError(f"bus_bandwidth is above 0 bytes a second, or None, not {shown(bus_bandwidth)}")
         if spontaneous and seed is None:
             raise ValueError("spontaneous=True needs a seed to choose by")
         self._clock = VirtualClock() if clock is None and seed is not None else clock

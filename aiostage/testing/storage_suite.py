@@ -13,7 +13,7 @@ import numpy
 from anyio.lowlevel import checkpoint
 
 from aiostage.abc import Draft, Reader, Storage
-from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.testing.cancelling import at_every_await
 from aiostage.testing.stager_suite import check_holds, require_asyncio
 
@@ -98,7 +98,7 @@ class StorageSuite(ABC):
             await (await storage.read(name)).aclose()
         except CheckpointNotFoundError:
             return
-        raise AssertionError(f"there is a checkpoint {name!r} that should not be there")
+        raise AssertionError(f"there is a checkpoint {shown(name)} that should not be there")
 
     async def _check_raises(self, kind: type[Exception], coroutine: Coroutine[Any, Any, object]) -> None:
         try:
