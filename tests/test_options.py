@@ -55,8 +55,8 @@ def test_frozen_and_keyword_only() -> None:
         ({"max_bytes_in_flight": "1"}, TypeError, "max_bytes_in_flight must be a whole number of bytes or None"),
         ({"dtype": torch.int8}, ValueError, "floating-point dtype, not torch.int8"),
         ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype, a function .*, not 'bfloat16'"),
-        ({"dtype": int}, TypeError, "dtype must be a torch.dtype, a function .*, not <class 'int'>"),
-        ({"passthrough": ["model"]}, TypeError, r"passthrough must be a function .*, not \['model'\]"),
+        ({"dtype": int}, TypeError, "dtype must be a torch.dtype, a function .*, not the class int"),
+        ({"passthrough": ["model"]}, TypeError, r"passthrough must be a function .*, not list of 1"),
     ],
     ids=str,
 )
@@ -105,5 +105,5 @@ def test_what_cannot_be_met_is_refused_when_the_stager_is_built(name: str) -> No
 
 
 def test_a_stager_takes_no_other_options() -> None:
-    with pytest.raises(TypeError, match=r"not {'use_shared_memory': True}.*from_torch"):
+    with pytest.raises(TypeError, match=r"not dict of 1.*from_torch"):
         AsyncStager({"use_shared_memory": True})  # type: ignore[arg-type]

@@ -29,13 +29,11 @@ def copy_buffer(source: Any) -> Generator[None, None, Any]:
             there[...] = here
             yield
         return array
-    copy: Any = bytearray(len(source)) if isinstance(source, bytearray) else source[:0]
+    # It grows, since all of it at once would be filled with zeros first.
+    copy: Any = source[:0]
     step = max(1, _PIECE_BYTES // getattr(source, "itemsize", 1))
     for start in range(0, len(source), step):
-        if isinstance(source, bytearray):
-            copy[start : start + step] = source[start : start + step]
-        else:
-            copy += source[start : start + step]
+        copy += source[start : start + step]
         yield
     return copy
 

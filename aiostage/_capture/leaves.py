@@ -29,6 +29,7 @@ _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _grad = attrgetter("grad")
 _DENSE = {"dense"}
+_NOTHING = {type(None)}
 
 
 class _Chunk:
@@ -196,7 +197,7 @@ class Leaves:
                 known is not None
                 and addresses == known.addresses
                 and known.recognizes(chunk)
-                and not any(map(_is_something, map(_grad, chunk)))
+                and not _have_gradients(chunk)
             ):
                 self.specs += known.specs
                 start += len(chunk)
@@ -237,7 +238,7 @@ class Leaves:
             )
         if set(meanings) == _DENSE and set(map(type, chunk)) <= PLAIN_CLASSES:
             specs = table.specs(chunk)
-            if specs is not None and not any(map(_is_something, map(_grad, chunk))):
+            if specs is not None and not _have_gradients(chunk):
                 self.specs += specs
                 return True
         simple = True
@@ -275,8 +276,9 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     return len(referents) > len(tensors) and dict in map(type, referents) and any(map(vars, tensors))
 
 
-def _is_something(value: object) -> bool:
-    return value is not None
+def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether some tensor has a gradient, without a call of Python for each."""
+    return not set(map(type, map(_grad, tensors))) <= _NOTHING
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -347,7 +349,7 @@ def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], ins
     known = inspection.chunks.get(start) if inspection is not None else None
     specs = leaves.specs[start : start + len(tensors)]
     if known is not None and known.specs == specs and known.recognizes(tensors):
-        return not any(map(_is_something, map(_grad, tensors)))
+        return not _have_gradients(tensors)
     return False
 
 

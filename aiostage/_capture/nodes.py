@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import types
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
 
-from aiostage.leaf import Path
+from aiostage.leaf import Attribute, Path
 
 __all__ = [
     "HIDDEN",
     "MISSING",
     "STATE",
+    "AttributeSteps",
     "AttributesNode",
     "DictNode",
     "GivenNode",
@@ -45,6 +46,26 @@ MISSING: Any = _Inside()
 
 Fetch = Callable[[int, int], list[Any]]
 """Returns the copies of the leaves with consecutive indices."""
+
+
+class AttributeSteps(Sequence[object]):
+    """The steps that lead to what hangs on an object, made of its keys when a path is asked for.
+
+    Args:
+        keys: Names of attributes, as a rule; what is no text stays what it is.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, slot: Any) -> Any:
+        key = self._keys[slot]
+        return Attribute(key) if type(key) is str else key
 
 
 class Node:
@@ -188,7 +209,7 @@ class ListNode(Node):
 
 
 class DictNode(Node):
-    """A dict or OrderedDict.
+    """A dict or OrderedDict, or a defaultdict whose factory is an atom.
 
     Keys that are atoms stay what they are; if some are not, the children are values and keys in turn, as
     :func:`copy.deepcopy` copies them. What hangs on an OrderedDict is one more child.
@@ -206,7 +227,8 @@ class DictNode(Node):
         raise AssertionError("a dict has its copy before its children")
 
     def begin(self, fetch: Fetch) -> None:
-        self.copy = OrderedDict() if type(self.source) is OrderedDict else {}
+        cls = type(self.source)
+        self.copy = defaultdict(self.source.default_factory) if cls is defaultdict else cls()
 
     def put(self, start: int, copies: list[Any]) -> None:
         if self.attributed and start + len(copies) == len(self.children):
@@ -257,13 +279,24 @@ class TupleNode(_Collected):
     __slots__ = ()
 
     def made(self) -> Any:
-        return self.source if all(map(is_, self.copies, self.children)) else tuple(self.copies)
+        # Without looking at each where nothing in it had to be copied.
+        if not (self.nested or self.leaves) or all(map(is_, self.copies, self.children)):
+            return self.source
+        return tuple(self.copies)
 
 
 class SetNode(_Collected):
-    """A set or frozenset."""
+    """A set or frozenset. A set of atoms, whose hashes run nobody's code, is filled in steps."""
 
     __slots__ = ()
+
+    def put(self, start: int, copies: list[Any]) -> None:
+        if type(self.source) is set and not (self.nested or self.leaves):
+            if self.copy is MISSING:
+                self.copy = set()
+            self.copy.update(copies)
+        else:
+            super().put(start, copies)
 
     def made(self) -> Any:
         return type(self.source)(self.copies)
@@ -351,6 +384,9 @@ class ObjectNode(Node):
         """Take over what the object reduces to."""
         self.function = function
         self.counts = (len(arguments), int(state is not None), len(items), len(pairs))
+        if items and not (arguments or state is not None or pairs):
+            self.children, self.steps = list(items), range(len(items))
+            return
         flat = [part for pair in pairs for part in pair]
         keys = [key for key, _ in pairs for _ in range(2)]
         self.children = [*arguments, *([state] if state is not None else ()), *items, *flat]

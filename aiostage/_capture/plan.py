@@ -248,7 +248,7 @@ def _separate(
         single: list[int] = []
         for number, (first, last) in enumerate(pairwise(bounds)):
             members = [indices[position] for position in ordered[first:last]]
-            if len(members) == 1 or not _aligned(members, specs, addresses):
+            if len(members) == 1 or not (yield from _aligned(members, specs, addresses)):
                 single += members
             else:
                 groups.append(members)
@@ -258,18 +258,23 @@ def _separate(
     return alone, groups
 
 
-def _aligned(members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]) -> bool:
+def _aligned(
+    members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]
+) -> Generator[None, None, bool]:
     """Return whether every member begins a whole number of its own elements after the first.
 
     Views of one storage always do. Memory that two storages describe differently (overlapping NumPy arrays) may not,
     and is copied once for each.
     """
     base = addresses[members[0]]
-    return all(spec and (addresses[index] - base) % spec.dtype.itemsize == 0 for index, spec in _with(members, specs))
-
-
-def _with(members: Sequence[int], specs: Sequence[Spec | None]) -> list[tuple[int, Spec | None]]:
-    return [(index, specs[index]) for index in members]
+    for start in range(0, len(members), LOOKED_AT):
+        if start:
+            yield
+        for index in members[start : start + LOOKED_AT]:
+            spec = specs[index]
+            if spec is None or (addresses[index] - base) % spec.dtype.itemsize:
+                return False
+    return True
 
 
 class _Builder:
@@ -374,10 +379,18 @@ class _Builder:
     def add_block(self, members: list[int]) -> Steps:
         """Place leaves that overlap; they come in the order of their addresses."""
         first = self.spec(members[0])
-        casts = [index for index in members if self.spec(index).target != self.spec(index).dtype]
-        if casts and any(
-            (self.spec(index).dtype, self.spec(index).target) != (first.dtype, first.target) for index in members
-        ):
+        casts: list[int] = []
+        mixed = False
+        reach = 0
+        for start in range(0, len(members), LOOKED_AT):
+            for index in members[start : start + LOOKED_AT]:
+                spec = self.spec(index)
+                if spec.target is not spec.dtype:
+                    casts.append(index)
+                mixed = mixed or (spec.dtype, spec.target) != (first.dtype, first.target)
+                reach = max(reach, self.addresses[index] + spec.nbytes)
+            yield
+        if casts and mixed:
             raise MixedCast(casts[0])
         base = self.addresses[members[0]]
         # In bytes of the staged copy for each byte of the source: other than 1 only when the whole block is cast.
@@ -386,7 +399,6 @@ class _Builder:
             numerator = denominator = 1
         self.cut()
         origin = self.start = self.offset = _congruent(self.offset, 0 if casts else base)
-        reach = max(self.addresses[index] + self.spec(index).nbytes for index in members)
         small = first.device is not None and reach - base <= SMALL_BYTES
         covered = base
         for index in members:
@@ -398,8 +410,12 @@ class _Builder:
                 self.inside = True
                 covered = begin + spec.nbytes
             yield
-        offsets = tuple((self.addresses[index] - base) * numerator // denominator for index in members)
-        self.blocks.append(Block(tuple(members), offsets, origin, self.offset - origin))
+        offsets: list[int] = []
+        for start in range(0, len(members), LOOKED_AT):
+            part = members[start : start + LOOKED_AT]
+            offsets += [(self.addresses[index] - base) * numerator // denominator for index in part]
+            yield
+        self.blocks.append(Block(tuple(members), tuple(offsets), origin, self.offset - origin))
         self.lands += members
         self.inside = False
         self.cut()

@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any, Protocol
 
 from aiostage._capture.buffers import same_buffer
+from aiostage._capture.nodes import AttributeSteps
 from aiostage.leaf import Attribute, Path
 
 __all__ = ["GONE", "ContainerChanges"]
@@ -21,6 +22,9 @@ _CHUNK = 2048
 
 _CONTAINER_COST = 32
 """What a container costs, in terms of children."""
+
+_RELEASED_AT_ONCE = 256
+"""Containers let go of between two yields; each holds a list or two."""
 
 
 class _HasPath(Protocol):
@@ -37,7 +41,7 @@ class ContainerChanges:
     def __init__(self) -> None:
         self._keys: list[tuple[Collection[Any], Sequence[Any], _HasPath, int]] = []
         self._contents: list[tuple[Collection[Any], Sequence[Any], Sequence[object], _HasPath, int]] = []
-        self._sets: list[tuple[set[Any], set[int], _HasPath, int]] = []
+        self._sets: list[tuple[set[Any], Sequence[Any], _HasPath, int]] = []
         self._slots: list[tuple[object, Mapping[str, Any], _HasPath, int]] = []
         self._buffers: list[tuple[Any, Any, _HasPath, int]] = []
 
@@ -50,19 +54,20 @@ class ContainerChanges:
         self._keys.append((cls.keys(source), keys, frame, slot))
         self._contents.append((cls.values(source), values, keys, frame, slot))
 
-    def add_attributes(self, source: dict[str, Any], values: Sequence[Any], frame: _HasPath, slot: int) -> None:
+    def add_attributes(
+        self, source: dict[str, Any], names: Sequence[str], values: Sequence[Any], frame: _HasPath, slot: int
+    ) -> None:
         """Note the attributes of an object, which is what the path leads to."""
-        names = list(map(Attribute, source))
-        self._keys.append((source.keys(), list(source), frame, slot))
-        self._contents.append((source.values(), values, names, frame, slot))
+        self._keys.append((source.keys(), names, frame, slot))
+        self._contents.append((source.values(), values, AttributeSteps(names), frame, slot))
 
     def add_sequence(self, source: list[Any] | deque[Any], items: Sequence[Any], frame: _HasPath, slot: int) -> None:
         """Note the items of a sequence."""
         self._contents.append((source, items, range(len(items)), frame, slot))
 
-    def add_set(self, source: set[Any], frame: _HasPath, slot: int) -> None:
-        """Note the members of a set."""
-        self._sets.append((source, set(map(id, source)), frame, slot))
+    def add_set(self, source: set[Any], members: Sequence[Any], frame: _HasPath, slot: int) -> None:
+        """Note the members of a set, in the order in which it has them."""
+        self._sets.append((source, members, frame, slot))
 
     def add_slots(self, source: object, slots: Mapping[str, Any], frame: _HasPath, slot: int) -> None:
         """Note the attributes that an object keeps in slots."""
@@ -71,6 +76,14 @@ class ContainerChanges:
     def add_buffer(self, source: Any, copy: Any, frame: _HasPath, slot: int) -> None:
         """Note what memory without a version held: its copy."""
         self._buffers.append((source, copy, frame, slot))
+
+    def releasing(self) -> Generator[None, None, None]:
+        """Let go of everything, yielding between small steps."""
+        columns: tuple[list[Any], ...] = (self._keys, self._contents, self._sets, self._slots, self._buffers)
+        for column in columns:
+            while column:
+                del column[-_RELEASED_AT_ONCE:]
+                yield
 
     def changed(self) -> Generator[None, None, list[Path]]:
         """Return the paths of what is another object now, yielding between small steps.
@@ -102,8 +115,9 @@ class ContainerChanges:
             if looked_at >= _CHUNK:
                 yield
                 looked_at = 0
-        for members, identities, frame, slot in self._sets:
-            if set(map(id, members)) != identities:
+        for source, before, frame, slot in self._sets:
+            # What was taken out and put back may stand elsewhere.
+            if not ((yield from _same(source, before)) or (yield from _same_members(source, before))):
                 paths[frame.path(slot)] = None
             yield
         for item, slots, frame, slot in self._slots:
@@ -119,6 +133,26 @@ class ContainerChanges:
             if not (yield from same_buffer(buffer, copy)):
                 paths[frame.path(slot)] = None
         return list(paths)
+
+
+def _same_members(now: set[Any], before: Sequence[Any]) -> Generator[None, None, bool]:
+    """Return whether a set has the members that it had, in whatever order."""
+    if len(now) != len(before):
+        return False
+    members: set[int] = set()
+    for start in range(0, len(before), _CHUNK):
+        members.update(map(id, before[start : start + _CHUNK]))
+        yield
+    try:
+        iterator = iter(now)
+        while part := list(islice(iterator, _CHUNK)):
+            if not members.issuperset(map(id, part)):
+                return False
+            yield
+    except RuntimeError:
+        # "changed size during iteration": between two steps of this comparison.
+        return False
+    return True
 
 
 def _same_now(now: Iterable[Any], before: Sequence[Any]) -> bool:

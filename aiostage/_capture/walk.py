@@ -12,7 +12,7 @@ import types
 import weakref
 from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -31,6 +31,7 @@ from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
     AttributesNode,
+    AttributeSteps,
     DictNode,
     GivenNode,
     ListNode,
@@ -84,6 +85,9 @@ _AT_ONCE = 512
 
 _READ_AT_ONCE = 8 * _AT_ONCE
 """Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
+
+_ATTRIBUTED_AT_ONCE = 64
+"""Tensors with attributes looked at between two yields, at some microseconds each."""
 
 _NODE_COST = 8
 """What opening a container costs in terms of children."""
@@ -197,18 +201,27 @@ class Walk:
 
     def releasing(self) -> Generator[None, None, None]:
         """Do the larger part of :meth:`release`, yielding between small steps."""
-        for start in range(0, len(self._all), _AT_ONCE // _NODE_COST):
-            for node in self._all[start : start + _AT_ONCE // _NODE_COST]:
+        if self._memo is not None:
+            self._memo.forget()
+            self._memo = None
+        yield from self.changes.releasing()
+        nodes, every = self._nodes, self._all
+        while nodes:
+            for _ in range(min(len(nodes), _AT_ONCE)):
+                nodes.popitem()
+            yield
+        while every:
+            for node in every[: -1 - _AT_ONCE // _NODE_COST : -1]:
+                yield from _emptying(node)
                 node.release()
+            del every[-(_AT_ONCE // _NODE_COST) :]
             yield
 
     def release(self) -> None:
         """Let go of the source and of the copy; only paths can be asked for from now on."""
-        self.changes = ContainerChanges()
         self.leaves.release()
         self._early = None
         for held in (
-            self._nodes,
             self._fresh,
             self._stack,
             self._reduced_last,
@@ -218,12 +231,7 @@ class Walk:
             self._reach,
         ):
             held.clear()
-        if self._memo is not None:
-            self._memo.forget()
-            self._memo = None
-        for _ in self.releasing():
-            pass
-        self._all.clear()
+        exhausted(self.releasing())
 
     # Noting
 
@@ -239,12 +247,13 @@ class Walk:
                 yield
                 cost = 0
             node.first_leaf = len(self.leaves.tensors)
-            for start in range(0, len(node.children), _AT_ONCE):
+            start = 0
+            while start < len(node.children):
                 if cost >= _AT_ONCE:
                     yield
                     cost = 0
-                self._take(node, start)
-                cost += min(_AT_ONCE, len(node.children) - start)
+                before, start = start, self._take(node, start)
+                cost += _AT_ONCE if start - before < _AT_ONCE else start - before
             self._opened(node)
             cost += _NODE_COST
             if cost >= _AT_ONCE:
@@ -260,18 +269,20 @@ class Walk:
         self._stack += fresh
         fresh.clear()
 
-    def _take(self, node: Node, start: int) -> None:
-        """Sort some children of a node."""
+    def _take(self, node: Node, start: int) -> int:
+        """Sort some children of a node, and return the first slot that comes after them."""
         children = node.children[start : start + _AT_ONCE]
         kinds = set(map(type, children))
         if kinds <= ATOMIC:
-            return
+            return start + len(children)
         if self._passthrough is None and kinds <= PLAIN_CLASSES and not have_attributes(children):
             self.leaves.append(children)
             node.note_leaves(range(start, start + len(children)))
-            return
+            return start + len(children)
         tensors: list[torch.Tensor] = []
         slots: list[int] = []
+        attributed = 0
+        slot = start
         for slot, child in enumerate(children, start):
             kind = type(child)
             if kind in ATOMIC:
@@ -287,11 +298,15 @@ class Walk:
                 if kind not in PLAIN_CLASSES or have_attributes((child,)):
                     index = len(self.leaves.tensors) + len(tensors) - 1
                     self._attributes(child, index, node, slot)
+                    attributed += 1
+                    if attributed == _ATTRIBUTED_AT_ONCE:
+                        break
             else:
                 self._meet(child, kind, node, slot)
         if tensors:
             self.leaves.append(tensors)
             node.note_leaves(slots)
+        return slot + 1
 
     def _attributes(self, tensor: torch.Tensor, index: int, node: Node, slot: int) -> None:
         """Note what hangs on a tensor."""
@@ -299,10 +314,16 @@ class Walk:
             composite = self.leaves.take_apart(index, tensor)
         except Refusal as refusal:
             raise refusal.at(node.path(slot)) from None
+        if type(tensor) in PLAIN_CLASSES and len(vars(tensor)) > _AT_ONCE:
+            self.leaves.attributed.add(index)
+            made = AttributesNode(tensor, node, slot)
+            made.leaf = index
+            self._add(made, node, slot)
+            return
         owned = composite.owned_attributes if composite is not None else frozenset()
         attributes = {name: value for name, value in vars(tensor).items() if name not in owned}
         if type(tensor) in PLAIN_CLASSES:
-            self.changes.add_attributes(vars(tensor), list(attributes.values()), node, slot)
+            self.changes.add_attributes(vars(tensor), list(attributes), list(attributes.values()), node, slot)
         else:
             names = _private.slot_names(type(tensor))
             attributes |= {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
@@ -329,6 +350,9 @@ class Walk:
         made: Node
         if kind is dict or kind is OrderedDict:
             made = DictNode(child, node, slot)
+        elif kind is defaultdict and type(child.default_factory) in ATOMIC:
+            made = DictNode(child, node, slot)
+            self.changes.add_slots(child, {"default_factory": child.default_factory}, node, slot)
         elif kind is list:
             made = ListNode(child, node, slot)
         elif kind is tuple:
@@ -388,40 +412,30 @@ class Walk:
             inside = _parent(node).steps[node.slot] is STATE and len(source) == 2
             node.steps = (STATE, STATE) if inside else range(len(source))
         elif isinstance(node, SetNode):
-            node.children = list(source)
-            node.steps = (HIDDEN,) * len(source)
+            node.children = yield from _members(source)
+            node.steps = (HIDDEN,) * len(node.children)
             if type(source) is set:
-                self.changes.add_set(source, _parent(node), node.slot)
-            self.calls_out = self.calls_out or not set(map(type, node.children)) <= ATOMIC
+                self.changes.add_set(source, node.children, _parent(node), node.slot)
+            if not (yield from _all_atomic(node.children)):
+                self.calls_out = True
         elif isinstance(node, MethodNode):
             node.children, node.steps = [source.__self__], (Attribute("__self__"),)
+        elif isinstance(node, AttributesNode) and not node.steps:
+            yield from self._read_attributes(node)
         elif isinstance(node, ObjectNode) and not node.steps:
             self._reduce(node)
 
     def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
         source, keys, values = node.source, node.keys, node.children
         parent, slot = _parent(node), node.slot
-        if len(source) <= _READ_AT_ONCE:
-            keys += source
-            values += source.values()
-        else:
-            untrack_all((keys, values))
-            key_iterator, value_iterator = iter(source), iter(source.values())
-            try:
-                while part := list(islice(key_iterator, _READ_AT_ONCE)):
-                    keys += part
-                    values += islice(value_iterator, _READ_AT_ONCE)
-                    yield
-            except RuntimeError:
-                # It changed size on the way: noted anew, in one step, as it is now.
-                keys[:], values[:] = source.keys(), source.values()
+        yield from _read_items(source, keys, values)
         node.steps = keys
         if parent.steps[slot] is STATE:
-            node.steps = [Attribute(key) if type(key) is str else key for key in keys]
-            self.changes.add_attributes(source, list(values), parent, slot)
+            node.steps = AttributeSteps(keys)
+            self.changes.add_attributes(source, keys, values, parent, slot)
         else:
-            self.changes.add_mapping(source, list(keys), list(values), parent, slot)
-        if not all(set(map(type, keys[start : start + _AT_ONCE])) <= ATOMIC for start in range(0, len(keys), _AT_ONCE)):
+            self.changes.add_mapping(source, keys, values, parent, slot)
+        if not (yield from _all_atomic(keys)):
             self.calls_out = node.interleaved = True
             node.children = [part for pair in zip(values, keys, strict=True) for part in pair]
             node.steps = [step for step in node.steps for _ in range(2)]
@@ -431,6 +445,23 @@ class Walk:
             node.attributed = True
             node.children = [*node.children, vars(source)]
             node.steps = [*node.steps, STATE]
+
+    def _read_attributes(self, node: AttributesNode) -> Generator[None, None, None]:
+        """Note the many attributes of a tensor."""
+        attributes, names, values = vars(node.source), node.names, node.children
+        yield from _read_items(attributes, names, values)
+        self.changes.add_attributes(attributes, names, values, _parent(node), node.slot)
+        methods = []
+        for start in range(0, len(values), _READ_AT_ONCE):
+            part = values[start : start + _READ_AT_ONCE]
+            if types.MethodType in map(type, part):
+                methods += [slot for slot, value in enumerate(part, start) if type(value) is types.MethodType]
+            yield
+        if methods:
+            node.kept = {names[slot]: values[slot] for slot in methods}
+            node.names = [name for name in names if name not in node.kept]
+            node.children = [attributes[name] for name in node.names]
+        node.steps = AttributeSteps(node.names)
 
     def _reduce(self, node: ObjectNode) -> None:
         """Note what an object reduces to."""
@@ -462,14 +493,14 @@ class Walk:
         elif isinstance(source, (list, deque)):
             changes.add_sequence(source, list(source), parent, slot)
         elif isinstance(source, set):
-            changes.add_set(source, parent, slot)
+            changes.add_set(source, list(set.__iter__(source)), parent, slot)
         noted = {name: getattr(source, name, GONE) for name in _private.slot_names(cls)}
         if isinstance(source, defaultdict):
             noted["default_factory"] = source.default_factory
         if cls.__dictoffset__:
             noted["__dict__"] = source.__dict__
             if not source.__dict__:
-                changes.add_attributes(source.__dict__, [], parent, slot)
+                changes.add_attributes(source.__dict__, [], [], parent, slot)
         if noted:
             changes.add_slots(source, noted, parent, slot)
 
@@ -566,6 +597,64 @@ class Walk:
 
 _SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))
 """What makes an object without looking at what it is given."""
+
+
+def _emptying(node: Node) -> Generator[None, None, None]:
+    """Let go of the larger part of what a large node holds, yielding between small steps."""
+    # In parts, since the nodes below may have their last references here.
+    while len(node.nested) > _AT_ONCE:
+        del node.nested[-_AT_ONCE:]
+        yield
+    children: object = node.children
+    while isinstance(children, list) and len(children) > _READ_AT_ONCE:
+        del children[-_READ_AT_ONCE:]
+        yield
+
+
+def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, None]:
+    """Note the keys and values of a mapping as they are at one moment, yielding between parts of a large one."""
+    if len(source) <= _READ_AT_ONCE:
+        keys += source
+        values += source.values()
+        return
+    untrack_all((keys, values))
+    key_iterator, value_iterator = iter(source), iter(source.values())
+    try:
+        while part := list(islice(key_iterator, _READ_AT_ONCE)):
+            keys += part
+            values += islice(value_iterator, _READ_AT_ONCE)
+            yield
+    except RuntimeError:
+        # It changed size on the way: noted anew, in one step, as it is now.
+        keys[:], values[:] = source.keys(), source.values()
+
+
+def _members(source: set[Any] | frozenset[Any]) -> Generator[None, None, list[Any]]:
+    """Return the members of a set as they are at one moment, yielding between parts of a large one."""
+    members: list[Any] = []
+    if len(source) > _READ_AT_ONCE:
+        untrack_all((members,))
+        iterator = iter(source)
+        try:
+            while part := list(islice(iterator, _READ_AT_ONCE)):
+                members += part
+                yield
+        except RuntimeError:
+            # It changed size on the way: noted anew, in one step, as it is now.
+            members[:] = source
+    else:
+        members += source
+    return members
+
+
+def _all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:
+    """Return whether all of some values are atoms, yielding between parts of many."""
+    for start in range(0, len(values), _READ_AT_ONCE):
+        if start:
+            yield
+        if not set(map(type, values[start : start + _READ_AT_ONCE])) <= ATOMIC:
+            return False
+    return True
 
 
 def _parent(node: Node) -> Node:

@@ -59,10 +59,10 @@ def build_batch(
         _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
         yield
     for block in batch.blocks:
-        members = [spec for index in block.indices if (spec := specs[index]) is not None]
         part = memory[block.offset : block.offset + block.nbytes]
-        _place(staged, block.indices, build_block(part, block, members))
-        yield
+        for indices, tensors in build_block(part, block, specs):
+            _place(staged, indices, tensors)
+            yield
 
 
 def build_destinations(batch: Batch, memory: np.ndarray[Any, Any]) -> dict[int, torch.Tensor]:

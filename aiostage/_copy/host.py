@@ -22,6 +22,9 @@ from aiostage._platform import yield_core
 
 __all__ = ["HostCopy"]
 
+_PIECES_AT_ONCE = 128
+"""Parts of leaves noted between two yields, at two microseconds each."""
+
 _MOVED_BYTES = 256 * 1024
 """From this size on a leaf is copied by a call of its own, whose cost does not show there."""
 
@@ -54,8 +57,10 @@ class HostCopy:
         # Runs of one spec follow each other in the arena too.
         for spec, runs in groupby(filter(_is_whole, batch.runs), _spec):
             yield from self._add_leaves(spec, list(runs))
-        for piece in batch.pieces:
+        for number, piece in enumerate(batch.pieces):
             self._add_piece(self._sources.spec(piece.index), piece)
+            if number % _PIECES_AT_ONCE == 0:
+                yield
 
     @property
     def ready(self) -> bool:

@@ -484,7 +484,7 @@ class Staging:
         """Make the staged tree."""
         walk = self._inspection.walk
         with Phase(self.timings, "rebuild"):
-            finish_leaves(walk.leaves, self.staged)
+            yield from finish_leaves(walk.leaves, self.staged)
             self.tree = yield from walk.rebuild(self.staged)
 
     def _report(self, error: BaseException | None) -> None:

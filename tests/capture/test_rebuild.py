@@ -58,7 +58,8 @@ def test_classes_and_gradients(cls: type[torch.Tensor], requires_grad: bool) -> 
 def test_a_block_ties_its_leaves() -> None:
     memory = np.zeros(40, dtype=np.uint8)
     specs = [spec([10]), spec([2, 2], stride=(4, 1)), spec([5], torch.int32)]
-    whole, part, other = build_block(memory, Block((0, 1, 2), (0, 8, 20), 0, 40), specs)
+    ((indices, (whole, part, other)),) = build_block(memory, Block((0, 1, 2), (0, 8, 20), 0, 40), specs)
+    assert indices == (0, 1, 2)
     assert {tensor.untyped_storage().data_ptr() for tensor in (whole, part, other)} == {memory.ctypes.data}
     whole.copy_(torch.arange(10.0))
     assert part.tolist() == [[2, 3], [6, 7]]

@@ -123,7 +123,7 @@ class TestSequences:
 def test_sets() -> None:
     source = {"a", "b"}
     witness = ContainerChanges()
-    witness.add_set(source, AT, 1)
+    witness.add_set(source, list(source), AT, 1)
     assert changed(witness) == []
     source.remove("a")
     source.add("c")
@@ -137,7 +137,7 @@ def test_attributes() -> None:
     thing = Thing()
     thing.value, thing.other = object(), object()  # type: ignore[attr-defined]
     witness = ContainerChanges()
-    witness.add_attributes(vars(thing), list(vars(thing).values()), AT, 0)
+    witness.add_attributes(vars(thing), list(vars(thing)), list(vars(thing).values()), AT, 0)
     assert changed(witness) == []
     thing.value = object()  # type: ignore[attr-defined]
     (path,) = changed(witness)
@@ -160,3 +160,30 @@ def test_large_containers_are_compared_in_steps() -> None:
     witness = ContainerChanges()
     witness.add_sequence(source, list(source), AT, 0)
     assert sum(1 for _ in witness.changed()) >= 10
+
+
+class TestLargeSets:
+    def note(self, source: set[Any]) -> ContainerChanges:
+        witness = ContainerChanges()
+        witness.add_set(source, list(source), AT, 1)
+        return witness
+
+    def test_taken_out_and_put_back(self) -> None:
+        source = {object() for _ in range(10_000)}
+        witness = self.note(source)
+        kept = sorted(source, key=id)
+        source.clear()
+        source.update(reversed(kept))
+        assert changed(witness) == []
+
+    def test_another_member_between_two_steps(self) -> None:
+        source: set[Any] = {object() for _ in range(10_000)}
+        witness = self.note(source)
+        assert changed(witness, lambda step: source.add(object()) if step == 1 else None) == [("at", 1)]
+
+    def test_one_for_another(self) -> None:
+        source: set[Any] = {object() for _ in range(10_000)}
+        witness = self.note(source)
+        source.pop()
+        source.add(object())
+        assert changed(witness) == [("at", 1)]

@@ -1,0 +1,225 @@
+"""A staging computes on the event loop in steps whose number grows with the tree, and a leaf costs it few calls.
+
+Counts, not times: they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aiostage import AsyncStager
+from aiostage._capture.leaves import Inspection, changed
+from aiostage._capture.plan import compile_plan
+from aiostage._capture.walk import Walk
+from aiostage._loop.slices import exhausted
+
+MANY = 100_000
+IN_ONE_STEP = 5000
+"""How many children one step may deal with at most: less than 5 ms, at below a microsecond each."""
+
+
+class Thing:
+    pass
+
+
+def with_attributes(owner: Any) -> Any:
+    for number in range(MANY):
+        setattr(owner, f"a{number}", float(number))
+    return owner
+
+
+def nested() -> Any:
+    tree: list[Any] = []
+    for _ in range(MANY):
+        tree = [tree]
+    return tree
+
+
+def views() -> list[torch.Tensor]:
+    base = torch.zeros(MANY + 10)
+    return [base[start : start + 10] for start in range(MANY)]
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    made = [torch.nn.Parameter(torch.zeros(1)) for _ in range(MANY // 10)]
+    for parameter in made:
+        parameter.info = {"a": 1}  # type: ignore[attr-defined]
+    return made
+
+
+TREES: dict[str, tuple[Callable[[], Any], int]] = {
+    "attributes of a tensor": (lambda: [with_attributes(torch.zeros(1))], MANY),
+    "attributes of an object": (lambda: [with_attributes(Thing())], MANY),
+    "overlapping views": (views, MANY),
+    "tuples": (lambda: [(number,) for number in range(MANY)], MANY),
+    "lists": (lambda: [[number] for number in range(MANY)], MANY),
+    "set": (lambda: [set(range(MANY))], MANY),
+    "defaultdict": (lambda: [defaultdict(list, {number: number for number in range(MANY)})], MANY),
+    "one tensor": (lambda: [torch.zeros(1)] * MANY, MANY),
+    "nesting": (nested, MANY),
+    "dict": (lambda: [{number: number for number in range(MANY)}], MANY),
+    "OrderedDict": (lambda: [OrderedDict((number, number) for number in range(MANY))], MANY),
+    "list": (lambda: [list(range(MANY))], MANY),
+    "parameters with attributes": (parameters, MANY // 10),
+    "bytearray": (lambda: [bytearray(2**26)], 2**26 // 100),
+    "ndarray": (lambda: [np.zeros(2**26, dtype=np.uint8)], 2**26 // 100),
+}
+
+
+def steps(work: Generator[None, None, Any]) -> tuple[int, Any]:
+    """Run a generator to its end, and return how many steps it took and what it returned."""
+    count = 0
+    while True:
+        count += 1
+        try:
+            next(work)
+        except StopIteration as stop:
+            return count, stop.value
+
+
+def walked(tree: Any, inspection: Inspection) -> Walk:
+    walk = Walk()
+    exhausted(walk.run(tree))
+    exhausted(walk.inspect(inspection))
+    exhausted(walk.settle(inspection))
+    return walk
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_steps_of_every_phase_grow_with_the_tree(name: str) -> None:
+    make, size = TREES[name]
+    tree = make()
+    walk, inspection = Walk(), Inspection(None)
+    fewest = size // IN_ONE_STEP
+    taken = {"run": steps(walk.run(tree))[0]}
+    inspected = steps(walk.inspect(inspection))[0] + steps(walk.settle(inspection))[0]
+    tensors = walk.leaves.tensors
+    if len(tensors) > IN_ONE_STEP:
+        taken["inspect"] = inspected
+        taken["plan"], _ = steps(compile_plan(walk.leaves.specs, walk.leaves.addresses))
+        taken["leaves"], found = steps(changed(walk.leaves, inspection))
+        assert found == []
+    again, found = steps(walk.changes.changed())
+    assert found == []
+    if name not in ("tuples", "overlapping views", "one tensor"):
+        taken["compare"] = again
+    taken["rebuild"], _ = steps(walk.rebuild([tensor.detach() for tensor in tensors]))
+    taken["release"], _ = steps(walk.releasing())
+    if name in ("bytearray", "ndarray"):
+        del taken["rebuild"], taken["release"]
+    assert {phase: count for phase, count in taken.items() if count < fewest} == {}
+    walk.release()
+    while name == "nesting" and tree:
+        inside = tree[0]
+        tree.clear()
+        tree = inside
+
+
+@pytest.mark.parametrize("make", [lambda: [deque(range(MANY))], lambda: [tuple(range(MANY))]], ids=["deque", "tuple"])
+def test_what_is_read_in_one_call_is_built_in_steps(make: Callable[[], Any]) -> None:
+    tree = make()
+    walk = walked(tree, Inspection(None))
+    count, copy = steps(walk.rebuild([]))
+    assert copy == tree
+    assert count >= MANY // IN_ONE_STEP
+    assert steps(walk.releasing())[0] >= (MANY // IN_ONE_STEP if isinstance(tree[0], deque) else 1)
+
+
+# Calls
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Return how many functions are called, those that are written in C included, where Python code calls them."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        if event in ("call", "c_call"):
+            count += 1
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+LEAVES = 20_000
+
+
+def flat() -> dict[str, torch.Tensor]:
+    return {str(number): torch.ones(1) for number in range(LEAVES)}
+
+
+class TestCalls:
+    """Ceilings for a warm staging of many small tensors: work is done by C, a few hundred leaves at a time."""
+
+    def test_note(self) -> None:
+        tree, inspection = flat(), Inspection(None)
+        walked(tree, inspection)
+        assert calls(lambda: exhausted(Walk().run(tree))) < LEAVES / 10
+
+    def test_inspect(self) -> None:
+        tree, inspection = flat(), Inspection(None)
+        for _ in range(3):
+            walked(tree, inspection)
+        walk = Walk()
+        exhausted(walk.run(tree))
+        assert calls(lambda: exhausted(walk.inspect(inspection))) < LEAVES / 10
+
+    def test_compare(self) -> None:
+        tree, inspection = flat(), Inspection(None)
+        for _ in range(3):
+            walked(tree, inspection)
+        walk = walked(tree, inspection)
+        assert calls(lambda: exhausted(changed(walk.leaves, inspection))) < LEAVES / 10
+        assert calls(lambda: exhausted(walk.changes.changed())) < LEAVES / 10
+
+    def test_rebuild_and_release(self) -> None:
+        tree = flat()
+        walk = walked(tree, Inspection(None))
+        staged = list(walk.leaves.tensors)
+        assert calls(lambda: exhausted(walk.rebuild(staged))) < LEAVES / 10
+        assert calls(lambda: exhausted(walk.releasing())) < LEAVES / 10
+
+    def test_a_container_costs_a_few_calls(self) -> None:
+        tree = {n: {"step": torch.ones(()), "a": torch.ones(1), "b": torch.ones(1)} for n in range(1000)}
+
+        def work() -> None:
+            walk = walked(tree, Inspection(None))
+            exhausted(walk.rebuild(list(walk.leaves.tensors)))
+            exhausted(walk.changes.changed())
+
+        assert calls(work) < 1000 * 150
+
+    @pytest.mark.asyncio
+    async def test_a_warm_staging(self) -> None:
+        tree = flat()
+        async with AsyncStager() as stager:
+            for _ in range(3):
+                await stager.stage(tree)
+            count = 0
+
+            def profile(frame: Any, event: str, argument: Any) -> None:
+                nonlocal count
+                count += event in ("call", "c_call")
+
+            sys.setprofile(profile)
+            try:
+                staged = await stager.stage(tree)
+            finally:
+                sys.setprofile(None)
+            assert len(staged) == LEAVES
+            assert count < LEAVES
+            # One gathering for a few thousand leaves.
+            before = stager.statistics().copies
+            await stager.stage(tree)
+            assert stager.statistics().copies - before <= 10
