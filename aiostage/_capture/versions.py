@@ -117,7 +117,8 @@ class ContainerChanges:
                 looked_at = 0
         for source, before, frame, slot in self._sets:
             # What was taken out and put back may stand elsewhere.
-            if not ((yield from _same(source, before)) or (yield from _same_members(source, before))):
+            same = len(source) == len(before) and (yield from _same(source, before))
+            if not (same or (yield from _same_members(source, before))):
                 paths[frame.path(slot)] = None
             yield
         for item, slots, frame, slot in self._slots:

@@ -20,7 +20,7 @@ from aiostage._capture.plan import compile_plan
 from aiostage._capture.walk import Walk
 from aiostage._loop.slices import exhausted
 
-MANY = 100_000
+MANY = 40_000
 IN_ONE_STEP = 5000
 """How many children one step may deal with at most: less than 5 ms, at below a microsecond each."""
 

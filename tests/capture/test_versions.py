@@ -187,3 +187,18 @@ class TestLargeSets:
         source.pop()
         source.add(object())
         assert changed(witness) == [("at", 1)]
+
+    @pytest.mark.parametrize("size", [0, 1, 3, 2048, 2049])
+    def test_one_more(self, size: int) -> None:
+        source: set[Any] = set(range(size))
+        witness = self.note(source)
+        assert changed(witness) == []
+        source.add(size)
+        assert changed(witness) == [("at", 1)]
+
+    @pytest.mark.parametrize("size", [1, 3, 2048, 2049])
+    def test_one_fewer(self, size: int) -> None:
+        source: set[Any] = set(range(size))
+        witness = self.note(source)
+        source.remove(size - 1)
+        assert changed(witness) == [("at", 1)]
