@@ -60,7 +60,7 @@ class Memo(dict[int, Any]):
         return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
 
     def forget(self) -> None:
-        """Let go of everything; the memo may live on in objects that keep theirs."""
+        """Drop all references; the memo may live on in objects that keep theirs."""
         self.clear()
         self.suspended.clear()
         self.nodes, self.leaf_of = {}, {}

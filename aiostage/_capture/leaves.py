@@ -160,7 +160,7 @@ class Leaves:
         return index
 
     def release(self) -> None:
-        """Let go of every tensor."""
+        """Drop every tensor."""
         self._count = len(self)
         # Copies that run still hold the lists of those that they read.
         self.tensors = []

@@ -218,7 +218,7 @@ class Walk:
             yield
 
     def release(self) -> None:
-        """Let go of the source and of the copy; only paths can be asked for from now on."""
+        """Drop the source and the copy; only paths can be asked for from now on."""
         self.leaves.release()
         self._early = None
         for held in (

@@ -129,7 +129,7 @@ class DeviceCopy:
         transfer = bandwidth.announce(self.device, self.nbytes, stream)
         copies, launches = len(self._destinations), self._launches
         keep: list[object] = [self._leaves, self._destinations, self._memory]
-        # What was gathered belongs to the stream. Let go of now, its memory serves the next batch; kept, all small
+        # What was gathered belongs to the stream. Dropped now, its memory serves the next batch; kept, all small
         # leaves would lie on the device twice until they have been copied.
         self._sources = []
         return PendingCopy(event, transfer, self.device, self.nbytes, self.number, copies, launches, keep)

@@ -43,7 +43,7 @@ _NO_MEMORY = np.empty(0, dtype=np.uint8)
 
 
 _NOT_BUILT = object()
-_ABANDONED = "the staging was abandoned while somebody waited for it."
+_ABANDONED = "the staging was abandoned while a task waited for it."
 
 
 class State(Enum):

@@ -108,7 +108,7 @@ class Window:
             nbytes: How many.
 
         Raises:
-            StagingError: If they have passed already.
+            StagingError: If they were already consumed.
             HostMemoryError: If they do not lie in one chunk.
 
         May be cancelled; that changes nothing.
@@ -125,7 +125,7 @@ class Window:
             await self._news.wait()
         if chunk.memory is None:
             raise StagingError(
-                "these bytes have passed already.", remedy="Give a streamed snapshot to one consumer only."
+                "these bytes were already consumed.", remedy="Give a streamed snapshot to one consumer only."
             )
         return chunk.memory[start - chunk.start : start - chunk.start + nbytes]
 

@@ -203,7 +203,7 @@ class Loading:
         contents = await self._slices.run(contents_of(read, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
-        # The memory may be what the caller's streams have let go of and still use.
+        # The memory may be what was freed on the caller's streams, which still use it.
         self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
         await checkpoint.read(parts)
         if parts_of:

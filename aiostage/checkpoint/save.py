@@ -1,4 +1,4 @@
-"""A tree to a checkpoint that appears whole or not at all."""
+"""Saves a tree to a checkpoint that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coro
     """Begin to stage a tree, at this moment.
 
     Returns:
-        A snapshot to be entered, whose bytes can be written as they land, or else a coroutine that returns a staged
+        A snapshot to be entered, whose bytes can be written as they are copied, or a coroutine that returns a staged
         tree.
     """
     state_dict = states_of(state_dict)

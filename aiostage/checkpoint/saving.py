@@ -148,7 +148,7 @@ class Saving:
         )
 
     async def _write_snapshot(self, writer: CheckpointWriter, snapshot: Snapshot[Any]) -> CheckpointInfo:
-        """Write leaves as they land, and notice when the last one has."""
+        """Write leaves as they are copied, and record when the last one is."""
         written: list[CheckpointInfo] = []
 
         async def write() -> None:

@@ -77,7 +77,7 @@ class CheckpointWriter:
 
         Args:
             staged: In host memory; does not change until :meth:`write` returns.
-            snapshot: Whose outline the tree is; its bytes are then written as they land. None if all are there.
+            snapshot: Whose outline the tree is; its bytes are then written as they are copied. None if all are there.
 
         Raises:
             UnsupportedLeafError: If something cannot be carried.

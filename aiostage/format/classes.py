@@ -36,7 +36,7 @@ _HEAP_TYPE = 1 << 9
 
 
 class PlainObject:
-    """An object of a class that :func:`load` was not told of: what it is made of, and its class's name.
+    """An object of a class that :func:`load` was not given: what it is made of, and its class's name.
 
     Saved again it is the same object of the same class.
 

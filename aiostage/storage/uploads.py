@@ -41,7 +41,7 @@ _NO_LIST = "unexpected response to ListMultipartUploads: not a list of open uplo
 _SIGNED_FOR = timedelta(minutes=5)
 
 _TIMEOUT_SECONDS = 30.0
-"""What obstore's stores allow a request unless told."""
+"""What obstore's stores allow a request by default."""
 
 _REPLACED = frozenset(("endpoint", "aws_endpoint_url_s3", "endpoint_url_s3", "virtual_hosted_style_request"))
 """What says where a store is. The third is what obstore makes of the second, and does not take."""
@@ -60,7 +60,7 @@ class _FailedError(OSError):
 class OpenUploads:
     """The uploads that are open in an S3 bucket.
 
-    Requests go through the proxy that the store has been told of, or the environment's, trust the same certificates,
+    Requests go through the proxy of the store's options, or the environment's, trust the same certificates,
     and are retried as often as the store retries its own.
 
     Args:
