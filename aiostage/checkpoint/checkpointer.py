@@ -377,7 +377,8 @@ class Checkpointer:
 
     def _take_failures(self) -> list[Exception]:
         """Return the errors that no caller has received, for the caller that receives them by this."""
-        failures = [failure for handle in self._failed if (failure := handle.error) is not None]
+        failed = sorted(self._failed, key=lambda handle: handle.step)
+        failures = [failure for handle in failed if (failure := handle.error) is not None]
         if self._not_removed is not None:
             failures.append(self._not_removed)
         self._failed.clear()

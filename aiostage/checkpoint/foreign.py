@@ -15,7 +15,7 @@ import torch
 
 from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError, CheckpointError
-from aiostage.storage.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, read_header
+from aiostage.storage.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
 __all__ = ["Read", "recognize"]
 
@@ -56,6 +56,9 @@ def recognize(path: str) -> Read | None:
 def _recognize_directory(path: str, names: list[str]) -> Read | None:
     if ".metadata" in names:
         return partial(_read_distributed, path)
+    if any(_is_ours(os.path.join(path, name)) for name in names if name.endswith(_SAFETENSORS)):
+        # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to be told of.
+        return None
     for ending in (_INDEX, _TORCH_INDEX):
         found = [name for name in names if name.endswith(ending)]
         if found:
@@ -70,6 +73,12 @@ def _recognize_directory(path: str, names: list[str]) -> Read | None:
     if any(name.endswith(".distcp") for name in names):
         raise _cannot(path, "a distributed checkpoint without its .metadata, whose save did not end", None)
     return None
+
+
+def _is_ours(path: str) -> bool:
+    """Return whether a file was written as a part of a checkpoint of aiostage."""
+    with open(path, "rb") as file:
+        return file.read(HEADER_LENGTH_BYTES + len(METADATA))[HEADER_LENGTH_BYTES:] == METADATA
 
 
 def _one(path: str, names: list[str]) -> str:
@@ -168,7 +177,10 @@ def _read_safetensors(path: str, verify: bool) -> dict[str, torch.Tensor]:
             memory = bytearray(record.stop - record.start)
             if file.readinto(memory) != len(memory):
                 raise CheckpointCorruptError("it ended while it was read.", path=path)
-            tensor = torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
+            if memory:
+                tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            else:
+                tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
             found[record.name] = tensor.view(DTYPES[record.dtype]).view(record.shape)
     return found
 

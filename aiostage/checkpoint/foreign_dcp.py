@@ -137,7 +137,7 @@ class _Checkpoint:
         # A chunk is as large as its bytes, so a checkpoint cannot ask for more than it has.
         if nbytes > sum(self._places[name, tuple(chunk.offsets)].length for chunk in entry.chunks):
             raise ValueError(f"the chunks of {name!r:.80} do not cover it")
-        made = torch.empty(entry.size, dtype=dtype)
+        made = torch.empty(entry.size, dtype=dtype, device="cpu")
         filled = 0
         for chunk in entry.chunks:
             part = self._load(self._places[name, tuple(chunk.offsets)])

@@ -25,7 +25,7 @@ def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     state = {
         # Of hundreds of numbers, which as a tensor take no entry each.
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64, device="cpu"), "gauss": gauss},
         "numpy": np.random.get_state(legacy=False),
         "cpu": torch.get_rng_state(),
     }

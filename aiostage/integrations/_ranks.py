@@ -29,7 +29,7 @@ class Ranks:
         """Return whether any rank says so."""
         if self.alone:
             return flag
-        said = torch.tensor([flag], dtype=torch.int32)
+        said = torch.tensor([flag], dtype=torch.int32, device="cpu")
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._gloo())
         return bool(said.item())
 

@@ -19,6 +19,7 @@ __all__ = [
     "HEADER_LENGTH_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_TENSOR_NAME",
+    "METADATA",
     "Record",
     "header_cost",
     "read_header",
@@ -59,6 +60,9 @@ HEADER_LENGTH_BYTES = 8
 
 HEADER_ALIGNMENT = 4096
 """Headers are padded so that the data starts on a page, which direct I/O and mapping want."""
+
+METADATA = b'{"__metadata__":{"format":"pt","writer":"aiostage"}'
+"""How every header begins that is written here."""
 
 MAX_HEADER_BYTES = 100_000_000
 """What the reference implementation accepts."""
@@ -108,7 +112,7 @@ def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
         The length, the JSON and padding; a multiple of :data:`HEADER_ALIGNMENT` long.
     """
     header = bytearray(HEADER_LENGTH_BYTES)
-    header += b'{"__metadata__":{"format":"pt"}'
+    header += METADATA
     for index, record in enumerate(records):
         name = encode_basestring(record.name)
         sizes = record.shape if record.dtype != _PACKED else (*record.shape[:-1], 2 * record.shape[-1])

@@ -54,7 +54,7 @@ async def test_safetensors(tmp_path: Path) -> None:
     assert_equal(load_file(path), flat(saved))
     assert_equal(flat(await aiostage.load(info.path)), flat(saved))
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "writer": "aiostage"}
         assert torch.equal(file.get_slice("model.0.weight")[3:5], saved["model"]["0.weight"][3:5])
 
 

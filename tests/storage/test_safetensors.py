@@ -59,7 +59,7 @@ class TestWriteHeader:
         }
         assert found["scalar"] == 20
         with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata() == {"format": "pt", "writer": "aiostage"}
 
     @pytest.mark.parametrize("name", DTYPES)
     def test_every_dtype_is_opened_by_the_reference_implementation(self, tmp_path: Path, name: str):
