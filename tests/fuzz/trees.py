@@ -424,7 +424,9 @@ class Grower:
         if kind == 0 or self.circles > self.circular:
             made.note = f"note {self.number()}"  # type: ignore[attr-defined]
         elif kind == 1:
-            made.twin = self.again()  # type: ignore[attr-defined]
+            twin = self.again()
+            # A bound method on a tensor is code and passed through, where deepcopy copies the object behind it.
+            made.twin = None if isinstance(twin, types.MethodType) else twin  # type: ignore[attr-defined]
         elif kind == 2 and self.circular:
             made.circle = [made]  # type: ignore[attr-defined]
         elif kind == 3:
