@@ -424,15 +424,18 @@ class Grower:
         if kind == 0 or self.circles > self.circular:
             made.note = f"note {self.number()}"  # type: ignore[attr-defined]
         elif kind == 1:
-            twin = self.again()
-            # A bound method on a tensor is code and passed through, where deepcopy copies the object behind it.
-            made.twin = None if isinstance(twin, types.MethodType) else twin  # type: ignore[attr-defined]
+            made.twin = _copied(self.again())  # type: ignore[attr-defined]
         elif kind == 2 and self.circular:
             made.circle = [made]  # type: ignore[attr-defined]
         elif kind == 3:
-            made.owner = self.back()  # type: ignore[attr-defined]
+            made.owner = _copied(self.back())  # type: ignore[attr-defined]
         else:
-            made.inside = self.node(depth + 1)  # type: ignore[attr-defined]
+            made.inside = _copied(self.node(depth + 1))  # type: ignore[attr-defined]
+
+
+def _copied(value: object) -> object:
+    """Return what may be an attribute of a tensor: a bound method there is code, and passed through by design."""
+    return None if isinstance(value, types.MethodType) else value
 
 
 class _Is:
