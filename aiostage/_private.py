@@ -24,6 +24,7 @@ __all__ = [
     "narrow_by_index",
     "prepared_by",
     "require",
+    "share_ragged_size",
     "slot_names",
     "storage_identity",
     "without_torch_function",
@@ -81,8 +82,9 @@ asyncio_backend: Any = find("anyio._backends._asyncio")
 DISTRIBUTED = {
     "storage_setup": "torch.distributed.checkpoint._storage_utils._storage_setup",
     "narrow_tensor_by_index": "torch.distributed._shard._utils.narrow_tensor_by_index",
+    "ragged_sizes": "torch.nested._internal.nested_tensor._tensor_symint_registry",
 }
-"""Looked up when they are asked for, because they take torch.distributed.checkpoint with them."""
+"""Looked up when they are asked for, because they take much of PyTorch with them that few programs need."""
 
 ACCELERATE = {
     "prepared_models": "_models",
@@ -112,6 +114,7 @@ CONSEQUENCES = {
     "cuda_has_context": "every device is taken to have a context",
     "storage_setup": "dcp.save and dcp.load raise StagingError",
     "narrow_tensor_by_index": "Tensor.narrow is called for each dimension instead",
+    "ragged_sizes": "a staged jagged tensor cannot be combined with its source, only with its own like",
     "new_object": "objects are only built once all their tensors are there",
     "is_traceable_wrapper": "a subclass with __tensor_flatten__ and __tensor_unflatten__ is taken for a wrapper",
     "_slotnames": "the slots of a class are found through its bases",
@@ -217,6 +220,17 @@ def narrow_by_index(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterabl
     for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tensor = tensor.narrow(dimension, offset, size)
     return tensor
+
+
+def share_ragged_size(source: torch.Tensor, staged: torch.Tensor) -> None:
+    """Let the offsets, or lengths, of a staged jagged tensor stand for the same ragged size as those of its source.
+
+    Jagged tensors combine only if their ragged sizes are one symbol, which PyTorch keeps by the identity of the tensor
+    that defines it. copy.deepcopy of a jagged tensor keeps that tensor itself.
+    """
+    sizes = find(DISTRIBUTED["ragged_sizes"])
+    if sizes is not None and source in sizes:
+        sizes[staged] = sizes[source]
 
 
 def slot_names(cls: type) -> list[str]:

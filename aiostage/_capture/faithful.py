@@ -397,8 +397,15 @@ def _wrapper(tensor: Any) -> Composite:
     kept = {name: value for name, value in inner.items() if name not in names}
     cls, size, stride = type(tensor), tensor.size(), tensor.stride()
 
+    ragged = None
+    if tensor.layout is torch.jagged:
+        ragged = "_lengths" if "_lengths" in names else "_offsets"
+
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        result = cls.__tensor_unflatten__(dict(zip(names, staged, strict=True)) | kept, context, size, stride)
+        made = dict(zip(names, staged, strict=True))
+        if ragged in made:
+            _private.share_ragged_size(inner[ragged], made[ragged])
+        result = cls.__tensor_unflatten__(made | kept, context, size, stride)
         return _finished(result, tensor)
 
     # Putting the source's own parts together costs nothing and shows which attributes that sets. What else is private

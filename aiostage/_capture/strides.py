@@ -15,7 +15,7 @@ def stride_of_values(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the strides that copy.deepcopy gives the values of a conjugate or negative view.
 
     Derived, because a tensor without memory, on the meta device, could only be asked at the price of importing
-    torch._dynamo, which takes seconds.
+    PyTorch's compiler, which takes seconds.
     """
     shape, stride = tuple(tensor.shape), tensor.stride()
     if tensor.is_conj() and not _fills(shape, stride, _by_stride(shape, stride)):

@@ -15,7 +15,17 @@ from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 from aiostage.storage.safetensors import DTYPE_NAMES, MAX_TENSOR_NAME
 
-__all__ = ["CARRIERS", "MAX_SPREAD", "FileTensor", "Leaf", "file_tensors", "groups", "is_injective", "measure"]
+__all__ = [
+    "CARRIERS",
+    "MAX_SPREAD",
+    "FileTensor",
+    "Leaf",
+    "contiguous_strides",
+    "file_tensors",
+    "groups",
+    "is_injective",
+    "measure",
+]
 
 MAX_SPREAD = 4
 """Leaves whose memory is at most this many times their elements are written as elements, without the gaps."""
@@ -192,7 +202,7 @@ def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
     if dtype is None or node.form or not leaf.contiguous:
         return None
     name = names.name(node)
-    node.form = {"name": name}
+    node.form = {"name": name} | _unusual_strides(tensor)
     shape, nbytes = tuple(tensor.shape), leaf.stop - leaf.address
     return FileTensor(name, dtype, shape, nbytes, tensor.element_size(), leaf.address, tensor)
 
@@ -213,7 +223,9 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
     name = names.name(leaf.node)
     for sharer in sharers:
         form: dict[str, Any] = {"name": name}
-        if not leaf.contiguous:
+        if leaf.contiguous:
+            form |= _unusual_strides(tensor)
+        else:
             form["stride"] = list(tensor.stride())
         if _name_in_format(tensor) is None:
             form |= {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
@@ -271,6 +283,27 @@ def _memory(group: Sequence[Leaf], names: _Names) -> FileTensor:
         } | leaf.node.form
     element_bytes = math.gcd(stop - start, itemsize)
     return FileTensor(name, dtype, shape, stop - start, element_bytes, start, [leaf.tensor for leaf in group])
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides that PyTorch gives a new tensor."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _unusual_strides(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return what a node says of a contiguous tensor whose dimensions of size 1 have strides of their own.
+
+    They say nothing of where elements lie, but are the memory format: that of a channels_last weight, for one.
+    """
+    shape, stride = tensor.shape, tensor.stride()
+    if 1 not in shape or 0 in shape or stride == contiguous_strides(shape):
+        return {}
+    # With an offset it is a view as any other, and not a tensor whose elements lie in another order in its file.
+    return {"stride": list(stride), "offset": 0}
 
 
 def is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:

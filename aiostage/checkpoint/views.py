@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD, is_injective
+from aiostage.checkpoint.blocks import CARRIERS, MAX_SPREAD, contiguous_strides, is_injective
 from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.values import torch_constant
 from aiostage.errors import shown
@@ -85,7 +85,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, Record]) -> View:
     record = records[name]
     dtype = torch_constant(form["dtype"]) if "dtype" in form else DTYPES[record.dtype]
     shape = checked_sizes(form["shape"]) if "shape" in form else record.shape
-    stride = checked_sizes(form["stride"]) if "stride" in form else _contiguous(shape)
+    stride = checked_sizes(form["stride"]) if "stride" in form else contiguous_strides(shape)
     if dtype in _QUANTIZED:
         raise ValueError(f"{dtype} needs a quantization scheme")
     if len(stride) != len(shape):
@@ -169,11 +169,3 @@ def contents_of(
         if count % _CHUNK == 0:
             yield
     return contents
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))

@@ -167,7 +167,7 @@ class _Describing:
                 self.visit(getattr(item, name), f"{path}.{name}")
 
     def array(self, array: Any, path: str) -> None:
-        self.note(path, repr(array.dtype), array.shape, array.strides, array.flags.writeable)
+        self.note(path, repr(array.dtype), array.shape, array.strides if array.size else None, array.flags.writeable)
         if isinstance(array, numpy.ma.MaskedArray):
             self.note(path, "mask", numpy.ma.getmaskarray(array).tobytes(), str(array.fill_value))
             array = array.data

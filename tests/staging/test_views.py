@@ -66,3 +66,28 @@ async def test_leaves_of_one_kind_with_others_between_them_are_cast_each_from_it
     async with aiostage.AsyncStager(aiostage.StagingOptions(dtype=torch.bfloat16)) as stager:
         staged = await stager.stage(source)
     assert [staged[str(n)].tolist() for n in range(9)] == [[float(n)] * 3 for n in range(9)]
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 1, 1), (1, 4, 3, 1), (1, 1, 1, 1)])
+async def test_strides_of_dimensions_of_size_one_are_kept(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = torch.randn(shape).to(memory_format=torch.channels_last)
+    source = {"weight": weight, "again": weight}
+    async with aiostage.AsyncStager() as stager:
+        staged = await stager.stage(source)
+    await aiostage.save(source, tmp_path / "checkpoint")
+    loaded = await aiostage.load(tmp_path / "checkpoint")
+    live = {name: torch.zeros(shape).to(memory_format=torch.channels_last) for name in source}
+    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    for copy in (staged, loaded, live):
+        assert copy["weight"].stride() == weight.stride()
+        assert torch.equal(copy["weight"], weight)
+    assert loaded["weight"] is loaded["again"]
+
+
+async def test_a_staged_jagged_tensor_combines_with_its_source() -> None:
+    source = torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
+    async with aiostage.AsyncStager() as stager:
+        first = await stager.stage({"jagged": source})
+        second = await stager.stage({"jagged": source})
+    for sum_of_two in (first["jagged"] + source, first["jagged"] + second["jagged"]):
+        assert [part.tolist() for part in sum_of_two.unbind()] == [[[2.0] * 3] * 2, [[0.0] * 3] * 4]
