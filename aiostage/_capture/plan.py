@@ -261,20 +261,32 @@ def _separate(
 def _aligned(
     members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]
 ) -> Generator[None, None, bool]:
-    """Return whether every member begins a whole number of its own elements after the first.
+    """Return whether every member begins a whole number of its own elements after the beginning of their block.
 
     Views of one storage always do. Memory that two storages describe differently (overlapping NumPy arrays) may not,
     and is copied once for each.
     """
-    base = addresses[members[0]]
+    sizes: set[int] = set()
     for start in range(0, len(members), LOOKED_AT):
-        if start:
-            yield
+        sizes.update(spec.dtype.itemsize for index in members[start : start + LOOKED_AT] if (spec := specs[index]))
+        yield
+    base = _block_base(addresses[members[0]], sizes)
+    for start in range(0, len(members), LOOKED_AT):
         for index in members[start : start + LOOKED_AT]:
             spec = specs[index]
             if spec is None or (addresses[index] - base) % spec.dtype.itemsize:
                 return False
+        yield
     return True
+
+
+def _block_base(first: int, sizes: set[int]) -> int:
+    """Return where the block of overlapping leaves begins in the source, for element sizes and the first address.
+
+    A view of another dtype may begin before the others, within one of their elements: then the block begins with that
+    element, so that all leaves begin at whole elements of it. The bytes before the first leaf belong to no leaf.
+    """
+    return first if len(sizes) == 1 else first - first % max(sizes)
 
 
 class _Builder:
@@ -382,6 +394,7 @@ class _Builder:
         casts: list[int] = []
         mixed = False
         reach = 0
+        sizes: set[int] = set()
         for start in range(0, len(members), LOOKED_AT):
             for index in members[start : start + LOOKED_AT]:
                 spec = self.spec(index)
@@ -389,10 +402,11 @@ class _Builder:
                     casts.append(index)
                 mixed = mixed or (spec.dtype, spec.target) != (first.dtype, first.target)
                 reach = max(reach, self.addresses[index] + spec.nbytes)
+                sizes.add(spec.dtype.itemsize)
             yield
         if casts and mixed:
             raise MixedCast(casts[0])
-        base = self.addresses[members[0]]
+        base = _block_base(self.addresses[members[0]], sizes)
         # In bytes of the staged copy for each byte of the source: other than 1 only when the whole block is cast.
         numerator, denominator = first.target.itemsize, first.dtype.itemsize
         if not casts:

@@ -91,3 +91,13 @@ async def test_a_staged_jagged_tensor_combines_with_its_source() -> None:
         second = await stager.stage({"jagged": source})
     for sum_of_two in (first["jagged"] + source, first["jagged"] + second["jagged"]):
         assert [part.tolist() for part in sum_of_two.unbind()] == [[[2.0] * 3] * 2, [[0.0] * 3] * 4]
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+async def test_a_view_of_another_dtype_may_begin_within_an_element_of_the_others(first: int, tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    source = {"halves": base.view(torch.int16)[first:9], "rest": base[1:6], "doubles": base.view(torch.float64)[1:4]}
+    async with aiostage.AsyncStager() as stager:
+        check(await stager.stage(source), source)
+    await aiostage.save(source, tmp_path / "checkpoint")
+    check(await aiostage.load(tmp_path / "checkpoint"), source)
