@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from aiostage import AsyncStager, RankFailedError, StagingError, UnsupportedLeafError, dcp
+from aiostage.dcp.errors import RanksFailedError
 from tests.dcp.world import World
 
 TIMEOUT = 20.0
@@ -338,7 +339,7 @@ class TestOneRankFails:
             ("leaf", UnsupportedLeafError, "UnsupportedLeafError: state_dict['bad']"),
             ("stateful", ZeroDivisionError, "ZeroDivisionError: division by zero"),
             ("setup", ZeroDivisionError, "ZeroDivisionError: division by zero"),
-            ("writer", RankFailedError, "OSError: [Errno 28] No space left on device"),
+            ("writer", RanksFailedError, "OSError: [Errno 28] No space left on device"),
         ],
     )
     def test_every_rank_is_told(
