@@ -73,6 +73,9 @@ MAX_TENSOR_NAME = 512
 _CHUNK = 256
 """Records handled between two yields."""
 
+_MAX_RECORD = 65_536
+"""Longest description of one tensor that is read, in characters; a thousand dimensions take a third of it."""
+
 _WHITESPACE = " \t\n\r"
 
 _RECORD_OVERHEAD = 96
@@ -182,7 +185,15 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
             position = _skip(text, position)
             if not isinstance(name, str) or text[position] != ":":
                 raise ValueError(f"a name and a colon are expected before character {position}")
-            value, position = decoder.raw_decode(text, _skip(text, position + 1))
+            position = _skip(text, position + 1)
+            if name != "__metadata__":
+                # What describes a tensor has no braces inside, so that its end is found before it is parsed.
+                end = text.find("}", position, position + _MAX_RECORD)
+                if end < 0 or text.find("{", position + 1, end) >= 0:
+                    raise ValueError(
+                        f"what describes {shown(name)} is no tensor, or takes over {_MAX_RECORD} characters"
+                    )
+            value, position = decoder.raw_decode(text, position)
             yield name, value
             position = _skip(text, position)
             if position != last:

@@ -145,7 +145,7 @@ class TestStreams:
                 async with AsyncStager(StagingOptions(max_loop_hold=1e-9), backend=accelerator) as stager:
                     with stream:
                         task = asyncio.ensure_future(stager.stage(state))
-                    for _ in range(seed % 14):
+                    for _ in range(seed % 14 * 60):
                         await asyncio.sleep(0)
                     accelerator.launch(lambda t: t.fill_(7), state["last"]["19"], seconds=1e-3, stream=stream)
                     try:

@@ -220,7 +220,7 @@ def test_the_page_shows_it_all_live(service: Service, tmp_path: Path) -> None:
 
 
 def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Service) -> None:
-    rate, seconds = 100, 2
+    rate, duration = 100, 2
 
     async def load(url: str) -> list[int]:
         async def one(client: httpx.AsyncClient, due: float) -> int:
@@ -229,7 +229,7 @@ def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Serv
 
         limits = httpx.Limits(max_connections=50)
         async with httpx.AsyncClient(base_url=url, timeout=seconds(30), limits=limits, trust_env=False) as client:
-            return await asyncio.gather(*(one(client, number / rate) for number in range(rate * seconds)))
+            return await asyncio.gather(*(one(client, number / rate) for number in range(rate * duration)))
 
     for name in ("job-2", "job-3"):
         service.post("/api/jobs", {"name": name, "width": 768, "steps": 100_000, "pace": 0.25})
@@ -239,7 +239,7 @@ def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Serv
         before[name] = service.until(lambda job: committed(job), name)["checkpoints"][-1]["id"]
     begin = time.monotonic()
     statuses = asyncio.run(load(service.url))
-    assert statuses == [200] * (rate * seconds)
-    assert time.monotonic() - begin < 5 * seconds, "far from keeping up"
+    assert statuses == [200] * (rate * duration)
+    assert time.monotonic() - begin < 5 * duration, "far from keeping up"
     for name in names:
         service.until(lambda job, last=before[name]: int(committed(job)[-1]["id"]) > int(last), name)
