@@ -202,8 +202,10 @@ def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
     if dtype is None or node.form or not leaf.contiguous:
         return None
     name = names.name(node)
-    node.form = {"name": name} | _unusual_strides(tensor)
     shape, nbytes = tuple(tensor.shape), leaf.stop - leaf.address
+    node.form = {"name": name}
+    if 1 in shape:
+        node.form |= _unusual_strides(tensor)
     return FileTensor(name, dtype, shape, nbytes, tensor.element_size(), leaf.address, tensor)
 
 

@@ -9,6 +9,7 @@ however deep the tree is.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,9 +147,9 @@ def write_manifest(
     }
     text = bytearray(_dump(about).encode()[:-1] + b",\n" + _FILES + b"\n")
     lines = (_dump({"name": file.name, "nbytes": file.nbytes, "digests": file.digests}) for file in files)
-    yield from _extend(text, lines)
+    yield from _extend(text, lines, math.inf)
     text += _NODES + b"\n"
-    yield from _extend(text, _counted(nodes, files))
+    yield from _extend(text, nodes, _most_nodes(files))
     text += _END % xxhash.xxh3_64_hexdigest(text).encode()
     return text
 
@@ -158,10 +159,10 @@ def _most_nodes(files: Iterable[FileRecord]) -> int:
     return min(MAX_NODES, _NODES_WITHOUT_FILES + sum(file.nbytes for file in files) // _BYTES_A_NODE)
 
 
-def _counted(nodes: Iterable[str], files: Iterable[FileRecord]) -> Iterator[str]:
-    """Iterate over the lines of nodes, unless there are more than would be read."""
-    left = _most_nodes(files)
-    for line in nodes:
+def _extend(text: bytearray, lines: Iterable[str], left: float) -> Generator[None, None, None]:
+    """Append lines with commas between them, unless there are more nodes than would be read."""
+    separator = b""
+    for number, line in enumerate(lines):
         left -= not line.startswith(_MORE)
         if left < 0:
             raise CheckpointError(
@@ -169,13 +170,6 @@ def _counted(nodes: Iterable[str], files: Iterable[FileRecord]) -> Iterator[str]
                 f"than {MAX_NODES:,}.",
                 remedy="Put bulk data into tensors.",
             )
-        yield line
-
-
-def _extend(text: bytearray, lines: Iterable[str]) -> Generator[None, None, None]:
-    """Append lines with commas between them."""
-    separator = b""
-    for number, line in enumerate(lines):
         text += separator
         text += line.encode("ascii")
         separator = b",\n"
