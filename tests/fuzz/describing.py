@@ -226,7 +226,9 @@ class _Describing:
 def _bytes(tensor: torch.Tensor) -> bytes:
     plain = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     # The bytes of a tensor whose dtype NumPy does not know.
-    return bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.numel() else b""
+    if not plain.numel() or plain.is_meta:
+        return b""
+    return bytes(plain.view(torch.uint8).numpy().tobytes())
 
 
 def _order(item: Any) -> str:
