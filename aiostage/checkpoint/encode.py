@@ -345,7 +345,10 @@ class TreeEncoder:
         else:
             node.kind, parts, node.form = taken
             node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
-        self._note_autograd(node, tensor, type(tensor) is torch.nn.Parameter, found)
+        parameter = type(tensor) is torch.nn.Parameter
+        # Most tensors are neither, and a call for each of them shows.
+        if parameter or tensor.requires_grad:
+            self._note_autograd(node, tensor, parameter, found)
 
     def _note_autograd(self, node: Node, tensor: torch.Tensor, parameter: bool, found: list[Node]) -> None:
         """Say whether a tensor is a parameter and requires a gradient, and which it has."""
