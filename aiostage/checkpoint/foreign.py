@@ -6,10 +6,10 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from importlib import import_module
 from pickle import UnpicklingError
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -17,10 +17,27 @@ from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.storage.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
-__all__ = ["Read", "recognize"]
+__all__ = ["Read", "recognize", "shards_of"]
 
-Read: TypeAlias = "Callable[[bool], Any]"
-"""Reads a checkpoint; called with whether its checksums are to be compared."""
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Reads a checkpoint of another program; called with whether its checksums are to be compared. Blocks.
+
+    Attributes:
+        kind: ``"torch"``, ``"safetensors"``, ``"shards"`` for an index of such files, or ``"dcp"``.
+        path: Of the file, or of the directory of a checkpoint of ``torch.distributed.checkpoint``.
+        reads: What reads it.
+    """
+
+    kind: str
+    path: str
+    reads: Callable[[str, bool], Any]
+
+    def __call__(self, verify: bool) -> Any:
+        """Read all of it."""
+        return self.reads(self.path, verify)
+
 
 _MAX_INDEX_BYTES = 100 << 20
 _START_BYTES = 64
@@ -55,7 +72,7 @@ def recognize(path: str) -> Read | None:
 
 def _recognize_directory(path: str, names: list[str]) -> Read | None:
     if ".metadata" in names:
-        return partial(_read_distributed, path)
+        return Read("dcp", path, _read_distributed)
     if any(_is_ours(os.path.join(path, name)) for name in names if name.endswith(_SAFETENSORS)):
         # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to be told of.
         return None
@@ -93,17 +110,17 @@ def _one(path: str, names: list[str]) -> str:
 
 def _recognize_file(path: str) -> Read | None:
     if path.endswith((_INDEX, _TORCH_INDEX)):
-        return partial(_read_shards, path)
+        return Read("shards", path, _read_shards)
     with open(path, "rb") as file:
         start = file.read(_START_BYTES)
         nbytes = os.fstat(file.fileno()).st_size
     if start.startswith(b"PK"):
         return _recognize_archive(path)
     if start.startswith(_LEGACY_TORCH):
-        return partial(_read_torch, path)
+        return Read("torch", path, _read_torch)
     length = int.from_bytes(start[:HEADER_LENGTH_BYTES], "little")
     if start[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + 1] == b"{" and length <= nbytes - HEADER_LENGTH_BYTES:
-        return partial(_read_safetensors, path)
+        return Read("safetensors", path, _read_safetensors)
     for magic, what, remedy in _OTHERS:
         if start.startswith(magic):
             raise _cannot(path, what, remedy)
@@ -121,7 +138,7 @@ def _recognize_archive(path: str) -> Read:
     if "archive_format" in names:
         raise _cannot(path, "an exported program, which is code", "Read it with torch.export.load().")
     if "data.pkl" in names:
-        return partial(_read_torch, path)
+        return Read("torch", path, _read_torch)
     if any(name.endswith(".npy") for name in names):
         raise _cannot(path, "an archive of arrays of NumPy", "Read it with numpy.load().")
     raise _cannot(path, "an archive, and none of torch.save", None)
@@ -185,21 +202,32 @@ def _read_safetensors(path: str, verify: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def _read_shards(path: str, verify: bool) -> dict[str, torch.Tensor]:
-    """Read the files that an index names, as hubs have them."""
-    directory = os.path.dirname(path)
+def shards_of(path: str) -> dict[str, str]:
+    """Return for each tensor the file beside an index that has it. Blocks.
+
+    Raises:
+        CheckpointCorruptError: If it is no index.
+        OSError: If the system refuses.
+    """
     try:
         if os.path.getsize(path) > _MAX_INDEX_BYTES:
             raise ValueError("it is too long")
         with open(path, "rb") as file:
-            where = json.load(file)["weight_map"]
-        shards = sorted(set(where.values()))
+            where: dict[str, str] = json.load(file)["weight_map"]
+        shards = set(where.values())
         if not all(isinstance(name, str) and os.path.basename(name) == name and name[0] != "." for name in shards):
             raise ValueError("it names files outside of its directory")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointCorruptError(f"it is no index of shards: {error!r:.200}.", path=path) from error
+    return where
+
+
+def _read_shards(path: str, verify: bool) -> dict[str, torch.Tensor]:
+    """Read the files that an index names, as hubs have them."""
+    directory = os.path.dirname(path)
+    where = shards_of(path)
     found: dict[str, torch.Tensor] = {}
-    for name in shards:
+    for name in sorted(set(where.values())):
         shard = os.path.join(directory, name)
         try:
             read = _recognize_file(shard)

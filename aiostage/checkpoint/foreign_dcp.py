@@ -6,7 +6,8 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["read_dcp"]
+__all__ = ["DcpDirectory", "read_dcp"]
 
 _MAX_BYTES = 1 << 30
 
@@ -78,61 +79,111 @@ def read_dcp(path: str) -> dict[str, Any]:
     """Read all of a checkpoint, whatever number of ranks has saved it. It has no checksums. Blocks.
 
     Raises:
-        CheckpointError: If it needs code.
-        CheckpointCorruptError: If its files do not fit each other.
-        OSError: If the system refuses.
+        The errors of :class:`DcpDirectory`.
     """
-    index = os.path.join(path, ".metadata")
-    if os.path.getsize(index) > _MAX_BYTES:
-        raise CheckpointCorruptError("it is too long for a .metadata.", path=index)
-    with open(index, "rb") as file:
-        data = file.read()
+    return DcpDirectory(path).read()
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Say of whatever goes wrong in reading that the checkpoint is damaged, or needs code."""
     try:
-        about = _Unpickler(io.BytesIO(data)).load()
-        return _Checkpoint(path, about).read()
-    except CheckpointError:
+        yield
+    except (CheckpointError, OSError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"it is a checkpoint of torch.distributed.checkpoint that needs code: {error!s:.200}.",
-            path=index,
+            path=path,
             remedy="If you trust it, read it with torch.distributed.checkpoint.load().",
         ) from error
-    except OSError:
-        raise
     except Exception as error:
         # Objects of any shape can be in a pickle.
         raise CheckpointCorruptError(
-            f"it is no checkpoint of torch.distributed.checkpoint: {error!r:.200}.", path=index
+            f"it is no checkpoint of torch.distributed.checkpoint: {error!r:.200}.", path=path
         ) from error
 
 
-class _Checkpoint:
-    """Reads one directory."""
+class DcpDirectory:
+    """Reads one directory. All of it blocks.
 
-    def __init__(self, path: str, about: Any) -> None:
+    Args:
+        path: Of the directory.
+
+    Attributes:
+        entries: By name, what describes a tensor, or a value that was pickled. A tensor's has ``size`` and ``chunks``.
+
+    Raises:
+        CheckpointError: If it needs code.
+        CheckpointCorruptError: If its files do not fit each other.
+        OSError: If the system refuses.
+
+    Its methods raise the same.
+    """
+
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._entries: Mapping[str, Any] = about.state_dict_metadata
-        self._paths: Mapping[str, Any] = about.planner_data or {}
-        # By name, where its bytes lie; by name and offsets, where those of a chunk lie.
-        self._places: dict[tuple[str, tuple[int, ...]], Any] = {
-            (found.fqn, tuple(getattr(found, "offset", None) or ())): place
-            for found, place in about.storage_data.items()
-        }
+        self._index = os.path.join(path, ".metadata")
+        if os.path.getsize(self._index) > _MAX_BYTES:
+            raise CheckpointCorruptError("it is too long for a .metadata.", path=self._index)
+        with open(self._index, "rb") as file:
+            data = file.read()
+        with _damage(self._index):
+            about = _Unpickler(io.BytesIO(data)).load()
+            self.entries: Mapping[str, Any] = about.state_dict_metadata
+            self._paths: Mapping[str, Any] = about.planner_data or {}
+            # By name, where its bytes lie; by name and offsets, where those of a chunk lie.
+            self._places: dict[tuple[str, tuple[int, ...]], Any] = {
+                (found.fqn, tuple(getattr(found, "offset", None) or ())): place
+                for found, place in about.storage_data.items()
+            }
+            for name, entry in self.entries.items():
+                if self.is_tensor(name) and not isinstance(self.dtype(name), torch.dtype):
+                    raise ValueError(f"{name!r:.80} has no dtype")
+                for chunk in entry.chunks if self.is_tensor(name) else ():
+                    self._places[name, tuple(chunk.offsets)].length  # noqa: B018 - there is one, with a length
+
+    def is_tensor(self, name: str) -> bool:
+        """Return whether an entry is a tensor; others are values that were pickled."""
+        return type(self.entries[name]).__name__ == "TensorStorageMetadata"
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        found: torch.dtype = self.entries[name].properties.state[0]
+        return found
+
+    def path_of(self, name: str) -> tuple[Any, ...]:
+        """Return where in the state dict an entry was."""
+        with _damage(self._index):
+            return tuple(self._paths.get(name, (name,)))
+
+    def places(self, name: str) -> list[tuple[str, int, int]]:
+        """Return where the bytes of an entry are: for each chunk the file, the first byte and how many there are."""
+        with _damage(self._index):
+            offsets = [tuple(chunk.offsets) for chunk in self.entries[name].chunks] if self.is_tensor(name) else [()]
+            places = [self._places[name, each] for each in offsets]
+            return [(self._file(place), int(place.offset), int(place.length)) for place in places]
+
+    def value(self, name: str) -> Any:
+        """Read one entry: a tensor, all of it, or a value."""
+        with _damage(self._index):
+            if self.is_tensor(name):
+                return self._tensor(name, self.entries[name])
+            return self._load(self._places[name, ()])
 
     def read(self) -> dict[str, Any]:
+        """Read everything, and return the state dict."""
         tree: dict[str, Any] = {}
-        for name, entry in self._entries.items():
-            if type(entry).__name__ == "TensorStorageMetadata":
-                value: Any = self._tensor(name, entry)
-            else:
-                value = self._load(self._places[name, ()])
-            _put(tree, self._paths.get(name, (name,)), value)
-        _make_lists(tree)
+        for name in self.entries:
+            value = self.value(name)
+            with _damage(self._index):
+                _put(tree, self.path_of(name), value)
+        with _damage(self._index):
+            _make_lists(tree)
         return tree
 
     def _tensor(self, name: str, entry: Any) -> torch.Tensor:
-        dtype = entry.properties.state[0]
+        dtype = self.dtype(name)
         nbytes = math.prod(entry.size) * dtype.itemsize
         # A chunk is as large as its bytes, so a checkpoint cannot ask for more than it has.
         if nbytes > sum(self._places[name, tuple(chunk.offsets)].length for chunk in entry.chunks):
@@ -154,15 +205,18 @@ class _Checkpoint:
 
     def _load(self, place: Any) -> Any:
         """Load what lies at a place, each of which is a file of ``torch.save``."""
-        name = place.relative_path
-        if os.path.basename(name) != name or getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{name!r:.80} is not a plain file of the checkpoint")
-        with open(os.path.join(self._path, name), "rb") as file:
+        with open(self._file(place), "rb") as file:
             file.seek(place.offset)
             data = file.read(place.length)
         if len(data) != place.length:
             raise CheckpointCorruptError(f"it ends before byte {place.offset + place.length}.", path=file.name)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def _file(self, place: Any) -> str:
+        name = place.relative_path
+        if os.path.basename(name) != name or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{name!r:.80} is not a plain file of the checkpoint")
+        return os.path.join(self._path, name)
 
 
 class _Items(dict[int, Any]):

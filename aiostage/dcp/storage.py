@@ -40,7 +40,7 @@ from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
 from aiostage.storage.parts import PART_BYTES, Part, cut, digest, gather, whole
 
-__all__ = ["StorageReader", "StorageWriter"]
+__all__ = ["Record", "StorageReader", "StorageWriter", "read_index", "read_record", "tensor_of"]
 
 METADATA_NAME = ".metadata"
 """DCP's own name for it."""
@@ -266,25 +266,11 @@ class StorageReader(torch_storage.StorageReader):
         """
         if self._name is None:
             raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
-        data = self._loop().run(self._read_metadata(self._name))
-        path = f"{self._storage.location}/{self._name}/{METADATA_NAME}"
-        try:
-            metadata = read_metadata(data, Record)
-        except Exception as error:
-            raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise CheckpointCorruptError(f"it is no metadata of DCP but a {type(metadata).__name__}.", path=path)
-        return metadata
+        return self._loop().run(self._read_metadata(self._name))
 
-    async def _read_metadata(self, name: str) -> Buffer:
+    async def _read_metadata(self, name: str) -> Metadata:
         self._reader = reader = await self._storage.read(name)
-        nbytes, expected = _read_manifest(await reader.manifest(), reader.location)
-        found = await reader.size(METADATA_NAME)
-        if found != nbytes:
-            raise CheckpointCorruptError(
-                f"it is {found} bytes long and not {nbytes}.", path=f"{reader.location}/{METADATA_NAME}"
-            )
-        return await self._read(reader, METADATA_NAME, 0, nbytes, expected)
+        return await read_index(reader)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:
         """Take over where everything is."""
@@ -314,7 +300,7 @@ class StorageReader(torch_storage.StorageReader):
 
         async def work() -> None:
             for record in records:
-                data = await self._read(reader, record.file, record.offset, record.nbytes, record.digest)
+                data = await read_record(reader, record)
                 for item in wanted[record]:
                     _deliver(item, record, data, planner)
 
@@ -327,18 +313,6 @@ class StorageReader(torch_storage.StorageReader):
         self._reader = None
         await reader.aclose()
 
-    async def _read(self, reader: Reader, file: str, offset: int, nbytes: int, expected: str) -> Buffer:
-        data = _bytes(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
-        if nbytes:
-            await reader.read(file, offset, data)
-        if digest(data) != expected:
-            raise CheckpointCorruptError(
-                f"bytes {offset} to {offset + nbytes} are not those that were written.",
-                path=f"{reader.location}/{file}",
-                remedy="Load an older checkpoint.",
-            )
-        return data
-
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether it is a name."""
@@ -348,6 +322,57 @@ class StorageReader(torch_storage.StorageReader):
         if not self._loops:
             self._loops.append(LoopThread("aiostage-dcp-reader"))
         return self._loops[0]
+
+
+async def read_index(reader: Reader) -> Metadata:
+    """Read what a checkpoint has, and where: ``storage_data`` has a :class:`Record` for each item.
+
+    Args:
+        reader: Of the checkpoint.
+
+    Raises:
+        CheckpointCorruptError: If it is damaged, or not one of DCP's.
+        OSError: If the storage refuses.
+    """
+    nbytes, expected = _read_manifest(await reader.manifest(), reader.location)
+    path = f"{reader.location}/{METADATA_NAME}"
+    found = await reader.size(METADATA_NAME)
+    if found != nbytes:
+        raise CheckpointCorruptError(f"it is {found} bytes long and not {nbytes}.", path=path)
+    data = await read_record(reader, Record(METADATA_NAME, 0, nbytes, expected, None, ()))
+    try:
+        metadata = read_metadata(data, Record)
+    except Exception as error:
+        raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointCorruptError(f"it is no metadata of DCP but a {type(metadata).__name__}.", path=path)
+    return metadata
+
+
+async def read_record(reader: Reader, record: Record) -> Buffer:
+    """Read the bytes of one item, and compare them with their digest.
+
+    Raises:
+        CheckpointCorruptError: If they are not those that were written.
+        OSError: If the storage refuses.
+    """
+    data = _bytes(torch.empty(record.nbytes, dtype=torch.uint8, device="cpu"))
+    if record.nbytes:
+        await reader.read(record.file, record.offset, data)
+    if digest(data) != record.digest:
+        raise CheckpointCorruptError(
+            f"bytes {record.offset} to {record.offset + record.nbytes} are not those that were written.",
+            path=f"{reader.location}/{record.file}",
+            remedy="Load an older checkpoint.",
+        )
+    return data
+
+
+def tensor_of(record: Record, data: Buffer) -> torch.Tensor:
+    """Return the shard that an item is, over its bytes."""
+    dtype = record.dtype or torch.uint8
+    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype, device="cpu")
+    return tensor.view(record.shape)
 
 
 def _read_manifest(text: Buffer, location: str) -> tuple[int, str]:
@@ -392,10 +417,7 @@ def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner)
     if item.type == LoadItemType.BYTE_IO:
         planner.load_bytes(item, io.BytesIO(data))
         return
-    dtype = record.dtype or torch.uint8
-    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype, device="cpu")
-    tensor = tensor.view(record.shape)
-    part = narrow_by_index(tensor, item.storage_offsets, item.lengths)
+    part = narrow_by_index(tensor_of(record, data), item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()
     if target.size() != part.size():
         raise ValueError(f"{item.dest_index.fqn} has shape {tuple(target.size())}, the checkpoint {tuple(part.size())}")
