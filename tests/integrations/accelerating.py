@@ -1,7 +1,7 @@
 """A loop over Accelerate in a process of its own, to be killed and continued.
 
-``python -m tests.integrations.accelerating TARGET STEPS DIE_AFTER``; it prints a line with step and loss, as JSON, for
-each step of the first rank. Run by torchrun it trains on all ranks.
+`tests.integrations.killed` runs ``main``. It prints a line with step and loss, as JSON, for each step of the
+first rank. With torchrun's environment it trains on all ranks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 
 import torch
 from accelerate import Accelerator
@@ -68,7 +67,3 @@ def main(target: str, steps: int, die_after: int) -> None:
                 while not checkpointer.steps():
                     pass
                 os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

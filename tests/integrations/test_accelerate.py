@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ with warnings.catch_warnings():
 from aiostage import CheckpointMismatchError
 from aiostage.blocking import Checkpointer
 from aiostage.integrations.accelerate import AcceleratorCheckpoints
-from tests.integrations.killed import check_continued, losses
+from tests.integrations.killed import Program, check_continued, running
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -24,13 +25,20 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A training that can be run until it dies, and again."""
+    with running("accelerating", tmp_path_factory.mktemp("runs")) as program:
+        yield program
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_continued_with_the_same_losses(tmp_path: Path, ranks: int) -> None:
-    whole = losses("accelerating", tmp_path / "whole", 14, 0, ranks=ranks)
-    first = losses("accelerating", tmp_path / "killed", 14, 8, ranks=ranks, dies=True)
-    second = losses("accelerating", tmp_path / "killed", 14, 0, ranks=ranks)
+def test_killed_and_continued_with_the_same_losses(program: Program, tmp_path: Path, ranks: int) -> None:
+    whole = program.losses(tmp_path / "whole", 14, 0, ranks=ranks)
+    first = program.losses(tmp_path / "killed", 14, 8, ranks=ranks, dies=True)
+    second = program.losses(tmp_path / "killed", 14, 0, ranks=ranks)
     assert len(whole) == 14
     check_continued(whole, first, second)
 

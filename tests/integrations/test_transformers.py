@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ with warnings.catch_warnings():
 from aiostage import CheckpointExistsError, CheckpointMismatchError, CheckpointNotFoundError
 from aiostage.blocking import Checkpointer
 from aiostage.integrations.transformers import CheckpointCallback
-from tests.integrations.killed import check_continued, losses
+from tests.integrations.killed import Program, check_continued, running
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -87,13 +88,20 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
         CheckpointCallback(Checkpointer(tmp_path), every=0)
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A training that can be run until it dies, and again."""
+    with running("training", tmp_path_factory.mktemp("runs")) as program:
+        yield program
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_continued_with_the_same_losses(tmp_path: Path, ranks: int) -> None:
-    whole = losses("training", tmp_path / "whole", tmp_path / "output", 14, 0, ranks=ranks)
-    first = losses("training", tmp_path / "killed", tmp_path / "output", 14, 8, ranks=ranks, dies=True)
-    second = losses("training", tmp_path / "killed", tmp_path / "output", 14, 0, ranks=ranks)
+def test_killed_and_continued_with_the_same_losses(program: Program, tmp_path: Path, ranks: int) -> None:
+    whole = program.losses(tmp_path / "whole", tmp_path / "output", 14, 0, ranks=ranks)
+    first = program.losses(tmp_path / "killed", tmp_path / "output", 14, 8, ranks=ranks, dies=True)
+    second = program.losses(tmp_path / "killed", tmp_path / "output", 14, 0, ranks=ranks)
     assert len(whole) == 14
     check_continued(whole, first, second)
     with Checkpointer(tmp_path / "killed") as checkpoints:

@@ -1,7 +1,7 @@
 """A training by Hugging Face's Trainer in a process of its own, to be killed and continued.
 
-``python -m tests.integrations.training TARGET OUTPUT STEPS DIE_AFTER``; it prints the losses by step, as JSON, a line
-each. Run by torchrun it trains on all ranks. At DIE_AFTER the first rank waits for its checkpoint and kills itself.
+`tests.integrations.killed` runs ``main``. It prints the losses by step, as JSON, a line each. With torchrun's
+environment it trains on all ranks. At DIE_AFTER the first rank waits for its checkpoint and kills itself.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import signal
-import sys
 from typing import Any
 
 import torch
 import transformers
+from transformers.integrations import integration_utils  # noqa: F401 - else each run imports it
 
 from aiostage.blocking import Checkpointer
 from aiostage.integrations.transformers import CheckpointCallback
@@ -50,6 +50,7 @@ class Tell(transformers.TrainerCallback):
 
 
 def main(target: str, output: str, steps: int, die_after: int) -> None:
+    logging.disable(logging.WARNING)
     data = [{"x": torch.randn(8, generator=seeded(n)), "labels": torch.tensor([n % 5.0])} for n in range(40)]
     arguments = transformers.TrainingArguments(
         output,
@@ -75,8 +76,3 @@ def main(target: str, output: str, steps: int, die_after: int) -> None:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
