@@ -11,7 +11,7 @@ import torch
 from aiostage import StagingError
 from aiostage._device import CallerStreams, CopyStreams, CudaBackend, TorchBackend, default_backend
 from aiostage.testing.clock import VirtualClock
-from aiostage.testing.simulator import SimulatedAccelerator
+from tests.device.accelerators import Accelerator, simulator_only
 
 
 def test_host_tensors_are_on_no_device() -> None:
@@ -58,8 +58,9 @@ def test_the_default_is_the_one_of_the_build() -> None:
 
 
 class TestCopyStreams:
+    @simulator_only
     def test_there_is_one_for_each_device_until_it_is_forgotten(self):
-        with SimulatedAccelerator(2, clock=VirtualClock()) as accelerator:
+        with Accelerator(2, clock=VirtualClock()) as accelerator:
             streams = CopyStreams(accelerator)
             first, second = accelerator.devices
             assert streams.of(first) is streams.of(first)
@@ -74,8 +75,9 @@ class TestCopyStreams:
 
 
 class TestCallerStreams:
+    @simulator_only
     def test_a_device_that_comes_into_use_later_is_refused_until_it_is_recorded(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             caller = CallerStreams.record(accelerator)
             assert caller.events == {}
             device = accelerator.devices[0]

@@ -19,7 +19,7 @@ from aiostage import AsyncStager, StagerClosedError, StagingOptions
 from aiostage._copy.pending import in_flight
 from aiostage.snapshot import Snapshot
 from aiostage.testing.clock import VirtualClock
-from aiostage.testing.simulator import SimulatedAccelerator
+from tests.device.accelerators import Accelerator
 from tests.loop.test_polling import RUNS, run_on
 from tests.staging.holding import until
 
@@ -38,7 +38,7 @@ def on_every_loop(scene: Callable[..., Any]) -> Callable[..., None]:
     return test
 
 
-def full(accelerator: SimulatedAccelerator, value: float, size: int = 64) -> torch.Tensor:
+def full(accelerator: Accelerator, value: float, size: int = 64) -> torch.Tensor:
     tensor = accelerator.to_device(torch.full((size,), float(value)))
     accelerator.synchronize()
     return tensor
@@ -62,7 +62,7 @@ class Refused:
             del call
 
 
-async def everything_is_gone(accelerator: SimulatedAccelerator, stager: AsyncStager) -> None:
+async def everything_is_gone(accelerator: Accelerator, stager: AsyncStager) -> None:
     """Let the device come to an end after all, and wait until nothing is kept for it."""
     accelerator.synchronize()
     await until(lambda: len(in_flight) == 0)
@@ -81,7 +81,7 @@ async def look_at_the_memory(snapshot: Snapshot[Any]) -> None:
 
 @on_every_loop
 async def test_a_staging(loop: str) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         source = full(accelerator, 1)
         alive, stager, refused = weakref.ref(source.untyped_storage()), AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
@@ -105,7 +105,7 @@ async def test_a_staging(loop: str) -> None:
 )
 @on_every_loop
 async def test_a_snapshot(loop: str, action: Action) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         state = {"a": full(accelerator, 1), "b": full(accelerator, 2, 9 * MIB), "host": torch.ones(3)}
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with stager.snapshot(state) as snapshot:
@@ -123,7 +123,7 @@ async def test_a_snapshot(loop: str, action: Action) -> None:
 @pytest.mark.parametrize("options", [{"max_bytes_in_flight": 1}, {"use_non_blocking_copy": False}])
 @on_every_loop
 async def test_a_launch_that_waits_for_its_turn(loop: str, options: dict[str, Any]) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         state = {str(n): full(accelerator, n, 9 * MIB) for n in range(4)}
         stager, refused = AsyncStager(StagingOptions(**options), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
@@ -134,7 +134,7 @@ async def test_a_launch_that_waits_for_its_turn(loop: str, options: dict[str, An
         await everything_is_gone(accelerator, stager)
 
 
-class Hangs(SimulatedAccelerator):
+class Hangs(Accelerator):
     """Does not return from the call that tells it to copy."""
 
     def __init__(self, **options: Any) -> None:
@@ -179,7 +179,7 @@ async def test_a_driver_that_hangs(loop: str, cancelled: bool) -> None:
 
 @on_every_loop
 async def test_a_restore_is_made_all_the_same(loop: str) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         live = {"a": full(accelerator, 1)}
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
@@ -208,7 +208,7 @@ async def test_a_restore_is_made_all_the_same(loop: str) -> None:
 @pytest.mark.parametrize("budget", [None, 40 * MIB])
 @on_every_loop
 async def test_a_save(loop: str, budget: int | None, tmp_path: Path) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         state = {str(n): full(accelerator, n, 9 * MIB) for n in range(3)}
         stager, refused = AsyncStager(StagingOptions(max_host_bytes=budget), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
@@ -225,7 +225,7 @@ async def test_a_save(loop: str, budget: int | None, tmp_path: Path) -> None:
 
 @on_every_loop
 async def test_from_another_thread(loop: str) -> None:
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, {"a": full(accelerator, 1)}))

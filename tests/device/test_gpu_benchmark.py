@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.device.accelerators import simulator_only
 from tests.patience import seconds
 
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "gpu.py"
 
 
+@simulator_only
 @pytest.mark.slow
 def test_every_part_of_it_runs(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
@@ -32,6 +34,7 @@ def test_every_part_of_it_runs(tmp_path: Path) -> None:
     assert sum(name.startswith("training step") for name in work) == 3
 
 
+@simulator_only
 def test_without_a_device_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")

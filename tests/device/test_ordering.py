@@ -14,22 +14,22 @@ from aiostage import AsyncStager, StagerClosedError, StagingError, StagingOption
 from aiostage._copy.pending import in_flight
 from aiostage.testing import at_every_await
 from aiostage.testing.clock import VirtualClock
-from aiostage.testing.simulator import SimulatedAccelerator
+from tests.device.accelerators import Accelerator, is_completed, seeds, simulator_only
 from tests.staging.holding import until
 
 SIZE = 64
 MIB = 2**20
 
 
-def full(accelerator: SimulatedAccelerator, value: float, size: int = SIZE) -> torch.Tensor:
+def full(accelerator: Accelerator, value: float, size: int = SIZE) -> torch.Tensor:
     return accelerator.to_device(torch.full((size,), float(value)))
 
 
 @pytest.mark.asyncio
 class TestOrderBefore:
     async def test_the_next_step_waits_on_the_device(self):
-        for seed in range(100):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in seeds(100):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 state = {str(n): full(accelerator, n) for n in range(10)}
                 async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
                     snapshot.order_before()
@@ -39,8 +39,8 @@ class TestOrderBefore:
                     assert [float(staged[str(n)].mean()) for n in range(10)] == list(range(10))
 
     async def test_on_a_stream_of_the_callers(self):
-        for seed in range(50):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in seeds(50):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 state = {"a": full(accelerator, 1)}
                 stream = accelerator.side_stream(accelerator.devices[0])
                 async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -50,7 +50,7 @@ class TestOrderBefore:
                     assert float((await snapshot.result())["a"].mean()) == 1
 
     async def test_without_it_the_change_is_torn(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"a": full(accelerator, 1)}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -60,7 +60,7 @@ class TestOrderBefore:
                     await snapshot.result()
 
     async def test_changes_made_before_it_are_torn(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"a": full(accelerator, 1), "n": 1}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -73,7 +73,7 @@ class TestOrderBefore:
                 assert caught.value.paths == ("state_dict['n']",)
 
     async def test_host_tensors_are_copied_by_the_time_of_the_call(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"a": full(accelerator, 1), "step": torch.ones(3 * MIB)}
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
                 snapshot.order_before()
@@ -98,8 +98,9 @@ class TestOrderBefore:
 
 @pytest.mark.asyncio
 class TestSourceFree:
+    @simulator_only
     async def test_a_part_is_free_before_the_rest(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"first": full(accelerator, 1, 9 * MIB), "second": [full(accelerator, 2, 9 * MIB)]}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -129,7 +130,7 @@ class TestSourceFree:
 @pytest.mark.asyncio
 class TestManySmallTensors:
     async def test_launches_follow_the_bytes_and_not_the_tensors(self):
-        with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        with Accelerator(seed=1, spontaneous=True) as accelerator:
             counts = []
             for number in (100, 2000):
                 state = {str(n): full(accelerator, n) for n in range(number)}
@@ -142,8 +143,8 @@ class TestManySmallTensors:
         assert counts[1].launches <= 40
 
     async def test_odd_leaves_between_small_ones(self):
-        for seed in range(30):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in seeds(30):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 state: dict[str, torch.Tensor] = {}
                 for n in range(12):
                     base = torch.arange(12.0) + 100 * n
@@ -161,7 +162,7 @@ class TestManySmallTensors:
                 assert staged[name].stride() == state[name].stride()
 
     async def test_cast_on_the_way(self):
-        with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        with Accelerator(seed=1, spontaneous=True) as accelerator:
             state = {str(n): full(accelerator, n) for n in range(20)} | {"i": accelerator.to_device(torch.arange(4))}
             async with AsyncStager(StagingOptions(dtype=torch.bfloat16), backend=accelerator) as stager:
                 staged = await stager.stage(state)
@@ -173,14 +174,14 @@ class TestManySmallTensors:
 class TestBytesInFlight:
     @pytest.mark.parametrize("options", [{"max_bytes_in_flight": 80 * MIB}, {"use_non_blocking_copy": False}])
     async def test_are_limited(self, options: dict[str, int]):
-        with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        with Accelerator(seed=1, spontaneous=True) as accelerator:
             state = {str(n): full(accelerator, n, 6 * MIB) for n in range(8)}
             accelerator.synchronize()
             stager = AsyncStager(StagingOptions(**options), backend=accelerator)  # type: ignore[arg-type]
             async with stager, stager.snapshot(state) as snapshot:
                 pending = snapshot._staging.progress.pending
                 assert pending is not None
-                assert sum(not copy.event.completed for copy in pending) <= 4  # type: ignore[attr-defined]
+                assert sum(not is_completed(copy.event) for copy in pending) <= 4
                 staged = await snapshot.result()
             assert [float(staged[str(n)].mean()) for n in range(8)] == list(range(8))
 
@@ -188,7 +189,7 @@ class TestBytesInFlight:
 @pytest.mark.asyncio
 class TestAbandoned:
     async def test_memory_is_kept_until_the_device_is_done(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             source = full(accelerator, 1)
             accelerator.synchronize()
             alive = weakref.ref(source.untyped_storage())
@@ -207,7 +208,7 @@ class TestAbandoned:
                 await until(lambda: stager.statistics().leases == 0 and alive() is None)
 
     async def test_also_by_a_closed_stager(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             source = full(accelerator, 1)
             accelerator.synchronize()
             stager = AsyncStager(backend=accelerator)
@@ -222,8 +223,8 @@ class TestAbandoned:
             await until(lambda: len(in_flight) == 0)
 
     async def test_cancelled_at_every_await_in_every_order(self):
-        for seed in range(5):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in seeds(5):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 state = {"a": full(accelerator, 1), "b": [full(accelerator, 2, 9 * MIB)], "c": torch.ones(3)}
                 async with AsyncStager(StagingOptions(max_loop_hold=1e-9), backend=accelerator) as stager:
                     async for _ in at_every_await(lambda stager=stager, state=state: stager.stage(state)):  # type: ignore[misc]
@@ -239,8 +240,8 @@ class TestAbandoned:
 @pytest.mark.asyncio
 class TestRestore:
     async def test_follows_the_caller_and_goes_before_what_comes_next(self):
-        for seed in range(50):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in seeds(50):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 live = {"a": full(accelerator, 1), "n": torch.ones(2)}
                 async with AsyncStager(backend=accelerator) as stager:
                     staged = await stager.stage(live)
@@ -255,7 +256,7 @@ class TestRestore:
 
 def test_stagers_of_two_loops_share_a_device() -> None:
     failures: list[BaseException] = []
-    with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+    with Accelerator(seed=1, spontaneous=True) as accelerator:
         tensors = [full(accelerator, n, 1000) for n in range(2)]
 
         async def work(number: int) -> None:
@@ -278,7 +279,7 @@ def test_stagers_of_two_loops_share_a_device() -> None:
 
 
 def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():
-    with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+    with Accelerator(clock=VirtualClock()) as accelerator:
         state = {"a": full(accelerator, 1)}
         accelerator.synchronize()
         stager = AsyncStager(backend=accelerator)
@@ -297,7 +298,7 @@ def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():
         asyncio.run(stager.aclose())
 
 
-class Captures(SimulatedAccelerator):
+class Captures(Accelerator):
     """Has graphs, which are captured when the test says so."""
 
     capturing = False

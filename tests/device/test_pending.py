@@ -15,18 +15,18 @@ import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
 from aiostage._copy.pending import in_flight
 from aiostage.testing.clock import VirtualClock
-from aiostage.testing.simulator import SimulatedAccelerator, SimulatedDeviceError
+from tests.device.accelerators import ON_A_DEVICE, Accelerator, DeviceError, seeds, simulator_only
 from tests.staging.holding import until
 
 SIZE = 64
 MIB = 2**20
 
 
-def full(accelerator: SimulatedAccelerator, value: float, size: int = SIZE) -> torch.Tensor:
+def full(accelerator: Accelerator, value: float, size: int = SIZE) -> torch.Tensor:
     return accelerator.to_device(torch.full((size,), float(value)))
 
 
-class FailsHalfWay(SimulatedAccelerator):
+class FailsHalfWay(Accelerator):
     """Enqueues all copies of a call but the last, and then raises, as often as it is told to."""
 
     failures = 0
@@ -39,7 +39,7 @@ class FailsHalfWay(SimulatedAccelerator):
         raise torch.OutOfMemoryError("no room to cast")
 
 
-class CallsBack(SimulatedAccelerator):
+class CallsBack(Accelerator):
     """Lets something happen between one batch and the next."""
 
     after_copy: Callable[[], object] = staticmethod(lambda: None)
@@ -101,14 +101,14 @@ class TestAFailureHalfWay:
                 assert [float(live[str(n)].mean()) for n in range(8)] == list(range(8))
 
     async def test_of_the_device_at_the_call_is_raised_where_it_is_awaited(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"a": full(accelerator, 1)}
             async with AsyncStager(backend=accelerator) as stager:
                 accelerator.fail_device()
                 coroutine = stager.stage(state)
                 with pytest.raises(StagingError, match="cannot be told to copy") as caught:
                     await coroutine
-                assert isinstance(caught.value.__cause__, SimulatedDeviceError)
+                assert isinstance(caught.value.__cause__, DeviceError)
                 accelerator.recover()
 
 
@@ -116,7 +116,7 @@ class TestAFailureHalfWay:
 class TestStreams:
     async def test_a_launch_stays_on_the_stream_that_waits(self):
         """Another staging fails meanwhile, after which the next ones are to have a new stream."""
-        for seed in range(4):
+        for seed in seeds(4):
             with CallsBack(seed=seed) as accelerator:
                 state = {str(n): full(accelerator, 0, 5 * MIB) for n in range(4)}
                 accelerator.synchronize()
@@ -135,8 +135,8 @@ class TestStreams:
     async def test_what_the_caller_writes_during_the_walk_is_seen_on_its_stream(self):
         """The versions that count are those that the walk meets, so the copies have to follow those writes."""
         torn = seen = 0
-        for seed in range(100):
-            with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
+        for seed in range(28 if ON_A_DEVICE else 100):
+            with Accelerator(seed=seed, spontaneous=True) as accelerator:
                 # Lists, so that the walk takes a while until it comes to the tensors.
                 lists = [[n] for n in range(600)]
                 state = {"lists": lists, "last": {str(n): full(accelerator, 0) for n in range(20)}}
@@ -170,7 +170,7 @@ class TestStreams:
 @pytest.mark.asyncio
 class TestOrder:
     async def test_what_is_small_comes_first_and_then_the_tree(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {
                 "last": full(accelerator, 1, 6 * MIB),
                 "half": full(accelerator, 1, 6 * MIB).half(),
@@ -188,8 +188,9 @@ class TestOrder:
                     order.append(leaf.path[0])
             assert order == ["host", "counter", "statistics", "last", "half", "float"]
 
+    @simulator_only
     async def test_small_leaves_are_free_while_large_ones_are_not(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"large": full(accelerator, 1, 9 * MIB), "small": [full(accelerator, 2)]}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -205,7 +206,7 @@ class TestOrder:
 
     async def test_a_leaf_of_several_batches_is_free_when_its_last_byte_is(self):
         for order in (("a", "b"), ("b", "a")):
-            with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+            with Accelerator(seed=1, spontaneous=True) as accelerator:
                 tensors = {"a": full(accelerator, 1, 20 * MIB), "b": full(accelerator, 2, 20 * MIB)[::2]}
                 state = {name: tensors[name] for name in order}
                 async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -216,7 +217,7 @@ class TestOrder:
 @pytest.mark.asyncio
 class TestOrderBeforeParts:
     async def test_only_their_changes_count_no_more(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"mean": full(accelerator, 1), "weight": full(accelerator, 1)}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -229,7 +230,7 @@ class TestOrderBeforeParts:
                 assert caught.value.paths == ("state_dict['weight']",)
 
     async def test_changes_made_before_it_still_do(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"mean": full(accelerator, 1), "weight": full(accelerator, 1)}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -241,8 +242,9 @@ class TestOrderBeforeParts:
                     await snapshot.result()
                 assert caught.value.paths == ("state_dict['mean']",)
 
+    @simulator_only
     async def test_later_work_waits_for_the_parts_and_not_for_the_rest(self):
-        with SimulatedAccelerator(clock=VirtualClock(), bandwidth=1e9) as accelerator:
+        with Accelerator(clock=VirtualClock(), bandwidth=1e9) as accelerator:
             state = {"weight": full(accelerator, 1, 9 * MIB), "mean": full(accelerator, 1)}
             accelerator.synchronize()
             began = accelerator.clock.time()
@@ -260,7 +262,7 @@ class TestOrderBeforeParts:
                 await snapshot.captured()
 
     async def test_an_unknown_part_is_an_error_and_orders_nothing(self):
-        with SimulatedAccelerator(clock=VirtualClock()) as accelerator:
+        with Accelerator(clock=VirtualClock()) as accelerator:
             state = {"a": full(accelerator, 1)}
             accelerator.synchronize()
             async with AsyncStager(backend=accelerator) as stager, stager.snapshot(state) as snapshot:
@@ -272,9 +274,10 @@ class TestOrderBeforeParts:
                     await snapshot.result()
 
 
+@simulator_only
 @pytest.mark.asyncio
 async def test_packing_takes_the_device_memory_of_one_batch_and_not_of_all() -> None:
-    with SimulatedAccelerator(seed=1, spontaneous=True, memory_bytes=256 * MIB) as accelerator:
+    with Accelerator(seed=1, spontaneous=True, memory_bytes=256 * MIB) as accelerator:
         state = {str(n): full(accelerator, n, 8192) for n in range(4000)}
         accelerator.synchronize()
         statistics = accelerator.statistics()
@@ -290,7 +293,7 @@ async def test_packing_takes_the_device_memory_of_one_batch_and_not_of_all() -> 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("budget", [48 * MIB, 200 * MIB, None])
 async def test_what_has_landed_lets_go_of_memory_that_the_rest_waits_for(budget: int | None, tmp_path: Path) -> None:
-    with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+    with Accelerator(seed=1, spontaneous=True) as accelerator:
         state = {
             "large": [full(accelerator, n, 6 * MIB) for n in range(3)],
             "small": [full(accelerator, n) for n in range(50)],
