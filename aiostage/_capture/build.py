@@ -18,7 +18,7 @@ _NODE_COST = 8
 """What opening or closing a node costs in terms of children."""
 
 
-class Memo(dict[int, Any]):
+class Memo(dict[Any, Any]):
     """What ``memo`` is to :func:`copy.deepcopy`, for objects that copy themselves.
 
     Whatever the walk has noted is copied when it is asked for, with its values, so that code which computes with
@@ -28,6 +28,7 @@ class Memo(dict[int, Any]):
         nodes: What was noted, by the identity of the source.
         fetch: Returns copies of leaves that have their values.
         leaf_of: Indices of noted tensors by their identity.
+        storages: Copies of storages by the identity of the source, where PyTorch's code looks for them and puts them.
         give: Makes the copy of an object that copies itself.
 
     Attributes:
@@ -35,16 +36,21 @@ class Memo(dict[int, Any]):
     """
 
     def __init__(
-        self, nodes: dict[int, Node], fetch: Fetch, leaf_of: dict[int, int], give: Callable[[GivenNode], None]
+        self,
+        nodes: dict[int, Node],
+        fetch: Fetch,
+        leaf_of: dict[int, int],
+        storages: dict[int, Any],
+        give: Callable[[GivenNode], None],
     ) -> None:
-        super().__init__()
+        super().__init__(torch=storages)
         self.nodes = nodes
         self.fetch = fetch
         self.leaf_of = leaf_of
         self.give = give
         self.suspended: list[Node] = []
 
-    def get(self, key: int, default: Any = None) -> Any:
+    def get(self, key: Any, default: Any = None) -> Any:
         """Return the copy of what has an identity, made now if need be."""
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
@@ -69,7 +75,7 @@ class Memo(dict[int, Any]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, int) and self.get(key, MISSING) is not MISSING
 
-    def __getitem__(self, key: int) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         found = self.get(key, MISSING)
         if found is MISSING:
             raise KeyError(key)

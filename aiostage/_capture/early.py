@@ -8,11 +8,29 @@ from typing import Any
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import Spec
+from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.leaves import CHUNK, Leaves
 from aiostage._capture.rebuild import of_class
 
-__all__ = ["EarlyCopies"]
+__all__ = ["EarlyCopies", "StorageCopies"]
+
+
+class StorageCopies(dict[int, torch.UntypedStorage]):
+    """Copies of storages by the identity of the source.
+
+    The deepcopy of a storage, and of a tensor that the walk has not met, looks for the copy of the storage here and
+    puts it here: it is PyTorch's part of the memo.
+    """
+
+    def __setitem__(self, identity: int, copy: torch.UntypedStorage) -> None:
+        if copy.device.type != "cpu":
+            raise Refusal(
+                f"code of an object copies a storage of {copy.nbytes()} bytes on {copy.device}, which only that code "
+                "leads to.",
+                "Keep the tensors of that storage in attributes or containers of the object, or use passthrough for "
+                "the object.",
+            )
+        super().__setitem__(identity, copy)
 
 
 class EarlyCopies:
@@ -20,11 +38,14 @@ class EarlyCopies:
 
     Args:
         leaves: Noted and inspected.
+
+    Attributes:
+        storages: The copies of whole storages, those included that code of objects has made.
     """
 
     def __init__(self, leaves: Leaves) -> None:
         self._leaves = leaves
-        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.storages = StorageCopies()
         self._made: set[int] = set()
 
     def made(self, tensor: torch.Tensor) -> bool:
@@ -60,16 +81,18 @@ class EarlyCopies:
             copy = torch.empty_strided(spec.shape, spec.staged_stride, dtype=spec.dtype, device="cpu")
             return of_class([copy.copy_(leaves.tensors[index].detach())], spec)[0]
         identity = _private.storage_identity(storage)
-        if identity not in self._storages:
+        if identity not in self.storages:
             made = storage.clone() if storage.device.type == "cpu" else storage.cpu()  # type: ignore[no-untyped-call]
-            self._storages[identity] = (made, storage.data_ptr())
-        return self._over(identity, index, spec)
+            self.storages[identity] = made
+        return self._over(self.storages[identity], index, spec)
 
-    def _over(self, identity: int, index: int, spec: Spec) -> torch.Tensor:
+    def _over(self, copy: torch.UntypedStorage, index: int, spec: Spec) -> torch.Tensor:
         """Return a tensor like a leaf over the copy of its storage."""
-        copy, base = self._storages[identity]
-        offset = (self._leaves.addresses[index] - base) // spec.dtype.itemsize if spec.extent else 0
-        tensor = torch.empty(0, dtype=spec.dtype, device="cpu").set_(copy, offset, spec.shape, spec.stride)
+        storage = self._leaves.storages[index]
+        assert storage is not None  # noqa: S101 - of which there is a copy
+        distance = self._leaves.addresses[index] - storage.data_ptr() if spec.extent else 0
+        tensor = torch.empty(0, dtype=spec.dtype, device="cpu")
+        tensor.set_(copy, distance // spec.dtype.itemsize, spec.shape, spec.stride)
         return of_class([tensor], spec)[0]
 
     def tie(self) -> Generator[None, None, None]:
@@ -80,9 +103,9 @@ class EarlyCopies:
                 spec, storage = leaves.specs[index], leaves.storages[index]
                 if index in leaves.given:
                     leaves.specs[index] = None
-                elif spec is not None and storage is not None and not spec.by_value and self._storages:
-                    identity = _private.storage_identity(storage)
-                    if identity in self._storages:
-                        leaves.given[index] = self._over(identity, index, spec)
+                elif spec is not None and storage is not None and not spec.by_value and self.storages:
+                    copy = self.storages.get(_private.storage_identity(storage))
+                    if copy is not None:
+                        leaves.given[index] = self._over(copy, index, spec)
                         leaves.specs[index] = None
             yield

@@ -15,7 +15,12 @@ from aiostage import _private
 
 __all__ = ["objects_within", "tensors_within"]
 
-_NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+_NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+_ATOMS = frozenset((str, bytes, bytearray, int, float, complex, bool, type(None), range))
+
+_REDUCED = frozenset(("builtins", "collections", "functools"))
+"""Where the classes are that show what they hold through what they reduce to: iterators, slices, partials, errors."""
 
 
 def tensors_within(root: object) -> Iterator[torch.Tensor]:
@@ -29,7 +34,8 @@ def objects_within(root: object) -> Iterator[Any]:
     pending: list[Any] = [root]
     while pending:
         item = pending.pop()
-        if isinstance(item, _NOT_STATE) or id(item) in seen:
+        cls = type(item)
+        if cls in _ATOMS or isinstance(item, _NOT_STATE) or id(item) in seen:
             continue
         seen.add(id(item))
         yield item
@@ -44,8 +50,20 @@ def objects_within(root: object) -> Iterator[Any]:
             pending.append(item.__self__)
         elif isinstance(item, np.ndarray):
             pending += item.ravel().tolist() if item.dtype == object else ()
+        elif cls.__module__ in _REDUCED:
+            pending += _reduced(item)
         # Asking an exception that has no attributes for them changes what it reduces to.
         if not isinstance(item, BaseException) or dict in map(type, gc.get_referents(item)):
             pending += getattr(item, "__dict__", {}).values()
-        slots = _private.slot_names(type(item))
+        slots = _private.slot_names(cls)
         pending += [getattr(item, name) for name in slots if hasattr(item, name)]
+
+
+def _reduced(item: Any) -> list[Any]:
+    """Return what an object of a class of Python's own is made of, in the order of :func:`copy.deepcopy`."""
+    try:
+        reduced = item.__reduce_ex__(4)
+    except Exception:
+        # It cannot be copied at all, which is found out if its copy is asked for.
+        return []
+    return list(reduced[1:3]) if isinstance(reduced, tuple) else []

@@ -549,7 +549,7 @@ class Walk:
             return
         exhausted(self.leaves.index())
         early = self._early = EarlyCopies(self.leaves)
-        memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, self._give)
+        memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, early.storages, self._give)
         root = self._root
         assert root is not None  # noqa: S101 - nothing is copied before the walk
         for entry in entries_of_circles(root, self._opaque, self._leads):
@@ -578,6 +578,8 @@ class Walk:
         node.active = True
         try:
             result = source.__deepcopy__(memo)
+        except Refusal as refusal:
+            raise refusal.at(node.own_path()) from None
         except Exception as error:
             raise failed(node, error) from error
         finally:

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ def reference(tree: Any) -> Any:
 
 
 def check_same(
-    source: Description, expected: Description, staged: Description, kept: Mapping[tuple[str, str], int] | None = None
+    source: Description, expected: Description, staged: Description, bare: Description | None = None
 ) -> None:
     """Check that a copy is what deepcopy gives, and shares nothing with its source that deepcopy does not.
 
@@ -60,7 +60,7 @@ def check_same(
         source: What was copied.
         expected: What deepcopy gives.
         staged: The copy.
-        kept: Which tensors of the source overlap, by the paths of the copy where these may differ from the source's.
+        bare: The source as a copy is described, whose paths are those of the copy. The source if not given.
 
     Raises:
         Mismatch: If not.
@@ -71,12 +71,12 @@ def check_same(
     shared = staged.mutable.keys() & source.mutable.keys() - expected.mutable.keys()
     if shared:
         raise Mismatch(f"{staged.mutable[min(shared)]} is the source's own object")
-    parameters = {path for path, tensor in source.tensors if isinstance(tensor, torch.nn.Parameter)}
-    ties, allowed = staged.overlaps(), expected.overlaps()
-    kept = source.overlaps() if kept is None else kept
-    for pair in ties.keys() | allowed.keys():
+    bare = source if bare is None else bare
+    parameters = {path for path, tensor in bare.tensors if isinstance(tensor, torch.nn.Parameter)}
+    ties, allowed, kept = staged.overlaps(), expected.overlaps(), bare.overlaps()
+    for pair in ties.keys() | allowed.keys() | kept.keys():
         # deepcopy gives each Parameter memory of its own, also if it is a view of another; here it stays one.
-        wanted = kept.get(pair) if parameters & set(pair) else allowed.get(pair)
+        wanted = (allowed if parameters.isdisjoint(pair) else kept).get(pair)
         if ties.get(pair) != wanted:
             raise Mismatch(f"bytes shared by {pair} at a distance of {ties.get(pair)}, expected {wanted}")
 
@@ -115,13 +115,13 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
             type(expected).__name__ if isinstance(expected, Exception) else "a tensor in a circle two copies"
         )
     again = reference(tree)
-    source, wanted, kept = describe(tree), describe(expected, bare=True), describe(tree, bare=True)
+    source, wanted, bare = describe(tree), describe(expected, bare=True), describe(tree, bare=True)
     changed = difference(wanted, describe(again, bare=True))
     if changed is not None:
         raise Mismatch(f"staging has changed its source: {changed}")
     scribble(source)
     for staged in (first, second):
-        check_same(source, wanted, describe(staged, bare=True), kept.overlaps())
+        check_same(source, wanted, describe(staged, bare=True), bare)
     return "as deepcopy"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
 from typing import Any
 
@@ -77,6 +78,21 @@ def test_memory_that_is_shared_or_is_not_is_seen() -> None:
         check_same(describe(source), describe(tied), describe(apart))
     with pytest.raises(Mismatch, match="bytes shared"):
         check_same(describe(source), describe(apart), describe(tied))
+
+
+def test_a_parameter_that_is_reached_by_another_path_in_its_copy_keeps_its_ties() -> None:
+    view = torch.arange(4.0)
+    holder = [view, torch.nn.Parameter(view)]
+    outside = torch.nn.Parameter(torch.ones(1))
+    # The copy of a Parameter has no attributes, so there the holder is met later.
+    outside.inside = holder  # type: ignore[attr-defined]
+    tree = {"outside": outside, "holder": holder}
+    staged = {"outside": torch.nn.Parameter(torch.ones(1)), "holder": copy.deepcopy(holder)}
+    expected = describe(copy.deepcopy(tree), bare=True)
+    with pytest.raises(Mismatch, match="bytes shared"):
+        check_same(describe(tree), expected, describe(staged, bare=True), describe(tree, bare=True))
+    staged["holder"][1] = torch.nn.Parameter(staged["holder"][0])
+    check_same(describe(tree), expected, describe(staged, bare=True), describe(tree, bare=True))
 
 
 def test_a_part_of_the_source_is_seen() -> None:

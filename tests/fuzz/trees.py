@@ -316,10 +316,7 @@ class Grower:
         base = self.base()
         size, kind = base.numel(), self.choices.below(12)
         if size < 4 or kind == 0:
-            # Each once, so that it cannot become an attribute of its own.
-            met = any(base is tensor for tensor in self.given)
-            self.given.append(base)
-            return base[:] if met else base
+            return self.whole(base)
         start = self.choices.below(size)
         stop = start + self.choices.below(size - start + 1)
         if kind < 5:
@@ -338,7 +335,13 @@ class Grower:
         if kind == 10:
             return base.as_strided((2, 3), (1, 1))
         other = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.float64}[base.dtype.itemsize]
-        return base[start:stop].view(other) if start < stop else base
+        return base[start:stop].view(other) if start < stop else self.whole(base)
+
+    def whole(self, base: torch.Tensor) -> torch.Tensor:
+        """Return all of it; itself once, so that it cannot become an attribute of its own."""
+        met = any(base is tensor for tensor in self.given)
+        self.given.append(base)
+        return base[:] if met else base
 
     def sparse(self, depth: int) -> torch.Tensor:
         dense = torch.tensor([[0.0, float(self.number())], [2.0, 0.0]])
@@ -368,7 +371,7 @@ class Grower:
             return plain.as_subclass(Marked)
         if kind == 1:
             made = plain.as_subclass(SlotTensor)
-            made.value = self.node(depth + 1)
+            made.value = _copied(self.node(depth + 1))
             return made
         if kind == 2:
             return plain.as_subclass(OwnCopyTensor)

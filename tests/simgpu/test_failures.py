@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +80,38 @@ class TestADeviceThatHasFailed:
             with pytest.raises(StagingError):
                 await (restoring if into == "restore" else loading)
             (loading if into == "restore" else restoring).close()
+
+
+class Copied:
+    """Copies itself by what it holds."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copied:
+        return Copied(copy.deepcopy(self.value, memo))
+
+
+class Computed:
+    """Shows what it holds through its own reduction only."""
+
+    def __init__(self, value: Any) -> None:
+        self.get = {"value": value}.__getitem__
+
+    def __reduce__(self) -> Any:
+        return Computed, (self.get("value"),)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [lambda tensor: tensor.untyped_storage(), lambda tensor: Copied(Computed(tensor))],
+    ids=["storage", "hidden"],
+)
+async def test_what_only_the_code_of_an_object_leads_to_does_not_stay_on_the_device(hide: Any) -> None:
+    tensor = torch.ones(4, device=DEVICE)
+    async with AsyncStager() as stager:
+        with pytest.raises(aiostage.UnsupportedLeafError, match=r"state_dict\['hidden'\]"):
+            await stager.stage({"hidden": hide(tensor)})
+        staged = await stager.stage({"tensor": tensor, "known": Copied([tensor])})
+        assert staged["known"].value[0] is staged["tensor"]
+        assert staged["tensor"].tolist() == [1] * 4
