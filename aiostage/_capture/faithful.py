@@ -19,7 +19,7 @@ from aiostage._capture.strides import stride_of_values
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Path, format_path
 
-__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart"]
+__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart", "traits_of"]
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
@@ -116,13 +116,23 @@ class Composite:
 
     Attributes:
         parts: The tensors inside, leaves in their own right.
+        find_parts: Returns the tensors that are inside now.
         assemble: Makes the staged tensor from the staged parts.
-        owned_attributes: Names in ``vars()`` that ``assemble`` sets; others are copied as attributes.
+        traits: The class, and whether it requires a gradient.
+        owned: Names of attributes that ``assemble`` sets. None: it sets none.
     """
 
     parts: tuple[torch.Tensor, ...]
+    find_parts: Callable[[], tuple[torch.Tensor, ...]]
     assemble: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    owned_attributes: frozenset[str] = frozenset()
+    traits: tuple[type, bool]
+    owned: frozenset[str] | None = None
+
+    def owns(self, name: str) -> bool:
+        """Return whether an attribute is set by ``assemble``, or a cache of the class; others are copied."""
+        # The marks of parameters and buffers are set from outside.
+        is_private = name.startswith("_") and not name.startswith("_is_")
+        return self.owned is not None and (name in self.owned or is_private)
 
 
 _dtype = attrgetter("dtype")
@@ -379,12 +389,18 @@ def _refuse_by_class(tensor: torch.Tensor) -> None:
         )
 
 
-def _finished(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Give a rebuilt tensor the class-independent traits of its source."""
-    if tensor.requires_grad and tensor.is_leaf and not result.requires_grad:
+def traits_of(tensor: torch.Tensor) -> tuple[type, bool]:
+    """Return what a tensor that is rebuilt from parts has besides: its class, and whether it requires a gradient."""
+    return type(tensor), tensor.requires_grad and tensor.is_leaf
+
+
+def _finished(result: torch.Tensor, traits: tuple[type, bool]) -> torch.Tensor:
+    """Give a rebuilt tensor the traits of its source, as they were when that was taken apart."""
+    cls, requires_grad = traits
+    if requires_grad and not result.requires_grad:
         result.requires_grad_()
-    if type(tensor) is torch.nn.Parameter and type(result) is torch.Tensor:
-        result = torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
+    if cls is torch.nn.Parameter and type(result) is torch.Tensor:
+        result = torch.nn.Parameter(result, requires_grad=requires_grad)
     return result
 
 
@@ -395,7 +411,7 @@ def _wrapper(tensor: Any) -> Composite:
     names = [name for name, value in inner.items() if isinstance(value, torch.Tensor)]
     parts = tuple(inner[name] for name in names)
     kept = {name: value for name, value in inner.items() if name not in names}
-    cls, size, stride = type(tensor), tensor.size(), tensor.stride()
+    cls, size, stride, traits = type(tensor), tensor.size(), tensor.stride(), traits_of(tensor)
 
     ragged = None
     if tensor.layout is torch.jagged:
@@ -406,39 +422,44 @@ def _wrapper(tensor: Any) -> Composite:
         if ragged in made:
             _private.share_ragged_size(inner[ragged], made[ragged])
         result = cls.__tensor_unflatten__(made | kept, context, size, stride)
-        return _finished(result, tensor)
+        return _finished(result, traits)
 
-    # Putting the source's own parts together costs nothing and shows which attributes that sets. What else is private
-    # to the class is a cache of it; the marks of parameters and buffers are set from outside.
+    # Putting the source's own parts together costs nothing and shows which attributes that sets.
     with torch.no_grad():
-        made = vars(assemble(parts))
-    owned = frozenset(
-        name for name in vars(tensor) if name in made or (name.startswith("_") and not name.startswith("_is_"))
-    )
-    return Composite(parts, assemble, owned)
+        owned = frozenset(vars(assemble(parts)))
+    return Composite(parts, lambda: tuple(getattr(tensor, name) for name in names), assemble, traits, owned)
 
 
 def _sparse(tensor: torch.Tensor) -> Composite:
-    size, coalesced = tensor.size(), tensor.is_coalesced()
+    size, coalesced, traits = tensor.size(), tensor.is_coalesced(), traits_of(tensor)
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         result = torch.sparse_coo_tensor(
             staged[0], staged[1], size, is_coalesced=coalesced, check_invariants=False, device="cpu"
         )
-        return _finished(result, tensor)
+        return _finished(result, traits)
 
-    if _private.sparse_indices is not None and _private.sparse_values is not None:
-        return Composite((_private.sparse_indices(tensor), _private.sparse_values(tensor)), assemble)
-    if not coalesced:
-        raise Refusal("it is a sparse tensor that is not coalesced, which this PyTorch cannot read.", "Coalesce it.")
-    return Composite((tensor.indices(), tensor.values()), assemble)
+    indices, values = _private.sparse_indices, _private.sparse_values
+    if indices is None or values is None:
+        if not coalesced:
+            raise Refusal(
+                "it is a sparse tensor that is not coalesced, which this PyTorch cannot read.", "Coalesce it."
+            )
+        indices, values = torch.Tensor.indices, torch.Tensor.values
+
+    def find_parts() -> tuple[torch.Tensor, ...]:
+        return indices(tensor), values(tensor)
+
+    return Composite(find_parts(), find_parts, assemble, traits)
 
 
 def _sparse_compressed(tensor: torch.Tensor) -> Composite:
-    size, layout = tensor.size(), tensor.layout
-    by_row = layout in (torch.sparse_csr, torch.sparse_bsr)
-    compressed = tensor.crow_indices() if by_row else tensor.ccol_indices()
-    plain = tensor.col_indices() if by_row else tensor.row_indices()
+    size, layout, traits = tensor.size(), tensor.layout, traits_of(tensor)
+
+    def find_parts() -> tuple[torch.Tensor, ...]:
+        if layout in (torch.sparse_csr, torch.sparse_bsr):
+            return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         # The layout warns that it is in beta; PyTorch has warned the code that made the source.
@@ -447,9 +468,9 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
             result = torch.sparse_compressed_tensor(
                 staged[0], staged[1], staged[2], size, layout=layout, check_invariants=False, device="cpu"
             )
-        return _finished(result, tensor)
+        return _finished(result, traits)
 
-    return Composite((compressed, plain, tensor.values()), assemble)
+    return Composite(find_parts(), find_parts, assemble, traits)
 
 
 def _quantized(tensor: torch.Tensor) -> Composite:
@@ -461,17 +482,19 @@ def _quantized(tensor: torch.Tensor) -> Composite:
         raise Refusal(
             "it has a quantized dtype, but no quantizer.", "Make it with torch.quantize_per_tensor()."
         ) from None
-    affine: tuple[Any, ...]
+    per_channel = scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
     if scheme == torch.per_tensor_affine:
-        parameters: tuple[torch.Tensor, ...] = ()
-        affine = (scheme, tensor.q_scale(), tensor.q_zero_point())
-    elif scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
-        parameters = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+        affine: tuple[Any, ...] = (scheme, tensor.q_scale(), tensor.q_zero_point())
+    elif per_channel:
         affine = (scheme, tensor.q_per_channel_axis())
     else:
         raise Refusal(f"its quantization scheme {scheme} is not supported.", "Dequantize it first.")
     dtype, size, stride, offset = tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
-    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    traits = traits_of(tensor)
+
+    def find_parts() -> tuple[torch.Tensor, ...]:
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        return (memory, tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()) if per_channel else (memory,)
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         memory = staged[0].untyped_storage()
@@ -483,9 +506,9 @@ def _quantized(tensor: torch.Tensor) -> Composite:
             result: torch.Tensor = _private.require("rebuild_qtensor")(
                 typed, offset, size, stride, scheme_and_parameters, False, {}
             )
-        return _finished(result, tensor)
+        return _finished(result, traits)
 
-    return Composite((memory, *parameters), assemble)
+    return Composite(find_parts(), find_parts, assemble, traits)
 
 
 def _uninitialized(tensor: Any) -> Composite:
@@ -496,4 +519,4 @@ def _uninitialized(tensor: Any) -> Composite:
             return cls(requires_grad, device="cpu", dtype=dtype)  # type: ignore[call-arg]
         return cls(requires_grad=requires_grad, device="cpu", dtype=dtype)  # type: ignore[no-any-return]
 
-    return Composite((), assemble)
+    return Composite((), lambda: (), assemble, traits_of(tensor))

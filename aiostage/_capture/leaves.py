@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart
+from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart, traits_of
 from aiostage._loop.collection import untrack_all
 
 __all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "changed", "have_attributes"]
@@ -97,6 +97,7 @@ class Leaves:
         gradients: The index of its gradient for each leaf that has one.
         given: Copies that were made already.
         owners: For a part, a gradient, and a tensor met again: the leaf that it belongs to.
+        owned: The parts and gradients that the tree itself does not lead to, in order.
         aliases: For a tensor met again: the index that it was met at first.
         attributed: Leaves with attributes of their own, which the walk sees to.
         positions: Indices by identity, after :meth:`index`.
@@ -113,6 +114,7 @@ class Leaves:
         self.gradients: dict[int, int] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.owners: dict[int, int] = {}
+        self.owned: list[int] = []
         self.aliases: dict[int, int] = {}
         self.attributed: set[int] = set()
         self.positions: dict[int, int] = {}
@@ -157,6 +159,7 @@ class Leaves:
         index = len(self.tensors)
         self.append((tensor,))
         self.owners[index] = owner
+        self.owned.append(index)
         return index
 
     def release(self) -> None:
@@ -366,20 +369,13 @@ def _changed_among(
         for index, (tensor, storage, version, address, size) in enumerate(
             zip(tensors, storages, *now, strict=True), start
         ):
-            spec = leaves.specs[index]
-            if index in leaves.composites:
-                # Its parts, which are leaves themselves, say whether its memory is the same.
-                if version != leaves.versions[index] or not _same_gradient(leaves, index, tensor):
-                    found.append(index)
-            elif (
+            if (
                 version != leaves.versions[index]
                 or address != leaves.addresses[index]
                 or size != leaves.storage_sizes[index]
                 or storage is not leaves.storages[index]
-                or (
-                    spec is not None
-                    and (tensor.shape, tensor.stride(), tensor.dtype) != (spec.shape, spec.stride, spec.dtype)
-                )
+                or not _same_form(tensor, leaves.specs[index])
+                or not _same_parts(leaves, index)
                 or not _same_gradient(leaves, index, tensor)
                 or _has_new_attributes(leaves, index, tensor)
             ):
@@ -387,9 +383,40 @@ def _changed_among(
     return found
 
 
+def _same_form(tensor: torch.Tensor, spec: Spec | None) -> bool:
+    """Return whether a leaf in one piece shows its memory as it did."""
+    if spec is None:
+        return True
+    return (
+        type(tensor) is spec.cls
+        and (tensor.shape, tensor.stride(), tensor.dtype) == (spec.shape, spec.stride, spec.dtype)
+        and (tensor.requires_grad and tensor.is_leaf) == spec.requires_grad
+    )
+
+
+def _same_parts(leaves: Leaves, index: int) -> bool:
+    """Return whether a leaf consists of the tensors that it was taken apart into, which are leaves themselves."""
+    if index not in leaves.composites:
+        return True
+    composite, numbers = leaves.composites[index]
+    if traits_of(leaves.tensors[index]) != composite.traits:
+        return False
+    try:
+        parts = composite.find_parts()
+    except Exception:
+        # It is of another kind by now.
+        return False
+    for part, number in zip(parts, numbers, strict=True):
+        noted = leaves.tensors[number]
+        # Some are made anew each time that they are asked for.
+        if part is not noted and (part.shape, _address_or_none(part)) != (noted.shape, _address_or_none(noted)):
+            return False
+    return True
+
+
 def _has_new_attributes(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:
     """Return whether a leaf that had no attributes has some; those that it had are compared by the walk."""
-    if type(tensor) not in PLAIN_CLASSES or index in leaves.owners or index in leaves.attributed:
+    if type(tensor) not in PLAIN_CLASSES or index in leaves.aliases or index in leaves.attributed:
         return False
     return have_attributes((tensor,))
 

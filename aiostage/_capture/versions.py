@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import is_
 from typing import Any, Protocol
@@ -31,6 +31,22 @@ class _HasPath(Protocol):
     def path(self, slot: int) -> Path: ...
 
 
+class _Names:
+    """The names of an object's attributes now, without those that its class keeps for itself."""
+
+    __slots__ = ("_attributes", "_owns")
+
+    def __init__(self, attributes: dict[str, Any], owns: Callable[[str], bool]) -> None:
+        self._attributes = attributes
+        self._owns = owns
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._attributes if not self._owns(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class ContainerChanges:
     """What every container held when the walk met it, to be compared when capture completes.
 
@@ -39,7 +55,7 @@ class ContainerChanges:
     """
 
     def __init__(self) -> None:
-        self._keys: list[tuple[Collection[Any], Sequence[Any], _HasPath, int]] = []
+        self._keys: list[tuple[Collection[Any] | _Names, Sequence[Any], _HasPath, int]] = []
         self._contents: list[tuple[Collection[Any], Sequence[Any], Sequence[object], _HasPath, int]] = []
         self._sets: list[tuple[set[Any], Sequence[Any], _HasPath, int]] = []
         self._slots: list[tuple[object, Mapping[str, Any], _HasPath, int]] = []
@@ -60,6 +76,12 @@ class ContainerChanges:
         """Note the attributes of an object, which is what the path leads to."""
         self._keys.append((source.keys(), names, frame, slot))
         self._contents.append((source.values(), values, AttributeSteps(names), frame, slot))
+
+    def add_names(
+        self, source: dict[str, Any], names: Sequence[str], owns: Callable[[str], bool], frame: _HasPath, slot: int
+    ) -> None:
+        """Note the names of an object's attributes, without those that its class keeps for itself."""
+        self._keys.append((_Names(source, owns), names, frame, slot))
 
     def add_sequence(self, source: list[Any] | deque[Any], items: Sequence[Any], frame: _HasPath, slot: int) -> None:
         """Note the items of a sequence."""

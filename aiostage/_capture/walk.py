@@ -10,7 +10,7 @@ import copyreg
 import enum
 import types
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice
@@ -149,10 +149,16 @@ class Walk:
         Raises:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
         """
-        try:
-            yield from self.leaves.inspect(inspection)
-        except Refusal as refusal:
-            raise refusal.at(self.path(len(self.leaves.specs))) from None
+        while True:
+            known = len(self.leaves.specs)
+            try:
+                yield from self.leaves.inspect(inspection)
+            except Refusal as refusal:
+                raise refusal.at(self.path(len(self.leaves.specs))) from None
+            if not self.leaves.owned or self.leaves.owned[-1] < known:
+                return
+            # What hangs on gradients and parts that were found only now.
+            yield from self._note_owned(known)
 
     def settle(self, inspection: Inspection) -> Generator[None, None, None]:
         """Copy what no comparison can tell to have changed, in one step: the moment of the copy.
@@ -167,16 +173,19 @@ class Walk:
             yield from self.leaves.index()
         if not (self._opaque or self._reduced_last or self._buffers):
             return
-        while self._reduced_last or self._opaque_unknown():
+        while True:
             reduced, self._reduced_last = self._reduced_last, []
             for node in reduced:
                 self._reduce(node)
                 self._stack.append(node)
                 exhausted(self._note())
-            for given in self._opaque_unknown():
+            unknown = self._opaque_unknown()
+            for given in unknown:
                 self._find_tensors(given)
                 exhausted(self._note())
-        exhausted(self.inspect(inspection))
+            if not (reduced or unknown):
+                break
+            exhausted(self.inspect(inspection))
         if not self._only_leaves:
             self._copy_last()
         yield
@@ -192,12 +201,17 @@ class Walk:
 
     def path(self, leaf: int) -> Path:
         """Return the path of a leaf: one that leads to it."""
+        node, slot = self._place_of(leaf)
+        return node.path(slot)
+
+    def _place_of(self, leaf: int) -> tuple[Node, int]:
+        """Return the node that leads to a leaf, and its slot there."""
         while leaf in self.leaves.owners:
             leaf = self.leaves.owners[leaf]
         node = self._origins[bisect_right(self._origins, leaf, key=attrgetter("first_leaf")) - 1]
         if isinstance(node, GivenNode):
-            return node.own_path()
-        return node.path(node.leaves[leaf - node.first_leaf])
+            return _parent(node), node.slot
+        return node, node.leaves[leaf - node.first_leaf]
 
     def releasing(self) -> Generator[None, None, None]:
         """Do the larger part of :meth:`release`, yielding between small steps."""
@@ -320,14 +334,17 @@ class Walk:
             made.leaf = index
             self._add(made, node, slot)
             return
-        owned = composite.owned_attributes if composite is not None else frozenset()
-        attributes = {name: value for name, value in vars(tensor).items() if name not in owned}
-        if type(tensor) in PLAIN_CLASSES:
+        attributes = dict(vars(tensor))
+        if composite is None or composite.owned is None:
             self.changes.add_attributes(vars(tensor), list(attributes), list(attributes.values()), node, slot)
         else:
+            attributes = {name: value for name, value in attributes.items() if not composite.owns(name)}
+            self.changes.add_names(vars(tensor), list(attributes), composite.owns, node, slot)
+            self.changes.add_slots(tensor, dict(attributes), node, slot)
+        if type(tensor) not in PLAIN_CLASSES:
             names = _private.slot_names(type(tensor))
+            self.changes.add_slots(tensor, {name: getattr(tensor, name, GONE) for name in names}, node, slot)
             attributes |= {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-            self.changes.add_slots(tensor, attributes, node, slot)
         self.leaves.attributed.add(index)
         if not attributes:
             return
@@ -339,6 +356,35 @@ class Walk:
         made.children = [attributes[name] for name in made.names]
         made.steps = list(map(Attribute, made.names))
         self._add(made, node, slot)
+
+    def _note_owned(self, start: int) -> Generator[None, None, None]:
+        """Note what hangs on the gradients and parts from an index on, which are children of no node."""
+        leaves = self.leaves
+        owned = leaves.owned[bisect_left(leaves.owned, start) :]
+        for first in range(0, len(owned), _ATTRIBUTED_AT_ONCE):
+            for index in owned[first : first + _ATTRIBUTED_AT_ONCE]:
+                tensor = leaves.tensors[index]
+                if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
+                    self._note_beside(index, tensor)
+            yield
+        self._all += self._fresh
+        self._stack += self._fresh
+        self._fresh.clear()
+        yield from self._note()
+
+    def _note_beside(self, index: int, tensor: torch.Tensor) -> None:
+        """Note what hangs on a tensor beside the tree, so that it is built with it."""
+        leaves, root = self.leaves, self._root
+        assert root is not None  # noqa: S101 - nothing is inspected before the walk
+        is_gradient = leaves.gradients.get(leaves.owners[index]) == index
+        holder = ListNode([tensor], *self._place_of(index))
+        holder.children, holder.steps = holder.source, (Attribute("grad") if is_gradient else HIDDEN,)
+        self._attributes(tensor, index, holder, 0)
+        if holder.nested:
+            root.nested.append((len(root.children), holder))
+            root.children.append(tensor)
+            root.steps = (*root.steps, HIDDEN)
+            self._all.append(holder)
 
     def _add(self, made: Node, node: Node, slot: int) -> None:
         self._nodes[id(made.source)] = made
