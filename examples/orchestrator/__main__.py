@@ -8,36 +8,50 @@ jobs scored by an evaluator that opens them in shared memory while the trainers 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import secrets
+import signal
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import socket
 
 import uvicorn
-from fastapi import FastAPI
+import uvloop
+from feed import Feed
 from service import create_app
-from supervisor import JobSpec, Settings
+from supervisor import JobSpec, Settings, Supervisor
 
 
 class Server(uvicorn.Server):
-    """Ends event streams first when it is told to end; otherwise it would wait for the watchers to leave."""
+    """Ends when it is told to, and leaves the end of the process to us: the jobs still have to be stopped."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
         super().__init__(config)
-        self._app = app
+        self._feed = feed
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        self._app.state.supervisor.feed.close()
+        # Event streams first; otherwise it would wait for the watchers to leave.
+        self._feed.close()
         await super().shutdown(sockets)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="orchestrator", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="loopback unless told otherwise (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (%(default)s)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may use for this machine"
+    )
     parser.add_argument("--root", type=Path, help="where checkpoints lie; a temporary directory unless given")
     parser.add_argument("--jobs", type=int, default=2, help="how many jobs to start with (%(default)s)")
     parser.add_argument("--steps", type=int, default=5000)
@@ -50,23 +64,40 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+async def serve(arguments: argparse.Namespace, root: Path, token: str) -> None:
+    """Run the service until a signal ends it.
+
+    Raises:
+        ExceptionGroup: If the supervision of the jobs fails.
+    """
+    settings = Settings(root=root, every=arguments.every, keep=arguments.keep)
+    supervisor = Supervisor(settings, Feed())
+    app = create_app(supervisor, token, hosts=arguments.allow_host)
+    config = uvicorn.Config(app, host=arguments.host, port=arguments.port, lifespan="off", log_level="warning")
+    # Before the jobs: where the port is taken nothing is started.
+    listening = config.bind_socket()
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"The page: http://{host}:{listening.getsockname()[1]}/", flush=True)
+    if "ORCHESTRATOR_TOKEN" not in os.environ:
+        print(f"The token for its buttons, and for every request that changes something: {token}", flush=True)
+    async with supervisor.running():
+        for seed in range(arguments.jobs):
+            supervisor.start(
+                JobSpec(
+                    name=f"job-{seed}", steps=arguments.steps, seed=seed, width=arguments.width, pace=arguments.pace
+                )
+            )
+        await Server(config, supervisor.feed).serve([listening])
+
+
 def main() -> None:
     arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     token = os.environ.get("ORCHESTRATOR_TOKEN") or secrets.token_urlsafe(16)
     with ExitStack() as stack:
         root = arguments.root or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-")))
-        settings = Settings(root=root, every=arguments.every, keep=arguments.keep)
-        jobs = [
-            JobSpec(name=f"job-{seed}", steps=arguments.steps, seed=seed, width=arguments.width, pace=arguments.pace)
-            for seed in range(arguments.jobs)
-        ]
-        print(f"The page: http://{arguments.host}:{arguments.port}/", flush=True)
-        if "ORCHESTRATOR_TOKEN" not in os.environ:
-            print(f"The token for its buttons, and for whatever changes something: {token}", flush=True)
-        app = create_app(settings, jobs, token)
-        config = uvicorn.Config(app, host=arguments.host, port=arguments.port, loop="uvloop", log_level="warning")
-        Server(config, app).run()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(arguments, root, token))
 
 
 if __name__ == "__main__":

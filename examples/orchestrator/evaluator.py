@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import pickle
 
 import torch
-from protocol import messages, send, standard_input
+from protocol import Channel
 from training import Digits, evaluate
 
 import aiostage
@@ -20,20 +21,23 @@ import aiostage
 async def main() -> None:
     torch.set_num_threads(1)
     digits = Digits()
-    send("ready")
-    async for command in messages(await standard_input()):
+    service = await Channel.to_service()
+    service.tell("ready")
+    async for line in service.lines():
+        command = json.loads(line)
         job, step = command["job"], command["step"]
         try:
             # Handles come from our own trainers, through our own service: unpickling one is as safe as they are.
             weights = pickle.loads(base64.b64decode(command["handle"])).open()
         except aiostage.HostMemoryError as error:
             # The trainer has died or gone on; there will be others.
-            send("missed", job=job, step=step, reason=str(error))
+            service.tell("missed", job=job, step=step, reason=str(error))
             continue
-        send("opened", job=job, step=step)
+        service.tell("opened", job=job, step=step)
         loss, accuracy = await asyncio.to_thread(evaluate, weights, digits)
         del weights
-        send("score", job=job, step=step, loss=loss, accuracy=accuracy)
+        service.tell("score", job=job, step=step, loss=loss, accuracy=accuracy)
+    await service.aclose()
 
 
 if __name__ == "__main__":

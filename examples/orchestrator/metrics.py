@@ -24,6 +24,9 @@ class _Collector:
         seconds = GaugeMetricFamily(
             "orchestrator_checkpoint_seconds", "Seconds from asking to a stage", labels=["job", "stage"]
         )
+        delay = GaugeMetricFamily(
+            "orchestrator_job_loop_delay_seconds", "How late the worker's event loop was at worst", labels=["job"]
+        )
         for job in supervisor.jobs.values():
             steps.add_metric([job.name], job.step)
             running.add_metric([job.name], job.state == "running")
@@ -33,13 +36,15 @@ class _Collector:
                 last = committed[-1]
                 age.add_metric([job.name], last.at["committed"])
                 begin = min(last.at.values())
-                for stage in ("captured", "committed"):
+                for stage in {"captured", "committed"} & last.at.keys():
                     seconds.add_metric([job.name, stage], last.at[stage] - begin)
+            if job.delays:
+                delay.add_metric([job.name], job.delays[-1][1])
         totals = CounterMetricFamily("orchestrator_checkpoints", "Checkpoints by how they ended", labels=["outcome"])
         totals.add_metric(["committed"], supervisor.committed)
         totals.add_metric(["failed"], supervisor.failed)
         watchers = GaugeMetricFamily("orchestrator_watchers", "Open event streams", value=len(supervisor.feed))
-        return [steps, running, restarts, age, seconds, totals, watchers]
+        return [steps, running, restarts, age, seconds, delay, totals, watchers]
 
 
 def render(supervisor: Supervisor) -> bytes:

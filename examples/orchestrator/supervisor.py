@@ -1,30 +1,38 @@
-"""Owns the training jobs: starts their processes, follows what they say, and starts them again when they die."""
+"""Owns the training jobs: starts their processes, follows what they say, and starts them again when they die.
+
+What a process does wrong is its own fault, and ends that process. What goes wrong in here ends the service: a page that
+says "running" of jobs that nothing supervises is worse than none.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import sys
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from time import time
-from typing import Any
 
+import events
 from feed import Feed
-from protocol import LONGEST_LINE, Message, encode, messages
+from process import Child
 
-__all__ = ["Checkpoint", "Job", "JobSpec", "Settings", "Supervisor"]
+__all__ = ["Checkpoint", "Job", "JobSpec", "Score", "Settings", "Status", "Supervisor"]
 
 log = logging.getLogger("orchestrator")
 
 HERE = Path(__file__).parent
 
 CHECKPOINTS_SHOWN = 40
-LOSSES_PUBLISHED_EVERY = 0.2
+SCORES_SHOWN = 200
+DELAYS_SHOWN = 480
+LOSSES_KEPT = 20_000
+MOST_JOBS = 64
+PUBLISHED_EVERY = 0.2
 GOODBYE_SECONDS = 20.0
 """How long a worker may take for its last checkpoint when the service ends."""
 
@@ -39,6 +47,8 @@ class Settings:
         keep: How many checkpoints of a job are kept.
         max_restarts: How often a job is started again without having come any further before it is given up.
         backoff: Seconds before the first restart; doubled each time.
+        worker: The script that trains.
+        evaluator: The script that scores.
     """
 
     root: Path
@@ -46,6 +56,8 @@ class Settings:
     keep: int = 3
     max_restarts: int = 5
     backoff: float = 0.5
+    worker: Path = HERE / "worker.py"
+    evaluator: Path = HERE / "evaluator.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +73,10 @@ class JobSpec:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """One checkpoint on its way, and when it got where (seconds since the epoch)."""
+    """One checkpoint on its way, and when it got where (seconds since the epoch).
+
+    Its stage is one of asked, staging, captured, committed, failed, lost and skipped.
+    """
 
     id: str
     reason: str
@@ -82,6 +97,32 @@ class Checkpoint:
         self.at[stage] = time() if at is None else at
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What the evaluator found."""
+
+    step: int
+    loss: float | None
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What the API and the page show of a job, without its curves."""
+
+    name: str
+    state: str
+    step: int
+    steps: int
+    restarts: int
+    pid: int | None
+    died_of: str | None
+    score: Score | None
+    delay: float | None
+    """How late the worker's event loop was at worst in its last report, in seconds."""
+    checkpoints: list[Checkpoint]
+
+
 class Job:
     """One job and its process. Its state is one of starting, running, preempted, finished, restarting and failed."""
 
@@ -90,39 +131,49 @@ class Job:
         self.state = "starting"
         self.step = 0
         self.restarts = 0
-        self.losses: dict[int, float] = {}
+        self.died_of: str | None = None
+        self.losses: dict[int, float | None] = {}
         self.checkpoints: deque[Checkpoint] = deque(maxlen=CHECKPOINTS_SHOWN)
-        self.score: dict[str, float] | None = None
-        self.process: asyncio.subprocess.Process | None = None
+        self.scores: deque[Score] = deque(maxlen=SCORES_SHOWN)
+        self.delays: deque[tuple[float, float]] = deque(maxlen=DELAYS_SHOWN)
+        self.child: Child | None = None
+        self.supervising: asyncio.Task[None] | None = None
         self.wanted = asyncio.Event()
         self.wanted.set()
-        self.unpublished: list[tuple[int, float]] = []
+        self.numbers = count(1)
+        self.changed = True
+        self.new_losses: list[tuple[int, float | None]] = []
+        self.new_delays: list[tuple[float, float]] = []
 
     @property
     def name(self) -> str:
         return self.spec.name
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the API and the page show, without the losses."""
-        return {
-            "name": self.name,
-            "state": self.state,
-            "step": self.step,
-            "steps": self.spec.steps,
-            "restarts": self.restarts,
-            "pid": self.process.pid if self.process is not None and self.process.returncode is None else None,
-            "score": self.score,
-            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
-        }
+    def status(self) -> Status:
+        """Return what the API and the page show."""
+        return Status(
+            name=self.name,
+            state=self.state,
+            step=self.step,
+            steps=self.spec.steps,
+            restarts=self.restarts,
+            pid=self.child.pid if self.child is not None and self.child.alive else None,
+            died_of=self.died_of,
+            score=self.scores[-1] if self.scores else None,
+            delay=self.delays[-1][1] if self.delays else None,
+            checkpoints=list(self.checkpoints),
+        )
 
     def under_way(self) -> Iterator[Checkpoint]:
         """Iterate over the checkpoints that have not come to an end."""
         return (checkpoint for checkpoint in self.checkpoints if not checkpoint.ended)
 
-    def send(self, message: Message) -> None:
-        """Tell the worker something, if there is one."""
-        if self.process is not None and self.process.returncode is None and self.process.stdin is not None:
-            self.process.stdin.write(encode(message))
+    def note_loss(self, step: int, loss: float) -> None:
+        # JSON has no NaN.
+        self.losses[step] = known = loss if math.isfinite(loss) else None
+        self.new_losses.append((step, known))
+        while len(self.losses) > LOSSES_KEPT:
+            del self.losses[next(iter(self.losses))]
 
 
 class Supervisor:
@@ -140,28 +191,30 @@ class Supervisor:
         self.committed = 0
         self.failed = 0
         self._tasks: asyncio.TaskGroup | None = None
-        self._evaluator: asyncio.subprocess.Process | None = None
-        self._numbers = count(1)
-        self._ending = False
+        self._evaluator: Child | None = None
 
     @contextlib.asynccontextmanager
-    async def running(self) -> Any:
-        """Run jobs inside this block. At its end every running job checkpoints once more and stops."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            background = [
-                tasks.create_task(self._evaluate()),
-                tasks.create_task(self._schedule()),
-                tasks.create_task(self._publish_losses()),
+    async def running(self) -> AsyncIterator[Supervisor]:
+        """Run jobs inside this block. At its end every running job checkpoints once more and stops.
+
+        Raises:
+            ExceptionGroup: If the supervision itself fails. The block is cancelled then.
+        """
+        async with asyncio.TaskGroup() as background:
+            endless = [
+                background.create_task(work) for work in (self._evaluate(), self._schedule(), self._publish_changes())
             ]
-            try:
-                yield self
-            finally:
-                self._ending = True
-                await self._say_goodbye()
-                for task in background:
-                    task.cancel()
-                self._tasks = None
+            async with asyncio.TaskGroup() as self._tasks:
+                try:
+                    yield self
+                finally:
+                    self._tasks = None
+                    await self._say_goodbye()
+                    for job in self.jobs.values():
+                        if job.supervising is not None:
+                            job.supervising.cancel()
+            for task in endless:
+                task.cancel()
 
     # What can be asked for
 
@@ -169,15 +222,16 @@ class Supervisor:
         """Start a job. If there are checkpoints under its name, it goes on from the last.
 
         Raises:
-            ValueError: If there is a job of that name.
+            ValueError: If there is a job of that name, or if there are too many.
         """
         if spec.name in self.jobs:
             raise ValueError(f"there is a job named {spec.name!r} already")
+        if len(self.jobs) >= MOST_JOBS:
+            raise ValueError(f"there are {MOST_JOBS} jobs already, which is the most that one service runs")
         if self._tasks is None:
-            raise RuntimeError("the supervisor is not running")
+            raise ValueError("the service is ending")
         job = self.jobs[spec.name] = Job(spec)
-        self._tasks.create_task(self._supervise(job))
-        self._changed(job)
+        job.supervising = self._tasks.create_task(self._supervise(job))
         return job
 
     def checkpoint(self, job: Job, reason: str) -> Checkpoint:
@@ -194,25 +248,30 @@ class Supervisor:
         job.wanted.set()
 
     def _ask(self, job: Job, what: str, reason: str) -> Checkpoint:
-        checkpoint = Checkpoint(id=str(next(self._numbers)), reason=reason)
+        checkpoint = Checkpoint(id=str(next(job.numbers)), reason=reason)
         checkpoint.reach("asked")
         job.checkpoints.append(checkpoint)
-        job.send({"do": what, "id": checkpoint.id, "reason": reason})
-        self._changed(job)
+        if job.child is None or not job.child.send({"do": what, "id": checkpoint.id, "reason": reason}):
+            checkpoint.error = "the worker does not take commands"
+            checkpoint.reach("lost")
+        job.changed = True
         return checkpoint
 
     # The life of a job
 
     async def _supervise(self, job: Job) -> None:
-        """Run a job's process until the job is finished, given up, or the service ends."""
+        """Run a job's process until the job is finished or given up."""
         fruitless = 0
-        while not self._ending:
+        while True:
             before = job.step
             await self._run(job)
-            if job.state in ("finished", "failed"):
+            if job.state == "finished" or self._tasks is None:
                 return
-            if job.state == "preempted":
+            if not job.wanted.is_set():
+                # Also if it died on the way: its last commit is there.
+                self._change(job, "preempted")
                 await job.wanted.wait()
+                self._change(job, "starting")
                 continue
             fruitless = fruitless + 1 if job.step <= before else 1
             if fruitless > self.settings.max_restarts:
@@ -234,106 +293,75 @@ class Supervisor:
             "--pace": spec.pace,
             "--keep": self.settings.keep,
         }
-        job.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(HERE / "worker.py"),
-            *(str(word) for pair in arguments.items() for word in pair),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LONGEST_LINE,
-        )
-        assert job.process.stdout is not None
-        try:
-            async for message in messages(job.process.stdout):
-                self._hear(job, message)
-            code = await job.process.wait()
-        finally:
-            if job.process.returncode is None:
-                job.process.kill()
+        job.child = await Child.start(self.settings.worker, *(word for pair in arguments.items() for word in pair))
+        job.died_of = await job.child.follow(events.worker_event, lambda event: self._hear(job, event))
         for checkpoint in job.under_way():
+            checkpoint.error = job.died_of or f"process {job.child.pid} ended before it was committed"
             checkpoint.reach("lost")
-        if code:
-            log.warning("%s died with status %d at step %d", job.name, code, job.step)
-        self._changed(job)
+        if job.died_of:
+            log.warning("%s, at step %d: %s", job.name, job.step, job.died_of)
+        job.changed = True
 
-    def _hear(self, job: Job, message: Message) -> None:
+    def _hear(self, job: Job, event: events.WorkerEvent) -> None:
         """Take note of what a worker says."""
-        match message["event"]:
-            case "step":
-                job.step = message["step"]
-                job.losses[job.step] = message["loss"]
-                job.unpublished.append((job.step, message["loss"]))
-                return
-            case "started":
-                job.step = message["step"]
+        job.changed = True
+        match event:
+            case events.Step():
+                job.step = event.step
+                job.note_loss(event.step, event.loss)
+            case events.Started():
+                job.step = event.step
                 self._change(job, "running")
-            case "checkpoint":
-                self._follow(job, message)
-            case "progress":
+            case events.Delay():
+                job.delays.append((event.at, event.worst))
+                job.new_delays.append((event.at, event.worst))
+            case events.CheckpointReached():
+                self._follow(job, event)
+            case events.Progress():
                 for checkpoint in job.under_way():
-                    if checkpoint.step == message["step"]:
-                        checkpoint.written, checkpoint.total = message["written"], message["total"]
-            case "weights":
-                self._push_weights(job, message)
-                return
-            case "preempted" | "finished" as state:
-                self._change(job, state)
-        self._changed(job)
+                    if checkpoint.step == event.step:
+                        checkpoint.written, checkpoint.total = event.written, event.total
+            case events.Weights():
+                # A staged tree's handle is handed on; the weights themselves never come here.
+                if self._evaluator is not None:
+                    self._evaluator.send(
+                        {"do": "evaluate", "job": job.name, "step": event.step, "handle": event.handle}
+                    )
+            case events.Ended():
+                self._change(job, event.event)
 
-    def _follow(self, job: Job, message: Message) -> None:
-        checkpoint = next((known for known in job.checkpoints if known.id == message["id"]), None)
+    def _follow(self, job: Job, event: events.CheckpointReached) -> None:
+        checkpoint = next((known for known in job.checkpoints if known.id == event.id), None)
         if checkpoint is None:
-            checkpoint = Checkpoint(id=message["id"], reason=message.get("reason", ""))
+            checkpoint = Checkpoint(id=event.id, reason=event.reason)
             job.checkpoints.append(checkpoint)
-        checkpoint.step = message.get("step", checkpoint.step)
-        checkpoint.nbytes = message.get("nbytes", checkpoint.nbytes)
-        checkpoint.error = message.get("error")
-        checkpoint.reach(message["stage"], message["at"])
+        checkpoint.step = checkpoint.step if event.step is None else event.step
+        checkpoint.nbytes = event.nbytes
+        checkpoint.error = event.error
+        checkpoint.reach(event.stage, event.at)
         self.committed += checkpoint.stage == "committed"
         self.failed += checkpoint.stage == "failed"
 
-    # The evaluator
+    # In the background
 
     async def _evaluate(self) -> None:
         """Keep an evaluator alive and follow it."""
         while True:
-            self._evaluator = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(HERE / "evaluator.py"),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=LONGEST_LINE,
-            )
-            assert process.stdout is not None
-            try:
-                async for message in messages(process.stdout):
-                    self._hear_evaluator(message)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await asyncio.shield(process.wait())
-            log.warning("the evaluator died with status %d", await process.wait())
+            self._evaluator = await Child.start(self.settings.evaluator)
+            died_of = await self._evaluator.follow(events.evaluator_event, self._hear_evaluator)
+            log.warning("the evaluator has ended: %s", died_of)
             await asyncio.sleep(self.settings.backoff)
 
-    def _push_weights(self, job: Job, message: Message) -> None:
-        """Hand a staged tree's handle on; the weights themselves never come here."""
-        evaluator = self._evaluator
-        if evaluator is not None and evaluator.returncode is None and evaluator.stdin is not None:
-            evaluator.stdin.write(
-                encode({"do": "evaluate", "job": job.name, "step": message["step"], "handle": message["handle"]})
-            )
-
-    def _hear_evaluator(self, message: Message) -> None:
-        if message["event"] == "ready":
+    def _hear_evaluator(self, event: events.EvaluatorEvent) -> None:
+        if isinstance(event, events.Ready) or (job := self.jobs.get(event.job)) is None:
             return
-        job = self.jobs[message["job"]]
-        if message["event"] in ("opened", "missed"):
-            job.send({"do": "release", "step": message["step"]})
-        elif message["event"] == "score":
-            job.score = {key: message[key] for key in ("step", "loss", "accuracy")}
-            self._changed(job)
-
-    # In the background
+        if isinstance(event, events.Opened):
+            if job.child is not None:
+                job.child.send({"do": "release", "step": event.step})
+            return
+        loss = event.loss if math.isfinite(event.loss) else None
+        job.scores.append(Score(step=event.step, loss=loss, accuracy=event.accuracy))
+        job.changed = True
 
     async def _schedule(self) -> None:
         if not self.settings.every:
@@ -344,33 +372,43 @@ class Supervisor:
                 if job.state == "running" and not any(job.under_way()):
                     self.checkpoint(job, "schedule")
 
-    async def _publish_losses(self) -> None:
-        """Publish losses a few times a second, and not one by one."""
+    def everything(self) -> dict[str, object]:
+        """Return what a page that has just been opened needs to know."""
+        return {
+            "now": time(),
+            "jobs": [
+                asdict(job.status())
+                | {
+                    "losses": list(job.losses.items()),
+                    "scores": [asdict(score) for score in job.scores],
+                    "delays": list(job.delays),
+                }
+                for job in self.jobs.values()
+            ],
+        }
+
+    async def _publish_changes(self) -> None:
+        """Publish what has changed a few times a second, and not one by one."""
         while True:
-            await asyncio.sleep(LOSSES_PUBLISHED_EVERY)
+            await asyncio.sleep(PUBLISHED_EVERY)
             for job in self.jobs.values():
-                if job.unpublished:
-                    points, job.unpublished = job.unpublished, []
-                    self.feed.publish("losses", {"name": job.name, "step": job.step, "points": points})
+                if job.changed:
+                    news = {"now": time(), "losses": job.new_losses, "delays": job.new_delays}
+                    if self.feed:
+                        self.feed.publish("job", asdict(job.status()) | news)
+                    job.changed, job.new_losses, job.new_delays = False, [], []
 
     async def _say_goodbye(self) -> None:
-        for job in self.jobs.values():
-            if job.state == "running":
+        """Have every job that runs checkpoint once more and stop."""
+        alive = [job for job in self.jobs.values() if job.child is not None and job.child.alive]
+        for job in alive:
+            if job.state != "finished":
                 self.preempt(job)
-            # Whoever waits to be resumed sees that the service ends.
-            job.wanted.set()
-        alive = [job.process for job in self.jobs.values() if job.process and job.process.returncode is None]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_SECONDS):
-                await asyncio.gather(*(process.wait() for process in alive))
-        for process in alive:
-            if process.returncode is None:
-                process.kill()
+        if alive:
+            await asyncio.wait([job.supervising for job in alive if job.supervising], timeout=GOODBYE_SECONDS)
 
     def _change(self, job: Job, state: str) -> None:
-        log.info("%s is %s at step %d", job.name, state, job.step)
+        if job.state != state:
+            log.info("%s is %s at step %d", job.name, state, job.step)
         job.state = state
-        self._changed(job)
-
-    def _changed(self, job: Job) -> None:
-        self.feed.publish("job", job.describe())
+        job.changed = True

@@ -10,15 +10,15 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import json
 import pickle
-import sys
 from collections import deque
 from pathlib import Path
-from time import time
+from time import perf_counter, time
 from typing import Any
 
 import torch
-from protocol import Message, messages, send, standard_input
+from protocol import Channel, Message
 from training import Digits, Trainer
 
 import aiostage
@@ -26,11 +26,17 @@ import aiostage
 UNCLAIMED_WEIGHTS = 2
 """How many versions of the weights wait for somebody to open them before the oldest is dropped."""
 
+BEAT_SECONDS = 0.01
+BEATS_IN_A_REPORT = 25
+
 
 class Job:
     """The coroutines of a worker and what they share."""
 
-    def __init__(self, trainer: Trainer, stager: aiostage.AsyncStager, checkpoints: aiostage.Checkpointer) -> None:
+    def __init__(
+        self, service: Channel, trainer: Trainer, stager: aiostage.AsyncStager, checkpoints: aiostage.Checkpointer
+    ) -> None:
+        self.service = service
         self.trainer = trainer
         self.stager = stager
         self.checkpoints = checkpoints
@@ -42,11 +48,11 @@ class Job:
         while self.trainer.steps < steps:
             # The step is the work on a CPU, so it runs in a thread; the event loop stays with commands and copies.
             loss, _ = await asyncio.gather(asyncio.to_thread(self.trainer.step), asyncio.sleep(pace))
-            send("step", step=self.trainer.steps, loss=loss)
+            self.service.tell("step", step=self.trainer.steps, loss=loss)
             if self.asked and await self.answer():
                 return
         await self.checkpoint({"id": "final", "reason": "finished"}, wait=True)
-        send("finished", step=self.trainer.steps)
+        self.service.tell("finished", step=self.trainer.steps)
 
     async def answer(self) -> bool:
         """Carry out what was asked for, between two steps; return whether to stop."""
@@ -56,21 +62,21 @@ class Job:
             stop = command["do"] == "preempt"
             await self.checkpoint(command, wait=stop)
             if stop:
-                send("preempted", step=self.trainer.steps)
+                self.service.tell("preempted", step=self.trainer.steps)
                 break
         return stop
 
     async def checkpoint(self, command: Message, *, wait: bool) -> None:
         """Capture the state; training goes on while it is written."""
         name, step = command["id"], self.trainer.steps
-        send("checkpoint", id=name, stage="staging", reason=command["reason"], step=step, at=time())
+        self.service.tell("checkpoint", id=name, stage="staging", reason=command["reason"], step=step, at=time())
         try:
             handle = await self.checkpoints.save(step, self.trainer.state_dict())
         except aiostage.CheckpointExistsError:
             # Nothing was learnt since the last one.
-            send("checkpoint", id=name, stage="skipped", at=time())
+            self.service.tell("checkpoint", id=name, stage="skipped", at=time())
             return
-        send("checkpoint", id=name, stage="captured", at=time())
+        self.service.tell("checkpoint", id=name, stage="captured", at=time())
         committing = asyncio.create_task(self.follow(name, handle))
         await self.push_weights()
         if wait:
@@ -81,9 +87,11 @@ class Job:
         try:
             info = await handle.committed()
         except Exception as error:
-            send("checkpoint", id=name, stage="failed", error=str(error), at=time())
+            self.service.tell("checkpoint", id=name, stage="failed", error=str(error), at=time())
         else:
-            send("checkpoint", id=name, stage="committed", nbytes=info.nbytes, path=str(info.path), at=time())
+            self.service.tell(
+                "checkpoint", id=name, stage="committed", nbytes=info.nbytes, path=str(info.path), at=time()
+            )
 
     async def push_weights(self) -> None:
         """Stage the weights once more, in memory that another process can open, and say where they are."""
@@ -92,26 +100,37 @@ class Job:
         while len(self.weights) > UNCLAIMED_WEIGHTS:
             del self.weights[min(self.weights)]
         handle = await self.stager.share(self.weights[step])
-        send("weights", step=step, handle=base64.b64encode(pickle.dumps(handle)).decode())
+        self.service.tell("weights", step=step, handle=base64.b64encode(pickle.dumps(handle)).decode())
 
-    async def obey(self, commands: asyncio.StreamReader) -> None:
+    async def measure_delay(self) -> None:
+        """Report how late the event loop runs what is due: what checkpoints must not change."""
+        while True:
+            worst = 0.0
+            for _ in range(BEATS_IN_A_REPORT):
+                due = perf_counter() + BEAT_SECONDS
+                await asyncio.sleep(BEAT_SECONDS)
+                worst = max(worst, perf_counter() - due)
+            self.service.tell("delay", at=time(), worst=worst)
+
+    async def obey(self) -> None:
         """Take commands until the service is gone."""
-        async for command in messages(commands):
+        async for line in self.service.lines():
+            command = json.loads(line)
             if command["do"] == "release":
                 self.weights.pop(command["step"], None)
             else:
                 self.asked.append(command)
 
 
-def progress(state: Any) -> None:
-    """Tell the service how far a save has come."""
-    step = int(state.name.rpartition("-")[2])
-    send("progress", step=step, written=state.written_bytes, total=state.total_bytes)
-
-
 async def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    service = await Channel.to_service()
     trainer = Trainer(Digits(), seed=arguments.seed, width=arguments.width)
+
+    def progress(state: Any) -> None:
+        step = int(state.name.rpartition("-")[2])
+        service.tell("progress", step=step, written=state.written_bytes, total=state.total_bytes)
+
     options = aiostage.StagingOptions(use_shared_memory=True)
     async with (
         aiostage.AsyncStager(options) as stager,
@@ -120,17 +139,19 @@ async def main(arguments: argparse.Namespace) -> None:
         latest = await checkpoints.latest()
         if latest is not None:
             trainer.load_state_dict(await checkpoints.restore())
-        send("started", step=trainer.steps, resumed=latest is not None)
-        job = Job(trainer, stager, checkpoints)
+        service.tell("started", step=trainer.steps)
+        job = Job(service, trainer, stager, checkpoints)
+        measuring = asyncio.create_task(job.measure_delay())
         training = asyncio.create_task(job.train(arguments.steps, arguments.pace))
-        obeying = asyncio.create_task(job.obey(await standard_input()))
-        done, left = await asyncio.wait((training, obeying), return_when=asyncio.FIRST_COMPLETED)
-        for task in left:
+        obeying = asyncio.create_task(job.obey())
+        done, _ = await asyncio.wait((measuring, training, obeying), return_when=asyncio.FIRST_COMPLETED)
+        for task in {measuring, training, obeying} - done:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         for task in done:
             task.result()
+    await service.aclose()
 
 
 def parse() -> argparse.Namespace:
@@ -145,6 +166,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # A library that prints must not break the protocol.
     asyncio.run(main(parse()))
-    sys.stdout.flush()

@@ -57,6 +57,13 @@ class Browser:
             time.sleep(0.1)
         return value
 
+    def resize(self, width: int, height: int) -> None:
+        self._ask("POST", "window/rect", {"width": width, "height": height})
+
+    def log(self) -> list[str]:
+        """Return what the browser complains of, such as blocked resources and errors of scripts."""
+        return [entry["message"] for entry in self._ask("POST", "se/log", {"type": "browser"})]
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("GET", "screenshot")))
 
@@ -79,7 +86,15 @@ def browser(profile: Path, free_port: Callable[[], int]) -> Iterator[Browser]:
                     assert time.monotonic() < deadline, "chromedriver does not answer"
                     time.sleep(0.1)
             options = {"binary": CHROMIUM, "args": [*_ARGUMENTS, f"--user-data-dir={profile}"]}
-            wanted = {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}}
+            wanted = {
+                "capabilities": {
+                    "alwaysMatch": {
+                        "browserName": "chrome",
+                        "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "WARNING"},
+                    }
+                }
+            }
             answer = client.post("/session", json=wanted)
             assert answer.status_code == 200, answer.text
             session = answer.json()["value"]["sessionId"]

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,86 +17,11 @@ import httpx
 import pytest
 
 from tests.examples import browser
+from tests.examples.running import ORCHESTRATOR, TOKEN, Service, orchestrator
 from tests.patience import seconds
 from tests.servers.process import free_ports
 
-ROOT = Path(__file__).parent.parent.parent
-ORCHESTRATOR = ROOT / "examples" / "orchestrator"
-TOKEN = "only-for-tests"
-SOON = seconds(40.0)
-"""Seconds in which whatever is waited for has happened, on a machine that has other things to do."""
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-class Service:
-    """A running orchestrator."""
-
-    def __init__(self, process: subprocess.Popen[bytes], port: int, root: Path) -> None:
-        self.process = process
-        self.root = root
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=seconds(30), trust_env=False)
-        self.allowed = {"Authorization": f"Bearer {TOKEN}"}
-
-    def get(self, path: str) -> Any:
-        answer = self.client.get(path)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def post(self, path: str, body: Any = None) -> Any:
-        answer = self.client.post(path, headers=self.allowed, json=body)
-        assert answer.status_code in (201, 202), answer.text
-        return answer.json()
-
-    def job(self, name: str = "job-0") -> dict[str, Any]:
-        return self.get(f"/api/jobs/{name}")
-
-    def until(
-        self, condition: Callable[[dict[str, Any]], Any], name: str = "job-0", every: float = 0.05
-    ) -> dict[str, Any]:
-        """Wait until a job is as it should be, looking every so many seconds, and return it."""
-        deadline = time.monotonic() + SOON
-        while not condition(job := self.job(name)):
-            assert self.process.poll() is None, "the service has ended"
-            assert time.monotonic() < deadline, f"never came about: {job}"
-            time.sleep(every)
-        return job
-
-    def end(self) -> None:
-        """End it as a service manager would, and see that it takes everything with it."""
-        workers = [job["pid"] for job in self.get("/api/jobs") if job["pid"]]
-        self.client.close()
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(seconds(60)) in (0, -signal.SIGTERM)
-        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "workers outlive the service"
-
-
-@contextmanager
-def orchestrator(root: Path, **options: Any) -> Iterator[Service]:
-    (port,) = free_ports(1)
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen(
-        [sys.executable, str(ORCHESTRATOR), "--port", str(port), "--root", str(root), *words],
-        env=os.environ | {"ORCHESTRATOR_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        service = Service(process, port, root)
-        deadline = time.monotonic() + SOON
-        while True:
-            try:
-                service.get("/health")
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, "the service does not start"
-                assert time.monotonic() < deadline, "the service does not answer"
-                time.sleep(0.1)
-        yield service
-        service.end()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +67,7 @@ def test_a_worker_killed_while_it_saves_resumes_with_the_losses_of_an_uninterrup
         job = service.until(lambda job: job["state"] == "finished")
         assert job["restarts"] == kills
         losses = service.get("/api/jobs/job-0/losses")
-    assert losses == uninterrupted(steps, width)
+    assert [[point["step"], point["loss"]] for point in losses] == uninterrupted(steps, width)
 
 
 def test_checkpoints_on_schedule_on_demand_and_before_preemption(service: Service) -> None:
@@ -195,8 +119,11 @@ def test_the_page_shows_it_all_live(service: Service, tmp_path: Path) -> None:
             window.until(f"return {card} && {card}.innerText.includes('running')")
             window.until(f"return {card}.innerText.includes('committed')")
             window.until(f"return {card}.innerText.includes('evaluator: ')")
-            assert window.until(f"return {card}.querySelector('svg path').getAttribute('d').length") > 20
-            assert window.until(f"return {card}.querySelectorAll('svg rect').length") >= 2
+            assert window.until(f"return {card}.querySelector('.losses path').getAttribute('d').length") > 20
+            assert window.until(f"return {card}.querySelectorAll('.losses text').length") >= 3, "numbers at the axis"
+            assert window.until(f"return {card}.querySelectorAll('.scores circle').length") >= 1
+            assert window.until(f"return {card}.querySelectorAll('.timeline rect').length") >= 2
+            assert window.until(f"return {card}.querySelectorAll('.timeline circle').length") >= 2, "the loop's delay"
         step = "parseInt(document.getElementById('job-card-job-0').innerText.match(/step (\\d+) of/)[1])"
         before = window.run(f"return {step}")
         window.until(f"return {step} > {before}")
@@ -212,11 +139,17 @@ def test_the_page_shows_it_all_live(service: Service, tmp_path: Path) -> None:
         if screenshot:
             time.sleep(6)
             window.screenshot(Path(screenshot))
+        window.resize(400, 900)
+        assert window.run("return document.documentElement.scrollWidth <= window.innerWidth"), "it fits a phone"
         window.run(click)
         window.until("return document.getElementById('job-card-job-0').innerText.includes('preempted')")
         window.run("document.querySelectorAll('#job-card-job-0 button')[2].click()")
         window.until("return document.getElementById('job-card-job-0').innerText.includes('running')")
         assert service.job()["checkpoints"][-1]["reason"] in ("preemption", "schedule")
+        # Why a checkpoint was lost is said where it is listed.
+        os.kill(service.job()["pid"], signal.SIGKILL)
+        window.until("return document.getElementById('job-card-job-0').innerText.includes('was killed by SIGKILL')")
+        assert [line for line in window.log() if "401 (Unauthorized)" not in line] == []
 
 
 def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Service) -> None:

@@ -1,0 +1,33 @@
+"""The orchestrator with children that need no PyTorch. An argument after the root makes the supervision itself fail."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ORCHESTRATOR = HERE.parent.parent / "examples" / "orchestrator"
+
+sys.path.insert(0, str(ORCHESTRATOR))
+
+import supervisor  # noqa: E402
+
+if "--broken" in sys.argv:
+    sys.argv.remove("--broken")
+    hear = supervisor.Supervisor._hear
+
+    def broken(self: Any, job: Any, event: Any) -> None:
+        hear(self, job, event)
+        if job.step == 20:
+            raise LookupError("a fault of the supervisor")
+
+    supervisor.Supervisor._hear = broken
+
+supervisor.MOST_JOBS = 14
+supervisor.Settings = functools.partial(
+    supervisor.Settings, max_restarts=1, backoff=0.05, worker=HERE / "child.py", evaluator=HERE / "child.py"
+)
+runpy.run_path(str(ORCHESTRATOR / "__main__.py"), run_name="__main__")
