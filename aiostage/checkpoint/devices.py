@@ -13,14 +13,13 @@ from aiostage._device.streams import CallerStreams
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
-from aiostage.checkpoint.composites import COMPOSITES
-from aiostage.checkpoint.nodes import NodeTable, path_step, reading
-from aiostage.checkpoint.values import torch_constant
-from aiostage.checkpoint.views import view_of
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
+from aiostage.format.composites import COMPOSITES
+from aiostage.format.nodes import NodeTable, path_step, reading, view_of
+from aiostage.format.safetensors import Record
+from aiostage.format.values import torch_constant
 from aiostage.leaf import Attribute, Path, format_path
-from aiostage.storage.safetensors import Record
 
 __all__ = ["DeviceOption", "Devices", "Shares", "host_memory"]
 

@@ -15,7 +15,7 @@ import torch
 
 from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError, CheckpointError
-from aiostage.storage.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
+from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
 __all__ = ["Read", "recognize", "shards_of"]
 

@@ -20,10 +20,10 @@ from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.errors import CheckpointCorruptError
+from aiostage.format.manifest import FileRecord
+from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, whole
+from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
-from aiostage.storage.manifest import FileRecord
-from aiostage.storage.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, whole
-from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 
 __all__ = ["THREADS", "Destinations", "Incoming"]
 

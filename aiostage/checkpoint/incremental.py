@@ -25,9 +25,9 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, Storage
 from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.outgoing import OutgoingFile
-from aiostage.storage.manifest import with_placement
-from aiostage.storage.parts import PART_BYTES
-from aiostage.storage.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
+from aiostage.format.manifest import with_placement
+from aiostage.format.parts import PART_BYTES
+from aiostage.format.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
 
 __all__ = ["Base", "IncrementalStorage"]
 

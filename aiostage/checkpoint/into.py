@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
-from aiostage.checkpoint.blocks import CARRIERS
 from aiostage.checkpoint.fit import STRICT, Fit, is_rounded
-from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import CheckpointMismatchError
 from aiostage.format.classes import PlainObject
+from aiostage.format.nodes import LEFT_OUT
+from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
 from aiostage.leaf import Attribute, Path, format_path
-from aiostage.storage.safetensors import DTYPE_NAMES
 
 __all__ = ["Transfer", "compare", "copyable"]
 

@@ -26,7 +26,6 @@ from aiostage.checkpoint.fit import Fit
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.incoming import THREADS, Destinations
 from aiostage.checkpoint.into import Transfer, compare
-from aiostage.checkpoint.nodes import LEFT_OUT
 from aiostage.checkpoint.placing import Placement, place
 from aiostage.checkpoint.progress import LoadProgress
 from aiostage.checkpoint.reader import CheckpointReader, Outline
@@ -34,13 +33,13 @@ from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.checkpoint.sparse import check_sparse, parts_of_sparse
 from aiostage.checkpoint.stateful import stateful_in
-from aiostage.checkpoint.views import View, contents_of, sizes_of, spread_views
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.format.classes import Classes
+from aiostage.format.manifest import FileRecord
+from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
+from aiostage.format.parts import Part
 from aiostage.observe import span
 from aiostage.storage.local import LocalStorage
-from aiostage.storage.manifest import FileRecord
-from aiostage.storage.parts import Part
 
 __all__ = ["Loading"]
 

@@ -13,10 +13,10 @@ from aiostage.abc import Buffer, Draft
 from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.passing import collect
 from aiostage.errors import CheckpointError
+from aiostage.format.manifest import FileRecord
+from aiostage.format.parts import Part, digest, gather, place, whole
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
-from aiostage.storage.manifest import FileRecord
-from aiostage.storage.parts import Part, digest, gather, place, whole
 
 __all__ = ["OutgoingFile"]
 

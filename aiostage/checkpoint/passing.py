@@ -12,8 +12,8 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.errors import StagingError
+from aiostage.format.parts import Part, Piece, Scattered, gather, place
 from aiostage.snapshot import Snapshot
-from aiostage.storage.parts import Part, Piece, Scattered, gather, place
 
 __all__ = ["collect"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from aiostage.checkpoint.decode import Memory
 from aiostage.checkpoint.devices import host_memory
 from aiostage.checkpoint.into import Transfer, copyable
-from aiostage.checkpoint.views import sizes_of
-from aiostage.storage.safetensors import Record
+from aiostage.format.decode import Memory
+from aiostage.format.nodes import sizes_of
+from aiostage.format.safetensors import Record
 
 __all__ = ["Placement", "place"]
 

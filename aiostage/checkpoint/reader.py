@@ -12,19 +12,19 @@ import torch
 from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage.checkpoint.decode import Memory, TreeDecoder
 from aiostage.checkpoint.incoming import Destinations, Incoming
-from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
+from aiostage.format.decode import Memory, TreeDecoder
+from aiostage.format.manifest import FileRecord, Manifest
+from aiostage.format.nodes import NodeTable, reading
+from aiostage.format.parts import Content, Hole, Part, cut
+from aiostage.format.safetensors import HEADER_LENGTH_BYTES, Record, read_header
 from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.manifest import FileRecord, Manifest
-from aiostage.storage.parts import Content, Hole, Part, cut
-from aiostage.storage.safetensors import HEADER_LENGTH_BYTES, Record, read_header
 
 __all__ = ["CheckpointReader", "Outline", "TensorFile"]
 

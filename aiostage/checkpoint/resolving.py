@@ -11,14 +11,15 @@ from typing import Any
 import anyio
 
 from aiostage._loop.cleanup import finish
+from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.checkpoint.retention import mark_of, removed_of, step_of
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.format.manifest import MAX_MANIFEST_BYTES, Manifest, read_manifest, read_placement
+from aiostage.format.placement import Piece, PlacedFile, Placement
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES, Manifest, read_manifest, read_placement
-from aiostage.storage.placement import Piece, PlacedFile, Placement
 
 __all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
 
@@ -78,7 +79,7 @@ class ResolvingReader(Reader):
 
         Args:
             workers: Do that.
-            add_node: As for :func:`~aiostage.storage.manifest.read_manifest`.
+            add_node: As for :func:`~aiostage.format.manifest.read_manifest`.
 
         Raises:
             CheckpointCorruptError: If it is anything but a manifest.
@@ -87,7 +88,8 @@ class ResolvingReader(Reader):
         """
         async with self.told_apart():
             text = await self.manifest()
-            manifest = await read_manifest(text, path=self._path(MANIFEST_NAME), workers=workers, add_node=add_node)
+            reading = read_manifest(text, path=self._path(MANIFEST_NAME), add_node=add_node)
+            manifest = await workers.run(partial(in_turns, reading))
         await self._use(manifest.placement)
         return manifest
 
@@ -98,7 +100,9 @@ class ResolvingReader(Reader):
             try:
                 async with self.told_apart():
                     text = await self.manifest()
-                    placement = await read_placement(text, path=self._path(MANIFEST_NAME), workers=workers)
+                    placement = await workers.run(
+                        partial(in_turns, read_placement(text, path=self._path(MANIFEST_NAME)))
+                    )
             finally:
                 workers.stop()
             await self._use(placement)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterable
 from fnmatch import translate
 from typing import Any, TypeAlias
 
-from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, path_step
 from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import listed, shown
+from aiostage.format.nodes import LOOKED_INTO, NodeTable, path_step
 from aiostage.leaf import Path
 
 __all__ = ["Only", "Selection"]

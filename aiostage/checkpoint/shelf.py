@@ -28,7 +28,7 @@ from aiostage.checkpoint.resolving import exists, is_removed, placement_of
 from aiostage.checkpoint.retention import mark_of, name_of, pinned_by, removed_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
-from aiostage.storage.placement import Placement
+from aiostage.format.placement import Placement
 
 __all__ = ["Shelf"]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from aiostage.checkpoint.composites import SPARSE, check_invariants
-from aiostage.checkpoint.decode import Memory
-from aiostage.checkpoint.nodes import NodeTable, reading
-from aiostage.storage.safetensors import Record
+from aiostage.format.composites import SPARSE, check_invariants
+from aiostage.format.decode import Memory
+from aiostage.format.nodes import NodeTable, reading
+from aiostage.format.safetensors import Record
 
 __all__ = ["check_sparse", "parts_of_sparse"]
 

@@ -10,19 +10,18 @@ from typing import Any
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Draft
-from aiostage.checkpoint.blocks import FileTensor, file_tensors, groups, measure
 from aiostage.checkpoint.buffers import PartBuffers
-from aiostage.checkpoint.encode import TreeEncoder, ValuesNeeded
 from aiostage.checkpoint.info import CheckpointInfo
-from aiostage.checkpoint.layout import INDEX_NAME, index_content, tensor_files
 from aiostage.checkpoint.outgoing import OutgoingFile
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import HostMemoryError
+from aiostage.format.encode import TreeEncoder, ValuesNeeded
+from aiostage.format.layout import INDEX_NAME, FileTensor, file_tensors, groups, index_content, measure, tensor_files
+from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
+from aiostage.format.parts import DIGEST_NAME, PART_BYTES, Content, cut, digest, digest_of_parts
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
-from aiostage.storage.parts import DIGEST_NAME, PART_BYTES, Content, cut, digest, digest_of_parts
 
 __all__ = ["MAX_HOLD", "CheckpointWriter"]
 
@@ -96,7 +95,14 @@ class CheckpointWriter:
                 encoder = TreeEncoder()
                 await self._slices.run(encoder.walk(await _captured(snapshot)))
             tensors = await self._file_tensors(encoder)
-            shards = await self._slices.run(tensor_files(tensors, self._max_shard_bytes, snapshot))
+            shards = await self._slices.run(
+                tensor_files(
+                    tensors,
+                    self._max_shard_bytes,
+                    snapshot.memory if snapshot is not None else None,
+                    in_order=snapshot is not None and snapshot.window is not None,
+                )
+            )
             files = [(shard.name, shard.contents) for shard in shards]
             if len(shards) > 1:
                 files.append((INDEX_NAME, await self._slices.run(index_content(shards))))

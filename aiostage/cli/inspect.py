@@ -6,18 +6,18 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from aiostage.abc import Storage
-from aiostage.checkpoint.nodes import LOOKED_INTO, NodeTable, reading
 from aiostage.checkpoint.reader import Outline
 from aiostage.checkpoint.resolving import open_checkpoint, placement_of
-from aiostage.checkpoint.values import read_scalar
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.finding import Found, find
 from aiostage.errors import CheckpointCorruptError
+from aiostage.format.manifest import read_summary
+from aiostage.format.nodes import LOOKED_INTO, NodeTable, reading
+from aiostage.format.parts import DIGEST_NAME, digest_of_parts
+from aiostage.format.placement import Placement
+from aiostage.format.values import read_scalar
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import locate
-from aiostage.storage.manifest import read_summary
-from aiostage.storage.parts import DIGEST_NAME, digest_of_parts
-from aiostage.storage.placement import Placement
 
 __all__ = ["inspect"]
 

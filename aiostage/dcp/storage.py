@@ -36,9 +36,9 @@ from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Stor
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.dcp.unpickling import read_metadata
 from aiostage.errors import CheckpointCorruptError, said, shown
+from aiostage.format.parts import PART_BYTES, Part, cut, digest, gather, whole
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
-from aiostage.storage.parts import PART_BYTES, Part, cut, digest, gather, whole
 
 __all__ = ["Record", "StorageReader", "StorageWriter", "read_index", "read_record", "tensor_of"]
 

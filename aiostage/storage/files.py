@@ -14,11 +14,9 @@ import numpy as np
 from aiostage._platform import NOT_SUPPORTED, read_into, reserve_file, set_direct, sync
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
+from aiostage.format.parts import PART_ALIGNMENT
 
-__all__ = ["DIRECT_ALIGNMENT", "Descriptor", "InputFile", "OutputFile", "address_of", "aligned_memory"]
-
-DIRECT_ALIGNMENT = 4096
-"""Addresses, offsets and lengths of direct I/O are multiples of this, which satisfies every common device."""
+__all__ = ["Descriptor", "InputFile", "OutputFile", "address_of", "aligned_memory"]
 
 _BOUNCE_BYTES = 1 << 20
 """How much of memory that is not aligned is copied and written at once: small enough to stay in the caches."""
@@ -33,8 +31,8 @@ _NO_FILE = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR, er
 
 def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return new uint8 memory that direct I/O accepts."""
-    memory = np.empty(nbytes + DIRECT_ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % DIRECT_ALIGNMENT
+    memory = np.empty(nbytes + PART_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % PART_ALIGNMENT
     return memory[start : start + nbytes]
 
 
@@ -115,13 +113,13 @@ class OutputFile(Descriptor):
         if not self.direct:
             self._write(data, offset)
             return
-        straight = len(data) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT if address_of(data) % DIRECT_ALIGNMENT == 0 else 0
+        straight = len(data) // PART_ALIGNMENT * PART_ALIGNMENT if address_of(data) % PART_ALIGNMENT == 0 else 0
         self._write(data[:straight], offset)
         rest, offset = data[straight:], offset + straight
-        bounce = aligned_memory(min(len(rest) + DIRECT_ALIGNMENT, _BOUNCE_BYTES))
+        bounce = aligned_memory(min(len(rest) + PART_ALIGNMENT, _BOUNCE_BYTES))
         for start in range(0, len(rest), _BOUNCE_BYTES):
             piece = rest[start : start + _BOUNCE_BYTES]
-            padded = -(-len(piece) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+            padded = -(-len(piece) // PART_ALIGNMENT) * PART_ALIGNMENT
             bounce[: len(piece)] = piece
             bounce[len(piece) : padded] = 0
             self._write(bounce.data[:padded], offset + start)

@@ -11,6 +11,7 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, shown
+from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.observe import span
 from aiostage.storage.commit import (
     MANIFEST_NAME,
@@ -26,7 +27,6 @@ from aiostage.storage.commit import (
 )
 from aiostage.storage.directories import is_current
 from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 
 __all__ = ["LocalReader", "LocalStorage"]
 

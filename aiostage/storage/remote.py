@@ -29,10 +29,10 @@ from aiostage.errors import (
     StorageError,
     shown,
 )
+from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.lease import BEATS_PER_LEASE, LEASE_NAME, Heartbeat, write_lease
-from aiostage.storage.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.pointer import FOLDER, POINTER_NAME, end_uploads, find_pointer, remove_folder, write_pointer
 from aiostage.storage.ranges import read_ranges
 from aiostage.storage.sweep import drafts, sweep

@@ -16,7 +16,7 @@ import xxhash
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointMismatchError, HostMemoryError
 from aiostage.checkpoint.verify import outline_of, verify
-from aiostage.storage.parts import MAX_PART_BYTES
+from aiostage.format.parts import MAX_PART_BYTES
 
 TERABYTE = 1 << 40
 

@@ -12,7 +12,7 @@ import torch
 
 import aiostage
 from aiostage.checkpoint import incoming
-from aiostage.storage.parts import PART_BYTES
+from aiostage.format.parts import PART_BYTES
 from tests.checkpoint.comparing import assert_same
 
 PARTS = 6

@@ -9,7 +9,7 @@ CHECK_WITHOUT_MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from aiostage.checkpoint.nodes import reading
+from aiostage.format.nodes import reading
 from aiostage.checkpoint.sparse import check_invariants
 from aiostage.errors import HostMemoryError
 

@@ -13,26 +13,24 @@ from weakref import ref
 import numpy as np
 import torch
 
-from aiostage.checkpoint.composites import take_apart
-from aiostage.checkpoint.hashing import (
-    MAX_HASHED_DEPTH,
-    MAX_HASHED_SIZE,
-    Collisions,
-    TooLongToHashError,
-    check_hashed,
-)
-from aiostage.checkpoint.values import (
+from aiostage.errors import UnsupportedLeafError, shown
+from aiostage.format.composites import take_apart
+from aiostage.format.kinds import NotCarried
+from aiostage.format.objects import KINDS_VERSION, MADE_WHOLE, is_flattened, take_object_apart
+from aiostage.format.values import (
     ARRAY_DTYPES,
     FACTORIES,
     MAPPINGS,
+    MAX_HASHED_DEPTH,
+    MAX_HASHED_SIZE,
     SCALARS,
     SEQUENCES,
+    Collisions,
+    TooLongToHashError,
+    check_hashed,
     is_inline,
     write_scalar,
 )
-from aiostage.errors import UnsupportedLeafError, shown
-from aiostage.format.kinds import NotCarried
-from aiostage.format.objects import KINDS_VERSION, MADE_WHOLE, is_flattened, take_object_apart
 from aiostage.leaf import Attribute, Path, format_path
 
 __all__ = ["Node", "TreeEncoder", "ValuesNeeded", "path_of"]

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 
 from aiostage._private import storage_identity
-from aiostage.checkpoint.composites import COMPOSITES, assemble
-from aiostage.checkpoint.hashing import Collisions
-from aiostage.checkpoint.nodes import NodeTable, reading
-from aiostage.checkpoint.values import FACTORIES, MAPPINGS, SCALAR_KINDS, read_bytes, read_scalar
-from aiostage.checkpoint.views import view_of
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
+from aiostage.format.composites import COMPOSITES, assemble
+from aiostage.format.nodes import NodeTable, reading, view_of
 from aiostage.format.objects import (
     KINDS_VERSION,
     MADE_FIRST,
@@ -25,7 +22,8 @@ from aiostage.format.objects import (
     make_first,
     put_object_together,
 )
-from aiostage.storage.safetensors import Record
+from aiostage.format.safetensors import Record
+from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions, read_bytes, read_scalar
 
 __all__ = ["Memory", "TreeDecoder"]
 

@@ -10,7 +10,7 @@ import torch
 
 import aiostage
 from aiostage import Checkpointer, UnsupportedLeafError
-from aiostage.checkpoint.hashing import MAX_HASHED_DEPTH, MAX_HASHED_SIZE
+from aiostage.format.values import MAX_HASHED_DEPTH, MAX_HASHED_SIZE
 from tests.checkpoint.comparing import assert_same
 
 PRIME = (1 << 61) - 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError
-from aiostage.storage.safetensors import (
+from aiostage.format.safetensors import (
     DTYPES,
     HEADER_ALIGNMENT,
     Record,

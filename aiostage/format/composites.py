@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aiostage import _private
-from aiostage.checkpoint.values import torch_constant
-from aiostage.storage.sizes import checked_sizes
+from aiostage.format.safetensors import checked_sizes
+from aiostage.format.values import torch_constant
 
 __all__ = ["COMPOSITES", "SPARSE", "assemble", "check_invariants", "take_apart"]
 

@@ -10,18 +10,24 @@ from typing import Any, NamedTuple
 import torch
 
 from aiostage.errors import CheckpointCorruptError, said, shown
-from aiostage.storage.sizes import checked_sizes, elements_in
 
 __all__ = [
+    "CARRIERS",
     "DTYPES",
     "DTYPE_NAMES",
     "HEADER_ALIGNMENT",
     "HEADER_LENGTH_BYTES",
     "MAX_HEADER_BYTES",
+    "MAX_RANK",
+    "MAX_SPREAD",
     "MAX_TENSOR_NAME",
     "METADATA",
     "Record",
+    "checked_sizes",
+    "contiguous_strides",
+    "elements_in",
     "header_cost",
+    "is_injective",
     "read_header",
     "write_header",
 ]
@@ -51,6 +57,12 @@ DTYPES: dict[str, torch.dtype] = {
 """The names that ``safetensors.torch.load_file`` opens. The format has a few more, which it does not."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Dtypes that torch can copy, by element size; the bytes are all that counts."""
+
+MAX_SPREAD = 4
+"""Leaves whose memory is at most this many times their elements are written as elements, without the gaps."""
 
 _PACKED = "F4"
 """Of which the format counts single elements in the last dimension, and torch pairs of them, a byte each."""
@@ -230,3 +242,57 @@ def _record(name: str, value: Any, path: str) -> Record:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointCorruptError(f"its header is wrong about {shown(name)}: {said(error)}.", path=path) from error
     return Record(name, dtype, shape, start, stop)
+
+
+MAX_RANK = 1024
+"""Dimensions of a tensor. PyTorch computes with 64 at the most."""
+
+_MAX_SIZE = 1 << 62
+
+
+def checked_sizes(values: Any) -> tuple[int, ...]:
+    """Return sizes, strides or offsets of a tensor as a file spells them.
+
+    Raises:
+        ValueError: If they are not a list of whole numbers from 0, or are too many or too large.
+    """
+    if type(values) not in (list, tuple) or len(values) > MAX_RANK:
+        raise ValueError(f"{shown(values)} are no sizes")
+    if not all(type(value) is int and 0 <= value < _MAX_SIZE for value in values):
+        raise ValueError(f"{shown(values)} are no sizes")
+    return tuple(values)
+
+
+def elements_in(shape: Iterable[int]) -> int:
+    """Return how many elements a shape has.
+
+    Raises:
+        ValueError: If they are more than any memory holds.
+    """
+    count = 1
+    for size in shape:
+        # A size of 0 may come last, after a product that is too large.
+        count = min(count * size, _MAX_SIZE)
+    if count == _MAX_SIZE:
+        raise ValueError("a shape has more elements than any memory holds")
+    return count
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides that PyTorch gives a new tensor."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether no two elements are surely at the same address."""
+    reach = 0
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True

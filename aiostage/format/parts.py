@@ -17,6 +17,7 @@ from aiostage.abc import Buffer
 __all__ = [
     "DIGEST_NAME",
     "MAX_PART_BYTES",
+    "PART_ALIGNMENT",
     "PART_BYTES",
     "Content",
     "Hole",
@@ -41,6 +42,9 @@ DIGEST_NAME = "xxh3_64"
 PART_BYTES = 8 << 20
 """How much is written, read and checked at once. 8 MiB from two threads was as fast as larger parts, and a part
 that fits caches is hashed and written while it is hot."""
+
+PART_ALIGNMENT = 4096
+"""Parts begin at multiples of this in memory and in files. It satisfies the direct I/O of every common device."""
 
 MAX_PART_BYTES = 64 << 20
 """Larger parts are not read, so that a hostile manifest costs a bounded amount of memory."""

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from aiostage._loop.slices import exhausted
-from aiostage.checkpoint.values import read_bytes
+from aiostage.format.values import read_bytes
 
 
 @pytest.mark.parametrize(("name", "kind"), [("bytes", bytes), ("bytearray", bytearray)])

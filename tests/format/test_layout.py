@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage._loop.slices import exhausted
-from aiostage.checkpoint.blocks import FileTensor, groups
-from aiostage.checkpoint.layout import SINGLE_NAME, TensorFile, _in_order, index_content, tensor_files
+from aiostage.format.layout import SINGLE_NAME, FileTensor, TensorFile, _in_order, groups, index_content, tensor_files
 
 
 def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:

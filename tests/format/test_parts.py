@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiostage.storage.parts import (
+from aiostage.format.parts import (
     Content,
     Hole,
     Part,

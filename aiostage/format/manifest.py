@@ -14,18 +14,14 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
-from aiostage._loop.slices import in_turns
-from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
-from aiostage.storage.files import DIRECT_ALIGNMENT
-from aiostage.storage.lines import lines_of, parse_line
-from aiostage.storage.parts import DIGEST_NAME, MAX_PART_BYTES, parts_in
-from aiostage.storage.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
+from aiostage.format.parts import DIGEST_NAME, MAX_PART_BYTES, PART_ALIGNMENT, parts_in
+from aiostage.format.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
 
 __all__ = [
     "FORMAT_VERSION",
@@ -34,6 +30,8 @@ __all__ = [
     "PLACED_VERSION",
     "FileRecord",
     "Manifest",
+    "lines_of",
+    "parse_line",
     "read_manifest",
     "read_placement",
     "read_summary",
@@ -192,14 +190,13 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-async def read_manifest(text: Buffer, *, path: str, workers: Workers, add_node: Callable[[Any], object]) -> Manifest:
-    """Read a manifest that may be damaged or hostile.
+def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
+    """Read a manifest that may be damaged or hostile, in a worker thread; yields now and then.
 
     Args:
         text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
-        workers: Do everything.
-        add_node: Called in a worker thread with the JSON value of each node, in order, which it has to check: it raises
+        add_node: Called with the JSON value of each node, in order, which it has to check: it raises
             a ValueError, say, for what is no node.
 
     Returns:
@@ -209,7 +206,7 @@ async def read_manifest(text: Buffer, *, path: str, workers: Workers, add_node: 
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        return await workers.run(lambda: in_turns(_read(text, path, add_node)))
+        return (yield from _read(text, path, add_node))
 
 
 def with_placement(text: bytes, placement: Placement) -> bytearray:
@@ -249,13 +246,12 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     return placed
 
 
-async def read_placement(text: Buffer, *, path: str, workers: Workers) -> Placement | None:
-    """Read where the files of a checkpoint lie, from a manifest that may be damaged or hostile.
+def read_placement(text: Buffer, *, path: str) -> Generator[None, None, Placement | None]:
+    """Read where the files of a checkpoint lie, as :func:`read_manifest` reads the manifest.
 
     Args:
         text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
         path: Of the file, for errors.
-        workers: Do everything.
 
     Returns:
         Where they lie; None if each lies as a whole in the checkpoint.
@@ -264,7 +260,8 @@ async def read_placement(text: Buffer, *, path: str, workers: Workers) -> Placem
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        return await workers.run(lambda: in_turns(_read_placement(text, path)))
+        lines, about = _opened(text, path)
+        return (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
 
 
 def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
@@ -326,7 +323,7 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
     if about["digest_of_parts"] != DIGEST_NAME:
         raise ValueError(f"its digests are {shown(about['digest_of_parts'])}")
     part_bytes = _whole_number(about["part_bytes"])
-    if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % DIRECT_ALIGNMENT:
+    if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % PART_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
     placement = (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
     if placement is None and next(lines, None) != _FILES:
@@ -357,11 +354,6 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
     return Manifest(
         _whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files.values()), placement
     )
-
-
-def _read_placement(text: Buffer, path: str) -> Generator[None, None, Placement | None]:
-    lines, about = _opened(text, path)
-    return (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
 
 
 def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Placement]:
@@ -434,3 +426,74 @@ def _whole_number(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
         raise ValueError(f"{shown(value)} is no whole number from 0 to {_MAX_NUMBER}")
     return value
+
+
+_WINDOW_BYTES = 64 << 10
+"""How much is split at once."""
+
+_SHORT_BYTES = 64 << 10
+"""Lines up to this length are parsed whatever they consist of."""
+
+_BYTES_A_VALUE = 12
+"""Longer lines consist of at least as many bytes for each value. Those that are written have digests in them, of 16
+characters and more, or a few values of any length."""
+
+_BYTES_A_TEXT = 256
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_MARKS = (b",", b":", b"[", b"{")
+
+
+def lines_of(text: Buffer) -> Iterator[bytes]:
+    """Iterate over the lines of a text that are not empty, without their ends.
+
+    Args:
+        text: Contiguous bytes. They are not copied as a whole.
+    """
+    begun: list[bytes] = []
+    for start in range(0, len(text), _WINDOW_BYTES):
+        first, *others = bytes(text[start : start + _WINDOW_BYTES]).split(b"\n")
+        begun.append(first)
+        for other in others:
+            line = b"".join(begun)
+            # Blank lines only occur where a list is empty.
+            if line:
+                yield line
+            begun = [other]
+    if line := b"".join(begun):
+        yield line
+
+
+def parse_line(line: bytes) -> Any:
+    """Return the value that a line of JSON describes.
+
+    Raises:
+        ValueError: If it is no JSON, names a member twice, has a number that is none, or consists of too many values.
+        RecursionError: If it is nested too deeply.
+    """
+    most = len(line) // _BYTES_A_VALUE
+    if len(line) > _SHORT_BYTES and _values(line) > most:
+        # Most of it may be a few texts with such characters in them.
+        texts = (line.count(b'"') - line.count(b'\\"')) // 2
+        if texts > len(line) // _BYTES_A_TEXT or _values(_STRING.sub(b'""', line)) > _SHORT_BYTES // _BYTES_A_VALUE:
+            raise ValueError(f"a line of {len(line)} bytes consists of more than {most} values")
+    return _decode(line.decode())
+
+
+def _values(line: bytes) -> int:
+    return sum(map(line.count, _MARKS))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names one of its members twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+# json.loads would make a decoder for each line.
+_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number).decode
