@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from aiostage._loop.polling import wait_event
 from aiostage.abc import Backend, CheckpointStager, SupportsQuery
 from aiostage.checkpoint.checkpointer import Checkpointer
-from aiostage.checkpoint.handle import SaveHandle
-from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import save
+from aiostage.checkpoint.saving import SaveHandle
+from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.errors import (
     AcceleratorUnavailableError,
     CheckpointCorruptError,

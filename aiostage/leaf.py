@@ -9,10 +9,13 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["Attribute", "Path", "StagedLeaf", "format_path"]
+__all__ = ["Attribute", "LinkedPath", "Path", "StagedLeaf", "format_path", "unlinked"]
 
 Path: TypeAlias = tuple[object, ...]
 """The keys, indices and attribute names that lead from the root of a state dict to a leaf."""
+
+LinkedPath: TypeAlias = "tuple[object, LinkedPath] | None"
+"""A path while a tree is walked, last step first: siblings share what leads to them, and few are asked for it."""
 
 
 class Attribute(str):
@@ -45,3 +48,12 @@ def format_path(path: Path) -> str:
     """
     steps = (f".{step}" if isinstance(step, Attribute) else f"[{shown(step)}]" for step in path)
     return "state_dict" + "".join(steps)
+
+
+def unlinked(path: LinkedPath) -> Path:
+    """Return a linked path as a path."""
+    steps = []
+    while path is not None:
+        step, path = path
+        steps.append(step)
+    return tuple(reversed(steps))

@@ -14,10 +14,10 @@ from aiostage.abc import CheckpointStager
 from aiostage.blocking.background import Background, left_to_the_parent
 from aiostage.blocking.stager import Snapshot, Stager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
-from aiostage.checkpoint.handle import SaveHandle as AsyncSaveHandle
-from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.preemption import Handlers, catchable
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
+from aiostage.checkpoint.saving import SaveHandle as AsyncSaveHandle
+from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
 

@@ -7,9 +7,9 @@ from typing import Any
 from aiostage.abc import CheckpointStager
 from aiostage.blocking.background import Background
 from aiostage.blocking.stager import Snapshot, Stager
-from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.load import load as async_load
 from aiostage.checkpoint.save import save as async_save
+from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.storage.locate import Target
 
 __all__ = ["load", "save"]

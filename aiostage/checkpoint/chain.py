@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base, IncrementalStorage
-from aiostage.checkpoint.info import CheckpointInfo
 from aiostage.checkpoint.pin import pinned
 from aiostage.checkpoint.shelf import Shelf
+from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.errors import CheckpointNotFoundError
 from aiostage.storage.locate import Target
 

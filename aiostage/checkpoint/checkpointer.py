@@ -22,14 +22,13 @@ from aiostage._loop.coroutines import named
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.chain import Chain
-from aiostage.checkpoint.handle import SaveHandle
 from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.retention import name_of, surplus
-from aiostage.checkpoint.saving import Saving
+from aiostage.checkpoint.saving import SaveHandle, Saving
 from aiostage.checkpoint.shelf import Shelf
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
+from aiostage.format.steps import name_of, surplus
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 

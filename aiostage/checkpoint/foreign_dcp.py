@@ -6,20 +6,21 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["DcpDirectory", "read_dcp"]
+__all__ = ["DcpDirectory", "MetadataUnpickler", "StandIn", "read_dcp"]
 
 _MAX_BYTES = 1 << 30
 
-_MADE_UP = {
+_METADATA = {
     "torch.distributed.checkpoint.metadata": frozenset(
         (
             "BytesStorageMetadata",
@@ -32,14 +33,16 @@ _MADE_UP = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
-    "torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo", "_StoragePrefix")),
     "torch.serialization": frozenset(("_get_layout",)),
-    "pathlib": frozenset(("PosixPath", "WindowsPath")),
+    "pathlib": frozenset(("PosixPath", "PurePath", "WindowsPath")),
 }
-"""By module, the names in a pickle for which objects without any behaviour stand in."""
+"""By module, what the metadata of DCP consists of."""
+
+_FILES = {"torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo", "_StoragePrefix"))}
+"""By module, what the metadata of its FileSystemWriter consists of besides."""
 
 
-class _StandIn:
+class StandIn:
     """Holds the state of an object of a class of PyTorch, whose own code is not run."""
 
     state: Any = None
@@ -54,17 +57,32 @@ class _StandIn:
             self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes what describes a checkpoint, and nothing else."""
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes the metadata of a DCP checkpoint out of stand-ins, and nothing else.
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self._classes: dict[str, type] = {}
+    A pickle can set attributes of the classes that it names, so no class of PyTorch or Python is handed to it.
+
+    Args:
+        data: The pickle.
+        more: By module, names of further classes that it may consist of.
+
+    Attributes:
+        stand_ins: The classes of the stand-ins, each with the module and the name that it stands for.
+    """
+
+    def __init__(self, data: Buffer | bytes, more: Mapping[str, Collection[str]]) -> None:
+        super().__init__(io.BytesIO(data))
+        self.stand_ins: dict[type, tuple[str, str]] = {}
+        self._classes: dict[tuple[str, str], type] = {}
+        self._more = more
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class of this unpickler's own, which a pickle may spoil; or a size, a dtype or a dict."""
-        if name in _MADE_UP.get(module, ()):
-            return self._classes.setdefault(name, type(name, (_StandIn,), {}))
+        """Return the stand-in for a class on the list; or a size, a dtype or a dict."""
+        if name in _METADATA.get(module, ()) or name in self._more.get(module, ()):
+            if (module, name) not in self._classes:
+                made = self._classes[module, name] = type(name, (StandIn,), {})
+                self.stand_ins[made] = (module, name)
+            return self._classes[module, name]
         if (module, name) == ("torch", "Size"):
             return torch.Size
         if (module, name) == ("collections", "OrderedDict"):
@@ -129,7 +147,7 @@ class DcpDirectory:
         with open(self._index, "rb") as file:
             data = file.read()
         with _damage(self._index):
-            about = _Unpickler(io.BytesIO(data)).load()
+            about = MetadataUnpickler(data, _FILES).load()
             self.entries: Mapping[str, Any] = about.state_dict_metadata
             self._paths: Mapping[str, Any] = about.planner_data or {}
             # By name, where its bytes lie; by name and offsets, where those of a chunk lie.

@@ -23,11 +23,11 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, Storage
-from aiostage.checkpoint.buffers import PartBuffers
-from aiostage.checkpoint.outgoing import OutgoingFile
+from aiostage.checkpoint.writer import OutgoingFile
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
+from aiostage.storage.files import PartBuffers
 
 __all__ = ["Base", "IncrementalStorage"]
 

@@ -1,30 +1,78 @@
-"""From a loaded tree into a live one, in place: everything is compared first, then everything is changed."""
+"""How well a checkpoint has to fit a live tree."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
-from aiostage.checkpoint.fit import STRICT, Fit, is_rounded
-from aiostage.checkpoint.ways import Place, path_to
-from aiostage.errors import CheckpointMismatchError
+from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed
 from aiostage.format.classes import PlainObject
 from aiostage.format.nodes import LEFT_OUT
 from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
-from aiostage.leaf import Attribute, Path, format_path
+from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
-__all__ = ["Transfer", "compare", "copyable"]
+__all__ = ["STRICT", "Fit", "StrictOption", "Transfer", "compare", "copyable", "is_rounded"]
+
+_logger = logging.getLogger("aiostage")
+
+_NOT_ROUNDED = frozenset({torch.float4_e2m1fn_x2, torch.float8_e8m0fnu})
+"""Two numbers to an element, and scales, which are powers of two."""
+
+StrictOption: TypeAlias = bool | Callable[[list[str], list[str]], object]
+"""Whether the same leaves are needed; or what is called with the paths of those missing and of those unexpected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a checkpoint has to fit a live tree.
+
+    Attributes:
+        strict: Whether it needs the same leaves.
+        cast: Whether floating-point tensors take values of another floating-point dtype.
+        name: Of the checkpoint, for warnings.
+    """
+
+    strict: StrictOption = True
+    cast: bool = False
+    name: str = ""
+
+    def report(self, missing: list[str], unexpected: list[str]) -> None:
+        """Tell of leaves that only one of the two has, when that is no error."""
+        if callable(self.strict):
+            self.strict(missing, unexpected)
+            return
+        for paths, what in ((missing, "missing from"), (unexpected, "unexpected in")):
+            if paths:
+                _logger.warning(
+                    "%d leaves are %s %s and were left out: %s",
+                    len(paths),
+                    what,
+                    self.name,
+                    listed(paths[:SHOWN_PATHS]),
+                )
+
+
+STRICT = Fit()
+"""The same leaves, of the same dtypes."""
+
+
+def is_rounded(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has floating-point numbers that torch can round to others."""
+    return tensor.dtype.is_floating_point and tensor.dtype not in _NOT_ROUNDED
+
 
 _CHUNK = 64
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
 
-_Pair: TypeAlias = tuple[Place, torch.Tensor, torch.Tensor]
+_Pair: TypeAlias = tuple[LinkedPath, torch.Tensor, torch.Tensor]
 
 
 class Transfer:
@@ -150,7 +198,7 @@ class _Comparison:
         self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
-        self._todo: list[tuple[Place, Any, Any, tuple[Any, Any] | None]] = []
+        self._todo: list[tuple[LinkedPath, Any, Any, tuple[Any, Any] | None]] = []
 
     def run(self, live: Any, loaded: Any) -> Generator[None, None, None]:
         """Walk both trees; where a value is to be put is None inside what cannot be changed."""
@@ -164,7 +212,7 @@ class _Comparison:
                 yield
 
     def _visit(
-        self, place: Place, live: Any, loaded: Any, where: tuple[Any, Any] | None
+        self, place: LinkedPath, live: Any, loaded: Any, where: tuple[Any, Any] | None
     ) -> Generator[None, None, None]:
         if loaded is LEFT_OUT:
             return
@@ -207,7 +255,7 @@ class _Comparison:
         elif not _equal(live, loaded):
             self._mismatch(place, f"{loaded!r:.100} instead of {live!r:.100} in a tuple, which cannot be changed")
 
-    def _descend(self, place: Place, live: Any, loaded: Any) -> Generator[None, None, None]:
+    def _descend(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
         mutable = not isinstance(live, tuple)
         if isinstance(live, dict):
             mine, theirs = live, loaded
@@ -219,18 +267,18 @@ class _Comparison:
             if key in theirs:
                 found.append((here, value, theirs[key], (live, key) if mutable else None))
             elif (yield from self._misses(here, value)):
-                self.missing.append(format_path(path_to(here)))
+                self.missing.append(format_path(unlinked(here)))
             if count % _CHUNK == 0:
                 yield
         for count, key in enumerate(theirs):
             if key not in mine:
-                self.unexpected.append(format_path(path_to((key, place))))
+                self.unexpected.append(format_path(unlinked((key, place))))
             if count % _CHUNK == 0:
                 yield
         self._todo += reversed(found)
         self._visit_attributes(place, live, loaded)
 
-    def _visit_attributes(self, place: Place, live: Any, loaded: Any) -> None:
+    def _visit_attributes(self, place: LinkedPath, live: Any, loaded: Any) -> None:
         """Compare what hangs on an object besides its contents, as ``_metadata`` does on a state dict.
 
         What only the live object has is left alone; it is set from outside and not part of every checkpoint.
@@ -249,15 +297,15 @@ class _Comparison:
             else:
                 self.assignments.append((mine, name, value))
 
-    def _is_wanted_whole(self, place: Place) -> bool:
+    def _is_wanted_whole(self, place: LinkedPath) -> bool:
         """Return whether all that is at a place was asked for, and not only some of what it contains."""
-        return self._wanted is None or any(self._wanted(path_to(at)) for at in _ways(place))
+        return self._wanted is None or any(self._wanted(unlinked(at)) for at in _ways(place))
 
-    def _misses(self, place: Place, live: Any) -> Generator[None, None, bool]:
+    def _misses(self, place: LinkedPath, live: Any) -> Generator[None, None, bool]:
         """Return whether the checkpoint should have what is at a place, or something below it."""
         if self._wanted is None or self._is_wanted_whole(place):
             return True
-        pending: list[tuple[Place, Any]] = [(place, live)]
+        pending: list[tuple[LinkedPath, Any]] = [(place, live)]
         seen: set[int] = set()
         while pending:
             at, value = pending.pop()
@@ -266,21 +314,21 @@ class _Comparison:
             seen.add(id(value))
             for count, (key, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
                 here = (key, at)
-                if self._wanted(path_to(here)):
+                if self._wanted(unlinked(here)):
                     return True
                 pending.append((here, item))
                 if count % _CHUNK == 0:
                     yield
         return False
 
-    def _mismatch(self, place: Place, reason: str) -> None:
-        self.mismatched.append(f"{format_path(path_to(place))} ({reason})")
+    def _mismatch(self, place: LinkedPath, reason: str) -> None:
+        self.mismatched.append(f"{format_path(unlinked(place))} ({reason})")
 
     def check_ties(self) -> Generator[None, None, None]:
         """Find live tensors that share memory which loaded ones do not: both values cannot be had."""
         unlike = yield from shared_unlike([Pair(live, loaded) for _, live, loaded in self.pairs])
         for first, *others in unlike:
-            place = format_path(path_to(self.pairs[first][0]))
+            place = format_path(unlinked(self.pairs[first][0]))
             for other in others:
                 self._mismatch(self.pairs[other][0], f"it shares memory with {place}, but not so in the checkpoint")
 
@@ -293,7 +341,7 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
     return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _ways(place: Place) -> Iterator[Place]:
+def _ways(place: LinkedPath) -> Iterator[LinkedPath]:
     """Iterate over a place and those above it, but not the root."""
     while place is not None:
         yield place

@@ -1,31 +1,334 @@
-"""A checkpoint back to a tree, or into a live one."""
+"""Reads a checkpoint back to a tree, or into a live one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Coroutine, Iterable
+import os
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from aiostage._arguments import check_flags
-from aiostage._device import CallerStreams, default_backend
+from aiostage._arguments import check_flags, stateful_in
+from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.to_device import HostToDeviceCopier
+from aiostage._device import CallerStreams, CopyStreams, default_backend
+from aiostage._loop.cleanup import finish
 from aiostage._loop.coroutines import named
-from aiostage.abc import Backend
-from aiostage.checkpoint.devices import DeviceOption, Devices
-from aiostage.checkpoint.fit import Fit, StrictOption
-from aiostage.checkpoint.loading import Loading
+from aiostage._loop.slices import Slices
+from aiostage._loop.transfers import BandwidthEstimator
+from aiostage._loop.workers import Job, Workers
+from aiostage._memory.pinned import Pinning
+from aiostage._memory.pool import Pool
+from aiostage.abc import Backend, Storage
+from aiostage.checkpoint.foreign import Read, recognize
+from aiostage.checkpoint.incoming import THREADS, Destinations
+from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.resolving import is_removed, open_checkpoint
+from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
+from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
-from aiostage.checkpoint.stateful import stateful_in
+from aiostage.checkpoint.targets import DeviceOption, Devices, Placement, host_memory, place
+from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes
+from aiostage.format.manifest import FileRecord
+from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
+from aiostage.format.parts import Part
 from aiostage.observe import span
+from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["load", "load_after"]
+__all__ = ["Loading", "load", "load_after"]
+
+_CHUNK = 64
+"""Tensors looked at between two yields."""
+
+
+class Loading:
+    """One load under way: its threads, its memory, and what it does to a live tree."""
+
+    def __init__(
+        self,
+        into: Any,
+        selection: Selection | None,
+        in_place: bool,
+        verify: bool,
+        devices: Devices,
+        backend: Backend | None,
+        classes: Classes,
+        caller: CallerStreams,
+        *,
+        name: str,
+        report: Callable[[LoadProgress], object] | None,
+        fit: Fit,
+    ) -> None:
+        self._into = into
+        self._selection = selection
+        self._in_place = in_place
+        self._verify = verify
+        self._devices = devices
+        self._classes = classes
+        self._caller = caller
+        self._name = name
+        self._report = report
+        self._fit = fit
+        self._stateful = stateful_in(into)
+        self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        if backend is None or backend.unavailable_reason is not None:
+            self._destinations = Destinations(Pool(self._workers), _host_memory)
+            return
+        pinning = Pinning(backend) if backend.pinned_memory_reason is None else None
+        self._destinations = Destinations(
+            Pool(self._workers, pinning=pinning),
+            backend.device_of,
+            HostToDeviceCopier(backend, CopyStreams(backend), caller, BandwidthEstimator()),
+            next(iter(backend.active_devices()), None),
+        )
+
+    async def __aenter__(self) -> Loading:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give memory back and let the threads end. What devices may still be copying is watched over."""
+        if self._destinations.copier is not None:
+            self._destinations.copier.abandon()
+        self._destinations.pool.close()
+        # A coroutine that is being closed may not wait.
+        if not isinstance(error, GeneratorExit):
+            await self._destinations.pool.aclose()
+        self._workers.stop()
+
+    async def recognize(self, storage: Storage, name: str) -> Read | None:
+        """Return what reads a checkpoint of another program, if there is one at a local path."""
+        if not isinstance(storage, LocalStorage):
+            return None
+        return await self._workers.run(partial(recognize, os.path.join(storage.location, name)))
+
+    async def adopt(self, read: Read) -> Any:
+        """Read a checkpoint of another program, and do with it what was asked for."""
+        tree = await self._workers.run(partial(read, self._verify))
+        if self._selection is not None:
+            tree = await self._slices.run(self._selection.prune_tree(tree, None if self._into is None else LEFT_OUT))
+        return tree if self._into is None else await self._put(tree)
+
+    async def _put(self, tree: Any, *, inference: bool = False) -> Any:
+        """Change the live tree to a loaded one."""
+        with span("compare"):
+            wanted = self._selection.chooses if self._selection is not None else None
+            transfer = await self._slices.run(
+                compare(self._into, tree, wanted, inference=inference, fit=self._fit, stateful=self._stateful)
+            )
+            devices = await self._slices.run(self._fill(transfer))
+        self._follow_the_caller(devices)
+        with span("into"):
+            await self._carry_out(transfer)
+        for live, state in transfer.states:
+            live.load_state_dict(state)
+        return self._into
+
+    def _fill(self, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+        """Have loaded tensors copied into their live ones, and return the devices of these."""
+        devices: set[torch.device] = set()
+        for count, (_, live, loaded) in enumerate(transfer.pairs):
+            device = self._destinations.device_of(live)
+            if device is not None:
+                devices.add(device)
+            transfer.add(live, loaded, device)
+            if count % _CHUNK == 0:
+                yield
+        return devices
+
+    async def attempt(self, reader: ResolvingReader) -> Any:
+        """Read one checkpoint."""
+        checkpoint = CheckpointReader(
+            reader, self._workers, self._slices, self._destinations, verify=self._verify, progress=self._progressed
+        )
+        outline = await checkpoint.open()
+        names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
+        spread = await self._slices.run(
+            spread_views(outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
+        )
+        if self._into is None:
+            return await self._read_anew(checkpoint, outline, names, spread)
+        if self._stateful:
+            # Their states have to be whole before they are told; what they have now need not be like that.
+            tree = await self._read_anew(checkpoint, outline, names, spread)
+            return await self._put(tree, inference=self._caller.inference)
+        # What the bytes of files cannot go straight into comes first, into memory of its own.
+        data = await self._read_first(checkpoint, outline, names, spread)
+        tree, memory = await checkpoint.decode(outline, data, self._classes)
+        with span("compare"):
+            wanted = self._selection.chooses if self._selection is not None else None
+            transfer = await self._slices.run(
+                compare(self._into, tree, wanted, inference=self._caller.inference, fit=self._fit)
+            )
+            placement = await self._slices.run(
+                place(
+                    transfer,
+                    memory,
+                    outline.positions,
+                    self._destinations.device_of,
+                    in_place=self._in_place,
+                    path=checkpoint.manifest_path,
+                )
+            )
+        parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
+        self._follow_the_caller(await self._slices.run(self._devices_of(placement, transfer)))
+        if placement.direct:
+            await self._read_in_place(checkpoint, parts, placement.direct)
+        else:
+            await checkpoint.read(parts)
+        with span("into"):
+            await self._carry_out(transfer)
+        return self._into
+
+    async def _read_anew(
+        self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
+    ) -> Any:
+        """Read into a new tree."""
+        path = checkpoint.manifest_path
+        sizes = await self._slices.run(sizes_of(names, outline.records, spread))
+        shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
+        data = await self._devices.allocate(shares, self._caller, workers=self._workers, slices=self._slices, path=path)
+        # Indices are looked at in host memory: on a device that would wait for all that it is given to do.
+        parts_of = {name: sizes[name] for name in parts_of_sparse(outline.table, path) if not data[name].is_meta}
+        beside = {name: nbytes for name, nbytes in parts_of.items() if not data[name].is_cpu}
+        read = data | await self._slices.run(host_memory(beside, path=path))
+        contents = await self._slices.run(contents_of(read, spread))
+        everything = self._reads_everything and len(contents) == len(data)
+        parts = await checkpoint.plan(outline, contents, everything=everything)
+        # The memory may be what was freed on the caller's streams, which still use it.
+        self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
+        await checkpoint.read(parts)
+        if parts_of:
+            await self._workers.run(partial(check_sparse, outline.table, outline.records, read, path))
+            await self._bring({data[name]: read[name] for name in beside})
+        tree, _ = await checkpoint.decode(outline, data, self._classes)
+        return tree
+
+    async def _bring(self, pairs: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Copy host memory to new memory of devices."""
+        copier = self._destinations.copier
+        for live, value in pairs.items():
+            device = self._destinations.device_of(live)
+            if copier is not None and device is not None:
+                await self._workers.run(partial(copier.enqueue, [live], [value], device))
+        if copier is not None:
+            await copier.wait()
+
+    async def _read_first(
+        self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
+    ) -> dict[str, torch.Tensor]:
+        """Read what is needed to see what the tree is like; of other tensors there is the size only."""
+        path, meta = checkpoint.manifest_path, torch.device("meta")
+        first = {name: plain for name, plain in names.items() if not plain}
+        others = {name: plain for name, plain in names.items() if plain}
+        sizes = await self._slices.run(sizes_of(first, outline.records, spread))
+        data = await self._slices.run(host_memory(sizes, path=path))
+        if first:
+            contents = await self._slices.run(contents_of(data, spread))
+            await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))
+            await self._workers.run(partial(check_sparse, outline.table, outline.records, data, path))
+        sizes = await self._slices.run(sizes_of(others, outline.records, spread))
+        return data | await self._slices.run(host_memory(sizes, path=path, device=meta))
+
+    async def _read_in_place(
+        self, checkpoint: CheckpointReader, parts: Sequence[tuple[FileRecord, Part]], live: Sequence[torch.Tensor]
+    ) -> None:
+        """Read into live tensors, and have PyTorch know before and after, which cannot see that they change."""
+
+        async def count() -> None:
+            await self._slices.run(_count_changes(live))
+
+        await count()
+        try:
+            await checkpoint.read(parts)
+        except BaseException as error:
+            error.add_note("Tensors of the live tree were being read into: some have new values, some old ones.")
+            if isinstance(error, GeneratorExit):
+                # It may not wait.
+                deque(_count_changes(live), maxlen=0)
+            else:
+                await finish(count)
+            raise
+        await finish(count)
+
+    @property
+    def _reads_everything(self) -> bool:
+        return self._verify and self._selection is None
+
+    def _progressed(self, read_bytes: int, total_bytes: int) -> None:
+        if self._report is not None:
+            self._report(LoadProgress(name=self._name, total_bytes=total_bytes, read_bytes=read_bytes))
+
+    def _devices_of(self, placement: Placement, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+        """Return the devices of live tensors that are read into or copied to."""
+        devices = {device for device, _, _ in transfer.batches() if device is not None}
+        for count, tensor in enumerate(placement.direct):
+            device = self._destinations.device_of(tensor)
+            if device is not None:
+                devices.add(device)
+            if count % _CHUNK == 0:
+                yield
+        return devices
+
+    def _follow_the_caller(self, devices: Iterable[torch.device]) -> None:
+        """Have copies to devices wait for what the caller has enqueued there until now."""
+        copier = self._destinations.copier
+        if copier is None:
+            return
+        # What was enqueued since the call as well: live tensors may be changed until they are read into.
+        self._caller.renew()
+        for device in devices:
+            copier.follow_the_caller(device)
+            # One that is in use, to register memory with: it may be the first.
+            self._destinations.device = self._destinations.device or device
+
+    async def _carry_out(self, transfer: Transfer) -> None:
+        """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
+        job = self._workers.job()
+        for device, live, loaded in transfer.batches():
+            job.put(partial(self._copy, device, live, loaded))
+        job.close()
+        await finish(partial(self._complete, transfer, job))
+
+    def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
+        if device is not None and self._destinations.copier is not None:
+            # Cast here, since a device copies bytes.
+            values = [value.to(target.dtype) for target, value in zip(live, loaded, strict=True)]
+            self._destinations.copier.enqueue(live, values, device)
+        else:
+            copy_tensors(live, loaded)
+
+    async def _complete(self, transfer: Transfer, job: Job) -> None:
+        await job.settled()
+        if job.error is not None:
+            raise job.error
+        if self._destinations.copier is not None:
+            await self._destinations.copier.wait()
+        transfer.assign()
+
+
+def _host_memory(tensor: torch.Tensor) -> torch.device | None:
+    """Return that a tensor can be copied to without knowing of streams, wherever it is."""
+    return None
+
+
+def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:
+    """Count a change of tensors, by which a staging under way notices it."""
+    for count, tensor in enumerate(live):
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+        if count % _CHUNK == 0:
+            yield
+
 
 _logger = logging.getLogger("aiostage")
 

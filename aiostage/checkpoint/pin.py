@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 
 from aiostage.abc import Buffer, Storage
-from aiostage.checkpoint.retention import pin_of
 from aiostage.checkpoint.save import give_up
+from aiostage.format.steps import pin_of
 
 __all__ = ["pinned"]
 

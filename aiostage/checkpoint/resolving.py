@@ -14,10 +14,10 @@ from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
-from aiostage.checkpoint.retention import mark_of, removed_of, step_of
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import MAX_MANIFEST_BYTES, Manifest, read_manifest, read_placement
 from aiostage.format.placement import Piece, PlacedFile, Placement
+from aiostage.format.steps import mark_of, removed_of, step_of
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
 

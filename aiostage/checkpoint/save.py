@@ -10,21 +10,20 @@ from time import perf_counter
 from traceback import clear_frames
 from typing import Any, Protocol
 
-from aiostage._arguments import check_flags, whole
+from aiostage._arguments import check_flags, states_of, whole
 from aiostage._loop.coroutines import named
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
-from aiostage.checkpoint.info import CheckpointInfo
+from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
-from aiostage.checkpoint.stateful import states_of
-from aiostage.checkpoint.writer import CheckpointWriter
+from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
 from aiostage.errors import shown
 from aiostage.observe import OpenSpan, begin, span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["DEFAULT_SHARD_BYTES", "give_up", "save", "source_of", "write_checkpoint", "write_planned"]
+__all__ = ["DEFAULT_SHARD_BYTES", "convert", "give_up", "save", "source_of", "write_checkpoint", "write_planned"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -182,6 +181,35 @@ async def write_checkpoint(
         async with _writing(storage, name, overwrite, max_shard_bytes, progress) as write:
             info = await write(staged)
     return _timed(info, 0.0, perf_counter() - started)
+
+
+async def convert(
+    source: Target,
+    target: Target,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    verify: bool = True,
+) -> CheckpointInfo:
+    """Read a checkpoint, of any format that :func:`load` reads, and write it as one of aiostage.
+
+    Args:
+        source: As for :func:`load`.
+        target: As for :func:`save`.
+        overwrite: As for :func:`save`.
+        max_shard_bytes: As for :func:`save`.
+        verify: As for :func:`load`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        The errors of :func:`load` and :func:`save`. All of it is in host memory meanwhile.
+
+    May be cancelled as :func:`save` may.
+    """
+    tree = await load(source, verify=verify)
+    return await write_checkpoint(tree, target, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
 
 
 class _Write(Protocol):

@@ -7,10 +7,9 @@ from collections.abc import Callable, Generator, Iterable
 from fnmatch import translate
 from typing import Any, TypeAlias
 
-from aiostage.checkpoint.ways import Place, path_to
 from aiostage.errors import listed, shown
 from aiostage.format.nodes import LOOKED_INTO, NodeTable, path_step
-from aiostage.leaf import Path
+from aiostage.leaf import LinkedPath, Path, unlinked
 
 __all__ = ["Only", "Selection"]
 
@@ -139,7 +138,7 @@ class Selection:
     def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
-        pending: list[tuple[int, Place]] = [(root, None)] if root is not None else []
+        pending: list[tuple[int, LinkedPath]] = [(root, None)] if root is not None else []
         seen: set[int] = set()
         count = 0
         while pending and self._unmatched:
@@ -149,7 +148,7 @@ class Selection:
             seen.add(index)
             for key, child in table.edges(index):
                 here = (path_step(key), place)
-                self.chooses(path_to(here))
+                self.chooses(unlinked(here))
                 node = table.node(child)
                 if node is not None:
                     pending.append((node, here))
@@ -189,16 +188,16 @@ class _Pruning:
 
     def _look(self, root: int) -> Generator[None, None, None]:
         """Walk from the root through what may be kept in part."""
-        pending: list[tuple[int, Place]] = [(root, None)]
+        pending: list[tuple[int, LinkedPath]] = [(root, None)]
         self._partly.add(root)
         count = 0
         while pending:
             index, place = pending.pop()
-            found: list[tuple[int, Place]] = []
+            found: list[tuple[int, LinkedPath]] = []
             for number, (key, child) in enumerate(self._table.edges(index)):
                 here = (path_step(key), place)
                 node = self._table.node(child)
-                if self._selection.chooses(path_to(here)):
+                if self._selection.chooses(unlinked(here)):
                     self._keep(index, number)
                     if node is not None:
                         yield from self._keep_below(node)

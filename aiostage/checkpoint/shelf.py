@@ -25,10 +25,10 @@ from collections.abc import Collection, Iterable, Mapping
 from aiostage.abc import Storage
 from aiostage.checkpoint.incremental import Base
 from aiostage.checkpoint.resolving import exists, is_removed, placement_of
-from aiostage.checkpoint.retention import mark_of, name_of, pinned_by, removed_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
+from aiostage.format.steps import mark_of, name_of, pinned_by, removed_of, step_of
 
 __all__ = ["Shelf"]
 

@@ -1,29 +1,83 @@
-"""Writing a staged tree: first everything that may be refused, then the files, then the commit."""
+"""What was saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from aiostage._copy.window import Chunk, Window
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
-from aiostage.abc import Draft
-from aiostage.checkpoint.buffers import PartBuffers
-from aiostage.checkpoint.info import CheckpointInfo
-from aiostage.checkpoint.outgoing import OutgoingFile
+from aiostage.abc import Buffer, Draft
 from aiostage.checkpoint.progress import SaveProgress
-from aiostage.errors import HostMemoryError
+from aiostage.errors import CheckpointError, HostMemoryError, StagingError
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
 from aiostage.format.layout import INDEX_NAME, FileTensor, file_tensors, groups, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
-from aiostage.format.parts import DIGEST_NAME, PART_BYTES, Content, cut, digest, digest_of_parts
+from aiostage.format.parts import (
+    DIGEST_NAME,
+    PART_BYTES,
+    Content,
+    Part,
+    Piece,
+    Scattered,
+    cut,
+    digest,
+    digest_of_parts,
+    gather,
+    place,
+    whole,
+)
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.files import PartBuffers
 
-__all__ = ["MAX_HOLD", "CheckpointWriter"]
+__all__ = ["MAX_HOLD", "CheckpointInfo", "CheckpointWriter", "OutgoingFile", "collect"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What was saved.
+
+    Attributes:
+        location: Where it is: an absolute path, or a URL.
+        nbytes: Size of the tensors, in bytes; memory that several leaves share counts once.
+        leaves: How many tensors the tree has.
+        written_bytes: Size of the files that were written, in bytes. If only what has changed was written, it may be
+            far less than ``nbytes``.
+        files: The names of all files, the manifest last.
+        checksums: For each file the digest of its parts' digests, or of itself if it has one part only, for example
+            ``"xxh3_64:0123456789abcdef"``.
+        captured: Seconds from the call until the source could be changed again.
+        committed: Seconds from the call until the checkpoint was complete and safe on the disk.
+    """
+
+    location: str
+    nbytes: int
+    leaves: int
+    written_bytes: int
+    files: tuple[str, ...]
+    checksums: Mapping[str, str]
+    captured: float
+    committed: float
+
+    @property
+    def path(self) -> Path:
+        """The directory, of a checkpoint on a local disk.
+
+        Raises:
+            ValueError: If it is elsewhere.
+        """
+        if "://" in self.location:
+            raise ValueError(f"{self.location} is not on a local disk and has no path")
+        return Path(self.location)
+
 
 MAX_HOLD = 0.001
 """How long preparations may hold the event loop at a time, in seconds."""
@@ -222,3 +276,188 @@ def _fitting(lines: Iterable[str]) -> Generator[None, None, list[str]]:
 
 def _digests(data: memoryview) -> tuple[str, ...]:
     return tuple(digest(data[start : start + PART_BYTES]) for start in range(0, max(len(data), 1), PART_BYTES))
+
+
+async def collect(
+    part: Part, snapshot: Snapshot[Any], window: Window, *, buffers: PartBuffers, workers: Workers
+) -> Buffer:
+    """Return the contents of a part of a file, taking its bytes from a window as they come.
+
+    No chunk is held while the next one is waited for, so that saves which share a budget cannot wait for each other.
+
+    Args:
+        part: The parts of a file have to be asked for in order.
+        snapshot: Whose bytes they are.
+        window: That they pass through.
+        buffers: For parts that are not in one chunk.
+        workers: Gather.
+
+    Returns:
+        The chunk's own memory where all of it lies in one, in order; else a copy.
+
+    Raises:
+        The errors of :meth:`Snapshot.copied` and :meth:`Window.take`.
+
+    May be cancelled; nothing is held then.
+    """
+    steps = [step for piece in part.pieces for step in _split(piece, window)]
+    if len(steps) == 1 and isinstance(steps[0], torch.Tensor):
+        arrived = await _arrive(steps[0], snapshot, window)
+        assert isinstance(arrived, torch.Tensor)  # noqa: S101 - it stays what it was
+        return arrived.numpy().data
+    lent = buffers.take()
+    memory = torch.from_numpy(lent)
+    pieces: list[Piece] = []
+    position = 0
+    chunk: Chunk | None = None
+    for step in steps:
+        needed = window.chunk_of(place(step)[0]) or chunk
+        if pieces and needed is not chunk:
+            position += await _gather(pieces, memory[position:], workers)
+            pieces = []
+        chunk = needed
+        pieces.append(await _arrive(step, snapshot, window))
+    await _gather(pieces, memory[position:], workers)
+    return lent.data[: part.nbytes]
+
+
+async def _gather(pieces: list[Piece], memory: torch.Tensor, workers: Workers) -> int:
+    """Copy pieces one after the other, and return how many bytes they are."""
+    nbytes = sum(piece.nbytes for piece in pieces)
+    await workers.run(partial(gather, Part(0, 0, nbytes, pieces), memory))
+    return nbytes
+
+
+async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piece:
+    """Return a piece at the addresses where its bytes are, once they are there."""
+    address, nbytes = place(piece)
+    if window.chunk_of(address) is None:
+        return piece
+    try:
+        memory = torch.from_numpy(await window.take(address, nbytes))
+    except StagingError:
+        if window.closed:
+            # The staging was given up; this raises the reason, which its owner may not have raised yet.
+            await snapshot.captured()
+        raise
+    await snapshot.copied(address, nbytes)
+    if not isinstance(piece, Scattered):
+        return memory
+    tensor = torch.empty(0, dtype=piece.tensor.dtype, device="cpu")
+    tensor.set_(memory.untyped_storage(), 0, piece.tensor.shape, piece.tensor.stride())
+    return Scattered(tensor, piece.start, piece.stop)
+
+
+def _split(piece: Piece, window: Window) -> list[Piece]:
+    """Cut flat memory where chunks end; nothing else can be cut."""
+    address, nbytes = place(piece)
+    if not isinstance(piece, torch.Tensor) or window.chunk_of(address) is None:
+        return [piece]
+    cuts = window.split(address, nbytes)
+    return [piece[start - address : start - address + length] for start, length in cuts]
+
+
+class OutgoingFile:
+    """Sends one file. An asynchronous iterator over its parts, for the storage to ask for them.
+
+    Args:
+        name: Of the file.
+        parts: All of them.
+        workers: Gather and digest.
+        buffers: For parts that are not one piece of memory.
+        snapshot: Whose bytes the parts wait for; None if all are there.
+        sent: Called on the event loop with the number of bytes that were handed over since the last call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        *,
+        workers: Workers,
+        buffers: PartBuffers,
+        snapshot: Snapshot[Any] | None = None,
+        sent: Callable[[int], object] | None = None,
+    ) -> None:
+        self.name = name
+        self.nbytes = parts[-1].offset + parts[-1].nbytes
+        self._parts = parts
+        self._workers = workers
+        self._buffers = buffers
+        self._snapshot = snapshot
+        self._sent = sent
+        self._next = self._reported = 0
+        self._digests = [""] * len(parts)
+        self._digesting = workers.job()
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether nothing waits for the memory of its parts, so that later ones come though earlier ones are kept."""
+        return self._snapshot is None or self._snapshot.window is None
+
+    async def send(self, draft: Draft) -> FileRecord:
+        """Write the file to a draft.
+
+        Returns:
+            What was written.
+
+        Raises:
+            CheckpointError: If the storage did not ask for all of it.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing refers to the parts any more.
+        """
+        async with self._digesting:
+            with span("write", file=self.name, nbytes=self.nbytes, parts=len(self._parts)):
+                await draft.write(self.name, self.nbytes, self)
+        if self._next != len(self._parts):
+            raise CheckpointError(
+                f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and said that it was done.",
+                path=draft.location,
+            )
+        self._report()
+        return FileRecord(self.name, self.nbytes, tuple(self._digests))
+
+    def __aiter__(self) -> OutgoingFile:
+        """Return self: a file is sent once."""
+        return self
+
+    async def __anext__(self) -> Buffer:
+        """Return the next part, once it is there."""
+        self._report()
+        if self._next == len(self._parts):
+            raise StopAsyncIteration
+        part = self._parts[self._next]
+        data = await self._data(part)
+        self._next += 1
+        # While the bytes are hot, but not before they leave: the storage has threads of its own.
+        self._digesting.put(partial(self._digest, part.index, data))
+        return data
+
+    async def _data(self, part: Part) -> Buffer:
+        """Return the contents of a part, without copying them if they lie in one piece."""
+        if self._snapshot is not None:
+            if self._snapshot.window is not None:
+                return await collect(
+                    part, self._snapshot, self._snapshot.window, buffers=self._buffers, workers=self._workers
+                )
+            for piece in part.pieces:
+                await self._snapshot.copied(*place(piece))
+        data = whole(part)
+        return data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
+
+    def _report(self) -> None:
+        """Say of the part that was handed over last that it was."""
+        if self._sent is not None and self._reported < self._next:
+            self._reported = self._next
+            self._sent(self._parts[self._next - 1].nbytes)
+
+    def _gather(self, part: Part) -> Buffer:
+        lent = self._buffers.take()
+        with span("gather", nbytes=part.nbytes):
+            gather(part, torch.from_numpy(lent))
+        return lent.data[: part.nbytes]
+
+    def _digest(self, index: int, buffer: Buffer) -> None:
+        with span("digest", nbytes=len(buffer)):
+            self._digests[index] = digest(buffer)

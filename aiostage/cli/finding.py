@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.resolving import exists
-from aiostage.checkpoint.retention import sort_out
 from aiostage.errors import CheckpointNotFoundError
+from aiostage.format.steps import sort_out
 from aiostage.storage.locate import locate, storage_at
 
 __all__ = ["Found", "find"]

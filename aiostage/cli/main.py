@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import anyio
 
 from aiostage.abc import Storage
-from aiostage.checkpoint.conversion import convert
 from aiostage.checkpoint.resolving import is_removed
+from aiostage.checkpoint.save import convert
 from aiostage.checkpoint.verify import verify
 from aiostage.cli.bench import bench
 from aiostage.cli.finding import find

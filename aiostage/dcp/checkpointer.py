@@ -24,12 +24,12 @@ from aiostage._arguments import check_flags
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.preemption import catchable, set_by_signals
-from aiostage.checkpoint.retention import name_of, step_of, surplus
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import Saving, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
+from aiostage.format.steps import name_of, step_of, surplus
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import io
-import pathlib
 import pickle
+from collections.abc import Callable
+from enum import Enum
+from pathlib import PurePath
 from threading import Lock
 from typing import Any
 
@@ -15,52 +16,13 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.metadata import Metadata
 
 from aiostage import _private
+from aiostage.checkpoint.foreign_dcp import MetadataUnpickler
 from aiostage.errors import CheckpointError, said
 
 __all__ = ["read_metadata", "read_value"]
 
-_METADATA = (
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorProperties",
-    "TensorStorageMetadata",
-    "_MEM_FORMAT_ENCODING",
-)
-_OTHERS: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("pathlib", "PosixPath"): pathlib.PurePath,
-    ("pathlib", "WindowsPath"): pathlib.PurePath,
-    ("pathlib", "PurePath"): pathlib.PurePath,
-}
-
 _allowing = Lock()
 """PyTorch's list of safe classes is that of the process: of two contexts in two threads, one would end the other."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes DCP's metadata, and nothing else."""
-
-    def __init__(self, data: Any, own: dict[tuple[str, str], type]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._own = own
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class that is on the list."""
-        if module == torch_metadata.__name__ and name in _METADATA:
-            return getattr(torch_metadata, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _private.require("get_layout")
-        found = _OTHERS.get((module, name)) or self._own.get((module, name))
-        if found is None and module == "torch":
-            found = vars(torch).get(name)
-            found = found if isinstance(found, (torch.dtype, torch.memory_format)) else None
-        if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:200])
-        return found
 
 
 def read_metadata(data: Any, records: type) -> Metadata:
@@ -73,8 +35,63 @@ def read_metadata(data: Any, records: type) -> Metadata:
     Raises:
         Exception: If it is damaged, or names anything else.
     """
-    metadata: Metadata = _Unpickler(data, {(records.__module__, records.__qualname__): records}).load()
+    unpickler = MetadataUnpickler(data, {records.__module__: (records.__qualname__,)})
+    found = unpickler.load()
+    makers = {made: _maker(names, records) for made, names in unpickler.stand_ins.items()}
+    metadata = _Real(makers).of(found)
+    if type(metadata) is not Metadata:
+        raise ValueError("it is no Metadata")
     return metadata
+
+
+def _maker(names: tuple[str, str], records: type) -> Callable[..., Any]:
+    """Return what makes the objects that a stand-in stands for."""
+    module, name = names
+    if module == records.__module__:
+        return records
+    if module == "pathlib":
+        # The path of the writer's machine, which need not be one here.
+        return PurePath
+    made: Callable[..., Any] = (
+        _private.require("get_layout") if name == "_get_layout" else getattr(torch_metadata, name)
+    )
+    return made
+
+
+class _Real:
+    """Makes the objects that stand-ins stand for, and what contains them, each once.
+
+    Args:
+        makers: What makes them, by the class of the stand-in.
+    """
+
+    def __init__(self, makers: dict[type, Callable[..., Any]]) -> None:
+        self._makers = makers
+        self._known: dict[int, Any] = {}
+
+    def of(self, found: Any) -> Any:
+        """Return the real object for one that was unpickled, which outlives this."""
+        kind = type(found)
+        if kind not in (dict, list, tuple, torch.Size) and kind not in self._makers:
+            return found
+        if id(found) not in self._known:
+            self._known[id(found)] = self._made(kind, found)
+        return self._known[id(found)]
+
+    def _made(self, kind: type, found: Any) -> Any:
+        if kind is dict:
+            return {self.of(key): self.of(value) for key, value in found.items()}
+        if kind not in self._makers:
+            return kind(map(self.of, found))
+        maker = self._makers[kind]
+        if not isinstance(maker, type) or issubclass(maker, (Enum, PurePath)):
+            return maker(*map(self.of, found.arguments))
+        made: Any = object.__new__(maker)
+        if hasattr(maker, "__setstate__"):
+            made.__setstate__(self.of(found.state))
+        else:
+            vars(made).update({name: self.of(value) for name, value in vars(found).items() if name != "arguments"})
+        return made
 
 
 def read_value(file: io.BytesIO, *, weights_only: bool) -> Any:

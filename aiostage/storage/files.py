@@ -16,7 +16,7 @@ from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.parts import PART_ALIGNMENT
 
-__all__ = ["Descriptor", "InputFile", "OutputFile", "address_of", "aligned_memory"]
+__all__ = ["Descriptor", "InputFile", "OutputFile", "PartBuffers", "address_of", "aligned_memory"]
 
 _BOUNCE_BYTES = 1 << 20
 """How much of memory that is not aligned is copied and written at once: small enough to stay in the caches."""
@@ -214,3 +214,26 @@ class InputFile(Descriptor):
             if count == 0:
                 raise CheckpointCorruptError(f"it ends at byte {offset}; more was expected.", path=self.path)
             into, offset = into[count:], offset + count
+
+
+class PartBuffers:
+    """Memory for parts that are gathered from many places, used again when nothing refers to what was made from it.
+
+    Args:
+        part_bytes: How large each is.
+    """
+
+    def __init__(self, part_bytes: int) -> None:
+        self.part_bytes = part_bytes
+        self._free: list[np.ndarray[Any, Any]] = []
+
+    def take(self) -> np.ndarray[Any, Any]:
+        """Return uninitialized memory. May be called from any thread."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = aligned_memory(self.part_bytes)
+        # An array with a base of its own, which everything that is made from it keeps alive.
+        lent: np.ndarray[Any, Any] = np.frombuffer(memory.data, np.uint8)
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent

@@ -10,7 +10,7 @@ import torch
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.resolving import placement_of
-from aiostage.checkpoint.retention import name_of, removed_of
+from aiostage.format.steps import name_of, removed_of
 from aiostage.storage.lease import LEASE_NAME
 from aiostage.storage.pointer import POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST

@@ -12,12 +12,12 @@ import xxhash
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingOptions
 from aiostage.abc import Buffer
-from aiostage.checkpoint.buffers import PartBuffers
 from aiostage.checkpoint.incremental import _Group
-from aiostage.checkpoint.retention import name_of
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Piece, PlacedFile, append
+from aiostage.format.steps import name_of
 from aiostage.storage import LocalStorage
+from aiostage.storage.files import PartBuffers
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage

@@ -14,7 +14,7 @@ from obstore.store import LocalStore
 import aiostage
 from aiostage import Checkpointer, CheckpointExistsError
 from aiostage.abc import Storage
-from aiostage.checkpoint.retention import name_of
+from aiostage.format.steps import name_of
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same

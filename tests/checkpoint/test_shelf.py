@@ -17,7 +17,7 @@ from obstore.store import MemoryStore
 import aiostage
 from aiostage import CheckpointCorruptError, Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Storage
-from aiostage.checkpoint.retention import mark_of, name_of
+from aiostage.format.steps import mark_of, name_of
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage

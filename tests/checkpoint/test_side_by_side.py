@@ -16,9 +16,9 @@ import pytest
 import aiostage
 from aiostage.checkpoint import shelf as shelves
 from aiostage.checkpoint.chain import Chain
-from aiostage.checkpoint.retention import mark_of, name_of, pin_of, step_of
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.checkpoint.shelf import Shelf
+from aiostage.format.steps import mark_of, name_of, pin_of, step_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.runs import MIB, apart_from_the_small, needed, numbers

@@ -8,13 +8,14 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path, PosixPath
+from pathlib import Path, PosixPath, PurePath
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as torch_metadata
 
 import aiostage.dcp
 from aiostage import CheckpointCorruptError, RankFailedError
@@ -74,6 +75,28 @@ def test_code_in_a_value_runs_only_if_it_may(tmp_path: Path, ran: Callable[[], b
     assert not ran()
     load(live, tmp_path, weights_only=False)
     assert ran()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pathlib\nPurePath", "torch.distributed.checkpoint.metadata\nMetadata", "collections\nOrderedDict", "torch\nSize"],
+)
+def test_a_pickle_changes_no_class(name: str) -> None:
+    # BUILD with a state of slots: it sets an attribute of the class itself.
+    data = b"\x80\x02c" + name.encode() + b"\nN}X\x05\x00\x00\x00spoilK\x05s\x86b."
+    with pytest.raises((TypeError, ValueError)):
+        read_metadata(data, Record)
+    classes = (PurePath, torch_metadata.Metadata, collections.OrderedDict, dict, torch.Size)
+    assert not any(hasattr(cls, "spoil") for cls in classes)
+
+
+def test_metadata_is_made_once_however_often_it_is_referred_to() -> None:
+    # 2**60 tuples, if each were made as often as it is met.
+    nested: Any = torch_metadata.MetadataIndex("a")
+    for _ in range(60):
+        nested = (nested, nested)
+    found = read_metadata(pickle.dumps(torch_metadata.Metadata({}, planner_data=nested)), Record)
+    assert found.planner_data[0] is found.planner_data[1]
 
 
 def test_plain_values_come_back(tmp_path: Path) -> None:

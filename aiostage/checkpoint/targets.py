@@ -1,8 +1,9 @@
-"""Which devices the tensors of a new tree go to, and memory for them there."""
+"""Where the elements of a checkpoint go: into new memory of any device, into live tensors, or beside them first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
@@ -13,15 +14,16 @@ from aiostage._device.streams import CallerStreams
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
-from aiostage.checkpoint.ways import Place, path_to
+from aiostage.checkpoint.into import Transfer, copyable
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
 from aiostage.format.composites import COMPOSITES
-from aiostage.format.nodes import NodeTable, path_step, reading, view_of
+from aiostage.format.decode import Memory
+from aiostage.format.nodes import NodeTable, path_step, reading, sizes_of, view_of
 from aiostage.format.safetensors import Record
 from aiostage.format.values import torch_constant
-from aiostage.leaf import Attribute, Path, format_path
+from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
-__all__ = ["DeviceOption", "Devices", "Shares", "host_memory"]
+__all__ = ["DeviceOption", "Devices", "Placement", "Shares", "host_memory", "place"]
 
 _CHUNK = 64
 
@@ -118,10 +120,10 @@ class Devices:
                     job.put(partial(self._take, found, some, device, stream))
         return found
 
-    def _device_for(self, place: Place, like: Callable[[], torch.Tensor]) -> torch.device | None:
+    def _device_for(self, place: LinkedPath, like: Callable[[], torch.Tensor]) -> torch.device | None:
         if self._ask is None:
             return self._everywhere
-        path = path_to(place)
+        path = unlinked(place)
         answer = self._ask(path, like())
         try:
             return self._resolved(answer)
@@ -207,17 +209,17 @@ class _Walk:
         table: NodeTable,
         records: Mapping[str, Record],
         path: str,
-        ask: Callable[[Place, Callable[[], torch.Tensor]], torch.device | None],
+        ask: Callable[[LinkedPath, Callable[[], torch.Tensor]], torch.device | None],
     ) -> None:
         self.found: dict[str, torch.device | None] = {}
         self._table = table
         self._records = records
         self._path = path
         self._ask = ask
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, LinkedPath] = {}
 
     def run(self) -> Generator[None, None, None]:
-        pending: list[tuple[int, Place, object]] = []
+        pending: list[tuple[int, LinkedPath, object]] = []
         seen: set[tuple[int, object]] = set()
         self._push(pending, [(None, self._table.root)], _ASK)
         count = 0
@@ -231,7 +233,7 @@ class _Walk:
                 yield
 
     def _visit(
-        self, index: int, place: Place, where: object, pending: list[tuple[int, Place, object]]
+        self, index: int, place: LinkedPath, where: object, pending: list[tuple[int, LinkedPath, object]]
     ) -> Generator[None, None, None]:
         form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
@@ -244,7 +246,7 @@ class _Walk:
                 self._claim(form["name"], device, place)
             elif device == _META:
                 raise ValueError(
-                    f"{format_path(path_to(place))} is a {kind} tensor, and PyTorch has none on the meta device: give "
+                    f"{format_path(unlinked(place))} is a {kind} tensor, and PyTorch has none on the meta device: give "
                     f"device= a function that returns None for it, or leave it out with only="
                 )
             # What it consists of, and its gradient.
@@ -261,19 +263,19 @@ class _Walk:
             self._push(pending, found, _ASK)
 
     def _push(
-        self, pending: list[tuple[int, Place, object]], children: Sequence[tuple[Place, Any]], where: object
+        self, pending: list[tuple[int, LinkedPath, object]], children: Sequence[tuple[LinkedPath, Any]], where: object
     ) -> None:
         for place, child in reversed(children):
             node = self._table.node(child)
             if node is not None:
                 pending.append((node, place, where))
 
-    def _claim(self, name: str, device: Any, place: Place) -> None:
+    def _claim(self, name: str, device: Any, place: LinkedPath) -> None:
         before = self.found.setdefault(name, device)
         first = self._places.setdefault(name, place)
         if before != device:
             raise ValueError(
-                f"{format_path(path_to(first))} and {format_path(path_to(place))} share memory, and are to go to "
+                f"{format_path(unlinked(first))} and {format_path(unlinked(place))} share memory, and are to go to "
                 f"{before or 'host memory'} and {device or 'host memory'}: have them on one device "
                 f"(NumPy arrays lie in host memory)"
             )
@@ -293,3 +295,97 @@ class _Walk:
         if values is None:
             raise ValueError("a sparse tensor has no values")
         return view_of(self._table.forms[values], self._records).dtype
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where elements are to be read to.
+
+    Attributes:
+        contents: For names of tensors in files, live tensors and new host memory.
+        direct: The live tensors among them.
+    """
+
+    contents: dict[str, torch.Tensor] = field(default_factory=dict)
+    direct: list[torch.Tensor] = field(default_factory=list)
+
+
+def place(
+    transfer: Transfer,
+    memory: Memory,
+    positions: Mapping[str, int],
+    device_of: Callable[[torch.Tensor], torch.device | None],
+    *,
+    in_place: bool,
+    path: str,
+) -> Generator[None, None, Placement]:
+    """Decide where elements that have not been read yet go, and have those copied that do not go straight.
+
+    Args:
+        transfer: Of the two trees; gets the copies.
+        memory: Of the loaded tree.
+        positions: Where the data of each tensor begins in its file.
+        device_of: Returns the device that a tensor is on, or None for host memory.
+        in_place: Whether elements may go straight into live tensors.
+        path: Of the manifest, for errors.
+
+    Raises:
+        HostMemoryError: If there is no memory for what does not go straight.
+    """
+    placement = Placement()
+    waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    records: dict[str, Record] = {}
+    for count, (_, live, loaded) in enumerate(transfer.pairs):
+        if not loaded.is_meta:
+            transfer.add(live, loaded, device_of(live))
+        elif live.numel():
+            record = memory.origin(loaded)
+            records[record.name] = record
+            waiting.setdefault(record.name, []).append((live, loaded))
+        if count % _CHUNK == 0:
+            yield
+    beside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for count, (name, targets) in enumerate(waiting.items()):
+        first = targets[0][0]
+        is_cast = any(live.dtype is not loaded.dtype for live, loaded in targets)
+        if in_place and not is_cast and _is_one([live for live, _ in targets]) and _takes(first, positions[name]):
+            placement.contents[name] = copyable(first)
+            placement.direct.append(first)
+        else:
+            beside[name] = targets
+        if count % _CHUNK == 0:
+            yield
+    new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
+    placement.contents |= new
+    for count, (name, targets) in enumerate(beside.items()):
+        for live, loaded in targets:
+            transfer.add(live, _elements(new[name], loaded), device_of(live))
+        if count % _CHUNK == 0:
+            yield
+    return placement
+
+
+def _is_one(targets: list[torch.Tensor]) -> bool:
+    """Return whether several live tensors are the same memory, looked at in the same way."""
+    first = targets[0]
+    return all(
+        live is first or (live.data_ptr() == first.data_ptr() and live.stride() == first.stride()) for live in targets
+    )
+
+
+def _takes(live: torch.Tensor, position: int) -> bool:
+    """Return whether bytes of a file can be put into a live tensor a part at a time."""
+    if live.is_conj() or live.is_neg():
+        return False
+    if live.is_contiguous():
+        return True
+    if any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True)):
+        return False
+    # Parts begin at multiples of any element's size, and so do the elements in them, or else one might be cut in two.
+    return position % live.element_size() == 0
+
+
+def _elements(data: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+    """Return memory that has elements in index order as a tensor like a loaded one, which has none."""
+    dtype = copyable(loaded).dtype
+    return data.view(dtype).view(loaded.shape)

@@ -1,4 +1,4 @@
-"""The names of a run's checkpoints, and which of them the retention policy removes. Nothing here touches a storage."""
+"""The names of a run's checkpoints, and of what lies beside them."""
 
 from __future__ import annotations
 
