@@ -23,7 +23,7 @@ ROWS = [
     {"_memory", "_device", "_capture"},
     {"_copy"},
     {"snapshot", "sharing", "storage"},
-    {"stager"},
+    {"stager", "incremental"},
     {"checkpoint"},
     {"blocking", "dcp", "testing", "tracing"},
     {"integrations", "cli"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from traceback import clear_frames
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
-__all__ = ["finish", "without_locals"]
+__all__ = ["finish", "give_up", "without_locals"]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -40,6 +41,20 @@ async def finish(wait: Callable[[], Awaitable[T]]) -> T:
     if cancelled is not None:
         raise cancelled
     return result
+
+
+async def give_up(aborting: Coroutine[Any, Any, object], error: BaseException) -> None:
+    """Abort something after an error.
+
+    A coroutine that is being closed may not wait; the abort then gets as far as it gets without waiting.
+    """
+    if not isinstance(error, GeneratorExit):
+        await aborting
+        return
+    with suppress(Exception):
+        # StopIteration is the end; no caller is left for any other error.
+        aborting.send(None)
+    aborting.close()
 
 
 def without_locals(error: E) -> E:

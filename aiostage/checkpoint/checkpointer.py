@@ -21,14 +21,14 @@ from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.coroutines import named
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
-from aiostage.checkpoint.chain import Chain
+from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.saving import SaveHandle, Saving
-from aiostage.checkpoint.shelf import Shelf
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
 from aiostage.format.steps import name_of, surplus
+from aiostage.incremental.writing import IncrementalSaver
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
@@ -110,9 +110,9 @@ class Checkpointer:
         check_stager(stager)
         self._storage = storage_at(target)
         self._stager = stager
-        self._shelf = Shelf(self._storage)
+        self._index = CheckpointIndex(self._storage)
         self._removing = anyio.Lock()
-        self._chain = Chain(self._storage, self._shelf) if incremental else None
+        self._incremental = IncrementalSaver(self._storage) if incremental else None
         self._keep = keep
         self._keep_also = keep_also
         self._progress = progress
@@ -180,7 +180,8 @@ class Checkpointer:
             stager=self._entered().stager,
             storage=self._storage,
             progress=self._progress,
-            chain=self._chain,
+            incremental=self._incremental,
+            index=self._index,
         )
         return named(self._begin(saving, replace), "Checkpointer.save")
 
@@ -192,7 +193,7 @@ class Checkpointer:
 
         Cancelling changes nothing.
         """
-        return await self._shelf.steps()
+        return await self._index.steps()
 
     async def latest(self) -> int | None:
         """Return the highest step that there is a checkpoint of, or None if there is none.
@@ -279,7 +280,7 @@ class Checkpointer:
         """
         step = _checked(step)
         async with self._removing:
-            await self._shelf.remove([step])
+            await self._index.remove([step])
 
     async def open(self) -> None:
         """Remove what writers that died have left behind, and begin to take saves and to listen for signals.
@@ -299,7 +300,7 @@ class Checkpointer:
         try:
             await self._storage.sweep()
             async with self._removing:
-                await self._shelf.begin()
+                await self._index.open()
             self._block = await host.open()
         except BaseException:
             self._host = None
@@ -427,7 +428,7 @@ class Checkpointer:
         self._savings.append(saving)
         try:
             self._raise_earlier_failure(saving.handle.step)
-            saving.replaces = await self._shelf.refuse(name, replace=replace)
+            saving.replaces = await self._index.refuse(name, replace=replace)
             await block.slots.acquire()
             try:
                 # The save that had the slot may have failed, and the block may have been left.
@@ -475,8 +476,6 @@ class Checkpointer:
         """Save, then remove what has had its day."""
         try:
             if await saving.run():
-                if self._chain is None or saving.replaces:
-                    self._shelf.add(name_of(saving.handle.step), None)
                 self._newest = max(self._newest, (saving.number, saving.handle.step))
                 await self._remove_surplus()
             elif saving.is_the_handles:
@@ -491,7 +490,7 @@ class Checkpointer:
             async with self._removing:
                 steps = await self.steps() if self._keep is not None else []
                 old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])
-                await self._shelf.remove(old)
+                await self._index.remove(old)
         except Exception as error:
             _log.warning("old checkpoints could not be removed: %s: %s", type(error).__name__, error)
             self._not_removed = without_locals(error)

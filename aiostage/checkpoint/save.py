@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 from traceback import clear_frames
 from typing import Any, Protocol
 
 from aiostage._arguments import check_flags, states_of, whole
+from aiostage._loop.cleanup import give_up
 from aiostage._loop.coroutines import named
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Draft, Storage
@@ -23,7 +24,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["DEFAULT_SHARD_BYTES", "convert", "give_up", "save", "source_of", "write_checkpoint", "write_planned"]
+__all__ = ["DEFAULT_SHARD_BYTES", "convert", "save", "source_of", "write_checkpoint", "write_planned"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -272,23 +273,8 @@ async def _draft(storage: Storage, name: str, overwrite: bool) -> AsyncGenerator
     try:
         yield draft
     except BaseException as error:
-        await give_up(draft, error)
+        await give_up(draft.abort(), error)
         raise
-
-
-async def give_up(draft: Draft, error: BaseException) -> None:
-    """Abort a draft after an error.
-
-    A coroutine that is being closed may not wait; the abort then gets as far as it gets without waiting.
-    """
-    aborting = draft.abort()
-    if not isinstance(error, GeneratorExit):
-        await aborting
-        return
-    with suppress(Exception):
-        # StopIteration is the end; no caller is left for any other error.
-        aborting.send(None)
-    aborting.close()
 
 
 def _timed(info: CheckpointInfo, captured: float, committed: float) -> CheckpointInfo:

@@ -13,12 +13,13 @@ import anyio
 from aiostage._loop.cleanup import without_locals
 from aiostage._loop.together import together
 from aiostage.abc import CheckpointStager, Storage
-from aiostage.checkpoint.chain import Chain
+from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, source_of, write_planned
 from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
 from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.format.steps import name_of
+from aiostage.incremental.writing import IncrementalSaver
 from aiostage.snapshot import Snapshot
 
 __all__ = ["SaveHandle", "Saving"]
@@ -127,7 +128,8 @@ class Saving:
         stager: Takes the copy.
         storage: Where to.
         progress: As for :func:`save`.
-        chain: Writes what has changed only; None: all is written.
+        incremental: Writes what has changed only; None: all is written.
+        index: Gets to know of the checkpoint.
     """
 
     def __init__(
@@ -139,7 +141,8 @@ class Saving:
         stager: CheckpointStager,
         storage: Storage,
         progress: ProgressOption[SaveProgress],
-        chain: Chain | None,
+        incremental: IncrementalSaver | None,
+        index: CheckpointIndex,
     ) -> None:
         self.number = number
         self.handle = SaveHandle(step)
@@ -157,7 +160,8 @@ class Saving:
         self._abandoned = False
         self._target = (storage, name_of(step))
         self._progress = progress
-        self._chain = chain
+        self._incremental = incremental
+        self._index = index
         # The caller may exit the snapshot's context before it is written; the tree stays.
         self._source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
@@ -259,9 +263,15 @@ class Saving:
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
         write = partial(write_planned, writer, progress=self._progress, overwrite=self.replaces)
-        if self._chain is None or self.replaces:
-            return await write(self._target)
-        return await self._chain.write(self._target[1], write)
+        name, written = self._target[1], None
+        if self._incremental is None or self.replaces:
+            info = await write(self._target)
+        else:
+            info, written = await self._incremental.write(name, write)
+            if written is not None:
+                info = replace(info, written_bytes=written.nbytes)
+        self._index.add(name, written.placement if written is not None else None)
+        return info
 
     def _mark_captured(self) -> None:
         if self._captured_after is None:

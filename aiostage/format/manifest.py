@@ -194,7 +194,7 @@ def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object])
     """Read a manifest that may be damaged or hostile, in a worker thread; yields now and then.
 
     Args:
-        text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
+        text: The whole file.
         path: Of the file, for errors.
         add_node: Called with the JSON value of each node, in order, which it has to check: it raises
             a ValueError, say, for what is no node.
@@ -250,7 +250,7 @@ def read_placement(text: Buffer, *, path: str) -> Generator[None, None, Placemen
     """Read where the files of a checkpoint lie, as :func:`read_manifest` reads the manifest.
 
     Args:
-        text: The whole file, at most :data:`MAX_MANIFEST_BYTES` long.
+        text: The whole file.
         path: Of the file, for errors.
 
     Returns:
@@ -292,6 +292,8 @@ def _damage(path: str) -> Iterator[None]:
 
 def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
     """Check whether a text is whole and can be read; return its lines after the first, and what that says."""
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
     lines = lines_of(text)
     first = next(lines, b"")
     if first[: len(_DCP)] == _DCP:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["mark_of", "name_of", "pin_of", "pinned_by", "removed_of", "sort_out", "step_of", "surplus"]
+__all__ = ["lock_of", "locked_by", "name_of", "present", "removed_of", "sort_out", "step_of", "surplus", "tombstone_of"]
 
 _NAME = re.compile(r"step-(\d{8,})")
-_MARK = ".removed"
-_PIN = ".pinned"
+_TOMBSTONE = ".removed"
+_LOCK = ".pinned"
 
 
 def name_of(step: int) -> str:
@@ -17,29 +17,39 @@ def name_of(step: int) -> str:
     return f"step-{step:08}"
 
 
-def mark_of(name: str) -> str:
+def tombstone_of(name: str) -> str:
     """Return what lies beside a checkpoint that was removed and of which others still need parts."""
-    return name + _MARK
+    return name + _TOMBSTONE
 
 
 def removed_of(name: str) -> str | None:
-    """Return the checkpoint that a mark lies beside, or None if it is no mark."""
-    marked = name.removesuffix(_MARK)
-    return marked if marked != name and step_of(marked) is not None else None
+    """Return the checkpoint that a tombstone lies beside, or None if it is no tombstone."""
+    buried = name.removesuffix(_TOMBSTONE)
+    return buried if buried != name and step_of(buried) is not None else None
 
 
-def pin_of(name: str) -> str:
+def lock_of(name: str) -> str:
     """Return what lies beside a checkpoint, as a draft, while a save writes another that refers to it."""
-    return name + _PIN
+    return name + _LOCK
 
 
-def pinned_by(drafts: Iterable[str]) -> set[str]:
+def locked_by(drafts: Iterable[str]) -> set[str]:
     """Return the checkpoints that a save is about to refer to.
 
     Args:
         drafts: The names of all drafts of a storage.
     """
-    return {draft.removesuffix(_PIN) for draft in drafts if draft.endswith(_PIN)}
+    return {draft.removesuffix(_LOCK) for draft in drafts if draft.endswith(_LOCK)}
+
+
+def present(names: Iterable[str]) -> set[str]:
+    """Return those of a run's checkpoints that were not removed.
+
+    Args:
+        names: All that a storage lists of the run.
+    """
+    names = set(names)
+    return {name for name in names if step_of(name) is not None and tombstone_of(name) not in names}
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -49,12 +59,12 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
         names: What a storage lists, of one run or of several below it.
 
     Returns:
-        The names of both, in order. Marks are neither.
+        The names of both, in order. Tombstones are neither.
     """
     names = set(names)
-    marks = {name for name in names if removed_of(name.rpartition("/")[2]) is not None}
-    removed = {name for name in names if mark_of(name) in marks}
-    return sorted(names - removed - marks), sorted(removed)
+    tombstones = {name for name in names if removed_of(name.rpartition("/")[2]) is not None}
+    removed = {name for name in names if tombstone_of(name) in tombstones}
+    return sorted(names - removed - tombstones), sorted(removed)
 
 
 def step_of(name: str) -> int | None:

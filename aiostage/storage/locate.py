@@ -10,10 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 from aiostage._extras import needed_for
 from aiostage.abc import Storage
-from aiostage.errors import shown
+from aiostage.errors import CheckpointNotFoundError, shown
 from aiostage.storage.local import LocalStorage
 
-__all__ = ["Root", "Target", "locate", "storage_at"]
+__all__ = ["Root", "Target", "exists", "locate", "storage_at"]
 
 Root: TypeAlias = "str | os.PathLike[str] | Storage | Any"
 """Where checkpoints lie: a path, a URL, a store of obstore, or a storage."""
@@ -135,3 +135,16 @@ def _load(module: str, name: str, target: str) -> Any:
     """Import what needs an extra."""
     with needed_for(target):
         return getattr(import_module(f"aiostage.storage.{module}"), name)
+
+
+async def exists(storage: Storage, name: str) -> bool:
+    """Return whether there is a checkpoint, or a mark, of a name.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    try:
+        await (await storage.read(name)).aclose()
+    except CheckpointNotFoundError:
+        return False
+    return True

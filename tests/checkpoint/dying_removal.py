@@ -17,7 +17,7 @@ import torch
 from anyio.lowlevel import checkpoint
 
 import aiostage
-from aiostage.checkpoint import incremental
+from aiostage.incremental import writing
 from aiostage.storage import LocalStorage
 from tests.checkpoint.dying import MANY_POINTS, Killer, in_child
 from tests.checkpoint.runs import MIB, Run, apart_from_the_small, in_directory, needed
@@ -65,7 +65,7 @@ def main(directory: Path) -> None:
     asyncio.run(checkpoint())
     gc.disable()
     gc.freeze()
-    incremental._GROUP_BYTES = MIB
+    writing._GROUP_BYTES = MIB
     torch.set_num_threads(1)
     whole, root = directory / "whole", directory / "run"
     assert in_child(lambda: asyncio.run(save(whole)) or 0) == 0

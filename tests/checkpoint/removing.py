@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import aiostage
-from aiostage.checkpoint import incremental
+from aiostage.incremental import writing
 from aiostage.storage import LocalStorage
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.runs import MIB, Run, apart_from_the_small, in_directory, needed
@@ -68,6 +68,6 @@ async def remove(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    incremental._GROUP_BYTES = MIB
+    writing._GROUP_BYTES = MIB
     torch.set_num_threads(1)
     print(asyncio.run({"save": save, "remove": remove}[sys.argv[2]](Path(sys.argv[1]))))

@@ -12,10 +12,10 @@ import xxhash
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingOptions
 from aiostage.abc import Buffer
-from aiostage.checkpoint.incremental import _Group
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Piece, PlacedFile, append
 from aiostage.format.steps import name_of
+from aiostage.incremental.writing import _Group
 from aiostage.storage import LocalStorage
 from aiostage.storage.files import PartBuffers
 from aiostage.testing import at_every_await

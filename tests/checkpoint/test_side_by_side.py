@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import aiostage
-from aiostage.checkpoint import shelf as shelves
-from aiostage.checkpoint.chain import Chain
+from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.save import write_checkpoint
-from aiostage.checkpoint.shelf import Shelf
-from aiostage.format.steps import mark_of, name_of, pin_of, step_of
+from aiostage.format.steps import lock_of, name_of, step_of, tombstone_of
+from aiostage.incremental import references
+from aiostage.incremental.writing import IncrementalSaver
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.runs import MIB, apart_from_the_small, needed, numbers
@@ -88,16 +88,16 @@ def refers_to(manifest: bytes) -> list[tuple[str | None, str, int]]:
 def check(storage: MemoryStorage) -> None:
     """Check that all that is there can be read."""
     for name, files in storage.checkpoints.items():
-        if step_of(name) is not None and mark_of(name) not in storage.checkpoints:
+        if step_of(name) is not None and tombstone_of(name) not in storage.checkpoints:
             for source, file, nbytes in refers_to(files[MANIFEST]):
                 assert len(storage.checkpoints[source or name][file]) == nbytes, f"{name} cannot be read"
 
 
 async def saved() -> dict[str, dict[str, bytes]]:
     storage = MemoryStorage()
-    chain = Chain(storage, Shelf(storage))
+    saver = IncrementalSaver(storage)
     for step in range(NEW):
-        await chain.write(name_of(step), partial(write_checkpoint, state(step)))
+        await saver.write(name_of(step), partial(write_checkpoint, state(step)))
     return storage.checkpoints
 
 
@@ -114,15 +114,15 @@ class Stage:
 
     async def before(self, operation: str, name: str) -> None:
         check(self.storage)
-        if pin_of(name_of(NEW - 1)) in [draft.name for draft in self.storage.under_way]:
+        if lock_of(name_of(NEW - 1)) in [draft.name for draft in self.storage.under_way]:
             self.seen.add("pinned")
         await current.get().pass_by()
 
     async def write(self) -> None:
-        await Chain(self.storage, Shelf(self.storage)).write(name_of(NEW), partial(write_checkpoint, self.new))
+        await IncrementalSaver(self.storage).write(name_of(NEW), partial(write_checkpoint, self.new))
 
     async def remove(self) -> None:
-        await Shelf(self.storage).remove([0, 2])
+        await CheckpointIndex(self.storage).remove([0, 2])
 
     async def close(self, writer: Actor, remover: Actor) -> None:
         """Check what is left when everybody has ended, and that whoever comes next tidies up."""
@@ -131,9 +131,9 @@ class Stage:
         check(storage)
         assert storage.under_way == []
         assert (writer.error, remover.error) == (None, None)
-        shelf = Shelf(storage)
-        await shelf.begin()
-        steps = await shelf.steps()
+        index = CheckpointIndex(storage)
+        await index.open()
+        steps = await index.steps()
         assert 1 in steps
         if not writer.is_dead:
             # Nobody's removing makes a save fail.
@@ -193,8 +193,8 @@ def test_what_is_there_can_be_read_in_every_order(first_writes: bool) -> None:
 
 
 @pytest.mark.slow
-def test_the_orders_show_what_goes_wrong_without_pins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelves, "pinned_by", lambda _: set())
+def test_the_orders_show_what_goes_wrong_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "locked_by", lambda _: set())
     with pytest.raises((AssertionError, KeyError, BaseExceptionGroup)):
         asyncio.run(in_every_order(True))
 

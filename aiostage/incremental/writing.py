@@ -8,13 +8,14 @@ where bytes really lie, never another reference.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Collection, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -23,13 +24,23 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Draft, Reader, Storage
-from aiostage.checkpoint.writer import OutgoingFile
+from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
+from aiostage.format.steps import name_of, present, step_of
+from aiostage.incremental.reading import is_removed, placement_of
+from aiostage.incremental.references import locked
 from aiostage.storage.files import PartBuffers
 
-__all__ = ["Base", "IncrementalStorage"]
+__all__ = ["Base", "IncrementalSaver", "IncrementalStorage"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("aiostage")
+
+_ATTEMPTS = 10
+"""How many that others remove, just when they were chosen, are given up before everything is written."""
 
 _GROUP_BYTES = 4 * PART_BYTES
 """How large the files are that changed blocks go to. Four of them are under way at the most: one is being filled, one
@@ -76,6 +87,95 @@ class Base:
         return self.name if source is None else source, file
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written of a checkpoint.
+
+    Attributes:
+        placement: Where its files lie.
+        nbytes: How many bytes were written, the manifest included.
+    """
+
+    placement: Placement
+    nbytes: int
+
+
+class IncrementalSaver:
+    """Writes checkpoints of a run incrementally: each is compared with the last one.
+
+    Args:
+        storage: Where to.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._last: str | None = None
+
+    async def write(self, name: str, write: Callable[[tuple[Storage, str]], Awaitable[T]]) -> tuple[T, Written | None]:
+        """Write a checkpoint.
+
+        Args:
+            name: What it is called.
+            write: Writes it to a target, all of it.
+
+        Returns:
+            What ``write`` returns, and what was written of it; None for the latter if it was not committed.
+
+        Raises:
+            Exception: Whatever ``write`` raises.
+            OSError: If the storage refuses.
+
+        When cancelled, either it was committed, or nothing of it is left.
+        """
+        async with self._base() as base:
+            storage = IncrementalStorage(self._storage, base)
+            result = await write((storage, name))
+        if storage.written is not None:
+            self._last = name
+        return result, storage.written
+
+    @asynccontextmanager
+    async def _base(self) -> AsyncGenerator[Base | None, None]:
+        """Choose what to compare a checkpoint with, and keep it from being removed before that is committed."""
+        for _ in range(_ATTEMPTS):
+            name = await self._latest()
+            if name is None:
+                break
+            async with locked(self._storage, name):
+                try:
+                    # Not before it is locked: it may just be going, or be another of the same name.
+                    base = await self._open_base(name)
+                except CheckpointNotFoundError:
+                    continue
+                yield base
+                return
+        yield None
+
+    async def _latest(self) -> str | None:
+        """Return which checkpoint to compare a new one with: the one that was saved last, or else the highest."""
+        there = present(await self._storage.list_level())
+        if self._last in there:
+            return self._last
+        latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
+        return name_of(latest) if latest is not None else None
+
+    async def _open_base(self, name: str) -> Base | None:
+        """Return a checkpoint to compare a new one with; None if it was not saved incrementally, or is damaged.
+
+        Raises:
+            CheckpointNotFoundError: If it is not there, or no longer.
+            OSError: If the storage refuses.
+        """
+        if await is_removed(self._storage, name):
+            raise CheckpointNotFoundError("it was removed.", path=f"{self._storage.location}/{name}")
+        try:
+            placement = await placement_of(self._storage, name)
+        except CheckpointCorruptError as error:
+            _log.warning("nothing can be compared with the checkpoint %s: %s", name, error)
+            return None
+        return Base(name, placement) if placement is not None else None
+
+
 class IncrementalStorage(Storage):
     """A storage for one save, which writes what has changed.
 
@@ -90,9 +190,9 @@ class IncrementalStorage(Storage):
         self._draft: _IncrementalDraft | None = None
 
     @property
-    def placement(self) -> Placement | None:
-        """Where the files of the new checkpoint lie, once it is committed."""
-        return self._draft.placement if self._draft is not None else None
+    def written(self) -> Written | None:
+        """What was written, once the new checkpoint is committed."""
+        return self._draft.written if self._draft is not None else None
 
     async def open(self, name: str, *, overwrite: bool = False) -> Draft:
         """Begin a checkpoint. Raises as the storage's."""
@@ -101,11 +201,6 @@ class IncrementalStorage(Storage):
         draft = await self._storage.open(name, overwrite=overwrite)
         self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers)
         return self._draft
-
-    @property
-    def written_bytes(self) -> int:
-        """How many bytes were written, the manifest included."""
-        return self._draft.written_bytes if self._draft is not None else 0
 
     async def read(self, name: str) -> Reader:
         """Open a checkpoint. Raises as the storage's."""
@@ -151,8 +246,7 @@ class _IncrementalDraft(Draft):
         self._buffers = PartBuffers(PART_BYTES)
         self._files: dict[str, PlacedFile] = {}
         self._own: dict[Place, int] = {}
-        self.placement: Placement | None = None
-        self.written_bytes = 0
+        self.written: Written | None = None
 
     @property
     def location(self) -> str:
@@ -172,7 +266,7 @@ class _IncrementalDraft(Draft):
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
         await self._draft.commit(memoryview(text))
-        self.placement, self.written_bytes = placement, sum(self._own.values()) + len(text)
+        self.written = Written(placement, sum(self._own.values()) + len(text))
 
     async def abort(self) -> None:
         await self._draft.abort()
@@ -197,9 +291,7 @@ class _IncrementalDraft(Draft):
     async def _write_changed(self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]) -> PlacedFile:
         """Write the blocks of a file that have changed."""
         filled, full = anyio.create_memory_object_stream[_Group](0)
-        changes = _Changes(
-            name, self._workers, self._buffers, may_keep=isinstance(parts, OutgoingFile) and parts.may_be_kept
-        )
+        changes = _Changes(name, self._workers, self._buffers, may_keep=getattr(parts, "may_be_kept", False))
         blocks: list[str] = []
 
         async def fill() -> None:

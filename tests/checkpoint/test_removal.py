@@ -17,7 +17,7 @@ from obstore.store import MemoryStore
 import aiostage
 from aiostage import CheckpointCorruptError, Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Storage
-from aiostage.format.steps import mark_of, name_of
+from aiostage.format.steps import name_of, tombstone_of
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
@@ -158,7 +158,7 @@ async def test_another_process_removes_what_a_save_refers_to_and_sees_it_in_time
 @pytest.fixture
 def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let changes go to several files without being many gigabytes."""
-    monkeypatch.setattr("aiostage.checkpoint.incremental._GROUP_BYTES", MIB)
+    monkeypatch.setattr("aiostage.incremental.writing._GROUP_BYTES", MIB)
 
 
 def in_memory(storage: MemoryStorage) -> dict[tuple[str, str], int]:
@@ -464,7 +464,7 @@ async def test_who_reads_what_is_removed_meanwhile_is_told() -> None:
     storage.before = remove
     with pytest.raises(CheckpointNotFoundError, match="it was removed; what is left of it"):
         await aiostage.load((storage, name_of(1)))
-    assert mark_of(name_of(1)) in storage.checkpoints
+    assert tombstone_of(name_of(1)) in storage.checkpoints
     # And so is who comes later.
     with pytest.raises(CheckpointNotFoundError, match="it was removed; what is left of it"):
         await aiostage.load((storage, name_of(1)))

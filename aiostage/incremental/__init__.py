@@ -1,0 +1,13 @@
+"""Checkpoints that refer to one another: each new one writes what has changed, and names where the rest lies.
+
+No save or load enters this room that does not use it. Its words:
+
+- A *reference* names bytes of a file of another checkpoint of the same run: always where they really lie.
+- The *base* is the checkpoint that a new one is compared with, block by block.
+- A *reference lock* keeps the base from being removed while a checkpoint that refers to it is written.
+- A *tombstone* lies beside a checkpoint that was removed, and whose files others still refer to.
+
+Read `writing` for how a save writes what has changed, `references` for how a checkpoint is removed, and the proof that
+no reference is left dangling, `reading` for how a load finds the bytes. Where bytes lie is described by
+:mod:`aiostage.format.placement`.
+"""

@@ -1,0 +1,163 @@
+"""Reading a checkpoint whose files lie in pieces, some of them in other checkpoints, as if they lay in itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import anyio
+
+from aiostage._loop.cleanup import finish
+from aiostage._loop.slices import in_turns
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Reader, Storage
+from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.format.manifest import read_placement
+from aiostage.format.placement import Piece, PlacedFile, Placement
+from aiostage.format.steps import removed_of, step_of, tombstone_of
+from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.locate import exists
+
+__all__ = ["ReferencingReader", "is_removed", "placement_in", "placement_of"]
+
+_OPEN_OTHERS = 8
+"""Checkpoints that one refers to and that stay open while it is read; a run may have thousands."""
+
+
+class ReferencingReader(Reader):
+    """A reader that follows references to other checkpoints of the same storage.
+
+    Args:
+        storage: Where they are.
+        reader: Of the checkpoint; closed with this.
+        placement: Where its files lie.
+    """
+
+    def __init__(self, storage: Storage, reader: Reader, placement: Placement) -> None:
+        self._storage = storage
+        self._reader = reader
+        self._placement = placement
+        self._others: dict[str, Reader] = {}
+        self._users: Counter[str] = Counter()
+        self._opening = anyio.Lock()
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is."""
+        return self._reader.location
+
+    @property
+    def reads_at_once(self) -> int:
+        """As many as the reader of the checkpoint likes."""
+        return self._reader.reads_at_once
+
+    async def manifest(self) -> Buffer:
+        """Return the contents of the manifest. Raises as the reader's."""
+        return await self._reader.manifest()
+
+    async def size(self, name: str) -> int:
+        """Return how long a file is, in bytes.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file.
+        """
+        return self._file(name).nbytes
+
+    async def read(self, name: str, offset: int, into: Buffer) -> None:
+        """Fill a buffer with a range of a file, wherever it lies.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file, it ends early, or what it refers to is missing.
+            OSError: If the storage refuses.
+        """
+        file = self._file(name)
+        if offset + len(into) > file.nbytes:
+            raise CheckpointCorruptError(
+                f"it ends at byte {file.nbytes}; more was expected.", path=f"{self.location}/{name}"
+            )
+        position = 0
+        for piece in file.located(offset, offset + len(into)):
+            await self._read_piece(piece, into[position : position + piece.nbytes])
+            position += piece.nbytes
+
+    async def aclose(self) -> None:
+        """Close it and the others. May be called more than once."""
+        for reader in (self._reader, *self._others.values()):
+            await reader.aclose()
+
+    def _file(self, name: str) -> PlacedFile:
+        try:
+            return self._placement.files[name]
+        except KeyError:
+            raise CheckpointCorruptError(
+                "the manifest does not say where it lies.", path=f"{self.location}/{name}"
+            ) from None
+
+    async def _read_piece(self, piece: Piece, into: Buffer) -> None:
+        if piece.source is None:
+            await self._reader.read(piece.file, piece.offset, into)
+            return
+        try:
+            async with self._other(piece.source) as reader:
+                await reader.read(piece.file, piece.offset, into)
+        except CheckpointNotFoundError as error:
+            raise CheckpointCorruptError(
+                f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
+            ) from error
+
+    @asynccontextmanager
+    async def _other(self, name: str) -> AsyncGenerator[Reader, None]:
+        """Lend the reader of another checkpoint, of which only a few stay open."""
+        async with self._opening:
+            reader = self._others.pop(name, None) or await self._storage.read(name)
+            # At the end, as the one that was used last.
+            self._others[name] = reader
+            self._users[name] += 1
+        try:
+            yield reader
+        finally:
+            self._users[name] -= 1
+        # After an error all are closed soon, with this.
+        while len(self._others) > _OPEN_OTHERS:
+            idle = next((other for other in self._others if not self._users[other]), None)
+            if idle is None:
+                break
+            await finish(self._others.pop(idle).aclose)
+
+
+async def placement_of(storage: Storage, name: str) -> Placement | None:
+    """Return where the files of a checkpoint lie; None if each lies as a whole in the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointCorruptError: If its manifest is damaged.
+        OSError: If the storage refuses.
+    """
+    reader = await storage.read(name)
+    try:
+        return await placement_in(reader)
+    finally:
+        await reader.aclose()
+
+
+async def placement_in(reader: Reader) -> Placement | None:
+    """Return where the files lie that a manifest names, as :func:`placement_of` does."""
+    text = await reader.manifest()
+    workers = Workers(1, "aiostage-load")
+    try:
+        reading = read_placement(text, path=f"{reader.location}/{MANIFEST_NAME}")
+        return await workers.run(partial(in_turns, reading))
+    finally:
+        workers.stop()
+
+
+async def is_removed(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint was removed, or is no more than the mark of one.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    last = name.rpartition("/")[2]
+    return removed_of(last) is not None or (step_of(last) is not None and await exists(storage, tombstone_of(name)))
