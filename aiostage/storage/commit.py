@@ -18,7 +18,8 @@ from contextlib import suppress
 from aiostage._loop.forks import tell_of_forks
 from aiostage._platform import sync
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, shown
-from aiostage.storage.directories import (
+from aiostage.storage.files import (
+    Descriptor,
     exchange,
     is_current,
     is_empty_directory,
@@ -29,7 +30,6 @@ from aiostage.storage.directories import (
     sync_directory,
     try_lock,
 )
-from aiostage.storage.files import Descriptor
 
 __all__ = [
     "MANIFEST_NAME",

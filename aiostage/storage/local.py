@@ -25,8 +25,7 @@ from aiostage.storage.commit import (
     sweep_below,
     trim_committed,
 )
-from aiostage.storage.directories import is_current
-from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory
+from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory, is_current
 
 __all__ = ["LocalReader", "LocalStorage"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterable, Collection, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterator, Sequence
 from functools import partial
 
 import anyio
@@ -32,12 +32,61 @@ from aiostage.errors import (
 from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.lease import BEATS_PER_LEASE, LEASE_NAME, Heartbeat, write_lease
-from aiostage.storage.pointer import FOLDER, POINTER_NAME, end_uploads, find_pointer, remove_folder, write_pointer
-from aiostage.storage.ranges import read_ranges
+from aiostage.storage.pointer import (
+    BEATS_PER_LEASE,
+    FOLDER,
+    LEASE_NAME,
+    POINTER_NAME,
+    Heartbeat,
+    end_uploads,
+    find_pointer,
+    remove_folder,
+    write_lease,
+    write_pointer,
+)
 from aiostage.storage.sweep import drafts, sweep
 
-__all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage"]
+__all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage", "read_ranges"]
+
+_RANGE_BYTES = 8 << 20
+"""One request: long enough that its latency does not count, short enough that several share the work."""
+
+_AT_ONCE = 8
+
+
+async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int, into: Buffer) -> int:
+    """Fill a buffer by several reads at once.
+
+    Args:
+        read: Fills a buffer from an offset and returns how many bytes there were.
+        offset: Of the first byte.
+        into: Writable.
+
+    Returns:
+        How many bytes there were.
+
+    Raises:
+        BaseException: What the first failing read raised; the others are cancelled.
+    """
+    if into.nbytes <= _RANGE_BYTES:
+        return await read(offset, into) if into.nbytes else 0
+    starts = iter(range(0, into.nbytes, _RANGE_BYTES))
+    count = 0
+
+    async def reader(starts: Iterator[int]) -> None:
+        nonlocal count
+        for start in starts:
+            found = await read(offset + start, into[start : start + _RANGE_BYTES])
+            count += found
+
+    try:
+        async with anyio.create_task_group() as group:
+            for _ in range(min(_AT_ONCE, -(-into.nbytes // _RANGE_BYTES))):
+                group.start_soon(reader, starts)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return count
+
 
 DEFAULT_LEASE_SECONDS = 3600.0
 """A guess: far longer than any store is out of reach, shorter than stale files become a burden."""

@@ -10,8 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from aiostage._loop.cleanup import finish
 from aiostage.storage.bucket import Bucket, Upload
-from aiostage.storage.lease import LEASE_NAME, lease_seconds
-from aiostage.storage.pointer import FOLDER, POINTER_NAME, find_pointer, remove_folder
+from aiostage.storage.pointer import FOLDER, LEASE_NAME, POINTER_NAME, find_pointer, lease_seconds, remove_folder
 
 __all__ = ["drafts", "sweep"]
 

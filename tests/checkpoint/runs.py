@@ -11,8 +11,7 @@ import torch
 from aiostage.abc import Storage
 from aiostage.checkpoint.resolving import placement_of
 from aiostage.format.steps import name_of, removed_of
-from aiostage.storage.lease import LEASE_NAME
-from aiostage.storage.pointer import POINTER_NAME
+from aiostage.storage.pointer import LEASE_NAME, POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST
 
 MIB = 1 << 20

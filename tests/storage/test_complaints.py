@@ -11,8 +11,7 @@ import pytest
 from obstore.exceptions import GenericError
 
 from aiostage import StorageError
-from aiostage.storage.complaints import translate, worded
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage.objects import ObjectStorage, translate, worded
 from tests.servers.proxy import Fault, running_proxy
 from tests.servers.weed import BUCKET, S3Server
 

@@ -74,7 +74,7 @@ class TestLargeParts(LocalSuite):
 FORKING = """
 from aiostage import CheckpointError
 from aiostage.storage.commit import DraftDirectory
-from aiostage.storage.directories import open_directory, try_lock
+from aiostage.storage.files import open_directory, try_lock
 
 def is_free():
     with open_directory(draft.path) as directory:

@@ -14,8 +14,8 @@ from obstore.store import MemoryStore, S3Store
 
 from aiostage import CheckpointError
 from aiostage.storage import sweep as module
-from aiostage.storage.lease import Heartbeat, lease_seconds, write_lease
 from aiostage.storage.objects import ObjectStorage
+from aiostage.storage.pointer import Heartbeat, lease_seconds, write_lease
 from tests.servers.weed import BUCKET
 from tests.storage.buckets import content, save, some_bytes, write
 
