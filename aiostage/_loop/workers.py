@@ -140,7 +140,7 @@ class Job:
     async def progressed(self, seen: int) -> None:
         """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing."""
         with self._lock:
-            if self._done > seen or self.finished():
+            if self._done > seen or not (self._open or self._steps or self._running):
                 return
             wakeup = Wakeup()
             self._waiters.append(wakeup)
@@ -260,8 +260,14 @@ class Workers:
         def step() -> None:
             outcome.value = call()
 
-        async with self.job() as job:
+        job = self.job()
+        try:
             job.put(step)
+            job.close()
+            await job.join()
+        finally:
+            # The traceback of the call's error will have this frame in it, which leads here.
+            job._error = None
         return outcome.value
 
     @property

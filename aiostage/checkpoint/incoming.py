@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from aiostage._copy.to_device import HostToDeviceCopier
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
+from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
 from aiostage.checkpoint.resolving import ResolvingReader
@@ -24,8 +24,9 @@ from aiostage.format.manifest import FileRecord
 from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, whole
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
+from aiostage.storage.files import PartBuffers
 
-__all__ = ["THREADS", "Destinations", "Incoming"]
+__all__ = ["THREADS", "PartReader", "ReadTargets", "in_host_memory"]
 
 T = TypeVar("T")
 
@@ -57,35 +58,71 @@ _GROUP = 256
 """Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
 
 
-@dataclass(slots=True)
-class Destinations:
-    """Where tensors are, and what parts pass through that do not go to one piece of host memory.
+def in_host_memory(tensor: torch.Tensor) -> torch.device | None:
+    """Return that a tensor can be copied to without knowing of streams, wherever it is."""
+    return None
 
-    Attributes:
-        pool: Memory to pass through, which it registers with accelerators if they can do that.
+
+class ReadTargets:
+    """Where tensors are, and memory for parts to pass through that do not go to one piece of host memory.
+
+    Args:
+        workers: Make memory.
         device_of: Returns the device that a tensor is on, or None for host memory.
         copier: Brings values there, and follows the caller on each device already; None when there is no device.
-        device: Any that is in use, to register the memory of the pool with; None while there is none.
+        device: Any that is in use, to register memory with; None while there is none.
+        pinning: Registers memory with accelerators, if they can do that.
     """
 
-    pool: Pool
-    device_of: Callable[[torch.Tensor], torch.device | None]
-    copier: HostToDeviceCopier | None = None
-    device: torch.device | None = None
+    def __init__(
+        self,
+        workers: Workers,
+        device_of: Callable[[torch.Tensor], torch.device | None] = in_host_memory,
+        copier: HostToDeviceCopier | None = None,
+        device: torch.device | None = None,
+        pinning: Pinning | None = None,
+    ) -> None:
+        self.device_of = device_of
+        self.copier = copier
+        self.device = device
+        self._workers = workers
+        self._pinning = pinning
+        self._buffers: PartBuffers | None = None
+        self._pool: Pool | None = None
 
     async def buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """Return uninitialized memory for one part, which is used again when nothing refers to it any more."""
-        return (await self.pool.acquire(nbytes, device=self.device)).buffer
+        """Return uninitialized memory for one part, which is used again when nothing refers to it any more.
+
+        Args:
+            nbytes: How long parts are; the same in each call.
+        """
+        if self.copier is None:
+            if self._buffers is None:
+                self._buffers = PartBuffers(nbytes)
+            return self._buffers.take()
+        if self._pool is None:
+            self._pool = Pool(self._workers, pinning=self._pinning)
+        return (await self._pool.acquire(nbytes, device=self.device)).buffer
+
+    def close(self) -> None:
+        """Make no more memory."""
+        if self._pool is not None:
+            self._pool.close()
+
+    async def aclose(self) -> None:
+        """Give the memory back. Raises as :meth:`Pool.aclose`."""
+        if self._pool is not None:
+            await self._pool.aclose()
 
 
-class Incoming:
+class PartReader:
     """Reads parts, compares them with their digests, and brings them to where they belong.
 
     Args:
         reader: Of the checkpoint.
         workers: Run everything that blocks.
         part_bytes: How long a part is at most.
-        destinations: Where the tensors are that parts are read into.
+        targets: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
     """
 
@@ -94,14 +131,14 @@ class Incoming:
         reader: ResolvingReader,
         workers: Workers,
         part_bytes: int,
-        destinations: Destinations,
+        targets: ReadTargets,
         *,
         verify: bool,
     ) -> None:
         self._reader = reader
         self._workers = workers
         self._part_bytes = part_bytes
-        self._destinations = destinations
+        self._targets = targets
         self._verify = verify
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -158,11 +195,11 @@ class Incoming:
         """Read a part whatever it consists of, and return its bytes."""
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
-        if self._destinations.copier is None:
+        if self._targets.copier is None:
             # Ordinary pages: huge ones, which a hypervisor may have to find first, took 19 ms for 8 MiB.
             memory: np.ndarray[Any, Any] = np.empty(part.nbytes, np.uint8)
         else:
-            memory = (await self._destinations.buffer(self._part_bytes))[: part.nbytes]
+            memory = (await self._targets.buffer(self._part_bytes))[: part.nbytes]
         await self._read(file, part, memory.data, _nothing)
         return memory
 
@@ -198,10 +235,10 @@ class Incoming:
             elif read is not None and self._goes_straight(part):
                 async with self._reader.told_apart():
                     await self._workers.run(partial(self._read_straight, read, file, part))
-            elif data is not None and self._destinations.device_of(data) is None:
+            elif data is not None and self._targets.device_of(data) is None:
                 await self._read(file, part, data.numpy().data, _nothing)
             else:
-                memory = await self._destinations.buffer(self._part_bytes)
+                memory = await self._targets.buffer(self._part_bytes)
                 copy = partial(self._copy, part, torch.from_numpy(memory))
                 await self._wait_until_copied(await self._read(file, part, memory.data[: part.nbytes], copy))
                 # It goes to the next part when nothing refers to it any more.
@@ -211,7 +248,7 @@ class Incoming:
     def _goes_straight(self, part: Part) -> bool:
         """Return whether a part consists of few pieces, all of them in host memory or without a destination."""
         return len(part.pieces) <= _STRAIGHT and all(
-            isinstance(piece, Hole) or (isinstance(piece, torch.Tensor) and self._destinations.device_of(piece) is None)
+            isinstance(piece, Hole) or (isinstance(piece, torch.Tensor) and self._targets.device_of(piece) is None)
             for piece in part.pieces
         )
 
@@ -260,19 +297,19 @@ class Incoming:
             )
 
     async def _wait_until_copied(self, pending: Sequence[PendingCopy]) -> None:
-        if self._destinations.copier is not None:
+        if self._targets.copier is not None:
             for copy in pending:
                 # Live tensors must not change any more once this has returned.
-                await finish(partial(self._destinations.copier.wait, copy))
+                await finish(partial(self._targets.copier.wait, copy))
 
     def _device_of(self, piece: object) -> torch.device | None:
         if isinstance(piece, Scattered):
-            return self._destinations.device_of(piece.tensor)
-        return self._destinations.device_of(piece) if isinstance(piece, torch.Tensor) else None
+            return self._targets.device_of(piece.tensor)
+        return self._targets.device_of(piece) if isinstance(piece, torch.Tensor) else None
 
     def _copy(self, part: Part, buffer: torch.Tensor) -> list[PendingCopy]:
         """Copy pieces wherever they belong; returns what devices are still doing. Runs in a worker thread."""
-        copier = self._destinations.copier
+        copier = self._targets.copier
         if copier is None and not any(isinstance(piece, Scattered) for piece in part.pieces):
             scatter(part, buffer)
             return []

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from types import TracebackType
@@ -23,10 +24,9 @@ from aiostage._loop.slices import Slices
 from aiostage._loop.transfers import BandwidthEstimator
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
-from aiostage._memory.pool import Pool
 from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
-from aiostage.checkpoint.incoming import THREADS, Destinations
+from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
@@ -80,14 +80,15 @@ class Loading:
         self._stateful = stateful_in(into)
         self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
         if backend is None or backend.unavailable_reason is not None:
-            self._destinations = Destinations(Pool(self._workers), _host_memory)
+            self._targets = ReadTargets(self._workers)
             return
         pinning = Pinning(backend) if backend.pinned_memory_reason is None else None
-        self._destinations = Destinations(
-            Pool(self._workers, pinning=pinning),
+        self._targets = ReadTargets(
+            self._workers,
             backend.device_of,
             HostToDeviceCopier(backend, CopyStreams(backend), caller, BandwidthEstimator()),
             next(iter(backend.active_devices()), None),
+            pinning,
         )
 
     async def __aenter__(self) -> Loading:
@@ -97,12 +98,12 @@ class Loading:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Give memory back and let the threads end. What devices may still be copying is watched over."""
-        if self._destinations.copier is not None:
-            self._destinations.copier.abandon()
-        self._destinations.pool.close()
+        if self._targets.copier is not None:
+            self._targets.copier.abandon()
+        self._targets.close()
         # A coroutine that is being closed may not wait.
         if not isinstance(error, GeneratorExit):
-            await self._destinations.pool.aclose()
+            await self._targets.aclose()
         self._workers.stop()
 
     async def recognize(self, storage: Storage, name: str) -> Read | None:
@@ -137,7 +138,7 @@ class Loading:
         """Have loaded tensors copied into their live ones, and return the devices of these."""
         devices: set[torch.device] = set()
         for count, (_, live, loaded) in enumerate(transfer.pairs):
-            device = self._destinations.device_of(live)
+            device = self._targets.device_of(live)
             if device is not None:
                 devices.add(device)
             transfer.add(live, loaded, device)
@@ -148,7 +149,7 @@ class Loading:
     async def attempt(self, reader: ResolvingReader) -> Any:
         """Read one checkpoint."""
         checkpoint = CheckpointReader(
-            reader, self._workers, self._slices, self._destinations, verify=self._verify, progress=self._progressed
+            reader, self._workers, self._slices, self._targets, verify=self._verify, progress=self._progressed
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
@@ -174,7 +175,7 @@ class Loading:
                     transfer,
                     memory,
                     outline.positions,
-                    self._destinations.device_of,
+                    self._targets.device_of,
                     in_place=self._in_place,
                     path=checkpoint.manifest_path,
                 )
@@ -215,9 +216,9 @@ class Loading:
 
     async def _bring(self, pairs: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Copy host memory to new memory of devices."""
-        copier = self._destinations.copier
+        copier = self._targets.copier
         for live, value in pairs.items():
-            device = self._destinations.device_of(live)
+            device = self._targets.device_of(live)
             if copier is not None and device is not None:
                 await self._workers.run(partial(copier.enqueue, [live], [value], device))
         if copier is not None:
@@ -272,7 +273,7 @@ class Loading:
         """Return the devices of live tensors that are read into or copied to."""
         devices = {device for device, _, _ in transfer.batches() if device is not None}
         for count, tensor in enumerate(placement.direct):
-            device = self._destinations.device_of(tensor)
+            device = self._targets.device_of(tensor)
             if device is not None:
                 devices.add(device)
             if count % _CHUNK == 0:
@@ -281,7 +282,7 @@ class Loading:
 
     def _follow_the_caller(self, devices: Iterable[torch.device]) -> None:
         """Have copies to devices wait for what the caller has enqueued there until now."""
-        copier = self._destinations.copier
+        copier = self._targets.copier
         if copier is None:
             return
         # What was enqueued since the call as well: live tensors may be changed until they are read into.
@@ -289,7 +290,7 @@ class Loading:
         for device in devices:
             copier.follow_the_caller(device)
             # One that is in use, to register memory with: it may be the first.
-            self._destinations.device = self._destinations.device or device
+            self._targets.device = self._targets.device or device
 
     async def _carry_out(self, transfer: Transfer) -> None:
         """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
@@ -300,10 +301,10 @@ class Loading:
         await finish(partial(self._complete, transfer, job))
 
     def _copy(self, device: torch.device | None, live: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
-        if device is not None and self._destinations.copier is not None:
+        if device is not None and self._targets.copier is not None:
             # Cast here, since a device copies bytes.
             values = [value.to(target.dtype) for target, value in zip(live, loaded, strict=True)]
-            self._destinations.copier.enqueue(live, values, device)
+            self._targets.copier.enqueue(live, values, device)
         else:
             copy_tensors(live, loaded)
 
@@ -311,14 +312,9 @@ class Loading:
         await job.settled()
         if job.error is not None:
             raise job.error
-        if self._destinations.copier is not None:
-            await self._destinations.copier.wait()
+        if self._targets.copier is not None:
+            await self._targets.copier.wait()
         transfer.assign()
-
-
-def _host_memory(tensor: torch.Tensor) -> torch.device | None:
-    """Return that a tensor can be copied to without knowing of streams, wherever it is."""
-    return None
 
 
 def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:
@@ -412,8 +408,11 @@ def load(
     comes after all else was changed. May be cancelled: either nothing of ``into`` has been changed then, or
     everything.
     """
-    backend = backend if backend is not None else default_backend()
-    caller = CallerStreams.record(backend if into is not None or device is not None else None, into)
+    if into is not None or device is not None:
+        backend = backend if backend is not None else default_backend()
+        caller = CallerStreams.record(backend, into)
+    else:
+        caller = CallerStreams.record(None, None)
     reading = load_after(
         caller,
         source,
@@ -465,10 +464,11 @@ async def load_after(
         raise ValueError("device= is for a new tree; the tensors of into= stay on the devices that they are on")
     selection = Selection(only, f"{storage.location}/{name}") if only is not None else None
     known = Classes(classes, _declared())
-    with span("load", source=name), reporting(progress, f"loading {name}") as report:
-        backend = backend if backend is not None else default_backend()
-        devices = Devices(device, backend)
+    with span("load", source=name), reporting(progress, f"loading {name}") if progress else nullcontext() as report:
         reaches = into is not None or device is not None
+        if reaches and backend is None:
+            backend = default_backend()
+        devices = Devices(device, backend)
         begin = perf_counter()
         async with Loading(
             into,

@@ -12,7 +12,7 @@ import torch
 from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage.checkpoint.incoming import Destinations, Incoming
+from aiostage.checkpoint.incoming import PartReader, ReadTargets
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, shown
@@ -131,7 +131,7 @@ class CheckpointReader:
         reader: Of the checkpoint; the caller's to close.
         workers: Run everything that blocks.
         slices: Run everything else.
-        destinations: Where the tensors are that are read into.
+        targets: Where the tensors are that are read into.
         verify: Whether to compare every byte read with the checksums.
         progress: Called on the event loop with how many bytes were read, and how many there are to read.
     """
@@ -141,7 +141,7 @@ class CheckpointReader:
         reader: ResolvingReader,
         workers: Workers,
         slices: Slices,
-        destinations: Destinations,
+        targets: ReadTargets,
         *,
         verify: bool,
         progress: Callable[[int, int], object] | None = None,
@@ -149,7 +149,7 @@ class CheckpointReader:
         self._reader = reader
         self._workers = workers
         self._slices = slices
-        self._destinations = destinations
+        self._targets = targets
         self._verify = verify
         self._progress = progress
         self._read_bytes = self._total_bytes = 0
@@ -173,11 +173,11 @@ class CheckpointReader:
             manifest = await self._reader.open(self._workers, table.add)
             with reading(self.manifest_path):
                 await self._workers.run(lambda: in_turns(table.complete()))
-        self._incoming = Incoming(
+        self._incoming = PartReader(
             self._reader,
             self._workers,
             manifest.part_bytes,
-            self._destinations,
+            self._targets,
             verify=self._verify,
         )
         with span("headers"):

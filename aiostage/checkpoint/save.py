@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from traceback import clear_frames
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from aiostage._arguments import check_flags, states_of, whole
 from aiostage._loop.cleanup import give_up
@@ -27,6 +28,10 @@ from aiostage.storage.locate import Target, locate
 __all__ = ["DEFAULT_SHARD_BYTES", "convert", "save", "source_of", "write_checkpoint", "write_planned"]
 
 _logger = logging.getLogger("aiostage")
+
+_Write: TypeAlias = "Callable[[], Awaitable[CheckpointInfo]]"
+_Writing: TypeAlias = "tuple[CheckpointWriter, _Write]"
+"""What plans a checkpoint, and what writes it to its draft."""
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
@@ -95,21 +100,22 @@ async def _save(
     state_dict: Any,
     source: Snapshot[Any] | Coroutine[Any, Any, Any],
     own: AsyncStager,
-    writing: AbstractAsyncContextManager[_Write],
+    writing: AbstractAsyncContextManager[_Writing],
     started: float,
     opened: OpenSpan | None,
 ) -> CheckpointInfo:
     captured: list[float] = []
     with within(opened), opened if opened is not None else nullcontext():
         try:
-            async with writing as write:
+            async with writing as (writer, write):
                 if isinstance(source, Snapshot):
                     async with nullcontext() if source is state_dict else source:
-                        info = await _stream(write, source, captured)
+                        info = await _stream(writer, write, source, captured)
                 else:
                     staged = await source
                     captured.append(perf_counter())
-                    info = await write(staged)
+                    await writer.plan(staged)
+                    info = await write()
         except BaseException as error:
             # Their locals refer to the staged copy, so code that keeps the error would keep its memory: a task that has
             # failed does, in a circle with the frame that has awaited it.
@@ -133,19 +139,22 @@ def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coro
     return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 
-async def _stream(write_tree: _Write, snapshot: Snapshot[Any], captured: list[float]) -> CheckpointInfo:
+async def _stream(
+    writer: CheckpointWriter, write: _Write, snapshot: Snapshot[Any], captured: list[float]
+) -> CheckpointInfo:
     """Write a snapshot while it is being taken, and note when it is captured."""
     written: list[CheckpointInfo] = []
 
-    async def write() -> None:
-        written.append(await write_tree(await snapshot.outline(), snapshot))
+    async def plan_and_write() -> None:
+        await writer.plan(await snapshot.outline(), snapshot)
+        written.append(await write())
 
     async def capture() -> None:
         await snapshot.fill()
         await snapshot.captured()
         captured.append(perf_counter())
 
-    await together(capture, write)
+    await together(capture, plan_and_write)
     return written[0]
 
 
@@ -179,8 +188,9 @@ async def write_checkpoint(
     started = perf_counter()
     storage, name = locate(target)
     with span("save", target=name):
-        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as write:
-            info = await write(staged)
+        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as (writer, write):
+            await writer.plan(staged)
+            info = await write()
     return _timed(info, 0.0, perf_counter() - started)
 
 
@@ -213,32 +223,27 @@ async def convert(
     return await write_checkpoint(tree, target, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
 
 
-class _Write(Protocol):
-    """Plans a staged tree and writes it."""
-
-    async def __call__(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo: ...
-
-
 @asynccontextmanager
 async def _writing(
     storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
-) -> AsyncGenerator[_Write, None]:
+) -> AsyncGenerator[_Writing, None]:
     """Open a draft that is gone afterwards, unless it was committed."""
     check_flags(overwrite=overwrite)
     if whole("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
-    with reporting(progress, f"saving {name}") as report:
-        async with _draft(storage, name, overwrite) as draft:
-            writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
+    writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
+    try:
+        with _reporting(progress, name) as report:
+            async with _draft(storage, name, overwrite) as draft:
+                yield writer, partial(writer.write, draft, report)
+    finally:
+        writer.close()
 
-            async def write(staged: Any, snapshot: Snapshot[Any] | None = None) -> CheckpointInfo:
-                await writer.plan(staged, snapshot)
-                return await writer.write(draft, report)
 
-            try:
-                yield write
-            finally:
-                writer.close()
+def _reporting(
+    progress: ProgressOption[SaveProgress], name: str
+) -> AbstractContextManager[Callable[[SaveProgress], object] | None]:
+    return reporting(progress, f"saving {name}") if progress else nullcontext()
 
 
 async def write_planned(
@@ -261,7 +266,7 @@ async def write_planned(
     May be cancelled as :func:`save` may.
     """
     storage, name = locate(target)
-    with span("save", target=name), reporting(progress, f"saving {name}") as report:
+    with span("save", target=name), _reporting(progress, name) as report:
         async with _draft(storage, name, overwrite) as draft:
             return await writer.write(draft, report)
 

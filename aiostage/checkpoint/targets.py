@@ -44,7 +44,7 @@ class Devices:
     Args:
         device: A device for all, or a function that is called with the path of each tensor and with a tensor on the
             meta device that is like it, and returns a device, or None for host memory. None: host memory for all.
-        backend: How to reach devices.
+        backend: How to reach devices; None if there is no ``device``.
 
     Raises:
         TypeError: If a device is none.
@@ -52,7 +52,7 @@ class Devices:
         AcceleratorUnavailableError: If there is none.
     """
 
-    def __init__(self, device: DeviceOption | None, backend: Backend) -> None:
+    def __init__(self, device: DeviceOption | None, backend: Backend | None) -> None:
         self._backend = backend
         self._ask = device if callable(device) else None
         self._known: dict[object, torch.device | None] = {}
@@ -111,7 +111,7 @@ class Devices:
             if device is None or device == _META:
                 found |= await slices.run(host_memory(sizes, path=path, device=device))
                 continue
-            if device not in self._backend.active_devices():
+            if device not in self._reached.active_devices():
                 await workers.run(partial(self._take, {}, {"": 1}, device, None))
             stream = caller.stream(device)
             rest = iter(sizes.items())
@@ -119,6 +119,11 @@ class Devices:
                 while some := dict(islice(rest, _CHUNK)):
                     job.put(partial(self._take, found, some, device, stream))
         return found
+
+    @property
+    def _reached(self) -> Backend:
+        assert self._backend is not None  # noqa: S101 - there is one where there are devices
+        return self._backend
 
     def _device_for(self, place: LinkedPath, like: Callable[[], torch.Tensor]) -> torch.device | None:
         if self._ask is None:
@@ -150,11 +155,11 @@ class Devices:
             return None
         if device.type == "meta":
             return _META
-        if (reason := self._backend.unavailable_reason) is not None:
+        if (reason := self._reached.unavailable_reason) is not None:
             raise AcceleratorUnavailableError(
                 f"device={str(device)!r} cannot be had: {reason}.", remedy="Leave device= out to load into host memory."
             )
-        current = self._backend.current_device()
+        current = self._reached.current_device()
         if device.type != current.type:
             raise ValueError(
                 f"device={str(device)!r} is no device of the accelerator, which is called {current.type!r}"
@@ -167,7 +172,7 @@ class Devices:
         """Allocate, in a worker thread."""
         try:
             for name, nbytes in sizes.items():
-                found[name] = self._backend.allocate(nbytes, device, stream)
+                found[name] = self._reached.allocate(nbytes, device, stream)
         except torch.OutOfMemoryError as error:
             error.add_note(f"It was to take {sum(sizes.values())} bytes more of the checkpoint.")
             raise

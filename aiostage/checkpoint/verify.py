@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
-from aiostage._memory.pool import Pool
-from aiostage.checkpoint.incoming import THREADS, Destinations
+from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.resolving import open_checkpoint
@@ -63,15 +60,14 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
         workers, slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
-        pool = Pool(workers)
 
         def progressed(read_bytes: int, total_bytes: int) -> None:
             if report is not None:
                 report(LoadProgress(name=name, total_bytes=total_bytes, read_bytes=read_bytes))
 
+        nowhere = ReadTargets(workers)
         reader = await open_checkpoint(storage, name)
         try:
-            nowhere = Destinations(pool, _host_memory)
             checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)
             outline = await checkpoint.open()
             await checkpoint.names(outline, None, None)
@@ -80,9 +76,5 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
             return outline
         finally:
             await reader.aclose()
-            pool.close()
+            nowhere.close()
             workers.stop()
-
-
-def _host_memory(tensor: torch.Tensor) -> torch.device | None:
-    return None

@@ -38,7 +38,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.files import PartBuffers
 
-__all__ = ["MAX_HOLD", "CheckpointInfo", "CheckpointWriter", "OutgoingFile", "collect"]
+__all__ = ["MAX_HOLD", "CheckpointInfo", "CheckpointWriter", "PartWriter", "collect"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,17 @@ class CheckpointWriter:
         """
         plan, snapshot, self._progress = self._plan, self._snapshot, progress
         self._total = sum(content.nbytes for _, contents in plan.files for content in contents)
-        records = [await self._send(name, contents, draft) for name, contents in plan.files]
+        records: list[FileRecord] = []
+        for name, contents in plan.files:
+            file = PartWriter(
+                name,
+                await self._slices.run(cut(contents, PART_BYTES)),
+                workers=self._workers,
+                buffers=self._buffers,
+                snapshot=snapshot,
+                sent=self._sent,
+            )
+            records.append(await file.send(draft))
         manifest = memoryview(
             await self._slices.run(
                 write_manifest(
@@ -222,17 +232,6 @@ class CheckpointWriter:
         leaves, starts, stops = await self._slices.run(measure(encoder.tensors))
         overlapping = await self._workers.run(partial(groups, starts, stops))
         return await self._slices.run(file_tensors(leaves, overlapping))
-
-    async def _send(self, name: str, contents: Sequence[Content], draft: Draft) -> FileRecord:
-        file = OutgoingFile(
-            name,
-            await self._slices.run(cut(contents, PART_BYTES)),
-            workers=self._workers,
-            buffers=self._buffers,
-            snapshot=self._snapshot,
-            sent=self._sent,
-        )
-        return await file.send(draft)
 
     def _sent(self, nbytes: int) -> None:
         """Report progress."""
@@ -357,7 +356,7 @@ def _split(piece: Piece, window: Window) -> list[Piece]:
     return [piece[start - address : start - address + length] for start, length in cuts]
 
 
-class OutgoingFile:
+class PartWriter:
     """Sends one file. An asynchronous iterator over its parts, for the storage to ask for them.
 
     Args:
@@ -418,7 +417,7 @@ class OutgoingFile:
         self._report()
         return FileRecord(self.name, self.nbytes, tuple(self._digests))
 
-    def __aiter__(self) -> OutgoingFile:
+    def __aiter__(self) -> PartWriter:
         """Return self: a file is sent once."""
         return self
 
@@ -428,23 +427,20 @@ class OutgoingFile:
         if self._next == len(self._parts):
             raise StopAsyncIteration
         part = self._parts[self._next]
-        data = await self._data(part)
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.window is not None:
+            data = await collect(part, snapshot, snapshot.window, buffers=self._buffers, workers=self._workers)
+        else:
+            if snapshot is not None:
+                for piece in part.pieces:
+                    await snapshot.copied(*place(piece))
+            memory = whole(part)
+            # Nothing is copied that lies in one piece.
+            data = memory.numpy().data if memory is not None else await self._workers.run(partial(self._gather, part))
         self._next += 1
         # While the bytes are hot, but not before they leave: the storage has threads of its own.
         self._digesting.put(partial(self._digest, part.index, data))
         return data
-
-    async def _data(self, part: Part) -> Buffer:
-        """Return the contents of a part, without copying them if they lie in one piece."""
-        if self._snapshot is not None:
-            if self._snapshot.window is not None:
-                return await collect(
-                    part, self._snapshot, self._snapshot.window, buffers=self._buffers, workers=self._workers
-                )
-            for piece in part.pieces:
-                await self._snapshot.copied(*place(piece))
-        data = whole(part)
-        return data.numpy().data if data is not None else await self._workers.run(partial(self._gather, part))
 
     def _report(self) -> None:
         """Say of the part that was handed over last that it was."""

@@ -216,7 +216,11 @@ class TreeDecoder:
                 _EXTEND[kind](made, elements.add(found) if elements is not None else found)
                 yield
         if "attributes" in form:
-            attach(made, form, {name: self._child(child) for name, child in form["attributes"].items()})
+            attributes = {name: self._child(child) for name, child in form["attributes"].items()}
+            if kind in OBJECT_KINDS:
+                attach(made, form, attributes)
+            else:
+                vars(made).update(attributes)
 
     def _child(self, child: Any) -> Any:
         index = self._table.node(child)

@@ -334,7 +334,7 @@ class TreeEncoder:
         if not tensor.is_cpu:
             raise _unsupported(node, f"it is on {tensor.device}, not in host memory.", "Stage it first.")
         try:
-            taken = take_apart(tensor)
+            taken = take_apart(tensor) if tensor.layout is not torch.strided or tensor.is_quantized else None
         except ValueError as error:
             raise _unsupported(node, f"{error}.", None) from None
         if taken is None:
