@@ -9,7 +9,7 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["Attribute", "LinkedPath", "Path", "StagedLeaf", "format_path", "unlinked"]
+__all__ = ["Attribute", "Path", "StagedLeaf", "format_path"]
 
 Path: TypeAlias = tuple[object, ...]
 """The keys, indices and attribute names that lead from the root of a state dict to a leaf."""
