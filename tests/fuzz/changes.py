@@ -31,7 +31,9 @@ class Model:
         self.choices = choices
         self.serial = 0
         self.base = torch.arange(48.0)
-        self.weights: dict[str, Any] = {f"w{n}": torch.full((4,), float(n)) for n in range(choices.pick([3, 12, 300]))}
+        self.weights: dict[str, Any] = {
+            f"w{n}": torch.full((4,), float(n)) for n in range(choices.pick([3, 12, 3, 12, 12, 300]))
+        }
         self.weights |= {"view": self.base[4:10], "low": self.base[:6], "base": self.base}
         self.tree: dict[str, Any] = {
             "model": self.weights,

@@ -124,6 +124,10 @@ class _Describing:
             self.tensor(item, path)
         elif isinstance(item, numpy.ndarray):
             self.array(item, path)
+        elif isinstance(item, torch.UntypedStorage):
+            memory = torch.empty(0, dtype=torch.uint8).set_(item)
+            self.note(path, "bytes", _bytes(memory))
+            self.to.tensors.append((path, memory))
         elif isinstance(item, numpy.generic):
             self.note(path, item.dtype.str, item.tobytes())
         else:

@@ -19,7 +19,7 @@ from aiostage import AsyncStager, StagingOptions, TornSnapshotError
 from aiostage.abc import CheckpointStager
 from tests.fuzz.choices import Choices
 from tests.fuzz.classes import Drifting, OwnCopy, Plain, Record, Slotted, Stateful
-from tests.fuzz.describing import describe, difference
+from tests.fuzz.describing import Description, describe, difference
 
 __all__ = ["PROFILES", "Disturbed", "check_disturbed", "main"]
 
@@ -36,11 +36,19 @@ class Disturbed(AssertionError):
     """A copy that mixes two moments."""
 
 
+WHERE = ("anywhere", "anywhere", "anywhere", "ahead", "ahead", "outside", "back", "back", "after")
+"""What other coroutines change: whatever it is, a part that the walk has not met yet, what is not in the tree, what
+they put back in the same step, or the source of a copy that is captured."""
+
+
 class Scene:
     """A tree, and all that may be changed in it.
 
     Args:
         choices: What is random about both.
+
+    Attributes:
+        filling: What the walk meets first, which is never changed.
     """
 
     def __init__(self, choices: Choices) -> None:
@@ -75,7 +83,8 @@ class Scene:
             self.set,
         ]
         # In any order, and some in a list of their own, so that they are met at any time.
-        self.tree: dict[str, Any] = {}
+        self.filling = [0] * 512 * choices.pick([0, 1, 4, 12])
+        self.tree: dict[str, Any] = {"filling": self.filling}
         while parts:
             part = parts.pop(choices.below(len(parts)))
             self.tree[f"part{len(self.tree)}"] = [part, torch.ones(1)] if choices.below(2) else part
@@ -159,6 +168,95 @@ class Scene:
             lambda: self.tree.update({f"added{serial}": serial}),
         ]
 
+    def reversible(self) -> list[Callable[[], object]]:
+        """Return changes that are put back."""
+        self.serial += 1
+        serial = self.serial
+        tensor, holder = self.choices.pick(self.tensors), self.choices.pick(self.holders)
+
+        def item(container: Any, key: Any) -> None:
+            before = container[key]
+            container[key] = serial % 256
+            container[key] = before
+
+        def attribute(owner: Any, name: str) -> None:
+            before = getattr(owner, name)
+            setattr(owner, name, serial)
+            setattr(owner, name, before)
+
+        def first_attribute(owner: Any) -> None:
+            vars(owner)["more"] = serial
+            del vars(owner)["more"]
+
+        def data() -> None:
+            before = tensor.data
+            tensor.data = torch.full((2,), float(serial))
+            tensor.data = before
+
+        def gradient() -> None:
+            before = tensor.grad
+            tensor.grad = torch.ones_like(tensor.detach()) if before is None else None
+            tensor.grad = before
+
+        def requires_gradient() -> None:
+            if tensor.is_leaf:
+                before = tensor.requires_grad
+                tensor.requires_grad_(not before).requires_grad_(before)
+
+        def end(container: Any) -> None:
+            container.append(serial)
+            container.pop()
+
+        def member() -> None:
+            self.set.add(serial)
+            self.set.discard(serial)
+
+        def key() -> None:
+            self.counters["other"] = serial
+            del self.counters["other"]
+
+        def order() -> None:
+            before = list(self.ordered)
+            self.ordered.move_to_end(before[0])
+            for name in before:
+                self.ordered.move_to_end(name)
+
+        def state() -> None:
+            before = self.random.getstate()
+            self.random.random()
+            self.random.setstate(before)
+
+        return [
+            lambda: item(self.counters, "step"),
+            lambda: item(self.list, 0),
+            lambda: item(self.ordered, "b"),
+            lambda: item(self.array, 0),
+            lambda: item(self.bytes, 0),
+            lambda: item(self.objects, 0),
+            lambda: item(self.tree, "filling"),
+            lambda: attribute(holder, "value"),
+            lambda: first_attribute(tensor if isinstance(holder, Slotted) else holder),
+            lambda: end(self.list),
+            lambda: end(self.deque),
+            data,
+            gradient,
+            requires_gradient,
+            member,
+            key,
+            order,
+            state,
+        ]
+
+    def change_and_put_back(self) -> None:
+        """Change some things in one step, and put them back in it."""
+        for _ in range(1 + self.choices.below(3)):
+            self.choices.pick(self.reversible())()
+
+    def describe(self, tree: dict[str, Any]) -> Description:
+        """Describe this tree or a copy of it."""
+        rest = {key: value for key, value in tree.items() if key != "filling"}
+        return describe([tree["filling"] == self.filling, rest], bare=True)
+
     def change(self) -> None:
         """Change some things in one step, of which a copy has all or none."""
         # Few, as what gives one of them away hides that another was not seen.
@@ -167,7 +265,7 @@ class Scene:
 
 
 async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
-    """Stage a tree that another task changes; return whether it was captured, and of which moment.
+    """Stage a tree that another task changes; return what was changed, and whether it was captured.
 
     Raises:
         Disturbed: If the copy is the tree of no moment.
@@ -177,8 +275,11 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
         await stager.stage(scene.tree)
         if choices.below(2):
             scene.change()
-    versions = [describe(scene.tree, bare=True)]
-    turns = sorted(choices.below(choices.pick([3, 12, 60, 250])) for _ in range(1 + choices.below(2)))
+    versions = [scene.describe(scene.tree)]
+    where = choices.pick(WHERE)
+    change = {"outside": Scene(choices).change, "back": scene.change_and_put_back}.get(where, scene.change)
+    within = choices.pick([2, 3, 5] if where == "ahead" else [3, 12, 60, 250])
+    turns = sorted(choices.below(within) for _ in range(1 + choices.below(2)))
     over = False
 
     async def disturb() -> None:
@@ -186,27 +287,39 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
             for _ in range(turns.count(turn)):
                 if over:
                     return
-                scene.change()
-                versions.append(describe(scene.tree, bare=True))
+                change()
+                versions.append(scene.describe(scene.tree))
             await asyncio.sleep(0)
 
     # The call, and the first step, are before the first change.
     staging = asyncio.ensure_future(stager.stage(scene.tree)) if choices.below(2) else None
-    task = asyncio.ensure_future(disturb())
+    task = asyncio.ensure_future(disturb()) if where != "after" else None
     try:
         staged = await (staging if staging is not None else stager.stage(scene.tree))
     except TornSnapshotError:
-        return "torn"
+        if where in ("outside", "back", "after"):
+            raise Disturbed(f"{where}: torn, and there was no change") from None
+        return f"{where}: torn"
     finally:
         over = True
-        await task
-    found = describe(staged, bare=True)
-    misses = [difference(version, found) for version in versions]
+        if task is not None:
+            await task
+    # Whatever is changed from now on shows in nothing.
+    scene.change()
+    found = scene.describe(staged)
+    versions = [*versions, scene.describe(scene.tree)]
+    misses = [difference(version, found) for version in versions[:-1]]
     if None not in misses:
-        raise Disturbed(f"{len(versions)} moments, changes in turns {turns}; none is it: {misses}")
-    if len(versions) == 1:
-        return "captured before any change"
-    return f"captured at its {'first' if misses[0] is None else 'last' if misses[-1] is None else 'middle'} moment"
+        raise Disturbed(
+            f"{where}: {len(versions) - 1} moments, changes in turns {turns}; none is it: {misses}, and of "
+            f"what came after: {difference(versions[-1], found)}"
+        )
+    if where == "after":
+        return f"{where}: captured"
+    if len(versions) == 2:
+        return f"{where}: captured before any change"
+    moment = "first" if misses[0] is None else "last" if misses[-1] is None else "middle"
+    return f"{where}: captured beside changes, as at the {moment} moment"
 
 
 async def check_seeds(make: Callable[[int], CheckpointStager], n: int, seed: int, results: Counter[str]) -> list[str]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.fuzz import changes, disturbing, staging
+from tests.fuzz import cancelling, changes, disturbing, staging
 
 # PyTorch warns of quantized and compressed sparse tensors as such.
 pytestmark = [
@@ -19,15 +19,18 @@ FRESH = random.SystemRandom().randrange(10**6, 10**9)
 """Printed by what runs from it, so that a failure can be replayed."""
 
 
-def test_trees_are_staged_as_deepcopy_copies_them() -> None:
-    assert not staging.main(100, 0), "python -m tests.fuzz trees -n 100 --seed 0"
+RUNS = {
+    "trees": (staging.main, 140, 40),
+    "changes": (changes.main, 24, 8),
+    "disturbed": (disturbing.main, 80, 30),
+    "cancelled": (cancelling.main, 24, 8),
+}
+"""What is run, and how often from fixed and from fresh seeds."""
 
 
-@pytest.mark.parametrize(("n", "seed"), [(40, 0), (10, FRESH)], ids=["fixed", "fresh"])
-def test_results_are_right_whatever_changes_between_stagings(n: int, seed: int) -> None:
-    assert not changes.main(n, seed), f"python -m tests.fuzz changes -n {n} --seed {seed}"
-
-
-@pytest.mark.parametrize(("n", "seed"), [(80, 0), (20, FRESH)], ids=["fixed", "fresh"])
-def test_a_disturbed_copy_is_of_one_moment_or_torn(n: int, seed: int) -> None:
-    assert not disturbing.main(n, seed), f"python -m tests.fuzz disturbed -n {n} --seed {seed}"
+@pytest.mark.parametrize("seeds", ["fixed", "fresh"])
+@pytest.mark.parametrize("kind", RUNS)
+def test_none_is_wrong(kind: str, seeds: str) -> None:
+    main, fixed, fresh = RUNS[kind]
+    n, seed = (fixed, 0) if seeds == "fixed" else (fresh, FRESH)
+    assert not main(n, seed), f"again: python -m tests.fuzz {kind} -n {n} --seed {seed}"

@@ -254,9 +254,11 @@ class Grower:
         return made
 
     def odd(self, depth: int) -> Any:
-        kind = self.choices.below(14)
+        kind = self.choices.below(15)
         if kind == 0:
             return bytearray(b"%d" % self.number())
+        if kind == 14:
+            return self.base().untyped_storage()
         if kind == 1:
             return random.Random(self.number())
         if kind == 2:
@@ -379,7 +381,10 @@ class Grower:
             return MarkedParameter(plain)
         if kind == 4:
             return torch.nn.Buffer(plain) if self.choices.below(2) else plain.as_subclass(Marked)[1:]
-        return Wrapper(plain, self.view_like(plain))
+        wrapper = Wrapper(plain, self.view_like(plain))
+        if self.choices.below(2):
+            self.attach(wrapper.right, depth)
+        return wrapper
 
     def view_like(self, plain: torch.Tensor) -> torch.Tensor:
         return plain if self.choices.chance(3) else plain * 2
@@ -414,6 +419,9 @@ class Grower:
                 made.requires_grad_()
             if made.is_leaf and made.device.type == "cpu" and type(made) in (torch.Tensor, torch.nn.Parameter, Marked):
                 made.grad = torch.full_like(made.detach(), float(self.number())) if self.choices.below(3) else None
+                if made.grad is not None and self.choices.below(2):
+                    # No way back, as PyTorch does not show the collector what gradients lead to.
+                    made.grad.inside = [self.view(), self.number()]  # type: ignore[attr-defined]
         elif kind == 5 and made.layout is torch.sparse_coo:
             made.requires_grad_()
             made.grad = made.detach() * 3
