@@ -71,7 +71,7 @@ fuzz: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict -p aiostage
+	$(BIN)/mypy --strict aiostage aiostage_command.py
 
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"

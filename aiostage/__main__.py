@@ -2,6 +2,6 @@
 
 import sys
 
-from aiostage.cli.main import main
+from aiostage_command import main
 
 sys.exit(main())

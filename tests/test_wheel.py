@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import aiostage_command
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import asyncio, pathlib, sys
+import asyncio, importlib.metadata, pathlib, sys
 import aiostage, torch
 
 assert pathlib.Path(aiostage.__file__).is_relative_to(sys.argv[1]), aiostage.__file__
@@ -25,6 +27,9 @@ async def main():
     return await aiostage.load("checkpoint")
 
 assert asyncio.run(main())["a"].tolist() == [0, 1, 2]
+
+(script,) = importlib.metadata.entry_points(group="console_scripts", name="aiostage")
+assert script.load()(["verify", "checkpoint"]) == 0
 """
 
 
@@ -59,12 +64,13 @@ def test_the_wheel(tmp_path: Path) -> None:
         if file.suffix in (".py", ".typed", ".cpp", ".hpp")
     }
     assert "aiostage/py.typed" in tracked
-    assert {name for name in names if not name.startswith("aiostage-")} == tracked
+    assert {name for name in names if not name.startswith("aiostage-")} == tracked | {"aiostage_command.py"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (metadata,) = site.glob("*.dist-info/METADATA")
     told = message_from_string(metadata.read_text())
     assert told["Name"] == "aiostage"
     assert told["Requires-Python"] == ">=3.11"
+    assert told["Version"] == aiostage_command.__version__
     outcome = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, str(site)],
         cwd=tmp_path,

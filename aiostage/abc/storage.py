@@ -276,6 +276,16 @@ class Reader(ABC):
             OSError: If the storage refuses.
         """
 
+    async def modified(self) -> float | None:
+        """Return when the checkpoint was committed, in seconds since 1970 by the storage's clock.
+
+        A reader that does not know may do without this method: this one returns None.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        return None
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close it. May be called more than once."""

@@ -42,6 +42,10 @@ _FILES = {"torch.distributed.checkpoint.filesystem": frozenset(("_StorageInfo", 
 """By module, what the metadata of its FileSystemWriter consists of besides."""
 
 
+class _NeedsCode(pickle.UnpicklingError):
+    """A pickle names what may not be run. Other pickles that cannot be read are damaged."""
+
+
 class StandIn:
     """Holds the state of an object of a class of PyTorch, whose own code is not run."""
 
@@ -90,7 +94,7 @@ class MetadataUnpickler(pickle.Unpickler):
         found = vars(torch).get(name) if module == "torch" else None
         if isinstance(found, (torch.dtype, torch.memory_format)):
             return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}"[:200])
+        raise _NeedsCode(f"it names {module}.{name}"[:200])
 
 
 def read_dcp(path: str) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def _damage(path: str) -> Iterator[None]:
         yield
     except (CheckpointError, OSError):
         raise
-    except pickle.UnpicklingError as error:
+    except _NeedsCode as error:
         raise CheckpointError(
             f"it is a checkpoint of torch.distributed.checkpoint that needs code: {error!s:.200}.",
             path=path,
@@ -228,7 +232,10 @@ class DcpDirectory:
             data = file.read(place.length)
         if len(data) != place.length:
             raise CheckpointCorruptError(f"it ends before byte {place.offset + place.length}.", path=file.name)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _NeedsCode(str(error)) from error
 
     def _file(self, place: Any) -> str:
         name = place.relative_path

@@ -137,6 +137,10 @@ class ResolvingReader(Reader):
                     raise gone from error
             raise
 
+    async def modified(self) -> float | None:
+        """Return when the checkpoint was committed, if its storage knows."""
+        return await self._reader.modified()
+
     async def aclose(self) -> None:
         """Close it, and the checkpoints that it refers to. May be called more than once."""
         await self._reader.aclose()

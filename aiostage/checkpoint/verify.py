@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
@@ -12,7 +15,7 @@ from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["outline_of", "verify"]
+__all__ = ["opened", "outline_of", "verify"]
 
 
 async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = None) -> Outline:
@@ -34,7 +37,9 @@ async def verify(source: Target, *, progress: ProgressOption[LoadProgress] = Non
 
     May be cancelled; nothing is left behind then.
     """
-    return await _look(source, progress, elements=True)
+    async with opened(source, progress=progress) as (checkpoint, outline):
+        await checkpoint.read(await checkpoint.plan(outline, {}, everything=True))
+        return outline
 
 
 async def outline_of(source: Target) -> Outline:
@@ -53,10 +58,26 @@ async def outline_of(source: Target) -> Outline:
 
     May be cancelled; nothing is left behind then.
     """
-    return await _look(source, None, elements=False)
+    async with opened(source) as (_, outline):
+        return outline
 
 
-async def _look(source: Target, progress: ProgressOption[LoadProgress], *, elements: bool) -> Outline:
+@asynccontextmanager
+async def opened(
+    source: Target, *, progress: ProgressOption[LoadProgress] = None
+) -> AsyncGenerator[tuple[CheckpointReader, Outline], None]:
+    """Open a checkpoint, and read everything but the elements of its tensors.
+
+    Args:
+        source: Where :func:`~aiostage.save` has put it.
+        progress: As for :func:`~aiostage.load`.
+
+    Yields:
+        What reads the elements, into host memory, and what the checkpoint consists of.
+
+    Raises:
+        The errors of :func:`outline_of`.
+    """
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
         workers, slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
@@ -71,9 +92,7 @@ async def _look(source: Target, progress: ProgressOption[LoadProgress], *, eleme
             checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)
             outline = await checkpoint.open()
             await checkpoint.names(outline, None, None)
-            if elements:
-                await checkpoint.read(await checkpoint.plan(outline, {}, everything=True))
-            return outline
+            yield checkpoint, outline
         finally:
             await reader.aclose()
             nowhere.close()

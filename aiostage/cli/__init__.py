@@ -1,1 +1,1 @@
-"""What can be done from a shell: ``aiostage inspect``, ``aiostage verify``, ``aiostage bench``."""
+"""What can be done from a shell."""

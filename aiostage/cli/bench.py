@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -12,6 +12,7 @@ import torch
 
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import save
+from aiostage.cli.output import Output
 from aiostage.stager import AsyncStager
 
 __all__ = ["bench"]
@@ -19,21 +20,20 @@ __all__ = ["bench"]
 _TICK_SECONDS = 0.001
 
 
-async def bench(nbytes: int, tensors: int, rounds: int) -> AsyncIterator[str]:
+async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
     """Stage, save and load a state dict of zeros in host memory, in a temporary directory.
 
     Args:
         nbytes: Its size.
         tensors: How many it has.
         rounds: How often it is staged.
-
-    Returns:
-        An iterator over lines with medians. Event-loop delays are those of a ticker beside, every millisecond.
+        out: Where to print medians. Event-loop delays are those of a ticker beside, every millisecond.
     """
     elements = max(1, nbytes // tensors // 4)
     state = {str(number): torch.zeros(elements, device="cpu") for number in range(tensors)}
     total = elements * tensors * 4
-    yield f"{tensors} tensors, {total / 2**20:.0f} MiB in host memory, PyTorch {torch.__version__}"
+    out.data.update(tensors=tensors, nbytes=total, rounds=rounds, torch=torch.__version__, measured=[])
+    out.line(f"{tensors} tensors, {total / 2**20:.0f} MiB in host memory, PyTorch {torch.__version__}", "bold")
     copy = {name: torch.empty_like(tensor) for name, tensor in state.items()}
 
     def copied() -> None:
@@ -41,19 +41,19 @@ async def bench(nbytes: int, tensors: int, rounds: int) -> AsyncIterator[str]:
             copy[name].copy_(tensor)
 
     plain = [await _timed(lambda: anyio.to_thread.run_sync(copied)) for _ in range(rounds + 1)]
-    yield _line("plain copy into warm memory", plain[1:], total)
+    _tell(out, "plain copy into warm memory", plain[1:], total)
     async with AsyncStager() as stager:
         first = await _timed(lambda: stager.stage(state))
-        yield _line("first staging", [first], total)
+        _tell(out, "first staging", [first], total)
         later = [await _timed(lambda: stager.stage(state)) for _ in range(rounds)]
-        yield _line("later stagings", later, total)
+        _tell(out, "later stagings", later, total)
         async with anyio.TemporaryDirectory() as directory:
             target = Path(directory) / "checkpoint"
             saved = [await _timed(lambda: save(state, target, stager=stager, overwrite=True)) for _ in range(rounds)]
-            yield _line("save to disk", saved, total)
+            _tell(out, "save to disk", saved, total)
             loaded = [await _timed(lambda: load(target, into=state, in_place=True)) for _ in range(rounds)]
-            yield _line("load in place, verified", loaded, total)
-    yield "'worst' is the longest that an event loop waited for its turn meanwhile"
+            _tell(out, "load in place, verified", loaded, total)
+    out.line("'worst' is the longest that an event loop waited for its turn meanwhile")
 
 
 class _Ticker:
@@ -81,7 +81,9 @@ async def _timed(call: Callable[[], Awaitable[object]]) -> tuple[float, float]:
     return seconds, ticker.worst
 
 
-def _line(what: str, times: list[tuple[float, float]], nbytes: int) -> str:
+def _tell(out: Output, what: str, times: list[tuple[float, float]], nbytes: int) -> None:
     seconds = median(each for each, _ in times)
     worst = max(delay for _, delay in times)
-    return f"{what:<30}{seconds * 1e3:>10.1f} ms{nbytes / seconds / 1e9:>8.2f} GB/s   worst {worst * 1e3:.1f} ms"
+    out.data["measured"].append({"what": what, "seconds": seconds, "worst_delay_seconds": worst})
+    out.line(f"{what:<30}{seconds * 1e3:>10.1f} ms{nbytes / seconds / 1e9:>8.2f} GB/s   worst {worst * 1e3:.1f} ms")
+    out.flush()

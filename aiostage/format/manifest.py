@@ -30,11 +30,12 @@ __all__ = [
     "PLACED_VERSION",
     "FileRecord",
     "Manifest",
+    "is_dcp_manifest",
     "lines_of",
     "parse_line",
+    "read_head",
     "read_manifest",
     "read_placement",
-    "read_summary",
     "too_large",
     "with_placement",
     "write_manifest",
@@ -114,6 +115,11 @@ class Manifest:
     part_bytes: int
     files: tuple[FileRecord, ...]
     placement: Placement | None
+
+
+def is_dcp_manifest(text: Buffer) -> bool:
+    """Return whether a manifest is of a checkpoint of :mod:`aiostage.dcp`, which is another format."""
+    return bytes(text[: len(_DCP)]) == _DCP
 
 
 def write_manifest(
@@ -264,19 +270,18 @@ def read_placement(text: Buffer, *, path: str) -> Generator[None, None, Placemen
         return (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
 
 
-def read_summary(text: bytes, *, path: str) -> tuple[int, int]:
-    """Read how many bytes of tensors a checkpoint has, and how many leaves. Blocks.
+def read_head(text: Buffer, *, path: str) -> Generator[None, None, Manifest]:
+    """Read what a manifest says of the files, and nothing of the tree, as :func:`read_manifest` reads it.
 
     Args:
-        text: The whole manifest, which may be damaged or hostile.
+        text: The whole file, which may be damaged or hostile.
         path: Of the file, for errors.
 
     Raises:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        _, about = _opened(memoryview(text), path)
-        return _whole_number(about["nbytes"]), _whole_number(about["leaves"])
+        return (yield from _read_head(*_opened(text, path)))
 
 
 @contextmanager
@@ -296,7 +301,7 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
         raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
     lines = lines_of(text)
     first = next(lines, b"")
-    if first[: len(_DCP)] == _DCP:
+    if is_dcp_manifest(text):
         raise CheckpointCorruptError(
             "it is of a checkpoint of aiostage.dcp.",
             path=path,
@@ -322,6 +327,28 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
 
 def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
     lines, about = _opened(text, path)
+    manifest = yield from _read_head(lines, about)
+    most = left = _most_nodes(manifest.files)
+    more = _MORE.encode()
+    for number, line in enumerate(lines):
+        if line[:2] == _END[:2]:
+            break
+        left -= line[: len(more)] != more
+        if left < 0:
+            raise ValueError(f"it has more than {most} nodes")
+        node = _value(line)
+        try:
+            add_node(node)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            reason = f"its nodes do not describe a tree: {said(error)}."
+            raise CheckpointCorruptError(reason, path=path) from error
+        if number % _CHUNK == 0:
+            yield
+    return manifest
+
+
+def _read_head(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Manifest]:
+    """Read everything up to the nodes."""
     if about["digest_of_parts"] != DIGEST_NAME:
         raise ValueError(f"its digests are {shown(about['digest_of_parts'])}")
     part_bytes = _whole_number(about["part_bytes"])
@@ -338,21 +365,6 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
         if files.setdefault(file.name, file) is not file:
             raise ValueError(f"it lists the file {shown(file.name)} twice")
         yield
-    left, more = _most_nodes(files.values()), _MORE.encode()
-    for number, line in enumerate(lines):
-        if line[:2] == _END[:2]:
-            break
-        left -= line[: len(more)] != more
-        if left < 0:
-            raise ValueError(f"it has more than {_most_nodes(files.values())} nodes")
-        node = _value(line)
-        try:
-            add_node(node)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            reason = f"its nodes do not describe a tree: {said(error)}."
-            raise CheckpointCorruptError(reason, path=path) from error
-        if number % _CHUNK == 0:
-            yield
     return Manifest(
         _whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files.values()), placement
     )

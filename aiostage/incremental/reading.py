@@ -57,6 +57,10 @@ class ReferencingReader(Reader):
         """Return the contents of the manifest. Raises as the reader's."""
         return await self._reader.manifest()
 
+    async def modified(self) -> float | None:
+        """Return when the checkpoint was committed, if its storage knows."""
+        return await self._reader.modified()
+
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes.
 

@@ -221,6 +221,7 @@ class InputFile(Descriptor):
             self.close()
             raise CheckpointCorruptError("it is not a regular file.", path=path)
         self.nbytes = status.st_size
+        self.modified = status.st_mtime
 
     def read(self, into: Buffer, offset: int) -> None:
         """Fill a buffer.

@@ -358,6 +358,10 @@ class LocalReader(Reader):
         """
         await self._workers.run(partial(self.read_blocking, name, offset, into))
 
+    async def modified(self) -> float | None:
+        """Return when the manifest was written. Raises as :meth:`read`."""
+        return await self._workers.run(lambda: self._file(MANIFEST_NAME).modified)
+
     async def aclose(self) -> None:
         """Drop the files. May be called more than once."""
         # Steps that still run are not waited for; they keep the descriptors that they use.

@@ -409,6 +409,16 @@ class _RemoteReader(Reader):
                 f"it ends before byte {offset + into.nbytes}.", path=f"{self._bucket.location}/{path}"
             )
 
+    async def modified(self) -> float | None:
+        """Return when the manifest was written; see :meth:`aiostage.Reader.modified`."""
+        path = self._path(MANIFEST_NAME)
+        # Stores list what is below a prefix, not the object of that name.
+        async for entries in self._bucket.list(f"{self._name}/{self._folder}"):
+            for entry in entries:
+                if entry.path == path:
+                    return entry.modified.timestamp() if entry.modified is not None else None
+        return None
+
     async def aclose(self) -> None:
         """Do nothing: nothing is held."""
 

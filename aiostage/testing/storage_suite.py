@@ -116,6 +116,10 @@ class StorageSuite(ABC):
         for number, name in enumerate(self.names):
             await self._check(storage, name, self.files, b"manifest %d" % number)
         assert sorted(await storage.list()) == sorted(self.names)
+        reader = await storage.read(self.names[0])
+        modified = await reader.modified()
+        assert modified is None or modified > 0
+        await reader.aclose()
 
     async def test_manifests_of_any_length(self) -> None:
         storage = self.make_storage()

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import aiostage
 from aiostage.checkpoint import convert
-from aiostage.cli.main import main
+from aiostage_command import main
 from tests.checkpoint.comparing import assert_same
 
 
@@ -246,6 +246,6 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = save_torch(tmp_path)
     assert main(["convert", str(path), str(tmp_path / "new")]) == 0
     assert "2 tensors, 36 bytes" in capsys.readouterr().out
-    assert main(["convert", str(path), str(tmp_path / "new")]) == 1
+    assert main(["convert", str(path), str(tmp_path / "new")]) == 3
     assert str(tmp_path / "new") in capsys.readouterr().err
     assert main(["convert", str(path), str(tmp_path / "new"), "--overwrite"]) == 0

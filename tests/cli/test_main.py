@@ -14,7 +14,7 @@ import torch
 
 import aiostage
 from aiostage import dcp
-from aiostage.cli.main import main
+from aiostage_command import main
 
 
 @pytest.fixture
@@ -82,21 +82,28 @@ def test_inspect_reads_no_elements(checkpoint: Path, capsys: pytest.CaptureFixtu
 def test_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint), str(checkpoint), "--progress"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"{checkpoint}: 1 file, 4,192 bytes, all as they were written\n" * 2
+    whole = f"{checkpoint}: 1 file, 4,192 bytes, all as they were written\n"
+    assert shown.out == whole * 2 + "2 checkpoints: 2 whole\n"
     assert "verifying checkpoint: 100%" in shown.err
     damage(checkpoint)
     assert main(["verify", str(checkpoint)]) == 1
     shown = capsys.readouterr()
-    assert not shown.out
-    file = checkpoint / "model.safetensors"
-    assert shown.err == f"aiostage verify: {file}: bytes 0 to 4192 do not match their checksum.\n"
+    assert not shown.err
+    assert shown.out.splitlines() == [
+        f"{checkpoint}: damaged",
+        "  model.safetensors: bytes 0 to 4192 do not match their checksum.",
+        "    touches sparse, parameter, model.layers.0, model.weight",
+    ]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_what_is_no_checkpoint(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, str(tmp_path / "nowhere")]) == 1
+    assert main([command, str(tmp_path / "nowhere")]) == 3
+    assert main([command, "--json", str(tmp_path / "nowhere")]) == 3
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 2
     assert (
-        capsys.readouterr().err
+        shown.err.splitlines(keepends=True)[0]
         == f"aiostage {command}: {tmp_path / 'nowhere'}: there is no checkpoint, and none below it.\n"
     )
 
@@ -121,13 +128,16 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "step-00000003",
     }
     assert main(["inspect", str(lora)]) == 0
-    line = "2 tensors     7.6 MiB  652.4 KiB of its own, refers to step-00000000"
-    assert capsys.readouterr().out.splitlines() == [
+    line = "2 tensors     7.6 MiB  incremental, 653.3 KiB of its own, refers to step-00000000"
+    listed = capsys.readouterr().out
+    assert re.sub(r"\d+ s ", "0 s ", listed).splitlines() == [
         f"{lora}: 2 checkpoints",
-        f"  step-00000002                   {line}",
-        f"  step-00000003                   {line}",
+        f"  step-00000002                 0 s        {line}",
+        f"  step-00000003                 0 s        {line}",
         f"  step-00000000            {removed}",
     ]
+    assert main(["ls", str(lora)]) == 0
+    assert re.sub(r"\d+ s ", "0 s ", capsys.readouterr().out) == re.sub(r"\d+ s ", "0 s ", listed)
     # From further above, and through a URL.
     assert main(["inspect", f"file://{tmp_path}"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
@@ -144,7 +154,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "     652.4 KiB in model.safetensors.00001",
     ]
     for name in ("step-00000000", "step-00000000.removed"):
-        assert main(["inspect", str(lora / name)]) == 1
+        assert main(["inspect", str(lora / name)]) == 3
         assert capsys.readouterr().err == f"aiostage inspect: {lora / name}: it was {removed}.\n"
 
 
@@ -153,7 +163,7 @@ def test_verifying_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     lora = tmp_path / "lora"
     assert main(["verify", str(lora)]) == 0
     whole = "1 file, 8,008,096 bytes, all as they were written"
-    lines = [f"{lora}/step-00000002: {whole}", f"{lora}/step-00000003: {whole}"]
+    lines = [f"{lora}/step-00000002: {whole}", f"{lora}/step-00000003: {whole}", "2 checkpoints: 2 whole"]
     assert capsys.readouterr().out.splitlines() == lines
     # As a shell says step-*.
     assert main(["verify", *sorted(str(path) for path in lora.iterdir())]) == 0
@@ -165,7 +175,17 @@ def test_verifying_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     # References are followed.
     damage(lora / "step-00000000", 3_000_000)
     assert main(["verify", str(lora)]) == 1
-    assert "do not match their checksum" in capsys.readouterr().err
+    damaged = "  model.safetensors: bytes 0 to 8008096 do not match their checksum."
+    damaged += " (stored in step-00000000/model.safetensors)"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{lora}/step-00000002: damaged",
+        damaged,
+        "    touches tower, adapter",
+        f"{lora}/step-00000003: damaged",
+        damaged,
+        "    touches tower, adapter",
+        "2 checkpoints: 0 whole, 2 damaged, with 4 tensors touched",
+    ]
     (lora / "step-00000003" / "manifest.json").write_text("{}")
     assert main(["inspect", str(lora)]) == 0
     assert "step-00000003/manifest.json: it is not a manifest" in capsys.readouterr().out
@@ -227,8 +247,8 @@ def test_a_checkpoint_of_many_ranks_is_known(tmp_path: Path, capsys: pytest.Capt
         )
         asyncio.run(saving)
     for command in (["verify", str(tmp_path / "one")], ["verify", str(tmp_path)], ["inspect", str(tmp_path / "one")]):
-        assert main(command) == 1
-        assert "Read it by aiostage.dcp.load() with a StorageReader" in capsys.readouterr().err
+        assert main(command) == 0
+        assert f"{tmp_path / 'one'}: " in capsys.readouterr().out
     with pytest.raises(aiostage.CheckpointCorruptError, match=r"it is of a checkpoint of aiostage\.dcp"):
         asyncio.run(aiostage.load(tmp_path / "one"))
 
@@ -243,4 +263,4 @@ def test_as_a_program(checkpoint: Path) -> None:
         check=False,
     )
     assert outcome.returncode == 1
-    assert "do not match their checksum" in outcome.stderr
+    assert "do not match their checksum" in outcome.stdout

@@ -29,7 +29,11 @@ import xxhash
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointMismatchError, HostMemoryError
 from aiostage.checkpoint.verify import outline_of, verify
+from aiostage.cli.finding import place_of
 from aiostage.cli.inspect import inspect
+from aiostage.cli.output import Output
+from aiostage.cli.verify import check
+from aiostage.storage.locate import locate
 
 __all__ = ["main"]
 
@@ -246,6 +250,7 @@ async def read_all(directory: Path, chance: random.Random) -> list[str]:
         lambda: verify(directory),
         lambda: outline_of(directory),
         lambda: lines(directory),
+        lambda: all_damage(directory),
     ]
     said = []
     # The first always; the others by turns would take too long for all of them each time.
@@ -269,9 +274,20 @@ async def read_all(directory: Path, chance: random.Random) -> list[str]:
 
 
 async def lines(directory: Path) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        async for line in inspect(str(directory)):
-            assert line.isprintable()
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        await inspect(str(directory), Output(as_json=False))
+    assert all(line.isprintable() for line in shown.getvalue().split("\n"))
+
+
+async def all_damage(directory: Path) -> None:
+    """What is read is whole for verify, which stops, and for the command, which goes on."""
+    found = await check(await place_of(str(directory), *locate(directory)))
+    try:
+        await verify(directory)
+    except ALLOWED:
+        assert found.damage
+        raise
+    assert not found.damage
 
 
 async def whole(directory: Path) -> Case:

@@ -9,6 +9,7 @@ import pickle
 import secrets
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -62,6 +63,8 @@ async def test_what_is_written_is_read(storage: ObjectStorage, nbytes: int) -> N
     data = some_bytes(nbytes)
     await save(storage, "a/b", data)
     assert await content(storage, "a/b") == (bytes(data[:100]), bytes(data))
+    reader = await storage.read("a/b")
+    assert abs(time.time() - (await reader.modified() or 0)) < 600
 
 
 async def test_several_files_at_once(storage: ObjectStorage) -> None:

@@ -1,0 +1,211 @@
+"""What a checkpoint has, place by place: containers, tensors and values, whatever program has written it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aiostage.format.composites import take_apart
+from aiostage.format.nodes import LOOKED_INTO, NodeTable, view_of
+from aiostage.format.safetensors import DTYPE_NAMES, Record
+from aiostage.format.values import read_scalar
+
+__all__ = ["Entry", "entries_of_table", "entries_of_tree", "tensor_entry"]
+
+_SCALARS = (bool, int, float, str, type(None))
+_REFERENCES = frozenset(("name", "offset", "stride", "attributes", "grad"))
+"""Of what describes a node: where something else is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One place of a checkpoint.
+
+    Attributes:
+        path: The steps that lead to it.
+        kind: ``"container"``, ``"tensor"``, ``"value"``, ``"object"`` for a value that is more than a number or a text,
+            or ``"reference"`` to another place.
+        text: What it is, or what the value is, as a person reads it.
+        inner: Whether it is a part of an object, or an attribute, and no key or index leads to it.
+        dtype: Of a tensor.
+        shape: Of a tensor.
+        nbytes: Size of the elements of a tensor.
+        more: What else is known of it, by name.
+        source: What leads to its elements: different things for different checkpoints.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    text: str = ""
+    inner: bool = False
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
+    more: Mapping[str, Any] | None = None
+    source: Any = None
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return ".".join(self.path) or "."
+
+
+def tensor_entry(
+    path: tuple[str, ...],
+    dtype: torch.dtype,
+    shape: Iterable[int],
+    *,
+    inner: bool = False,
+    nbytes: int | None = None,
+    text: str = "",
+    more: Mapping[str, Any] | None = None,
+    source: Any = None,
+) -> Entry:
+    """Return the entry of a tensor."""
+    shape = tuple(shape)
+    elements = 1
+    for length in shape:
+        elements *= length
+    nbytes = elements * dtype.itemsize if nbytes is None else nbytes
+    name = DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    return Entry(path, "tensor", text or "tensor", inner, name, shape, nbytes, more, source)
+
+
+def entries_of_table(table: NodeTable, records: Mapping[str, Record]) -> Iterator[Entry]:
+    """Iterate over the places of a tree that nodes describe, from the root on.
+
+    Args:
+        table: Of the nodes.
+        records: The tensors of files, by name. Of those that are missing only the place and the name are known.
+
+    Raises:
+        ValueError: If a node does not fit the files. Other exceptions are possible too.
+    """
+    pending: list[tuple[tuple[str, ...], Any, bool]] = [((), table.root, False)]
+    met: dict[int, tuple[str, ...]] = {}
+    while pending:
+        path, child, inner = pending.pop()
+        index = table.node(child)
+        if index is None:
+            yield Entry(path, "value", repr(child), inner)
+            continue
+        if index in met:
+            yield Entry(path, "reference", ".".join(met[index]) or ".", inner, source=met[index])
+            continue
+        met[index] = path
+        form, children = table.forms[index], table.children[index]
+        below: list[tuple[tuple[str, ...], Any, bool]] = []
+        if form["is"] in LOOKED_INTO:
+            steps = [(_key(table, key), value) for key, value in table.edges(index)]
+            yield Entry(path, "container", f"{form['is']} of {len(steps)}", inner)
+            below += [((*path, step), value, inner) for step, value in _distinct(steps)]
+        else:
+            yield _leaf(path, form, inner, records)
+            below += [((*path, f"<{number}>"), value, True) for number, value in enumerate(children)]
+        below += [((*path, f"<{name}>"), value, True) for name, value in form.get("attributes", {}).items()]
+        pending += reversed(below)
+
+
+def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, Record]) -> Entry:
+    described = {key: value for key, value in form.items() if key not in _REFERENCES}
+    if form["is"] != "tensor":
+        return Entry(path, "object", f"{form['is']} {_said(form)}".rstrip(), inner, more=described)
+    kind = form.get("class", "tensor")
+    if form["name"] not in records:
+        return Entry(path, "tensor", kind, inner, source=form)
+    view, record = view_of(form, records), records[form["name"]]
+    more = {
+        "class": kind,
+        "requires_grad": form.get("requires_grad") is not False
+        if kind == "Parameter"
+        else bool(form.get("requires_grad")),
+    }
+    if "offset" in form:
+        more["view_of"] = form["name"]
+    return tensor_entry(
+        path, view.dtype, view.shape, inner=inner, nbytes=record.stop - record.start, text=kind, more=more, source=form
+    )
+
+
+def _said(form: Mapping[str, Any]) -> str:
+    """Return what a node says of its value."""
+    found = form.get("value", form.get("shape"))
+    return "" if found is None else repr(found)
+
+
+def _key(table: NodeTable, key: Any) -> str:
+    """Spell out a key, unless it is a container of containers."""
+    index = table.node(key)
+    if index is None:
+        return str(key)
+    form, children = table.forms[index], table.children[index]
+    if "value" in form:
+        return str(read_scalar(form["is"], form["value"]))
+    if form["is"] == "tuple" and all(table.node(child) is None for child in children):
+        return repr(tuple(children))
+    return f"<{form['is']} {index}>"
+
+
+def _distinct(steps: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Tell keys apart that read the same, such as 1 and "1"."""
+    met: dict[str, int] = {}
+    for step, value in steps:
+        count = met[step] = met.get(step, 0) + 1
+        yield (step if count == 1 else f"{step} ({count})"), value
+
+
+def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """Iterate over the places of a tree of PyTorch objects, which has to stay alive meanwhile.
+
+    Args:
+        tree: Tensors, and what is not a tensor, in dicts, lists and tuples. The entry of a tensor has it as its source.
+        path: Of the tree itself.
+    """
+    pending: list[tuple[tuple[str, ...], Any, bool]] = [(path, tree, False)]
+    met: dict[int, tuple[str, ...]] = {}
+    while pending:
+        path, value, inner = pending.pop()
+        if isinstance(value, _SCALARS) and type(value) in _SCALARS:
+            yield Entry(path, "value", repr(value), inner)
+            continue
+        if id(value) in met and not isinstance(value, (bytes, torch.dtype, torch.Size, tuple)):
+            yield Entry(path, "reference", ".".join(met[id(value)]) or ".", inner, source=met[id(value)])
+            continue
+        met[id(value)] = path
+        below: list[tuple[tuple[str, ...], Any, bool]] = []
+        if isinstance(value, Mapping):
+            yield Entry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
+            below += [((*path, step), child, inner) for step, child in _distinct((str(k), v) for k, v in value.items())]
+        elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            yield Entry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
+            below += [((*path, str(number)), child, inner) for number, child in enumerate(value)]
+        elif isinstance(value, torch.Tensor):
+            yield from _tensor(path, value, inner, below)
+        elif isinstance(value, np.ndarray):
+            yield Entry(path, "object", "ndarray", inner, more={"is": "ndarray"})
+            below.append(((*path, "<0>"), torch.from_numpy(value), True))
+        elif isinstance(value, bytes):
+            text = base64.b64encode(value).decode()
+            yield Entry(path, "object", f"bytes {text!r}", inner, more={"is": "bytes", "value": text})
+        else:
+            yield Entry(path, "object", f"{type(value).__name__} {value!r}", inner, more={"value": repr(value)})
+        pending += reversed(below)
+
+
+def _tensor(path: tuple[str, ...], tensor: torch.Tensor, inner: bool, below: list[Any]) -> Iterator[Entry]:
+    kind = "Parameter" if isinstance(tensor, torch.nn.Parameter) else "tensor"
+    apart = (
+        None if tensor.is_meta and not tensor.is_quantized and tensor.layout is torch.strided else take_apart(tensor)
+    )
+    if apart is None:
+        more = {"class": kind, "requires_grad": tensor.requires_grad}
+        yield tensor_entry(path, tensor.dtype, tensor.shape, inner=inner, text=kind, more=more, source=tensor.detach())
+        return
+    name, parts, form = apart
+    yield Entry(path, "object", f"{name} {_said(form)}".rstrip(), inner, more={"is": name, **form})
+    below += [((*path, f"<{number}>"), part, True) for number, part in enumerate(parts.values())]
