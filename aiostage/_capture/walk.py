@@ -491,6 +491,8 @@ class Walk:
             node.attributed = True
             node.children = [*node.children, vars(source)]
             node.steps = [*node.steps, STATE]
+        elif type(source) is OrderedDict:
+            self.changes.add_attributes(vars(source), [], [], parent, slot)
 
     def _read_attributes(self, node: AttributesNode) -> Generator[None, None, None]:
         """Note the many attributes of a tensor."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, deque
 from typing import Any
 
 import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
-from tests.fuzz.classes import Marked, OwnCopy, SlotTensor, Wrapper
+from tests.fuzz.classes import DictKind, ListKind, Marked, OwnCopy, Plain, Slotted, SlotTensor, Wrapper
 from tests.fuzz.describing import describe, difference
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -17,6 +18,10 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("ignore::UserWarni
 
 class Other(torch.Tensor):
     """Another subclass with memory of its own."""
+
+
+class Line(deque[int]):
+    """A deque that may have attributes."""
 
 
 def with_gradient(tensor: Any, gradient: Any) -> Any:
@@ -170,6 +175,40 @@ async def test_changes_during_a_staging_are_torn(name: str) -> None:
                 await snapshot.result()
             assert "['here']" in caught.value.paths[0]
             assert (await stager.stage([tensor])) is not None
+
+
+class Bare:
+    """Has no attributes at first."""
+
+
+ADDED = {
+    "an object": (lambda: Plain(1), lambda owner: vars(owner).update(new=1)),
+    "an object without attributes": (Bare, lambda owner: vars(owner).update(new=1)),
+    "an object with a slot": (lambda: Slotted(1), lambda owner: setattr(owner, "absent", 1)),
+    "a list of its own class": (lambda: ListKind([1]), lambda owner: vars(owner).update(new=1)),
+    "a dict of its own class": (lambda: DictKind(a=1), lambda owner: vars(owner).update(new=1)),
+    "an ordered dict": (OrderedDict, lambda owner: vars(owner).update(new=1)),
+    "an ordered dict with attributes": (
+        lambda: marked(OrderedDict(a=1), old=1),
+        lambda owner: vars(owner).update(new=1),
+    ),
+    "a deque of its own class": (lambda: Line([1]), lambda owner: vars(owner).update(new=1)),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+async def test_an_attribute_that_an_object_is_given_during_a_staging_is_torn(name: str) -> None:
+    make, add = ADDED[name]
+    owner = make()
+    async with AsyncStager(StagingOptions(max_loop_hold=1e-9)) as stager:
+        # All is met within the first steps; the tensor is there for something to be copied.
+        async with stager.snapshot({"here": owner, "tensor": torch.ones(1)}) as snapshot:
+            await snapshot.source_free()
+            add(owner)
+            with pytest.raises(TornSnapshotError) as caught:
+                await snapshot.result()
+        assert "['here']" in caught.value.paths[0]
+        await stager.stage(owner)
 
 
 async def test_a_cache_of_a_wrappers_class_is_no_change() -> None:

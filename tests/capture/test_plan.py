@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aiostage._capture import plan as module
 from aiostage._capture.faithful import Spec
-from aiostage._capture.plan import MixedCast, Plan, compile_plan
+from aiostage._capture.plan import MixedCast, Plan, as_range, compile_plan
 from aiostage._loop.slices import exhausted
 
 CUDA = torch.device("cuda", 0)
@@ -237,3 +237,14 @@ def test_many_leaves_are_laid_out_in_small_steps() -> None:
     work = compile_plan([spec([2])] * count, [4096 * (number + 1) for number in range(count)])
     steps = sum(1 for _ in work)
     assert steps > count / module.LOOKED_AT
+
+
+@pytest.mark.parametrize("indices", [[0, 2, 1, 3], [5, 7, 6, 8], [0, 0, 2], [3, 2, 1], [4, 6]])
+def test_indices_are_a_range_only_if_each_follows_the_one_before(indices: list[int]) -> None:
+    assert list(as_range(indices)) == indices
+    assert not isinstance(as_range(indices), range)
+
+
+@pytest.mark.parametrize("indices", [[0], [3, 4, 5]])
+def test_indices_that_follow_each_other_are_a_range(indices: list[int]) -> None:
+    assert as_range(indices) == range(indices[0], indices[-1] + 1)
