@@ -44,7 +44,7 @@ from aiostage.stager import AsyncStager, adapt
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from aiostage import blocking, dcp, storage, testing, tracing  # noqa: F401 - reachable, and imported when asked for
+    from aiostage import blocking, dcp, storage, testing  # noqa: F401 - reachable, and imported when asked for
 
 __all__ = [
     "AcceleratorUnavailableError",
@@ -77,7 +77,7 @@ __all__ = [
     "wait_event",
 ]
 
-_LAZY = ("blocking", "dcp", "storage", "testing", "tracing")
+_LAZY = ("blocking", "dcp", "storage", "testing")
 
 
 def __getattr__(name: str) -> "ModuleType":

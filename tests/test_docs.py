@@ -23,7 +23,6 @@ import aiostage.dcp
 import aiostage.observe
 import aiostage.sharing
 import aiostage.testing
-import aiostage.tracing
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -146,7 +145,6 @@ def test_public_modules_are_found() -> None:
         aiostage.observe,
         aiostage.sharing,
         aiostage.testing,
-        aiostage.tracing,
     ],
     ids=lambda module: module.__name__,
 )

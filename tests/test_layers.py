@@ -25,7 +25,7 @@ ROWS = [
     {"snapshot", "sharing", "storage"},
     {"stager", "incremental"},
     {"checkpoint"},
-    {"blocking", "dcp", "testing", "tracing"},
+    {"blocking", "dcp", "testing"},
     {"integrations", "cli"},
     {"__main__"},
 ]

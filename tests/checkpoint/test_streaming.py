@@ -21,14 +21,15 @@ from aiostage._copy import window
 from aiostage._copy.host import HostCopy
 from aiostage._loop.workers import Job
 from aiostage.checkpoint import writer
+from aiostage.observe import observing
 from aiostage.testing import at_every_await
 from aiostage.testing.simulator import SimulatedAccelerator
-from aiostage.tracing import trace
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.programs import output_of
 from tests.checkpoint.trees import trees
+from tests.spans import Recorder
 
 KIB = 1 << 10
 BATCH = 64 * KIB
@@ -115,11 +116,11 @@ class TestStreaming:
         tree = {
             str(n): torch.full((5_000,), n, dtype=dtype) for n, dtype in enumerate([torch.uint8, torch.float32] * 9)
         }
-        with trace() as found:
+        recorder = Recorder()
+        with observing(recorder):
             await aiostage.save(tree, (storage, "a"))
-        names = [span.name for span in found.spans]
-        assert names.count("gather") == 1
-        assert names.count("digest") == storage.operations["part"] > 10
+        assert recorder.names.count("gather") == 1
+        assert recorder.names.count("digest") == storage.operations["part"] > 10
 
     async def test_a_snapshot_has_several_consumers(self, storage: MemoryStorage):
         other = MemoryStorage()

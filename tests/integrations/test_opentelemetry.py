@@ -13,7 +13,7 @@ import aiostage
 from aiostage import CheckpointNotFoundError
 from aiostage.integrations.opentelemetry import OpenTelemetryObserver
 from aiostage.observe import observing
-from aiostage.tracing import trace
+from tests.spans import Recorder
 
 
 @pytest.fixture
@@ -31,11 +31,12 @@ def provider(exporter: InMemorySpanExporter) -> TracerProvider:
 @pytest.mark.asyncio
 async def test_the_same_spans(tmp_path: Path, exporter: InMemorySpanExporter, provider: TracerProvider) -> None:
     tracer = provider.get_tracer("tests")
-    with trace() as recorded, observing(OpenTelemetryObserver(tracer)), tracer.start_as_current_span("mine") as mine:
+    recorder = Recorder()
+    with observing(recorder, OpenTelemetryObserver(tracer)), tracer.start_as_current_span("mine") as mine:
         await aiostage.save({"a": torch.zeros(100)}, tmp_path / "checkpoint")
     finished = {span.context.span_id: span for span in exporter.get_finished_spans() if span.context is not None}
     ours = [span for span in finished.values() if span.name.startswith("aiostage.")]
-    assert sorted(span.name for span in ours) == sorted(f"aiostage.{span.name}" for span in recorded.spans)
+    assert sorted(span.name for span in ours) == sorted(f"aiostage.{name}" for name in recorder.names)
 
     def parent(span: ReadableSpan) -> ReadableSpan:
         assert span.parent is not None
@@ -70,7 +71,12 @@ async def test_errors(tmp_path: Path, exporter: InMemorySpanExporter, provider: 
 def test_a_span_that_began_before_anybody_listened(exporter: InMemorySpanExporter, provider: TracerProvider) -> None:
     from aiostage.observe import span
 
-    with trace(), span("outside"), observing(OpenTelemetryObserver(provider.get_tracer("tests"))), span("inside"):
+    with (
+        observing(Recorder()),
+        span("outside"),
+        observing(OpenTelemetryObserver(provider.get_tracer("tests"))),
+        span("inside"),
+    ):
         pass
     (inside,) = exporter.get_finished_spans()
     assert inside.parent is None

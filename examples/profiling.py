@@ -1,24 +1,23 @@
-"""Where the time of a checkpoint goes: a trace for https://ui.perfetto.dev, and the longest spans in numbers.
+"""Where the time of a checkpoint goes: its spans in a profile of PyTorch's, and the longest in numbers.
 
-Own spans stand beside those of aiostage, so that the training loop and its checkpoints are seen in one picture. The
-file goes where the first argument says, or into a temporary directory.
+A span of your own stands beside those of aiostage, so that one picture has the training loop and its checkpoints. The
+file for https://ui.perfetto.dev goes where the first argument says, or into a temporary directory.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import aiostage
-from aiostage.observe import span
-from aiostage.tracing import Trace, trace
+from aiostage.integrations.profiler import ProfilerObserver
+from aiostage.observe import observing, span
 
 STEPS = 6
 STEPS_BETWEEN_CHECKPOINTS = 2
@@ -39,32 +38,28 @@ async def train(directory: Path) -> None:
             with span("train step", number=number):
                 await asyncio.to_thread(step)
             if number % STEPS_BETWEEN_CHECKPOINTS == 0:
-                # Stage now, write while the next steps run. The tasks inherit the trace, as they do any context.
+                # Stage now, write while the next steps run. The tasks inherit the observer, as they do any context.
                 staged = await stager.stage({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
                 saves.create_task(aiostage.save(staged, directory / f"step-{number}", stager=stager))
 
 
-def report(recorded: Trace) -> None:
+def report(profiled: profile) -> None:
     """Print how long spans of each name took together."""
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
-    for found in recorded.spans:
-        if found.end is not None:
-            seconds[found.name].append(found.end - found.begin)
-    print(f"{'span':<14}{'count':>7}{'total':>12}{'longest':>12}")
-    for name, times in sorted(seconds.items(), key=lambda item: -sum(item[1])):
-        print(f"{name:<14}{len(times):>7}{sum(times) * 1e3:>9.2f} ms{max(times) * 1e3:>9.2f} ms")
+    spans = [row for row in profiled.key_averages() if row.key.startswith("aiostage.")]
+    print(f"{'span':<24}{'count':>7}{'total':>12}")
+    for row in sorted(spans, key=lambda row: -row.cpu_time_total):
+        print(f"{row.key:<24}{row.count:>7}{row.cpu_time_total / 1e3:>9.2f} ms")
 
 
 async def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        with trace() as recorded:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled, observing(ProfilerObserver()):
             await train(Path(directory))
         path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(directory) / "trace.json"
-        await recorded.write(path)
-        events = json.loads(path.read_text())["traceEvents"]
-        report(recorded)
-        print(f"\n{len(events)} events in {path}; open it with https://ui.perfetto.dev")
+        profiled.export_chrome_trace(str(path))
+        report(profiled)
+        print(f"\n{path.stat().st_size / 1e3:.0f} kB in {path}; open it with https://ui.perfetto.dev")
 
 
 asyncio.run(main())
