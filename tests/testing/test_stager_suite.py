@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import time
 from typing import Any
 
@@ -84,6 +85,31 @@ class TestDeepCopyStager(StagerSuite):
 
     def make_stager(self) -> CheckpointStager:
         return DeepCopyStager()
+
+
+class LosesItsCore(DeepCopyStager):
+    """Its thread still holds the result when that is awaited already, as one does that waits for a core."""
+
+    async def stage(self, state_dict: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        copied = loop.create_future()
+
+        def work() -> None:
+            result = copy.deepcopy(state_dict)
+            loop.call_soon_threadsafe(copied.set_result, result)
+            time.sleep(0.05)
+
+        threading.Thread(target=work).start()
+        return await copied
+
+
+@pytest.mark.asyncio
+async def test_a_thread_that_waits_for_a_core_keeps_no_result_for_good() -> None:
+    class Suite(StagerSuite):
+        def make_stager(self) -> CheckpointStager:
+            return LosesItsCore()
+
+    await Suite().test_results_are_let_go_of()
 
 
 class Shallow(DeepCopyStager):
@@ -240,6 +266,7 @@ class MixesMoments(DeepCopyStager):
         return staged
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("stager", "test"),
