@@ -21,8 +21,9 @@ demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py
 
 # A file's tests stay together, because they share servers and processes. A worker that was killed is not replaced: the
-# one that replaces it is never given the rest of its file, and the run would wait for that for ever.
-IN_PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
+# one that replaces it is never given the rest of its file, and the run would wait for that for ever. The order is that of
+# tests/conftest.py: the longest files first, and not those with the most tests.
+IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(READY)
 	$(BIN)/python -m pytest $(IN_PARALLEL)

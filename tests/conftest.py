@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -94,13 +95,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let timeouts grow with how slow and how busy the machine is."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let timeouts grow with how slow and how busy the machine is, and let workers begin with the longest files."""
+    longest: Counter[Path] = Counter()
     for item in items:
         marker = item.get_closest_marker("timeout")
-        given = marker.args[0] if marker is not None and marker.args else float(item.config.getini("timeout"))
-        if item.config.getoption("timeout", None) is None:
+        given = marker.args[0] if marker is not None and marker.args else float(config.getini("timeout"))
+        longest[item.path] = max(longest[item.path], given)
+        if config.getoption("timeout", None) is None:
             item.add_marker(pytest.mark.timeout(seconds(given)), append=False)
+    if hasattr(config, "workerinput"):
+        # A long file that is begun last keeps one worker busy while the others have nothing left to do.
+        items.sort(key=lambda item: -longest[item.path])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -133,6 +139,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_collection_finish() -> None:
     """Let the collector pass over what imports have made: many tests collect, and that would be most of the work."""
+    warm = sys.modules.get("tests.warm")
+    if warm is not None:
+        # A test that was collected runs programs.
+        warm.begin()
     gc.collect()
     gc.freeze()
 
@@ -140,8 +150,11 @@ def pytest_collection_finish() -> None:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run every asyncio test on the stock loop and on uvloop."""
-    return {"asyncio": partial(probed, asyncio.new_event_loop), "uvloop": partial(probed, uvloop.new_event_loop)}
+    """Run every asyncio test on the stock loop and on uvloop, but for those that are marked ``one_loop``."""
+    stock = {"asyncio": partial(probed, asyncio.new_event_loop)}
+    if item.get_closest_marker("one_loop") is not None:
+        return stock
+    return stock | {"uvloop": partial(probed, uvloop.new_event_loop)}
 
 
 @pytest.fixture

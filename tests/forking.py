@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 PRELUDE = """
-import asyncio, contextlib, gc, os, signal, sys, threading
+import asyncio, contextlib, gc, os, signal, sys, threading, warnings
 from collections.abc import Callable
+
+warnings.simplefilter("error")
+# Newer Pythons warn of every fork beside threads.
+warnings.filterwarnings("ignore", "This process", DeprecationWarning)
 
 @contextlib.contextmanager
 def held(*locks):
@@ -59,8 +63,7 @@ def run_forking(program: str) -> None:
 
     Any complaint counts as a failure, also one of a finalizer.
     """
-    # Newer Pythons warn of every fork beside threads.
-    command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", PRELUDE + program]
+    command = [*PYTHON, "-c", PRELUDE + program]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds(60), check=False, cwd=Path(__file__).parents[1]
     )

@@ -8,6 +8,7 @@ import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class _Value:
         self.make, self.add, self.read = make, add, read
 
 
-def _count(item: Any) -> None:
+def _add_one(item: Any) -> None:
     item.count += 1
 
 
@@ -101,8 +102,8 @@ VALUES = {
     "a large array": _Value(lambda: np.zeros(2**19), _increase, lambda item: int(item[0])),
     "a bytearray": _Value(lambda: bytearray(3), _increase, lambda item: item[0]),
     "a large bytearray": _Value(lambda: bytearray(2**21), _increase, lambda item: item[0]),
-    "a state of its own": _Value(Counted, _count, lambda item: item.count),
-    "a __deepcopy__": _Value(CopiesItself, _count, lambda item: item.count),
+    "a state of its own": _Value(Counted, _add_one, lambda item: item.count),
+    "a __deepcopy__": _Value(CopiesItself, _add_one, lambda item: item.count),
     "a generator": _Value(lambda: random.Random(0), _seed, _is_seeded),
     "a first attribute": _Value(Plain, lambda item: setattr(item, "count", 1), lambda item: getattr(item, "count", 0)),
     "a dict": _Value(lambda: {"n": 0}, lambda item: item.update(n=1), lambda item: item["n"]),
@@ -117,11 +118,11 @@ COMPARED = {"a dict", "a large array", "a large bytearray", "a first attribute"}
 def test_a_step_of_another_task_is_whole_or_torn(name: str) -> None:
     value = VALUES[name]
     mixed = total = whole = 0
-    for between in range(200):
+    for between in count():
         tree: dict[str, Any] = {
             "first": [value.make()],
-            "weights": [torch.zeros(1) for _ in range(1200)],
-            "objects": [Plain() for _ in range(300)],
+            "weights": [torch.zeros(1) for _ in range(400)],
+            "objects": [Plain() for _ in range(20)],
             "last": [torch.zeros(1)],
         }
         walk = Walk()

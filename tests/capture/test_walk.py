@@ -33,6 +33,7 @@ def take_down(tree: Any) -> None:
         tree = inside
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     "wrap",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.warm import PYTHON
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 110
@@ -13,7 +14,7 @@ TIMEOUT = 110
 def output_of(module: str, *arguments: str) -> str:
     """Run a module of the tests as a program, and return what it prints; it has to end well."""
     outcome = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [*PYTHON, "-m", module, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,6 +17,8 @@ import aiostage
 from aiostage import CheckpointCorruptError
 from tests.checkpoint.test_hostile import digest, peak_bytes, write_manifest
 
+pytestmark = pytest.mark.one_loop
+
 SECONDS = 20
 MEBIBYTE = 1 << 20
 

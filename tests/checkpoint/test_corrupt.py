@@ -261,6 +261,7 @@ def mutate(nodes: list[Any], number: int, key: int, value: Any) -> None:
         node[name] = value
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @settings(max_examples=150)
 @given(number=st.integers(0, 100), key=st.integers(0, 20), value=odd_values)

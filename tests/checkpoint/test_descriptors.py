@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
+
+from tests.warm import PYTHON
 
 PROGRAM = """
     import asyncio, resource, sys
@@ -31,6 +32,6 @@ PROGRAM = """
 
 
 def test_few_descriptors(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
+    program = [*PYTHON, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
     outcome = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
     assert outcome.returncode == 0, outcome.stderr

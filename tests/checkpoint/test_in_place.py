@@ -179,6 +179,7 @@ async def test_a_staging_meanwhile_notices(tmp_path: Path) -> None:
                 await late.captured()
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize("in_place", [False, True])
 async def test_devices(tmp_path: Path, in_place: bool) -> None:

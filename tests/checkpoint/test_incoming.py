@@ -81,6 +81,7 @@ async def test_what_nobody_wants_is_read_only_to_verify_it(
         assert PART_BYTES <= sum(nbytes for _, nbytes in reads) < most + (1 << 20)
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_a_part_of_many_small_tensors_is_read_at_once(
     tmp_path: Path, reads: list[tuple[int, int]], copied: list[int]

@@ -47,6 +47,7 @@ def test_ranges_of_a_file_in_pieces() -> None:
     assert joined == [Piece("a", "f", 0, 10), Piece("b", "f", 10, 1)]
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize("own", [False, True])
 async def test_only_what_has_changed_is_written(own: bool) -> None:
@@ -85,6 +86,7 @@ async def test_nothing_has_changed(tmp_path: Path) -> None:
     assert_same(model.state_dict(0), await aiostage.load(tmp_path / name_of(2)))
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_everything_has_changed_and_much_of_it() -> None:
     storage = MemoryStorage()
@@ -99,6 +101,7 @@ async def test_everything_has_changed_and_much_of_it() -> None:
     assert_same(state, await checkpoints.restore())
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize("max_host_bytes", [None, 96 * MIB])
 async def test_what_has_changed_is_copied_only_where_it_has_to_be(

@@ -81,6 +81,7 @@ async def test_everything_on_a_device(tmp_path: Path, make: Callable[[], Any]) -
             assert statistics.registered_bytes == 0
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @given(tree=trees())
 async def test_any_tree(tree: Any, tmp_path: Path) -> None:
@@ -271,6 +272,7 @@ async def test_cancelled_at_every_await(tmp_path: Path) -> None:
         assert_same(tree(2), await load())
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_host_memory_on_the_way_is_bounded_and_pinned_once(tmp_path: Path) -> None:
     await write_checkpoint({str(n): torch.full((3_000_000,), float(n)) for n in range(20)}, tmp_path / "checkpoint")

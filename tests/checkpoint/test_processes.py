@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from aiostage import Checkpointer
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.writing import tree
+from tests.warm import PYTHON
 
 STEPS = 12
 KEEP = 4
@@ -21,7 +21,7 @@ KEEP = 4
 def test_two_processes_save_the_same_steps(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.checkpoint.writing", str(tmp_path), str(number), str(STEPS)],
+            [*PYTHON, "-m", "tests.checkpoint.writing", str(tmp_path), str(number), str(STEPS)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.runs import MIB, LoRA, Run, apart_from_the_small, copied, in_directory, needed, numbers
 from tests.checkpoint.test_checkpointer import Gate, until
 from tests.checkpoint.test_incremental import settled
+from tests.warm import PYTHON
 
 
 @pytest.mark.asyncio
@@ -53,6 +53,7 @@ async def test_what_others_refer_to_stays() -> None:
     assert (await checkpoints.restore())["step"] == 6
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_no_more_than_about_twice_what_is_needed_is_held() -> None:
     storage = MemoryStorage()
@@ -190,6 +191,7 @@ def holding(request: pytest.FixtureRequest, tmp_path: Path) -> Holding:
     return FsspecStorage(LocalFileSystem(), str(tmp_path)), lambda: in_directory(tmp_path)
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
 async def test_nothing_is_held_but_what_is_referred_to(holding: Holding) -> None:
@@ -253,6 +255,7 @@ async def test_each_file_is_asked_for_once() -> None:
         assert storage.operations["manifest"] == manifests + 3
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
 async def test_removing_killed_at_each_step() -> None:
@@ -320,6 +323,7 @@ def test_removing_on_a_disk_killed_before_each_operation(tmp_path: Path) -> None
 # ---------------------------------------------------------------------------------------------------- several at once
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
 @pytest.mark.parametrize("who", ["remover in between", "writer in between"])
@@ -430,7 +434,7 @@ async def test_a_writer_that_is_killed_beside_a_removal() -> None:
 @pytest.mark.timeout(120)
 def test_one_process_saves_while_another_removes(tmp_path: Path) -> None:
     writer = subprocess.Popen(
-        [sys.executable, "-m", "tests.checkpoint.removing", str(tmp_path), "save"],
+        [*PYTHON, "-m", "tests.checkpoint.removing", str(tmp_path), "save"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

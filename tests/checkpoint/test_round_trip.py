@@ -22,12 +22,14 @@ async def there_and_back(tree: Any, target: Path) -> Any:
     return await aiostage.load(target)
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @given(tree=trees())
 async def test_any_tree(tree: Any, tmp_path: Path) -> None:
     assert_same(tree, await there_and_back(tree, tmp_path / "checkpoint"))
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @given(tree=trees())
 async def test_any_tree_in_many_files_without_staging(tree: Any, tmp_path: Path) -> None:
@@ -58,6 +60,7 @@ async def test_a_shared_part_of_a_sparse_tensor_stays_shared(tmp_path: Path) -> 
     assert torch.equal(loaded["sparse"].to_dense(), torch.eye(3) * 7)
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     "optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.LBFGS, torch.optim.Adagrad]
@@ -113,6 +116,7 @@ async def test_a_view_of_much_memory_saves_what_it_shows(tmp_path: Path) -> None
     assert_same(tree, await there_and_back(tree, tmp_path / "all"))
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_cycles_and_depth(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"list": [], "tensor": torch.ones(2)}

@@ -27,6 +27,7 @@ async def test_strides_are_those_of_deepcopy() -> None:
             assert torch.equal(staged, expected), (shape, stride)
 
 
+@pytest.mark.one_loop
 @pytest.mark.parametrize("kind", ["rows", "permuted", "expanded", "imaginary", "transposed"])
 async def test_large_ones_that_are_copied_in_several_batches(kind: str) -> None:
     rows = torch.complex(torch.arange(12_000_002.0), torch.ones(12_000_002)).conj()

@@ -29,6 +29,7 @@ from tests.dcp.test_together import sharded
 from tests.dcp.world import World
 from tests.forking import run_forking
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -180,10 +181,9 @@ class TestStage:
 
     def test_a_stager_that_nobody_closes_keeps_no_interpreter_from_exiting(self) -> None:
         import subprocess
-        import sys
 
         program = "from aiostage.dcp import TorchStager; s = TorchStager(); print(s.stage({}).result(20))"
-        done = subprocess.run([sys.executable, "-c", program], check=True, timeout=50, capture_output=True, text=True)
+        done = subprocess.run([*PYTHON, "-c", program], check=True, timeout=50, capture_output=True, text=True)
         assert (done.stdout, done.stderr) == ("{}\n", "")
 
     def test_the_moment_is_the_callers(self) -> None:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from tests.patience import seconds
 
-CONTEXT = mp.get_context("spawn")
+CONTEXT = mp.get_context("forkserver")
+# Imported once, by the process that the ranks are forks of: that takes longer than most of what they run.
+CONTEXT.set_forkserver_preload(["aiostage.dcp", "pytest", "torch.distributed.checkpoint", "tests.dcp.models"])
 
 
 class RemoteError(AssertionError):

@@ -258,6 +258,7 @@ SCENES = [
 ]
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("naive", "scene"), SCENES, ids=lambda it: it.__name__)
 class TestHazard:

@@ -322,6 +322,7 @@ def pack(packed: Packed) -> tuple[list[Any], Any]:
 register(Packed, pack, lambda children, names: (children[0], names))
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_functions_see_values_and_not_memory_that_is_being_filled(tmp_path: Path) -> None:
     for step in range(5):

@@ -110,6 +110,7 @@ async def test_declared_classes(tmp_path: Path) -> None:
     assert type(loaded) is TwoTensor
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 @settings(max_examples=60, deadline=None)
 @given(tree=trees())

@@ -39,6 +39,7 @@ def tree(value: float) -> dict[str, Any]:
     return {"a": a, "row": a[1], "p": torch.nn.Parameter(torch.ones(2)), "sparse": torch.eye(3).to_sparse(), **many}
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_to_a_spawned_process_and_back() -> None:
     context = multiprocessing.get_context("spawn")
@@ -89,6 +90,7 @@ def total(staged: dict[str, torch.Tensor], queue: Any) -> None:
     queue.put(float(staged["a"].sum()))
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_as_an_argument_of_a_process() -> None:
     context = multiprocessing.get_context("spawn")

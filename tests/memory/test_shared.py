@@ -20,6 +20,7 @@ from aiostage._memory.pool import Lease, Pool
 from aiostage._memory.shared import SharedFile, SharedHandle
 from aiostage.errors import HostMemoryError
 from tests.memory import opening
+from tests.warm import PYTHON
 
 MIB = 1 << 20
 
@@ -40,7 +41,7 @@ class Stranger:
 
     def __init__(self, handle: SharedHandle) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.memory.opening"],
+            [*PYTHON, "-m", "tests.memory.opening"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -205,7 +206,7 @@ print(pickle.dumps(arena.share(1 << 20)).hex(), flush=True)
 sys.stdin.readline()
 """
     before = named_memory()
-    owner = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([*PYTHON, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     handle = pickle.loads(bytes.fromhex(owner.stdout.readline()))
     stranger = Stranger(handle)
     assert stranger.sum() == 2 * MIB
@@ -263,7 +264,7 @@ class TestPools:
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    return subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True, check=False)
 
 
 def test_memory_that_cannot_be_reserved_is_an_error_with_the_number_and_nothing_stays():

@@ -6,9 +6,10 @@ Each case runs in a process of its own: what this is about ends processes.
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
+
+from tests.warm import PYTHON
 
 PROGRAM = """
 import asyncio, gc, sys
@@ -90,7 +91,7 @@ for change in changes:
 def run(changes: list[str], elements: int, count: int, kind: str = "plain", *, detect: bool = True) -> list[str]:
     arguments = [",".join(changes), str(elements), str(count), kind, str(int(detect))]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [*PYTHON, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
     return done.stdout.splitlines()

@@ -8,13 +8,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from aiostage import AsyncStager, HostMemoryError, StagingError, StagingOptions
 from aiostage._memory import shared
+from tests.warm import PYTHON
 
 READER = """
 import pickle, sys, torch
@@ -37,12 +37,13 @@ def tree() -> dict[str, object]:
 
 @pytest.mark.asyncio
 class TestShare:
+    @pytest.mark.one_loop
     async def test_another_process_sees_the_same_tree(self):
         async with AsyncStager(SHARED) as stager:
             staged = await stager.stage(tree())
             handle = await stager.share(staged)
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", READER, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                *PYTHON, "-c", READER, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             output, _ = await process.communicate(pickle.dumps(handle))
         assert process.returncode == 0
@@ -115,7 +116,7 @@ asyncio.run(main())
 
 def test_nothing_is_left_in_dev_shm_after_a_kill() -> None:
     before = named_memory()
-    process = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*PYTHON, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     open_descriptors = int(process.stdout.readline())
     assert named_memory() <= before

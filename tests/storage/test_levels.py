@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 import aiostage
 from aiostage.storage.local import LocalStorage
+from tests.warm import PYTHON
 
 OTHER_USER = """
     import asyncio, os, sys
@@ -30,6 +30,7 @@ OTHER_USER = """
 """
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_what_cannot_be_looked_into_is_passed_over() -> None:
     # Not below tmp_path, which pytest keeps from other users.
@@ -51,7 +52,7 @@ async def pass_over(root: Path) -> None:
             os.chown(path, 65534, 65534)
     else:
         (root / "lost+found").chmod(0)
-    program = [sys.executable, "-c", textwrap.dedent(OTHER_USER), str(root)]
+    program = [*PYTHON, "-c", textwrap.dedent(OTHER_USER), str(root)]
     outcome = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)  # noqa: ASYNC221
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.strip() == "[2] 2 {'step': 2}"

@@ -64,6 +64,7 @@ class TestLocalStorageOnTrio(LocalSuite):
     pass
 
 
+@pytest.mark.one_loop
 @pytest.mark.asyncio
 class TestLargeParts(LocalSuite):
     """Large enough for direct I/O, and for several parts to be under way."""

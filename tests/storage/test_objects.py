@@ -8,7 +8,6 @@ import json
 import pickle
 import secrets
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -31,6 +30,7 @@ from aiostage.storage.objects import ObjectStorage, _request_bytes
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, content, parts_of, race, save, some_bytes, write
+from tests.warm import PYTHON
 
 pytestmark = pytest.mark.asyncio
 
@@ -393,5 +393,6 @@ asyncio.run(storage.list())
 """
 
 
+@pytest.mark.one_loop
 async def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
-    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", FORKING], check=True, timeout=50)
+    await asyncio.to_thread(subprocess.run, [*PYTHON, "-c", FORKING], check=True, timeout=50)

@@ -1,0 +1,181 @@
+"""Programs in processes of their own that find PyTorch and aiostage imported: forks of a process that did it once.
+
+Importing takes two seconds of a processor, and a hundred tests start programs. ``[*PYTHON, "-c", PROGRAM]`` runs as
+``[sys.executable, "-c", PROGRAM]`` does: with these arguments, environment, folder and standard streams, with the same
+exit status, and it ends when what was started is killed. It is a fork, though: what is about a new interpreter, its
+imports, options or memory, takes ``sys.executable``.
+
+The command starts a small process without imports. It sends its arguments and descriptors to the process that has
+imported everything, which forks, and waits for the exit status that comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import signal
+import socket
+import sys
+
+__all__ = ["PYTHON", "begin"]
+
+PYTHON = [sys.executable, "-I", "-S", __file__]
+"""Takes the place of ``sys.executable`` in a command. Options other than ``-c`` and ``-m`` are not for it."""
+
+_ADDRESS = "AIOSTAGE_TESTS_WARM"
+_STREAMS = (0, 1, 2)
+
+
+def begin() -> None:
+    """Start the process that imports, which lives as long as this one, and let `PYTHON` find it."""
+    import atexit
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    folder = tempfile.TemporaryDirectory(prefix="warm-")
+    address = os.path.join(folder.name, "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", "serve", str(listener.fileno())],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+        )
+    os.environ[_ADDRESS] = address
+
+    def end() -> None:
+        del os.environ[_ADDRESS]
+        process.communicate()
+        folder.cleanup()
+
+    atexit.register(end)
+
+
+def _launch() -> int:
+    """Have the arguments run, and return how that ended."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(os.environ[_ADDRESS])
+        except (KeyError, OSError):
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+        request = marshal.dumps((sys.argv[1:], dict(os.environ), os.getcwd()))
+        socket.send_fds(connection, [len(request).to_bytes(8, "little")], _STREAMS)
+        connection.sendall(request)
+        # What is not open here does not keep the other end of a pipe waiting.
+        for stream in _STREAMS:
+            os.close(stream)
+        return int(connection.recv(16) or b"1")
+
+
+def _end_as(status: int) -> None:
+    """End with an exit status, or by the signal that it says."""
+    if status < 0:
+        if -status not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+_Request = tuple[list[str], dict[str, str], str]
+
+
+def _serve(listener: socket.socket) -> _Request | None:
+    """Fork for each connection until standard input ends. Returns in each child what it is to run.
+
+    A child's exit status goes to its connection. The end of a connection kills its child.
+    """
+    import select
+
+    poll = select.poll()
+    for descriptor in (0, listener.fileno()):
+        poll.register(descriptor, select.POLLIN)
+    connections: dict[int, tuple[socket.socket, int]] = {}
+    children: dict[int, int] = {}
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == 0:
+                for _, child in connections.values():
+                    os.kill(child, signal.SIGKILL)
+                return None
+            if descriptor == listener.fileno():
+                connection, _ = listener.accept()
+                request, streams = _receive(connection)
+                child = os.fork() if request is not None else 0
+                if child == 0 and request is not None:
+                    for stream, given in zip(_STREAMS, streams, strict=True):
+                        os.dup2(given, stream)
+                    os.closerange(3, 1 << 16)
+                    return request
+                for stream in streams:
+                    os.close(stream)
+                if child:
+                    watched = os.pidfd_open(child)
+                    children[watched] = connection.fileno()
+                    connections[connection.fileno()] = connection, child
+                    poll.register(watched, select.POLLIN)
+                    poll.register(connection.fileno(), select.POLLIN)
+            elif descriptor in children:
+                connection, child = connections.pop(children.pop(descriptor))
+                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                with contextlib.suppress(KeyError):
+                    poll.unregister(connection.fileno())
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"%d" % status)
+                connection.close()
+            elif descriptor in connections:
+                os.kill(connections[descriptor][1], signal.SIGKILL)
+                poll.unregister(descriptor)
+
+
+def _receive(connection: socket.socket) -> tuple[_Request | None, list[int]]:
+    """Return what is to be run, or None if who asked is gone, and the standard streams for it."""
+    length, streams, _, _ = socket.recv_fds(connection, 8, len(_STREAMS))
+    request = b""
+    while length and len(request) < int.from_bytes(length, "little"):
+        received = connection.recv(1 << 20)
+        if not received:
+            break
+        request += received
+    whole = bool(length) and len(request) == int.from_bytes(length, "little")
+    return marshal.loads(request) if whole else None, list(streams)
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """Run ``-c PROGRAM ...`` or ``-m MODULE ...`` as the main program of this process."""
+    import runpy
+    import types
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    how, what, *sys.argv[1:] = arguments
+    sys.path[0] = ""
+    if how == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        return
+    assert how == "-c", arguments
+    sys.argv[0] = "-c"
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(what, "<string>", "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "serve":
+        import gc
+
+        import aiostage  # noqa: F401
+
+        # The collector of a child passes over what it would otherwise have to copy, when it ends at the latest.
+        gc.collect()
+        gc.freeze()
+        asked = _serve(socket.socket(fileno=int(sys.argv[2])))
+        if asked is not None:
+            _run(*asked)
+    else:
+        _end_as(_launch())
