@@ -18,7 +18,7 @@ from report import Check
 from workloads import few_large
 
 import aiostage
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.testing import SimulatedAccelerator
 
 __all__ = ["HEAD", "Overlap", "overlaps"]
@@ -44,8 +44,8 @@ class Throttled(Storage):
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
-        return _ThrottledDraft(self.rate)
+    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
+        return _ThrottledCheckpoint(self.rate)
 
     async def read(self, name: str) -> Reader:
         raise NotImplementedError
@@ -53,17 +53,17 @@ class Throttled(Storage):
     async def list(self) -> Sequence[str]:
         return ()
 
-    async def drafts(self) -> Sequence[str]:
+    async def pending(self) -> Sequence[str]:
         return ()
 
     async def delete(self, name: str) -> None:
         pass
 
-    async def sweep(self) -> None:
+    async def clean_up(self) -> None:
         pass
 
 
-class _ThrottledDraft(Draft):
+class _ThrottledCheckpoint(PendingCheckpoint):
     location = "throttled"
 
     def __init__(self, rate: float) -> None:

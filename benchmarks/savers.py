@@ -47,9 +47,9 @@ async def with_storage(place: Place, nbytes: int) -> AsyncIterator[Save]:
 
     async def save(tree: dict[str, Any], name: str) -> float:
         begin = perf_counter()
-        draft = await place.storage.open(name)
-        await draft.write("data", nbytes, place.parts())
-        await draft.commit(memoryview(b"{}"))
+        pending = await place.storage.open(name)
+        await pending.write("data", nbytes, place.parts())
+        await pending.commit(memoryview(b"{}"))
         return perf_counter() - begin
 
     yield save

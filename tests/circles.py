@@ -1,7 +1,7 @@
 """Finding circles of error, traceback and frame, which only the collector can free.
 
 From Python 3.12 on such a circle also keeps the frames that had called those in it, and with them all their locals:
-drafts, leases, tensors. So it is a fault on every Python that it is there.
+pending checkpoints, leases, tensors. So it is a fault on every Python that it is there.
 """
 
 from __future__ import annotations

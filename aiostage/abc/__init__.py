@@ -2,17 +2,17 @@
 
 from aiostage.abc.observing import Observer, Span
 from aiostage.abc.staging import Backend, CheckpointStager, SupportsQuery
-from aiostage.abc.storage import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
+from aiostage.abc.storage import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader, Storage
 
 __all__ = [
     "Backend",
     "Buffer",
     "CheckpointStager",
-    "Draft",
+    "MultiWriterCheckpoint",
+    "MultiWriterStorage",
     "Observer",
+    "PendingCheckpoint",
     "Reader",
-    "SharedDraft",
-    "SharedStorage",
     "Span",
     "Storage",
     "SupportsQuery",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Collection, Sequence
 from typing import TypeAlias
 
-__all__ = ["Buffer", "Draft", "Reader", "SharedDraft", "SharedStorage", "Storage"]
+__all__ = ["Buffer", "MultiWriterCheckpoint", "MultiWriterStorage", "PendingCheckpoint", "Reader", "Storage"]
 
 Buffer: TypeAlias = memoryview
 """Contiguous bytes (format B) over memory of the caller or the storage. A reference to it, or to anything made from it,
@@ -27,7 +27,7 @@ class Storage(ABC):
         return repr(self)
 
     @abstractmethod
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
         """Begin a checkpoint.
 
         Args:
@@ -78,12 +78,12 @@ class Storage(ABC):
         return [name for name in await self.list() if "/" not in name]
 
     @abstractmethod
-    async def drafts(self) -> Sequence[str]:
+    async def pending(self) -> Sequence[str]:
         """Return the names of all checkpoints that are being written, in any order.
 
         Those are all of which a file has been written, and which were neither committed nor removed; also those of
-        writers that died, until :meth:`sweep` has removed them. More of them do no harm, fewer do: by these one process
-        tells another what it is at work on.
+        writers that died, until :meth:`clean_up` has removed them. More of them do no harm, fewer do: by these one
+        process tells another what it is at work on.
 
         Raises:
             OSError: If the storage refuses.
@@ -102,7 +102,7 @@ class Storage(ABC):
         When cancelled, it is there as a whole, or can no longer be found.
         """
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that are not needed any more; its manifest and the files that are named stay.
 
         Asked for when a checkpoint was removed to some of whose files others refer. A storage may do without this
@@ -133,7 +133,7 @@ class Storage(ABC):
         return False
 
     @abstractmethod
-    async def sweep(self) -> None:
+    async def clean_up(self) -> None:
         """Remove what writers that died have left behind, and nothing that a living one is at work on.
 
         Raises:
@@ -143,32 +143,32 @@ class Storage(ABC):
         """
 
 
-class SharedStorage(Storage):
+class MultiWriterStorage(Storage):
     """A storage in which several processes may write one checkpoint. This is all that it has to have besides."""
 
     @abstractmethod
-    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
+    async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
         """Begin a checkpoint; see :meth:`Storage.open`."""
 
     @abstractmethod
-    async def join(self, name: str, ticket: str) -> Draft:
+    async def attach(self, name: str, token: str) -> PendingCheckpoint:
         """Join a checkpoint that another process has begun.
 
         Args:
             name: Under which that has opened it.
-            ticket: From its :meth:`SharedDraft.ticket`.
+            token: From its :meth:`MultiWriterCheckpoint.token`.
 
         Returns:
-            A draft of which only ``write`` may be called. Its files are committed or removed with the others by
-            the process that has opened the checkpoint, which has to outlive the writing.
+            A pending checkpoint of which only ``write`` may be called. Its files are committed or removed with the
+            others by the process that has opened the checkpoint, which has to outlive the writing.
 
         Raises:
             OSError: If the storage refuses.
         """
 
 
-class Draft(ABC):
-    """A checkpoint that is being written. These methods are all that a draft has to have.
+class PendingCheckpoint(ABC):
+    """A checkpoint that is being written. These methods are all that a pending checkpoint has to have.
 
     Its files may be written at once from several tasks. It ends with :meth:`commit` or :meth:`abort`.
     """
@@ -214,12 +214,12 @@ class Draft(ABC):
         """Remove everything written, unless it was committed. May be called twice; shielded from cancellation."""
 
 
-class SharedDraft(Draft):
-    """A draft that other processes may join. This is all that it has to have besides."""
+class MultiWriterCheckpoint(PendingCheckpoint):
+    """A pending checkpoint that other processes may join. This is all that it has to have besides."""
 
     @abstractmethod
-    async def ticket(self) -> str:
-        """Return what other processes need for :meth:`SharedStorage.join`.
+    async def token(self) -> str:
+        """Return what other processes need for :meth:`MultiWriterStorage.attach`.
 
         Raises:
             OSError: If the storage refuses.

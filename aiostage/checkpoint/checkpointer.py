@@ -298,7 +298,7 @@ class Checkpointer:
             raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
         host = self._host = HostedContext(self._serving())
         try:
-            await self._storage.sweep()
+            await self._storage.clean_up()
             async with self._removing:
                 await self._index.open()
             self._block = await host.open()

@@ -15,7 +15,7 @@ from aiostage._arguments import check_flags, states_of, whole
 from aiostage._loop.cleanup import give_up
 from aiostage._loop.coroutines import named
 from aiostage._loop.together import together
-from aiostage.abc import CheckpointStager, Draft, Storage
+from aiostage.abc import CheckpointStager, PendingCheckpoint, Storage
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
@@ -31,7 +31,7 @@ _logger = logging.getLogger("aiostage")
 
 _Write: TypeAlias = "Callable[[], Awaitable[CheckpointInfo]]"
 _Writing: TypeAlias = "tuple[CheckpointWriter, _Write]"
-"""What plans a checkpoint, and what writes it to its draft."""
+"""What plans a checkpoint, and what writes it to its pending checkpoint."""
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """5 GB: what hubs and file systems take without special care."""
@@ -227,15 +227,15 @@ async def convert(
 async def _writing(
     storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
 ) -> AsyncGenerator[_Writing, None]:
-    """Open a draft that is gone afterwards, unless it was committed."""
+    """Open a pending checkpoint that is gone afterwards, unless it was committed."""
     check_flags(overwrite=overwrite)
     if whole("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
     writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
     try:
         with _reporting(progress, name) as report:
-            async with _draft(storage, name, overwrite) as draft:
-                yield writer, partial(writer.write, draft, report)
+            async with _pending(storage, name, overwrite) as pending:
+                yield writer, partial(writer.write, pending, report)
     finally:
         writer.close()
 
@@ -267,18 +267,18 @@ async def write_planned(
     """
     storage, name = locate(target)
     with span("save", target=name), _reporting(progress, name) as report:
-        async with _draft(storage, name, overwrite) as draft:
-            return await writer.write(draft, report)
+        async with _pending(storage, name, overwrite) as pending:
+            return await writer.write(pending, report)
 
 
 @asynccontextmanager
-async def _draft(storage: Storage, name: str, overwrite: bool) -> AsyncGenerator[Draft, None]:
-    """Open a draft, and abort it after an error."""
-    draft = await storage.open(name, overwrite=overwrite)
+async def _pending(storage: Storage, name: str, overwrite: bool) -> AsyncGenerator[PendingCheckpoint, None]:
+    """Open a pending checkpoint, and abort it after an error."""
+    pending = await storage.open(name, overwrite=overwrite)
     try:
-        yield draft
+        yield pending
     except BaseException as error:
-        await give_up(draft.abort(), error)
+        await give_up(pending.abort(), error)
         raise
 
 

@@ -13,7 +13,7 @@ import torch
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft
+from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import CheckpointError, HostMemoryError, StagingError
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
@@ -164,11 +164,13 @@ class CheckpointWriter:
         nbytes = sum(tensor.nbytes for tensor in tensors)
         self._plan = _FilePlan(nbytes, len(encoder.tensors), files, nodes)
 
-    async def write(self, draft: Draft, progress: Callable[[SaveProgress], object] | None = None) -> CheckpointInfo:
+    async def write(
+        self, pending: PendingCheckpoint, progress: Callable[[SaveProgress], object] | None = None
+    ) -> CheckpointInfo:
         """Write what was planned and commit it.
 
         Args:
-            draft: Where. It is the caller's to abort it if this raises.
+            pending: Where. It is the caller's to abort it if this raises.
             progress: Called on the event loop as parts are written.
 
         Returns:
@@ -193,7 +195,7 @@ class CheckpointWriter:
                 snapshot=snapshot,
                 sent=self._sent,
             )
-            records.append(await file.send(draft))
+            records.append(await file.send(pending))
         manifest = memoryview(
             await self._slices.run(
                 write_manifest(
@@ -208,10 +210,10 @@ class CheckpointWriter:
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
         with span("commit"):
-            await draft.commit(manifest)
+            await pending.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
         return CheckpointInfo(
-            location=draft.location,
+            location=pending.location,
             nbytes=plan.nbytes,
             leaves=plan.leaves,
             written_bytes=sum(file.nbytes for file in records),
@@ -394,8 +396,8 @@ class PartWriter:
         """Whether nothing waits for the memory of its parts, so that later ones come though earlier ones are kept."""
         return self._snapshot is None or self._snapshot.window is None
 
-    async def send(self, draft: Draft) -> FileRecord:
-        """Write the file to a draft.
+    async def send(self, pending: PendingCheckpoint) -> FileRecord:
+        """Write the file to a pending checkpoint.
 
         Returns:
             What was written.
@@ -408,11 +410,11 @@ class PartWriter:
         """
         async with self._digesting:
             with span("write", file=self.name, nbytes=self.nbytes, parts=len(self._parts)):
-                await draft.write(self.name, self.nbytes, self)
+                await pending.write(self.name, self.nbytes, self)
         if self._next != len(self._parts):
             raise CheckpointError(
                 f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and said that it was done.",
-                path=draft.location,
+                path=pending.location,
             )
         self._report()
         return FileRecord(self.name, self.nbytes, tuple(self._digests))

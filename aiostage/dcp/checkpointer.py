@@ -380,7 +380,7 @@ class Checkpointer:
         if self._block is not None:
             raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
         if self._is_first:
-            await self._storage.sweep()
+            await self._storage.clean_up()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
             stager = self._stager

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.futures import Future
 
 from aiostage._private import narrow_by_index
-from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage, Storage
+from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader, Storage
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.dcp.unpickling import read_metadata
 from aiostage.errors import CheckpointCorruptError, said, shown
@@ -80,7 +80,7 @@ class _Share:
     """Of one rank in the checkpoint that is being written."""
 
     name: str
-    ticket: str
+    token: str
     file: str
 
 
@@ -101,15 +101,15 @@ class StorageWriter(torch_storage.StorageWriter):
 
     def __init__(self, root: Root, *, overwrite: bool = False) -> None:
         storage = storage_at(root)
-        if not isinstance(storage, SharedStorage):
+        if not isinstance(storage, MultiWriterStorage):
             raise TypeError(
-                f"{shown(storage)} is not a SharedStorage, in which several processes may write one checkpoint"
+                f"{shown(storage)} is not a MultiWriterStorage, in which several processes may write one checkpoint"
             )
         self._storage = storage
         self._overwrite = overwrite
         self._name: str | None = None
-        self._draft: SharedDraft | None = None
-        self._ticket = ""
+        self._pending: MultiWriterCheckpoint | None = None
+        self._token = ""
         self._loops: list[LoopThread] = []
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -135,16 +135,16 @@ class StorageWriter(torch_storage.StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Open the checkpoint, on the coordinator, and tell every rank how to join it."""
+        """Open the checkpoint, on the coordinator, and tell every rank how to attach to it."""
         name = str(self._name)
 
         async def begin() -> None:
-            self._draft = await self._storage.open(name, overwrite=self._overwrite)
-            self._ticket = await self._draft.ticket()
+            self._pending = await self._storage.open(name, overwrite=self._overwrite)
+            self._token = await self._pending.token()
 
         self._loop().run(begin())
         return [
-            dataclasses.replace(plan, storage_data=_Share(name, self._ticket, f"rank-{rank:05}.bin"))
+            dataclasses.replace(plan, storage_data=_Share(name, self._token, f"rank-{rank:05}.bin"))
             for rank, plan in enumerate(plans)
         ]
 
@@ -181,13 +181,13 @@ class StorageWriter(torch_storage.StorageWriter):
                 dtype=None if pickled else tensor.dtype,
                 shape=tuple(tensor.shape),
             )
-            results.append(torch_storage.WriteResult(item.index, tensor.nbytes, (share.ticket, record)))
+            results.append(torch_storage.WriteResult(item.index, tensor.nbytes, (share.token, record)))
             offset += tensor.nbytes
         if offset:
-            draft: Draft = self._draft or await self._storage.join(share.name, share.ticket)
+            pending: PendingCheckpoint = self._pending or await self._storage.attach(share.name, share.token)
             parts = _finished(cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES))
             contents.clear()
-            await draft.write(share.file, offset, _buffers(parts))
+            await pending.write(share.file, offset, _buffers(parts))
         return results
 
     def finish(self, metadata: Metadata, results: list[list[torch_storage.WriteResult]]) -> None:
@@ -198,7 +198,7 @@ class StorageWriter(torch_storage.StorageWriter):
             CheckpointExistsError: If another writer was faster and must not be replaced.
         """
         records = {result.index: result.storage_data for written in results for result in written}
-        if any(ticket != self._ticket for ticket, _ in records.values()):
+        if any(token != self._token for token, _ in records.values()):
             raise ValueError("a rank has followed a cached plan: use a planner with enable_plan_caching=False")
         metadata.storage_data = {index: record for index, (_, record) in records.items()}
         pickled = pickle.dumps(metadata)
@@ -208,19 +208,19 @@ class StorageWriter(torch_storage.StorageWriter):
             "metadata": {"name": METADATA_NAME, "nbytes": len(pickled), "xxh3_64": digest(memoryview(pickled))},
         }
 
-        async def commit(draft: SharedDraft) -> None:
-            await draft.write(METADATA_NAME, len(pickled), _buffers(_finished(cut([_tensor(pickled)], PART_BYTES))))
-            await draft.commit(memoryview(json.dumps(manifest).encode()))
+        async def commit(pending: MultiWriterCheckpoint) -> None:
+            await pending.write(METADATA_NAME, len(pickled), _buffers(_finished(cut([_tensor(pickled)], PART_BYTES))))
+            await pending.commit(memoryview(json.dumps(manifest).encode()))
 
-        assert self._draft is not None  # noqa: S101 - DCP has called prepare_global_plan
-        self._loop().run(commit(self._draft))
-        self._draft = None
+        assert self._pending is not None  # noqa: S101 - DCP has called prepare_global_plan
+        self._loop().run(commit(self._pending))
+        self._pending = None
 
     def abandon(self) -> None:
         """Remove what was written of a checkpoint that was not finished; :func:`aiostage.dcp.save` does it."""
-        draft, self._draft = self._draft, None
-        if draft is not None:
-            self._loop().run(draft.abort())
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._loop().run(pending.abort())
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

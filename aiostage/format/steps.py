@@ -29,17 +29,17 @@ def removed_of(name: str) -> str | None:
 
 
 def lock_of(name: str) -> str:
-    """Return what lies beside a checkpoint, as a draft, while a save writes another that refers to it."""
+    """Return what lies beside a checkpoint, as a pending checkpoint, while a save writes another that refers to it."""
     return name + _LOCK
 
 
-def locked_by(drafts: Iterable[str]) -> set[str]:
+def locked_by(pending: Iterable[str]) -> set[str]:
     """Return the checkpoints that a save is about to refer to.
 
     Args:
-        drafts: The names of all drafts of a storage.
+        pending: The names of all pending checkpoints of a storage.
     """
-    return {draft.removesuffix(_LOCK) for draft in drafts if draft.endswith(_LOCK)}
+    return {name.removesuffix(_LOCK) for name in pending if name.endswith(_LOCK)}
 
 
 def present(names: Iterable[str]) -> set[str]:

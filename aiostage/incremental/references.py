@@ -10,8 +10,8 @@ to a checkpoint first locks it, and then checks that it exists without a tombsto
 process that removes a checkpoint first writes the tombstone, and then looks for locks. If there is one, the checkpoint
 is left for later, with all that it refers to. In either order one of the two sees the other. The lock is removed after
 the commit of the checkpoint that it was made for, so a process that reads first the locks and then the checkpoints
-finds one of the two. The lock of a dead writer is removed like all drafts of the dead, and that writer can commit
-nothing afterwards.
+finds one of the two. The lock of a dead writer is removed like all pending checkpoints of the dead, and that writer can
+commit nothing afterwards.
 
 All this holds if a listing shows what was there throughout it. (What refers to a file could still be missed if during
 one listing another checkpoint came to refer to it too and the first was removed, with a name that had been passed.
@@ -40,8 +40,9 @@ _LOCK_CONTENT = memoryview(b"Somebody is writing a checkpoint that refers to thi
 async def locked(storage: Storage, name: str) -> AsyncGenerator[None, None]:
     """Keep a checkpoint, and what it refers to, from being removed.
 
-    The lock is a draft that is never committed, under a name that tells what it locks. So a storage knows of it what it
-    knows of every draft: whether its writer lives, and what to do if not.
+    The lock is a pending checkpoint that is never committed, under a name that tells what it locks. So a storage knows
+    of it what it
+    knows of every pending checkpoint: whether its writer lives, and what to do if not.
 
     Args:
         storage: Where it is.
@@ -52,15 +53,15 @@ async def locked(storage: Storage, name: str) -> AsyncGenerator[None, None]:
 
     When cancelled, nothing is left behind.
     """
-    draft = await storage.open(lock_of(name))
+    pending = await storage.open(lock_of(name))
     try:
         async with aclosing(_lock_parts()) as parts:
-            await draft.write(_LOCK_FILE, len(_LOCK_CONTENT), parts)
+            await pending.write(_LOCK_FILE, len(_LOCK_CONTENT), parts)
         yield
     except BaseException as error:
-        await give_up(draft.abort(), error)
+        await give_up(pending.abort(), error)
         raise
-    await draft.abort()
+    await pending.abort()
 
 
 async def _lock_parts() -> AsyncGenerator[Buffer, None]:
@@ -150,7 +151,7 @@ class References:
             removed: Those that had their tombstones before this was called.
         """
         # In this order: a writer that has removed its lock has committed what refers to the checkpoint.
-        in_use = locked_by(await self._storage.drafts())
+        in_use = locked_by(await self._storage.pending())
         names = await self._names()
         # Those that others have removed since may have been locked in between.
         removed = {name for name in removed if tombstone_of(name) in names and name not in in_use}
@@ -161,7 +162,7 @@ class References:
                 await self._storage.delete(name)
                 await self._storage.delete(tombstone_of(name))
             elif self._left.get(name) != files:
-                await self._storage.trim(name, files)
+                await self._storage.prune_files(name, files)
                 self._left[name] = files
         self._left = {name: files for name, files in self._left.items() if name in needed}
 

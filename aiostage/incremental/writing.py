@@ -23,7 +23,7 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
@@ -187,20 +187,20 @@ class IncrementalStorage(Storage):
     def __init__(self, storage: Storage, base: Base | None) -> None:
         self._storage = storage
         self._base = base
-        self._draft: _IncrementalDraft | None = None
+        self._pending: _IncrementalCheckpoint | None = None
 
     @property
     def written(self) -> Written | None:
         """What was written, once the new checkpoint is committed."""
-        return self._draft.written if self._draft is not None else None
+        return self._pending.written if self._pending is not None else None
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
         """Begin a checkpoint. Raises as the storage's."""
         workers = Workers(1, "aiostage-blocks")
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
-        draft = await self._storage.open(name, overwrite=overwrite)
-        self._draft = _IncrementalDraft(draft, self._base, worthwhile, workers)
-        return self._draft
+        pending = await self._storage.open(name, overwrite=overwrite)
+        self._pending = _IncrementalCheckpoint(pending, self._base, worthwhile, workers)
+        return self._pending
 
     async def read(self, name: str) -> Reader:
         """Open a checkpoint. Raises as the storage's."""
@@ -214,32 +214,34 @@ class IncrementalStorage(Storage):
         """Return the names of the checkpoints of the first level. Raises as the storage's."""
         return await self._storage.list_level()
 
-    async def drafts(self) -> Sequence[str]:
+    async def pending(self) -> Sequence[str]:
         """Return the names of all checkpoints that are being written. Raises as the storage's."""
-        return await self._storage.drafts()
+        return await self._storage.pending()
 
     async def delete(self, name: str) -> None:
         """Remove a checkpoint. Raises as the storage's."""
         await self._storage.delete(name)
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint. Raises as the storage's."""
-        await self._storage.trim(name, keep)
+        await self._storage.prune_files(name, keep)
 
     async def is_link(self, name: str) -> bool:
         """Return whether a checkpoint lies elsewhere. Raises as the storage's."""
         return await self._storage.is_link(name)
 
-    async def sweep(self) -> None:
+    async def clean_up(self) -> None:
         """Remove what dead writers have left. Raises as the storage's."""
-        await self._storage.sweep()
+        await self._storage.clean_up()
 
 
-class _IncrementalDraft(Draft):
-    """A draft to which only what has changed is handed on."""
+class _IncrementalCheckpoint(PendingCheckpoint):
+    """A pending checkpoint to which only what has changed is handed on."""
 
-    def __init__(self, draft: Draft, base: Base | None, worthwhile: frozenset[Place], workers: Workers) -> None:
-        self._draft = draft
+    def __init__(
+        self, pending: PendingCheckpoint, base: Base | None, worthwhile: frozenset[Place], workers: Workers
+    ) -> None:
+        self._pending = pending
         self._base = base
         self._worthwhile = worthwhile
         self._workers = workers
@@ -250,14 +252,14 @@ class _IncrementalDraft(Draft):
 
     @property
     def location(self) -> str:
-        return self._draft.location
+        return self._pending.location
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         old = self._base.file(name, nbytes) if self._base is not None else None
         if old is None:
             blocks: list[str] = []
             async with aclosing(self._digested(parts, blocks)) as digested:
-                await self._draft.write(name, nbytes, digested)
+                await self._pending.write(name, nbytes, digested)
             self._files[name] = PlacedFile.of(blocks, [Piece(None, name, 0, nbytes)])
             self._own[None, name] = nbytes
         else:
@@ -265,11 +267,11 @@ class _IncrementalDraft(Draft):
 
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
-        await self._draft.commit(memoryview(text))
+        await self._pending.commit(memoryview(text))
         self.written = Written(placement, sum(self._own.values()) + len(text))
 
     async def abort(self) -> None:
-        await self._draft.abort()
+        await self._pending.abort()
 
     def _placed(self, manifest: Buffer) -> tuple[Placement, bytearray]:
         """Return where everything lies, and a manifest that says so. Blocks."""
@@ -313,7 +315,7 @@ class _IncrementalDraft(Draft):
             async with full:
                 async for group in full:
                     async with aclosing(group.parts()) as copies:
-                        await self._draft.write(group.name, group.nbytes, copies)
+                        await self._pending.write(group.name, group.nbytes, copies)
                     self._own[None, group.name] = group.nbytes
 
         await together(fill, partial(write, full.clone()), partial(write, full))

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from aiostage._extras import needed_for
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import locate, storage_at
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Buffer",
-    "Draft",
     "FsspecStorage",
     "LocalStorage",
     "ObjectStorage",
+    "PendingCheckpoint",
     "Reader",
     "Storage",
     "locate",

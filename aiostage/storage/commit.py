@@ -1,9 +1,9 @@
 """Directories that appear whole or not at all: written beside their place, then moved there in one step.
 
-A draft is a sibling of the target with a name that tells whose it is. Its writer holds an ``flock`` on it, which the
-kernel releases however the writer ends; the next save to the same target removes drafts without a lock. Where
-the kernel can exchange two directories, replacing a checkpoint is that one step. Elsewhere the old one is moved
-aside first, and a reader that finds the target missing then takes the one that was moved aside.
+A pending checkpoint is a sibling of the target with a name that tells whose it is. Its writer holds an ``flock`` on it,
+which the kernel releases however the writer ends; the next save to the same target removes pending checkpoints without
+a lock. Where the kernel can exchange two directories, replacing a checkpoint is that one step. Elsewhere the old one is
+moved aside first, and a reader that finds the target missing then takes the one that was moved aside.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from aiostage.storage.files import (
 
 __all__ = [
     "MANIFEST_NAME",
-    "DraftDirectory",
+    "PendingDirectory",
+    "attached_path",
     "check_target",
+    "clean_up_below",
     "committed_below",
     "delete_committed",
-    "drafts_below",
-    "joined_path",
     "open_committed",
-    "sweep_below",
-    "trim_committed",
+    "pending_below",
+    "prune_committed",
 ]
 
 MANIFEST_NAME = "manifest.json"
@@ -79,7 +79,7 @@ def check_target(target: str, *, overwrite: bool) -> None:
         )
 
 
-class DraftDirectory:
+class PendingDirectory:
     """A directory that is being written beside its place. Everything here blocks.
 
     Args:
@@ -94,7 +94,7 @@ class DraftDirectory:
         self.target = target
         self._exchange = exchanging
         make_parents(os.path.dirname(target))
-        _sweep(target)
+        _clean_up(target)
         for _ in range(_ATTEMPTS):
             self.path = _new_path(target)
             os.mkdir(self.path)
@@ -117,11 +117,11 @@ class DraftDirectory:
         return directory
 
     def forked(self) -> None:
-        """Leave the draft to the parent: the lock would be held until the child has ended too."""
+        """Leave the pending checkpoint to the parent: the lock would be held until the child has ended too."""
         self._directory.close()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Make the draft the target. Once this returns, it will be there also after a power failure.
+        """Make the pending checkpoint the target. Once this returns, it will be there also after a power failure.
 
         Raises:
             CheckpointError: If it was published or discarded before, or is of the process that has forked this one.
@@ -147,7 +147,7 @@ class DraftDirectory:
         self._directory.close()
 
     def _take_place(self, overwrite: bool) -> str | None:
-        """Move the draft to the target; return where the old checkpoint is now, if there was one."""
+        """Move the pending checkpoint to the target; return where the old checkpoint is now, if there was one."""
         for _ in range(_ATTEMPTS):
             try:
                 move(self.path, self.target)
@@ -211,7 +211,7 @@ def delete_committed(target: str) -> None:
     Raises:
         OSError: If the file system refuses.
     """
-    _sweep(target)
+    _clean_up(target)
     try:
         directory = open_directory(target, follow_link=False)
     except FileNotFoundError:
@@ -236,7 +236,7 @@ def delete_committed(target: str) -> None:
         remove(path)
 
 
-def trim_committed(target: str, keep: Collection[str]) -> None:
+def prune_committed(target: str, keep: Collection[str]) -> None:
     """Remove files of a checkpoint that are not named. Blocks. What is no checkpoint is left alone.
 
     So is a link to one: its owner may need all of it.
@@ -278,7 +278,7 @@ def committed_below(root: str, *, deep: bool = True) -> list[str]:
     return sorted(found)
 
 
-def drafts_below(root: str) -> list[str]:
+def pending_below(root: str) -> list[str]:
     """Return the paths of all checkpoints that are being written below a directory, relative to it. Blocks.
 
     Also of those that dead writers have left, and of those that are being removed.
@@ -287,25 +287,29 @@ def drafts_below(root: str) -> list[str]:
     return sorted({os.path.relpath(target, root) for target in targets if target is not None})
 
 
-def sweep_below(root: str) -> None:
+def clean_up_below(root: str) -> None:
     """Restore checkpoints that were moved aside and never replaced, and remove stale files in a directory. Blocks."""
     for path, names in _directories(root):
         for target in {target for name in names if (target := _target(path, name)) is not None}:
-            _sweep(target)
+            _clean_up(target)
 
 
-def joined_path(target: str, ticket: str) -> str:
-    """Return the path of a draft that another process writes for a target, from its last step. Blocks.
+def attached_path(target: str, token: str) -> str:
+    """Return the path of a pending checkpoint that another process writes for a target, from its last step. Blocks.
 
     Raises:
         ValueError: If that is not one for this target.
         FileNotFoundError: If it is not there, or no longer.
     """
-    path = os.path.join(os.path.dirname(target), ticket)
-    if os.path.basename(ticket) != ticket or not path.startswith(_prefix(target)):
-        raise ValueError(f"{shown(ticket)} is not the ticket of a draft for {target}: pass what ticket() has returned")
+    path = os.path.join(os.path.dirname(target), token)
+    if os.path.basename(token) != token or not path.startswith(_prefix(target)):
+        raise ValueError(
+            f"{shown(token)} is not the token of a pending checkpoint for {target}: pass what token() has returned"
+        )
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: the draft is gone, or on a file system that this machine does not share")
+        raise FileNotFoundError(
+            f"{path}: the pending checkpoint is gone, or on a file system that this machine does not share"
+        )
     return path
 
 
@@ -346,12 +350,12 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _new_path(target: str) -> str:
-    """Return a path for a new draft for a target."""
+    """Return a path for a new pending checkpoint for a target."""
     return f"{_prefix(target)}{secrets.token_hex(_TOKEN_BYTES)}"
 
 
 def _prefix(target: str) -> str:
-    """Return what the paths of all drafts for a target start with, and nothing else does."""
+    """Return what the paths of all pending checkpoints for a target start with, and nothing else does."""
     parent, name = os.path.split(target)
     room = _LONGEST_NAME - len(f".{_MARK}{_ASIDE}") - 2 * _TOKEN_BYTES
     if len(os.fsencode(name)) > room:
@@ -361,9 +365,10 @@ def _prefix(target: str) -> str:
 
 
 def _target(parent: str, name: str) -> str | None:
-    """Return the target that a directory is a draft for, or None if it is none.
+    """Return the target that a directory is a pending checkpoint for, or None if it is none.
 
-    Of a shortened name it is a path with nothing there: drafts for it are found, but none is brought back to it.
+    Of a shortened name it is a path with nothing there: pending checkpoints for it are found, but none is brought back
+    to it.
     """
     stem, mark, token = name.removesuffix(_ASIDE).rpartition(_MARK)
     if not mark or stem[:1] != "." or len(stem) == 1 or len(token) != 2 * _TOKEN_BYTES:
@@ -372,7 +377,7 @@ def _target(parent: str, name: str) -> str | None:
 
 
 def _siblings(target: str) -> Iterator[str]:
-    """Iterate over the paths of drafts for a target, of all writers."""
+    """Iterate over the paths of pending checkpoints for a target, of all writers."""
     parent, start = os.path.split(_prefix(target))
     try:
         names = os.listdir(parent)
@@ -397,7 +402,7 @@ def _change_time(path: str) -> int:
         return 0
 
 
-def _sweep(target: str) -> None:
+def _clean_up(target: str) -> None:
     """Bring a checkpoint back that was moved aside and never replaced, and remove what dead writers have left."""
     if not os.path.lexists(target) and not os.path.basename(target).startswith(_SHORTENED):
         for path in _set_aside(target):
@@ -410,7 +415,7 @@ def _sweep(target: str) -> None:
         try:
             directory = open_directory(path, follow_link=False)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            # The draft of another user, who will see to it.
+            # The pending checkpoint of another user, who will see to it.
             continue
         try:
             if try_lock(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):

@@ -9,21 +9,21 @@ from threading import Lock
 
 from aiostage._loop.cleanup import finish
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
+from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.observe import span
 from aiostage.storage.commit import (
     MANIFEST_NAME,
-    DraftDirectory,
+    PendingDirectory,
+    attached_path,
     check_target,
+    clean_up_below,
     committed_below,
     delete_committed,
-    drafts_below,
-    joined_path,
     open_committed,
-    sweep_below,
-    trim_committed,
+    pending_below,
+    prune_committed,
 )
 from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory, is_current
 
@@ -42,7 +42,7 @@ _DIRECT_FROM = 1 << 20
 """Smaller files go through the page cache: direct I/O saves nothing there."""
 
 
-class LocalStorage(SharedStorage):
+class LocalStorage(MultiWriterStorage):
     """Checkpoints as directories below one directory.
 
     A checkpoint is written beside its place and moved there in one step when all of it is on the disk, also its name.
@@ -67,7 +67,7 @@ class LocalStorage(SharedStorage):
         """The directory; absolute once anything was done there."""
         return self._root
 
-    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
+    async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
         """Begin a checkpoint. Readers do not see it before it is committed.
 
         Args:
@@ -86,29 +86,29 @@ class LocalStorage(SharedStorage):
         """
         _check(name)
 
-        def make() -> SharedDraft:
+        def make() -> MultiWriterCheckpoint:
             target = os.path.realpath(self._path(name))
             check_target(target, overwrite=overwrite)
-            return _LocalDraft(target, overwrite, self._workers)
+            return _LocalCheckpoint(target, overwrite, self._workers)
 
         return await self._workers.run(make)
 
-    async def join(self, name: str, ticket: str) -> Draft:
+    async def attach(self, name: str, token: str) -> PendingCheckpoint:
         """Join a checkpoint that another process has begun, on this machine or on another with the same file system.
 
         Args:
             name: Under which that has opened it.
-            ticket: From its draft.
+            token: From its pending checkpoint.
 
         Returns:
-            A draft of which only ``write`` may be called.
+            A pending checkpoint of which only ``write`` may be called.
 
         Raises:
-            ValueError: If the name leads out of the root, or the ticket is none for it.
+            ValueError: If the name leads out of the root, or the token is none for it.
             OSError: If the file system refuses.
         """
         _check(name)
-        return await self._workers.run(partial(self._join, name, ticket))
+        return await self._workers.run(partial(self._attach, name, token))
 
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; it goes on to be the same one if it is replaced meanwhile.
@@ -152,13 +152,13 @@ class LocalStorage(SharedStorage):
         _check(name)
         return await self._workers.run(lambda: os.path.islink(self._path(name)))
 
-    async def drafts(self) -> Sequence[str]:
+    async def pending(self) -> Sequence[str]:
         """Return the names of all checkpoints below the root that are being written, sorted; of a missing root, none.
 
         Raises:
             OSError: If the file system refuses.
         """
-        return await self._workers.run(lambda: drafts_below(self._path(".")))
+        return await self._workers.run(lambda: pending_below(self._path(".")))
 
     async def delete(self, name: str) -> None:
         """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.
@@ -177,7 +177,7 @@ class LocalStorage(SharedStorage):
         _check(name)
         await self._workers.run(lambda: delete_committed(self._own_path(name)))
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that are not named. What is no checkpoint, or a link to one, is left alone.
 
         Args:
@@ -189,15 +189,15 @@ class LocalStorage(SharedStorage):
             OSError: If the file system refuses.
         """
         _check(name)
-        await self._workers.run(lambda: trim_committed(self._own_path(name), keep))
+        await self._workers.run(lambda: prune_committed(self._own_path(name), keep))
 
-    async def sweep(self) -> None:
-        """Remove drafts below the root that no living process writes. The kernel knows: a writer holds a lock.
+    async def clean_up(self) -> None:
+        """Remove pending checkpoints below the root without a living writer: one holds a lock, which the kernel knows.
 
         Raises:
             OSError: If the file system refuses.
         """
-        await self._workers.run(lambda: sweep_below(self._path(".")))
+        await self._workers.run(lambda: clean_up_below(self._path(".")))
 
     def _path(self, name: str) -> str:
         """Return the path of a name. Blocks."""
@@ -214,16 +214,16 @@ class LocalStorage(SharedStorage):
         above, last = os.path.split(self._path(name))
         return os.path.join(os.path.realpath(above), last)
 
-    def _join(self, name: str, ticket: str) -> Draft:
+    def _attach(self, name: str, token: str) -> PendingCheckpoint:
         target = os.path.realpath(self._path(name))
-        return _JoinedDraft(joined_path(target, ticket), target, self._workers)
+        return _AttachedCheckpoint(attached_path(target, token), target, self._workers)
 
     def _read(self, name: str) -> Reader:
         path = os.path.realpath(self._path(name))
         return LocalReader(open_committed(path), path, self._workers)
 
 
-class _JoinedDraft(Draft):
+class _AttachedCheckpoint(PendingCheckpoint):
     """A directory under way that another process has made, and commits or removes."""
 
     def __init__(self, path: str, target: str, workers: Workers) -> None:
@@ -277,26 +277,26 @@ class _JoinedDraft(Draft):
         """Leave it to the process that has opened it."""
 
 
-class _LocalDraft(_JoinedDraft, SharedDraft):
+class _LocalCheckpoint(_AttachedCheckpoint, MultiWriterCheckpoint):
     """A directory under way."""
 
     def __init__(self, target: str, overwrite: bool, workers: Workers) -> None:
         super().__init__("", target, workers)
         self._overwrite = overwrite
-        self._made: DraftDirectory | None = None
+        self._made: PendingDirectory | None = None
         self._making = Lock()
 
-    def _directory(self) -> DraftDirectory:
+    def _directory(self) -> PendingDirectory:
         """Return the directory, which is there from the first file on. Blocks."""
         with self._making:
             if self._made is None:
-                self._made = DraftDirectory(self._target)
+                self._made = PendingDirectory(self._target)
             return self._made
 
     def _writing_to(self) -> str:
         return self._directory().path
 
-    async def ticket(self) -> str:
+    async def token(self) -> str:
         return os.path.basename(await self._workers.run(self._writing_to))
 
     async def commit(self, manifest: Buffer) -> None:

@@ -85,7 +85,7 @@ class ObjectStorage(RemoteStorage):
     Args:
         store: A store of obstore; what its own options and the environment say goes.
         prefix: Below which everything is.
-        lease_seconds: After so long without a heartbeat, :meth:`sweep` takes a writer for dead.
+        lease_seconds: After so long without a heartbeat, :meth:`clean_up` takes a writer for dead.
             Living ones give four in that while, from a thread of their own.
     """
 
@@ -231,7 +231,7 @@ class _ObjectBucket(Bucket):
         except BaseException as error:
             # Closing that fails aborts by itself, and a coroutine that is being closed may not wait.
             if writer is not None and not closing and not isinstance(error, GeneratorExit):
-                # If this fails too, the upload is found open when the draft is removed, and ended then.
+                # If this fails too, the upload is found open when the pending checkpoint is removed, and ended then.
                 with suppress(BaseError, OSError):
                     await _settled(writer.__aexit__(type(error), error, None))
             raise

@@ -89,7 +89,7 @@ POINTER_NAME = "checkpoint.json"
 """What every checkpoint has, and what tells one from other objects."""
 
 FOLDER = re.compile(r"data-[0-9a-f]{16}")
-"""The name of a folder with the files of one draft."""
+"""The name of a folder with the files of one pending checkpoint."""
 
 _FORMAT = "aiostage"
 _VERSION = 1

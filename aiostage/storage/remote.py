@@ -1,10 +1,10 @@
 """Checkpoints in a flat store of objects: which objects there are, and what makes them appear and go as one.
 
 A checkpoint NAME is ``NAME/checkpoint.json``, a pointer of a few bytes, and a folder ``NAME/data-TOKEN/`` that the
-pointer names and that looks like a checkpoint on a disk. Every draft has a folder of its own, so that writers never
-touch each other's files, dead or alive. Writing the pointer is what commits: where there must be none before, with a
-condition that the store checks, so that of two writers one wins. Replacing a checkpoint replaces the pointer in one
-step, and removes the old folder afterwards.
+pointer names and that looks like a checkpoint on a disk. Every pending checkpoint has a folder of its own, so that
+writers never touch each other's files, dead or alive. Writing the pointer is what commits: where there must be none
+before, with a condition that the store checks, so that of two writers one wins. Replacing a checkpoint replaces the
+pointer in one step, and removes the old folder afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import anyio
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, Draft, Reader, SharedDraft, SharedStorage
+from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
 from aiostage.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -31,6 +31,7 @@ from aiostage.errors import (
 )
 from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.bucket import Bucket
+from aiostage.storage.clean_up import clean_up, pending
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.pointer import (
     BEATS_PER_LEASE,
@@ -44,7 +45,6 @@ from aiostage.storage.pointer import (
     write_lease,
     write_pointer,
 )
-from aiostage.storage.sweep import drafts, sweep
 
 __all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage", "read_ranges"]
 
@@ -94,7 +94,7 @@ DEFAULT_LEASE_SECONDS = 3600.0
 _TOKEN_BYTES = 8
 
 _FILES_AT_ONCE = 2
-"""Files of one draft that are on their way at once. Each already is in several parts."""
+"""Files of one pending checkpoint that are on their way at once. Each already is in several parts."""
 
 _ATTEMPTS = 100
 """How often a race with another writer is retried before it is called an error. Each attempt can only fail when
@@ -103,12 +103,12 @@ that of another process has succeeded."""
 _log = logging.getLogger("aiostage")
 
 
-class RemoteStorage(SharedStorage):
+class RemoteStorage(MultiWriterStorage):
     """Checkpoints in a bucket.
 
     Args:
         bucket: Where.
-        lease_seconds: After so long without a heartbeat, :meth:`sweep` takes a writer for dead.
+        lease_seconds: After so long without a heartbeat, :meth:`clean_up` takes a writer for dead.
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
@@ -125,7 +125,7 @@ class RemoteStorage(SharedStorage):
         """The URL of the bucket and its prefix, without secrets."""
         return self._bucket.location
 
-    async def open(self, name: str, *, overwrite: bool = False) -> SharedDraft:
+    async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
         """Begin a checkpoint; see :meth:`aiostage.Storage.open`."""
         _check_name(name)
         location = f"{self._bucket.location}/{name}"
@@ -139,21 +139,21 @@ class RemoteStorage(SharedStorage):
             ) from error
         if pointer is not None and not overwrite:
             raise _exists(location)
-        draft = _RemoteDraft(self._bucket, name, overwrite=overwrite, lease_seconds=self._lease_seconds)
+        pending = _RemoteCheckpoint(self._bucket, name, overwrite=overwrite, lease_seconds=self._lease_seconds)
         try:
-            await draft.begin()
+            await pending.begin()
         except BaseException as error:
             if not isinstance(error, GeneratorExit):
-                await draft.abort()
+                await pending.abort()
             raise
-        return draft
+        return pending
 
-    async def join(self, name: str, ticket: str) -> Draft:
-        """Join a checkpoint that another process has begun; see :meth:`aiostage.abc.SharedStorage.join`."""
+    async def attach(self, name: str, token: str) -> PendingCheckpoint:
+        """Write to a checkpoint that another process has begun; see :meth:`aiostage.abc.MultiWriterStorage.attach`."""
         _check_name(name)
-        if not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", ticket):
-            raise ValueError(f"{shown(ticket)} is not the ticket of a draft: pass what ticket() has returned")
-        return _RemoteDraft(self._bucket, name, overwrite=False, lease_seconds=self._lease_seconds, joined=ticket)
+        if not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", token):
+            raise ValueError(f"{shown(token)} is not the token of a pending checkpoint: pass what token() has returned")
+        return _RemoteCheckpoint(self._bucket, name, overwrite=False, lease_seconds=self._lease_seconds, attached=token)
 
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; see :meth:`aiostage.Storage.read`."""
@@ -173,9 +173,9 @@ class RemoteStorage(SharedStorage):
             if entry.path.endswith(end)
         ]
 
-    async def drafts(self) -> Sequence[str]:
-        """Return the names of all checkpoints that are being written; see :meth:`aiostage.abc.Storage.drafts`."""
-        return await drafts(self._bucket)
+    async def pending(self) -> Sequence[str]:
+        """Return the names of all checkpoints that are being written; see :meth:`aiostage.Storage.pending`."""
+        return await pending(self._bucket)
 
     async def is_link(self, name: str) -> bool:
         """Return whether a checkpoint is a link, which only stores on a disk have; see :meth:`aiostage.abc.Storage`."""
@@ -194,8 +194,8 @@ class RemoteStorage(SharedStorage):
         await self._bucket.delete([f"{name}/{POINTER_NAME}"])
         await remove_folder(self._bucket, f"{name}/{pointer.folder}")
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
-        """Remove files of a checkpoint that are not named; see :meth:`aiostage.Storage.trim`."""
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
+        """Remove files of a checkpoint that are not named; see :meth:`aiostage.Storage.prune_files`."""
         _check_name(name)
         pointer = await find_pointer(self._bucket, name)
         if pointer is None:
@@ -208,28 +208,28 @@ class RemoteStorage(SharedStorage):
         found = [entry.path async for batch in self._bucket.list(folder) for entry in batch]
         await self._bucket.delete([path for path in found if path not in stay])
 
-    async def sweep(self) -> None:
-        """Remove what dead writers have left behind; see :meth:`aiostage.Storage.sweep`.
+    async def clean_up(self) -> None:
+        """Remove what dead writers have left behind; see :meth:`aiostage.Storage.clean_up`.
 
         A folder that no checkpoint points to is removed once nothing in it has been written for as long as its lease
         holds, and for ``lease_seconds`` of this storage, both by the store's own clock. A living writer renews its
         lease four times in that while.
         """
-        await sweep(self._bucket, self._lease_seconds)
+        await clean_up(self._bucket, self._lease_seconds)
 
 
-class _RemoteDraft(SharedDraft):
+class _RemoteCheckpoint(MultiWriterCheckpoint):
     """A folder that no pointer names yet."""
 
     def __init__(
-        self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float, joined: str | None = None
+        self, bucket: Bucket, name: str, *, overwrite: bool, lease_seconds: float, attached: str | None = None
     ) -> None:
         self._bucket = bucket
         self._name = name
         self._overwrite = overwrite
-        # For a draft that this one has joined, another process sends the heartbeat, and ends it.
-        self._joined = self._ended = joined is not None
-        self._token = joined or secrets.token_hex(_TOKEN_BYTES)
+        # For a pending checkpoint that this one is attached to, another process sends the heartbeat, and ends it.
+        self._attached = self._ended = attached is not None
+        self._token = attached or secrets.token_hex(_TOKEN_BYTES)
         self._folder = f"data-{self._token}"
         self._path = f"{name}/{self._folder}"
         self._lease = write_lease(lease_seconds)
@@ -247,8 +247,8 @@ class _RemoteDraft(SharedDraft):
         """Where the checkpoint is going to be."""
         return f"{self._bucket.location}/{self._name}"
 
-    async def ticket(self) -> str:
-        """Return what names the folder; see :meth:`aiostage.abc.SharedDraft.ticket`."""
+    async def token(self) -> str:
+        """Return what names the folder; see :meth:`aiostage.abc.MultiWriterCheckpoint.token`."""
         # What others do there cannot be known here.
         self._uploads_in_doubt = True
         return self._token
@@ -260,7 +260,7 @@ class _RemoteDraft(SharedDraft):
         self._heartbeat = Heartbeat(beat, self._interval, "aiostage-heartbeat")
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        """Write one file; see :meth:`aiostage.Draft.write`."""
+        """Write one file; see :meth:`aiostage.PendingCheckpoint.write`."""
         if not name or "/" in name or name in (".", "..", LEASE_NAME):
             raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
@@ -271,8 +271,8 @@ class _RemoteDraft(SharedDraft):
                 self._uploads_in_doubt |= several
 
     async def commit(self, manifest: Buffer) -> None:
-        """Write the manifest and then the pointer; see :meth:`aiostage.Draft.commit`."""
-        if self._joined:
+        """Write the manifest and then the pointer; see :meth:`aiostage.PendingCheckpoint.commit`."""
+        if self._attached:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         # Beside each other, so that a commit takes no longer for it.
         await together(self._end_uploads, lambda: self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest))
@@ -289,13 +289,13 @@ class _RemoteDraft(SharedDraft):
         await finish(self._clean_up)
 
     async def abort(self) -> None:
-        """Remove everything written, unless it was committed; see :meth:`aiostage.Draft.abort`."""
+        """Remove everything written, unless it was committed; see :meth:`aiostage.PendingCheckpoint.abort`."""
         if not self._ended:
             # Repeated from the start if it is cancelled meanwhile, which does no harm.
             await finish(self._clean_up)
 
     async def _clean_up(self) -> None:
-        """Remove what no pointer names: what this draft has replaced if it was committed, else the draft."""
+        """Remove what no pointer names: what this has replaced if it was committed, else this."""
         await self._stop_heartbeat()
         try:
             committed = self._committed or await self._is_committed()
@@ -309,7 +309,7 @@ class _RemoteDraft(SharedDraft):
         self._ended = True
 
     async def _end_uploads(self) -> None:
-        """End uploads that were begun and will not be completed, once this draft writes no more."""
+        """End uploads that were begun and will not be completed, once this pending checkpoint writes no more."""
         if not self._uploads_in_doubt:
             return
         try:
@@ -337,7 +337,7 @@ class _RemoteDraft(SharedDraft):
                     await self._bucket.replace(path, data, old.version)
                 return
             except (FileExistsError, StorageError) as error:
-                # An answer may have been lost, and the request repeated by the store: then the pointer is this draft's.
+                # An answer may have been lost, and the request repeated by the store: then the pointer is its own.
                 if await self._is_committed():
                     return
                 if isinstance(error, StorageError):
@@ -359,7 +359,7 @@ class _RemoteDraft(SharedDraft):
             await self._bucket.put(path, data)
 
     async def _is_committed(self) -> bool:
-        """Return whether the pointer is this draft's."""
+        """Return whether the pointer is this pending checkpoint's."""
         pointer = await find_pointer(self._bucket, self._name)
         return pointer is not None and pointer.folder == self._folder
 

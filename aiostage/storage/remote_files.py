@@ -53,7 +53,7 @@ class FsspecStorage(RemoteStorage):
         filesystem: One of fsspec's, or what follows its interface.
         root: Path below which everything is.
         lease_seconds: See :class:`~aiostage.storage.ObjectStorage`. Where the file system does not tell when a file was
-            changed, :meth:`sweep` removes nothing.
+            changed, :meth:`clean_up` removes nothing.
     """
 
     def __init__(self, filesystem: Any, root: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
@@ -261,8 +261,8 @@ def _head(fs: Any, full: str, nbytes: int) -> bytes:
 def _put(fs: Any, full: str, data: bytes) -> None:
     """Write a file whose folder is there."""
     if _is_local(fs):
-        with _draft(full, data) as draft:
-            os.replace(draft, full)
+        with _pending(full, data) as pending:
+            os.replace(pending, full)
     else:
         fs.pipe_file(full, data)
 
@@ -276,9 +276,9 @@ def _create(fs: Any, full: str, data: bytes) -> None:
     if not _is_local(fs):
         fs.pipe_file(full, data, mode="create")
         return
-    with _draft(full, data) as draft:
+    with _pending(full, data) as pending:
         try:
-            os.link(draft, full)
+            os.link(pending, full)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -294,22 +294,22 @@ def _is_local(fs: Any) -> bool:
 
 
 @contextmanager
-def _draft(full: str, data: bytes) -> Iterator[str]:
+def _pending(full: str, data: bytes) -> Iterator[str]:
     """Write a local file that is about to appear at a path.
 
     fsspec truncates a local file and then fills it, and creates one after it has looked whether there is one. The file
     is in a folder that a sweep removes as stale, if this process dies here.
     """
     folder = f"{os.path.dirname(full)}/data-{secrets.token_hex(8)}"
-    draft = f"{folder}/draft"
+    pending = f"{folder}/pending checkpoint"
     os.mkdir(folder)
     try:
-        with open(draft, "xb") as file:
+        with open(pending, "xb") as file:
             file.write(data)
-        yield draft
+        yield pending
     finally:
         with suppress(FileNotFoundError):
-            os.remove(draft)
+            os.remove(pending)
         os.rmdir(folder)
 
 

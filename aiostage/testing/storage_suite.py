@@ -12,7 +12,7 @@ import anyio
 import numpy
 from anyio.lowlevel import checkpoint
 
-from aiostage.abc import Draft, Reader, Storage
+from aiostage.abc import PendingCheckpoint, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.testing.cancelling import at_every_await
 from aiostage.testing.stager_suite import check_holds, require_asyncio
@@ -34,13 +34,13 @@ class StorageSuite(ABC):
             file of three parts to be written in pieces.
         names: Names that checkpoints are written under.
         longest_hold: For how long the storage may keep the event loop from its other tasks, in seconds.
-        trims: Whether :meth:`~aiostage.abc.Storage.trim` removes anything.
+        trims: Whether :meth:`~aiostage.abc.Storage.prune_files` removes anything.
     """
 
     part_bytes = 8192
     names: tuple[str, ...] = ("checkpoint", "runs/a/10", "with space-and_dots.v1", "checkpoint-2", "runs/a/1")
     longest_hold = 0.04
-    trims = True
+    prunes = True
 
     @abstractmethod
     def make_storage(self) -> Storage:
@@ -61,19 +61,19 @@ class StorageSuite(ABC):
             await checkpoint()
             yield memoryview(content)[start : start + self.part_bytes]
 
-    async def _write(self, draft: Draft, files: Mapping[str, bytes]) -> None:
+    async def _write(self, pending: PendingCheckpoint, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
-            await draft.write(name, len(content), self._parts(content))
+            await pending.write(name, len(content), self._parts(content))
 
     async def _save(
         self, storage: Storage, name: str, files: Mapping[str, bytes], manifest: bytes, *, overwrite: bool = False
     ) -> None:
-        draft = await storage.open(name, overwrite=overwrite)
+        pending = await storage.open(name, overwrite=overwrite)
         try:
-            await self._write(draft, files)
-            await draft.commit(memoryview(manifest))
+            await self._write(pending, files)
+            await pending.commit(memoryview(manifest))
         except BaseException:
-            await draft.abort()
+            await pending.abort()
             raise
 
     async def _contents(self, reader: Reader, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -131,11 +131,11 @@ class StorageSuite(ABC):
     async def test_a_file_is_as_long_as_was_announced(self) -> None:
         storage = self.make_storage()
         content = _content(2 * self.part_bytes + 5)
-        draft = await storage.open("a")
+        pending = await storage.open("a")
         for nbytes in (len(content) + 1, 3 * self.part_bytes, len(content) - 1, self.part_bytes):
-            await self._check_raises(Exception, draft.write("file.bin", nbytes, self._parts(content)))
-        await draft.write("file.bin", len(content), self._parts(content))
-        await draft.commit(memoryview(b"m"))
+            await self._check_raises(Exception, pending.write("file.bin", nbytes, self._parts(content)))
+        await pending.write("file.bin", len(content), self._parts(content))
+        await pending.commit(memoryview(b"m"))
         await self._check(storage, "a", {"file.bin": content}, b"m")
 
     async def test_the_event_loop_gets_its_turn(self) -> None:
@@ -146,10 +146,10 @@ class StorageSuite(ABC):
             await self._save(storage, "a", files, b"m", overwrite=True)
             await self._check(storage, "a", files, b"m")
             await storage.list()
-            await storage.drafts()
-            await storage.trim("a", files)
+            await storage.pending()
+            await storage.prune_files("a", files)
             await storage.delete("a")
-            await storage.sweep()
+            await storage.clean_up()
 
         await check_holds(use, self.longest_hold)
 
@@ -167,11 +167,11 @@ class StorageSuite(ABC):
 
     async def test_files_at_once(self) -> None:
         storage = self.make_storage()
-        draft = await storage.open("a")
+        pending = await storage.open("a")
         async with anyio.create_task_group() as tasks:
             for name, content in self.files.items():
-                tasks.start_soon(draft.write, name, len(content), self._parts(content))
-        await draft.commit(memoryview(b"m"))
+                tasks.start_soon(pending.write, name, len(content), self._parts(content))
+        await pending.commit(memoryview(b"m"))
         await self._check(storage, "a", self.files, b"m")
         reader = await storage.read("a")
         found = {name: bytearray(len(content)) for name, content in self.files.items()}
@@ -189,11 +189,11 @@ class StorageSuite(ABC):
             for start in range(0, len(memory), self.part_bytes):
                 yield memoryview(memory)[start : start + self.part_bytes]
 
-        draft = await storage.open("a")
-        await draft.write("file.bin", len(memory), parts())
+        pending = await storage.open("a")
+        await pending.write("file.bin", len(memory), parts())
         # A bytearray with an exported buffer cannot change its size.
         memory.clear()
-        await draft.abort()
+        await pending.abort()
 
     async def test_what_is_not_there(self) -> None:
         storage = self.make_storage()
@@ -212,43 +212,43 @@ class StorageSuite(ABC):
 
     async def test_nothing_is_seen_before_it_is_committed(self) -> None:
         storage = self.make_storage()
-        draft = await storage.open("a")
+        pending = await storage.open("a")
         await self._check_missing(storage, "a")
-        await self._write(draft, self.files)
+        await self._write(pending, self.files)
         await self._check_missing(storage, "a")
         assert list(await storage.list()) == []
-        await draft.commit(memoryview(b"m"))
+        await pending.commit(memoryview(b"m"))
         await self._check(storage, "a", self.files, b"m")
         assert list(await storage.list()) == ["a"]
-        await draft.abort()
+        await pending.abort()
         await self._check(storage, "a", self.files, b"m")
 
     async def test_nothing_is_left_of_what_is_aborted(self) -> None:
         storage = self.make_storage()
-        draft = await storage.open("a")
-        await self._write(draft, self.files)
-        await draft.abort()
-        await draft.abort()
+        pending = await storage.open("a")
+        await self._write(pending, self.files)
+        await pending.abort()
+        await pending.abort()
         await self._check_missing(storage, "a")
         assert list(await storage.list()) == []
         await self._save(storage, "a", {"file.bin": b"1"}, b"m")
         await self._check(storage, "a", {"file.bin": b"1"}, b"m")
 
-    async def test_drafts_are_known_from_their_first_file_to_their_end(self) -> None:
+    async def test_pending_ones_are_known_from_their_first_file_to_their_end(self) -> None:
         storage = self.make_storage()
-        assert list(await storage.drafts()) == []
+        assert list(await storage.pending()) == []
         await self._save(storage, "a", self.files, b"m")
         given_up, other, committed = await storage.open("b"), await storage.open("b"), await storage.open("c/d")
-        for draft in (given_up, other, committed):
-            await self._write(draft, {"file.bin": b"1"})
-        assert set(await storage.drafts()) == {"b", "c/d"}
+        for pending in (given_up, other, committed):
+            await self._write(pending, {"file.bin": b"1"})
+        assert set(await storage.pending()) == {"b", "c/d"}
         # They belong to a living writer.
-        await storage.sweep()
+        await storage.clean_up()
         await committed.commit(memoryview(b"m"))
         await given_up.abort()
-        assert set(await storage.drafts()) == {"b"}
+        assert set(await storage.pending()) == {"b"}
         await other.abort()
-        assert list(await storage.drafts()) == []
+        assert list(await storage.pending()) == []
 
     async def test_a_source_that_fails(self) -> None:
         storage = self.make_storage()
@@ -257,29 +257,29 @@ class StorageSuite(ABC):
             yield memoryview(_content(self.part_bytes))
             raise ZeroDivisionError
 
-        draft = await storage.open("a")
-        await self._check_raises(ZeroDivisionError, draft.write("file.bin", 2 * self.part_bytes, parts()))
-        await self._write(draft, {"file.bin": b"again"})
-        await draft.commit(memoryview(b"m"))
+        pending = await storage.open("a")
+        await self._check_raises(ZeroDivisionError, pending.write("file.bin", 2 * self.part_bytes, parts()))
+        await self._write(pending, {"file.bin": b"again"})
+        await pending.commit(memoryview(b"m"))
         await self._check(storage, "a", {"file.bin": b"again"}, b"m")
 
     async def test_replacing(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"old")
         await self._check_raises(CheckpointExistsError, storage.open("a"))
-        draft = await storage.open("a", overwrite=True)
-        await self._write(draft, {"new.bin": b"new"})
+        pending = await storage.open("a", overwrite=True)
+        await self._write(pending, {"new.bin": b"new"})
         await self._check(storage, "a", self.files, b"old")
-        await draft.commit(memoryview(b"new"))
+        await pending.commit(memoryview(b"new"))
         await self._check(storage, "a", {"new.bin": b"new"}, b"new")
         assert list(await storage.list()) == ["a"]
 
     async def test_replacing_is_given_up(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"old")
-        draft = await storage.open("a", overwrite=True)
-        await self._write(draft, {"parts.bin": b"new"})
-        await draft.abort()
+        pending = await storage.open("a", overwrite=True)
+        await self._write(pending, {"parts.bin": b"new"})
+        await pending.abort()
         await self._check(storage, "a", self.files, b"old")
 
     async def test_deleting(self) -> None:
@@ -298,10 +298,10 @@ class StorageSuite(ABC):
         storage = self.make_storage()
         for name in self.names:
             await self._save(storage, name, self.files, b"m")
-        await storage.trim("never there", [])
+        await storage.prune_files("never there", [])
         keep = {"part.bin", "never there"}
         for _ in range(2):
-            await storage.trim(self.names[0], keep)
+            await storage.prune_files(self.names[0], keep)
             await self._check_trimmed(storage, self.names[0], keep)
         assert sorted(await storage.list()) == sorted(self.names)
         for name in self.names[1:]:
@@ -320,7 +320,7 @@ class StorageSuite(ABC):
                 except CheckpointCorruptError:
                     assert file not in keep
                 else:
-                    assert file in keep or not self.trims
+                    assert file in keep or not self.prunes
         finally:
             await reader.aclose()
 
@@ -367,11 +367,11 @@ class StorageSuite(ABC):
     async def test_sweeping_leaves_the_living_alone(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"m")
-        draft = await storage.open("b")
-        await self._write(draft, {"file.bin": b"12"})
-        await storage.sweep()
-        await self._write(draft, {"more.bin": b"34"})
-        await draft.commit(memoryview(b"b"))
+        pending = await storage.open("b")
+        await self._write(pending, {"file.bin": b"12"})
+        await storage.clean_up()
+        await self._write(pending, {"more.bin": b"34"})
+        await pending.commit(memoryview(b"b"))
         await self._check(storage, "a", self.files, b"m")
         await self._check(storage, "b", {"file.bin": b"12", "more.bin": b"34"}, b"b")
 
@@ -427,7 +427,7 @@ class StorageSuite(ABC):
         storage = self.make_storage()
         keep = {"odd.bin", "parts.bin"}
         await self._save(storage, "a", self.files, b"m")
-        async for _ in at_every_await(partial(storage.trim, "a", keep)):
+        async for _ in at_every_await(partial(storage.prune_files, "a", keep)):
             kept = {file: self.files[file] for file in keep}
             await self._check(storage, "a", kept, b"m")
             await self._save(storage, "a", self.files, b"m", overwrite=True)
@@ -437,7 +437,7 @@ class StorageSuite(ABC):
         require_asyncio()
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"m")
-        async for _ in at_every_await(storage.sweep):
+        async for _ in at_every_await(storage.clean_up):
             await self._check(storage, "a", self.files, b"m")
 
     # Debris
@@ -455,7 +455,7 @@ class StorageSuite(ABC):
         await self._save(storage, "a", self.files, b"m")
         await self.leave_debris(storage, "b")
         assert await self.count_debris(storage)
-        await storage.sweep()
+        await storage.clean_up()
         assert await self.count_debris(storage) == 0
         await self._check(storage, "a", self.files, b"m")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 
 
 class CountingStorage(Storage):
@@ -23,7 +23,7 @@ class CountingStorage(Storage):
         self.before: Callable[[str, int], Awaitable[None]] | None = None
         self.reads_at_once: int | None = None
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
         return await self._storage.open(name, overwrite=overwrite)
 
     async def read(self, name: str) -> Reader:
@@ -32,17 +32,17 @@ class CountingStorage(Storage):
     async def list(self) -> Sequence[str]:
         return await self._storage.list()
 
-    async def drafts(self) -> Sequence[str]:
-        return await self._storage.drafts()
+    async def pending(self) -> Sequence[str]:
+        return await self._storage.pending()
 
     async def delete(self, name: str) -> None:
         await self._storage.delete(name)
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
-        await self._storage.trim(name, keep)
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
+        await self._storage.prune_files(name, keep)
 
-    async def sweep(self) -> None:
-        await self._storage.sweep()
+    async def clean_up(self) -> None:
+        await self._storage.clean_up()
 
 
 class _CountingReader(Reader):

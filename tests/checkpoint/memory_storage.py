@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Sequ
 
 from anyio.lowlevel import checkpoint
 
-from aiostage.abc import Buffer, Draft, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 
 MANIFEST = "manifest.json"
@@ -21,8 +21,8 @@ class MemoryStorage(Storage):
 
     def __init__(self) -> None:
         self.checkpoints: dict[str, dict[str, bytes]] = {}
-        self.under_way: list[MemoryDraft] = []
-        self.most_drafts = 0
+        self.under_way: list[MemoryCheckpoint] = []
+        self.most_pending = 0
         self.operations: Counter[str] = Counter()
         self.written_bytes: Counter[str] = Counter()
         self.before: Callable[[str, str], Awaitable[object]] | None = None
@@ -33,14 +33,14 @@ class MemoryStorage(Storage):
         if self.before is not None:
             await self.before(operation, name)
 
-    async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
         await self.happens("open", name)
         if name in self.checkpoints and not overwrite:
             raise CheckpointExistsError("there is already something.", path=name)
-        draft = MemoryDraft(self, name, overwrite)
-        self.under_way.append(draft)
-        self.most_drafts = max(self.most_drafts, len(self.under_way))
-        return draft
+        pending = MemoryCheckpoint(self, name, overwrite)
+        self.under_way.append(pending)
+        self.most_pending = max(self.most_pending, len(self.under_way))
+        return pending
 
     async def read(self, name: str) -> Reader:
         await self.happens("read", name)
@@ -52,25 +52,25 @@ class MemoryStorage(Storage):
         await self.happens("list", "")
         return list(self.checkpoints)
 
-    async def drafts(self) -> Sequence[str]:
-        await self.happens("drafts", "")
-        return [draft.name for draft in self.under_way if draft.files]
+    async def pending(self) -> Sequence[str]:
+        await self.happens("pending", "")
+        return [pending.name for pending in self.under_way if pending.files]
 
     async def delete(self, name: str) -> None:
         await self.happens("delete", name)
         self.checkpoints.pop(name, None)
 
-    async def trim(self, name: str, keep: Collection[str]) -> None:
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
         for file in sorted(self.checkpoints.get(name, {}).keys() - {MANIFEST, *keep}):
             # Between two of them everything may come to an end.
-            await self.happens("trim", name)
+            await self.happens("prune_files", name)
             self.checkpoints.get(name, {}).pop(file, None)
 
-    async def sweep(self) -> None:
-        await self.happens("sweep", "")
+    async def clean_up(self) -> None:
+        await self.happens("clean_up", "")
 
 
-class MemoryDraft(Draft):
+class MemoryCheckpoint(PendingCheckpoint):
     def __init__(self, storage: MemoryStorage, name: str, overwrite: bool) -> None:
         self.storage = storage
         self.name = name

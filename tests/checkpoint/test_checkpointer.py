@@ -206,7 +206,7 @@ async def test_overlapping_saves_are_bounded(limit: int) -> None:
         assert len(storage.under_way) == limit
         gate.open.set()
         await asyncio.gather(*saves)
-    assert storage.most_drafts == limit
+    assert storage.most_pending == limit
     assert await checkpoints.steps() == list(range(6))
 
 
@@ -574,7 +574,7 @@ async def test_entering_and_leaving_cancelled_at_every_await() -> None:
             async for number in rounds:
                 numbers.append(number)
     assert len(numbers) > 1
-    assert set(storage.operations) == {"sweep", "list"}
+    assert set(storage.operations) == {"clean_up", "list"}
 
 
 @pytest.mark.asyncio

@@ -99,7 +99,7 @@ async def test_the_handlers_come_back_whatever_happens(how: str, handlers: list[
 
     running = asyncio.create_task(run())
     if how != "cancelled in entering":
-        await until(lambda: storage.operations["sweep"] == 1)
+        await until(lambda: storage.operations["clean_up"] == 1)
         await anyio.sleep(0.01)
     running.cancel()
     with suppress(LookupError, asyncio.CancelledError):

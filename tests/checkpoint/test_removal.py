@@ -221,7 +221,7 @@ async def test_nothing_is_held_but_what_is_referred_to(holding: Holding) -> None
 @pytest.mark.usefixtures("_small_groups")
 async def test_a_storage_that_cannot_remove_single_files_keeps_them_until_all_go() -> None:
     class KeepsAll(MemoryStorage):
-        trim = Storage.trim
+        prune_files = Storage.prune_files
 
     storage, model = KeepsAll(), Run()
     async with Checkpointer(storage, incremental=True, keep=2) as checkpoints:
@@ -244,13 +244,13 @@ async def test_each_file_is_asked_for_once() -> None:
         for step in range(3):
             await checkpoints.save(step, model.state_dict(step))
             await settled(checkpoints)
-        trims = storage.operations["trim"]
+        prunes = storage.operations["prune_files"]
         manifests = storage.operations["manifest"]
         for step in range(3, 6):
             # Nothing changes, so that nothing more can go.
             await checkpoints.save(step, model.state_dict(0))
             await settled(checkpoints)
-        assert storage.operations["trim"] == trims
+        assert storage.operations["prune_files"] == prunes
         # What a save is compared with is read once it is pinned.
         assert storage.operations["manifest"] == manifests + 3
 
@@ -307,7 +307,7 @@ async def test_removing_killed_at_each_step() -> None:
     die_at, kinds = 0, set[str]()
     while await run(die_at, kinds):
         die_at += 1
-    assert kinds >= {"list", "manifest", "open", "write", "commit", "trim", "delete"}
+    assert kinds >= {"list", "manifest", "open", "write", "commit", "prune_files", "delete"}
 
 
 @pytest.mark.slow

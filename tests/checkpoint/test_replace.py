@@ -49,7 +49,7 @@ async def test_a_step_is_replaced(kind: str, incremental: bool, tmp_path: Path) 
         assert await checkpoints.steps() == [1, 2, 3]
         for step, value in ((1, 8), (2, 2), (3, 3)):
             assert_same(tree(value), await checkpoints.restore(step=step))
-    assert await storage.drafts() == []
+    assert await storage.pending() == []
 
 
 @pytest.mark.asyncio

@@ -114,7 +114,7 @@ class Stage:
 
     async def before(self, operation: str, name: str) -> None:
         check(self.storage)
-        if lock_of(name_of(NEW - 1)) in [draft.name for draft in self.storage.under_way]:
+        if lock_of(name_of(NEW - 1)) in [pending.name for pending in self.storage.under_way]:
             self.seen.add("pinned")
         await current.get().pass_by()
 

@@ -117,9 +117,9 @@ class TestAlone:
 
     async def test_refuses(self, tmp_path: Path) -> None:
         class Private(Storage):
-            open = read = list = drafts = delete = sweep = None  # type: ignore[assignment]
+            open = read = list = pending = delete = clean_up = None  # type: ignore[assignment]
 
-        with pytest.raises(TypeError, match="is not a SharedStorage"):
+        with pytest.raises(TypeError, match="is not a MultiWriterStorage"):
             dcp.StorageWriter(Private())  # type: ignore[abstract]
         with pytest.raises(RankFailedError, match="needs a name: pass checkpoint_id"):
             await dcp.save({}, storage_writer=dcp.StorageWriter(tmp_path))

@@ -96,7 +96,7 @@ class Operations:
 def stale_files(folder: Path) -> list[str]:
     """Return what lies there beside checkpoints that are whole."""
     return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if ".tmp" in path.name or "draft" in path.name
+        str(path.relative_to(folder)) for path in folder.rglob("*") if ".tmp" in path.name or "pending" in path.name
     )
 
 

@@ -53,8 +53,8 @@ class TestErrorsThatAreCaught:
 
     async def test_a_draft_that_is_dropped(self, storage: Any) -> None:
         with no_circles():
-            draft = await storage.open("a")
-            await draft.abort()
+            pending = await storage.open("a")
+            await pending.abort()
 
     async def test_saving_cancelled(self, storage: Any) -> None:
         for number in range(0, 30, 5):

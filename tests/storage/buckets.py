@@ -10,7 +10,7 @@ from contextlib import aclosing
 import numpy as np
 
 from aiostage import CheckpointExistsError
-from aiostage.abc import Draft, Storage
+from aiostage.abc import PendingCheckpoint, Storage
 
 PART = 8 << 20
 
@@ -24,17 +24,17 @@ async def parts_of(data: memoryview, size: int = PART) -> AsyncGenerator[memoryv
         yield data[start : start + size]
 
 
-async def write(draft: Draft, name: str, data: memoryview, size: int = PART) -> None:
+async def write(pending: PendingCheckpoint, name: str, data: memoryview, size: int = PART) -> None:
     # What a cancelled write leaves of it would be for the collector, and trio warns of that.
     async with aclosing(parts_of(data, size)) as parts:
-        await draft.write(name, data.nbytes, parts)
+        await pending.write(name, data.nbytes, parts)
 
 
 async def save(storage: Storage, name: str, data: memoryview, *, overwrite: bool = False) -> None:
     """Write a checkpoint with one file, whose first bytes are its manifest."""
-    draft = await storage.open(name, overwrite=overwrite)
-    await write(draft, "data", data)
-    await draft.commit(data[:100])
+    pending = await storage.open(name, overwrite=overwrite)
+    await write(pending, "data", data)
+    await pending.commit(data[:100])
 
 
 async def content(storage: Storage, name: str) -> tuple[bytes, bytes]:
@@ -60,18 +60,18 @@ def strays(paths: Iterable[str], pointers: Mapping[str, bytes]) -> list[str]:
 async def race(storage: Storage, name: str) -> None:
     """Let several writers commit one checkpoint at once, and check that one wins and the others are told."""
 
-    async def commit(draft: Draft, mine: memoryview) -> bool:
+    async def commit(pending: PendingCheckpoint, mine: memoryview) -> bool:
         try:
-            await draft.commit(mine[:100])
+            await pending.commit(mine[:100])
         except CheckpointExistsError:
-            await draft.abort()
+            await pending.abort()
             return False
         return True
 
     drafts = [await storage.open(name) for _ in range(4)]
     data = [some_bytes(1000, seed) for seed in range(4)]
-    for draft, mine in zip(drafts, data, strict=True):
-        await write(draft, "data", mine)
+    for pending, mine in zip(drafts, data, strict=True):
+        await write(pending, "data", mine)
     won = await asyncio.gather(*map(commit, drafts, data))
     assert sum(won) == 1
     winner = data[won.index(True)]

@@ -15,7 +15,7 @@ from obstore.store import AzureStore
 import aiostage
 from aiostage import CheckpointExistsError
 from aiostage.abc import Storage
-from aiostage.storage import sweep as sweeping
+from aiostage.storage import clean_up as sweeping
 from aiostage.storage.objects import ObjectStorage
 from aiostage.testing import StorageSuite
 from tests.storage.buckets import PART, race, some_bytes, write
@@ -70,7 +70,7 @@ async def test_a_sweep(azure_options: dict[str, Any], prefix: str, monkeypatch: 
     store = AzureStore(**azure_options)
     storage = ObjectStorage(store, prefix, lease_seconds=3600)
     await write(await storage.open("a"), "data", some_bytes(2 * PART))
-    await storage.sweep()
+    await storage.clean_up()
     assert len(await strays_in(store, prefix)) == 2
     now = sweeping._now
 
@@ -78,5 +78,5 @@ async def test_a_sweep(azure_options: dict[str, Any], prefix: str, monkeypatch: 
         return await now(bucket) + timedelta(seconds=3700)
 
     monkeypatch.setattr(sweeping, "_now", later)
-    await storage.sweep()
+    await storage.clean_up()
     assert obstore.list(store, prefix).collect() == []

@@ -75,7 +75,7 @@ async def test_a_bucket_that_is_not_there(s3_server: S3Server, method: str) -> N
         assert said.endswith("NoSuchBucket: as told. Make the bucket, or check its name and the endpoint.")
         if method == "GET":
             storage = ObjectStorage.from_url(f"s3://{BUCKET}/runs", **ONCE, **s3_server.options(port=proxy.port))
-            for call in (storage.read("a"), storage.list(), storage.sweep()):
+            for call in (storage.read("a"), storage.list(), storage.clean_up()):
                 with pytest.raises(StorageError, match="Make the bucket"):
                     await call
 

@@ -70,7 +70,7 @@ async def test_a_save_and_a_load(filesystem: Any, root: str) -> None:
     assert torch.equal(loaded["weights"], state["weights"])
     with pytest.raises(CheckpointExistsError):
         await aiostage.save(state, (storage, "a/step-3"))
-    await storage.sweep()
+    await storage.clean_up()
     assert await storage.list() == ["a/step-3"]
 
 

@@ -21,9 +21,9 @@ def storage_at(kind: str, root: Path) -> RemoteStorage:
 
 
 async def made(storage: RemoteStorage, name: str) -> None:
-    draft = await storage.open(name)
-    await draft.write("file.bin", 5, parts())
-    await draft.commit(memoryview(b"{}"))
+    pending = await storage.open(name)
+    await pending.write("file.bin", 5, parts())
+    await pending.commit(memoryview(b"{}"))
 
 
 async def parts() -> AsyncIterator[Buffer]:
@@ -53,7 +53,7 @@ async def test_removing_a_link_leaves_what_it_leads_to(kind: str, tmp_path: Path
         into = bytearray(5)
         await (await run.read(name)).read("file.bin", 0, memoryview(into))
         assert into == b"12345"
-        await run.trim(name, [])
+        await run.prune_files(name, [])
         assert found(tmp_path / "archive") == before
         await run.delete(name)
     assert found(tmp_path / "archive") == before

@@ -26,8 +26,8 @@ KILLED = """
         yield memoryview(bytes(5))
 
     async def main():
-        draft = await LocalStorage(sys.argv[1]).open(sys.argv[2])
-        await draft.write("file.bin", 5, parts())
+        pending = await LocalStorage(sys.argv[1]).open(sys.argv[2])
+        await pending.write("file.bin", 5, parts())
         os.kill(os.getpid(), signal.SIGKILL)
 
     asyncio.run(main())
@@ -74,26 +74,26 @@ class TestLargeParts(LocalSuite):
 
 FORKING = """
 from aiostage import CheckpointError
-from aiostage.storage.commit import DraftDirectory
+from aiostage.storage.commit import PendingDirectory
 from aiostage.storage.files import open_directory, try_lock
 
 def is_free():
-    with open_directory(draft.path) as directory:
+    with open_directory(pending.path) as directory:
         return try_lock(directory)
 
 def child():
     assert not is_free()
     try:
-        draft.publish(overwrite=False)
+        pending.publish(overwrite=False)
     except CheckpointError as error:
         assert "this process's" in str(error)
     else:
         raise AssertionError("it was published")
-    draft.discard()
+    pending.discard()
 
-draft = DraftDirectory("ROOT/target")
+pending = PendingDirectory("ROOT/target")
 in_child(child)
-assert os.path.isdir(draft.path) and not is_free()
+assert os.path.isdir(pending.path) and not is_free()
 
 runs, say = os.pipe()
 end, go_on = os.pipe()
@@ -104,7 +104,7 @@ if other == 0:
     os._exit(0)
 os.read(runs, 1)
 # As if this process died, but not the other.
-draft._directory.close()
+pending._directory.close()
 free = is_free()
 os.write(go_on, b".")
 os.waitpid(other, 0)
@@ -118,9 +118,9 @@ def test_a_draft_is_that_of_the_process_that_has_made_it(tmp_path: Path) -> None
 
 async def made(storage: LocalStorage, *names: str) -> None:
     for name in names:
-        draft = await storage.open(name)
-        await draft.write("file.bin", 5, parts())
-        await draft.commit(memoryview(b"{}"))
+        pending = await storage.open(name)
+        await pending.write("file.bin", 5, parts())
+        await pending.commit(memoryview(b"{}"))
 
 
 async def parts() -> AsyncIterator[Buffer]:
@@ -140,7 +140,7 @@ async def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "run" / "twice").symlink_to("a")
     before = found(tmp_path / "archive")
     assert sorted(await run.list()) == ["a", "c", "twice"]
-    await run.trim("a", [])
+    await run.prune_files("a", [])
     await run.delete("twice")
     assert sorted(await run.list()) == ["a", "c"]
     await run.delete("a")
@@ -166,10 +166,10 @@ async def test_links_named_like_drafts_are_not_followed(tmp_path: Path) -> None:
     before = found(tmp_path / "archive")
     for name in (".c.aiostage-0123456789abcdef", ".c.aiostage-0123456789abcdee.old", ".d.aiostage-0123456789abcdef"):
         (tmp_path / "run" / name).symlink_to("../archive/a")
-    await run.sweep()
+    await run.clean_up()
     await made(run, "d")
     await run.delete("c")
-    await run.sweep()
+    await run.clean_up()
     assert found(tmp_path / "archive") == before
 
 
@@ -183,7 +183,7 @@ async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: 
         (tmp_path / "run" / name / "file").symlink_to("../../archive/a/file.bin")
         (tmp_path / "run" / name / "directory").symlink_to("../../archive/a")
         (tmp_path / "run" / name / "below").mkdir()
-    await run.trim("b", [])
+    await run.prune_files("b", [])
     assert sorted(os.listdir(tmp_path / "run" / "b")) == ["below", MANIFEST_NAME]
     await run.delete("b")
     await run.delete("c")

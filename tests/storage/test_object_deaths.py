@@ -15,7 +15,7 @@ import pytest
 from obstore.store import S3Store
 
 from aiostage import Checkpointer
-from aiostage.storage import sweep as module
+from aiostage.storage import clean_up as module
 from aiostage.storage.objects import ObjectStorage
 from tests.servers.proxy import Fault, FaultProxy, running_proxy
 from tests.servers.s3 import open_uploads
@@ -70,14 +70,14 @@ def test_killed_in_the_middle(s3_server: S3Server, monkeypatch: pytest.MonkeyPat
 
     async def check() -> None:
         assert await storage.list() == []
-        await storage.sweep()
+        await storage.clean_up()
         left = [meta["path"] for meta in obstore.list(store, prefix).collect()]
         assert any(path.endswith("/lease.json") for path in left), "the sweep was too early"
         assert len(open_uploads(s3_server, prefix)) == (request_ == SEND), "the sweep was too early"
         data = some_bytes(PART)
         await save(storage, "a", data)
         monkeypatch.setattr(module, "_now", later)
-        await storage.sweep()
+        await storage.clean_up()
         assert len(obstore.list(store, prefix).collect()) == 4
         assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
         assert open_uploads(s3_server, prefix) == []

@@ -80,16 +80,16 @@ class Attempt:
             del view
 
     async def run(self) -> None:
-        draft = await self.storage.open("a")
+        pending = await self.storage.open("a")
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(draft.write("data", NBYTES, self.parts()))
-                group.create_task(write(draft, "small", self.data[:1000]))
-            await draft.commit(self.data[:100])
+                group.create_task(pending.write("data", NBYTES, self.parts()))
+                group.create_task(write(pending, "small", self.data[:1000]))
+            await pending.commit(self.data[:100])
         except* OSError as errors:
             raise errors.exceptions[0] from None
         finally:
-            await draft.abort()
+            await pending.abort()
 
     async def memory_is_back(self) -> None:
         for _ in range(200):
@@ -219,7 +219,7 @@ async def test_uploads_that_cannot_be_looked_for_do_not_fail_a_commit(
     assert "Signature" not in caplog.text
     assert len(open_uploads(s3_server, prefix)) == 1
     proxy.faults.clear()
-    await storage.sweep()
+    await storage.clean_up()
     assert open_uploads(s3_server, prefix) == []
     assert await content(storage, "a") == (bytes(attempt.data[:100]), bytes(attempt.data))
 
@@ -240,7 +240,7 @@ async def test_whoever_may_not_list_uploads_is_told_once(
 ) -> None:
     proxy.faults.append(Fault("status", OPEN, number=403))
     await Attempt(storage).run()
-    await storage.sweep()
+    await storage.clean_up()
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"open multipart uploads of s3://{BUCKET}/{prefix} cannot be listed")
     assert "403: AccessDenied: as told." in warning
@@ -262,12 +262,12 @@ async def test_out_of_reach_from_the_commit_on(
     storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody can know then whether the checkpoint is there, so nothing is removed."""
-    draft = await storage.open("a")
-    await write(draft, "data", some_bytes(1000))
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
     proxy.faults += [Fault("lost", POINTER), Fault("status", "^GET", number=503, spared=1)]
     with pytest.raises(StorageError):
-        await draft.commit(some_bytes(1000)[:100])
-    await draft.abort()
+        await pending.commit(some_bytes(1000)[:100])
+    await pending.abort()
     assert "could not remove what is left" in caplog.text
     proxy.faults.clear()
     assert (await content(storage, "a"))[1] == bytes(some_bytes(1000))

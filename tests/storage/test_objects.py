@@ -69,11 +69,11 @@ async def test_what_is_written_is_read(storage: ObjectStorage, nbytes: int) -> N
 
 async def test_several_files_at_once(storage: ObjectStorage) -> None:
     files = {f"file-{number}": some_bytes(number * 1000 + 1, number) for number in range(8)}
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     async with asyncio.TaskGroup() as group:
         for name, data in files.items():
-            group.create_task(write(draft, name, data))
-    await draft.commit(memoryview(b"{}"))
+            group.create_task(write(pending, name, data))
+    await pending.commit(memoryview(b"{}"))
     reader = await storage.read("a")
     for name, data in files.items():
         into = bytearray(data.nbytes)
@@ -96,24 +96,24 @@ async def test_ranges(storage: ObjectStorage) -> None:
 
 async def test_nothing_is_seen_before_the_commit(storage: ObjectStorage, store: Any, prefix: str) -> None:
     data = some_bytes(1000)
-    draft = await storage.open("a")
-    assert draft.location.endswith(f"{prefix}/a")
-    await write(draft, "data", data)
+    pending = await storage.open("a")
+    assert pending.location.endswith(f"{prefix}/a")
+    await write(pending, "data", data)
     assert await storage.list() == []
     with pytest.raises(CheckpointNotFoundError, match=f"{prefix}/a: there is no checkpoint"):
         await storage.read("a")
-    await draft.commit(data)
+    await pending.commit(data)
     assert await storage.list() == ["a"]
-    await draft.abort()
+    await pending.abort()
     assert await storage.list() == ["a"]
 
 
 async def test_an_aborted_draft_leaves_nothing(storage: ObjectStorage, store: Any, prefix: str) -> None:
-    draft = await storage.open("a")
-    await write(draft, "data", some_bytes(1000))
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
     assert paths(store, prefix)
-    await draft.abort()
-    await draft.abort()
+    await pending.abort()
+    await pending.abort()
     assert paths(store, prefix) == []
 
 
@@ -150,10 +150,10 @@ async def test_what_is_no_checkpoint_is_not_replaced(storage: ObjectStorage, sto
 async def test_replacing_removes_what_was_there(storage: ObjectStorage, store: Any, prefix: str) -> None:
     old, new = some_bytes(1000, 1), some_bytes(2000, 2)
     await save(storage, "a", old)
-    draft = await storage.open("a", overwrite=True)
-    await write(draft, "data", new)
+    pending = await storage.open("a", overwrite=True)
+    await write(pending, "data", new)
     assert await content(storage, "a") == (bytes(old[:100]), bytes(old))
-    await draft.commit(new[:100])
+    await pending.commit(new[:100])
     assert await content(storage, "a") == (bytes(new[:100]), bytes(new))
     assert len(paths(store, prefix)) == 4
 
@@ -223,10 +223,10 @@ async def test_names_come_back_as_they_were(storage: ObjectStorage, name: str) -
 async def test_parts_of_another_length_are_refused(
     storage: ObjectStorage, store: Any, prefix: str, nbytes: int
 ) -> None:
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     with pytest.raises(CheckpointError, match=f"expected {nbytes} bytes, but its parts have"):
-        await draft.write("data", nbytes, parts_of(some_bytes(4 * PART)))
-    await draft.abort()
+        await pending.write("data", nbytes, parts_of(some_bytes(4 * PART)))
+    await pending.abort()
     assert paths(store, prefix) == []
 
 
@@ -238,10 +238,10 @@ async def test_parts_that_fail(storage: ObjectStorage, store: Any, prefix: str) 
             yield part
         raise OSError("no more")
 
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     with pytest.raises(OSError, match=r"^no more$"):
-        await draft.write("data", data.nbytes, failing())
-    await draft.abort()
+        await pending.write("data", data.nbytes, failing())
+    await pending.abort()
     assert paths(store, prefix) == []
 
 
@@ -263,13 +263,13 @@ async def test_nothing_is_copied_and_everything_let_go(storage: ObjectStorage, s
             del view
             most = max(most, sum(reference() is not None for reference in alive))
 
-    draft = await storage.open("a")
-    await draft.write("data", 12 * PART, parts())
+    pending = await storage.open("a")
+    await pending.write("data", 12 * PART, parts())
     gc.collect()
     assert [reference() for reference in alive] == [None] * 12
     # Eight requests of one part, the next one, and the one that is being handed over.
     assert most <= 10
-    await draft.abort()
+    await pending.abort()
 
 
 @pytest.mark.parametrize("steps", range(0, 40, 8))
@@ -281,12 +281,12 @@ async def test_cancelled_at_any_await(
     data = some_bytes(5 * PART)
 
     async def whole() -> None:
-        draft = await storage.open("a")
+        pending = await storage.open("a")
         try:
-            await write(draft, "data", data)
-            await draft.commit(data[:100])
+            await write(pending, "data", data)
+            await pending.commit(data[:100])
         except BaseException:
-            await draft.abort()
+            await pending.abort()
             raise
 
     task = asyncio.ensure_future(whole())
@@ -326,7 +326,7 @@ async def test_a_server_that_is_not_there(prefix: str) -> None:
     storage = ObjectStorage.from_url(
         f"s3://{BUCKET}/{prefix}", **S3Server(1).options(), retry_config={"max_retries": 1}
     )
-    for attempt in (storage.open("a"), storage.read("a"), storage.list(), storage.delete("a"), storage.sweep()):
+    for attempt in (storage.open("a"), storage.read("a"), storage.list(), storage.delete("a"), storage.clean_up()):
         with pytest.raises(StorageError, match=f"s3://{BUCKET}/{prefix}"):
             await attempt
 

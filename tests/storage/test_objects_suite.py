@@ -57,12 +57,12 @@ async def test_an_upload_of_many_requests_cancelled_at_every_await(s3_server: S3
     data = some_bytes((10 << 20) + 5)
 
     async def whole() -> None:
-        draft = await storage.open("a", overwrite=True)
+        pending = await storage.open("a", overwrite=True)
         try:
-            await write(draft, "data", data, 5 << 20)
-            await draft.commit(data[:100])
+            await write(pending, "data", data, 5 << 20)
+            await pending.commit(data[:100])
         except BaseException:
-            await draft.abort()
+            await pending.abort()
             raise
 
     async for number in at_every_await(whole):

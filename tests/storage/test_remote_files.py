@@ -24,7 +24,7 @@ from aiostage import (
     StorageError,
 )
 from aiostage.storage import FsspecStorage, locate
-from aiostage.storage import sweep as module
+from aiostage.storage import clean_up as module
 from aiostage.storage.remote_files import _modified
 from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
 
@@ -66,22 +66,22 @@ async def test_of_two_writers_one_wins(storage: FsspecStorage) -> None:
 
     async def writer(seed: int) -> None:
         data = some_bytes(1000, seed)
-        draft = await storage.open("a")
-        await write(draft, "data", data)
+        pending = await storage.open("a")
+        await write(pending, "data", data)
         await anyio.lowlevel.checkpoint()
         try:
-            await draft.commit(data[:100])
+            await pending.commit(data[:100])
             won.append(bytes(data))
         except CheckpointExistsError:
-            await draft.abort()
+            await pending.abort()
 
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     async with anyio.create_task_group() as group:
         for seed in range(3):
             group.start_soon(writer, seed)
     with pytest.raises(CheckpointExistsError):
-        await draft.commit(memoryview(b"{}"))
-    await draft.abort()
+        await pending.commit(memoryview(b"{}"))
+    await pending.abort()
     if isinstance(storage._bucket._filesystem()[0], LocalFileSystem):  # type: ignore[attr-defined]
         assert len(won) == 1
         assert (await content(storage, "a"))[1] == won[0]
@@ -121,19 +121,19 @@ async def test_parts_that_fail(storage: FsspecStorage) -> None:
         yield some_bytes(4096)
         raise OSError("no more")
 
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     with pytest.raises(OSError, match=r"^no more$"):
-        await draft.write("data", 8192, failing())
+        await pending.write("data", 8192, failing())
     with pytest.raises(CheckpointError, match="expected 5 bytes, but its parts have"):
-        await draft.write("other", 5, parts_of(some_bytes(4)))
-    await draft.abort()
+        await pending.write("other", 5, parts_of(some_bytes(4)))
+    await pending.abort()
     assert files(storage) == []
 
 
 async def test_debris_goes_once_its_lease_is_over(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     await save(storage, "a", some_bytes(10))
     await write(await storage.open("b"), "data", some_bytes(10))
-    await storage.sweep()
+    await storage.clean_up()
     assert len(files(storage)) == 6
     now = module._now
 
@@ -141,7 +141,7 @@ async def test_debris_goes_once_its_lease_is_over(storage: FsspecStorage, monkey
         return await now(bucket) + timedelta(seconds=3605)
 
     monkeypatch.setattr(module, "_now", then)
-    await storage.sweep()
+    await storage.clean_up()
     assert len(files(storage)) == 4
     assert await storage.list() == ["a"]
 

@@ -18,7 +18,7 @@ async def test_what_is_written_is_read(tmp_path: Path) -> None:
     data = some_bytes(3 * 4096)
     await save(storage, "a", data)
     assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
-    await storage.sweep()
+    await storage.clean_up()
     assert await storage.list() == ["a"]
 
 
@@ -28,12 +28,12 @@ async def test_cancelled_at_any_await(tmp_path: Path, steps: int) -> None:
     storage = FsspecStorage(LocalFileSystem(), str(tmp_path))
 
     async def whole() -> None:
-        draft = await storage.open("a")
+        pending = await storage.open("a")
         try:
-            await write(draft, "data", some_bytes(2 * 4096), 4096)
-            await draft.commit(some_bytes(100))
+            await write(pending, "data", some_bytes(2 * 4096), 4096)
+            await pending.commit(some_bytes(100))
         except BaseException:
-            await draft.abort()
+            await pending.abort()
             raise
 
     async with anyio.create_task_group() as group:

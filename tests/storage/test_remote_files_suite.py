@@ -18,10 +18,10 @@ from tests.storage.buckets import is_pointer, some_bytes, strays, write
 
 
 async def leave_behind(storage: Storage, name: str) -> str:
-    """Leave a draft whose writer goes away, and return where its folder is."""
-    draft = await storage.open(name)
-    await write(draft, "data", some_bytes(10))
-    return f"{name}/data-{await draft.ticket()}"  # type: ignore[attr-defined]
+    """Leave a pending checkpoint whose writer goes away, and return where its folder is."""
+    pending = await storage.open(name)
+    await write(pending, "data", some_bytes(10))
+    return f"{name}/data-{await pending.token()}"  # type: ignore[attr-defined]
 
 
 @pytest.mark.asyncio

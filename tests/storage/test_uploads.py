@@ -12,7 +12,7 @@ import obstore
 import pytest
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from aiostage.storage import sweep as sweeping
+from aiostage.storage import clean_up as sweeping
 from aiostage.storage import uploads as module
 from aiostage.storage.bucket import Upload
 from aiostage.storage.objects import ObjectStorage
@@ -89,17 +89,17 @@ async def test_a_sweep_leaves_the_uploads_of_the_living(
         for start in (PART, 2 * PART):
             yield data[start : start + PART]
 
-    draft = await ObjectStorage(store, lease_seconds=LEASE).open("a")
-    writing = asyncio.ensure_future(draft.write("data", data.nbytes, parts()))
+    pending = await ObjectStorage(store, lease_seconds=LEASE).open("a")
+    writing = asyncio.ensure_future(pending.write("data", data.nbytes, parts()))
     await half.wait()
     while not left(s3_server, store):
         await asyncio.sleep(0.005)
     later(monkeypatch, LEASE - 60)
-    await ObjectStorage(store, lease_seconds=1).sweep()
+    await ObjectStorage(store, lease_seconds=1).clean_up()
     assert len(left(s3_server, store)) == 1
     go_on.set()
     await writing
-    await draft.commit(data[:100])
+    await pending.commit(data[:100])
     assert await content(ObjectStorage(store), "a") == (bytes(data[:100]), bytes(data))
     assert left(s3_server, store) == []
 
@@ -111,8 +111,8 @@ async def test_a_sweep_ends_the_uploads_of_the_dead(
     """Of a folder that was removed meanwhile, an upload may be all that is left."""
     storage = ObjectStorage(store, lease_seconds=LEASE)
     if folder == "leased":
-        draft = await storage.open("a")
-        begun = f"a/data-{await draft.ticket()}/data"
+        pending = await storage.open("a")
+        begun = f"a/data-{await pending.token()}/data"
     else:
         begun = "a/data-0123456789abcdef/data"
     await begin(store, begun)
@@ -120,10 +120,10 @@ async def test_a_sweep_ends_the_uploads_of_the_dead(
     for path in foreign:
         await begin(store, path)
     later(monkeypatch, LEASE - 60)
-    await storage.sweep()
+    await storage.clean_up()
     assert len(left(s3_server, store)) == 4
     later(monkeypatch, 70)
-    await storage.sweep()
+    await storage.clean_up()
     assert sorted(left(s3_server, store)) == sorted(f"{store.prefix}/{path}" for path in foreign)
     assert [meta["path"] for meta in obstore.list(store).collect()] == []
 
@@ -135,7 +135,7 @@ async def test_a_sweep_ends_the_uploads_to_what_is_committed(s3_server: S3Server
     await save(storage, "a", data)
     (lease,) = [meta["path"] for meta in obstore.list(store).collect() if meta["path"].endswith("/lease.json")]
     await begin(store, lease.replace("lease.json", "data"))
-    await storage.sweep()
+    await storage.clean_up()
     assert left(s3_server, store) == []
     assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
 
@@ -143,14 +143,14 @@ async def test_a_sweep_ends_the_uploads_to_what_is_committed(s3_server: S3Server
 async def test_a_draft_ends_what_others_have_begun_in_its_name(s3_server: S3Server, store: S3Store) -> None:
     storage = ObjectStorage(store)
     for commits in (True, False):
-        draft = await storage.open("a", overwrite=True)
-        begun = f"a/data-{await draft.ticket()}/theirs"
-        await write(draft, "data", some_bytes(1000))
+        pending = await storage.open("a", overwrite=True)
+        begun = f"a/data-{await pending.token()}/theirs"
+        await write(pending, "data", some_bytes(1000))
         await begin(store, begun)
         if commits:
-            await draft.commit(some_bytes(100))
+            await pending.commit(some_bytes(100))
         else:
-            await draft.abort()
+            await pending.abort()
         assert left(s3_server, store) == []
     assert (await content(storage, "a"))[0] == bytes(some_bytes(100))
 
@@ -164,7 +164,7 @@ async def test_a_sweep_cancelled_at_every_await(
     await save(storage, "a", data)
     later(monkeypatch, LEASE + 60)
     await begin(store, "b/data-0123456789abcdef/data")
-    async for _ in at_every_await(storage.sweep):
+    async for _ in at_every_await(storage.clean_up):
         if not left(s3_server, store):
             await begin(store, "b/data-0123456789abcdef/data")
     assert left(s3_server, store) == []

@@ -10,9 +10,9 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aiostage import CheckpointCorruptError, CheckpointNotFoundError
-from aiostage.abc import Buffer, Draft, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Storage
 from aiostage.testing import StorageSuite
-from tests.checkpoint.memory_storage import MANIFEST, MemoryDraft, MemoryStorage
+from tests.checkpoint.memory_storage import MANIFEST, MemoryCheckpoint, MemoryStorage
 
 
 @pytest.mark.asyncio
@@ -27,26 +27,26 @@ class TestMemoryStorageOnTrio(StorageSuite):
         return MemoryStorage()
 
 
-class SeenTooEarly(MemoryDraft):
+class SeenTooEarly(MemoryCheckpoint):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         await super().write(name, nbytes, parts)
         self.storage.checkpoints[self.name] = self.files | {MANIFEST: b""}
 
 
-class KeepsParts(MemoryDraft):
+class KeepsParts(MemoryCheckpoint):
     kept: ClassVar[list[Buffer]] = []
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         self.kept += [part async for part in parts]
 
 
-class Overtakes(MemoryDraft):
+class Overtakes(MemoryCheckpoint):
     async def commit(self, manifest: Buffer) -> None:
         self.overwrite = True
         await super().commit(manifest)
 
 
-class Halves(MemoryDraft):
+class Halves(MemoryCheckpoint):
     """Commits in two steps."""
 
     async def commit(self, manifest: Buffer) -> None:
@@ -55,18 +55,18 @@ class Halves(MemoryDraft):
         self.storage.checkpoints[self.name] |= self.files
 
 
-class AbortsTheCommitted(MemoryDraft):
+class AbortsTheCommitted(MemoryCheckpoint):
     async def abort(self) -> None:
         self.storage.checkpoints.pop(self.name, None)
 
 
-class Truncates(MemoryDraft):
+class Truncates(MemoryCheckpoint):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         await super().write(name, nbytes, parts)
         self.files[name] = self.files[name][:8192]
 
 
-class TakesFewer(MemoryDraft):
+class TakesFewer(MemoryCheckpoint):
     """Believes what was announced."""
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
@@ -84,18 +84,18 @@ async def _padded(parts: AsyncIterable[Buffer], nbytes: int) -> AsyncIterator[Bu
         yield memoryview(bytes(nbytes - sent))
 
 
-class FourParts(MemoryDraft):
+class FourParts(MemoryCheckpoint):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         await super().write(name, nbytes, parts)
         self.files[name] = self.files[name][: 4 * StorageSuite.part_bytes]
 
 
-class CutsManifests(MemoryDraft):
+class CutsManifests(MemoryCheckpoint):
     async def commit(self, manifest: Buffer) -> None:
         await super().commit(manifest[:64])
 
 
-class Blocks(MemoryDraft):
+class Blocks(MemoryCheckpoint):
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         time.sleep(0.05)
         await super().write(name, nbytes, parts)
@@ -103,7 +103,7 @@ class Blocks(MemoryDraft):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    ("draft", "test"),
+    ("pending", "test"),
     [
         (SeenTooEarly, "test_nothing_is_seen_before_it_is_committed"),
         (KeepsParts, "test_parts_are_let_go_of"),
@@ -118,11 +118,11 @@ class Blocks(MemoryDraft):
         (Blocks, "test_the_event_loop_gets_its_turn"),
     ],
 )
-async def test_the_suite_finds_what_is_wrong(draft: type[MemoryDraft], test: str) -> None:
+async def test_the_suite_finds_what_is_wrong(pending: type[MemoryCheckpoint], test: str) -> None:
     class Broken(MemoryStorage):
-        async def open(self, name: str, *, overwrite: bool = False) -> Draft:
+        async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
             made = await super().open(name, overwrite=overwrite)
-            made.__class__ = draft
+            made.__class__ = pending
             return made
 
     class Suite(StorageSuite):
@@ -160,17 +160,17 @@ async def test_the_suite_finds_what_is_wrong_with_storages(storage: type[MemoryS
 
 
 class TrimsTooMuch(MemoryStorage):
-    async def trim(self, name: str, keep: Collection[str]) -> None:
-        await super().trim(name, ())
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
+        await super().prune_files(name, ())
 
 
 class TrimsNothing(MemoryStorage):
-    trim = Storage.trim
+    prune_files = Storage.prune_files
 
 
 class TrimsTheManifest(MemoryStorage):
-    async def trim(self, name: str, keep: Collection[str]) -> None:
-        await super().trim(name, keep)
+    async def prune_files(self, name: str, keep: Collection[str]) -> None:
+        await super().prune_files(name, keep)
         self.checkpoints.get(name, {})[MANIFEST] = b""
 
 
@@ -188,7 +188,7 @@ async def test_the_suite_finds_what_is_wrong_with_trimming(storage: type[MemoryS
 @pytest.mark.asyncio
 async def test_a_storage_may_do_without_trimming() -> None:
     class Suite(StorageSuite):
-        trims = False
+        prunes = False
 
         def make_storage(self) -> Storage:
             return TrimsNothing()

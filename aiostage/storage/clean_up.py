@@ -12,7 +12,7 @@ from aiostage._loop.cleanup import finish
 from aiostage.storage.bucket import Bucket, Upload
 from aiostage.storage.pointer import FOLDER, LEASE_NAME, POINTER_NAME, find_pointer, lease_seconds, remove_folder
 
-__all__ = ["drafts", "sweep"]
+__all__ = ["clean_up", "pending"]
 
 _MAX_LEASE_BYTES = 4096
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("aiostage")
 
 @dataclass(frozen=True, slots=True)
 class _Suspect:
-    """The folder of a draft that a listing alone does not clear.
+    """The folder of a pending checkpoint that a listing alone does not clear.
 
     Attributes:
         name: Of the checkpoint.
@@ -44,7 +44,7 @@ class _Suspect:
         return f"{self.name}/{self.folder}"
 
 
-async def sweep(bucket: Bucket, seconds: float) -> None:
+async def clean_up(bucket: Bucket, seconds: float) -> None:
     """Remove the folders that have no pointer and no writer, and end the uploads that are left of them.
 
     Args:
@@ -55,7 +55,7 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
         StorageError: If the store refuses. What is left is found again.
     """
     candidates = []
-    # Before the listing, or those of a draft that is committed in between would be taken for stale files.
+    # Before the listing, or those of a pending checkpoint that is committed in between would be taken for stale files.
     uploads = [upload async for batch in bucket.uploads("") for upload in batch]
     for suspect in await _suspects(bucket, uploads):
         if await _is_used(bucket, suspect):
@@ -75,7 +75,7 @@ async def sweep(bucket: Bucket, seconds: float) -> None:
         await remove_folder(bucket, suspect.path)
 
 
-async def drafts(bucket: Bucket) -> Sequence[str]:
+async def pending(bucket: Bucket) -> Sequence[str]:
     """Return the names of the checkpoints with files of a writer, alive or dead, that are not committed.
 
     Raises:

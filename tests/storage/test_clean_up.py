@@ -13,7 +13,7 @@ import pytest
 from obstore.store import MemoryStore, S3Store
 
 from aiostage import CheckpointError
-from aiostage.storage import sweep as module
+from aiostage.storage import clean_up as module
 from aiostage.storage.objects import ObjectStorage
 from aiostage.storage.pointer import Heartbeat, lease_seconds, write_lease
 from tests.servers.weed import BUCKET
@@ -59,13 +59,13 @@ async def test_debris_goes_once_its_lease_is_over(store: Any, monkeypatch: pytes
     obstore.put(store, "a/mine", b"")
     obstore.put(store, "data-0123456789abcdef/mine", b"")
     everything = paths(store)
-    await storage.sweep()
+    await storage.clean_up()
     assert paths(store) == everything
     later(monkeypatch, LEASE - 5)
-    await storage.sweep()
+    await storage.clean_up()
     assert paths(store) == everything
     later(monkeypatch, 10)
-    await storage.sweep()
+    await storage.clean_up()
     kept = [path for path in paths(store) if not path.startswith("d/")]
     assert kept == ["a/mine", "data-0123456789abcdef/mine"]
     assert (await content(storage, "d"))[1] == bytes(some_bytes(1000))
@@ -76,59 +76,59 @@ async def test_a_longer_lease_counts(store: Any, monkeypatch: pytest.MonkeyPatch
     await die(ObjectStorage(store, lease_seconds=2 * LEASE), "a")
     everything = paths(store)
     later(monkeypatch, 1.5 * LEASE)
-    await ObjectStorage(store, lease_seconds=LEASE).sweep()
+    await ObjectStorage(store, lease_seconds=LEASE).clean_up()
     assert paths(store) == everything
     later(monkeypatch, LEASE)
-    await ObjectStorage(store, lease_seconds=LEASE).sweep()
+    await ObjectStorage(store, lease_seconds=LEASE).clean_up()
     assert paths(store) == []
 
 
 async def test_a_living_writer_renews_its_lease() -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=0.1)
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     (lease,) = paths(store)
     first = obstore.head(store, lease)["last_modified"]
     while obstore.head(store, lease)["last_modified"] == first:
         await asyncio.sleep(0.005)
-    await draft.abort()
+    await pending.abort()
     assert paths(store) == []
 
 
 async def test_whoever_was_taken_for_dead_cannot_commit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = ObjectStorage(store, lease_seconds=LEASE)
-    draft = await storage.open("a")
-    await write(draft, "data", some_bytes(1000))
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
     later(monkeypatch, LEASE + 5)
-    await storage.sweep()
+    await storage.clean_up()
     assert paths(store) == []
     with pytest.raises(CheckpointError, match="deleted by another process because its heartbeat expired"):
-        await draft.commit(memoryview(b"{}"))
-    await draft.abort()
+        await pending.commit(memoryview(b"{}"))
+    await pending.abort()
     assert paths(store) == []
 
 
 async def test_a_commit_between_the_looks_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=LEASE)
-    draft = await storage.open("a")
-    await write(draft, "data", some_bytes(1000))
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
 
     async def commit_then_tell(bucket: Any) -> datetime:
-        await draft.commit(some_bytes(1000)[:100])
+        await pending.commit(some_bytes(1000)[:100])
         return datetime.now(UTC) + timedelta(days=1)
 
     monkeypatch.setattr(module, "_now", commit_then_tell)
-    await storage.sweep()
+    await storage.clean_up()
     assert (await content(storage, "a"))[1] == bytes(some_bytes(1000))
 
 
 async def test_a_dropped_draft_stops_its_heartbeat() -> None:
     before = set(threading.enumerate())
-    draft = await ObjectStorage(MemoryStore()).open("a")
+    pending = await ObjectStorage(MemoryStore()).open("a")
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "aiostage-heartbeat"]
     assert thread not in before
-    del draft
+    del pending
     thread.join(10)
     assert not thread.is_alive()
 
@@ -159,11 +159,11 @@ async def test_leases_that_cannot_be_read(data: bytes) -> None:
 async def test_a_sweep_that_was_killed_leaves_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=LEASE)
-    draft = await storage.open("a")
+    pending = await storage.open("a")
     obstore.put(store, ".aiostage-clock/0123456789abcdef", b".")
-    await storage.sweep()
+    await storage.clean_up()
     assert ".aiostage-clock/0123456789abcdef" in paths(store)
     monkeypatch.setattr(module, "_SWEPT", timedelta(0))
-    await storage.sweep()
+    await storage.clean_up()
     assert len(paths(store)) == 1
-    await draft.abort()
+    await pending.abort()
