@@ -25,6 +25,7 @@ NO_VERSION = -1
 """Stands for the version of tensors that have none (inference tensors)."""
 
 _address = torch.Tensor.data_ptr
+_storage = torch.Tensor.untyped_storage
 _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _grad = attrgetter("grad")
@@ -122,6 +123,7 @@ class Leaves:
         untrack_all((self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes))
         self._count = 0
         self._indexed = 0
+        self._inspected = self._unlike = False
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
@@ -130,11 +132,34 @@ class Leaves:
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add tensors, and note what they are now; :meth:`inspect` finds out which of them were met before."""
         self.tensors += tensors
-        self.versions += _versions(tensors)
-        self.addresses += _addresses(tensors)
-        storages, sizes = _storages(tensors)
-        self.storages += storages
+        versions, addresses, sizes, storages = _look(tensors)
+        self.versions += versions
+        self.addresses += addresses
         self.storage_sizes += sizes
+        self.storages += storages
+
+    def recognize(self, inspection: Inspection) -> None:
+        """Fill the specs of the leaves noted so far, as long as they are what they were at the last inspection.
+
+        A look at what was noted just now is cheap, because it is in the processor's caches.
+        """
+        while not self._unlike and len(self.tensors) - len(self.specs) >= CHUNK:
+            start = len(self.specs)
+            self._unlike = not self._recognize(self.tensors[start : start + CHUNK], start, inspection)
+
+    def _recognize(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
+        """Fill the specs of a chunk if it is what it was at the last inspection, and say whether it is."""
+        known = inspection.chunks.get(start)
+        # Another address means other memory, whose size the guard knows nothing of.
+        if (
+            known is None
+            or self.addresses[start : start + CHUNK] != known.addresses
+            or not known.recognizes(chunk)
+            or _have_gradients(chunk)
+        ):
+            return False
+        self.specs += known.specs
+        return True
 
     def index(self) -> Generator[None, None, None]:
         """Fill :attr:`positions`, yielding between small steps."""
@@ -189,23 +214,15 @@ class Leaves:
         Raises:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
         """
-        start, recognized = len(self.specs), True
-        whole = start == 0
+        start, recognized = len(self.specs), not self._inspected
+        self._inspected = True
         while start < len(self.tensors):
             chunk = self.tensors[start : start + CHUNK]
-            known = inspection.chunks.get(start)
-            addresses = self.addresses[start : start + CHUNK]
-            # Another address means other memory, whose size the guard knows nothing of.
-            if (
-                known is not None
-                and addresses == known.addresses
-                and known.recognizes(chunk)
-                and not _have_gradients(chunk)
-            ):
-                self.specs += known.specs
+            if self._recognize(chunk, start, inspection):
                 start += len(chunk)
                 yield
                 continue
+            known, addresses = inspection.chunks.get(start), self.addresses[start : start + CHUNK]
             recognized, inspection.apart = False, None
             with _private.without_torch_function():
                 simple = self._inspect_slowly(chunk, start, inspection.table)
@@ -218,7 +235,7 @@ class Leaves:
                     inspection.chunks[start] = _Chunk(specs, addresses)
                 yield
             start += len(chunk)
-        if not (whole and recognized and (yield from self._are_apart(inspection))):
+        if not (recognized and (yield from self._are_apart(inspection))):
             yield from self.index()
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
@@ -284,24 +301,38 @@ def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
     return not set(map(type, map(_grad, tensors))) <= _NOTHING
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    if _private.version_of is None:
-        return [NO_WITNESS] * len(tensors)
-    version: Callable[[torch.Tensor], int] = _private.version_of.__get__
-    try:
-        return list(map(version, tensors))
-    except RuntimeError:
-        with _private.without_torch_function():
-            return [NO_VERSION if tensor.is_inference() else version(tensor) for tensor in tensors]
+Columns = tuple[list[int], list[int], list[int], list[torch.UntypedStorage | None]]
+"""Versions, addresses, sizes of storages in bytes, and storages."""
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+def _look(tensors: Sequence[torch.Tensor]) -> Columns:
+    """Return what is noted of tensors, without a call of Python for each."""
+    version = _private.version_of
     try:
         with _private.without_torch_function():
-            return list(map(_address, tensors))
+            versions = list(map(version.__get__, tensors)) if version is not None else [NO_WITNESS] * len(tensors)
+            addresses = list(map(_address, tensors))
+            storages: list[Any] = list(map(_storage, tensors))
+            return versions, addresses, list(map(_storage_nbytes, storages)), storages
     except Exception:
-        # Some have none. What they are is found at their inspection; their parts are leaves themselves.
-        return [_address_or_none(tensor) for tensor in tensors]
+        # Some have no version, no address or no storage.
+        return _look_at_each(tensors)
+
+
+def _look_at_each(tensors: Sequence[torch.Tensor]) -> Columns:
+    columns: Columns = ([], [], [], [])
+    version = _private.version_of
+    with _private.without_torch_function():
+        for tensor in tensors:
+            # Wrapper subclasses and sparse tensors have no storage.
+            storage = tensor.untyped_storage() if _private.has_storage(tensor) else None
+            number = NO_WITNESS
+            if version is not None:
+                number = NO_VERSION if tensor.is_inference() else version.__get__(tensor)
+            row = (number, _address_or_none(tensor), storage.nbytes() if storage is not None else 0, storage)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)  # type: ignore[attr-defined]
+    return columns
 
 
 def _address_or_none(tensor: torch.Tensor) -> int:
@@ -309,19 +340,8 @@ def _address_or_none(tensor: torch.Tensor) -> int:
         with _private.without_torch_function():
             return _address(tensor)
     except Exception:
+        # What it is is found at its inspection; its parts are leaves themselves.
         return 0
-
-
-def _storages(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.UntypedStorage | None], list[int]]:
-    """Return the storage of each tensor, None where it has none, and its size in bytes."""
-    with _private.without_torch_function():
-        try:
-            storages: list[Any] = list(map(torch.Tensor.untyped_storage, tensors))
-        except RuntimeError:
-            # Some have none: wrapper subclasses and sparse tensors.
-            storages = [tensor.untyped_storage() if _private.has_storage(tensor) else None for tensor in tensors]
-            return storages, [storage.nbytes() if storage is not None else 0 for storage in storages]
-    return storages, list(map(_storage_nbytes, storages))
 
 
 def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[None, None, list[int]]:
@@ -335,12 +355,15 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
     for start in range(0, len(leaves.versions), CHUNK):
         part = slice(start, start + CHUNK)
         tensors = leaves.tensors[part]
-        storages, sizes = _storages(tensors)
-        noted = leaves.versions[part], leaves.addresses[part], leaves.storage_sizes[part]
-        now = _versions(tensors), _addresses(tensors), sizes
-        same = noted == now and all(map(is_, storages, leaves.storages[part]))
-        if not (same and _same_forms(leaves, start, tensors, inspection)):
-            found += _changed_among(leaves, start, tensors, storages, now)
+        now = versions, addresses, sizes, storages = _look(tensors)
+        if not (
+            versions == leaves.versions[part]
+            and addresses == leaves.addresses[part]
+            and sizes == leaves.storage_sizes[part]
+            and all(map(is_, storages, leaves.storages[part]))
+            and _same_forms(leaves, start, tensors, inspection)
+        ):
+            found += _changed_among(leaves, start, tensors, now)
         yield
     return found
 
@@ -350,25 +373,21 @@ def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], ins
     if len(gc.get_referents(*tensors)) > len(tensors) or leaves.gradients:
         return False
     known = inspection.chunks.get(start) if inspection is not None else None
-    specs = leaves.specs[start : start + len(tensors)]
-    if known is not None and known.specs == specs and known.recognizes(tensors):
-        return not _have_gradients(tensors)
-    return False
+    if known is None or known.specs != leaves.specs[start : start + len(tensors)]:
+        return False
+    return known.recognizes(tensors) and not _have_gradients(tensors)
 
 
 def _changed_among(
     leaves: Leaves,
     start: int,
     tensors: Sequence[torch.Tensor],
-    storages: Sequence[torch.UntypedStorage | None],
-    now: tuple[list[int], list[int], list[int]],
+    now: Columns,
 ) -> list[int]:
     """Return which leaves of a chunk have changed."""
     found = []
     with _private.without_torch_function():
-        for index, (tensor, storage, version, address, size) in enumerate(
-            zip(tensors, storages, *now, strict=True), start
-        ):
+        for index, (tensor, version, address, size, storage) in enumerate(zip(tensors, *now, strict=True), start):
             if (
                 version != leaves.versions[index]
                 or address != leaves.addresses[index]

@@ -115,6 +115,7 @@ class Walk:
         """Whether building calls other people's code, which may look at the values of tensors."""
         self._passthrough = passthrough
         self._only_leaves = only_leaves
+        self._inspection: Inspection | None = None
         self._root: Node | None = None
         self._nodes: dict[int, Node] = {}
         self._origins: list[Node] = []
@@ -130,8 +131,12 @@ class Walk:
         self._memo: Memo | None = None
         self._bytes_left = _BYTES_LAST
 
-    def run(self, state_dict: object) -> Generator[None, None, None]:
+    def run(self, state_dict: object, inspection: Inspection | None = None) -> Generator[None, None, None]:
         """Note the tree, yielding between small steps.
+
+        Args:
+            state_dict: The tree.
+            inspection: By which to recognize tensors in the step in which they are noted.
 
         Raises:
             UnsupportedLeafError: If something in the tree cannot be copied.
@@ -141,6 +146,7 @@ class Walk:
         self._all.append(root)
         self._take(root, 0)
         self._opened(root)
+        self._inspection = inspection
         yield from self._note()
 
     def inspect(self, inspection: Inspection) -> Generator[None, None, None]:
@@ -267,6 +273,8 @@ class Walk:
                     yield
                     cost = 0
                 before, start = start, self._take(node, start)
+                if self._inspection is not None:
+                    self.leaves.recognize(self._inspection)
                 cost += _AT_ONCE if start - before < _AT_ONCE else start - before
             self._opened(node)
             cost += _NODE_COST
@@ -474,14 +482,14 @@ class Walk:
     def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
         source, keys, values = node.source, node.keys, node.children
         parent, slot = _parent(node), node.slot
-        yield from _read_items(source, keys, values)
+        atomic = yield from _read_items(source, keys, values)
         node.steps = keys
         if parent.steps[slot] is STATE:
             node.steps = AttributeSteps(keys)
             self.changes.add_attributes(source, keys, values, parent, slot)
         else:
             self.changes.add_mapping(source, keys, values, parent, slot)
-        if not (yield from _all_atomic(keys)):
+        if not atomic:
             self.calls_out = node.interleaved = True
             node.children = [part for pair in zip(values, keys, strict=True) for part in pair]
             node.steps = [step for step in node.steps for _ in range(2)]
@@ -661,22 +669,30 @@ def _emptying(node: Node) -> Generator[None, None, None]:
         yield
 
 
-def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, None]:
-    """Note the keys and values of a mapping as they are at one moment, yielding between parts of a large one."""
+def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, bool]:
+    """Note the keys and values of a mapping as they are at one moment, yielding between parts of a large one.
+
+    Returns:
+        Whether all keys are atoms.
+    """
     if len(source) <= _READ_AT_ONCE:
         keys += source
         values += source.values()
-        return
+        return set(map(type, keys)) <= ATOMIC
     untrack_all((keys, values))
     key_iterator, value_iterator = iter(source), iter(source.values())
+    atomic = True
     try:
         while part := list(islice(key_iterator, _READ_AT_ONCE)):
             keys += part
             values += islice(value_iterator, _READ_AT_ONCE)
+            atomic = atomic and set(map(type, part)) <= ATOMIC
             yield
     except RuntimeError:
         # It changed size on the way: noted anew, in one step, as it is now.
         keys[:], values[:] = source.keys(), source.values()
+        return set(map(type, keys)) <= ATOMIC
+    return atomic
 
 
 def _members(source: set[Any] | frozenset[Any]) -> Generator[None, None, list[Any]]:

@@ -118,7 +118,7 @@ class SourceInspection:
         """
         walk, inspection = self.walk, self._resources.inspection
         with Phase(self._timings, "walk"):
-            yield from walk.run(source)
+            yield from walk.run(source, inspection)
         with Phase(self._timings, "inspect"):
             yield from walk.inspect(inspection)
             # Everything else has been noted: now comes the moment of the copy.

@@ -5,6 +5,8 @@ Counts, not times: they are the same on every machine.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage._capture.leaves import Inspection, changed
+from aiostage._capture.leaves import CHUNK, Inspection, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.walk import Walk
 from aiostage._loop.slices import exhausted
@@ -175,6 +177,16 @@ class TestCalls:
         exhausted(walk.run(tree))
         assert calls(lambda: exhausted(walk.inspect(inspection))) < LEAVES / 10
 
+    def test_what_is_known_is_recognized_in_the_step_in_which_it_is_noted(self) -> None:
+        # While it is in the processor's caches: coming back to it costs as much again.
+        tree, inspection = flat(), Inspection(None)
+        for _ in range(3):
+            walked(tree, inspection)
+        walk = Walk()
+        exhausted(walk.run(tree, inspection))
+        assert len(walk.leaves.specs) > LEAVES - CHUNK
+        assert steps(walk.inspect(inspection))[0] <= 3
+
     def test_compare(self) -> None:
         tree, inspection = flat(), Inspection(None)
         for _ in range(3):
@@ -199,6 +211,31 @@ class TestCalls:
             exhausted(walk.changes.changed())
 
         assert calls(work) < 1000 * 150
+
+    @pytest.mark.asyncio
+    async def test_the_collector_is_given_the_staged_tensors_and_little_else(self) -> None:
+        # Each 700 objects more are a run of the collector, and each eleventh of those a larger one.
+        tree = flat()
+        async with AsyncStager() as stager:
+            for _ in range(3):
+                await stager.stage(tree)
+            gc.collect()
+            gc.disable()
+            try:
+                before = len(gc.get_objects())
+                staging = asyncio.ensure_future(stager.stage(tree))
+                most = turns = 0
+                while not staging.done():
+                    await asyncio.sleep(0)
+                    turns += 1
+                    if turns % 16 == 0:
+                        most = max(most, len(gc.get_objects()) - before)
+                after = len(gc.get_objects()) - before
+            finally:
+                gc.enable()
+            assert len(staging.result()) == LEAVES
+            assert LEAVES <= after < 1.01 * LEAVES
+            assert most < 1.05 * LEAVES
 
     @pytest.mark.asyncio
     async def test_a_warm_staging(self) -> None:
