@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -81,3 +82,17 @@ def test_the_wheel(tmp_path: Path) -> None:
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_the_source_distribution(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(program, cwd=ROOT, check=True, timeout=55, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "CHANGELOG.md", "aiostage_command.py", "aiostage/py.typed"} <= names
+    assert {"tests/test_wheel.py", "docs/index.md", "Makefile", "constraints.txt"} <= names
+    # Nothing of this machine or of what was run on it.
+    hidden = {name.partition("/")[0] for name in names if name.startswith(".")}
+    assert hidden <= {".gitignore", ".pre-commit-config.yaml", ".github"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
