@@ -7,8 +7,8 @@ use::
     async with aiostage.Checkpointer("runs/first", keep=3) as checkpoints:
         await checkpoints.save(step, state_dict)  # returns when captured; written while training goes on
 
-Further: ``aiostage.dcp`` for many ranks, ``aiostage.blocking`` for programs without an event loop, ``aiostage.storage``
-for object stores, ``aiostage.testing`` for tests. Everything raised on purpose is a ``StagingError``, or the standard
+Further: ``aiostage.dcp`` for many ranks, ``aiostage.weights`` for processes that need new weights, ``aiostage.blocking``
+for programs without an event loop, ``aiostage.storage`` for object stores, ``aiostage.testing`` for tests. Everything raised on purpose is a ``StagingError``, or the standard
 exception for wrong arguments.
 """
 
@@ -35,6 +35,7 @@ from aiostage.errors import (
     StorageError,
     TornSnapshotError,
     UnsupportedLeafError,
+    WeightsError,
 )
 from aiostage.leaf import StagedLeaf
 from aiostage.options import StagerStatistics, StagingOptions
@@ -44,7 +45,7 @@ from aiostage.stager import AsyncStager, adapt
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from aiostage import blocking, dcp, storage, testing  # noqa: F401 - reachable, and imported when asked for
+    from aiostage import blocking, dcp, storage, testing, weights  # noqa: F401 - reachable, and imported when asked for
 
 __all__ = [
     "AcceleratorUnavailableError",
@@ -71,13 +72,14 @@ __all__ = [
     "SupportsQuery",
     "TornSnapshotError",
     "UnsupportedLeafError",
+    "WeightsError",
     "adapt",
     "load",
     "save",
     "wait_event",
 ]
 
-_LAZY = ("blocking", "dcp", "storage", "testing")
+_LAZY = ("blocking", "dcp", "storage", "testing", "weights")
 
 
 def __getattr__(name: str) -> "ModuleType":

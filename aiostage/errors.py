@@ -26,6 +26,7 @@ __all__ = [
     "StorageError",
     "TornSnapshotError",
     "UnsupportedLeafError",
+    "WeightsError",
 ]
 
 _LONGEST_VALUE = 80
@@ -201,6 +202,10 @@ class RankFailedError(CheckpointError, RuntimeError):
             else "The process group is as it was, and the next call may follow."
         )
         super().__init__(f"{listed(reasons)}.", remedy=remedy)
+
+
+class WeightsError(StagingError, ConnectionError):
+    """Weights could not be published, or a publisher and a subscriber do not go together."""
 
 
 def listed(paths: Sequence[str]) -> str:

@@ -60,6 +60,11 @@ class AsyncStager(CheckpointStager):
         state = "closed" if self._resources.closing.closed else f"{self.statistics().leases} leases"
         return f"<AsyncStager {state} {self._options}>"
 
+    @property
+    def options(self) -> StagingOptions:
+        """How it stages."""
+        return self._options
+
     def prewarm(self, state_dict: object) -> Coroutine[Any, Any, None]:
         """Return a coroutine that does what the first staging would have to do: allocate, fault in and pin.
 

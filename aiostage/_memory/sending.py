@@ -6,7 +6,6 @@ other pickler (``pickle``, ``torch.save``, cloudpickle) may write for a file, an
 
 from __future__ import annotations
 
-import mmap
 import os
 from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,12 @@ import numpy.typing
 import torch
 
 from aiostage import _private
-from aiostage._memory.shared import SentMemory
+from aiostage._memory.shared import SentMemory, map_memory
 
 if TYPE_CHECKING:
     from aiostage._memory.arena import Arena
 
-__all__ = ["offer"]
+__all__ = ["offer", "offered"]
 
 _offered: dict[int, ref[Arena]] = {}
 """The shared arenas of this process. A dict, which a thread can copy in one step while others change it."""
@@ -33,22 +32,25 @@ _reduce_otherwise: Any = (_private.forking_reducers or {}).get(torch.UntypedStor
 
 def offer(arena: Arena) -> None:
     """Have multiprocessing send the storages of a shared arena as places in it."""
-    if _reduce_otherwise is None:
-        return
     number = id(arena)
     _offered[number] = ref(arena, lambda gone: _offered.pop(number, None))
+    if _reduce_otherwise is None:
+        return
     ForkingPickler.register(SentMemory, _reduce_memory)
     ForkingPickler.register(torch.UntypedStorage, _reduce_storage)
+
+
+def offered() -> list[Arena]:
+    """Return the shared arenas of this process that are open."""
+    arenas = [weak() for weak in list(_offered.values())]
+    return [arena for arena in arenas if arena is not None and not arena.closed]
 
 
 def _reduce_storage(storage: torch.UntypedStorage) -> Any:
     nbytes = storage.nbytes()
     if storage.device.type == "cpu" and nbytes:
         address = storage.data_ptr()
-        for weak in list(_offered.values()):
-            arena = weak()
-            if arena is None or arena.closed:
-                continue
+        for arena in offered():
             if arena.address <= address and address + nbytes <= arena.address + arena.nbytes:
                 sent = arena.send()
                 if sent is not None:
@@ -65,11 +67,9 @@ def _memory(descriptor: Any, nbytes: int) -> numpy.typing.NDArray[numpy.uint8]:
     """Map what was sent. The mapping's duplicate of the descriptor holds the lock that keeps the memory as it is."""
     number = descriptor.detach()
     try:
-        # Private, so that a write here cannot reach the staged copies of others.
-        memory = mmap.mmap(number, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return map_memory(number, nbytes)
     finally:
         os.close(number)
-    return numpy.frombuffer(memory, numpy.uint8)
 
 
 def _storage(memory: numpy.typing.NDArray[numpy.uint8], offset: int, nbytes: int) -> torch.UntypedStorage:

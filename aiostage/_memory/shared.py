@@ -23,7 +23,7 @@ from aiostage._platform import (
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = ["SentMemory", "SharedFile", "SharedHandle"]
+__all__ = ["SentMemory", "SharedFile", "SharedHandle", "map_memory"]
 
 _GENERATION = struct.Struct("<Q")
 
@@ -141,6 +141,18 @@ class SentMemory:
         self._close()
 
 
+def map_memory(descriptor: int, nbytes: int) -> numpy.typing.NDArray[numpy.uint8]:
+    """Map a file that another process has staged to. Writing to the memory changes this process's view only.
+
+    Raises:
+        OSError: If the kernel refuses.
+        ValueError: If the file is shorter.
+    """
+    # Private, so that a write here cannot reach the staged copies of others.
+    memory = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return numpy.frombuffer(memory, numpy.uint8)
+
+
 def _identity(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
@@ -193,11 +205,9 @@ class SharedHandle:
             (generation,) = _GENERATION.unpack(os.pread(descriptor, _GENERATION.size, status.st_size - PAGE_BYTES))
             if generation != self.generation:
                 raise self._gone(f"process {self.pid} has dropped the staged copy and used its memory again")
-            # Private, so that a write here cannot reach the staged copies of others.
-            memory = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            return map_memory(descriptor, self.nbytes)
         finally:
             os.close(descriptor)
-        return numpy.frombuffer(memory, numpy.uint8)
 
     def _gone(self, reason: str) -> HostMemoryError:
         return HostMemoryError(

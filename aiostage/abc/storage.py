@@ -6,6 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Collection, Sequence
 from typing import TypeAlias
 
+import xxhash
+
+from aiostage.errors import CheckpointNotFoundError
+
 __all__ = ["Buffer", "MultiWriterCheckpoint", "MultiWriterStorage", "PendingCheckpoint", "Reader", "Storage"]
 
 Buffer: TypeAlias = memoryview
@@ -58,6 +62,28 @@ class Storage(ABC):
             CheckpointNotFoundError: If there is none of that name.
             OSError: If the storage refuses.
         """
+
+    async def revision(self, name: str) -> str | None:
+        """Return a text that changes when a checkpoint is replaced by one with another manifest; None if there is none.
+
+        A storage that can tell this without reading the manifest may do so.
+
+        Args:
+            name: As it was opened under.
+
+        Raises:
+            OSError: If the storage refuses.
+        """
+        try:
+            reader = await self.read(name)
+        except CheckpointNotFoundError:
+            return None
+        try:
+            return xxhash.xxh3_128_hexdigest(await reader.manifest())
+        except CheckpointNotFoundError:
+            return None
+        finally:
+            await reader.aclose()
 
     @abstractmethod
     async def list(self) -> Sequence[str]:

@@ -163,6 +163,12 @@ class RemoteStorage(MultiWriterStorage):
             raise CheckpointNotFoundError("there is no checkpoint.", path=f"{self._bucket.location}/{name}")
         return _RemoteReader(self._bucket, name, pointer.folder)
 
+    async def revision(self, name: str) -> str | None:
+        """Tell whether a checkpoint was replaced, by one small request; see :meth:`aiostage.Storage.revision`."""
+        _check_name(name)
+        pointer = await find_pointer(self._bucket, name)
+        return pointer.folder if pointer is not None else None
+
     async def list(self) -> Sequence[str]:
         """Return the names of all committed checkpoints; see :meth:`aiostage.Storage.list`."""
         end = f"/{POINTER_NAME}"

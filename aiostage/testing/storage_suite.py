@@ -274,6 +274,20 @@ class StorageSuite(ABC):
         await self._check(storage, "a", {"new.bin": b"new"}, b"new")
         assert list(await storage.list()) == ["a"]
 
+    async def test_a_revision_changes_when_a_checkpoint_is_replaced(self) -> None:
+        storage = self.make_storage()
+        assert await storage.revision("a") is None
+        revisions = set()
+        for number in range(3):
+            await self._save(storage, "a", self.files, b"manifest %d" % number, overwrite=True)
+            revision = await storage.revision("a")
+            assert revision is not None
+            assert revision == await storage.revision("a")
+            revisions.add(revision)
+        assert len(revisions) == 3
+        await storage.delete("a")
+        assert await storage.revision("a") is None
+
     async def test_replacing_is_given_up(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"old")

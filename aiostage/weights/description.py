@@ -1,0 +1,281 @@
+"""What one version of weights is to another process: memory of tensors, and a text that says where in it they lie.
+
+The text has lines of JSON: what it is, the storages, and the nodes of the tree as in a manifest. Nothing in it names
+code to run. Behind the text lie the bytes of what the staged tree has outside of shared memory, NumPy arrays as a rule.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import numpy.typing
+import torch
+import xxhash
+
+from aiostage._loop.slices import in_turns
+from aiostage._memory.arena import Arena
+from aiostage._memory.sending import offered
+from aiostage._memory.shared import SentMemory, map_memory
+from aiostage._platform import memory_file
+from aiostage.checkpoint.decode import Memory, TreeDecoder
+from aiostage.checkpoint.encode import Node, TreeEncoder
+from aiostage.checkpoint.nodes import NodeTable, reading
+from aiostage.errors import CheckpointCorruptError, StagingError, shown
+from aiostage.format.classes import Classes
+from aiostage.storage.lines import lines_of, parse_line
+from aiostage.storage.safetensors import Record
+from aiostage.storage.sizes import checked_sizes
+
+__all__ = ["Described", "describe", "open_described"]
+
+_FORMAT = "aiostage-weights"
+_VERSION = 1
+_CHUNK = 256
+_ALIGNMENT = 64
+"""Of what lies behind the text: no element of a tensor is larger."""
+
+MAX_TEXT_BYTES = 256 << 20
+MAX_EXTRA_BYTES = 64 << 20
+
+_SHARED, _EXTRA = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One version of weights, as it is sent.
+
+    Attributes:
+        nbytes: Size of its tensors' memory, in bytes.
+        text: The file with the text, and with the bytes behind it.
+        text_bytes: How long the text is.
+        digest: Of the whole file.
+        memory: Where the tensors lie; None if there are none.
+    """
+
+    nbytes: int
+    text: SentMemory
+    text_bytes: int
+    digest: str
+    memory: SentMemory | None
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """What goes with the message."""
+        return [self.text.descriptor] if self.memory is None else [self.text.descriptor, self.memory.descriptor]
+
+    def message(self) -> dict[str, Any]:
+        """Return what the message says of it."""
+        return {
+            "nbytes": self.nbytes,
+            "text_bytes": self.text_bytes,
+            "file_bytes": self.text.nbytes,
+            "memory_bytes": self.memory.nbytes if self.memory is not None else 0,
+            "digest": self.digest,
+        }
+
+
+def describe(staged: object) -> Described:
+    """Describe a staged tree. Blocks: call it from a worker thread.
+
+    Args:
+        staged: Over memory of a stager with ``use_shared_memory=True``, and referred to until this returns.
+
+    Raises:
+        UnsupportedLeafError: If something in it cannot be carried.
+        StagingError: If too much of it is not in shared memory, or is not a tensor.
+        OSError: If the system refuses memory for the text.
+    """
+    return in_turns(_describe(staged))
+
+
+def _describe(staged: object) -> Generator[None, None, Described]:
+    encoder = TreeEncoder()
+    yield from encoder.walk(staged)
+    places = _Places()
+    for count, node in enumerate(encoder.tensors):
+        places.add(node)
+        if count % _CHUNK == 0:
+            yield
+    head = {"format": _FORMAT, "version": _VERSION, "extra": sum(part.nbytes for part in places.extra)}
+    text = bytearray(_dump(head))
+    for start in range(0, len(places.storages), _CHUNK):
+        text += _dump(places.storages[start : start + _CHUNK])
+        yield
+    for count, line in enumerate(encoder.lines()):
+        text += line.encode("ascii") + b"\n"
+        if len(text) > MAX_TEXT_BYTES:
+            raise StagingError(
+                f"what is not a tensor takes more than {MAX_TEXT_BYTES >> 20} MiB.",
+                remedy="Publish the weights alone, or put bulk data into tensors.",
+            )
+        if count % _CHUNK == 0:
+            yield
+    text += b"\n" * (-len(text) % _ALIGNMENT)
+    memory = places.arena.send() if places.arena is not None else None
+    if places.arena is not None and memory is None:
+        raise StagingError("the shared memory of the staged tree was closed.", remedy="Publish before you close it.")
+    text_bytes = len(text)
+    for part in places.extra:
+        text += part.data
+    return Described(places.nbytes, _written(text), text_bytes, xxhash.xxh3_64_hexdigest(text), memory)
+
+
+class _Places:
+    """Where the storages of a tree lie."""
+
+    def __init__(self) -> None:
+        self.arena: Arena | None = None
+        self.storages: list[tuple[int, int, int]] = []
+        self.extra: list[numpy.typing.NDArray[numpy.uint8]] = []
+        self.nbytes = 0
+        self._arenas = offered()
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._extra_bytes = 0
+
+    def add(self, node: Node) -> None:
+        """Say in the node of a tensor where that lies."""
+        tensor: torch.Tensor = node.value
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.storages)
+            self.storages.append(self._place(storage, *key))
+        node.form = {
+            "name": str(number),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "offset": tensor.storage_offset(),
+        } | node.form
+
+    def _place(self, storage: torch.UntypedStorage, address: int, nbytes: int) -> tuple[int, int, int]:
+        self.nbytes += nbytes
+        arenas = self._arenas if self.arena is None else [self.arena]
+        for arena in arenas:
+            if nbytes and arena.address <= address and address + nbytes <= arena.address + arena.nbytes:
+                self.arena = arena
+                return _SHARED, address - arena.address, nbytes
+        start = self._extra_bytes
+        data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
+        padding = numpy.zeros(-nbytes % _ALIGNMENT, numpy.uint8)
+        self.extra += (data, padding)
+        self._extra_bytes += nbytes + padding.nbytes
+        if self._extra_bytes > MAX_EXTRA_BYTES:
+            raise StagingError(
+                f"more than {MAX_EXTRA_BYTES >> 20} MiB of the staged tree are not in shared memory.",
+                remedy="Stage with StagingOptions(use_shared_memory=True), and publish tensors, not NumPy arrays.",
+            )
+        return _EXTRA, start, nbytes
+
+
+def _written(text: bytearray) -> SentMemory:
+    """Return a file in memory with a text."""
+    descriptor = memory_file("aiostage-weights")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(text)
+        return SentMemory(f"/proc/self/fd/{descriptor}", len(text))
+    finally:
+        os.close(descriptor)
+
+
+def open_described(
+    message: dict[str, Any], descriptors: Sequence[int], classes: Iterable[type], *, path: str
+) -> tuple[Any, numpy.typing.NDArray[numpy.uint8] | None]:
+    """Open what :func:`describe` has described in another process. Blocks: call it from a worker thread.
+
+    Args:
+        message: What was said of it.
+        descriptors: That came with it. They stay open.
+        classes: Whose objects are made again.
+        path: Of whom it is from, for errors.
+
+    Returns:
+        The tree, and the memory that its tensors are over; None if it has none. Writing to it changes this
+        process's view only.
+
+    Raises:
+        CheckpointCorruptError: If it describes no tree.
+        HostMemoryError: If memory cannot be had.
+    """
+    with reading(path):
+        text_bytes, file_bytes, memory_bytes = checked_sizes(
+            [message.get(key) for key in ("text_bytes", "file_bytes", "memory_bytes")]
+        )
+        if len(descriptors) != (2 if memory_bytes else 1):
+            raise ValueError(f"it came with {len(descriptors)} descriptors")
+        if not text_bytes <= file_bytes <= MAX_TEXT_BYTES + MAX_EXTRA_BYTES + _ALIGNMENT:
+            raise ValueError(f"its text has {text_bytes} of {file_bytes} bytes")
+        text = _read(descriptors[0], file_bytes)
+        if xxhash.xxh3_64_hexdigest(text) != message.get("digest"):
+            raise ValueError("its text does not match its digest")
+        shared = map_memory(descriptors[1], memory_bytes) if memory_bytes else None
+        tree = in_turns(_tree(text, text_bytes, shared, Classes(classes, _declared()), path))
+    return tree, shared
+
+
+def _tree(
+    text: bytearray,
+    text_bytes: int,
+    shared: numpy.typing.NDArray[numpy.uint8] | None,
+    classes: Classes,
+    path: str,
+) -> Generator[None, None, Any]:
+    lines = lines_of(memoryview(text)[:text_bytes])
+    head = parse_line(next(lines))
+    if head["format"] != _FORMAT or head["version"] != _VERSION:
+        raise CheckpointCorruptError(
+            f"it is {shown(head['format'])} of version {shown(head['version'])}, and only version {_VERSION} is known.",
+            path=path,
+            remedy="Run publisher and subscribers with the same aiostage.",
+        )
+    extra = numpy.frombuffer(text, numpy.uint8)[text_bytes:]
+    memories = {_SHARED: shared, _EXTRA: extra}
+    records: dict[str, Record] = {}
+    data: dict[str, torch.Tensor] = {}
+    table = NodeTable()
+    for count, line in enumerate(lines):
+        value = parse_line(line)
+        if type(value) is list:
+            for kind, start, nbytes in value:
+                name, memory = str(len(records)), memories[kind]
+                start, nbytes = checked_sizes([start, nbytes])
+                if memory is None or start + nbytes > memory.nbytes:
+                    raise ValueError(f"storage {name} exceeds its memory")
+                records[name] = Record(name, "U8", (nbytes,), 0, nbytes)
+                data[name] = torch.from_numpy(memory[start : start + nbytes])
+        else:
+            table.add(value)
+        if count % _CHUNK == 0:
+            yield
+    yield from table.complete()
+    yield from table.tensor_names()
+    return (yield from TreeDecoder(table, Memory(records, data), path=path, classes=classes).build())
+
+
+def _read(descriptor: int, nbytes: int) -> bytearray:
+    """Return the contents of a file, which is of that length or an error."""
+    if os.fstat(descriptor).st_size != nbytes:
+        raise ValueError(f"its text has {os.fstat(descriptor).st_size} bytes, and not {nbytes}")
+    text = bytearray(nbytes)
+    view, position = memoryview(text), 0
+    while position < nbytes:
+        count = os.preadv(descriptor, [view[position:]], position)
+        if not count:
+            raise ValueError(f"its text ends after {position} bytes")
+        position += count
+    return text
+
+
+def _declared() -> list[type]:
+    return [cls for cls in torch.serialization.get_safe_globals() if isinstance(cls, type)]
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"

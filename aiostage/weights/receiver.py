@@ -1,0 +1,186 @@
+"""The subscriber's end of a socket: connects, and connects again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import anyio
+
+from aiostage._loop.cleanup import without_locals
+from aiostage._loop.together import together
+from aiostage._loop.wakeup import post
+from aiostage._loop.workers import Workers
+from aiostage._platform import shared_memory_reason
+from aiostage.errors import HostMemoryError, WeightsError, said, shown
+from aiostage.weights.description import open_described
+from aiostage.weights.inbox import Inbox, WeightVersion
+from aiostage.weights.sockets import PROTOCOL, Channel, MalformedError, connect, hello_of, whole_in
+
+__all__ = ["SocketReceiver"]
+
+_log = logging.getLogger("aiostage")
+
+_BEATS_PER_TIMEOUT = 4
+_FIRST_WAIT_SECONDS = 0.02
+_LONGEST_WAIT_SECONDS = 1.0
+"""Between two attempts to connect. A guess: a new publisher takes seconds to start."""
+
+
+class _Session:
+    """One connection to a publisher."""
+
+    def __init__(self, channel: Channel, epoch: str, timeout: float, inbox: Inbox) -> None:
+        self.channel = channel
+        self.epoch = epoch
+        self.timeout = timeout
+        self.requested = False
+        self.ended = False
+        self._inbox = inbox
+
+    def tell(self, **message: object) -> None:
+        """Send a message soon. What is said after the end is lost: the publisher has dropped everything then."""
+        if not self.ended:
+            self._inbox.outgoing.append(message)
+            self._inbox.changed.set()
+
+
+class SocketReceiver:
+    """Receives versions of weights from whichever publisher listens at a socket.
+
+    Args:
+        path: Of the socket.
+        inbox: Where they go.
+        classes: Whose objects are made again.
+        timeout: Seconds of silence after which a publisher is taken for dead.
+    """
+
+    def __init__(self, path: str, inbox: Inbox, *, classes: Iterable[type], timeout: float) -> None:
+        reason = shared_memory_reason()
+        if reason is not None:
+            raise HostMemoryError(f"{reason}.", remedy="Subscribe to a storage: pass a URL.")
+        self._path = path
+        self._inbox = inbox
+        self._classes = tuple(classes)
+        self._timeout = timeout
+
+    async def run(self) -> None:
+        """Receive what is asked for, until cancelled."""
+        workers = Workers(1, "aiostage-weights")
+        wait = _FIRST_WAIT_SECONDS
+        try:
+            while True:
+                channel: Channel | None = None
+                try:
+                    channel = await workers.run(partial(connect, self._path))
+                    session = await self._greet(channel)
+                    wait = _FIRST_WAIT_SECONDS
+                    await self._serve(session, workers)
+                except WeightsError as error:
+                    self._inbox.fail(without_locals(error))
+                    return
+                except (EOFError, OSError) as error:
+                    _log.debug("no publisher at %s: %s", self._path, said(error))
+                except MalformedError as error:
+                    _log.warning("the publisher at %s is left: it sent %s", self._path, error)
+                finally:
+                    if channel is not None:
+                        channel.close()
+                # Not all at the same time.
+                await anyio.sleep(wait * random.uniform(0.5, 1.0))
+                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+        finally:
+            workers.stop()
+
+    async def _greet(self, channel: Channel) -> _Session:
+        await channel.send(
+            {"aiostage": "weights", "protocol": PROTOCOL, "timeout": self._timeout, "have": self._inbox.seen}
+        )
+        message, descriptors = await channel.receive_within(self._timeout)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if "refused" in message:
+            raise WeightsError(
+                f"process {channel.pid} refused this subscriber: {shown(message['refused'])}.",
+                path=self._path,
+                remedy="Run publisher and subscribers with the same aiostage, as one user.",
+            )
+        timeout = hello_of(message)
+        epoch = message.get("epoch")
+        if type(epoch) is not str:
+            raise MalformedError(f"epoch is {shown(epoch)}")
+        return _Session(channel, epoch, timeout, self._inbox)
+
+    async def _serve(self, session: _Session, workers: Workers) -> None:
+        inbox = self._inbox
+        inbox.outgoing.clear()
+        inbox.set_connected(True)
+        try:
+            await together(partial(self._read, session, workers), partial(self._write, session))
+        finally:
+            session.ended = True
+            inbox.set_connected(False)
+
+    async def _read(self, session: _Session, workers: Workers) -> None:
+        while True:
+            message, descriptors = await session.channel.receive_within(self._timeout)
+            try:
+                match message:
+                    case {"version": _} if session.requested:
+                        await self._open(session, message, descriptors, workers)
+                    case {"newest": _} if not descriptors:
+                        self._inbox.set_newest(session.epoch, whole_in(message, "newest"))
+                    case {"alive": True} if not descriptors:
+                        pass
+                    case _:
+                        raise MalformedError(f"a packet with {shown(' '.join(message))}")
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    async def _open(self, session: _Session, message: dict[str, Any], descriptors: list[int], workers: Workers) -> None:
+        """Open a version, and put it into the inbox."""
+        number = whole_in(message, "version")
+        seen = (session.epoch, number)
+        try:
+            tree, memory = await workers.run(
+                partial(open_described, message, descriptors, self._classes, path=f"{self._path} version {number}")
+            )
+        except Exception as error:
+            session.requested = False
+            session.tell(released=number)
+            self._inbox.put(without_locals(error), seen=seen)
+            return
+        session.requested = False
+        if memory is None:
+            session.tell(released=number)
+        else:
+            # When the last tensor over it is gone, in whichever thread.
+            released = partial(session.tell, released=number)
+            weakref.finalize(memory, post, self._inbox.native, released).atexit = False
+        acknowledged = partial(session.tell, acknowledged=number)
+        version = WeightVersion(number, session.epoch, tree, partial(post, self._inbox.native, acknowledged))
+        self._inbox.put(version, seen=seen)
+
+    async def _write(self, session: _Session) -> None:
+        inbox, channel = self._inbox, session.channel
+        beat = min(self._timeout, session.timeout) / _BEATS_PER_TIMEOUT
+        while True:
+            changed = inbox.changed.event
+            if inbox.outgoing:
+                await channel.send(inbox.outgoing[0])
+                inbox.outgoing.popleft()
+                inbox.changed.set()
+            elif inbox.wants and not session.requested:
+                session.requested = True
+                await channel.send({"next": None})
+            else:
+                with anyio.move_on_after(beat):
+                    await changed.wait()
+                    continue
+                await channel.send({"alive": True})

@@ -1,0 +1,394 @@
+"""Packets of JSON, some with descriptors, between processes of one user over a socket at a path."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import stat
+import struct
+import weakref
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from aiostage._loop.forks import tell_of_forks
+from aiostage._platform import try_lock
+from aiostage.errors import WeightsError, said, shown
+from aiostage.storage.lines import parse_line
+
+__all__ = [
+    "MAX_PACKET_BYTES",
+    "MAX_TIMEOUT_SECONDS",
+    "MIN_TIMEOUT_SECONDS",
+    "PROTOCOL",
+    "Channel",
+    "Endpoint",
+    "MalformedError",
+    "connect",
+    "hello_of",
+    "whole_in",
+]
+
+PROTOCOL = 1
+"""Goes up when a peer of the last version would misunderstand a packet."""
+
+MAX_PACKET_BYTES = 4096
+"""Longer packets are neither sent nor read."""
+
+_MAX_DESCRIPTORS = 2
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array("i").itemsize)
+_TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
+_CREDENTIALS = struct.Struct("3i")
+_BACKLOG = 128
+_LONGEST_REASON = 1000
+_MOST_DISCARDED = 64
+_MAX_NUMBER = (1 << 63) - 1
+MIN_TIMEOUT_SECONDS = 0.01
+MAX_TIMEOUT_SECONDS = 1e6
+"""What a peer may ask for: a million seconds are eleven days."""
+
+
+class MalformedError(Exception):
+    """A peer has sent what is no packet of this protocol."""
+
+
+class Channel:
+    """One end of a connection. One task may send and one may receive at a time.
+
+    Args:
+        connection: Connected, of packets that keep their boundaries.
+
+    Attributes:
+        pid: The process at the other end, when it connected or began to listen.
+        uid: Its user.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
+        self._close = weakref.finalize(self, connection.close)
+        tell_of_forks(self)
+
+    def close(self) -> None:
+        """Close it. No task may wait for it. Dropping it does so too."""
+        self._close()
+
+    def forked(self) -> None:
+        """Close it in a child, or the other end would not learn that this process has died."""
+        self._close()
+
+    def send_nowait(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
+        """Send a packet if there is room for it; return whether there was.
+
+        Raises:
+            OSError: If the other end is gone.
+        """
+        data = json.dumps(message, separators=(",", ":")).encode()
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
+        try:
+            self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+        except (BlockingIOError, InterruptedError):
+            return False
+        return True
+
+    async def send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a packet.
+
+        Args:
+            message: JSON.
+            descriptors: Duplicates of which the other end gets.
+
+        Raises:
+            OSError: If the other end is gone.
+
+        When cancelled, it was not sent.
+        """
+        await checkpoint()
+        while not self.send_nowait(message, descriptors):
+            await anyio.wait_writable(self._socket)
+
+    async def receive(self) -> tuple[dict[str, Any], list[int]]:
+        """Wait for a packet.
+
+        Returns:
+            The message, and its descriptors, which the caller has to close.
+
+        Raises:
+            EOFError: If the other end is closed.
+            MalformedError: If it has sent something else.
+            OSError: If the connection fails.
+
+        When cancelled, nothing was received.
+        """
+        while True:
+            # Before it is received, so that a peer that never pauses leaves the event loop its turns.
+            await checkpoint()
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    MAX_PACKET_BYTES + 1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+                break
+            except (BlockingIOError, InterruptedError):
+                await anyio.wait_readable(self._socket)
+        return self._received(data, ancillary, flags)
+
+    async def receive_within(self, seconds: float) -> tuple[dict[str, Any], list[int]]:
+        """Wait for a packet as :meth:`receive` does, and no longer than so.
+
+        Raises:
+            TimeoutError: If none came. One that came while this process computed is no such case.
+        """
+        with anyio.move_on_after(seconds):
+            return await self.receive()
+        if self._is_readable():
+            return await self.receive()
+        raise TimeoutError(f"silent for {seconds} seconds")
+
+    def refuse(self, reason: str) -> None:
+        """Say why the connection ends, if there is room: the other end may not be reading."""
+        with suppress(OSError):
+            self.send_nowait({"refused": reason[:_LONGEST_REASON]})
+        # What is left unread would reach the other end as an error, before the reason.
+        for _ in range(_MOST_DISCARDED):
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            except OSError:
+                return
+            with suppress(EOFError, MalformedError):
+                for descriptor in self._received(data, ancillary, flags & ~_TRUNCATED)[1]:
+                    os.close(descriptor)
+
+    def _is_readable(self) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    @staticmethod
+    def _received(data: bytes, ancillary: list[Any], flags: int) -> tuple[dict[str, Any], list[int]]:
+        descriptors = array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                descriptors.frombytes(content[: len(content) // descriptors.itemsize * descriptors.itemsize])
+        try:
+            if not data:
+                raise EOFError
+            if flags & _TRUNCATED or len(data) > MAX_PACKET_BYTES:
+                raise MalformedError(f"a packet of more than {MAX_PACKET_BYTES} bytes or too many descriptors")
+            return _parsed(data), descriptors.tolist()
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        message = parse_line(data)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"a packet that is no JSON: {said(error)}") from error
+    if type(message) is not dict:
+        raise MalformedError(f"a packet that is no object: {shown(message)}")
+    return message
+
+
+def whole_in(message: dict[str, Any], key: str) -> int:
+    """Return a whole number of a message.
+
+    Raises:
+        MalformedError: If there is none.
+    """
+    value = message.get(key)
+    if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
+        raise MalformedError(f"{key} is {shown(value)}, and no whole number")
+    return value
+
+
+def hello_of(message: dict[str, Any]) -> float:
+    """Check the first message of a peer, and return after how many seconds of silence it takes this end for dead.
+
+    Raises:
+        MalformedError: If it is none, or of another version of the protocol.
+    """
+    if message.get("aiostage") != "weights":
+        raise MalformedError("a first packet that is not of aiostage")
+    if message.get("protocol") != PROTOCOL:
+        raise MalformedError(f"version {shown(message.get('protocol'))} of the protocol; this end has {PROTOCOL}")
+    timeout = message.get("timeout")
+    if not isinstance(timeout, (int, float)) or not MIN_TIMEOUT_SECONDS <= timeout <= MAX_TIMEOUT_SECONDS:
+        raise MalformedError(f"timeout is {shown(timeout)}")
+    return float(timeout)
+
+
+def connect(path: str) -> Channel:
+    """Connect to the process that listens at a path. Blocks, briefly.
+
+    Raises:
+        OSError: If no process listens there, or its queue is full.
+        WeightsError: If the process there is of another user, or no program of this kind.
+    """
+    directory, name = _open_directory(path)
+    connection = _new_socket()
+    try:
+        connection.connect(_beside(directory, name))
+        channel = Channel(connection)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError) and error.errno == errno.EPROTOTYPE:
+            raise WeightsError("another program listens there.", path=path, remedy="Choose a path of its own.") from error
+        if isinstance(error, PermissionError):
+            raise WeightsError(
+                f"this process may not connect: {error.strerror}.",
+                path=path,
+                remedy="Publisher and subscribers have to run as one user.",
+            ) from error
+        raise
+    finally:
+        os.close(directory)
+    if channel.uid != os.geteuid():
+        channel.close()
+        raise WeightsError(
+            f"process {channel.pid} listens there as user {channel.uid}, and this one is user {os.geteuid()}.",
+            path=path,
+            remedy="Publisher and subscribers have to run as one user.",
+        )
+    return channel
+
+
+class Endpoint:
+    """A socket that this process alone listens at.
+
+    A lock on the file ``PATH.lock`` says whose it is. The kernel drops the lock with the process, so that what a killed
+    one has left is told from what a living one uses.
+
+    Args:
+        path: Where. Directories that are missing are made, for this user only. Blocks.
+
+    Raises:
+        WeightsError: If another process listens there, or there is something that is no socket.
+        OSError: If the file system refuses.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path = os.path.abspath(path)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._directory, self._name = _open_directory(path)
+        self._lock = -1
+        self._socket = _new_socket()
+        self._inode = -1
+        self._close = weakref.finalize(self, _close_all, self._socket, self._directory)
+        try:
+            self._take()
+            self._listen()
+        except BaseException:
+            self._close()
+            raise
+        tell_of_forks(self)
+
+    def _take(self) -> None:
+        """Lock the path."""
+        name = f"{self._name}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            lock = os.open(name, flags, 0o600, dir_fd=self._directory)
+            try:
+                if not try_lock(lock):
+                    owner = os.pread(lock, 20, 0).decode("ascii", "replace") or "another one"
+                    raise WeightsError(
+                        f"process {owner} publishes there.",
+                        path=self.path,
+                        remedy="End it, or publish at another path. One publisher serves any number of subscribers.",
+                    )
+                if os.fstat(lock).st_ino == _inode_of(name, self._directory):
+                    break
+            except BaseException:
+                os.close(lock)
+                raise
+            # Its last owner has removed it in between.
+            os.close(lock)
+        self._close.detach()
+        self._lock = lock
+        self._close = weakref.finalize(self, _close_all, self._socket, self._directory, lock)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+    def _listen(self) -> None:
+        try:
+            status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+        else:
+            if not stat.S_ISSOCK(status.st_mode):
+                raise WeightsError(
+                    "there is something that is no socket.", path=self.path, remedy="Choose a path of its own."
+                )
+            # Of a process that was killed: a living one would have the lock.
+            os.unlink(self._name, dir_fd=self._directory)
+        # The file that bind() makes takes its mode from this.
+        os.fchmod(self._socket.fileno(), 0o600)
+        self._socket.bind(_beside(self._directory, self._name))
+        self._inode = _inode_of(self._name, self._directory)
+        self._socket.listen(_BACKLOG)
+
+    async def accept(self) -> Channel:
+        """Wait for a process to connect. Cancelling changes nothing.
+
+        Raises:
+            OSError: If no more descriptors can be had.
+        """
+        while True:
+            await checkpoint()
+            try:
+                connection, _ = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                await anyio.wait_readable(self._socket)
+            else:
+                return Channel(connection)
+
+    def close(self) -> None:
+        """Stop listening, and remove the files. Blocks, briefly."""
+        if self._close.alive:
+            if _inode_of(self._name, self._directory) == self._inode:
+                os.unlink(self._name, dir_fd=self._directory)
+            if _inode_of(f"{self._name}.lock", self._directory) == os.fstat(self._lock).st_ino:
+                os.unlink(f"{self._name}.lock", dir_fd=self._directory)
+            self._close()
+
+    def forked(self) -> None:
+        """Close it in a child, which would hold the lock for as long as it lives."""
+        self._close()
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+
+def _open_directory(path: str) -> tuple[int, str]:
+    directory, name = os.path.split(os.path.abspath(path))
+    return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), name
+
+
+def _beside(directory: int, name: str) -> str:
+    """Return a path that is short enough for a socket, whatever the directory's."""
+    return f"/proc/self/fd/{directory}/{name}"
+
+
+def _inode_of(name: str, directory: int) -> int:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino
+    except FileNotFoundError:
+        return -1
+
+
+def _close_all(listening: socket.socket, *descriptors: int) -> None:
+    listening.close()
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Weights for other machines: versions in a storage, and a pointer to the newest.
+
+A version is a checkpoint of its own. The pointer is a tiny one, ``newest``, which is replaced in one step when the
+version is complete. Subscribers ask whether it was replaced, which takes one small request.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import time
+from typing import Any
+
+import anyio
+
+from aiostage._loop.cleanup import without_locals
+from aiostage.abc import Storage
+from aiostage.checkpoint.load import load
+from aiostage.checkpoint.save import save, write_checkpoint
+from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError, WeightsError, said, shown
+from aiostage.stager import AsyncStager
+from aiostage.weights.inbox import Inbox, WeightVersion
+
+__all__ = ["StorageReceiver", "StorageSender"]
+
+_log = logging.getLogger("aiostage")
+
+_POINTER = "newest"
+_PREFIX = "weights-"
+_LONGEST_WAIT_SECONDS = 30.0
+"""Between two attempts when the storage cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    """What the pointer says: which publisher the newest version is of, and its number."""
+
+    epoch: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{_PREFIX}{self.epoch}-{self.number:020}"
+
+    @classmethod
+    async def read(cls, storage: Storage) -> _Pointer | None:
+        try:
+            content = await load((storage, _POINTER))
+        except CheckpointNotFoundError:
+            return None
+        match content:
+            case {"epoch": str(epoch), "version": int(number)} if number >= 0:
+                return cls(epoch, number)
+        raise CheckpointCorruptError(
+            f"it does not point to weights: {shown(content)}.", path=f"{storage.location}/{_POINTER}"
+        )
+
+
+class StorageSender:
+    """Saves versions of weights, and removes old ones.
+
+    Args:
+        storage: Where.
+        keep: How many versions stay, those of earlier publishers included. A subscriber that has begun to load one
+            has so many publications of time.
+    """
+
+    subscribers = ()
+
+    def __init__(self, storage: Storage, *, keep: int) -> None:
+        self.storage = storage
+        self.location = storage.location
+        # Sorts by the time at which the publisher began.
+        self.epoch = f"{int(time() * 1000):013}-{secrets.token_hex(4)}"
+        self._keep = keep
+        self._names: set[str] = set()
+        self._newest: _Pointer | None = None
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncGenerator[None, None]:
+        """Find what there is of earlier publishers."""
+        await self.storage.sweep()
+        self._names |= {name for name in await self.storage.list() if name.startswith(_PREFIX)}
+        yield
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The versions of this publisher that are kept, in ascending order."""
+        own = f"{_PREFIX}{self.epoch}-"
+        return tuple(sorted(int(name.removeprefix(own)) for name in self._names if name.startswith(own)))
+
+    def save(self, number: int, state_dict: Any, stager: AsyncStager) -> Coroutine[Any, Any, object]:
+        """Return a coroutine that saves a version, which no subscriber sees yet. The copy is begun at the call."""
+        name = _Pointer(self.epoch, number).name
+        self._names.add(name)
+        return save(state_dict, (self.storage, name), stager=stager)
+
+    async def send(self, number: int, saved: object) -> None:
+        """Make a version that was saved the newest, unless a later one already is; remove old ones.
+
+        Raises:
+            WeightsError: If another publisher has begun there since.
+            OSError: If the storage refuses.
+
+        When cancelled, it is the newest, or it has not become that.
+        """
+        if self._newest is not None and number < self._newest.number:
+            return
+        pointer = await _Pointer.read(self.storage)
+        if pointer is not None and pointer.epoch > self.epoch:
+            raise WeightsError(
+                f"another publisher has begun there since, and published version {pointer.number}.",
+                path=self.location,
+                remedy="Give each publisher a target of its own.",
+            )
+        mine = _Pointer(self.epoch, number)
+        content = {"epoch": mine.epoch, "version": mine.number}
+        await write_checkpoint(content, (self.storage, _POINTER), overwrite=True)
+        self._newest = mine
+        await self._remove_surplus()
+
+    async def _remove_surplus(self) -> None:
+        """Remove old versions. Where that fails the new one is none the worse: it is tried again after the next."""
+        assert self._newest is not None  # noqa: S101 - called when there is one
+        for name in sorted(self._names)[: -self._keep]:
+            if name != self._newest.name:
+                try:
+                    await self.storage.delete(name)
+                except OSError as error:
+                    _log.warning("the weights %s of %s could not be removed: %s", name, self.location, error)
+                else:
+                    self._names.discard(name)
+
+
+class StorageReceiver:
+    """Loads versions of weights from a storage when they are asked for.
+
+    Args:
+        storage: Where.
+        inbox: Where they go.
+        classes: Whose objects are made again.
+        interval: Seconds between two looks at the pointer.
+    """
+
+    def __init__(self, storage: Storage, inbox: Inbox, *, classes: Iterable[type], interval: float) -> None:
+        self._storage = storage
+        self._inbox = inbox
+        self._classes = classes
+        self._interval = interval
+
+    async def run(self) -> None:
+        """Load what is asked for, until cancelled."""
+        inbox, seen, failures = self._inbox, "", 0
+        while True:
+            changed = inbox.changed.event
+            if not inbox.wants:
+                await changed.wait()
+                continue
+            try:
+                revision = await self._storage.revision(_POINTER)
+                inbox.set_connected(True)
+                if revision is not None and revision != seen and await self._look():
+                    seen = revision
+                failures = 0
+            except OSError as error:
+                inbox.set_connected(False)
+                failures += 1
+                _log.warning("no weights can be loaded from %s: %s", self._storage.location, said(error))
+            if inbox.wants:
+                await anyio.sleep(min(self._interval * 2.0**failures, max(self._interval, _LONGEST_WAIT_SECONDS)))
+
+    async def _look(self) -> bool:
+        """Load the newest version if it is new; return whether there is nothing more to be done about this pointer."""
+        inbox = self._inbox
+        try:
+            pointer = await _Pointer.read(self._storage)
+            if pointer is None:
+                return False
+            inbox.set_newest(pointer.epoch, pointer.number)
+            if (pointer.epoch, pointer.number) == inbox.seen:
+                return True
+            tree = await load((self._storage, pointer.name), classes=self._classes)
+        except CheckpointNotFoundError:
+            # It was removed meanwhile, so that there is a newer one.
+            return False
+        except OSError:
+            raise
+        except Exception as error:
+            inbox.put(without_locals(error), seen=None)
+            return False
+        inbox.put(WeightVersion(pointer.number, pointer.epoch, tree), seen=(pointer.epoch, pointer.number))
+        return True

@@ -1,0 +1,180 @@
+"""The side that uses weights: an inference server, an evaluator, a rollout worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
+from types import TracebackType
+
+import anyio
+from anyio.lowlevel import current_token
+
+from aiostage._loop.hosting import HostedContext
+from aiostage.abc import Storage
+from aiostage.errors import WeightsError, shown
+from aiostage.storage.locate import Root
+from aiostage.weights.inbox import Inbox, WeightVersion
+from aiostage.weights.publisher import checked_timeout, socket_or_storage
+from aiostage.weights.receiver import SocketReceiver
+from aiostage.weights.stored import StorageReceiver
+
+__all__ = ["WeightSubscriber"]
+
+
+class WeightSubscriber:
+    """Receives the versions of weights that a :class:`WeightPublisher` publishes.
+
+    Iterate over it with ``async for``: each turn acknowledges the version of the last, and waits for a newer one. Of
+    several that were published meanwhile, it gets the newest. There need not be a publisher yet; when one is gone, the
+    subscriber keeps what it has and connects to the next one. Enter it with ``async with``, or call :meth:`open` and
+    :meth:`aclose`, in any tasks of one event loop. One task at a time waits for versions.
+
+    Args:
+        target: As for the publisher: the path of a socket, or what names a storage.
+        classes: As for :func:`aiostage.load`: of your own, whose objects are to come back as they were.
+        timeout: Seconds of silence after which a publisher at a socket is taken for dead.
+        interval: Seconds between two looks into a storage.
+
+    Raises:
+        HostMemoryError: If this system cannot share memory.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a path can be none, or a number is out of range.
+    """
+
+    def __init__(
+        self, target: Root, *, classes: Iterable[type] = (), timeout: float = 60.0, interval: float = 1.0
+    ) -> None:
+        self._place = socket_or_storage(target)
+        self._classes = tuple(classes)
+        self._timeout = checked_timeout(timeout)
+        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
+            raise TypeError(f"interval must be a number of seconds, not {shown(interval)}")
+        if not interval > 0:
+            raise ValueError(f"interval must be above 0, not {shown(interval)}")
+        self._interval = float(interval)
+        self._host: HostedContext[Inbox] | None = None
+        self._inbox: Inbox | None = None
+        self._last: WeightVersion | None = None
+        self._guard = anyio.ResourceGuard("waiting for weights from")
+
+    def __repr__(self) -> str:
+        return f"<WeightSubscriber {self._location!r}, {'connected' if self.connected else 'not connected'}>"
+
+    @property
+    def _location(self) -> str:
+        return self._place.location if isinstance(self._place, Storage) else self._place
+
+    @property
+    def connected(self) -> bool:
+        """Whether the publisher, or the storage, could be reached the last time that something was exchanged."""
+        return self._inbox is not None and self._inbox.connected
+
+    @property
+    def newest(self) -> int | None:
+        """The newest version that is known of; None before there is one. In a storage it is known when asked for."""
+        return self._inbox.newest[1] if self._inbox is not None and self._inbox.newest is not None else None
+
+    async def get(self) -> WeightVersion:
+        """Wait for a version that is newer than the last one, and return it.
+
+        Returns:
+            The newest that there is, as a rule. Acknowledge it when you have loaded it.
+
+        Raises:
+            WeightsError: If the subscriber is not open, or is closed meanwhile; or if the publisher is of another user
+                or another version of the protocol.
+            CheckpointError: If the version has an object that cannot be made again. The next call waits for the next.
+            OSError: If there is no memory for it.
+
+        When cancelled, nothing is lost: the next call returns what this one would have, or what is newer.
+        """
+        with self._guard:
+            self._last = version = await self._opened().take()
+        return version
+
+    def __aiter__(self) -> WeightSubscriber:
+        return self
+
+    async def __anext__(self) -> WeightVersion:
+        """Acknowledge the last version, then wait as :meth:`get` does. Raises as that does."""
+        self._acknowledge_last()
+        return await self.get()
+
+    def _acknowledge_last(self) -> None:
+        if self._last is not None:
+            self._last.acknowledge()
+            self._last = None
+
+    async def open(self) -> None:
+        """Begin to connect, for programs that cannot enter a block: :meth:`aclose` ends it, in any task.
+
+        Raises:
+            WeightsError: If it was opened before.
+
+        When cancelled, nothing has begun, and it may be called again.
+        """
+        if self._host is not None:
+            raise WeightsError("the subscriber was opened before.", remedy="Make a new WeightSubscriber.")
+        host = self._host = HostedContext(self._receiving())
+        try:
+            self._inbox = await host.open()
+        except BaseException:
+            self._host = None
+            raise
+
+    @asynccontextmanager
+    async def _receiving(self) -> AsyncGenerator[Inbox, None]:
+        inbox = Inbox()
+        receiver: SocketReceiver | StorageReceiver
+        if isinstance(self._place, Storage):
+            receiver = StorageReceiver(self._place, inbox, classes=self._classes, interval=self._interval)
+        else:
+            receiver = SocketReceiver(self._place, inbox, classes=self._classes, timeout=self._timeout)
+        async with anyio.create_task_group() as group:
+            group.start_soon(receiver.run, name=f"receive weights from {self._location}")
+            try:
+                yield inbox
+            finally:
+                inbox.fail(WeightsError("the subscriber was closed.", path=self._location))
+                inbox.drop()
+                group.cancel_scope.cancel()
+
+    def _opened(self) -> Inbox:
+        if self._inbox is None:
+            raise WeightsError(
+                "the subscriber is not open.",
+                path=self._location,
+                remedy="Use it inside its `async with` block, or between open() and aclose().",
+            )
+        if self._inbox.native is not current_token().native_token:
+            raise WeightsError("the subscriber was opened on another event loop.", path=self._location)
+        return self._inbox
+
+    async def aclose(self) -> None:
+        """Disconnect. Versions that were taken stay good. May be called by any task of the loop, and again.
+
+        When cancelled, it is closed all the same.
+        """
+        if self._host is not None:
+            await self._host.aclose()
+
+    async def __aenter__(self) -> WeightSubscriber:
+        """Begin, as :meth:`open` does."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Acknowledge the last version unless the block has failed, and disconnect."""
+        if isinstance(error, GeneratorExit):
+            # A coroutine that is being closed may not wait.
+            if self._host is not None:
+                self._host.abandon()
+            return
+        try:
+            if error is None and self._inbox is not None:
+                self._acknowledge_last()
+                await self._inbox.flush()
+        finally:
+            await self.aclose()
