@@ -7,9 +7,9 @@ use::
     async with aiostage.Checkpointer("runs/first", keep=3) as checkpoints:
         await checkpoints.save(step, state_dict)  # returns when captured; written while training goes on
 
-Further: ``aiostage.dcp`` for many ranks, ``aiostage.weights`` for processes that need new weights, ``aiostage.blocking``
-for programs without an event loop, ``aiostage.storage`` for object stores, ``aiostage.testing`` for tests. Everything raised on purpose is a ``StagingError``, or the standard
-exception for wrong arguments.
+Further: ``aiostage.dcp`` for many ranks, ``aiostage.weights`` for processes that need new weights,
+``aiostage.blocking`` for programs without an event loop, ``aiostage.storage`` for object stores, ``aiostage.testing``
+for tests. Everything raised on purpose is a ``StagingError``, or the standard exception for wrong arguments.
 """
 
 from typing import TYPE_CHECKING

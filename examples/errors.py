@@ -17,6 +17,7 @@ from obstore.store import S3Store
 import aiostage
 from aiostage import AsyncStager, StagingOptions
 from aiostage.testing import SimulatedAccelerator
+from aiostage.weights import WeightPublisher
 
 STATE = {"weight": torch.ones(4, 4), "bias": torch.zeros(4)}
 
@@ -72,6 +73,10 @@ async def corrupt(folder: Path) -> None:
     await aiostage.load(folder / "checkpoint")
 
 
+async def not_open(folder: Path) -> None:
+    await WeightPublisher(folder / "weights.sock").publish(STATE)
+
+
 async def unreachable(folder: Path) -> None:
     nobody = "http://127.0.0.1:9"
     store = S3Store(
@@ -95,6 +100,7 @@ PROVOKED: dict[type[aiostage.StagingError], Callable[[Path], Awaitable[None]]] =
     aiostage.CheckpointMismatchError: mismatch,
     aiostage.CheckpointCorruptError: corrupt,
     aiostage.StorageError: unreachable,
+    aiostage.WeightsError: not_open,
 }
 
 

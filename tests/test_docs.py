@@ -23,6 +23,7 @@ import aiostage.dcp
 import aiostage.observe
 import aiostage.sharing
 import aiostage.testing
+import aiostage.weights
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -145,6 +146,7 @@ def test_public_modules_are_found() -> None:
         aiostage.observe,
         aiostage.sharing,
         aiostage.testing,
+        aiostage.weights,
     ],
     ids=lambda module: module.__name__,
 )

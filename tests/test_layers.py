@@ -25,6 +25,7 @@ ROWS = [
     {"snapshot", "sharing", "storage"},
     {"stager", "incremental"},
     {"checkpoint"},
+    {"weights"},
     {"blocking", "dcp", "testing"},
     {"integrations", "cli"},
     {"__main__"},

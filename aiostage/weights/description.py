@@ -22,14 +22,13 @@ from aiostage._memory.arena import Arena
 from aiostage._memory.sending import offered
 from aiostage._memory.shared import SentMemory, map_memory
 from aiostage._platform import memory_file
-from aiostage.checkpoint.decode import Memory, TreeDecoder
-from aiostage.checkpoint.encode import Node, TreeEncoder
-from aiostage.checkpoint.nodes import NodeTable, reading
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes
-from aiostage.storage.lines import lines_of, parse_line
-from aiostage.storage.safetensors import Record
-from aiostage.storage.sizes import checked_sizes
+from aiostage.format.decode import Memory, TreeDecoder
+from aiostage.format.encode import Node, TreeEncoder
+from aiostage.format.manifest import lines_of, parse_line
+from aiostage.format.nodes import NodeTable, reading
+from aiostage.format.safetensors import Record, checked_sizes
 
 __all__ = ["Described", "describe", "open_described"]
 

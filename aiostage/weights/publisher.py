@@ -11,11 +11,10 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._arguments import whole
+from aiostage._arguments import states_of, whole
 from aiostage._loop.coroutines import named
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import Storage
-from aiostage.checkpoint.stateful import states_of
 from aiostage.errors import WeightsError, shown
 from aiostage.options import StagingOptions
 from aiostage.snapshot import Snapshot
@@ -141,6 +140,8 @@ class WeightPublisher:
     async def _publish(self, number: int, source: Any) -> int:
         try:
             self._opened()
+            if self._loop is not current_token().native_token:
+                raise WeightsError("the publisher was opened on another event loop.", path=self._sender.location)
             staged = await (source.result() if isinstance(source, Snapshot) else source)
             async with self._lock:
                 self._opened()

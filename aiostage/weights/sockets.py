@@ -21,7 +21,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop.forks import tell_of_forks
 from aiostage._platform import try_lock
 from aiostage.errors import WeightsError, said, shown
-from aiostage.storage.lines import parse_line
+from aiostage.format.manifest import parse_line
 
 __all__ = [
     "MAX_PACKET_BYTES",
@@ -243,7 +243,9 @@ def connect(path: str) -> Channel:
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError) and error.errno == errno.EPROTOTYPE:
-            raise WeightsError("another program listens there.", path=path, remedy="Choose a path of its own.") from error
+            raise WeightsError(
+                "another program listens there.", path=path, remedy="Choose a path of its own."
+            ) from error
         if isinstance(error, PermissionError):
             raise WeightsError(
                 f"this process may not connect: {error.strerror}.",

@@ -55,39 +55,39 @@ async def said(pipe: Connection) -> Any:
 
 async def test_subscribers_that_are_stopped_and_killed(tmp_path: Path) -> None:
     path = str(tmp_path / "weights.sock")
-    async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
-        # What a stopped subscriber is given for a heartbeat; a busy machine must not take the others for dead.
-        async with WeightPublisher(path, stager, timeout=seconds(0.25)) as publisher:
-            with running(peers.subscribe, path) as (one, pipe_one), running(peers.subscribe, path) as (two, pipe_two):
-                await publisher.publish(weights(0))
-                for pipe in (pipe_one, pipe_two):
-                    pipe.send("hold")
-                    assert await said(pipe) == (0, {0.0})
-                await publisher.publish(weights(1))
-                pipe_two.send("take")
-                assert await said(pipe_two) == (1, {1.0})
-                await publisher.acknowledged(1)
-                assert publisher.versions == (0, 1)
-                assert {each.pid for each in publisher.subscribers} == {one.pid, two.pid}
+    stager = AsyncStager(StagingOptions(use_shared_memory=True))
+    # What a stopped subscriber is given for a heartbeat; a busy machine must not take the others for dead.
+    async with stager, WeightPublisher(path, stager, timeout=seconds(0.25)) as publisher:
+        with running(peers.subscribe, path) as (one, pipe_one), running(peers.subscribe, path) as (two, pipe_two):
+            await publisher.publish(weights(0))
+            for pipe in (pipe_one, pipe_two):
+                pipe.send("hold")
+                assert await said(pipe) == (0, {0.0})
+            await publisher.publish(weights(1))
+            pipe_two.send("take")
+            assert await said(pipe_two) == (1, {1.0})
+            await publisher.acknowledged(1)
+            assert publisher.versions == (0, 1)
+            assert {each.pid for each in publisher.subscribers} == {one.pid, two.pid}
 
-                # A killed one is gone at once, and what it held with it.
-                os.kill(one.pid, signal.SIGKILL)
-                await until(lambda: one.pid not in {each.pid for each in publisher.subscribers})
+            # A killed one is gone at once, and what it held with it.
+            os.kill(one.pid, signal.SIGKILL)
+            await until(lambda: one.pid not in {each.pid for each in publisher.subscribers})
 
-                # A stopped one says nothing, is taken for dead, and its memory is still not written to.
-                os.kill(two.pid, signal.SIGSTOP)
-                await until(lambda: publisher.subscribers == ())
-                assert publisher.versions == (1,)
-                for number in range(2, 12):
-                    await publisher.publish(weights(number))
-                    assert len(publisher.versions) == 1
-                os.kill(two.pid, signal.SIGCONT)
-                pipe_two.send("take")
-                number, found = await said(pipe_two)
-                assert (number, found) == (11, {11.0})
+            # A stopped one says nothing, is taken for dead, and its memory is still not written to.
+            os.kill(two.pid, signal.SIGSTOP)
             await until(lambda: publisher.subscribers == ())
-            assert publisher.versions == (11,)
-            assert stager.statistics().leases == 1
+            assert publisher.versions == (1,)
+            for number in range(2, 12):
+                await publisher.publish(weights(number))
+                assert len(publisher.versions) == 1
+            os.kill(two.pid, signal.SIGCONT)
+            pipe_two.send("take")
+            number, found = await said(pipe_two)
+            assert (number, found) == (11, {11.0})
+        await until(lambda: publisher.subscribers == ())
+        assert publisher.versions == (11,)
+        assert stager.statistics().leases == 1
 
 
 async def test_a_server_that_swaps_weights_between_requests(tmp_path: Path) -> None:
@@ -132,7 +132,6 @@ async def test_a_server_that_swaps_weights_between_requests(tmp_path: Path) -> N
             assert numbers == sorted(set(numbers))
         swapping.cancel()
         await asyncio.wait([swapping])
-    del subscriber, swapping
     model.load_state_dict({name: tensor.clone() for name, tensor in model.named_buffers()}, assign=True)
     await probe.settled(seconds(10))
     # What the killed ones have left is in nobody's way.

@@ -42,7 +42,7 @@ async def test_the_same_lines_over_a_storage(kind: str, tmp_path: Path) -> None:
         async with WeightPublisher(target, max_versions=4) as publisher:
             for number in range(first, first + 6):
                 await publisher.publish(weights(number), version=number)
-            await until(lambda number=number: seen and seen[-1][1] == number or serving.done())
+            await until(lambda number=number: (seen and seen[-1][1] == number) or serving.done())
             assert publisher.versions == tuple(range(first + 2, first + 6))
     serving.cancel()
     await asyncio.wait([serving])
