@@ -60,10 +60,6 @@ class WeightVersion:
             if self._acknowledge is not None:
                 self._acknowledge()
 
-    def drop(self) -> None:
-        """Drop the tree without saying anything."""
-        self._tree.clear()
-
 
 class Inbox:
     """Where a receiver puts versions, one at a time, when they are asked for.
@@ -119,7 +115,8 @@ class Inbox:
         """Drop what is there."""
         content, self._content = self._content, None
         if isinstance(content, WeightVersion):
-            content.drop()
+            # Without an acknowledgement.
+            content._tree.clear()
 
     async def flush(self) -> None:
         """Wait until everything has been said to the publisher, for a moment at most."""

@@ -82,7 +82,7 @@ class StorageSender:
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None, None]:
         """Find what there is of earlier publishers."""
-        await self.storage.sweep()
+        await self.storage.clean_up()
         self._names |= {name for name in await self.storage.list() if name.startswith(_PREFIX)}
         yield
 
