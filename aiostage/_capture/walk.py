@@ -120,7 +120,7 @@ class Walk:
         self._nodes: dict[int, Node] = {}
         self._origins: list[Node] = []
         self._fresh: list[Node] = []
-        self._stack: list[Node] = []
+        self._stack: list[list[Node]] = []
         self._all: list[Node] = []
         self._reduced_last: list[ObjectNode] = []
         self._buffers: list[GivenNode] = []
@@ -183,7 +183,7 @@ class Walk:
             reduced, self._reduced_last = self._reduced_last, []
             for node in reduced:
                 self._reduce(node)
-                self._stack.append(node)
+                self._stack.append([node])
                 exhausted(self._note())
             unknown = self._opaque_unknown()
             for given in unknown:
@@ -259,7 +259,11 @@ class Walk:
         """Open what was met and not opened yet, depth first."""
         stack, cost = self._stack, 0
         while stack:
-            node = stack.pop()
+            # What a node of many children has led to stays one list: moving it takes milliseconds.
+            pending = stack[-1]
+            node = pending.pop()
+            if not pending:
+                stack.pop()
             if isinstance(node, GivenNode):
                 yield from self._copy_buffer(node)
                 continue
@@ -285,11 +289,13 @@ class Walk:
     def _opened(self, node: Node) -> None:
         if node.leaves:
             self._origins.append(node)
-        fresh = self._fresh
-        self._all += fresh
-        fresh.reverse()
-        self._stack += fresh
-        fresh.clear()
+        self._fresh.reverse()
+        self._push_fresh()
+
+    def _push_fresh(self) -> None:
+        if self._fresh:
+            self._stack.append(self._fresh)
+            self._fresh = []
 
     def _take(self, node: Node, start: int) -> int:
         """Sort some children of a node, and return the first slot that comes after them."""
@@ -375,9 +381,7 @@ class Walk:
                 if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
                     self._note_beside(index, tensor)
             yield
-        self._all += self._fresh
-        self._stack += self._fresh
-        self._fresh.clear()
+        self._push_fresh()
         yield from self._note()
 
     def _note_beside(self, index: int, tensor: torch.Tensor) -> None:
@@ -396,6 +400,7 @@ class Walk:
 
     def _add(self, made: Node, node: Node, slot: int) -> None:
         self._nodes[id(made.source)] = made
+        self._all.append(made)
         self._fresh.append(made)
         node.nested.append((slot, made))
 
@@ -593,9 +598,7 @@ class Walk:
                 self._attributes(tensor, index, _parent(node), node.slot)
                 # It is reached through the object's own code, and no child of what the object is in.
                 del _parent(node).nested[nested:]
-        self._all += self._fresh
-        self._stack += self._fresh
-        self._fresh.clear()
+        self._push_fresh()
 
     def _copy_last(self) -> None:
         """Copy everything that cannot be compared later."""
