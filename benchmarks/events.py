@@ -1,13 +1,14 @@
 """How soon a coroutine runs after an event is done, and what waiting for it costs, by every way of waiting.
 
 The events are simulated: they are done at a known time, and asking is a comparison. Their durations vary by a share
-that is given, as those of real copies do. Every round takes the ways in a new random order. The transfers that
-forecasts are learnt from are part of the run, but not of the figures.
+that is given, as those of real copies do. Every round takes the ways in a new random order; the first one is left out.
 
     python benchmarks/events.py --rounds 15 --loop uvloop
+    python benchmarks/events.py --waiters 300 --seconds 1
     python benchmarks/events.py --cuda
 
-With ``--cuda`` the events are those of copies of a GiB and less into pinned memory.
+With ``--waiters`` so many coroutines wait at once, for events that are spread over the time. With ``--cuda`` the events
+are those of copies of a GiB and less into pinned memory.
 """
 
 from __future__ import annotations
@@ -24,15 +25,12 @@ from typing import Any
 
 import trio
 import uvloop
-from anyio import sleep, to_thread
+from anyio import create_task_group, sleep, to_thread
 from anyio.lowlevel import checkpoint
 
-from aiostage._loop.polling import wait_event, wait_transfer
-from aiostage._loop.transfers import BandwidthEstimator
+from aiostage import wait_event
 
 BYTES_PER_SECOND = 25e9
-LEARNING = 12
-LONGEST_LEARNING_SECONDS = 0.25
 
 
 class SimulatedEvent:
@@ -89,39 +87,30 @@ class CudaEvent:
         return self.began + self._start.elapsed_time(self._event) / 1e3
 
 
-Way = Callable[[Any, BandwidthEstimator], Awaitable[None]]
+Way = Callable[[Any], Awaitable[None]]
 
 
-async def predicted(event: Any, bandwidth: BandwidthEstimator) -> None:
-    await wait_transfer(event, bandwidth.announce("device", event.nbytes))
-
-
-async def unpredicted(event: Any, bandwidth: BandwidthEstimator) -> None:
-    await wait_event(event)
-
-
-async def fixed_interval(event: Any, bandwidth: BandwidthEstimator) -> None:
+async def fixed_interval(event: Any) -> None:
     while not event.query():
         await sleep(0.001)
 
 
-async def half_a_millisecond(event: Any, bandwidth: BandwidthEstimator) -> None:
+async def half_a_millisecond(event: Any) -> None:
     while not event.query():
         await sleep(0.0005)
 
 
-async def blocking_thread(event: Any, bandwidth: BandwidthEstimator) -> None:
+async def blocking_thread(event: Any) -> None:
     await to_thread.run_sync(event.synchronize)
 
 
-async def busy(event: Any, bandwidth: BandwidthEstimator) -> None:
+async def busy(event: Any) -> None:
     while not event.query():
         await checkpoint()
 
 
 WAYS: dict[str, Way] = {
-    "wait_transfer (predicted)": predicted,
-    "wait_event": unpredicted,
+    "wait_event": wait_event,
     "poll every 1 ms": fixed_interval,
     "poll every 0.5 ms": half_a_millisecond,
     "to_thread(synchronize)": blocking_thread,
@@ -146,22 +135,33 @@ class Figures:
         }
 
 
-async def measure(kind: type[Any], seconds: float, rounds: int, jitter: float, seed: int) -> dict[str, Figures]:
+async def measure(
+    kind: type[Any], seconds: float, rounds: int, jitter: float, seed: int, waiters: int = 1
+) -> dict[str, Figures]:
     rng = random.Random(seed)
-    bandwidth = BandwidthEstimator()
-    for _ in range(LEARNING):
-        await predicted(kind(min(seconds, LONGEST_LEARNING_SECONDS), jitter, rng), bandwidth)
     figures = {name: Figures() for name in WAYS}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name in rng.sample(list(WAYS), len(WAYS)):
-            before = time.process_time()
-            event = kind(seconds, jitter, rng)
-            await WAYS[name](event, bandwidth)
-            now = time.monotonic()
+            latencies: list[float] = []
+            queries: list[int] = []
+            before, began = time.process_time(), time.monotonic()
+
+            async def wait(share: float, name: str = name, here: Any = (latencies, queries)) -> None:
+                event = kind(seconds * share, jitter, rng)
+                await WAYS[name](event)
+                here[0].append(time.monotonic() - event.completed_at())
+                here[1].append(event.queries)
+
+            async with create_task_group() as group:
+                for waiter in range(waiters):
+                    group.start_soon(wait, (waiter + 1) / waiters)
             spent = time.process_time() - before
-            figures[name].latencies.append(now - event.completed_at())
-            figures[name].cores.append(spent / (now - event.began))
-            figures[name].queries.append(event.queries)
+            if number == 0:
+                # The first of all imports and compiles things.
+                continue
+            figures[name].latencies += latencies
+            figures[name].cores.append(spent / (time.monotonic() - began))
+            figures[name].queries.append(max(queries))
     return figures
 
 
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     parser.add_argument("--loop", nargs="+", default=["asyncio", "uvloop", "trio"])
     parser.add_argument("--jitter", type=float, default=0.0003, help="standard deviation, as a share of the duration")
+    parser.add_argument("--waiters", type=int, default=1, help="as many at once, spread over the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -185,7 +186,9 @@ def main() -> None:
     rows = []
     for loop in options.loop:
         for seconds in options.seconds:
-            measured = run_on(loop, measure, kind, seconds, options.rounds, options.jitter, options.seed)
+            measured = run_on(
+                loop, measure, kind, seconds, options.rounds, options.jitter, options.seed, options.waiters
+            )
             rows += [{"loop": loop, "seconds": seconds, "way": way, **it.row()} for way, it in measured.items()]
     if options.json:
         print(json.dumps(rows, indent=1))

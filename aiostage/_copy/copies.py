@@ -15,7 +15,7 @@ from aiostage._copy.building import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.host import HostCopy
 from aiostage._copy.inspection import SourceInspection
-from aiostage._copy.pending import PendingCopies
+from aiostage._copy.pending import StagingCopies
 from aiostage._copy.sources import Sources
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
@@ -147,7 +147,7 @@ class CopyProgress:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.pending: PendingCopies | None = None
+        self.pending: StagingCopies | None = None
         self.batches: Sequence[Batch] = ()
         self.window: Window | None = None
         self.memory = range(0)
@@ -167,7 +167,7 @@ class CopyProgress:
         if self.window is not None:
             await self.window.launched(number)
         if self.batches[number].device is not None and self.pending is not None:
-            await self.pending.wait(number)
+            await self.pending.wait_for_batch(number)
             self.copied.add(number)
         while number not in self.copied and not self._job.finished():
             await self._job.progressed(self._job.done)

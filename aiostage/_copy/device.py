@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,35 +11,9 @@ import torch
 from aiostage._capture.plan import SMALL_BYTES, Batch
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage._copy.sources import Sources, detached_alias
-from aiostage._loop.transfers import BandwidthEstimator, Transfer
-from aiostage.abc import Backend, SupportsQuery
+from aiostage.abc import Backend
 
-__all__ = ["DeviceCopy", "PendingCopy"]
-
-
-@dataclass(eq=False, slots=True)
-class PendingCopy:
-    """Copies that a device has been told to make, and everything that must outlive them.
-
-    Attributes:
-        event: Completes when they are done.
-        transfer: When that may be expected.
-        device: Which device.
-        nbytes: How many bytes they bring.
-        number: Of the batch.
-        copies: How many copies to host memory they are.
-        launches: How many operations were enqueued in all.
-        keep: Sources, destinations and the arena.
-    """
-
-    event: SupportsQuery
-    transfer: Transfer
-    device: torch.device
-    nbytes: int
-    number: int
-    copies: int
-    launches: int
-    keep: list[object] = field(repr=False)
+__all__ = ["DeviceCopy"]
 
 
 class DeviceCopy:
@@ -56,6 +29,12 @@ class DeviceCopy:
         sources: The leaves.
         staged: Their staged copies, built where the batch needs them.
         memory: One-dimensional uint8, the whole arena.
+
+    Attributes:
+        number: Of the batch.
+        device: Where the sources are.
+        nbytes: How many bytes it brings.
+        launches: How many operations were enqueued so far.
     """
 
     def __init__(
@@ -81,7 +60,7 @@ class DeviceCopy:
         self._leaves = list(aliases.values())
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
-        self._launches = 0
+        self.launches = 0
 
     @classmethod
     def of(
@@ -112,27 +91,19 @@ class DeviceCopy:
             self._take_pieces()
             for source in self._leaves:
                 backend.keep(source, stream)
-            self._launches += backend.copy(self._destinations, self._sources, stream)
+            self.launches += backend.copy(self._destinations, self._sources, stream)
 
-    def record(self, backend: Backend, stream: Any, bandwidth: BandwidthEstimator) -> PendingCopy:
-        """Return the copies under way, also those of an :meth:`enqueue` that has failed half-way.
+    @property
+    def copies(self) -> int:
+        """How many copies to host memory were enqueued so far."""
+        return len(self._destinations)
 
-        Args:
-            backend: How to reach the device.
-            stream: The one that they were enqueued on.
-            bandwidth: Where to announce them.
-
-        Raises:
-            Exception: What the device says; then it has failed, and copies no more.
-        """
-        event = backend.record(stream)
-        transfer = bandwidth.announce(self.device, self.nbytes, stream)
-        copies, launches = len(self._destinations), self._launches
-        keep: list[object] = [self._leaves, self._destinations, self._memory]
+    def take_memory(self) -> list[object]:
+        """Return what must outlive the copies, also those of an :meth:`enqueue` that has failed half-way."""
         # What was gathered belongs to the stream. Dropped now, its memory serves the next batch; kept, all small
         # leaves would lie on the device twice until they have been copied.
         self._sources = []
-        return PendingCopy(event, transfer, self.device, self.nbytes, self.number, copies, launches, keep)
+        return [self._leaves, self._destinations, self._memory]
 
     def _take_whole(self, backend: Backend, stream: Any) -> None:
         """Note the leaves that are copied as they are, small ones in consecutive slots as one."""
@@ -169,7 +140,7 @@ class DeviceCopy:
                 self._destinations += torch.split(destination, sizes)
                 self._sources += sources
                 return
-            self._launches += launches
+            self.launches += launches
             sources = [flat]
         self._destinations.append(destination)
         self._sources += sources

@@ -5,28 +5,79 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from aiostage._copy.device import DeviceCopy, PendingCopy
-from aiostage._device.streams import CallerStreams, CopyStreams, device_errors
+from aiostage._copy.device import DeviceCopy
+from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.closing import Closing
-from aiostage._loop.polling import wait_transfer
-from aiostage._loop.transfers import BandwidthEstimator
+from aiostage._loop.polling import wait_until_done
 from aiostage._loop.workers import Job, Workers
-from aiostage.abc import Backend
+from aiostage.abc import Backend, SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError
 
-__all__ = ["PendingCopies", "in_flight", "wait_until_copied"]
+__all__ = ["Enqueueable", "PendingCopies", "PendingCopy", "StagingCopies", "in_flight"]
 
 _POLL_SECONDS = 0.005
 """Between two queries of copies without a waiter. Only their memory waits for the outcome."""
+
+
+class Enqueueable(Protocol):
+    """Copies that a device is to be told to make.
+
+    Attributes:
+        device: Which device.
+        nbytes: How many bytes they bring.
+        number: What they are called.
+        launches: How many operations were enqueued so far.
+    """
+
+    device: torch.device
+    nbytes: int
+    number: int
+    launches: int
+
+    @property
+    def copies(self) -> int:
+        """How many copies were enqueued so far."""
+
+    def enqueue(self, backend: Backend, stream: Any) -> None:
+        """Tell the device."""
+
+    def take_memory(self) -> list[object]:
+        """Return what must outlive the copies."""
+
+
+@dataclass(eq=False, slots=True)
+class PendingCopy:
+    """Copies that a device has been told to make, and everything that must outlive them.
+
+    Attributes:
+        event: Completes when they are done.
+        on: The stream that they are on.
+        nbytes: How many bytes they bring.
+        number: Of the batch.
+        copies: How many copies they are.
+        launches: How many operations were enqueued in all.
+        keep: Sources, destinations and the arena.
+        is_made: Whether it was seen to be complete.
+    """
+
+    event: SupportsQuery
+    on: CopyStream
+    nbytes: int
+    number: int
+    copies: int
+    launches: int
+    keep: list[object] = field(repr=False)
+    is_made: bool = False
 
 
 class _InFlight:
@@ -100,59 +151,135 @@ def _is_over(copy: PendingCopy) -> bool:
 in_flight = _InFlight()
 
 
-async def wait_until_copied(copy: PendingCopy, streams: CopyStreams, closing: Closing | None) -> None:
-    """Wait until copies have been made.
-
-    Raises:
-        StagingError: If the device has failed.
-        StagerClosedError: If the stager is closed.
-
-    Cancelling changes nothing.
-    """
-    try:
-        await wait_transfer(copy.event, copy.transfer, closing)
-    except StagerClosedError:
-        raise
-    except StagingError:
-        streams.forget(copy.device, copy.transfer.stream)
-        raise
-    in_flight.finished(copy)
-    # A caller may still refer to it, but its memory is used again before that ends.
-    copy.keep.clear()
-
-
 class PendingCopies:
-    """Launches the copies of one staging and waits for them.
+    """Enqueues copies behind the caller's work, and waits for them. They end also if it is dropped.
 
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        bandwidth: Where to announce the copies.
-        closing: After which all waits for them end.
+        closing: After which all waits for them end; None where there is no stager.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        streams: CopyStreams,
-        caller: CallerStreams,
-        bandwidth: BandwidthEstimator,
-        closing: Closing,
+        self, backend: Backend, streams: CopyStreams, caller: CallerStreams, closing: Closing | None = None
     ) -> None:
         self._backend = backend
         self._streams = streams
-        self._bandwidth = bandwidth
         self._closing = closing
         self._caller = caller
-        self._pending: dict[int, PendingCopy] = {}
+        self._beside: dict[torch.device, CopyStream] = {}
         self._in_order: list[PendingCopy] = []
         self._lock = threading.Lock()
         self._abandon = weakref.finalize(self, in_flight.orphan, self._in_order)
         self._abandon.atexit = False
 
+    def follow_the_caller(self, device: torch.device) -> None:
+        """Make the copies of a device wait for the caller's moment."""
+        if device not in self._beside:
+            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
+            beside = self._streams.of(device)
+            self._caller.order_before(beside.stream, device)
+            self._beside[device] = beside
+
+    def enqueue(self, copy: Enqueueable) -> PendingCopy:
+        """Tell a device to copy; runs in a worker thread.
+
+        Args:
+            copy: Of a device that follows the caller already.
+
+        Returns:
+            The copies under way, for :meth:`wait`.
+
+        Raises:
+            Exception: What the device says. Copies may be under way all the same, and their memory is kept.
+        """
+        on = self._beside[copy.device]
+        try:
+            copy.enqueue(self._backend, on.stream)
+        except Exception:
+            # Some of it may be under way, into memory that must not be given away. Should that not even be
+            # recorded, the device has failed and copies no more.
+            with suppress(Exception):
+                self._record(copy, on)
+            raise
+        return self._record(copy, on)
+
+    def _record(self, copy: Enqueueable, on: CopyStream) -> PendingCopy:
+        event = self._backend.record(on.stream)
+        pending = PendingCopy(event, on, copy.nbytes, copy.number, copy.copies, copy.launches, copy.take_memory())
+        in_flight.add(pending)
+        with self._lock:
+            self._in_order.append(pending)
+            self._added(pending)
+            abandoned = not self._abandon.alive
+        if abandoned:
+            in_flight.orphan([pending])
+        return pending
+
+    def _added(self, copy: PendingCopy) -> None:
+        """Note copies that have just been enqueued, with the lock held."""
+
+    async def wait(self, copy: PendingCopy) -> None:
+        """Wait until copies have been made.
+
+        Raises:
+            StagingError: If the device has failed.
+            StagerClosedError: If the stager is closed.
+
+        Cancelling changes nothing.
+        """
+        if copy.is_made:
+            return
+        _check(copy)
+        try:
+            await wait_until_done(copy.event, self._closing)
+        except StagerClosedError:
+            raise
+        except StagingError as error:
+            self._streams.forget(copy.on, error.__cause__)
+            raise
+        # What was before it on its stream may have failed meanwhile.
+        _check(copy)
+        copy.is_made = True
+        in_flight.finished(copy)
+
+    def abandon(self) -> None:
+        """Let what is still under way be watched over by a thread."""
+        with self._lock:
+            self._abandon()
+
     def __iter__(self) -> Iterator[PendingCopy]:
         return iter(tuple(self._in_order))
+
+
+def _check(copy: PendingCopy) -> None:
+    failure = copy.on.failure
+    if failure is not None:
+        raise StagingError(
+            f"an earlier copy on the same stream of {copy.on.device} failed: {type(failure).__name__}: "
+            f"{str(failure).rstrip('.')}.",
+            remedy="What was enqueued on the device cannot be relied on.",
+        ) from failure
+
+
+class StagingCopies(PendingCopies):
+    """The copies of one staging, batch by batch.
+
+    Args:
+        backend: How to reach the devices.
+        streams: Where to copy.
+        caller: What the copies follow.
+        closing: Of the stager.
+    """
+
+    def __init__(self, backend: Backend, streams: CopyStreams, caller: CallerStreams, closing: Closing) -> None:
+        super().__init__(backend, streams, caller, closing)
+        self._stager = closing
+        self._by_number: dict[int, PendingCopy] = {}
+
+    def _added(self, copy: PendingCopy) -> None:
+        self._by_number[copy.number] = copy
 
     async def launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
         """Enqueue copies on side streams, after the caller.
@@ -173,31 +300,27 @@ class PendingCopies:
             await self._launch(copies, launcher, max_bytes)
 
     async def _launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
-        streams = {}
         for device in {copy.device: None for copy in copies}:
-            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
-            streams[device] = self._streams.of(device)
-            self._caller.order_before(streams[device], device)
+            self.follow_the_caller(device)
         rounds = list(_rounds(copies, max_bytes))
         try:
             for number, members in enumerate(rounds):
                 if number >= 2:
-                    await self._wait_for_all([copy.number for copy in rounds[number - 2]])
-                await self._enqueue_all(members, streams, launcher)
+                    for copy in [self._by_number[copy.number] for copy in rounds[number - 2]]:
+                        await self.wait(copy)
+                await self._enqueue_all(members, launcher)
         finally:
             # An error's traceback has this frame in it, and those of the callers, which must not keep memory alive.
             for each in (copies, *rounds):
                 each.clear()
 
-    async def _enqueue_all(
-        self, copies: Sequence[DeviceCopy], streams: Mapping[torch.device, Any], launcher: Workers
-    ) -> None:
+    async def _enqueue_all(self, copies: Sequence[DeviceCopy], launcher: Workers) -> None:
         job = launcher.job()
-        for step in [partial(self._enqueue, copy, streams[copy.device]) for copy in copies]:
+        for step in [partial(self.enqueue, copy) for copy in copies]:
             job.put(step)
         job.close()
         try:
-            with self._closing.telling(job.cancel):
+            with self._stager.telling(job.cancel):
                 try:
                     await self._launched(job)
                 except BaseException as error:
@@ -206,7 +329,7 @@ class PendingCopies:
                     if not isinstance(error, GeneratorExit):
                         await finish(partial(self._launched, job))
                     raise
-            self._closing.check()
+            self._stager.check()
             await job.join()
         finally:
             # Nor may it lead back to the error.
@@ -214,44 +337,12 @@ class PendingCopies:
 
     async def _launched(self, job: Job) -> None:
         """Wait until launches are over. Those of a closed stager may hang with their device, and keep their memory."""
-        while not (job.finished() or self._closing.closed):
+        while not (job.finished() or self._stager.closed):
             await job.progressed(job.done)
 
-    async def _wait_for_all(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            await self.wait(number)
-
-    def _enqueue(self, copy: DeviceCopy, stream: Any) -> None:
-        """Enqueue one copy, in a worker thread."""
-        try:
-            copy.enqueue(self._backend, stream)
-        except Exception:
-            # Some of it may be under way, into memory that must not be given away. Should that not even be
-            # recorded, the device has failed and copies no more.
-            with suppress(Exception):
-                self._add(copy.record(self._backend, stream, self._bandwidth))
-            raise
-        self._add(copy.record(self._backend, stream, self._bandwidth))
-
-    def _add(self, copy: PendingCopy) -> None:
-        in_flight.add(copy)
-        with self._lock:
-            self._pending[copy.number] = copy
-            self._in_order.append(copy)
-            abandoned = not self._abandon.alive
-        if abandoned:
-            in_flight.orphan([copy])
-
-    async def wait(self, number: int) -> None:
-        """Wait until the copies of a batch have been made.
-
-        Raises:
-            StagingError: If the device has failed.
-            StagerClosedError: If the stager is closed.
-
-        Cancelling changes nothing.
-        """
-        await wait_until_copied(self._pending[number], self._streams, self._closing)
+    async def wait_for_batch(self, number: int) -> None:
+        """Wait like :meth:`wait` for the copies of a batch."""
+        await self.wait(self._by_number[number])
 
     def order_before(self, stream: Any | None, numbers: Collection[int] | None) -> None:
         """Make later work wait, on the device, for copies enqueued so far.
@@ -261,15 +352,10 @@ class PendingCopies:
             numbers: The batches to wait for; None for all.
         """
         copies = [copy for copy in self if numbers is None or copy.number in numbers]
-        last: dict[torch.device, PendingCopy] = {copy.device: copy for copy in copies}
+        last: dict[torch.device, PendingCopy] = {copy.on.device: copy for copy in copies}
         with device_errors():
             for device, copy in last.items():
                 self._backend.wait(self._backend.current_stream(device) if stream is None else stream, copy.event)
-
-    def abandon(self) -> None:
-        """Let what is still under way be watched over by a thread."""
-        with self._lock:
-            self._abandon()
 
 
 def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[list[DeviceCopy]]:

@@ -16,7 +16,6 @@ from aiostage._device.streams import CopyStreams
 from aiostage._loop.closing import Closing
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.threads import begin
-from aiostage._loop.transfers import BandwidthEstimator
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
@@ -65,7 +64,6 @@ class Resources:
         self.launcher = Workers(1, "aiostage-launch")
         """One thread, so that a stream gets its copies in the order of the plan."""
         self.streams = CopyStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
-        self.bandwidth = BandwidthEstimator()
         self.pool = Pool(
             self.workers,
             max_bytes=options.max_host_bytes,

@@ -13,10 +13,10 @@ from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.conversions import copy_tensors
-from aiostage._copy.device import PendingCopy
+from aiostage._copy.pending import PendingCopy
 from aiostage._copy.resources import Resources
 from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable
-from aiostage._copy.to_device import HostToDeviceCopier
+from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish
 from aiostage._loop.slices import Slices
@@ -34,9 +34,7 @@ async def restore(resources: Resources, caller: CallerStreams, staged: Any, into
     """Copy every tensor of one tree into its twin in the other, after all were found to match and to be writable."""
     copier: HostToDeviceCopier | None = None
     if resources.backend is not None and resources.streams is not None:
-        copier = HostToDeviceCopier(
-            resources.backend, resources.streams, caller, resources.bandwidth, resources.closing
-        )
+        copier = HostToDeviceCopier(resources.backend, resources.streams, caller, resources.closing)
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
@@ -90,7 +88,7 @@ def _to_host(located: _Located, copier: HostToDeviceCopier, device: torch.device
             f"no memory for {value.nbytes} bytes of a value on {device}: {error}", path=format_path(located.path)
         ) from error
     destination, source = unexpanded(host, value)
-    return copier.enqueue([destination], [source], device), host
+    return copier.enqueue(TensorCopy([destination], [source], device)), host
 
 
 async def _copy(batches: list[_Batch], job: Job, copier: HostToDeviceCopier | None) -> None:
@@ -100,13 +98,13 @@ async def _copy(batches: list[_Batch], job: Job, copier: HostToDeviceCopier | No
         if batch.device is None or copier is None:
             job.put(partial(copy_tensors, batch.destinations, batch.values))
         else:
-            job.put(partial(copier.enqueue, batch.destinations, batch.values, batch.device))
+            job.put(partial(copier.enqueue, TensorCopy(batch.destinations, batch.values, batch.device)))
     job.close()
     await job.settled()
     if job.error is not None:
         raise job.error
     if copier is not None:
-        await copier.wait()
+        await copier.wait_for_all()
 
 
 class _Located(NamedTuple):

@@ -16,7 +16,7 @@ from aiostage._copy.building import build_empty, keep_freed_memory
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.inspection import SourceInspection, within
-from aiostage._copy.pending import PendingCopies
+from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Resources
 from aiostage._copy.timings import Phase, Timings
 from aiostage._copy.window import Chunk, Window
@@ -139,9 +139,7 @@ class Staging:
         self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         self._caller = caller = CallerStreams.record(resources.backend, source)
         if resources.backend is not None and resources.streams is not None:
-            self.progress.pending = PendingCopies(
-                resources.backend, resources.streams, caller, resources.bandwidth, resources.closing
-            )
+            self.progress.pending = StagingCopies(resources.backend, resources.streams, caller, resources.closing)
         try:
             if self._slices.take(self._inspecting):
                 self._inspecting = None

@@ -4,129 +4,111 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
 
-from aiostage._copy.device import PendingCopy
-from aiostage._copy.pending import in_flight, wait_until_copied
+from aiostage._copy.pending import PendingCopies, PendingCopy
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._device.streams import CallerStreams, CopyStreams
 from aiostage._loop.closing import Closing
-from aiostage._loop.transfers import BandwidthEstimator
 from aiostage.abc import Backend
 
-__all__ = ["HostToDeviceCopier"]
+__all__ = ["HostToDeviceCopier", "TensorCopy"]
+
+_numbers = count()
 
 
-class HostToDeviceCopier:
+class TensorCopy:
+    """Copies of tensors into others.
+
+    Args:
+        destinations: On the device, or in host memory.
+        sources: In host memory, kept alive until the copies have been made; or on the device.
+        device: Which one.
+    """
+
+    def __init__(
+        self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
+    ) -> None:
+        self.device = device
+        self.number = next(_numbers)
+        self.nbytes = sum(source.nbytes for source in sources)
+        self.copies = len(sources)
+        self.launches = 0
+        self._destinations, self._sources = destinations, sources
+
+    def enqueue(self, backend: Backend, stream: Any) -> None:
+        """Tell the device to copy."""
+        # In host memory what is copied by value is made here, and kept alive with the rest; on a device the backend
+        # makes it, in the order of the stream.
+        pairs = [
+            without_bits(*pair) if pair[1].is_cpu else pair
+            for pair in zip(self._destinations, self._sources, strict=True)
+        ]
+        self._destinations, self._sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        with writing_to(self._destinations):
+            self.launches = backend.copy(self._destinations, self._sources, stream)
+        for tensor in (*self._destinations, *self._sources):
+            if backend.device_of(tensor) is not None:
+                backend.keep(tensor, stream)
+
+    def take_memory(self) -> list[object]:
+        """Return what must outlive the copies."""
+        return [self._destinations, self._sources]
+
+
+class HostToDeviceCopier(PendingCopies):
     """Copies to devices: after what the caller had enqueued, and before what it enqueues once they are known of.
 
     Args:
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        bandwidth: Where to announce the copies.
         closing: Of the stager, after which all waits for them end; None where there is none.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        streams: CopyStreams,
-        caller: CallerStreams,
-        bandwidth: BandwidthEstimator,
-        closing: Closing | None = None,
+        self, backend: Backend, streams: CopyStreams, caller: CallerStreams, closing: Closing | None = None
     ) -> None:
-        self._backend = backend
-        self._streams = streams
-        self._bandwidth = bandwidth
-        self._closing = closing
-        self._caller = caller
-        self._beside: dict[torch.device, Any] = {}
-        self._pending: list[PendingCopy] = []
+        super().__init__(backend, streams, caller, closing)
         self._not_ordered: list[PendingCopy] = []
-        self._count = 0
 
-    def follow_the_caller(self, device: torch.device) -> None:
-        """Make the copies to a device wait for the caller's moment."""
-        if device not in self._beside:
-            # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
-            stream = self._streams.of(device)
-            self._caller.order_before(stream, device)
-            self._beside[device] = stream
-
-    def enqueue(
-        self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
-    ) -> PendingCopy:
-        """Tell a device to copy; runs in a worker thread.
-
-        Args:
-            destinations: On the device, which follows the caller already; or in host memory.
-            sources: In host memory, kept alive until the copies have been made; or on the device.
-            device: Which one.
-
-        Returns:
-            The copies under way, for :meth:`wait`.
-        """
-        stream, launches = self._beside[device], 0
-        # In host memory what is copied by value is made here, and kept alive with the rest; on a device the backend
-        # makes it, in the order of the stream.
-        pairs = [without_bits(*pair) if pair[1].is_cpu else pair for pair in zip(destinations, sources, strict=True)]
-        destinations, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        try:
-            with writing_to(destinations):
-                launches = self._backend.copy(destinations, sources, stream)
-            for tensor in (*destinations, *sources):
-                if self._backend.device_of(tensor) is not None:
-                    self._backend.keep(tensor, stream)
-        except Exception:
-            # Some of it may be under way. Should that not even be recorded, the device has failed and copies no more.
-            with suppress(Exception):
-                self._record(destinations, sources, device, launches)
-            raise
-        return self._record(destinations, sources, device, launches)
-
-    def _record(
-        self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device, launches: int
-    ) -> PendingCopy:
-        stream = self._beside[device]
-        event = self._backend.record(stream)
-        nbytes = sum(source.nbytes for source in sources)
-        keep: list[object] = [destinations, sources]
-        transfer = self._bandwidth.announce((device, "to device"), nbytes, stream)
-        self._count += 1
-        copy = PendingCopy(event, transfer, device, nbytes, self._count, len(sources), launches, keep)
-        in_flight.add(copy)
-        self._pending.append(copy)
+    def _added(self, copy: PendingCopy) -> None:
         self._not_ordered.append(copy)
-        return copy
 
-    async def wait(self, copy: PendingCopy | None = None) -> None:
-        """Make later work of the caller's wait for the copies, and wait for them too. Cancelling changes nothing.
+    async def wait(self, copy: PendingCopy) -> None:
+        """Make later work of the caller's wait for all copies so far, and wait for some of them.
 
         Args:
-            copy: For which to wait; None for all.
+            copy: For which to wait.
 
         Raises:
             StagingError: If the device has failed.
             StagerClosedError: If the stager is closed; later work waits for the copies all the same.
+
+        Cancelling changes nothing.
         """
         self._order()
-        for each in tuple(self._pending) if copy is None else (copy,):
-            await wait_until_copied(each, self._streams, self._closing)
-            # Another may have waited for the same one.
-            if each in self._pending:
-                self._pending.remove(each)
+        await super().wait(copy)
+        # A load has thousands.
+        with self._lock, suppress(ValueError):
+            self._in_order.remove(copy)
+
+    async def wait_for_all(self) -> None:
+        """Wait like :meth:`wait` for all copies."""
+        for copy in self:
+            await self.wait(copy)
 
     def abandon(self) -> None:
         """Let what is still under way, after a failure, be watched over by a thread. Otherwise nothing is."""
         with suppress(Exception):
             self._order()
-        in_flight.orphan(self._pending)
+        super().abandon()
 
     def _order(self) -> None:
         while self._not_ordered:
             copy = self._not_ordered[0]
-            self._caller.order_after(copy.event, copy.device)
+            self._caller.order_after(copy.event, copy.on.device)
             self._not_ordered.remove(copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from aiostage.abc import Backend, SupportsQuery
 from aiostage.errors import StagingError
 
-__all__ = ["CallerStreams", "CopyStreams", "device_errors"]
+__all__ = ["CallerStreams", "CopyStream", "CopyStreams", "device_errors"]
 
 _LOOKED_AT = 1000
 """Objects that are looked at for a tensor on a device, when the backend knows of no device that is in use."""
@@ -190,6 +191,21 @@ class CallerStreams:
             raise self._failure
 
 
+@dataclass(eq=False, slots=True)
+class CopyStream:
+    """A stream for copies.
+
+    Attributes:
+        device: Whose.
+        stream: The backend's.
+        failure: What something on it has failed of, if it has: whatever was enqueued behind that cannot be relied on.
+    """
+
+    device: torch.device
+    stream: Any
+    failure: BaseException | None = None
+
+
 class CopyStreams:
     """One stream for copies on each device, made when it is first asked for and then kept.
 
@@ -204,21 +220,22 @@ class CopyStreams:
     def __init__(self, backend: Backend, *, low_priority: bool = True) -> None:
         self._backend = backend
         self._low_priority = low_priority
-        self._streams: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, CopyStream] = {}
 
-    def of(self, device: torch.device) -> Any:
+    def of(self, device: torch.device) -> CopyStream:
         """Return the copy stream of a device."""
         stream = self._streams.get(device)
         if stream is None:
             # Should two threads meet here, both get the stream of the first; an unused stream costs nothing.
-            made = self._backend.side_stream(device, low_priority=self._low_priority)
+            made = CopyStream(device, self._backend.side_stream(device, low_priority=self._low_priority))
             stream = self._streams.setdefault(device, made)
         return stream
 
-    def forget(self, device: torch.device, stream: Any) -> None:
-        """Make a new stream for a device next time, if it still is this one, on which something has failed."""
-        if self._streams.get(device) is stream:
-            self._streams.pop(device, None)
+    def forget(self, failed: CopyStream, failure: BaseException | None) -> None:
+        """Note that something on a stream has failed, and make a new one for its device next time."""
+        failed.failure = failure
+        if self._streams.get(failed.device) is failed:
+            self._streams.pop(failed.device, None)
 
 
 @contextmanager

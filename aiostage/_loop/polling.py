@@ -1,15 +1,14 @@
 """Events that can only be asked whether they are done, as awaitables.
 
-Asking takes a turn of the event loop, so one waiter asks for all. No task is started for it: the first waiter
-*leads*. It sleeps, asks about the events that are due, and wakes the waiters whose events are done, until its own is.
-A leader that leaves names another in the same step. So there is a leader whenever there are waiters, no event is asked
-without a waiter, and nothing is left behind after the last one.
+One timer of each event loop asks about the events of all its waiters. No task and no thread is started for it. The
+longer a wait has taken, the longer it is until its event is asked again, so that asking costs a small share of the
+time, and the waiter runs a small share of the time late.
 """
 
 from __future__ import annotations
 
 import heapq
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from inspect import iscoroutinefunction
 from itertools import count
@@ -20,32 +19,33 @@ from weakref import ReferenceType, ref
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-from aiostage._loop.alarm import Alarm
 from aiostage._loop.closing import Closing
-from aiostage._loop.transfers import Transfer, time_to_next_look
+from aiostage._loop.timer import Timer
 from aiostage.abc import SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError, shown
 
-__all__ = ["wait_event", "wait_transfer"]
+__all__ = ["wait_event", "wait_until_done"]
+
+_SHARE: Final = 1 / 25
+"""Of the time that a wait has taken already, until its event is asked again: half of it is how late the waiter is."""
+
+_SHORTEST_SECONDS: Final = 100e-6
+"""Between two looks. A look costs the loop some 20 to 40 us, most of it for waking up."""
+
+_LONGEST_SECONDS: Final = 0.02
 
 _LONGEST_LOOK_SECONDS: Final = 0.0005
 """After this the loop gets its turn, and the rest of the events are asked later."""
 
-_TOGETHER_SECONDS: Final = 20e-6
-"""What is due this soon is asked about now. Guessed, from what a turn of the loop costs."""
-
-_SPIN_SECONDS: Final = 100e-6
-"""Sleeps as short as this, near the expected end of a transfer, are spent giving the loop turn after turn."""
-
-_REST: Final = 4
-"""How many times as long as a look has taken the loop is left alone, however many events there are and slow to ask."""
+_REST: Final = 15
+"""How many times as long as a look has taken no event is asked, however many events there are and slow to ask."""
 
 
 async def wait_event(event: SupportsQuery) -> None:
     """Wait until an event is done, without blocking the event loop.
 
-    Any number of coroutines may wait for any number of events, and several for one; each event loop asks about all of
-    them together, soon after the start and then less and less often, up to every 10 ms.
+    Any number of coroutines may wait for any number of events, and several for one. Each event loop asks about all of
+    them together: after 100 us at first, then after a twenty-fifth of the time that a wait has taken, at most 20 ms.
 
     Args:
         event: Anything with ``query() -> bool``: ``torch.Event``, that of a device, or your own. It is asked in
@@ -60,247 +60,178 @@ async def wait_event(event: SupportsQuery) -> None:
     query = getattr(event, "query", None)
     if not callable(query) or isinstance(event, type) or iscoroutinefunction(query):
         raise TypeError(f"an event has a plain method query() that says whether it is done; {shown(event)} has none")
-    await _wait(event, None, None)
+    await wait_until_done(event, None)
 
 
-async def wait_transfer(event: SupportsQuery, transfer: Transfer, closing: Closing | None = None) -> None:
-    """Wait like :func:`wait_event` for an event behind a transfer, asking mostly when it should be done.
+async def wait_until_done(event: SupportsQuery, closing: Closing | None) -> None:
+    """Wait like :func:`wait_event`.
 
     Args:
-        event: Done when the bytes have arrived.
-        transfer: The bytes, announced when the device was told to move them.
-        closing: Of the stager that wants them. Once that is closed, all waits end.
+        event: Which.
+        closing: Of the stager that waits. Once that is closed, all waits end.
 
     Raises:
-        StagingError: If ``query`` raises, or has raised for an event of the same stream before.
+        StagingError: If ``query`` raises.
         StagerClosedError: If the stager is closed.
     """
-    await _wait(event, transfer, closing)
-
-
-async def _wait(event: SupportsQuery, transfer: Transfer | None, closing: Closing | None) -> None:
     if closing is not None:
         closing.check()
     current = _polling.get()
     polling = current() if current is not None else None
     if polling is None or not polling.watches(event):
-        done, error = _ask(event, transfer)
+        done, error = _ask(event)
         if error is not None:
             raise _failure(event, error) from error
         if done:
             await checkpoint()
             return
     if polling is None:
+        # Weakly: what is kept for a loop would keep the loop. Its timer and those who wait keep it.
         polling = _Polling()
         _polling.set(ref(polling))
-    await polling.wait(event, transfer, closing)
+    await polling.wait(event, closing)
 
 
 class _Watch:
     """An event with a waiter."""
 
-    __slots__ = ("began", "event", "looked", "transfer", "waiters")
+    __slots__ = ("began", "event", "waiters")
 
-    def __init__(self, event: SupportsQuery, transfer: Transfer | None) -> None:
+    def __init__(self, event: SupportsQuery) -> None:
         # None once it has no waiter: an entry of the agenda must not keep an event alive.
         self.event: SupportsQuery | None = event
-        self.transfer = transfer
-        self.looked = monotonic()
-        self.began = self.looked if transfer is None else transfer.began
-        # In the order of their coming, and to be left in any.
-        self.waiters: dict[_Waiter, None] = {}
+        self.began = monotonic()
+        self.waiters: set[_Waiter] = set()
 
-    def next_look(self) -> float:
-        """Return when to ask again."""
-        expected = None if self.transfer is None else self.transfer.expected()
-        elapsed = self.looked - self.began
-        if expected is None:
-            return self.looked + time_to_next_look(elapsed, None)
-        return self.looked + time_to_next_look(elapsed, expected.when - self.looked, expected.uncertainty)
+    def interval(self, now: float) -> float:
+        """Return how long it is to be until the event is asked again."""
+        return min(max((now - self.began) * _SHARE, _SHORTEST_SECONDS), _LONGEST_SECONDS)
 
 
 class _Waiter:
-    """One call of :func:`wait_event`. It is woken when its event is done, when it is sent away, or to lead."""
+    """One call of :func:`wait_until_done`."""
 
-    __slots__ = ("__weakref__", "done", "error", "is_sent_away", "wake", "watch")
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch = watch
-        self.wake = anyio.Event()
-        # Whether there is nothing to wait for any more.
-        self.done = False
-        self.is_sent_away = False
-        self.error: Exception | None = None
-
-
-class _Polling:
-    """Those who wait on one event loop. The coroutines that wait keep it alive, and nothing else does."""
+    __slots__ = ("__weakref__", "error", "wake")
 
     def __init__(self) -> None:
+        self.wake = anyio.Event()
+        self.error: BaseException | None = None
+
+
+class _Polling(Timer):
+    """Those who wait on one event loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._watches: dict[int, _Watch] = {}
-        # When to ask about which. May hold watches that have been left or are done.
+        # When to ask about which. May hold watches that have no waiter any more.
         self._agenda: list[tuple[float, int, _Watch]] = []
         self._order = count()
-        # One of those who wait, whenever there are any; it may have been named but not run yet.
-        self._leader: _Waiter | None = None
-        self._alarm = Alarm()
-        self._alarm_at = 0.0
+        self._next_look = 0.0
         self._rest_until = 0.0
 
     def watches(self, event: SupportsQuery) -> bool:
         """Return whether an event has a waiter already."""
         return id(event) in self._watches
 
-    async def wait(self, event: SupportsQuery, transfer: Transfer | None, closing: Closing | None) -> None:
+    async def wait(self, event: SupportsQuery, closing: Closing | None) -> None:
         """Wait for an event that was not done a moment ago."""
-        waiter = self._join(event, transfer)
-        try:
-            # Weakly: a stager must not keep a coroutine alive whose loop has gone.
-            with nullcontext() if closing is None else closing.telling(partial(_send_away, ref(self), ref(waiter))):
-                await self._until_done(waiter)
-        finally:
-            self._leave(waiter)
-        if waiter.is_sent_away:
-            raise StagerClosedError
-        if waiter.error is not None:
-            raise _failure(event, waiter.error) from waiter.error
-
-    async def _until_done(self, waiter: _Waiter) -> None:
-        """Wait, and lead whenever no other waiter does, until a waiter's event is done or it is sent away."""
-        if self._leader is not waiter:
-            await waiter.wake.wait()
-        while not waiter.done:
-            self._set_alarm()
-            if self._is_imminent():
-                # Waking from a sleep takes longer than the sleep would.
-                while monotonic() < self._alarm_at:
-                    await checkpoint()
-            else:
-                await self._alarm.wait()
-            self._look()
-
-    def send_away(self, waiter: _Waiter) -> None:
-        """Have a waiter leave, although its event is not done."""
-        if not waiter.done:
-            waiter.done = waiter.is_sent_away = True
-            _wake(waiter)
-            if self._leader is waiter:
-                self._alarm.set(monotonic())
-
-    def _join(self, event: SupportsQuery, transfer: Transfer | None) -> _Waiter:
+        waiter = _Waiter()
         watch = self._watches.get(id(event))
         if watch is None:
-            watch = self._watches[id(event)] = _Watch(event, transfer)
-            self._plan(watch)
-        waiter = _Waiter(watch)
-        watch.waiters[waiter] = None
-        if self._leader is None:
-            self._leader = waiter
-        elif self._agenda[0][0] < self._alarm_at:
-            self._set_alarm()
-        return waiter
+            watch = self._watches[id(event)] = _Watch(event)
+            self._plan(watch, watch.began)
+            if len(self._watches) == 1 or self._agenda[0][0] < self._next_look:
+                self._set_timer()
+        watch.waiters.add(waiter)
+        try:
+            # Weakly: a stager must not keep a coroutine alive whose loop has gone.
+            with nullcontext() if closing is None else closing.telling(partial(_end, ref(waiter))):
+                await waiter.wake.wait()
+        finally:
+            watch.waiters.discard(waiter)
+            if not watch.waiters:
+                self._forget(watch)
+        if isinstance(waiter.error, Exception) and not isinstance(waiter.error, StagerClosedError):
+            raise _failure(event, waiter.error) from waiter.error
+        if waiter.error is not None:
+            raise waiter.error
 
-    def _leave(self, waiter: _Waiter) -> None:
-        watch = waiter.watch
-        watch.waiters.pop(waiter, None)
-        if not watch.waiters and watch.event is not None:
-            del self._watches[id(watch.event)]
-            watch.event = None
-        if self._leader is not waiter:
-            return
-        self._leader = None
-        if self._watches:
-            # Of those who came last: they are likely to wait longest.
-            self._leader = next(reversed(self._watches[next(reversed(self._watches))].waiters))
-            _wake(self._leader)
-        else:
-            self._agenda.clear()
-            self._alarm.close_soon(unless=self._is_wanted)
+    def _plan(self, watch: _Watch, now: float) -> None:
+        heapq.heappush(self._agenda, (now + watch.interval(now), next(self._order), watch))
 
-    def _is_wanted(self) -> bool:
-        return bool(self._watches)
-
-    def _plan(self, watch: _Watch) -> None:
-        heapq.heappush(self._agenda, (watch.next_look(), next(self._order), watch))
-
-    def _set_alarm(self) -> None:
-        """Set the alarm to what is due next. What the leader waits for is on the agenda, so there is something."""
-        while self._agenda[0][2].event is None:
+    def _set_timer(self) -> None:
+        """Set the timer to what is due next, if anything is."""
+        while self._agenda and self._agenda[0][2].event is None:
             heapq.heappop(self._agenda)
-        self._alarm_at = max(self._agenda[0][0], self._rest_until)
-        self._alarm.set(self._alarm_at)
+        if self._agenda:
+            self._next_look = max(self._agenda[0][0], self._rest_until)
+            self.set(self._next_look)
 
-    def _is_imminent(self) -> bool:
-        """Return whether what is due next is a transfer that is expected to arrive now, within some microseconds."""
-        transfer = self._agenda[0][2].transfer
-        if transfer is None or self._alarm_at - monotonic() > _SPIN_SECONDS:
-            return False
-        return transfer.expected() is not None
-
-    def _look(self) -> None:
+    def ring(self) -> None:
         """Ask about what is due, in the order in which it is, and wake those whose events are done."""
         began = now = monotonic()
-        # What is due in a moment is asked about at once, rather than in a turn of its own.
-        horizon = now + _TOGETHER_SECONDS
-        while self._agenda and self._agenda[0][0] <= horizon and now - began < _LONGEST_LOOK_SECONDS:
-            watch = heapq.heappop(self._agenda)[2]
+        asked: list[_Watch] = []
+        while self._agenda and now - began < _LONGEST_LOOK_SECONDS:
+            due, _, watch = self._agenda[0]
+            # What is due soon for its age is asked at once, rather than in a turn of its own.
+            if watch.event is not None and due > now and due - began > watch.interval(now) / 2:
+                break
+            heapq.heappop(self._agenda)
             if watch.event is None:
                 continue
-            done, error = _ask(watch.event, watch.transfer, watch.looked)
-            now = watch.looked = monotonic()
+            done, error = _ask(watch.event)
+            now = monotonic()
             if done:
                 self._finish(watch, error)
             else:
-                self._plan(watch)
-        self._rest_until = now + _REST * (now - began)
+                asked.append(watch)
+        for watch in asked:
+            self._plan(watch, now)
+        # Bounded, for the look may have taken long because other threads and processes had the core.
+        self._rest_until = now + min(_REST * (now - began), _LONGEST_SECONDS)
+        self._set_timer()
 
-    def _finish(self, watch: _Watch, error: Exception | None) -> None:
-        del self._watches[id(watch.event)]
-        watch.event = None
+    def _finish(self, watch: _Watch, error: BaseException | None) -> None:
+        self._forget(watch)
         for waiter in watch.waiters:
-            waiter.done, waiter.error = True, error
-            _wake(waiter)
+            waiter.error = error
+            waiter.wake.set()
+
+    def _forget(self, watch: _Watch) -> None:
+        if watch.event is not None:
+            del self._watches[id(watch.event)]
+            watch.event = None
+        if not self._watches:
+            self._agenda.clear()
+            self.stop()
 
 
 _polling: RunVar[ReferenceType[_Polling] | None] = RunVar("aiostage_polling", None)
 
 
-def _ask(event: SupportsQuery, transfer: Transfer | None, since: float | None = None) -> tuple[bool, Exception | None]:
-    """Return whether an event is done, and what has become of it if that is an error.
-
-    Args:
-        event: Which.
-        transfer: What it stands for.
-        since: When it was last seen not to be done, None if it was never asked.
-    """
-    if transfer is not None and (failure := transfer.failure) is not None:
-        return True, failure
+def _ask(event: SupportsQuery) -> tuple[bool, BaseException | None]:
+    """Return whether an event is done, and what has become of it if that is an error."""
     try:
-        done = event.query()
-    except Exception as error:
+        return bool(event.query()), None
+    except BaseException as error:
         # Its frames lead to those who asked, and it would keep them and all that they copy alive.
         error.__traceback__ = None
-        if transfer is not None:
-            transfer.failed(error)
         return True, error
-    if done and transfer is not None and since is not None:
-        transfer.arrived(monotonic(), since)
-    return bool(done), None
 
 
-def _send_away(polling: ReferenceType[_Polling], waiter: ReferenceType[_Waiter]) -> None:
-    there, whom = polling(), waiter()
-    if there is not None and whom is not None:
-        there.send_away(whom)
+def _end(waiter: ReferenceType[_Waiter]) -> None:
+    """Have a waiter end, although its event is not done."""
+    there = waiter()
+    if there is not None and not there.wake.is_set():
+        there.error = StagerClosedError()
+        there.wake.set()
 
 
-def _wake(waiter: _Waiter) -> None:
-    # A coroutine that the collector closes after its loop has been closed has no waiter to wake.
-    with suppress(RuntimeError):
-        waiter.wake.set()
-
-
-def _failure(event: SupportsQuery, error: Exception) -> StagingError:
+def _failure(event: SupportsQuery, error: BaseException) -> BaseException:
+    """Return what a waiter raises for an error of its event: an interrupt as it is."""
+    if not isinstance(error, Exception):
+        return error
     return StagingError(
         f"waiting for {shown(event)} failed: {type(error).__name__}: {str(error).rstrip('.')}.",
         remedy="What was enqueued on its stream cannot be relied on.",

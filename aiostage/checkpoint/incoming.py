@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from aiostage._copy.conversions import copy_tensors
-from aiostage._copy.device import PendingCopy
-from aiostage._copy.to_device import HostToDeviceCopier
+from aiostage._copy.pending import PendingCopy
+from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.cleanup import finish
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
@@ -318,7 +318,7 @@ class PartReader:
             if device is None or copier is None:
                 copy_tensors(places, values)
             else:
-                pending.append(copier.enqueue(places, values, device))
+                pending.append(copier.enqueue(TensorCopy(places, values, device)))
         return pending
 
 

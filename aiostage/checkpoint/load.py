@@ -16,12 +16,11 @@ import torch
 
 from aiostage._arguments import check_flags, stateful_in
 from aiostage._copy.conversions import copy_tensors
-from aiostage._copy.to_device import HostToDeviceCopier
+from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend
 from aiostage._loop.cleanup import finish
 from aiostage._loop.coroutines import named
 from aiostage._loop.slices import Slices
-from aiostage._loop.transfers import BandwidthEstimator
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage.abc import Backend, Storage
@@ -86,7 +85,7 @@ class Loading:
         self._targets = ReadTargets(
             self._workers,
             backend.device_of,
-            HostToDeviceCopier(backend, CopyStreams(backend), caller, BandwidthEstimator()),
+            HostToDeviceCopier(backend, CopyStreams(backend), caller),
             next(iter(backend.active_devices()), None),
             pinning,
         )
@@ -220,9 +219,9 @@ class Loading:
         for live, value in pairs.items():
             device = self._targets.device_of(live)
             if copier is not None and device is not None:
-                await self._workers.run(partial(copier.enqueue, [live], [value], device))
+                await self._workers.run(partial(copier.enqueue, TensorCopy([live], [value], device)))
         if copier is not None:
-            await copier.wait()
+            await copier.wait_for_all()
 
     async def _read_first(
         self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
@@ -304,7 +303,7 @@ class Loading:
         if device is not None and self._targets.copier is not None:
             # Cast here, since a device copies bytes.
             values = [value.to(target.dtype) for target, value in zip(live, loaded, strict=True)]
-            self._targets.copier.enqueue(live, values, device)
+            self._targets.copier.enqueue(TensorCopy(live, values, device))
         else:
             copy_tensors(live, loaded)
 
@@ -313,7 +312,7 @@ class Loading:
         if job.error is not None:
             raise job.error
         if self._targets.copier is not None:
-            await self._targets.copier.wait()
+            await self._targets.copier.wait_for_all()
         transfer.assign()
 
 

@@ -65,13 +65,14 @@ class TestCopyStreams:
             first, second = accelerator.devices
             assert streams.of(first) is streams.of(first)
             assert streams.of(first) is not streams.of(second)
-            assert streams.of(first).low_priority
+            assert streams.of(first).stream.low_priority
             before = streams.of(first)
-            streams.forget(first, streams.of(second))
+            streams.forget(streams.of(second), ValueError())
             assert streams.of(first) is before
-            streams.forget(first, before)
+            streams.forget(before, ValueError())
             assert streams.of(first) is not before
-            assert not CopyStreams(accelerator, low_priority=False).of(first).low_priority
+            assert isinstance(before.failure, ValueError)
+            assert not CopyStreams(accelerator, low_priority=False).of(first).stream.low_priority
 
 
 class TestCallerStreams:

@@ -13,7 +13,8 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
-from aiostage._copy.pending import in_flight
+from aiostage._copy.pending import PendingCopies, in_flight
+from aiostage._device import CallerStreams, CopyStreams
 from aiostage.testing.clock import VirtualClock
 from tests.device.accelerators import ON_A_DEVICE, Accelerator, DeviceError, seeds, simulator_only
 from tests.staging.holding import until
@@ -125,7 +126,7 @@ class TestStreams:
                 async with AsyncStager(backend=accelerator) as stager:
                     streams, device = stager._resources.streams, accelerator.devices[0]
                     assert streams is not None
-                    accelerator.after_copy = lambda: streams.forget(device, streams.of(device))  # noqa: B023
+                    accelerator.after_copy = lambda: streams.forget(streams.of(device), None)  # noqa: B023
                     task = asyncio.ensure_future(stager.stage(state))
                     await until(lambda: len(in_flight) == 4)
                     accelerator.synchronize()
@@ -307,3 +308,61 @@ async def test_what_has_landed_lets_go_of_memory_that_the_rest_waits_for(budget:
     assert [float(tensor.mean()) for tensor in loaded["large"]] == [0, 1, 2]
     assert [float(tensor.mean()) for tensor in loaded["small"]] == list(range(50))
     assert (int(loaded["counter"]), float(loaded["host"].mean())) == (5, 4)
+
+
+class Told:
+    """Copies of nothing, for a stream whose events the test completes."""
+
+    nbytes = copies = launches = 0
+
+    def __init__(self, device: torch.device, number: int) -> None:
+        self.device, self.number = device, number
+
+    def enqueue(self, backend: Any, stream: Any) -> None:
+        pass
+
+    def take_memory(self) -> list[object]:
+        return []
+
+
+@simulator_only
+@pytest.mark.asyncio
+class TestBehindAFailedCopy:
+    async def test_nothing_is_relied_on_and_the_next_stream_is_another(self):
+        with Accelerator(clock=VirtualClock()) as accelerator:
+            accelerator.to_device(torch.ones(1))
+            device = accelerator.devices[0]
+            streams = CopyStreams(accelerator)
+
+            def copies() -> PendingCopies:
+                made = PendingCopies(accelerator, streams, CallerStreams.record(accelerator))
+                made.follow_the_caller(device)
+                return made
+
+            first, second = copies(), copies()
+            failing, before, behind = first.enqueue(Told(device, 0)), second.enqueue(Told(device, 0)), Told(device, 1)
+            waiting = asyncio.ensure_future(second.wait(before))
+            await asyncio.sleep(0)
+            failing.event = Raises()
+            with pytest.raises(StagingError, match="out of luck"):
+                await first.wait(failing)
+            accelerator.synchronize()
+            for late in (waiting, second.wait(second.enqueue(behind))):
+                with pytest.raises(StagingError, match=r"an earlier copy on the same stream .* out of luck") as caught:
+                    await late
+                assert isinstance(caught.value.__cause__, ValueError)
+            third = copies()
+            copy = third.enqueue(Told(device, 0))
+            accelerator.synchronize()
+            await third.wait(copy)
+            assert copy.on is not failing.on
+            for made in (first, second):
+                made.abandon()
+            await until(lambda: len(in_flight) == 0)
+
+
+class Raises:
+    """An event that fails."""
+
+    def query(self) -> bool:
+        raise ValueError("out of luck")

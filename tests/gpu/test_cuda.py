@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, wait_event
+from tests.patience import seconds
 
 pytestmark = pytest.mark.gpu
 
@@ -213,7 +214,9 @@ asyncio.run(main())
 
 
 def test_a_failed_kernel_reaches_who_awaits() -> None:
-    result = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=50, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=seconds(50), check=False
+    )
     assert "RAISED" in result.stdout, result.stderr[-2000:]
 
 
@@ -235,4 +238,4 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_importing_leaves_the_device_to_forked_children() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD], check=True, timeout=50)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD], check=True, timeout=seconds(50))

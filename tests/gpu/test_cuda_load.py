@@ -11,6 +11,7 @@ import torch
 
 import aiostage
 from aiostage.checkpoint.save import write_checkpoint
+from tests.patience import seconds
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +72,7 @@ assert bool((loaded["a"] == 1).all())
 async def test_the_first_use_of_the_device(tmp_path: Path) -> None:
     await write_checkpoint({"a": torch.ones(1000)}, tmp_path / "checkpoint")
     program = [sys.executable, "-c", FIRST_USE, str(tmp_path / "checkpoint")]
-    assert subprocess.run(program, check=False, timeout=55).returncode == 0  # noqa: ASYNC221
+    assert subprocess.run(program, check=False, timeout=seconds(55)).returncode == 0  # noqa: ASYNC221
 
 
 @pytest.mark.asyncio

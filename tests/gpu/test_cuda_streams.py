@@ -13,6 +13,7 @@ import torch
 
 from aiostage import AsyncStager, StagerClosedError, StagingOptions, TornSnapshotError, wait_event
 from aiostage._copy.pending import in_flight
+from tests.patience import seconds
 from tests.staging.holding import until
 
 pytestmark = pytest.mark.gpu
@@ -217,4 +218,4 @@ class TestTwoDevices:
             assert [float(staged[str(index)].mean()) for index in range(2)] == [1, 2]
 
     def test_a_device_that_is_not_used_gets_no_context(self):
-        subprocess.run([sys.executable, "-c", SECOND_DEVICE_ONLY], check=True, timeout=55)
+        subprocess.run([sys.executable, "-c", SECOND_DEVICE_ONLY], check=True, timeout=seconds(55))

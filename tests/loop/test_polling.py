@@ -19,10 +19,9 @@ import trio
 import uvloop
 from anyio.lowlevel import checkpoint
 
-from aiostage._loop import alarm, polling
+from aiostage._loop import polling, timer
 from aiostage._loop.closing import Closing
-from aiostage._loop.polling import wait_event, wait_transfer
-from aiostage._loop.transfers import BandwidthEstimator
+from aiostage._loop.polling import wait_event, wait_until_done
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.testing import at_every_await
 
@@ -60,12 +59,20 @@ class Asynchronous:
         return False
 
 
-class Stream:
-    """Something with an identity."""
-
-
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def polls_here() -> Any:
+    state = polling._polling.get()
+    assert state is not None
+    polls = state()
+    assert polls is not None
+    return polls
+
+
+def watch_of(event: Event) -> Any:
+    return polls_here()._watches[id(event)]
 
 
 async def asked_again(event: Event, times: int = 2) -> None:
@@ -120,9 +127,9 @@ class TestWaiting:
         assert asyncio.all_tasks() == {asyncio.current_task(), *tasks}
         state = polling._polling.get()
         assert state is not None
-        leader = state()
-        assert leader is not None
-        assert len(leader._watches) == 300
+        polls = state()
+        assert polls is not None
+        assert len(polls._watches) == 300
         for event in random.Random(0).sample(events, 300):
             event.done = True
         await asyncio.gather(*tasks)
@@ -149,36 +156,72 @@ class TestWaiting:
         assert descriptors() <= before + 1
         event.done = True
         await asyncio.gather(*tasks)
+        for _ in range(3):
+            event = Event()
+            event.at_query = 3
+            await wait_event(event)
+            assert descriptors() <= before + 1
+        await asyncio.sleep(0)
         assert descriptors() == before
 
     @pytest.mark.asyncio
     async def test_a_later_and_shorter_wait_is_not_kept_waiting(self):
-        """The leader sleeps for a forecast of an hour; it is told of what is due sooner."""
-        bandwidth = BandwidthEstimator()
-        transfer = bandwidth.announce("device", 1 << 30)
-        transfer._rate.seconds_per_byte = 1e9 / 2**30
+        """What has waited for an hour is asked seldom, and what has just come is not."""
         distant, near = Event(), Event()
-        late = bandwidth.announce("device", 1 << 30)
-        task = asyncio.ensure_future(wait_transfer(distant, late))
+        task = asyncio.ensure_future(wait_event(distant))
         while not distant.queries:
             await asyncio.sleep(0)
-        near.at_query = 3
+        watch = watch_of(distant)
+        watch.began -= 3600
+        await asked_again(distant, 1)
+        near.at_query = 12
+        before = distant.queries
         await wait_event(near)
-        assert distant.queries == 1
+        assert distant.queries - before < 12
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
+    @pytest.mark.parametrize(
+        ("age", "interval"), [(0.0, 1e-4), (0.002, 1e-4), (0.025, 1e-3), (0.25, 1e-2), (0.5, 2e-2), (60.0, 2e-2)]
+    )
+    def test_is_asked_again_after_a_share_of_its_time(self, age: float, interval: float):
+        watch = polling._Watch(Event())
+        assert watch.interval(watch.began + age) == pytest.approx(interval)
+
+    @pytest.mark.asyncio
+    async def test_old_ones_are_asked_together(self, monkeypatch: pytest.MonkeyPatch):
+        events = [Event() for _ in range(50)]
+        tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
+        await asked_again(events[-1])
+        looks = 0
+        look = polls_here().ring
+
+        def counted() -> None:
+            nonlocal looks
+            looks += 1
+            look()
+
+        monkeypatch.setattr(polls_here(), "ring", counted)
+        for number, event in enumerate(events):
+            watch_of(event).began -= 10 + number / 100
+        before = sum(event.queries for event in events)
+        await asked_again(events[0], 10)
+        assert looks < (sum(event.queries for event in events) - before) / 5
+        for event in events:
+            event.done = True
+        await asyncio.gather(*tasks)
+
     @pytest.mark.asyncio
     async def test_without_a_timer_of_its_own(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(alarm, "open_timer", lambda: -1)
+        monkeypatch.setattr(timer, "open_timer", lambda: -1)
         events = [Event() for _ in range(5)]
         for event in events:
             event.at_query = 4
         before = descriptors()
         tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
         await asyncio.sleep(0)
-        assert descriptors() == before
+        assert descriptors() <= before
         await asyncio.gather(*tasks)
 
 
@@ -231,11 +274,10 @@ class TestLeaving:
         await staying
 
     @pytest.mark.asyncio
-    async def test_the_named_successor_may_leave_before_it_leads(self):
+    async def test_several_leave_in_one_step(self):
         events = [Event() for _ in range(4)]
         tasks = [asyncio.ensure_future(wait_event(event)) for event in events]
         await asked_again(events[0])
-        # All in one step of the loop: the leader goes, and so do those whom it and they would name.
         for task in (tasks[0], tasks[3], tasks[2]):
             task.cancel()
         await asyncio.gather(tasks[0], tasks[2], tasks[3], return_exceptions=True)
@@ -244,7 +286,7 @@ class TestLeaving:
         await tasks[1]
 
     @pytest.mark.asyncio
-    async def test_the_leader_is_done_first(self):
+    async def test_one_is_done_and_the_other_waits_on(self):
         first, second = Event(), Event()
         tasks = [asyncio.ensure_future(wait_event(event)) for event in (first, second)]
         await asked_again(first)
@@ -310,7 +352,7 @@ async def schedule(seed: int) -> None:
                     if not chosen.done and chosen.error is None:
                         chosen.error = ValueError("no") if rng.random() < 0.3 else None
                         chosen.done = chosen.error is None
-        # Whoever still waits is served by whoever of them leads; a hang fails by the time limit.
+        # A hang fails by the time limit.
         for event in events:
             await checkpoint()
             event.done = event.done or event.error is None
@@ -321,7 +363,7 @@ async def schedule(seed: int) -> None:
         assert outcome != "failed" or waits_for[number].error is not None
     state = polling._polling.get()
     left = state() if state is not None else None
-    assert left is None or (left._leader is None and not left._watches and not left._alarm.is_open)
+    assert left is None or not (left._watches or left._is_set)
     queries = [event.queries for event in events]
     await checkpoint()
     assert [event.queries for event in events] == queries
@@ -377,42 +419,7 @@ class TestErrors:
         await tasks[1]
 
     @pytest.mark.asyncio
-    async def test_reaches_later_events_of_the_stream(self):
-        bandwidth, stream, other = BandwidthEstimator(), Stream(), Stream()
-        first, second, elsewhere = Event(), Event(), Event()
-        tasks = [
-            asyncio.ensure_future(wait_transfer(event, bandwidth.announce("device", 1, on)))
-            for event, on in ((first, stream), (second, stream), (elsewhere, other))
-        ]
-        await asked_again(second)
-        first.error = ValueError("out of luck")
-        with pytest.raises(StagingError):
-            await tasks[0]
-        with pytest.raises(StagingError) as caught:
-            await tasks[1]
-        assert caught.value.__cause__ is first.error
-        third = Event()
-        with pytest.raises(StagingError) as caught:
-            await wait_transfer(third, bandwidth.announce("device", 1, stream))
-        assert caught.value.__cause__ is first.error
-        assert third.queries == 0
-        elsewhere.done = True
-        await tasks[2]
-
-    @pytest.mark.asyncio
-    async def test_a_failed_stream_is_not_kept(self):
-        bandwidth, stream, event = BandwidthEstimator(), Stream(), Event()
-        event.error = ValueError("out of luck")
-        with pytest.raises(StagingError):
-            await wait_transfer(event, bandwidth.announce("device", 1, stream))
-        gone = weakref.ref(stream)
-        del stream
-        gc.collect()
-        assert gone() is None
-
-    @pytest.mark.asyncio
-    async def test_what_is_no_error_of_the_event_reaches_the_asker_only(self):
-        """An interrupt hits whoever leads; the others get another leader."""
+    async def test_an_interrupt_reaches_its_waiters_as_it_is(self):
 
         class Interrupt(BaseException):
             pass
@@ -443,20 +450,19 @@ class TestErrors:
 
 class TestClosing:
     @pytest.mark.parametrize("loop", RUNS)
-    def test_a_wait_that_is_forecast_to_last_an_hour_ends_at_once(self, loop: str):
-        """Those who lead and those who do not, of one event and of several, and nobody else."""
+    def test_waits_end_at_once(self, loop: str):
+        """Of one event and of several, and those of no other stager."""
 
         async def main() -> None:
-            closing, other, bandwidth = Closing(), Closing(), BandwidthEstimator()
-            bandwidth.announce("device", 1 << 30)._rate.seconds_per_byte = 3600 / 2**30
+            closing, other = Closing(), Closing()
             events = [Event() for _ in range(3)]
             ended: list[str] = []
 
             async def wait(event: Event, of: Closing, name: str) -> None:
                 try:
-                    await wait_transfer(event, bandwidth.announce("device", 1 << 30), of)
+                    await wait_until_done(event, of)
                 except StagerClosedError:
-                    name += " sent away"
+                    name += ", closed"
                 ended.append(name)
 
             async with anyio.create_task_group() as group:
@@ -471,13 +477,10 @@ class TestClosing:
                 thread.join()
                 while len(ended) < 6:
                     await checkpoint()
-                events[0].done = True
-                # Nobody sleeps for it any more than for the others.
                 other.close()
-            assert ended == ["waiter sent away"] * 6 + ["bystander sent away"]
-            assert sum(event.queries for event in events) < 20
+            assert ended == ["waiter, closed"] * 6 + ["bystander, closed"]
             with pytest.raises(StagerClosedError):
-                await wait_transfer(events[1], bandwidth.announce("device", 1), closing)
+                await wait_until_done(events[1], closing)
 
         run_on(loop, main)
 
@@ -486,10 +489,7 @@ class TestClosing:
         self, new_loop: Callable[[], asyncio.AbstractEventLoop]
     ) -> None:
         closing, event, loop = Closing(), Event(), new_loop()
-        tasks = [
-            loop.create_task(wait_transfer(event, BandwidthEstimator().announce("device", 1), closing))
-            for _ in range(3)
-        ]
+        tasks = [loop.create_task(wait_until_done(event, closing)) for _ in range(3)]
         loop.run_until_complete(asked_again(event))
         loop.close()
         closing.close()
@@ -545,6 +545,24 @@ class TestLoops:
         assert [reference() for reference in references] == [None] * 3
         assert event.queries == queries
         assert descriptors() <= before
+
+    def test_descriptors_go_with_their_loops(self):
+        async def main() -> None:
+            event = Event()
+            event.at_query = 3
+            await wait_event(event)
+
+        gc.collect()
+        before = descriptors()
+        gc.disable()
+        try:
+            for _ in range(20):
+                asyncio.run(main())
+                uvloop.run(main())
+                trio.run(main)
+            assert descriptors() <= before
+        finally:
+            gc.enable()
 
     @staticmethod
     async def _state() -> weakref.ref[Any]:
