@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +18,7 @@ from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
-__all__ = ["Read", "recognize", "shards_of"]
+__all__ = ["DAMAGED_ARCHIVE", "Read", "recognize", "shards_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ class Read:
         """Read all of it."""
         return self.reads(self.path, verify)
 
+
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError, zlib.error)
+"""What reading an archive raises that is damaged: members seem to be compressed in odd ways, or encrypted."""
 
 _MAX_INDEX_BYTES = 100 << 20
 _START_BYTES = 64
@@ -156,11 +160,11 @@ def _read_distributed(path: str, verify: bool) -> Any:
 def _read_torch(path: str, verify: bool) -> Any:
     """Read a file of ``torch.save``, those of Lightning among them, without running what it names."""
     if verify and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
+        try:
+            with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
-                raise CheckpointCorruptError(f"it is a damaged archive: {error}.", path=path) from error
+        except DAMAGED_ARCHIVE as error:
+            raise CheckpointCorruptError(f"it is a damaged archive: {error}.", path=path) from error
         if damaged is not None:
             raise CheckpointCorruptError(
                 f"{damaged!r:.80} in it does not match its checksum.",
@@ -177,7 +181,10 @@ def _read_torch(path: str, verify: bool) -> Any:
             remedy="If you trust the file, declare that by torch.serialization.add_safe_globals([...]), or read it "
             "with torch.load(weights_only=False).",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # A damaged pickle may ask for anything.
         raise CheckpointCorruptError(f"it is a damaged file of torch.save: {error!r:.200}.", path=path) from error
 
 

@@ -6,8 +6,8 @@ import io
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -18,20 +18,20 @@ from anyio.to_thread import run_sync
 
 from aiostage._loop.slices import exhausted
 from aiostage.abc import Reader
-from aiostage.checkpoint.foreign import Read, shards_of
+from aiostage.checkpoint.foreign import Read, recognize, shards_of
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.resolving import placement_of
 from aiostage.checkpoint.verify import opened
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree, tensor_entry
 from aiostage.cli.finding import Place
-from aiostage.errors import CheckpointCorruptError, CheckpointError, shown
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StagingError, said, shown
 from aiostage.format.nodes import reading, view_of
 from aiostage.format.parts import DIGEST_NAME, digest_of_parts
 from aiostage.format.placement import Placement
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, read_header
 
-__all__ = ["Contents", "open_contents"]
+__all__ = ["Contents", "describing", "open_contents"]
 
 _LONGEST_VALUE_BYTES = 1 << 20
 """Pickled values of a checkpoint of DCP that are longer are not shown, and compared by their digests only."""
@@ -82,13 +82,26 @@ async def open_contents(place: Place, *, elements: bool = True) -> AsyncIterator
     elif place.is_dcp:
         reader = await place.storage.read(place.name)
         try:
-            yield await _Dcp.opened(reader)
+            with describing(f"{reader.location}/.metadata"):
+                contents = await _Dcp.opened(reader)
+            yield contents
         finally:
             await reader.aclose()
     else:
         async with opened((place.storage, place.name)) as (checkpoint, outline):
             placement = await placement_of(place.storage, place.name)
             yield await run_sync(_Ours, checkpoint, outline, placement)
+
+
+@contextmanager
+def describing(path: str) -> Iterator[None]:
+    """Say of whatever goes wrong with the metadata of DCP, in which anything may be, that it is wrong."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        if isinstance(error, StagingError):
+            raise
+        raise CheckpointCorruptError(f"it does not describe a checkpoint: {said(error)}.", path=path) from error
 
 
 class _Ours(Contents):
@@ -150,27 +163,31 @@ def _open_foreign(read: Read, elements: bool) -> Contents:
         return _open_dcp_directory(read.path)
     names = [read.path]
     if read.kind == "torch":
-        tree = _torch_tree(read, elements)
-        entries = list(entries_of_tree(tree))
-        kind = "torch.save"
+        kind, entries = "torch.save", list(entries_of_tree(_torch_tree(read, elements)))
     else:
-        tree = {}
         if read.kind == "shards":
-            names = [
-                os.path.join(os.path.dirname(read.path), name) for name in sorted(set(shards_of(read.path).values()))
-            ]
-        for name in names:
-            tree |= (
-                _map_safetensors(name)
-                if name.endswith(".safetensors") or read.kind == "safetensors"
-                else (_torch_tree(Read("torch", name, read.reads), elements))
-            )
+            kind, where = "shards of a hub", shards_of(read.path)
+            names = [os.path.join(os.path.dirname(read.path), name) for name in sorted(set(where.values()))]
+            tree = {name: tensor for file in names for name, tensor in _shard(file, elements).items()}
+            missing = [name for name in where if name not in tree]
+            if missing:
+                raise CheckpointCorruptError(f"it names {shown(missing[0])}, which no shard has.", path=read.path)
+        else:
+            kind, tree = "safetensors", _map_safetensors(read.path)
         # Which of them were parameters is not known.
         entries = [replace(entry, more=None) for entry in entries_of_tree(tree)]
-        kind = "safetensors" if read.kind == "safetensors" else "shards of a hub"
-    return _Foreign(
-        kind, entries, [{"name": os.path.basename(name), "nbytes": os.path.getsize(name)} for name in names]
-    )
+    files = [{"name": os.path.basename(name), "nbytes": os.path.getsize(name)} for name in names]
+    return _Foreign(kind, entries, files)
+
+
+def _shard(path: str, elements: bool) -> dict[str, torch.Tensor]:
+    read = recognize(path)
+    if read is None:
+        raise CheckpointCorruptError("the index names it, and it is missing, or no file of tensors.", path=path)
+    found = _torch_tree(read, elements) if read.kind == "torch" else _map_safetensors(path)
+    if not isinstance(found, dict):
+        raise CheckpointCorruptError("the index names it, and it has no tensors by name.", path=path)
+    return found
 
 
 def _torch_tree(read: Read, elements: bool) -> Any:
@@ -260,26 +277,32 @@ class _Dcp(Contents):
             shards.setdefault(index.fqn, []).append((tuple(index.offset or ()), record))
         self.entries.append(Entry((), "container", f"state dict of {len(metadata.state_dict_metadata)}"))
         for name, about in metadata.state_dict_metadata.items():
-            steps, found = tuple(map(str, paths.get(name, (name,)))), shards.get(name, [])
+            steps, records = tuple(map(str, paths.get(name, (name,)))), shards.get(name, [])
             if hasattr(about, "chunks"):
-                more = {"chunks": len(found)}
-                source = (name, about, found)
+                more = {"chunks": len(records)}
+                source = (name, about, records)
                 self.entries.append(tensor_entry(steps, about.properties.dtype, about.size, more=more, source=source))
                 continue
-            if len(found) != 1:
+            if len(records) != 1:
                 raise CheckpointCorruptError(f"it does not say where {shown(name)} is.", path=reader.location)
-            record = found[0][1]
+            record = records[0][1]
             data = b"" if record.nbytes > _LONGEST_VALUE_BYTES else await self._dcp.read_record(reader, record)
             value = partial(_unpickled, read_value, data)
             self.entries += _value_entries(steps, record.nbytes, value, record.digest)
         sizes: dict[str, int] = {}
         for record in metadata.storage_data.values():
             sizes[record.file] = max(sizes.get(record.file, 0), record.offset + record.nbytes)
-        self.files += [{"name": name, "nbytes": nbytes} for name, nbytes in sorted(sizes.items())]
+        for name, nbytes in sorted(sizes.items()):
+            found = await reader.size(name)
+            if found < nbytes:
+                reason = f"it is {found} bytes long and not {nbytes}."
+                raise CheckpointCorruptError(reason, path=f"{reader.location}/{name}")
+            self.files.append({"name": name, "nbytes": found})
         return self
 
     async def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
-        return [await self._tensor(*each.source) for each in entries]
+        with describing(f"{self._reader.location}/.metadata"):
+            return [await self._tensor(*each.source) for each in entries]
 
     async def _tensor(self, name: str, about: Any, shards: Sequence[tuple[tuple[int, ...], Any]]) -> torch.Tensor:
         # No more memory than there are bytes in the files.

@@ -50,7 +50,7 @@ class _Summary:
 
 
 async def list_run(source: str, out: Output) -> None:
-    """Print a line for each checkpoint below a path, or for the one at it.
+    """Print a line for each checkpoint below a path, or for the one at it. The status is 1 if one is damaged.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -76,6 +76,7 @@ async def list_found(found: Place | Run, out: Output) -> None:
             summary = await _summary(place)
         except CheckpointCorruptError as error:
             out.line(f"  {name:<24} {error}", "bad")
+            out.status = 1
             checkpoints.append(about | {"error": str(error)})
             continue
         except CheckpointNotFoundError:

@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +20,13 @@ from aiostage._loop.slices import exhausted, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
-from aiostage.checkpoint.foreign import Read
+from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.incoming import THREADS
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.verify import outline_of
-from aiostage.cli.contents import open_contents
+from aiostage.cli.contents import describing, open_contents
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree
 from aiostage.cli.finding import Place, find, place_of
 from aiostage.cli.output import Output, counted, few
@@ -372,31 +371,33 @@ async def _check_dcp(place: Place, workers: Workers, progressed: Callable[[int, 
     report = Report(place.source, "aiostage.dcp")
     reader = await place.storage.read(place.name)
     try:
-        try:
+        with describing(f"{reader.location}/.metadata"):
             metadata = await read_index(reader)
-        except CheckpointCorruptError as error:
-            report.damage.append(Damage(os.path.basename(error.path or ""), error.reason))
-            return report
-        names: dict[Any, list[str]] = {}
-        for index, record in metadata.storage_data.items():
-            names.setdefault(record, []).append(_shard(index.fqn, index.offset))
-        sizes: dict[str, int] = {}
-        for record in names:
-            sizes[record.file] = max(sizes.get(record.file, 0), record.offset + record.nbytes)
-        report.files, report.nbytes = len(sizes) + 1, sum(sizes.values()) + await reader.size(".metadata")
-        report.damage += _missing_shards(metadata)
-        for file, nbytes in sizes.items():
-            try:
-                found = await reader.size(file)
-                if found > nbytes:
-                    report.damage.append(Damage(file, f"it is {found} bytes long and not {nbytes}."))
-            except CheckpointCorruptError:
-                # Its records say so, with their tensors.
-                continue
-        report.damage += await _compare_records(reader, names, workers, progressed)
-        return report
+            names: dict[Any, list[str]] = {}
+            for index, record in metadata.storage_data.items():
+                names.setdefault(record, []).append(_shard(index.fqn, index.offset))
+            sizes: dict[str, int] = {}
+            for record in names:
+                sizes[record.file] = max(sizes.get(record.file, 0), record.offset + record.nbytes)
+            report.files, report.nbytes = len(sizes) + 1, sum(sizes.values()) + await reader.size(".metadata")
+            report.damage += _missing_shards(metadata)
+            for file, nbytes in sizes.items():
+                report.damage += await _too_long(reader, file, nbytes)
+            report.damage += await _compare_records(reader, names, workers, progressed)
+    except CheckpointCorruptError as error:
+        report.damage.append(Damage(os.path.basename(error.path or ""), error.reason))
     finally:
         await reader.aclose()
+    return report
+
+
+async def _too_long(reader: Reader, file: str, nbytes: int) -> list[Damage]:
+    try:
+        found = await reader.size(file)
+    except CheckpointCorruptError:
+        # Its records say so, with their tensors.
+        return []
+    return [Damage(file, f"it is {found} bytes long and not {nbytes}.")] if found > nbytes else []
 
 
 async def _compare_records(
@@ -462,18 +463,24 @@ async def _check_foreign(place: Place, read: Read) -> Report:
             report.kind, report.note = "torch.distributed.checkpoint", _CRC_ONLY
             await run_sync(_check_dcp_directory, read.path, report)
             return report
+        if read.kind == "torch":
+            is_archive = await run_sync(zipfile.is_zipfile, read.path)
+            report.kind, report.note = "torch.save", _CRC_ONLY if is_archive else _NOTHING_TO_COMPARE
+            report.files, report.nbytes = 1, await run_sync(os.path.getsize, read.path)
+            if is_archive:
+                report.damage += await run_sync(_check_archive, read.path)
+                if report.damage:
+                    return report
         async with open_contents(place, elements=False) as contents:
-            report.kind, report.files = contents.kind, len(contents.files)
-            report.nbytes = sum(file["nbytes"] for file in contents.files)
+            if read.kind != "torch":
+                report.kind, report.note = contents.kind, _NO_CHECKSUMS
+                report.files, report.nbytes = len(contents.files), sum(file["nbytes"] for file in contents.files)
     except CheckpointCorruptError as error:
         report.damage.append(Damage(os.path.basename(error.path or read.path), error.reason))
-    if read.kind != "torch":
-        report.note = _NO_CHECKSUMS
-    elif await run_sync(zipfile.is_zipfile, read.path):
-        report.note = _CRC_ONLY
-        report.damage += await run_sync(_check_archive, read.path)
-    else:
-        report.note = _NOTHING_TO_COMPARE
+    except CheckpointError:
+        # It needs code. An archive is whole nevertheless; of others nothing is known then.
+        if report.note != _CRC_ONLY:
+            raise
     return report
 
 
@@ -526,14 +533,20 @@ def _check_archive(path: str) -> list[Damage]:
 
 def _wrong_in(file: Any) -> dict[str, tuple[int, int]]:
     """Return the members of an archive that do not match their CRC-32, with the bytes that they take."""
-    found = {}
-    with zipfile.ZipFile(file) as archive:
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        archive = zipfile.ZipFile(file)
+    except DAMAGED_ARCHIVE:
+        return {"the list of what is": (0, 0)}
+    with archive:
         for info in archive.infolist():
             try:
                 with archive.open(info) as member:
                     while member.read(PART_BYTES):
                         pass
-            except (zipfile.BadZipFile, EOFError, zlib.error):
+            except DAMAGED_ARCHIVE as error:
+                if isinstance(error, OSError) and error.errno != errno.EIO:
+                    raise
                 found[info.filename] = (info.header_offset, info.header_offset + info.compress_size)
     return found
 

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 Shown = pytest.CaptureFixture[str]
 
 
-def said(capsys: Shown, *arguments: str) -> dict[str, Any]:
+def said(capsys: Shown, *arguments: str, status: int = 0) -> dict[str, Any]:
     capsys.readouterr()
-    assert main([arguments[0], "--json", *arguments[1:]]) == 0
+    assert main([arguments[0], "--json", *arguments[1:]]) == status
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_told_and_the_others_are_listed(tmp_path: Path, 
     for step in range(2):
         asyncio.run(aiostage.save({"w": torch.zeros(3)}, tmp_path / f"step-0000000{step}"))
     (tmp_path / "step-00000000" / "manifest.json").write_text("{}")
-    first, second = said(capsys, "ls", str(tmp_path))["checkpoints"]
+    first, second = said(capsys, "ls", str(tmp_path), status=1)["checkpoints"]
     assert "it is not a manifest" in first["error"]
     assert second["step"] == 1
     # How much it takes cannot be known then.

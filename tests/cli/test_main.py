@@ -187,7 +187,7 @@ def test_verifying_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "2 checkpoints: 0 whole, 2 damaged, with 4 tensors touched",
     ]
     (lora / "step-00000003" / "manifest.json").write_text("{}")
-    assert main(["inspect", str(lora)]) == 0
+    assert main(["inspect", str(lora)]) == 1
     assert "step-00000003/manifest.json: it is not a manifest" in capsys.readouterr().out
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import errno
 import json
 import os
+import pathlib
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+import xxhash
 from safetensors.torch import save_file
 
 import aiostage
 from aiostage import dcp
+from aiostage.format.manifest import _END_BYTES
 from aiostage.storage.files import InputFile
 from aiostage_command import main
 
@@ -159,9 +165,6 @@ def test_bytes_as_they_were_written_that_are_no_checkpoint(tmp_path: Path, capsy
     path = asyncio.run(aiostage.save({"w": torch.zeros(3)}, tmp_path / "a")).path
     text = (path / "manifest.json").read_text()
     # Its own checksum is right, and it names a tensor that no file has.
-    import xxhash
-
-    from aiostage.format.manifest import _END_BYTES
 
     text = text.replace('"name":"w"', '"name":"v"')
     head = text[:-_END_BYTES]
@@ -194,6 +197,30 @@ class TestManyRanks:
     def test_what_describes_it(self, checkpoint: Path, name: str, capsys: Shown) -> None:
         flip(checkpoint / name, 40)
         assert damage_of(capsys, checkpoint)[0][1:] == (None, None, [])
+
+    def test_metadata_of_a_stranger(self, checkpoint: Path, capsys: Shown) -> None:
+        """Its checksum is right, and what it says of places is not."""
+        storage = aiostage.storage.LocalStorage(checkpoint.parent)
+
+        async def index() -> Any:
+            reader = await storage.read("one")
+            try:
+                return await dcp.storage.read_index(reader)
+            finally:
+                await reader.aclose()
+
+        metadata = asyncio.run(index())
+        for key, value in (("offset", "x"), ("nbytes", -1), ("nbytes", 1 << 60), ("file", 5), ("file", "../one/x")):
+            forged = copy.deepcopy(metadata)
+            for at, record in forged.storage_data.items():
+                forged.storage_data[at] = dataclasses.replace(record, **{key: value})
+            pickled = pickle.dumps(forged)
+            (checkpoint / ".metadata").write_bytes(pickled)
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            manifest["metadata"] |= {"nbytes": len(pickled), "xxh3_64": xxhash.xxh3_64_hexdigest(pickled)}
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+            assert main(["verify", str(checkpoint)]) == 1
+            assert main(["inspect", str(checkpoint)]) == 1
 
     def test_a_long_file(self, checkpoint: Path, capsys: Shown) -> None:
         with (checkpoint / "rank-00000.bin").open("ab") as file:
@@ -230,12 +257,57 @@ class TestOfOtherPrograms:
         flip(tmp_path / "f.pt", offset + 10_000)
         assert [each[3] for each in damage_of(capsys, tmp_path / "f.pt")] == [["b"]]
 
+    def test_an_archive_that_needs_code_is_compared_all_the_same(self, tmp_path: Path, capsys: Shown) -> None:
+        torch.save({"a": torch.zeros(5000), "needs": pathlib.PurePosixPath("code")}, tmp_path / "f.pt")
+        assert main(["inspect", str(tmp_path / "f.pt")]) == 3
+        assert verified(capsys, tmp_path / "f.pt", status=0)["summary"]["whole"] == 1
+        data = (tmp_path / "f.pt").read_bytes()
+        flip(tmp_path / "f.pt", data.index(b"needs"))
+        assert damage_of(capsys, tmp_path / "f.pt")[0][0] == "f.pt"
+
     def test_safetensors(self, tmp_path: Path, capsys: Shown) -> None:
         save_file({"a": torch.zeros(3)}, tmp_path / "f.safetensors")
         assert main(["verify", str(tmp_path / "f.safetensors")]) == 0
         assert "safetensors has no checksums" in capsys.readouterr().out
         os.truncate(tmp_path / "f.safetensors", 70)
         assert damage_of(capsys, tmp_path / "f.safetensors")[0][0] == "f.safetensors"
+
+    def test_shards_of_a_hub(self, tmp_path: Path, capsys: Shown) -> None:
+        save_file({"a": torch.zeros(3)}, tmp_path / "1.safetensors")
+        torch.save({"b": torch.zeros(3)}, tmp_path / "2.bin")
+        where = {"a": "1.safetensors", "b": "2.bin"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        (report,) = verified(capsys, tmp_path, status=0)["checkpoints"]
+        assert (report["kind"], report["files"]) == ("shards of a hub", 2)
+        (tmp_path / "2.bin").rename(tmp_path / "3.bin")
+        assert damage_of(capsys, tmp_path)[0][0] == "2.bin"
+        where |= {"b": "3.bin", "c": "3.bin"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        assert damage_of(capsys, tmp_path)[0][0] == "model.safetensors.index.json"
+
+    def test_an_archive_whose_list_is_damaged(self, tmp_path: Path, capsys: Shown) -> None:
+        torch.save({"a": torch.zeros(3)}, tmp_path / "f.pt")
+        data = bytearray((tmp_path / "f.pt").read_bytes())
+        # Where the list begins, in the record at the end.
+        at = data.rindex(b"PK\x05\x06") + 16
+        data[at : at + 4] = b"\xff\xff\xff\x7f"
+        (tmp_path / "f.pt").write_bytes(data)
+        ((file, *_),) = damage_of(capsys, tmp_path / "f.pt")
+        assert file == "f.pt"
+
+    @pytest.mark.parametrize("command", ["inspect", "verify", "ls"])
+    def test_damaged_pickles_and_archives_of_torch(self, command: str, tmp_path: Path, capsys: Shown) -> None:
+        torch.save({"a": torch.zeros(3)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        os.truncate(tmp_path / "legacy.pt", 60)
+        assert main([command, str(tmp_path / "legacy.pt")]) == 1
+        torch.save({"a": torch.zeros(3)}, tmp_path / "f.pt")
+        data = bytearray((tmp_path / "f.pt").read_bytes())
+        # How the first member is compressed.
+        data[data.index(b"PK\x01\x02") + 10] = 99
+        (tmp_path / "f.pt").write_bytes(data)
+        assert main([command, str(tmp_path / "f.pt")]) in (0, 1)
+        if command == "verify":
+            assert "does not match its CRC-32" in capsys.readouterr().out
 
     def test_what_cannot_be_read_here(self, tmp_path: Path, capsys: Shown) -> None:
         (tmp_path / "f.gguf").write_bytes(b"GGUF" + bytes(100))
