@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.patience import seconds
+
 CEILINGS = {
     # files, functions, classes, frames. To be lowered whenever less is reached; which functions are entered depends a
     # little on who waits for whom, hence a few more than were seen.
@@ -20,7 +22,7 @@ CEILINGS = {
 @pytest.mark.timeout(120)
 def test_how_much_of_the_package_is_entered() -> None:
     # A process of its own: threads that other tests have started are not profiled.
-    run = subprocess.run([sys.executable, "-m", "tests.depth"], capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-m", "tests.depth"], capture_output=True, text=True, timeout=seconds(100))
     assert run.returncode == 0, run.stderr
     depths = json.loads(run.stdout)
     assert depths.keys() == CEILINGS.keys()

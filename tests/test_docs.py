@@ -24,6 +24,7 @@ import aiostage.observe
 import aiostage.sharing
 import aiostage.testing
 import aiostage.weights
+from tests.patience import seconds
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,7 +185,7 @@ def test_every_example_runs(example: Path, tmp_path: Path) -> None:
         env=os.environ | {"AIOSTAGE_EXAMPLE_QUICK": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=seconds(170),
         check=False,
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

@@ -10,6 +10,7 @@ import pytest
 
 import aiostage
 from aiostage import errors
+from tests.patience import seconds
 
 CONTRACT = {
     "AsyncStager",
@@ -53,7 +54,7 @@ def test_importing_touches_no_device_and_nothing_optional() -> None:
         "optional |= {'opentelemetry', 'tqdm.auto'}\n"
         "assert not optional & set(sys.modules), optional & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=seconds(60))
 
 
 def test_modules_can_be_reached_and_are_imported_when_they_are() -> None:
@@ -64,4 +65,4 @@ def test_modules_can_be_reached_and_are_imported_when_they_are() -> None:
         "assert aiostage.dcp.save and aiostage.blocking.save and aiostage.storage and aiostage.testing\n"
         "assert not hasattr(aiostage, 'nothing')\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=seconds(60))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import aiostage_command
+from tests.patience import seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def test_the_wheel(tmp_path: Path) -> None:
             ROOT,
         ],
         check=True,
-        timeout=110,
+        timeout=seconds(110),
     )
     (path,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
@@ -78,7 +79,7 @@ def test_the_wheel(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=seconds(60),
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
@@ -86,7 +87,7 @@ def test_the_wheel(tmp_path: Path) -> None:
 
 def test_the_source_distribution(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
-    subprocess.run(program, cwd=ROOT, check=True, timeout=55, capture_output=True)
+    subprocess.run(program, cwd=ROOT, check=True, timeout=seconds(55), capture_output=True)
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

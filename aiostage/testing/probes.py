@@ -178,16 +178,18 @@ class LoopProbe:
     def _stack(self) -> str:
         """Return where the loop's thread is, if it is in the code that is looked for."""
         assert self._inside is not None  # noqa: S101 - the watching thread only runs if it is given
+        places: list[tuple[str, int, str, None]] = []
         frame: FrameType | None = (
             _private.current_frames().get(self._thread) if _private.current_frames is not None else None
         )
-        try:
-            inner = frame
-            while inner is not None and not self._inside(inner.f_code.co_filename):
-                inner = inner.f_back
-            return "".join(traceback.format_stack(frame)) if inner is not None else ""
-        finally:
-            del frame
+        # A frame that is looked at keeps what it refers to, after its end too. So nothing is called meanwhile that may
+        # let the loop's thread go on: not what the user gave, and not what reads the lines of files.
+        while frame is not None:
+            places.append((frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name, None))
+            frame = frame.f_back
+        if not any(self._inside(file) for file, _, _, _ in places):
+            return ""
+        return "".join(traceback.StackSummary.from_list(reversed(places)).format())
 
 
 @dataclass(slots=True, eq=False)

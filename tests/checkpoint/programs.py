@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT = 110
+TIMEOUT = seconds(110)
 
 
 def output_of(module: str, *arguments: str) -> str:

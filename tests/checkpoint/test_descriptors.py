@@ -6,6 +6,7 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 PROGRAM = """
@@ -33,5 +34,5 @@ PROGRAM = """
 
 def test_few_descriptors(tmp_path: Path) -> None:
     program = [*PYTHON, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
-    outcome = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
+    outcome = subprocess.run(program, capture_output=True, text=True, timeout=seconds(100), check=False)
     assert outcome.returncode == 0, outcome.stderr

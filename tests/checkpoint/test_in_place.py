@@ -20,6 +20,7 @@ from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.counting import CountingStorage
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.test_load import tree
+from tests.patience import seconds
 
 PART = 8 << 20
 
@@ -264,7 +265,7 @@ def test_host_memory_is_bounded(tmp_path: Path, where: str) -> None:
         [sys.executable, "-c", MEMORY, where, str(tmp_path / "checkpoint"), str(size)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=seconds(60),
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr

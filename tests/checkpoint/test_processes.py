@@ -10,6 +10,7 @@ from aiostage import Checkpointer
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.writing import tree
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 STEPS = 12
@@ -38,7 +39,7 @@ def test_two_processes_save_the_same_steps(tmp_path: Path) -> None:
             assert writer.stdin is not None
             writer.stdin.write("\n")
             writer.stdin.flush()
-        outputs = [writer.communicate(timeout=100) for writer in writers]
+        outputs = [writer.communicate(timeout=seconds(100)) for writer in writers]
     finally:
         for writer in writers:
             writer.kill()

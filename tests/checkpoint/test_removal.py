@@ -24,6 +24,7 @@ from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.runs import MIB, LoRA, Run, apart_from_the_small, copied, in_directory, needed, numbers
 from tests.checkpoint.test_checkpointer import Gate, until
 from tests.checkpoint.test_incremental import settled
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 
@@ -441,7 +442,7 @@ def test_one_process_saves_while_another_removes(tmp_path: Path) -> None:
     )
     try:
         removed = int(output_of("tests.checkpoint.removing", str(tmp_path), "remove"))
-        output, _ = writer.communicate(timeout=60)
+        output, _ = writer.communicate(timeout=seconds(60))
     finally:
         writer.kill()
     saved = int(output)

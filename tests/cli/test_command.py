@@ -19,6 +19,7 @@ import torch
 import aiostage
 import aiostage_command
 from aiostage_command import main
+from tests.patience import seconds
 
 COMMANDS = ("ls", "du", "inspect", "verify", "diff", "convert", "bench", "completion")
 
@@ -36,7 +37,7 @@ def test_what_needs_no_pytorch_does_not_import_it(arguments: list[str]) -> None:
         "print(len(sys.modules) - before, file=sys.stderr)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=seconds(60), check=True
     )
     # Each import is time: these 200 take some 0.05 s.
     assert int(run.stderr.splitlines()[-1]) < 200
@@ -119,7 +120,7 @@ def completed(words: list[str]) -> list[str]:
         printf '%s\\n' "${{COMPREPLY[@]}}"
         complete -p aiostage >&2
     """
-    run = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=seconds(60), check=True)
     assert "-F _aiostage aiostage" in run.stderr
     return run.stdout.split()
 

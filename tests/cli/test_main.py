@@ -15,6 +15,7 @@ import torch
 import aiostage
 from aiostage import dcp
 from aiostage_command import main
+from tests.patience import seconds
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
 
 def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "aiostage", *map(str, arguments)]
-    return subprocess.run(command, stderr=subprocess.PIPE, timeout=60, check=False, **options)
+    return subprocess.run(command, stderr=subprocess.PIPE, timeout=seconds(60), check=False, **options)
 
 
 @pytest.mark.slow
@@ -259,7 +260,7 @@ def test_as_a_program(checkpoint: Path) -> None:
         [sys.executable, "-m", "aiostage", "verify", str(checkpoint)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=seconds(60),
         check=False,
     )
     assert outcome.returncode == 1

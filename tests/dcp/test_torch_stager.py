@@ -183,7 +183,7 @@ class TestStage:
         import subprocess
 
         program = "from aiostage.dcp import TorchStager; s = TorchStager(); print(s.stage({}).result(20))"
-        done = subprocess.run([*PYTHON, "-c", program], check=True, timeout=50, capture_output=True, text=True)
+        done = subprocess.run([*PYTHON, "-c", program], check=True, timeout=seconds(50), capture_output=True, text=True)
         assert (done.stdout, done.stderr) == ("{}\n", "")
 
     def test_the_moment_is_the_callers(self) -> None:

@@ -12,6 +12,7 @@ from aiostage import StagingError
 from aiostage._device import CallerStreams, CopyStreams, CudaBackend, TorchBackend, default_backend
 from aiostage.testing.clock import VirtualClock
 from tests.device.accelerators import Accelerator, simulator_only
+from tests.patience import seconds
 
 
 def test_host_tensors_are_on_no_device() -> None:
@@ -48,7 +49,7 @@ def test_making_one_touches_no_device() -> None:
         "default_backend().unavailable_reason\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=seconds(60))
 
 
 def test_the_default_is_the_one_of_the_build() -> None:

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.patience import seconds
 from tests.servers.process import free_ports
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 150
+TIMEOUT = seconds(150)
 
 SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -105,7 +106,7 @@ def _run(main: Any, output: str, arguments: list[Any], environment: dict[str, st
         return child
     status = 1
     try:
-        signal.alarm(TIMEOUT)
+        signal.alarm(int(TIMEOUT))
         os.environ.update(environment)
         for descriptor, path in ((1, output), (2, output + ".errors")):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)

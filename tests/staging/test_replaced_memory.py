@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 PROGRAM = """
@@ -91,7 +92,7 @@ for change in changes:
 def run(changes: list[str], elements: int, count: int, kind: str = "plain", *, detect: bool = True) -> list[str]:
     arguments = [",".join(changes), str(elements), str(count), kind, str(int(detect))]
     done = subprocess.run(
-        [*PYTHON, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [*PYTHON, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=seconds(120), check=False
     )
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
     return done.stdout.splitlines()

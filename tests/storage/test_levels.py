@@ -12,6 +12,7 @@ import pytest
 
 import aiostage
 from aiostage.storage.local import LocalStorage
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 OTHER_USER = """
@@ -53,7 +54,7 @@ async def pass_over(root: Path) -> None:
     else:
         (root / "lost+found").chmod(0)
     program = [*PYTHON, "-c", textwrap.dedent(OTHER_USER), str(root)]
-    outcome = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)  # noqa: ASYNC221
+    outcome = subprocess.run(program, capture_output=True, text=True, timeout=seconds(60), check=False)  # noqa: ASYNC221
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.strip() == "[2] 2 {'step': 2}"
     assert (root / "lost+found").is_dir()

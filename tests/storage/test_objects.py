@@ -27,6 +27,7 @@ from aiostage import (
     StorageError,
 )
 from aiostage.storage.objects import ObjectStorage, _request_bytes
+from tests.patience import seconds
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, content, parts_of, race, save, some_bytes, write
@@ -395,4 +396,4 @@ asyncio.run(storage.list())
 
 @pytest.mark.one_loop
 async def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
-    await asyncio.to_thread(subprocess.run, [*PYTHON, "-c", FORKING], check=True, timeout=50)
+    await asyncio.to_thread(subprocess.run, [*PYTHON, "-c", FORKING], check=True, timeout=seconds(50))

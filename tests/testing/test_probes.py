@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import anyio
@@ -15,6 +16,7 @@ import torch
 
 from aiostage import AsyncStager
 from aiostage.testing import LeakProbe, Leftovers, LoopHold, LoopProbe
+from tests.patience import seconds
 
 THIS = __file__
 
@@ -123,6 +125,26 @@ class TestLoopProbe:
                 compute(0.005)
                 await asyncio.sleep(0)
         assert not probe.holds
+
+    @pytest.mark.asyncio
+    async def test_what_it_looks_at_is_kept_no_longer_than_it_runs(self):
+        looked, goes_on = threading.Event(), threading.Event()
+
+        def slow(file: str) -> bool:
+            looked.set()
+            return goes_on.wait(10)
+
+        def hold() -> weakref.ref[torch.Tensor]:
+            tensor = torch.ones(1)
+            assert looked.wait(seconds(10))
+            return weakref.ref(tensor)
+
+        with LoopProbe(threshold=0.05, inside=slow):
+            await anyio.sleep(0.01)
+            reference = hold()
+            kept = reference() is not None
+            goes_on.set()
+        assert not kept
 
     @pytest.mark.asyncio
     async def test_looks_once_and_leaves_nothing(self):
@@ -256,7 +278,7 @@ def test_the_policy_fails_a_test_in_which_aiostage_holds_the_loop(tmp_path: Path
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=seconds(50),
         check=False,
     )
     assert "7 passed, 3 errors" in outcome.stdout, outcome.stdout

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import seconds
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
@@ -14,7 +16,7 @@ def test_users_code_passes_the_type_checker() -> None:
         [sys.executable, "-m", "mypy", "--strict", "--warn-unused-ignores", str(Path(__file__).with_name("api.py"))],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=seconds(170),
         check=False,
     )
     assert outcome.returncode == 0, outcome.stdout
