@@ -13,7 +13,7 @@ from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart, traits_of
 from aiostage._loop.collection import untrack_all
 
-__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "changed", "have_attributes"]
+__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "Replaced", "changed", "have_attributes"]
 
 CHUNK = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
@@ -33,15 +33,24 @@ _DENSE = {"dense"}
 _NOTHING = {type(None)}
 
 
+class Replaced(Exception):
+    """A leaf has got other memory between the step in which it was met and its inspection."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
 class _Chunk:
     """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed."""
 
-    __slots__ = ("addresses", "check", "specs")
+    __slots__ = ("addresses", "check", "sizes", "specs")
 
-    def __init__(self, specs: list[Spec], addresses: list[int]) -> None:
+    def __init__(self, specs: list[Spec], addresses: list[int], sizes: list[int]) -> None:
         self.specs = specs
         self.addresses = addresses
-        untrack_all((specs, addresses))
+        self.sizes = sizes
+        untrack_all((specs, addresses, sizes))
         self.check: Callable[..., bool] | None = None
 
     def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -150,10 +159,11 @@ class Leaves:
     def _recognize(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
         """Fill the specs of a chunk if it is what it was at the last inspection, and say whether it is."""
         known = inspection.chunks.get(start)
-        # Another address means other memory, whose size the guard knows nothing of.
+        # Another address means other memory; the guard knows nothing of the size of a storage.
         if (
             known is None
             or self.addresses[start : start + CHUNK] != known.addresses
+            or self.storage_sizes[start : start + CHUNK] != known.sizes
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
@@ -213,6 +223,7 @@ class Leaves:
 
         Raises:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
+            Replaced: If a leaf has got other memory since it was met.
         """
         start, recognized = len(self.specs), not self._inspected
         self._inspected = True
@@ -222,21 +233,36 @@ class Leaves:
                 start += len(chunk)
                 yield
                 continue
-            known, addresses = inspection.chunks.get(start), self.addresses[start : start + CHUNK]
+            known = inspection.chunks.get(start)
+            addresses, sizes = self.addresses[start : start + CHUNK], self.storage_sizes[start : start + CHUNK]
             recognized, inspection.apart = False, None
+            self._check_memory(start, chunk)
             with _private.without_torch_function():
                 simple = self._inspect_slowly(chunk, start, inspection.table)
             yield
             if simple and _private.TensorGuards is not None:
                 specs: list[Any] = self.specs[start:]
-                if known is not None and known.specs == specs and known.addresses == addresses:
+                if known is not None and (known.specs, known.addresses, known.sizes) == (specs, addresses, sizes):
                     known.guard(chunk)
                 else:
-                    inspection.chunks[start] = _Chunk(specs, addresses)
+                    inspection.chunks[start] = _Chunk(specs, addresses, sizes)
                 yield
             start += len(chunk)
         if not (recognized and (yield from self._are_apart(inspection))):
             yield from self.index()
+
+    def _check_memory(self, start: int, chunk: Sequence[torch.Tensor]) -> None:
+        """Raise Replaced if a tensor of a chunk has got other memory since it was met.
+
+        What is found out about it now is about the new memory. Read from the old one it could reach beyond its end.
+        """
+        part = slice(start, start + len(chunk))
+        _, addresses, sizes, storages = _look(chunk)
+        now = zip(addresses, sizes, map(id, storages), strict=True)
+        noted = zip(self.addresses[part], self.storage_sizes[part], map(id, self.storages[part]), strict=True)
+        for index, (one, other) in enumerate(zip(now, noted, strict=True), start):
+            if one != other:
+                raise Replaced(index)
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
         """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""

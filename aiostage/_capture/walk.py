@@ -26,7 +26,7 @@ from aiostage._capture.build import Memo, build, built_now
 from aiostage._capture.circles import entries_of_circles
 from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
-from aiostage._capture.leaves import Inspection, Leaves, have_attributes
+from aiostage._capture.leaves import Inspection, Leaves, Replaced, have_attributes
 from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
@@ -46,7 +46,7 @@ from aiostage._capture.protocol import BUFFERS, IMMUTABLE, is_safe_to_make, is_w
 from aiostage._capture.versions import GONE, ContainerChanges
 from aiostage._loop.collection import untrack_all
 from aiostage._loop.slices import exhausted
-from aiostage.errors import UnsupportedLeafError
+from aiostage.errors import TornSnapshotError, UnsupportedLeafError
 from aiostage.leaf import Attribute, Path, format_path
 
 __all__ = ["ATOMIC", "Walk"]
@@ -154,6 +154,7 @@ class Walk:
 
         Raises:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
+            TornSnapshotError: If a leaf has got other memory since it was met.
         """
         while True:
             known = len(self.leaves.specs)
@@ -161,6 +162,8 @@ class Walk:
                 yield from self.leaves.inspect(inspection)
             except Refusal as refusal:
                 raise refusal.at(self.path(len(self.leaves.specs))) from None
+            except Replaced as replaced:
+                raise TornSnapshotError([format_path(self.path(replaced.index))]) from None
             if not self.leaves.owned or self.leaves.owned[-1] < known:
                 return
             # What hangs on gradients and parts that were found only now.

@@ -117,3 +117,39 @@ def test_without_detection_it_is_right_all_the_same(elements: int, count: int) -
 def test_what_was_freed_is_torn_also_without_detection() -> None:
     # There is nothing left to be copied.
     assert run(["free", "grow"], 4_000_000, 2, detect=False) == ["free torn 1", "grow torn 1"]
+
+
+LARGER = """
+import asyncio
+import torch
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError
+
+
+async def main():
+    for detect in (True, False):
+        ended = set()
+        async with AsyncStager(StagingOptions(max_loop_hold=1e-9, detect_torn=detect)) as stager:
+            for turn in range(1, 13, 1 + (not detect)):
+                small = [torch.ones(1) for _ in range(600)]
+                tree = {"before": small[::2], "leaf": torch.ones(7), "after": small[1::2]}
+                staging = asyncio.ensure_future(stager.stage(tree))
+                for _ in range(turn):
+                    await asyncio.sleep(0)
+                tree["leaf"].data = torch.full((2**22,), 3.0)
+                try:
+                    leaf = (await staging)["leaf"]
+                except TornSnapshotError as error:
+                    assert error.paths == ("state_dict['leaf']",), error.paths
+                    ended.add("torn")
+                else:
+                    assert leaf.unique().item() == (1.0 if leaf.shape == (7,) else 3.0)
+        assert ended == {"torn"} or not detect, ended
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_leaf_that_becomes_larger_before_its_inspection_is_not_read_beyond_its_end() -> None:
+    done = subprocess.run([*PYTHON, "-c", LARGER], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
