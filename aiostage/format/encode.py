@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii
+from types import MappingProxyType
 from typing import Any
 from weakref import ref
 
@@ -48,6 +49,8 @@ _SETS = frozenset(("set", "frozenset"))
 _ARRAYS = frozenset((np.ndarray, np.memmap))
 
 _NAME_ONLY = {"name"}
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _KEPT_IN_A_LIST = "Keep it in a list, or as a value."
 
@@ -96,9 +99,11 @@ class Node:
         self._parent = ref(parent) if parent is not None else None
         self.key = key
         self.kind = ""
-        self.children: list[Any] = []
-        self.form: dict[str, Any] = {}
-        self.attributes: dict[str, Any] = {}
+        # Most nodes are tensors and stay without any. Containers of their own would be three of seven objects that each
+        # tensor costs, and half of the time that a plan takes goes into runs of the cyclic collector over them.
+        self.children: Sequence[Any] = ()
+        self.form: Mapping[str, Any] = _NOTHING
+        self.attributes: Mapping[str, Any] = _NOTHING
         self.position: int | None = None
         self.entered = False
         self.whole = False
@@ -242,7 +247,8 @@ class TreeEncoder:
         elif cls in SEQUENCES:
             yield from self._enter_sequence(node, found)
         elif cls in SCALARS:
-            node.kind, node.form["value"] = write_scalar(value)
+            node.kind, spelled = write_scalar(value)
+            node.form = {"value": spelled}
         elif cls in _ARRAYS and value.dtype in ARRAY_DTYPES:
             self._enter_array(node, found)
         else:
@@ -254,10 +260,13 @@ class TreeEncoder:
         self._stack += reversed(found)
 
     def _add_attributes(self, node: Node, attributes: Mapping[str, Any], found: list[Node]) -> None:
+        if not attributes:
+            return
+        children = node.attributes = {}
         for name, attribute in attributes.items():
             if type(name) is not str:
                 raise _unsupported(node, f"it has an attribute that is named {name!r:.80}, not by a string.", None)
-            node.attributes[name] = self._child(attribute, node, Attribute(name), found)
+            children[name] = self._child(attribute, node, Attribute(name), found)
 
     def _enter_object(self, node: Node, found: list[Node]) -> None:
         """Take an object apart that is neither a tensor nor a plain container nor a scalar."""
@@ -268,13 +277,13 @@ class TreeEncoder:
             node.kind, parts = take_object_apart(value)
         except NotCarried as error:
             raise _unsupported(node, f"{error.reason}.", error.hint) from None
-        node.form |= parts.form
+        node.form = parts.form
         # What needs all that is in it to be made cannot be a part of that.
         if node.kind in MADE_WHOLE:
             node.whole = True
             self._whole.append(node.depth)
         self.uses_kinds = True
-        node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.children.items()]
+        node.children = [self._child(part, node, Attribute(name), found) for name, part in parts.children.items()]
         self._add_attributes(node, parts.attributes, found)
         if isinstance(value, torch.Tensor):
             self._note_autograd(node, value, isinstance(value, torch.nn.Parameter), found)
@@ -284,31 +293,33 @@ class TreeEncoder:
         if type(node.value) is defaultdict:
             factory = node.value.default_factory
             try:
-                node.form["factory"] = FACTORIES[factory]
+                node.form = {"factory": FACTORIES[factory]}
             except (KeyError, TypeError):
                 raise _unsupported(
                     node,
                     f"a defaultdict whose default_factory is {shown(factory)} cannot be carried by JSON.",
                     "Convert it to a dict.",
                 ) from None
+        children = node.children = []
         collisions = Collisions()
         for count, (key, value) in enumerate(node.value.items()):
             if type(key) is not str:
                 self._note_hashed(node, (key,), collisions)
-            node.children.append(self._child(key, node, key, found))
-            node.children.append(self._child(value, node, key, found))
+            children.append(self._child(key, node, key, found))
+            children.append(self._child(value, node, key, found))
             if count % _AT_ONCE == 0:
                 yield
 
     def _enter_sequence(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
         node.kind = SEQUENCES[type(node.value)]
         if type(node.value) is deque:
-            node.form["maxlen"] = node.value.maxlen
+            node.form = {"maxlen": node.value.maxlen}
+        children = node.children = []
         collisions = Collisions() if node.kind in _SETS else None
         for index, value in enumerate(node.value):
             if collisions is not None:
                 self._note_hashed(node, (value,), collisions)
-            node.children.append(self._child(value, node, index, found))
+            children.append(self._child(value, node, index, found))
             if index % _AT_ONCE == 0:
                 yield
 
@@ -327,7 +338,7 @@ class TreeEncoder:
         if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
             # torch cannot look at such memory; arrays in state dicts are small.
             array = array.copy()
-        node.children.append(self._child(torch.from_numpy(array), node, Attribute("array"), found))
+        node.children = [self._child(torch.from_numpy(array), node, Attribute("array"), found)]
 
     def _enter_tensor(self, node: Node, found: list[Node]) -> None:
         tensor: torch.Tensor = node.value
@@ -342,7 +353,7 @@ class TreeEncoder:
             self.tensors.append(node)
         else:
             node.kind, parts, node.form = taken
-            node.children += [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
+            node.children = [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
         parameter = type(tensor) is torch.nn.Parameter
         # Most tensors are neither, and a call for each of them shows.
         if parameter or tensor.requires_grad:
@@ -351,14 +362,17 @@ class TreeEncoder:
     def _note_autograd(self, node: Node, tensor: torch.Tensor, parameter: bool, found: list[Node]) -> None:
         """Say whether a tensor is a parameter and requires a gradient, and which it has."""
         requires_grad = tensor.requires_grad and tensor.is_leaf
+        form: dict[str, Any] = {}
         if parameter:
-            node.form["class"] = "Parameter"
+            form["class"] = "Parameter"
         if requires_grad is not parameter:
-            node.form["requires_grad"] = requires_grad
+            form["requires_grad"] = requires_grad
         # What copies parameters leaves their gradients behind; other tensors keep theirs.
         if requires_grad and not parameter and tensor.grad is not None:
-            node.form["grad"] = True
-            node.children.append(self._child(tensor.grad, node, Attribute("grad"), found))
+            form["grad"] = True
+            node.children = [*node.children, self._child(tensor.grad, node, Attribute("grad"), found)]
+        if form:
+            node.form = {**node.form, **form}
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -246,7 +246,7 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
             form["stride"] = list(tensor.stride())
         if _name_in_format(tensor) is None:
             form |= {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
-        sharer.node.form = form | sharer.node.form
+        sharer.node.form = {**form, **sharer.node.form}
     memory: int | torch.Tensor = leaf.address
     if not leaf.contiguous and count:
         memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device="cpu")
@@ -297,7 +297,8 @@ def _memory(group: Sequence[Leaf], names: _Names) -> FileTensor:
             "shape": list(leaf.tensor.shape),
             "stride": list(leaf.tensor.stride()),
             "offset": offset,
-        } | leaf.node.form
+            **leaf.node.form,
+        }
     element_bytes = math.gcd(stop - start, itemsize)
     return FileTensor(name, dtype, shape, stop - start, element_bytes, start, [leaf.tensor for leaf in group])
 

@@ -1,0 +1,32 @@
+"""What encoding a tree costs: objects that the cyclic collector follows, which it runs over again and again."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from aiostage._loop.slices import exhausted
+from aiostage.format.encode import TreeEncoder
+
+TENSORS = 5000
+
+
+def test_a_tensor_costs_one_object_that_the_collector_follows() -> None:
+    tree = {str(number): torch.zeros(1) for number in range(TENSORS)}
+    encoder = TreeEncoder()
+    gc.collect()
+    gc.disable()
+    try:
+        followed = len(gc.get_objects())
+        allocated = gc.get_count()[0]
+        exhausted(encoder.walk(tree))
+        allocated = gc.get_count()[0] - allocated
+        followed = len(gc.get_objects()) - followed
+    finally:
+        gc.enable()
+    assert len(encoder.tensors) == TENSORS
+    # The node; that of the dict, and what walks it, are a few more.
+    assert TENSORS <= followed < 1.02 * TENSORS
+    # What brings the next run nearer: the node, and the dict that a tensor gets when it is asked for its attributes.
+    assert allocated < 2.02 * TENSORS
