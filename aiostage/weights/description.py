@@ -151,7 +151,8 @@ class _Places:
             "shape": list(tensor.shape),
             "stride": list(tensor.stride()),
             "offset": tensor.storage_offset(),
-        } | node.form
+            **node.form,
+        }
 
     def _place(self, storage: torch.UntypedStorage, address: int, nbytes: int) -> tuple[int, int, int]:
         self.nbytes += nbytes
