@@ -40,7 +40,16 @@ class Read:
         return self.reads(self.path, verify)
 
 
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError, zlib.error)
+DAMAGED_ARCHIVE = (
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    zlib.error,
+)
 """What reading an archive raises that is damaged: members seem to be compressed in odd ways, or encrypted."""
 
 _MAX_INDEX_BYTES = 100 << 20
