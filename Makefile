@@ -18,7 +18,7 @@ DEMO_READY := $(VENV)/.demo-ready
 .PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
-	$(BIN)/python examples/async_trainer.py
+	$(BIN)/python examples/async_trainer.py demo.svg
 
 # A file's tests stay together, because they share servers and processes. A worker that was killed is not replaced: the
 # one that replaces it is never given the rest of its file, and the run would wait for that for ever. The order is that of

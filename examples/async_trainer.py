@@ -5,8 +5,8 @@ whatever an event loop has to answer in time (rollouts, requests, health checks)
 checkpoint. The network is wider than digits deserve, so that model, average and optimizer together weigh 270 MB
 and are worth staging.
 
-Run it with ``make demo``; AIOSTAGE_EXAMPLE_QUICK=1 shrinks it to a few seconds. It exits with 1 if the network does
-not learn, or if the reloaded checkpoint does not give the same numbers to the bit.
+Run it with ``make demo``; AIOSTAGE_EXAMPLE_QUICK=1 shrinks it to a few seconds. It draws what happened into the file
+that the first argument names, and exits with 1 if the network does not learn, or if the reloaded checkpoint does not give the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from demo.picture import Bar, Strip, draw
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager
@@ -31,15 +32,21 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import aiostage
+from aiostage.abc import Observer, Span
+from aiostage.observe import observing
 
 QUICK = bool(os.environ.get("AIOSTAGE_EXAMPLE_QUICK"))
 WIDTH = 128 if QUICK else 4096
 STEPS = 70 if QUICK else 200
-STEPS_OF_OTHER_WAYS = 20 if QUICK else 60
+STEPS_OF_OTHER_WAYS = 30 if QUICK else 75
 STEPS_BETWEEN_CHECKPOINTS = 20 if QUICK else 30
 TARGET_ACCURACY = 0.80 if QUICK else 0.95
 BATCH = 32
 HEARTBEAT_SECONDS = 0.01
+BUSY_ALONE_SECONDS, BUSY_TRAINING_SECONDS = 0.005, 0.02
+"""A heartbeat later than this, with nothing or with training beside it, says that the machine is busy elsewhere."""
+
+LANES = {"train": "#9db7d5", "capture": "#3b7dd8", "write": "#e2a44b", "commit": "#2a9d5c"}
 
 # ---------------------------------------------------------------- the model, which knows nothing of checkpoints
 
@@ -133,10 +140,17 @@ def evaluate(weights: dict[str, torch.Tensor], digits: Digits) -> Score:
 
 
 class Way(ABC):
-    """Capture while training waits, commit while it goes on."""
+    """Capture while training waits, commit while it goes on. Lanes say where in the picture these two are seen."""
+
+    capture_lane: str | None = "capture"
+    commit_lane: str | None = "write"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    async def prewarm(self, state: dict[str, Any]) -> None:
+        """Do what only the first checkpoint would have to do, if the way has such a thing."""
+        return
 
     @abstractmethod
     async def capture(self, state: dict[str, Any]) -> dict[str, Any]: ...
@@ -149,9 +163,16 @@ class Way(ABC):
 class Aiostage(Way):
     """aiostage"""
 
+    commit_lane = None  # aiostage says itself when it writes and commits: see Lanes
+
     def __init__(self, path: Path, stager: aiostage.AsyncStager) -> None:
         super().__init__(path)
         self.stager = stager
+
+    async def prewarm(self, state: dict[str, Any]) -> None:
+        # Memory for the copies is allocated and faulted in here. Otherwise the first checkpoint waits for that: it is
+        # captured ten times as slowly as those that follow.
+        await self.stager.prewarm(state)
 
     async def capture(self, state: dict[str, Any]) -> dict[str, Any]:
         return await self.stager.stage(state)
@@ -162,6 +183,8 @@ class Aiostage(Way):
 
 class TorchSave(Way):
     """torch.save() in the coroutine"""
+
+    capture_lane, commit_lane = "write", None  # it is captured by being written
 
     async def capture(self, state: dict[str, Any]) -> dict[str, Any]:
         torch.save(state, self.path)
@@ -189,6 +212,8 @@ class DefaultStagerThread(Way):
 class NoCheckpoints(Way):
     """no checkpoints at all"""
 
+    capture_lane = commit_lane = None
+
     async def capture(self, state: dict[str, Any]) -> dict[str, Any]:
         return state
 
@@ -206,6 +231,11 @@ class Heartbeat:
     def __init__(self) -> None:
         self._beats: list[tuple[float, float]] = []
 
+    @property
+    def delays(self) -> list[tuple[float, float]]:
+        """When each beat was due, and how late it was, in seconds."""
+        return [(due, ran - due) for due, ran in self._beats]
+
     async def run(self) -> None:
         while True:
             due = perf_counter() + HEARTBEAT_SECONDS
@@ -217,11 +247,29 @@ class Heartbeat:
         return max((ran - due for due, ran in self._beats if ran >= begin and due <= end), default=0.0)
 
 
+class Lanes(Observer):
+    """Notes when aiostage writes files and commits: an observer like any that you may write."""
+
+    def __init__(self, bars: list[Bar]) -> None:
+        self._bars = bars
+
+    def started(self, span: Span) -> None:
+        return
+
+    def complete(self, span: Span) -> None:
+        if span.name in LANES and span.end is not None:
+            self._bars.append(Bar(span.name, span.begin, span.end))
+
+    def failed(self, span: Span, error: BaseException) -> None:
+        return
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What one checkpoint took, in seconds from its beginning."""
 
     steps: int
+    began: float
     nbytes: int
     to_captured: float
     to_committed: float
@@ -238,6 +286,7 @@ class Run:
         self.losses: list[float] = []
         self.checkpoints: list[Checkpoint] = []
         self.scores: dict[int, Score] = {}
+        self.bars: list[Bar] = []
 
     async def train(self, steps: int) -> None:
         """Train, and checkpoint every few steps.
@@ -245,12 +294,20 @@ class Run:
         On a GPU a step only enqueues work, and may be called right here. On a CPU the step is the work, so it runs in
         a thread, as it must wherever something else lives on the loop: PyTorch computes without the GIL.
         """
+        with observing(Lanes(self.bars)):
+            await self._train(steps)
+
+    async def _train(self, steps: int) -> None:
         async with asyncio.TaskGroup() as tasks:
             heartbeat = tasks.create_task(self.heartbeat.run())
             async with asyncio.TaskGroup() as background:
                 commit: asyncio.Task[None] | None = None
                 for _ in range(steps):
+                    began = perf_counter()
                     self.losses.append(await asyncio.to_thread(self.trainer.step))
+                    self.bars.append(Bar("train", began, perf_counter()))
+                    if self.trainer.steps == 1:  # the optimizer has its state only now
+                        await self.way.prewarm(self.trainer.state_dict())
                     if self.trainer.steps % STEPS_BETWEEN_CHECKPOINTS == 0:
                         if commit is not None:
                             await commit  # one at a time, which bounds memory to two staged copies
@@ -261,17 +318,22 @@ class Run:
         """Capture the state; leave what follows to the background."""
         began = perf_counter()
         captured = await self.way.capture(self.trainer.state_dict())
+        captured_at = perf_counter()
+        if self.way.capture_lane:
+            self.bars.append(Bar(self.way.capture_lane, began, captured_at))
         # From here on the trainer may change its state: `captured` stays as it is.
         background.create_task(self.evaluate(captured))
-        return background.create_task(self.commit(captured, began, perf_counter()))
+        return background.create_task(self.commit(captured, began, captured_at))
 
     async def commit(self, captured: dict[str, Any], began: float, captured_at: float) -> None:
         nbytes = await self.way.commit(captured)
         committed_at = perf_counter()
+        if self.way.commit_lane:
+            self.bars.append(Bar(self.way.commit_lane, captured_at, committed_at))
         await asyncio.sleep(2 * HEARTBEAT_SECONDS)  # a beat that was held up runs only now
         delay = self.heartbeat.worst_delay(began, committed_at)
         times = captured_at - began, committed_at - began
-        self.checkpoints.append(Checkpoint(captured["steps"], nbytes, *times, delay))
+        self.checkpoints.append(Checkpoint(captured["steps"], began, nbytes, *times, delay))
 
     async def evaluate(self, captured: dict[str, Any]) -> None:
         self.scores[captured["steps"]] = await asyncio.to_thread(evaluate, captured["model"], self.trainer.digits)
@@ -285,6 +347,8 @@ async def main() -> bool:
     # One core computes; the other is left to the event loop, the copies and the disk.
     torch.set_num_threads(1)
     digits = Digits()
+    alone = await delay_alone()
+    print(f"Nothing beside it, the heartbeat is late by at most {alone * 1e3:.1f} ms on this machine.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         print(f"Training for {STEPS} steps, with a checkpoint every {STEPS_BETWEEN_CHECKPOINTS}.\n")
@@ -300,7 +364,39 @@ async def main() -> bool:
         for other in runs[1:]:
             await other.train(STEPS_OF_OTHER_WAYS)
         show_ways(runs)
+    show_whether_to_believe(alone, runs[1])
+    with_checkpoints = [run for run in runs if run.way.capture_lane]
+    drawn = picture(with_checkpoints)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(drawn, encoding="utf-8")
+        print(f"\nThe picture: {Path(sys.argv[1]).resolve()}")
     return fine
+
+
+async def delay_alone() -> float:
+    """Return how late the heartbeat is at worst while nothing else runs, in seconds: the jitter of the machine."""
+    heartbeat = Heartbeat()
+    begin = perf_counter()
+    beating = asyncio.create_task(heartbeat.run())
+    await asyncio.sleep(100 * HEARTBEAT_SECONDS)
+    beating.cancel()
+    return heartbeat.worst_delay(begin, perf_counter())
+
+
+def picture(runs: list[Run]) -> str:
+    """Draw one checkpoint of each run on a common time axis that begins with its call."""
+    chosen = [run.checkpoints[min(1, len(run.checkpoints) - 1)] for run in runs]
+    strips = [
+        Strip(
+            f"{run.way.__doc__}: training waits {checkpoint.to_captured * 1e3:.0f} ms",
+            [Bar(bar.lane, bar.begin - checkpoint.began, bar.end - checkpoint.began) for bar in run.bars],
+            [(due - checkpoint.began, late) for due, late in run.heartbeat.delays],
+        )
+        for run, checkpoint in zip(runs, chosen, strict=True)
+    ]
+    length = max(checkpoint.to_committed for checkpoint in chosen)
+    title = f"A checkpoint of {chosen[0].nbytes / 1e6:.0f} MB, from its call; dots: how late a heartbeat of 100 Hz was"
+    return draw(strips, LANES, begin=-0.15 * length, end=1.1 * length, title=title)
 
 
 async def reload_and_compare(path: Path, run: Run) -> bool:
@@ -341,7 +437,18 @@ def show_ways(runs: list[Run]) -> None:
         delay = median(row.worst_delay for row in run.checkpoints)
         print(f"{run.way.__doc__:<41} {waits * 1e3:>12.0f} ms {delay * 1e3:>19.1f} ms")
     print("\nTraining waits until its state is captured. The heartbeat wants to run every 10 ms, and everything else")
-    print("that lives on the event loop waits as long as it does.")
+    print(
+        "that runs on the event loop waits as long as it does. aiostage writes with checksums and waits for the disk;"
+    )
+    print("torch.save() does neither.")
+
+
+def show_whether_to_believe(alone: float, undisturbed: Run) -> None:
+    """Say whether the machine was quiet enough for these figures."""
+    training = median(row.worst_delay for row in undisturbed.checkpoints)
+    print(f"It waits {alone * 1e3:.1f} ms with nothing beside it, and {training * 1e3:.1f} ms with training alone.")
+    if alone > BUSY_ALONE_SECONDS or training > BUSY_TRAINING_SECONDS:
+        print("That is too much: this machine is too busy to judge. Run it again when nothing else runs.")
 
 
 if __name__ == "__main__":
