@@ -47,10 +47,11 @@ $(CUDA_BUILD)/libfakecuda_ops.so: $(wildcard tests/cuda_stand_in/*.cpp tests/cud
 
 # Everything that only a GPU can show, in one run: its tests and its benchmark, with results in one folder.
 GPU_RESULTS ?= gpu-results
+gpu: SHELL := /bin/bash -o pipefail
 gpu: $(READY)
 	mkdir -p $(GPU_RESULTS)
-	$(BIN)/python -m pytest tests/gpu --junitxml=$(GPU_RESULTS)/tests.xml | tee $(GPU_RESULTS)/tests.txt
-	$(BIN)/python benchmarks/gpu.py --json $(GPU_RESULTS)/figures.json | tee $(GPU_RESULTS)/figures.txt
+	$(BIN)/python -m pytest tests/gpu --junitxml=$(GPU_RESULTS)/tests.xml | tee $(GPU_RESULTS)/tests.txt; tests=$$?; \
+	    $(BIN)/python benchmarks/gpu.py --json $(GPU_RESULTS)/figures.json | tee $(GPU_RESULTS)/figures.txt && exit $$tests
 
 # With the tests of four processes, which take some minutes more.
 test-all: $(READY)

@@ -300,8 +300,10 @@ async def main() -> int:
     parser.add_argument("--gib", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--dry-run", action="store_true", help="run on the CPU with small sizes, to see that it works")
+    parser.add_argument("--small", action="store_true", help="run on the device with small sizes, to see that it works")
     arguments = parser.parse_args()
-    machine = Machine("cpu", gib=2**20, rounds=1, features=32) if arguments.dry_run else Machine()
+    small = {"gib": 2**20, "rounds": 1, "features": 32} if arguments.dry_run or arguments.small else {}
+    machine = Machine("cpu" if arguments.dry_run else "cuda", **small)
     if machine.is_real and not torch.cuda.is_available():
         print("PyTorch finds no CUDA device on this machine; --dry-run needs none.", file=sys.stderr)
         return 2

@@ -8,19 +8,24 @@ written to it last in the order of the program, whatever the device does when.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointStager, StagingOptions
 from aiostage.checkpoint.save import write_checkpoint
 
-__all__ = ["KeepsNoSource", "Machine", "Outcome", "WaitsForNothing", "run_schedule"]
+__all__ = ["CONTROLS", "SCHEDULES", "KeepsNoSource", "Machine", "Outcome", "WaitsForNothing", "run_schedules", "source"]
+
+SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "100"))
+"""How many a run tries."""
 
 SIZES = (64, 3000, 20_000, 70_000)
 TENSORS = 5
@@ -38,11 +43,13 @@ class Machine:
         names: Of the devices.
         busy: Keeps the current stream of a device busy for some microseconds.
         drain: Waits until everything has been done.
+        seed: Takes the seed of each schedule, where the device chooses how late things are.
     """
 
     names: Sequence[str]
     busy: Callable[[str, int], object]
     drain: Callable[[], object]
+    seed: Callable[[int], object] = id
 
 
 @dataclass
@@ -216,7 +223,7 @@ async def run_schedule(
     Args:
         machine: Where.
         seed: Chooses what is done.
-        checkpoint: From :func:`write_source`.
+        checkpoint: From :func:`source`.
         control: Stages instead of aiostage; then nothing else is tried.
     """
     options = random.Random(seed).choice(
@@ -240,10 +247,37 @@ async def run_schedule(
         return await schedule.run(alone if control is not None else [*alone, *others])
 
 
-async def write_source(path: Path) -> None:
-    """Write the checkpoint that schedules load."""
+def run_schedules(
+    machine: Machine, seeds: range, checkpoint: Path, control: type[CheckpointStager] | None = None
+) -> Outcome:
+    """Run schedules one after another.
+
+    Args:
+        machine: Where.
+        seeds: One for each.
+        checkpoint: From :func:`source`.
+        control: Stages instead of aiostage; then nothing else is tried.
+    """
+
+    async def main() -> Outcome:
+        total = Outcome()
+        for seed in seeds:
+            machine.seed(seed)
+            outcome = await run_schedule(machine, seed, checkpoint, control() if control is not None else None)
+            total.stagings += outcome.stagings
+            total.wrong += [f"schedule {seed}: {wrong}" for wrong in outcome.wrong]
+        return total
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that schedules load."""
+    path = tmp_path_factory.mktemp("schedules") / "checkpoint"
     tree = {f"t{n}": torch.full((SIZES[n % len(SIZES)],), SAVED + n) for n in range(TENSORS)}
-    await write_checkpoint(tree, path)
+    asyncio.run(write_checkpoint(tree, path))
+    return path
 
 
 class _Control(CheckpointStager):
@@ -287,3 +321,7 @@ class KeepsNoSource(_Control):
     """Lets go of the source while it is copied."""
 
     keeps = False
+
+
+CONTROLS: list[type[CheckpointStager]] = [WaitsForNothing, KeepsNoSource]
+"""Wrong stagers, which have to be found out."""

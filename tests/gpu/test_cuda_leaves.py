@@ -84,6 +84,28 @@ async def test_a_load_comes_after_a_late_write_on_the_stream_of_the_call(tmp_pat
     assert bool((live.cpu() == 3).all())
 
 
+async def test_sparse_leaves_are_staged_after_a_late_write_and_restored() -> None:
+    live = torch.sparse_coo_tensor(
+        torch.arange(SIZE)[None].to(DEVICE), torch.ones(SIZE, device=DEVICE), (SIZE,), check_invariants=False
+    )
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    async with AsyncStager() as stager:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(CYCLES_OF_A_LONG_KERNEL)
+            live._values().fill_(7)
+            staging = stager.stage({"sparse": live})
+        staged = await staging
+        assert staged["sparse"].is_sparse
+        assert not staged["sparse"].is_cuda
+        assert bool((staged["sparse"]._values() == 7).all())
+        assert torch.equal(staged["sparse"]._indices(), torch.arange(SIZE)[None])
+        live._values().fill_(9)
+        await stager.restore(staged, into={"sparse": live})
+    torch.cuda.synchronize()
+    assert bool((live._values().cpu() == 7).all())
+
+
 async def test_sparse_on_a_full_device_is_no_corrupt_checkpoint(tmp_path: Path) -> None:
     values = torch.ones(4 << 20)
     sparse = torch.sparse_coo_tensor(torch.arange(4 << 20)[None], values, (4 << 20,), check_invariants=True)

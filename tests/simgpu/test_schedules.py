@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from aiostage.abc import CheckpointStager
-from tests.schedules import KeepsNoSource, Machine, Outcome, WaitsForNothing, run_schedule, write_source
+from tests.schedules import CONTROLS, SCHEDULES, Machine, run_schedules
+from tests.schedules import source as source
 
-SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "100"))
 BATCH = 50
 OF_CONTROLS = 40
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("schedules") / "checkpoint"
-    asyncio.run(write_source(path))
-    return path
 
 
 def machine() -> Machine:
@@ -32,27 +23,15 @@ def machine() -> Machine:
         ["simgpu:0", "simgpu:1"],
         lambda name, microseconds: device.sleep(microseconds, torch.device(name).index),
         device.drain,
+        device.seed,
     )
-
-
-def run(first: int, count: int, checkpoint: Path, control: type[CheckpointStager] | None = None) -> Outcome:
-    async def main() -> Outcome:
-        here, total = machine(), Outcome()
-        for seed in range(first, first + count):
-            torch.simgpu.seed(seed)  # type: ignore[attr-defined]
-            outcome = await run_schedule(here, seed, checkpoint, control() if control is not None else None)
-            total.stagings += outcome.stagings
-            total.wrong += [f"schedule {seed}: {wrong}" for wrong in outcome.wrong]
-        return total
-
-    return asyncio.run(main())
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(0, SCHEDULES, BATCH))
-def test_every_tensor_holds_what_the_model_says(first: int, checkpoint: Path) -> None:
+def test_every_tensor_holds_what_the_model_says(first: int, source: Path) -> None:
     before = torch.simgpu.stats()  # type: ignore[attr-defined]
-    outcome = run(first, min(BATCH, SCHEDULES - first), checkpoint)
+    outcome = run_schedules(machine(), range(first, min(first + BATCH, SCHEDULES)), source)
     after = torch.simgpu.stats()  # type: ignore[attr-defined]
     assert outcome.wrong == []
     assert outcome.stagings > BATCH
@@ -61,7 +40,7 @@ def test_every_tensor_holds_what_the_model_says(first: int, checkpoint: Path) ->
     assert after["expired_host"] == before["expired_host"]
 
 
-@pytest.mark.parametrize("control", [WaitsForNothing, KeepsNoSource])
-def test_a_wrong_stager_is_found_out(control: type[CheckpointStager], checkpoint: Path) -> None:
-    outcome = run(0, OF_CONTROLS, checkpoint, control)
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_wrong_stager_is_found_out(control: type[CheckpointStager], source: Path) -> None:
+    outcome = run_schedules(machine(), range(OF_CONTROLS), source, control)
     assert len(outcome.wrong) > OF_CONTROLS / 4
