@@ -37,6 +37,10 @@ class _Hosted:
     def __repr__(self) -> str:
         return f"<blocking {self._end!r}>"
 
+    def open(self) -> None:
+        """Begin without ``with``; :meth:`close` ends it. Raises as entering the asynchronous one does."""
+        self._enter(None)
+
     def _enter(self, stager: Stager | None) -> None:
         if self._background is not None:
             raise WeightsError("it was entered before.", remedy="Make a new one for another block.")
@@ -130,13 +134,21 @@ class WeightPublisher(_Hosted):
         """
         self._entered().wait(self._end.acknowledged(version, count=count))
 
+    def open(self) -> None:
+        """Begin to serve subscribers without ``with``; :meth:`close` ends it.
+
+        Raises:
+            Exception: As entering the asynchronous one does.
+        """
+        self._enter(self._stager)
+
     def __enter__(self) -> WeightPublisher:
         """Begin to serve subscribers.
 
         Raises:
             Exception: As entering the asynchronous one does.
         """
-        self._enter(self._stager)
+        self.open()
         return self
 
 
@@ -183,5 +195,5 @@ class WeightSubscriber(_Hosted):
 
     def __enter__(self) -> WeightSubscriber:
         """Begin to connect."""
-        self._enter(None)
+        self.open()
         return self

@@ -77,12 +77,21 @@ class TestBlocking:
         with subscriber:
             assert repr(subscriber).startswith("<blocking <WeightSubscriber ")
             with pytest.raises(WeightsError, match="entered before"):
-                subscriber.__enter__()
+                subscriber.open()
         subscriber.close()
         with pytest.raises(WeightsError, match="was left"):
             next(subscriber)
         with pytest.raises(TypeError, match=r"aiostage\.blocking\.Stager"):
             blocking.WeightPublisher(path, "stager")  # type: ignore[arg-type]
+
+    def test_without_with(self, path: str) -> None:
+        publisher, subscriber = blocking.WeightPublisher(path), blocking.WeightSubscriber(path)
+        for end in (publisher, subscriber):
+            end.open()
+        publisher.publish(weights(4))
+        assert versions_in(subscriber.get().state_dict) == {4.0}
+        for end in (subscriber, publisher, publisher):
+            end.close()
 
 
 @pytest.mark.anyio

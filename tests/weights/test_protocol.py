@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -125,6 +127,41 @@ class TestPublisher:
         async with WeightPublisher(path, timeout=0.05):
             with peer(path) as connection:
                 assert await asyncio.to_thread(received, connection) == []
+
+    async def test_a_publisher_that_computes_for_long_takes_nobody_for_dead(self, path: str) -> None:
+        silent, over = threading.Event(), threading.Event()
+
+        def talk() -> None:
+            with peer(path) as connection:
+                connection.send(json.dumps(HELLO).encode())
+                silent.set()
+                while not over.wait(0.01):
+                    connection.send(b'{"alive":true}')
+
+        async with WeightPublisher(path, timeout=0.2) as publisher:
+            talking = asyncio.create_task(asyncio.to_thread(talk))
+            await until(lambda: publisher.subscribers)
+            connections = set(publisher._sender._connections)
+            # A training step on the event loop, longer than the timeout.
+            time.sleep(0.5)
+            await asyncio.sleep(0.05)
+            assert set(publisher._sender._connections) == connections
+            over.set()
+            await talking
+
+    async def test_it_goes_on_after_it_could_not_accept(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        accept, failures = Endpoint.accept, [OSError(24, "Too many open files")]
+
+        async def fail(endpoint: Endpoint) -> Channel:
+            if failures:
+                raise failures.pop()
+            return await accept(endpoint)
+
+        monkeypatch.setattr(Endpoint, "accept", fail)
+        async with WeightPublisher(path) as publisher, WeightSubscriber(path) as subscriber:
+            await publisher.publish(weights(0))
+            assert (await subscriber.get()).version == 0
+            assert not failures
 
     async def test_a_peer_that_does_not_read_holds_up_no_others(self, path: str) -> None:
         async with WeightPublisher(path) as publisher, WeightSubscriber(path) as subscriber:
