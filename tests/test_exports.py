@@ -11,6 +11,7 @@ import pytest
 import aiostage
 from aiostage import errors
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 CONTRACT = {
     "AsyncStager",
@@ -55,6 +56,21 @@ def test_importing_touches_no_device_and_nothing_optional() -> None:
         "assert not optional & set(sys.modules), optional & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=seconds(60))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_importing_and_staging_on_the_cpu_load_no_driver() -> None:
+    # A build for CUDA may find its driver's library; a process that has started it cannot use it in its forks.
+    program = (
+        "import asyncio, aiostage, torch\n"
+        "stager = aiostage.AsyncStager()\n"
+        "async def main():\n"
+        "    async with stager: await stager.stage({'a': torch.ones(3)})\n"
+        "asyncio.run(main())\n"
+        "assert 'libcuda.so' not in open('/proc/self/maps').read()\n"
+        "assert not torch.cuda._is_in_bad_fork() and not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([*PYTHON, "-c", program], check=True, timeout=seconds(60))
 
 
 def test_modules_can_be_reached_and_are_imported_when_they_are() -> None:

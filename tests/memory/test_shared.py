@@ -175,7 +175,7 @@ class TestClaim:
         assert arena.claim(), "the kernel drops the locks of the dead"
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_multiprocessing_takes_handles(method: str):
     arena = Arena.shared(MIB)
     arena.exporter(MIB)[:] = 3
