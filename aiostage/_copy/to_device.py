@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import count
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from aiostage.abc import Backend
 
 __all__ = ["HostToDeviceCopier", "TensorCopy"]
 
-_numbers = count()
-
 
 class TensorCopy:
     """Copies of tensors into others.
@@ -29,11 +26,12 @@ class TensorCopy:
         device: Which one.
     """
 
+    number = 0
+
     def __init__(
         self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device
     ) -> None:
         self.device = device
-        self.number = next(_numbers)
         self.nbytes = sum(source.nbytes for source in sources)
         self.copies = len(sources)
         self.launches = 0
