@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, UnsupportedLeafError, _private
+from aiostage._capture import faithful
 
 ROOT = Path(aiostage.__file__).parent
 
@@ -98,6 +100,45 @@ def test_without_it_nothing_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch)
         assert type(result[key]) is type(tensor)
         assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
     assert result["parameter"].requires_grad
+
+
+def broken(*args: object, **keywords: object) -> Any:
+    raise RuntimeError("changed")
+
+
+class Credulous:
+    """A guard that takes anything for what it was made of."""
+
+    def __init__(self, *tensors: torch.Tensor, **keywords: object) -> None:
+        pass
+
+    def check(self, *tensors: torch.Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("raw_repr", lambda keys: 7), ("raw_repr", broken), ("TensorGuards", broken), ("TensorGuards", Credulous)],
+    ids=["keys that are all alike", "keys that cannot be read", "a guard that raises", "a guard that knows anything"],
+)
+def test_what_answers_otherwise_than_expected_is_not_believed(
+    name: str, instead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_private, name, instead)
+    monkeypatch.setattr(faithful, "_keys_are_proven", cache(faithful._keys_are_proven.__wrapped__))
+    source = odd_leaves()
+
+    async def run() -> None:
+        async with AsyncStager() as stager:
+            for number in range(5):
+                result = await stager.stage(source)
+                for key, tensor in source.items():
+                    assert type(result[key]) is type(tensor)
+                    assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
+                if number == 3:
+                    source["plain"] = torch.ones(2, 2)
+
+    asyncio.run(run())
 
 
 @pytest.mark.filterwarnings("ignore")

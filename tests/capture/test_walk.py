@@ -12,6 +12,7 @@ import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError, UnsupportedLeafError
 from aiostage.leaf import Attribute
+from tests.fuzz.classes import OwnCopy
 from tests.staging.holding import copies_held
 
 DEPTH = 100_000
@@ -124,6 +125,16 @@ class TestPassthrough:
         assert staged["kept"] is kept
         assert ("kept", "big") not in asked
         assert ("a",) in asked
+
+    async def test_holds_for_what_an_object_that_copies_itself_leads_to_as_well(self):
+        kept, around = Thing(), []
+        around.append(kept)
+        for tree in ({"list": around, "own": OwnCopy(around)}, {"own": OwnCopy(around), "list": around}):
+            options = StagingOptions(passthrough=lambda path, value: value is kept)
+            async with AsyncStager(options) as stager:
+                staged = await stager.stage(tree)
+            assert staged["own"].value is staged["list"] is not around
+            assert staged["list"][0] is kept
 
     async def test_an_error_in_the_rule_is_the_callers(self):
         def rule(path: Any, value: object) -> bool:
