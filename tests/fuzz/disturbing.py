@@ -18,7 +18,7 @@ import torch
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
 from aiostage.abc import CheckpointStager
 from tests.fuzz.choices import Choices
-from tests.fuzz.classes import Drifting, OwnCopy, Plain, Record, Slotted, Stateful
+from tests.fuzz.classes import Drifting, Marked, OwnCopy, Plain, Record, Slotted, Stateful, Wrapper
 from tests.fuzz.describing import Description, describe, difference
 
 __all__ = ["PROFILES", "Disturbed", "check_disturbed", "main"]
@@ -58,6 +58,9 @@ class Scene:
         self.base = torch.arange(64.0)
         self.tensors: list[torch.Tensor] = [torch.full((3,), float(number)) for number in range(leaves)]
         self.tensors += [self.base[8:20], self.base[4:12], self.base, torch.nn.Parameter(torch.zeros(4))]
+        self.wrapper = Wrapper(torch.zeros(3), torch.ones(3))
+        self.sparse = torch.eye(3).to_sparse()
+        self.marked = torch.zeros(3).as_subclass(Marked)
         self.array = numpy.zeros(5)
         self.objects = numpy.empty(1, dtype=object)
         self.objects[0] = [0]
@@ -72,6 +75,7 @@ class Scene:
         parts: list[Any] = [
             self.counters,
             {f"w{number}": tensor for number, tensor in enumerate(self.tensors)},
+            [self.wrapper, self.sparse, self.marked],
             self.array,
             self.objects,
             self.bytes,
@@ -142,7 +146,25 @@ class Scene:
             self.ordered.move_to_end("a")
             self.ordered["b"] = serial
 
+        def part() -> None:
+            if serial % 2:
+                self.wrapper.left = torch.full((3,), float(serial))
+            else:
+                self.wrapper.right.fill_(serial)
+
+        def requires_gradient() -> None:
+            if tensor.is_leaf and not tensor._is_view():
+                tensor.requires_grad_(not tensor.requires_grad)
+
+        def sparse_data() -> None:
+            self.sparse.data = torch.eye(3).mul(serial).to_sparse()
+
         return [
+            part,
+            requires_gradient,
+            sparse_data,
+            lambda: vars(self.marked).update({f"note{serial}": serial}),
+            lambda: vars(self.ordered).update({f"note{serial}": serial}),
             write,
             replace_data,
             resize_data,

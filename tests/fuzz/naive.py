@@ -11,6 +11,7 @@ import torch
 
 from aiostage.abc import CheckpointStager
 from aiostage.errors import TornSnapshotError
+from tests.fuzz.classes import Marked
 
 __all__ = ["Aliased", "LateVersions", "Unwitnessed"]
 
@@ -28,6 +29,8 @@ class _Naive(CheckpointStager):
         if self.versions_late:
             self.noted = [tensor._version for tensor in self.tensors]
         for tensor in self.tensors:
+            if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+                continue
             with torch.no_grad():
                 self.memo[id(tensor)].set_(copy.deepcopy(tensor.detach()))
         await asyncio.sleep(0)
@@ -40,7 +43,7 @@ class _Naive(CheckpointStager):
             return self.memo[id(item)]
         await asyncio.sleep(0)
         if isinstance(item, torch.Tensor):
-            made = copy.deepcopy(item)
+            made = item.clone() if type(item) is Marked else copy.deepcopy(item)
             self.tensors.append(item)
             self.noted.append(item._version)
         elif type(item) is dict:
