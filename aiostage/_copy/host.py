@@ -1,26 +1,32 @@
-"""Copying a batch from source tensors in host memory to an arena, outside the event loop and the GIL."""
+"""Copying a batch from source tensors in host memory to an arena, outside the event loop and the GIL.
+
+Each leaf goes in the cheapest of three ways: large ones one by one, small ones many at once, and what torch has to
+convert value by value.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from itertools import chain, groupby, pairwise
+import ctypes
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, groupby, pairwise, repeat
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
-from aiostage._capture.plan import Batch, Piece, Run
-from aiostage._copy.conversions import Conversions
-from aiostage._copy.gather import Gathers
-from aiostage._copy.moves import Moves
+from aiostage._capture.plan import RUN_LEAVES, Batch, Piece, Run
 from aiostage._copy.rectangles import pairs_of_values
-from aiostage._copy.sources import Sources
+from aiostage._copy.sources import Sources, detached_alias
+from aiostage._device.bits import without_bits, writing_to
 from aiostage._loop.workers import Job
 from aiostage._platform import yield_core
 
-__all__ = ["HostCopy"]
+__all__ = ["Gather", "HostCopy", "copy_tensors", "one_thread"]
 
 _PIECES_AT_ONCE = 128
 """Parts of leaves noted between two yields, at two microseconds each."""
@@ -135,3 +141,284 @@ def _joined(runs: Sequence[Run]) -> Sequence[int]:
 def _is_memory(spec: Spec) -> bool:
     """Return whether copying the leaf's bytes copies its value."""
     return spec.target is spec.dtype and not spec.by_value
+
+
+_MOVE_BYTES = 2 * 2**20
+"""How much is moved in one call: 0.2 ms into warm memory, and up to 10 ms where a virtual machine has to ask its host
+for every page."""
+
+
+class Moves:
+    """Bytes on their way from address to address.
+
+    Args:
+        sources: Keeps what is read alive. The caller that adds moves keeps their destinations alive.
+    """
+
+    __slots__ = ("_moves", "_sources")
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._moves: list[tuple[int, int, int, int]] = []
+
+    def add(self, indices: Iterable[int], destinations: Iterable[int], begins: Iterable[int], nbytes: int) -> None:
+        """Add stretches of one size, in bytes, by the leaves that they are of and the addresses where they begin."""
+        self._moves += zip(indices, destinations, begins, repeat(nbytes), strict=False)
+
+    def pieces(self) -> Iterator[None]:
+        """Move a piece before each yield. Blocks, without the GIL."""
+        for index, destination, source, nbytes in self._moves:
+            for start in range(0, nbytes, _MOVE_BYTES):
+                if not self._sources.is_there(index):
+                    break
+                ctypes.memmove(destination + start, source + start, min(_MOVE_BYTES, nbytes - start))
+                yield
+
+
+_GATHER_BYTES = 2 * 2**20
+"""How much is gathered in one call."""
+
+_MOST_ELEMENTS = 2**62
+"""Well below what torch counts elements with."""
+
+
+class Gathers:
+    """Leaves that are small, many of one size together.
+
+    Args:
+        sources: Keeps them alive.
+    """
+
+    __slots__ = ("_gathers", "_sources")
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._gathers: list[tuple[Sequence[int], Gather]] = []
+
+    def add(
+        self, indices: Sequence[int], addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]
+    ) -> bool:
+        """Add leaves, unless torch could not count what lies between them.
+
+        Args:
+            indices: Their numbers.
+            addresses: Where they begin.
+            nbytes: Size of each, in bytes, more than 0.
+            destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements.
+
+        Returns:
+            Whether they were added.
+        """
+        gather = Gather.over(addresses, nbytes, destination)
+        if gather is not None:
+            self._gathers.append((indices, gather))
+        return gather is not None
+
+    def pieces(self) -> Iterator[None]:
+        """Copy a piece before each yield, all of them in one thread. Blocks, without the GIL."""
+        with one_thread():
+            for indices, gather in self._gathers:
+                at_once = max(1, _GATHER_BYTES // gather.nbytes)
+                for start in range(0, len(gather), at_once):
+                    there = self._sources.are_there(indices[start : start + at_once])
+                    if there is None:
+                        gather.run(start, start + at_once)
+                    else:
+                        for row in (number for number, is_there in enumerate(there, start) if is_there):
+                            gather.run(row, row + 1)
+                    yield
+
+
+class Gather:
+    """Rows of equal size, each anywhere in host memory, to be written one after another.
+
+    To torch the memory from the first row to the last is one tensor whose rows overlap, one beginning wherever a row
+    could; ``index_select`` then takes those that are wanted, and touches nothing else. What it needs is a list of
+    numbers. Concatenation takes as many tensor objects apart, under the GIL, at three to four times the cost for rows
+    of 1 KiB.
+
+    Args:
+        rows: All that a row could be, as one two-dimensional uint8 tensor.
+        indices: Which of them.
+        destination: Two-dimensional uint8, kept alive.
+    """
+
+    __slots__ = ("_destination", "_indices", "_rows")
+
+    def __init__(self, rows: torch.Tensor, indices: torch.Tensor, destination: torch.Tensor) -> None:
+        self._rows = rows
+        self._indices = indices
+        self._destination = destination
+
+    @classmethod
+    def over(cls, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> Gather | None:
+        """Return how to gather rows, or None if they are too large for how far apart they are.
+
+        Args:
+            addresses: Where the rows begin.
+            nbytes: Size of each row, in bytes, more than 0.
+            destination: One-dimensional uint8 of ``len(addresses) * nbytes`` elements.
+        """
+        indices = np.array(addresses, dtype=np.int64)
+        first, last = int(indices.min()), int(indices.max())
+        indices -= first
+        # The largest power of two that divides all: the allocator's alignment, as a rule.
+        bits = int(np.bitwise_or.reduce(indices))
+        step = bits & -bits or 1
+        indices //= step
+        count = (last - first) // step + 1
+        if count * nbytes > _MOST_ELEMENTS:
+            return None
+        extent = torch.from_numpy(np.asarray(_Extent(first, last - first + nbytes)))
+        rows = extent.as_strided((count, nbytes), (step, 1))
+        return cls(rows, torch.from_numpy(indices), torch.from_numpy(destination).view(-1, nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a row, in bytes."""
+        return self._destination.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def run(self, start: int, stop: int) -> None:
+        """Write some of the rows. Blocks, without the GIL; the caller keeps what lies at the addresses alive."""
+        torch.index_select(self._rows, 0, self._indices[start:stop], out=self._destination[start:stop])
+
+
+class _Extent:
+    """Describes a stretch of memory to NumPy."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+_CONVERSION_BYTES = 4 * 2**20
+"""How much is copied in one call, each of which costs a little."""
+
+
+class Conversions:
+    """Tensors to be copied by torch.
+
+    Args:
+        sources: Says whether what is to be read is still there.
+        staged: Where the staged copies of leaves are, once they are built.
+    """
+
+    __slots__ = ("_leaves", "_pairs", "_sources", "_staged")
+
+    def __init__(self, sources: Sources, staged: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> None:
+        self._sources = sources
+        self._staged = staged
+        self._leaves: list[tuple[int, torch.Tensor]] = []
+        self._pairs: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether no staged leaf is needed."""
+        return not self._leaves
+
+    def add(self, index: int, destination: torch.Tensor, alias: torch.Tensor) -> None:
+        """Add a part of a leaf: tensors of one shape."""
+        self._pairs.append((index, destination, alias))
+
+    def add_leaves(self, aliases: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Add aliases of leaves, to be copied to the staged ones of the same numbers."""
+        self._leaves += aliases
+
+    def pieces(self) -> Iterator[None]:
+        """Copy a piece before each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
+        with one_thread():
+            for destinations, sources in self._lots():
+                copy_tensors(destinations, sources)
+                yield
+
+    def _lots(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Return what is to be copied together: large tensors in pieces, small ones as many as make one."""
+        destinations: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        nbytes = 0
+        for index, destination, source in self._cut():
+            if not self._sources.is_there(index):
+                continue
+            destinations.append(destination)
+            sources.append(source)
+            nbytes += source.nbytes
+            if nbytes >= _CONVERSION_BYTES or len(sources) >= RUN_LEAVES:
+                yield destinations, sources
+                destinations, sources, nbytes = [], [], 0
+        if sources:
+            yield destinations, sources
+
+    def _cut(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        # Nor can torch make views of what is gone.
+        for index, destination, source in self._pairs:
+            if self._sources.is_there(index):
+                yield from _cut(index, destination, source)
+        for index, source in self._leaves:
+            if not self._sources.is_there(index):
+                continue
+            # Tensors of two subclasses in one operation would be a matter between the two.
+            destination = detached_alias(self._staged[index])
+            if source.is_contiguous() and destination.is_contiguous():
+                yield from _cut(index, destination.view(-1), source.view(-1))
+            else:
+                yield index, destination, source
+
+
+def _cut(
+    index: int, destination: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Cut tensors of one shape into pieces."""
+    if source.nbytes <= _CONVERSION_BYTES:
+        return iter(((index, destination, source),))
+    at_once = max(1, _CONVERSION_BYTES * len(source) // source.nbytes)
+    return zip(repeat(index), torch.split(destination, at_once), torch.split(source, at_once), strict=False)
+
+
+def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors in one fused operation; the GIL is released while it runs."""
+    if not destinations:
+        return
+    with writing_to(destinations):
+        pairs = list(map(without_bits, destinations, sources))
+        plain, values = map(list, zip(*pairs, strict=True))
+        _private.foreach_copy(plain, values)
+
+
+def _openmp() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """Return how the number of threads is read and set that torch divides work among, if it uses OpenMP."""
+    libraries = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            # PyDLL: a call is far shorter than giving the GIL away and getting it back.
+            library = ctypes.PyDLL(str(libraries / name))
+            return library.omp_get_max_threads, library.omp_set_num_threads
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+_threads = _openmp()
+
+
+@contextmanager
+def one_thread() -> Generator[None, None, None]:
+    """Keep torch from dividing what the calling thread does among threads of its own.
+
+    There would be as many of them as cores, for each of several workers, and they go on spinning for a while in case
+    there is more to do, on cores that the event loop and the training step want. ``torch.set_num_threads`` would
+    apply to the whole process; this applies to the calling thread. Without OpenMP it does nothing.
+    """
+    if _threads is None:
+        yield
+        return
+    read, write = _threads
+    # On its first use in a thread torch sets what the process is set to.
+    torch.get_num_threads()
+    before = read()
+    write(1)
+    try:
+        yield
+    finally:
+        write(before)

@@ -11,8 +11,7 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection, Leaves, changed
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.walk import Walk
-from aiostage._copy.resources import Resources
-from aiostage._copy.timings import Phase, Timings
+from aiostage._copy.resources import Phase, Resources, Timings
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.leaf import Path, format_path
 

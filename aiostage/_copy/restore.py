@@ -12,7 +12,7 @@ import torch
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
-from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.host import copy_tensors
 from aiostage._copy.pending import PendingCopy
 from aiostage._copy.resources import Resources
 from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable

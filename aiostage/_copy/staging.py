@@ -11,14 +11,12 @@ import anyio
 import numpy as np
 
 from aiostage._capture.plan import Batch, Plan
-from aiostage._capture.rebuild import finish_leaves
-from aiostage._copy.building import build_empty, keep_freed_memory
+from aiostage._capture.rebuild import build_empty, finish_leaves, keep_freed_memory
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.inspection import SourceInspection, within
 from aiostage._copy.pending import StagingCopies
-from aiostage._copy.resources import Resources
-from aiostage._copy.timings import Phase, Timings
+from aiostage._copy.resources import Phase, Resources, Timings
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.cleanup import finish, without_locals

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.host import copy_tensors
 from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.cleanup import finish

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aiostage._arguments import check_flags, stateful_in
-from aiostage._copy.conversions import copy_tensors
+from aiostage._copy.host import copy_tensors
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend
 from aiostage._loop.cleanup import finish

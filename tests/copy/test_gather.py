@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage import AsyncStager
-from aiostage._copy.gather import Gather
-from aiostage._copy.openmp import one_thread
+from aiostage._copy.host import Gather, one_thread
 
 
 def gather(addresses: list[int], nbytes: int, destination: np.ndarray) -> Gather:
@@ -69,7 +68,7 @@ def test_large_rows_at_odd_addresses_far_apart_are_refused() -> None:
 
 @pytest.mark.asyncio
 async def test_what_cannot_be_gathered_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiostage._copy.gather._MOST_ELEMENTS", 0)
+    monkeypatch.setattr("aiostage._copy.host._MOST_ELEMENTS", 0)
     source = {str(n): torch.full((8,), float(n)) for n in range(100)}
     async with AsyncStager() as stager:
         staged = await stager.stage(source)
