@@ -6,7 +6,8 @@ checkpoint. The network is wider than digits deserve, so that model, average and
 and are worth staging.
 
 Run it with ``make demo``; AIOSTAGE_EXAMPLE_QUICK=1 shrinks it to a few seconds. It draws what happened into the file
-that the first argument names, and exits with 1 if the network does not learn, or if the reloaded checkpoint does not give the same numbers to the bit.
+that the first argument names. It exits with 1 if the network does not learn, or if the reloaded checkpoint does not
+give the same numbers to the bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Events for whoever watches: a page, a script, a test. Nobody who is slow can make anybody wait."""
+"""Server-sent events for pages, scripts and tests. A subscriber that is slow does not delay the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["Feed"]
 
 _BACKLOG = 500
-"""Events that a subscriber may be behind before it is let go; it connects again and gets the whole state anew."""
+"""Events that a subscriber may be behind before it is disconnected; it connects again and gets the whole state anew."""
 
 _QUIET_SECONDS = 15.0
 """After so long without an event a comment is sent, so that a connection that has died is noticed."""
@@ -28,7 +28,7 @@ class Feed:
         return len(self._subscribers)
 
     def publish(self, kind: str, data: Any) -> None:
-        """Send an event to everybody."""
+        """Send an event to every subscriber."""
         if not self._subscribers:
             return
         text = _event(kind, data)
@@ -36,13 +36,13 @@ class Feed:
             try:
                 queue.put_nowait(text)
             except asyncio.QueueFull:
-                self._let_go(queue)
+                self._disconnect(queue)
 
     def close(self) -> None:
-        """Let everybody go, and let nobody in any more."""
+        """Disconnect all subscribers, and take no more."""
         self._closed = True
         for queue in tuple(self._subscribers):
-            self._let_go(queue)
+            self._disconnect(queue)
 
     async def subscribe(self, state: Any) -> AsyncIterator[str]:
         """Iterate over events in the text/event-stream format, the first of which is the whole state."""
@@ -62,7 +62,7 @@ class Feed:
         finally:
             self._subscribers.discard(queue)
 
-    def _let_go(self, queue: asyncio.Queue[str | None]) -> None:
+    def _disconnect(self, queue: asyncio.Queue[str | None]) -> None:
         self._subscribers.discard(queue)
         while not queue.empty():
             queue.get_nowait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -28,10 +28,14 @@ class Guard:
         app: What is guarded.
         token: What a client has to show before it may change anything.
         hosts: Names of this service.
+        headers: Are added to every answer.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str, hosts: Collection[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, *, token: str, hosts: Collection[str] = (), headers: Mapping[str, str] | None = None
+    ) -> None:
         self._app = app
+        self._added = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         self._token = token.encode()
         self._hosts = frozenset(hosts) | {"localhost"}
 
@@ -39,7 +43,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = scope["headers"]
+        headers, send = scope["headers"], self._adding(send)
         if not self._is_our_name([value for name, value in headers if name == b"host"]):
             await _refuse(send, 400, "this service does not go by that host name; --allow-host adds names")
             return
@@ -52,6 +56,14 @@ class Guard:
             await _refuse(send, 413, f"a body has at most {MOST_BODY_BYTES} bytes", (b"connection", b"close"))
             return
         await self._app(scope, _replay(body, receive), send)
+
+    def _adding(self, send: Send) -> Send:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *self._added]}
+            await send(message)
+
+        return with_headers
 
     def _is_our_name(self, given: list[bytes]) -> bool:
         try:

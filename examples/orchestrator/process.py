@@ -93,12 +93,12 @@ class Child:
         if self.alive:
             self._process.kill()
 
-    async def follow(self, parse: Callable[[bytes], T], hear: Callable[[T], None]) -> str | None:
-        """Hand on what the child says until it ends.
+    async def follow(self, parse: Callable[[bytes], T], handle: Callable[[T], None]) -> str | None:
+        """Handle what the child says until it ends.
 
         Args:
             parse: Makes an event of a line. A ValueError is the child's fault, and ends it.
-            hear: Is called with each event. What it raises is raised here.
+            handle: Is called with each event. What it raises is raised here.
 
         Returns:
             What the process died of; None if it ended as it should.
@@ -108,17 +108,17 @@ class Child:
         try:
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(self._keep_output())
-                hearing = tasks.create_task(self._listen(parse, hear))
+                listening = tasks.create_task(self._listen(parse, handle))
                 exited = tasks.create_task(self._process.wait())
-                await asyncio.wait((hearing, exited), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((listening, exited), return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.wait((exited,), timeout=SECONDS_TO_EXIT)
                 if not exited.done():
                     self._fault = f"closed its channel, but still ran {SECONDS_TO_EXIT:.0f} s later"
                     self.kill()
                     await exited
-                await asyncio.wait((reading, hearing), timeout=SECONDS_TO_DRAIN)
+                await asyncio.wait((reading, listening), timeout=SECONDS_TO_DRAIN)
                 reading.cancel()
-                hearing.cancel()
+                listening.cancel()
         finally:
             self.kill()
             self._output_transport.close()
@@ -129,8 +129,8 @@ class Child:
         await self._process.wait()
         await self._channel.aclose()
 
-    async def _listen(self, parse: Callable[[bytes], T], hear: Callable[[T], None]) -> None:
-        """Hear one event after the other; kill a child that says what is none."""
+    async def _listen(self, parse: Callable[[bytes], T], handle: Callable[[T], None]) -> None:
+        """Handle one event after the other; kill a child that says what is none."""
         lines = self._channel.lines()
         while True:
             try:
@@ -142,7 +142,7 @@ class Child:
                 return
             if event is None:
                 return
-            hear(event)
+            handle(event)
 
     async def _keep_output(self) -> None:
         """Read what the child prints, hand it on to our standard error, and keep the end of it."""

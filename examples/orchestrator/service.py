@@ -6,7 +6,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,8 +84,7 @@ def create_app(supervisor: Supervisor, token: str, *, hosts: Collection[str] = (
     app.state.supervisor = supervisor
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.middleware("http")(with_policy)
-    app.add_middleware(Guard, token=token, hosts=hosts)
+    app.add_middleware(Guard, token=token, hosts=hosts, headers=HEADERS)
     return app
 
 
@@ -109,19 +108,13 @@ async def invalid(request: Request, error: Exception) -> Response:
 
 
 SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
+# Pages load nothing from elsewhere.
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'; "
     f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
 )
-
-
-async def with_policy(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Forbid pages to load anything from elsewhere."""
-    response = await call(request)
-    response.headers["Content-Security-Policy"] = POLICY
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    return response
+HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
 
 
 # What the requests below depend on. The guard has checked the token; the scheme is named for the OpenAPI documents.

@@ -33,7 +33,7 @@ DELAYS_SHOWN = 480
 LOSSES_KEPT = 20_000
 MOST_JOBS = 64
 PUBLISHED_EVERY = 0.2
-GOODBYE_SECONDS = 20.0
+SECONDS_TO_STOP = 20.0
 """How long a worker may take for its last checkpoint when the service ends."""
 
 
@@ -209,7 +209,7 @@ class Supervisor:
                     yield self
                 finally:
                     self._tasks = None
-                    await self._say_goodbye()
+                    await self._stop_jobs()
                     for job in self.jobs.values():
                         if job.supervising is not None:
                             job.supervising.cancel()
@@ -294,7 +294,7 @@ class Supervisor:
             "--keep": self.settings.keep,
         }
         job.child = await Child.start(self.settings.worker, *(word for pair in arguments.items() for word in pair))
-        job.died_of = await job.child.follow(events.worker_event, lambda event: self._hear(job, event))
+        job.died_of = await job.child.follow(events.worker_event, lambda event: self._handle(job, event))
         for checkpoint in job.under_way():
             checkpoint.error = job.died_of or f"process {job.child.pid} ended before it was committed"
             checkpoint.reach("lost")
@@ -302,7 +302,7 @@ class Supervisor:
             log.warning("%s, at step %d: %s", job.name, job.step, job.died_of)
         job.changed = True
 
-    def _hear(self, job: Job, event: events.WorkerEvent) -> None:
+    def _handle(self, job: Job, event: events.WorkerEvent) -> None:
         """Take note of what a worker says."""
         job.changed = True
         match event:
@@ -348,11 +348,11 @@ class Supervisor:
         """Keep an evaluator alive and follow it."""
         while True:
             self._evaluator = await Child.start(self.settings.evaluator)
-            died_of = await self._evaluator.follow(events.evaluator_event, self._hear_evaluator)
+            died_of = await self._evaluator.follow(events.evaluator_event, self._handle_score)
             log.warning("the evaluator has ended: %s", died_of)
             await asyncio.sleep(self.settings.backoff)
 
-    def _hear_evaluator(self, event: events.EvaluatorEvent) -> None:
+    def _handle_score(self, event: events.EvaluatorEvent) -> None:
         if isinstance(event, events.Ready) or (job := self.jobs.get(event.job)) is None:
             return
         if isinstance(event, events.Opened):
@@ -398,14 +398,14 @@ class Supervisor:
                         self.feed.publish("job", asdict(job.status()) | news)
                     job.changed, job.new_losses, job.new_delays = False, [], []
 
-    async def _say_goodbye(self) -> None:
+    async def _stop_jobs(self) -> None:
         """Have every job that runs checkpoint once more and stop."""
         alive = [job for job in self.jobs.values() if job.child is not None and job.child.alive]
         for job in alive:
             if job.state != "finished":
                 self.preempt(job)
         if alive:
-            await asyncio.wait([job.supervising for job in alive if job.supervising], timeout=GOODBYE_SECONDS)
+            await asyncio.wait([job.supervising for job in alive if job.supervising], timeout=SECONDS_TO_STOP)
 
     def _change(self, job: Job, state: str) -> None:
         if job.state != state:

@@ -17,14 +17,14 @@ import supervisor  # noqa: E402
 
 if "--broken" in sys.argv:
     sys.argv.remove("--broken")
-    hear = supervisor.Supervisor._hear
+    handle = supervisor.Supervisor._handle
 
     def broken(self: Any, job: Any, event: Any) -> None:
-        hear(self, job, event)
+        handle(self, job, event)
         if job.step == 20:
             raise LookupError("a fault of the supervisor")
 
-    supervisor.Supervisor._hear = broken
+    supervisor.Supervisor._handle = broken
 
 supervisor.MOST_JOBS = 14
 supervisor.Settings = functools.partial(

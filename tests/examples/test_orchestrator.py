@@ -89,6 +89,7 @@ def test_checkpoints_on_schedule_on_demand_and_before_preemption(service: Servic
     metrics = service.client.get("/metrics").text
     assert 'orchestrator_job_running{job="job-0"} 1.0' in metrics
     assert "orchestrator_checkpoints_total" in metrics
+    assert 'orchestrator_job_loop_delay_seconds{job="job-0"}' in metrics
     assert "/api/jobs/{name}/preempt" in service.get("/openapi.json")["paths"]
     assert service.get("/health")["status"] == "ok"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,27 @@ def test_a_fault_of_the_supervision_ends_the_process(tmp_path: Path) -> None:
         pids = [job["pid"] for job in service.get("/api/jobs")]
         assert service.process.wait(seconds(30)) == 1
         assert not [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
+
+
+def test_workers_end_when_the_service_is_killed(tmp_path: Path) -> None:
+    with orchestrator(tmp_path, SERVING, jobs=3, every=0) as service:
+        pids = [service.until(lambda job: job["step"] > 0, f"job-{number}")["pid"] for number in range(3)]
+        service.process.kill()
+        service.process.wait()
+        deadline = time.monotonic() + seconds(10)
+        while any(Path(f"/proc/{pid}/fd/0").exists() for pid in pids):
+            assert time.monotonic() < deadline, "they live on"
+            time.sleep(0.05)
+
+
+def test_a_watcher_that_leaves_is_forgotten(service: Service) -> None:
+    for _ in range(3):
+        with service.client.stream("GET", "/events") as stream:
+            next(stream.iter_lines())
+    deadline = time.monotonic() + seconds(10)
+    while "orchestrator_watchers 0.0" not in service.client.get("/metrics").text:
+        assert time.monotonic() < deadline, "it is still counted"
+        time.sleep(0.05)
 
 
 def ask(service: Service, *headers: tuple[str, str], method: str = "POST", body: bytes = b"") -> int:
@@ -195,15 +217,15 @@ def test_all_requests_fit_the_documents(service: Service) -> None:
     answered = set()
     # The stream of events never ends.
     for operation in [found.ok() for found in schema.exclude(path="/events").get_all_operations()]:
-        ways = [(positive, {})]
-        if operation.body or operation.path_parameters:
-            ways.append((negative, {}))
-        if operation.path_parameters:
-            ways.append((positive, {"path_parameters": {"name": "job-0"}}))
-        for mode, given_values in ways:
+        # A request without a body has nothing to vary but the name.
+        named = {"path_parameters": {"name": "job-0"}} if operation.path_parameters else {}
+        ways = [(positive, named, 6 if operation.body else 1)]
+        if operation.body or operation.label == "GET /api/jobs/{name}":
+            ways += [(negative, {}, 6), (positive, {}, 2)]
+        for mode, given_values, examples in ways:
 
             @settings(
-                max_examples=8,
+                max_examples=examples,
                 deadline=None,
                 database=None,
                 derandomize=True,
