@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import aiostage
@@ -87,3 +88,20 @@ async def test_distributed_checkpoints_reader(tmp_path: Path, max_shard_bytes: i
     found = {name: torch.zeros_like(tensor).contiguous() for name, tensor in expected.items()}
     dcp.load(found, storage_reader=HuggingFaceStorageReader(str(info.path)), no_dist=True)
     assert_equal(found, expected)
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_tied_tensors_have_one_name_for_distributed_checkpoints_reader(tmp_path: Path) -> None:
+    weight = torch.arange(6.0)
+    info = await aiostage.save({"embed": weight, "head": weight}, tmp_path / "checkpoint")
+    live = {name: torch.zeros(6) for name in ("embed", "head")}
+    with pytest.raises(dcp.CheckpointException, match=r"Missing key in checkpoint state_dict: head\."):
+        dcp.load(live, storage_reader=HuggingFaceStorageReader(str(info.path)), no_dist=True)
+    # What docs/checkpoints.md says to do.
+    live["head"] = live["embed"]
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(live, storage_reader=HuggingFaceStorageReader(str(info.path)), planner=planner, no_dist=True)
+    assert torch.equal(live["head"], weight)
+    loaded = await aiostage.load(info.path)
+    assert loaded["embed"] is loaded["head"]
