@@ -10,7 +10,7 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["check_flags", "stateful_in", "states_of", "whole"]
+__all__ = ["check_flags", "require_int", "stateful_in", "states_of"]
 
 _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
@@ -27,7 +27,7 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be True or False, not {shown(value)}")
 
 
-def whole(name: str, number: object) -> int:
+def require_int(name: str, number: object) -> int:
     """Return a number as an int, NumPy's included.
 
     Raises:

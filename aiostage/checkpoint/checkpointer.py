@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
-from aiostage._arguments import check_flags, whole
+from aiostage._arguments import check_flags, require_int
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.coroutines import named
@@ -100,9 +100,9 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
-        if keep is not None and whole("keep", keep) < 1:
+        if keep is not None and require_int("keep", keep) < 1:
             raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
-        if whole("max_in_flight", max_in_flight) < 1:
+        if require_int("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
@@ -450,7 +450,7 @@ class Checkpointer:
                 await finish(saving.handle.ended)
             saving.handle.take_error()
             raise
-        if not saving.is_the_handles:
+        if not saving.reported_by_handle:
             # Tells why.
             await saving.handle.committed()
         return saving.handle
@@ -478,7 +478,7 @@ class Checkpointer:
             if await saving.run():
                 self._newest = max(self._newest, (saving.number, saving.handle.step))
                 await self._remove_surplus()
-            elif saving.is_the_handles:
+            elif saving.reported_by_handle:
                 self._failed.append(saving.handle)
         finally:
             self._savings.remove(saving)
@@ -499,7 +499,7 @@ class Checkpointer:
 
 
 def _checked(step: object) -> int:
-    number = whole("a step", step)
+    number = require_int("a step", step)
     if number < 0:
         raise ValueError(f"a step is a whole number from 0, not {number}")
     return number

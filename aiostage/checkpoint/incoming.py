@@ -21,7 +21,7 @@ from aiostage.abc import Buffer
 from aiostage.checkpoint.resolving import ResolvingReader
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
-from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, whole
+from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, single_piece
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
 from aiostage.storage.files import PartBuffers
@@ -227,13 +227,13 @@ class PartReader:
         for file, part in queue:
             head = self._heads.pop(file.name, None) if part.index == 0 else None
             read = await self._reader.blocking(file.name)
-            data = whole(part)
+            data = single_piece(part)
             if head is not None:
                 await self._wait_until_copied(
                     await self._workers.run(partial(self._copy, part, torch.from_numpy(head)))
                 )
             elif read is not None and self._goes_straight(part):
-                async with self._reader.told_apart():
+                async with self._reader.deleted_or_corrupt():
                     await self._workers.run(partial(self._read_straight, read, file, part))
             elif data is not None and self._targets.device_of(data) is None:
                 await self._read(file, part, data.numpy().data, _nothing)
@@ -273,7 +273,7 @@ class PartReader:
         if read is None:
             await self._reader.read(file.name, part.offset, buffer)
             return await self._workers.run(partial(self._use, file, part, buffer, then))
-        async with self._reader.told_apart():
+        async with self._reader.deleted_or_corrupt():
             return await self._workers.run(partial(self._read_and_use, read, file, part, buffer, then))
 
     def _read_and_use(

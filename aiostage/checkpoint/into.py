@@ -68,7 +68,7 @@ def is_rounded(tensor: torch.Tensor) -> bool:
     return tensor.dtype.is_floating_point and tensor.dtype not in _NOT_ROUNDED
 
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
 
@@ -208,7 +208,7 @@ class _Comparison:
             place, mine, theirs, where = self._todo.pop()
             yield from self._visit(place, mine, theirs, where)
             count += 1
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
 
     def _visit(
@@ -268,12 +268,12 @@ class _Comparison:
                 found.append((here, value, theirs[key], (live, key) if mutable else None))
             elif (yield from self._misses(here, value)):
                 self.missing.append(format_path(unlinked(here)))
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         for count, key in enumerate(theirs):
             if key not in mine:
                 self.unexpected.append(format_path(unlinked((key, place))))
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         self._todo += reversed(found)
         self._visit_attributes(place, live, loaded)
@@ -317,7 +317,7 @@ class _Comparison:
                 if self._wanted(unlinked(here)):
                     return True
                 pending.append((here, item))
-                if count % _CHUNK == 0:
+                if count % _YIELD_EVERY == 0:
                     yield
         return False
 

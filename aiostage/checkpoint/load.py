@@ -31,7 +31,7 @@ from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
 from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
-from aiostage.checkpoint.targets import DeviceOption, Devices, Placement, host_memory, place
+from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes
@@ -44,7 +44,7 @@ from aiostage.storage.locate import Target, locate
 
 __all__ = ["Loading", "load", "load_after"]
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 """Tensors looked at between two yields."""
 
 
@@ -141,7 +141,7 @@ class Loading:
             if device is not None:
                 devices.add(device)
             transfer.add(live, loaded, device)
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         return devices
 
@@ -170,7 +170,7 @@ class Loading:
                 compare(self._into, tree, wanted, inference=self._caller.inference, fit=self._fit)
             )
             placement = await self._slices.run(
-                place(
+                plan_reads(
                     transfer,
                     memory,
                     outline.positions,
@@ -268,14 +268,14 @@ class Loading:
         if self._report is not None:
             self._report(LoadProgress(name=self._name, total_bytes=total_bytes, read_bytes=read_bytes))
 
-    def _devices_of(self, placement: Placement, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+    def _devices_of(self, placement: ReadPlan, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
         """Return the devices of live tensors that are read into or copied to."""
         devices = {device for device, _, _ in transfer.batches() if device is not None}
         for count, tensor in enumerate(placement.direct):
             device = self._targets.device_of(tensor)
             if device is not None:
                 devices.add(device)
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         return devices
 
@@ -321,7 +321,7 @@ def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:
     for count, tensor in enumerate(live):
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
 
 

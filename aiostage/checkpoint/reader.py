@@ -22,12 +22,12 @@ from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.parts import Content, Hole, Part, cut
-from aiostage.format.safetensors import HEADER_LENGTH_BYTES, Record, read_header
+from aiostage.format.safetensors import HEADER_LENGTH_BYTES, TensorRecord, read_header
 from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 
-__all__ = ["CheckpointReader", "Outline", "TensorFile", "check_sparse", "parts_of_sparse"]
+__all__ = ["CheckpointReader", "FileOutline", "Outline", "check_sparse", "parts_of_sparse"]
 
 
 def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
@@ -47,7 +47,9 @@ def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
     return names
 
 
-def check_sparse(table: NodeTable, records: Mapping[str, Record], data: Mapping[str, torch.Tensor], path: str) -> None:
+def check_sparse(
+    table: NodeTable, records: Mapping[str, TensorRecord], data: Mapping[str, torch.Tensor], path: str
+) -> None:
     """Check that indices lie within the shapes, and what else PyTorch demands. Blocks: run it in a worker thread.
 
     Args:
@@ -86,12 +88,12 @@ def _parts(table: NodeTable, index: int) -> list[int]:
     return parts
 
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFile:
+class FileOutline:
     """A file of a checkpoint, and the tensors in it.
 
     Attributes:
@@ -102,7 +104,7 @@ class TensorFile:
 
     file: FileRecord
     start: int
-    records: Sequence[Record]
+    records: Sequence[TensorRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ class Outline:
 
     manifest: Manifest
     table: NodeTable
-    files: Sequence[TensorFile]
-    records: Mapping[str, Record]
+    files: Sequence[FileOutline]
+    records: Mapping[str, TensorRecord]
     positions: Mapping[str, int]
 
 
@@ -184,7 +186,7 @@ class CheckpointReader:
             return await self._outline(manifest, table)
 
     async def _outline(self, manifest: Manifest, table: NodeTable) -> Outline:
-        found: dict[str, TensorFile] = {}
+        found: dict[str, FileOutline] = {}
         queue = iter(manifest.files)
 
         async def look() -> None:
@@ -193,24 +195,24 @@ class CheckpointReader:
 
         await together(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
         files = [found[file.name] for file in manifest.files]
-        records: dict[str, Record] = {}
+        records: dict[str, TensorRecord] = {}
         positions: dict[str, int] = {}
         for file in files:
             path = self._path(file.file.name)
             await self._slices.run(_index(file.records, file.start, records, positions, path))
         return Outline(manifest, table, files, records, positions)
 
-    async def _look_into(self, file: FileRecord) -> TensorFile:
+    async def _look_into(self, file: FileRecord) -> FileOutline:
         """Find out what a file contains."""
         path = self._path(file.name)
         nbytes = await self._reader.size(file.name)
         if nbytes != file.nbytes:
             raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
         if not file.name.endswith(_SUFFIX):
-            return TensorFile(file, 0, [])
+            return FileOutline(file, 0, [])
         header = await self._incoming.header(file)
         start = HEADER_LENGTH_BYTES + len(header)
-        return TensorFile(file, start, await self._slices.run(read_header(header, nbytes - start, path=path)))
+        return FileOutline(file, start, await self._slices.run(read_header(header, nbytes - start, path=path)))
 
     async def plan(
         self, outline: Outline, contents: Mapping[str, torch.Tensor], *, everything: bool
@@ -301,25 +303,25 @@ class CheckpointReader:
 
 
 def _index(
-    found: Sequence[Record], start: int, records: dict[str, Record], positions: dict[str, int], path: str
+    found: Sequence[TensorRecord], start: int, records: dict[str, TensorRecord], positions: dict[str, int], path: str
 ) -> Generator[None, None, None]:
     for count, record in enumerate(found):
         if record.name in records:
             raise CheckpointCorruptError(f"another file has the tensor {shown(record.name)} too.", path=path)
         records[record.name] = record
         positions[record.name] = start + record.start
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
 
 
-def _contents(file: TensorFile, contents: Mapping[str, torch.Tensor]) -> Generator[None, None, list[Content]]:
+def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> Generator[None, None, list[Content]]:
     """Return what a file consists of."""
     if not file.start:
         return [Hole(file.file.nbytes)]
     found: list[Content] = [Hole(file.start)]
     for count, record in enumerate(file.records):
         found.append(contents.get(record.name, Hole(record.stop - record.start)))
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     return found
 
@@ -334,8 +336,8 @@ def _wanted(parts: Sequence[Part]) -> Generator[None, None, list[Part]]:
     return found
 
 
-def _look_up(names: Collection[str], records: Mapping[str, Record]) -> Generator[None, None, None]:
+def _look_up(names: Collection[str], records: Mapping[str, TensorRecord]) -> Generator[None, None, None]:
     for count, name in enumerate(names):
         records[name]
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield

@@ -72,7 +72,7 @@ class ResolvingReader(Reader):
             CheckpointNotFoundError: If the checkpoint was removed, and lies there only because others refer to it.
             OSError: If the storage refuses.
         """
-        async with self.told_apart():
+        async with self.deleted_or_corrupt():
             text = await self.manifest()
             reading = read_manifest(text, path=self._path(MANIFEST_NAME), add_node=add_node)
             manifest = await workers.run(partial(in_turns, reading))
@@ -82,7 +82,7 @@ class ResolvingReader(Reader):
     async def placement(self) -> Placement | None:
         """Return where the files lie; None if each lies as a whole in the checkpoint. Raises as :meth:`open`."""
         if not self._is_known:
-            async with self.told_apart():
+            async with self.deleted_or_corrupt():
                 placement = await placement_in(self._reader)
             await self._use(placement)
         return self._placement
@@ -100,7 +100,7 @@ class ResolvingReader(Reader):
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes. Raises as :meth:`read`."""
         await self.placement()
-        async with self.told_apart():
+        async with self.deleted_or_corrupt():
             return await self._reader.size(name)
 
     async def read(self, name: str, offset: int, into: Buffer) -> None:
@@ -112,11 +112,11 @@ class ResolvingReader(Reader):
             OSError: If the storage refuses.
         """
         await self.placement()
-        async with self.told_apart():
+        async with self.deleted_or_corrupt():
             await self._reader.read(name, offset, into)
 
     async def blocking(self, name: str) -> Callable[[int, Buffer], None] | None:
-        """Return what reads a range of a file in the calling thread, to be used within :meth:`told_apart`.
+        """Return what reads a range of a file in the calling thread, to be used within :meth:`deleted_or_corrupt`.
 
         None if only :meth:`read` can. Raises as :meth:`manifest`.
         """
@@ -124,7 +124,7 @@ class ResolvingReader(Reader):
         return partial(self._reader.read_blocking, name) if isinstance(self._reader, LocalReader) else None
 
     @asynccontextmanager
-    async def told_apart(self) -> AsyncGenerator[None, None]:
+    async def deleted_or_corrupt(self) -> AsyncGenerator[None, None]:
         """Tell what was removed, with all that no other checkpoint referred to, from what is damaged."""
         try:
             yield

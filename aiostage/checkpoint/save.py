@@ -11,7 +11,7 @@ from time import perf_counter
 from traceback import clear_frames
 from typing import Any, TypeAlias
 
-from aiostage._arguments import check_flags, states_of, whole
+from aiostage._arguments import check_flags, require_int, states_of
 from aiostage._loop.cleanup import give_up
 from aiostage._loop.coroutines import named
 from aiostage._loop.together import together
@@ -229,7 +229,7 @@ async def _writing(
 ) -> AsyncGenerator[_Writing, None]:
     """Open a pending checkpoint that is gone afterwards, unless it was committed."""
     check_flags(overwrite=overwrite)
-    if whole("max_shard_bytes", max_shard_bytes) <= 0:
+    if require_int("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
     writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
     try:

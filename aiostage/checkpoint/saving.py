@@ -175,7 +175,7 @@ class Saving:
         return self._captured_after is not None and self._planned
 
     @property
-    def is_the_handles(self) -> bool:
+    def reported_by_handle(self) -> bool:
         """Whether its handle reports the outcome, and not the call that asked for the copy.
 
         That another writer was faster may be found out before that or after; the handle tells it either way.

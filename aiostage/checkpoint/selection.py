@@ -13,7 +13,7 @@ from aiostage.leaf import LinkedPath, Path, unlinked
 
 __all__ = ["Only", "Selection"]
 
-_CHUNK = 16
+_YIELD_EVERY = 16
 _EXAMPLES = 5
 _MAX_DEPTH = 100
 """Of trees from other programs; what is deeper is taken as a whole or not at all."""
@@ -153,7 +153,7 @@ class Selection:
                 if node is not None:
                     pending.append((node, here))
                 count += 1
-                if count % _CHUNK == 0:
+                if count % _YIELD_EVERY == 0:
                     yield
 
 
@@ -183,7 +183,7 @@ class _Pruning:
             raise ValueError("only= selects nothing of the checkpoint")
         for count, index in enumerate(partly):
             self._cut(index)
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
 
     def _look(self, root: int) -> Generator[None, None, None]:
@@ -209,7 +209,7 @@ class _Pruning:
                         self._partly.add(node)
                         found.append((node, here))
                 count += 1
-                if count % _CHUNK == 0:
+                if count % _YIELD_EVERY == 0:
                     yield
             pending += reversed(found)
 

@@ -19,13 +19,13 @@ from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, Stagin
 from aiostage.format.composites import COMPOSITES
 from aiostage.format.decode import Memory
 from aiostage.format.nodes import NodeTable, path_step, reading, sizes_of, view_of
-from aiostage.format.safetensors import Record
+from aiostage.format.safetensors import TensorRecord
 from aiostage.format.values import torch_constant
 from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
-__all__ = ["DeviceOption", "Devices", "Placement", "Shares", "host_memory", "place"]
+__all__ = ["DeviceOption", "Devices", "ReadPlan", "Shares", "host_memory", "plan_reads"]
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 
 _DeviceLike: TypeAlias = "torch.device | str | int"
 DeviceOption: TypeAlias = "_DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]"
@@ -59,7 +59,7 @@ class Devices:
         self._everywhere = None if callable(device) else self._resolved(device)
 
     def shares(
-        self, table: NodeTable, records: Mapping[str, Record], sizes: Mapping[str, int], *, path: str
+        self, table: NodeTable, records: Mapping[str, TensorRecord], sizes: Mapping[str, int], *, path: str
     ) -> Generator[None, None, Shares]:
         """Find out which device gets which tensors of files, yielding now and then.
 
@@ -80,7 +80,7 @@ class Devices:
         shares: dict[torch.device | None, dict[str, int]] = {}
         for count, (name, nbytes) in enumerate(sizes.items()):
             shares.setdefault(walk.found[name], {})[name] = nbytes
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         return shares
 
@@ -116,7 +116,7 @@ class Devices:
             stream = caller.stream(device)
             rest = iter(sizes.items())
             async with workers.job() as job:
-                while some := dict(islice(rest, _CHUNK)):
+                while some := dict(islice(rest, _YIELD_EVERY)):
                     job.put(partial(self._take, found, some, device, stream))
         return found
 
@@ -201,7 +201,7 @@ def host_memory(
             found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device or "cpu")
         except RuntimeError as error:
             raise HostMemoryError(f"no memory for the tensor {shown(name)}: {error}", path=path) from error
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     return found
 
@@ -212,7 +212,7 @@ class _Walk:
     def __init__(
         self,
         table: NodeTable,
-        records: Mapping[str, Record],
+        records: Mapping[str, TensorRecord],
         path: str,
         ask: Callable[[LinkedPath, Callable[[], torch.Tensor]], torch.device | None],
     ) -> None:
@@ -234,7 +234,7 @@ class _Walk:
                 seen.add((index, where))
                 yield from self._visit(index, place, where, pending)
             count += 1
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
 
     def _visit(
@@ -243,7 +243,9 @@ class _Walk:
         form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
         self._push(
-            pending, [((Attribute(name), place), child) for name, child in form.get("attributes", {}).items()], _ASK
+            pending,
+            [((Attribute(name), place), child) for name, child in form.get("attributes", {}).items()],
+            _ASK,
         )
         if kind == "tensor" or kind in COMPOSITES:
             device = self._ask(place, partial(self._like, form, children)) if where is _ASK else where
@@ -263,7 +265,7 @@ class _Walk:
             for count, (key, child) in enumerate(self._table.edges(index)):
                 here = (path_step(key), place)
                 found += [(here, key), (here, child)]
-                if count % _CHUNK == 0:
+                if count % _YIELD_EVERY == 0:
                     yield
             self._push(pending, found, _ASK)
 
@@ -303,7 +305,7 @@ class _Walk:
 
 
 @dataclass(slots=True)
-class Placement:
+class ReadPlan:
     """Where elements are to be read to.
 
     Attributes:
@@ -315,7 +317,7 @@ class Placement:
     direct: list[torch.Tensor] = field(default_factory=list)
 
 
-def place(
+def plan_reads(
     transfer: Transfer,
     memory: Memory,
     positions: Mapping[str, int],
@@ -323,7 +325,7 @@ def place(
     *,
     in_place: bool,
     path: str,
-) -> Generator[None, None, Placement]:
+) -> Generator[None, None, ReadPlan]:
     """Decide where elements that have not been read yet go, and have those copied that do not go straight.
 
     Args:
@@ -337,9 +339,9 @@ def place(
     Raises:
         HostMemoryError: If there is no memory for what does not go straight.
     """
-    placement = Placement()
+    placement = ReadPlan()
     waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    records: dict[str, Record] = {}
+    records: dict[str, TensorRecord] = {}
     for count, (_, live, loaded) in enumerate(transfer.pairs):
         if not loaded.is_meta:
             transfer.add(live, loaded, device_of(live))
@@ -347,7 +349,7 @@ def place(
             record = memory.origin(loaded)
             records[record.name] = record
             waiting.setdefault(record.name, []).append((live, loaded))
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     beside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for count, (name, targets) in enumerate(waiting.items()):
@@ -358,14 +360,14 @@ def place(
             placement.direct.append(first)
         else:
             beside[name] = targets
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
     placement.contents |= new
     for count, (name, targets) in enumerate(beside.items()):
         for live, loaded in targets:
             transfer.add(live, _elements(new[name], loaded), device_of(live))
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     return placement
 

@@ -30,8 +30,8 @@ from aiostage.format.parts import (
     digest,
     digest_of_parts,
     gather,
-    place,
-    whole,
+    memory_range,
+    single_piece,
 )
 from aiostage.observe import span
 from aiostage.snapshot import Snapshot
@@ -312,7 +312,7 @@ async def collect(
     position = 0
     chunk: Chunk | None = None
     for step in steps:
-        needed = window.chunk_of(place(step)[0]) or chunk
+        needed = window.chunk_of(memory_range(step)[0]) or chunk
         if pieces and needed is not chunk:
             position += await _gather(pieces, memory[position:], workers)
             pieces = []
@@ -331,7 +331,7 @@ async def _gather(pieces: list[Piece], memory: torch.Tensor, workers: Workers) -
 
 async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piece:
     """Return a piece at the addresses where its bytes are, once they are there."""
-    address, nbytes = place(piece)
+    address, nbytes = memory_range(piece)
     if window.chunk_of(address) is None:
         return piece
     try:
@@ -351,7 +351,7 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
 
 def _split(piece: Piece, window: Window) -> list[Piece]:
     """Cut flat memory where chunks end; nothing else can be cut."""
-    address, nbytes = place(piece)
+    address, nbytes = memory_range(piece)
     if not isinstance(piece, torch.Tensor) or window.chunk_of(address) is None:
         return [piece]
     cuts = window.split(address, nbytes)
@@ -435,8 +435,8 @@ class PartWriter:
         else:
             if snapshot is not None:
                 for piece in part.pieces:
-                    await snapshot.copied(*place(piece))
-            memory = whole(part)
+                    await snapshot.copied(*memory_range(piece))
+            memory = single_piece(part)
             # Nothing is copied that lies in one piece.
             data = memory.numpy().data if memory is not None else await self._workers.run(partial(self._gather, part))
         self._next += 1

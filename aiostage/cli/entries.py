@@ -12,7 +12,7 @@ import torch
 
 from aiostage.format.composites import take_apart
 from aiostage.format.nodes import LOOKED_INTO, NodeTable, view_of
-from aiostage.format.safetensors import DTYPE_NAMES, Record
+from aiostage.format.safetensors import DTYPE_NAMES, TensorRecord
 from aiostage.format.values import read_scalar
 
 __all__ = ["Entry", "entries_of_table", "entries_of_tree", "tensor_entry"]
@@ -76,7 +76,7 @@ def tensor_entry(
     return Entry(path, "tensor", text or "tensor", inner, name, shape, nbytes, more, source)
 
 
-def entries_of_table(table: NodeTable, records: Mapping[str, Record]) -> Iterator[Entry]:
+def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> Iterator[Entry]:
     """Iterate over the places of a tree that nodes describe, from the root on.
 
     Args:
@@ -111,7 +111,7 @@ def entries_of_table(table: NodeTable, records: Mapping[str, Record]) -> Iterato
         pending += reversed(below)
 
 
-def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, Record]) -> Entry:
+def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, TensorRecord]) -> Entry:
     described = {key: value for key, value in form.items() if key not in _REFERENCES}
     if form["is"] != "tensor":
         return Entry(path, "object", f"{form['is']} {_said(form)}".rstrip(), inner, more=described)

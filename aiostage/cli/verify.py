@@ -34,7 +34,7 @@ from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointN
 from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.parts import PART_BYTES, digest, running_digest
-from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, Record, read_header
+from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, TensorRecord, read_header
 from aiostage.storage.commit import MANIFEST_NAME
 
 __all__ = ["Damage", "Report", "check", "verify"]
@@ -328,7 +328,7 @@ def _paths_of_tensors(entries: Iterable[Entry]) -> dict[str, list[str]]:
     return found
 
 
-async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[Record]] | None:
+async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[TensorRecord]] | None:
     """Return where data begins in a file and what it is, if that can be read, damaged or not."""
     try:
         first = bytearray(HEADER_LENGTH_BYTES)

@@ -36,7 +36,7 @@ from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, Pend
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.dcp.unpickling import read_metadata
 from aiostage.errors import CheckpointCorruptError, said, shown
-from aiostage.format.parts import PART_BYTES, Part, cut, digest, gather, whole
+from aiostage.format.parts import PART_BYTES, Part, cut, digest, gather, single_piece
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
 
@@ -454,7 +454,7 @@ async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
     parts.reverse()
     while parts:
         part = parts.pop()
-        memory = whole(part)
+        memory = single_piece(part)
         if memory is None:
             memory = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu")
             gather(part, memory)

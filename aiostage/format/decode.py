@@ -22,12 +22,12 @@ from aiostage.format.objects import (
     make_first,
     put_object_together,
 )
-from aiostage.format.safetensors import Record
+from aiostage.format.safetensors import TensorRecord
 from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions, read_bytes, read_scalar
 
 __all__ = ["Memory", "TreeDecoder"]
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
 _NEW: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dict": lambda form: {},
@@ -56,7 +56,7 @@ class Memory:
             meta device have everything except elements.
     """
 
-    def __init__(self, records: Mapping[str, Record], data: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, records: Mapping[str, TensorRecord], data: Mapping[str, torch.Tensor]) -> None:
         self._records = records
         self._data = data
         self._origins: dict[int, str] = {}
@@ -69,7 +69,7 @@ class Memory:
         """
         return view_of(form, self._records).over(self._data[form["name"]])
 
-    def origin(self, leaf: torch.Tensor) -> Record:
+    def origin(self, leaf: torch.Tensor) -> TensorRecord:
         """Return of which tensor of a file a leaf has the elements, in index order.
 
         Args:
@@ -134,7 +134,7 @@ class TreeDecoder:
                 left.append(index)
                 self._incomplete.add(index)
             count += 1
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         for index in left:
             yield from self._fill(index)
@@ -153,7 +153,7 @@ class TreeDecoder:
                     return False
                 if self._incomplete and child[0] in self._incomplete:
                     self._incomplete.add(index)
-            if count % _CHUNK == _CHUNK - 1:
+            if count % _YIELD_EVERY == _YIELD_EVERY - 1:
                 yield
         return True
 
@@ -207,12 +207,12 @@ class TreeDecoder:
                 (key,) = collisions.add((self._child(children[place]),))
                 # Not through Counter.update, which adds.
                 made[key] = self._child(children[place + 1])
-                if place % _CHUNK == 0:
+                if place % _YIELD_EVERY == 0:
                     yield
         elif kind in _EXTEND:
             elements = Collisions() if kind == "set" else None
-            for start in range(0, len(children), _CHUNK):
-                found = map(self._child, children[start : start + _CHUNK])
+            for start in range(0, len(children), _YIELD_EVERY):
+                found = map(self._child, children[start : start + _YIELD_EVERY])
                 _EXTEND[kind](made, elements.add(found) if elements is not None else found)
                 yield
         if "attributes" in form:

@@ -36,10 +36,10 @@ from aiostage.leaf import Attribute, Path, format_path
 
 __all__ = ["Node", "TreeEncoder", "ValuesNeeded", "path_of"]
 
-_CHUNK = 256
+_CHILDREN_PER_LINE = 256
 """Children in one line of the manifest."""
 
-_AT_ONCE = 64
+_YIELD_EVERY = 64
 """Children between two yields."""
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -177,7 +177,7 @@ class TreeEncoder:
             node.depth = self._open
             yield from self._enter(node)
             count += 1
-            if count % _AT_ONCE == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         if self._hashes_nodes:
             yield from self._check_hashed()
@@ -190,7 +190,7 @@ class TreeEncoder:
             attributes = {name: _reference(child) for name, child in node.attributes.items()}
             forms.append({"is": node.kind, "attributes": attributes})
             children.append(list(map(_reference, node.children)))
-            if count % _AT_ONCE == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         try:
             yield from check_hashed(forms, children)
@@ -307,7 +307,7 @@ class TreeEncoder:
                 self._note_hashed(node, (key,), collisions)
             children.append(self._child(key, node, key, found))
             children.append(self._child(value, node, key, found))
-            if count % _AT_ONCE == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
 
     def _enter_sequence(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
@@ -320,7 +320,7 @@ class TreeEncoder:
             if collisions is not None:
                 self._note_hashed(node, (value,), collisions)
             children.append(self._child(value, node, index, found))
-            if index % _AT_ONCE == 0:
+            if index % _YIELD_EVERY == 0:
                 yield
 
     def _note_hashed(self, node: Node, keys: tuple[Any], collisions: Collisions) -> None:
@@ -405,7 +405,7 @@ def _lines(node: Node) -> Iterator[str]:
         line["attributes"] = {name: _reference(child) for name, child in node.attributes.items()}
     mapping = type(node.value) in MAPPINGS
     references = map(_reference, node.children)
-    chunk: list[Any] = list(islice(references, 2 * _CHUNK))
+    chunk: list[Any] = list(islice(references, 2 * _CHILDREN_PER_LINE))
     while True:
         if mapping:
             keys, values = chunk[::2], chunk[1::2]
@@ -416,7 +416,7 @@ def _lines(node: Node) -> Iterator[str]:
         elif chunk:
             line["of"] = chunk
         yield _dump(line)
-        chunk = list(islice(references, 2 * _CHUNK))
+        chunk = list(islice(references, 2 * _CHILDREN_PER_LINE))
         if not chunk:
             return
         line = {"is": "more"}

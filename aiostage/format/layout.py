@@ -20,7 +20,7 @@ from aiostage.format.safetensors import (
     DTYPE_NAMES,
     MAX_SPREAD,
     MAX_TENSOR_NAME,
-    Record,
+    TensorRecord,
     contiguous_strides,
     header_cost,
     is_injective,
@@ -47,7 +47,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_COST = 64 << 20
 """Shards also end where their headers would become too large for other programs to read."""
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _LARGEST_ELEMENT = 16
 
 
@@ -123,7 +123,7 @@ def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], li
         leaves.append(Leaf(node, tensor, address, stop, contiguous))
         starts.append(address)
         stops.append(stop)
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     return leaves, starts, stops
 
@@ -205,7 +205,7 @@ def file_tensors(
             else:
                 done.update(group)
                 found.append(_shared([leaves[member] for member in sorted(group)], names))
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     return found
 
@@ -442,7 +442,7 @@ def _in_order(tensors: Sequence[FileTensor], memory: range | None = None) -> Gen
     by_size = defaultdict[int, list[FileTensor]](list)
     for index, tensor in enumerate(tensors):
         by_size[tensor.element_bytes].append(tensor)
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     ordered: list[FileTensor] = []
     for size in sorted(by_size, reverse=True):
@@ -460,7 +460,7 @@ def _by_place(tensors: list[FileTensor], memory: range) -> Generator[None, None,
         sorted_already = sorted_already and last <= place
         last = place
         places.append(place)
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     if sorted_already:
         return tensors
@@ -494,15 +494,15 @@ def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[No
         shards[-1].append(tensor)
         nbytes += tensor.nbytes
         cost += extra
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     return shards
 
 
-def _records(tensors: Sequence[FileTensor]) -> Generator[Record, None, None]:
+def _records(tensors: Sequence[FileTensor]) -> Generator[TensorRecord, None, None]:
     position = 0
     for tensor in tensors:
-        yield Record(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
+        yield TensorRecord(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.nbytes)
         position += tensor.nbytes
 
 
@@ -523,7 +523,7 @@ def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> Gener
             else:
                 contents.append(tensor.memory)
                 start = stop = 0
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     if stop > start:
         contents.append(memory_of(start, stop - start, owners))
@@ -545,7 +545,7 @@ def index_content(files: Sequence[TensorFile]) -> Generator[None, None, list[Con
         for number, tensor in enumerate(file.tensors):
             text += f'{separator}{json.dumps(tensor.name)}:"{file.name}"'.encode()
             separator = ",\n"
-            if number % _CHUNK == 0:
+            if number % _YIELD_EVERY == 0:
                 yield
     text += b"\n}}\n"
     return [torch.frombuffer(text, dtype=torch.uint8)]

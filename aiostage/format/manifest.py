@@ -21,7 +21,7 @@ import xxhash
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
 from aiostage.format.parts import DIGEST_NAME, MAX_PART_BYTES, PART_ALIGNMENT, parts_in
-from aiostage.format.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Piece, Place, PlacedFile, Placement
+from aiostage.format.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Extent, PlacedFile, Placement, SourceFile
 
 __all__ = [
     "FORMAT_VERSION",
@@ -66,7 +66,7 @@ _BYTES_A_NODE = 64
 _MAX_NUMBER = (1 << 63) - 1
 _MAX_FILE_NAME = 255
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _MORE = '{"is":"more"'
 _PLACES = b'"places":['
 _FILES = b'"files":['
@@ -179,7 +179,7 @@ def _extend(text: bytearray, lines: Iterable[str], left: float) -> Generator[Non
         separator = b",\n"
         if len(text) > MAX_MANIFEST_BYTES - _END_BYTES - len(_NODES):
             raise too_large()
-        if number % _CHUNK == 0:
+        if number % _YIELD_EVERY == 0:
             yield
     text += b"\n"
 
@@ -342,7 +342,7 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             reason = f"its nodes do not describe a tree: {said(error)}."
             raise CheckpointCorruptError(reason, path=path) from error
-        if number % _CHUNK == 0:
+        if number % _YIELD_EVERY == 0:
             yield
     return manifest
 
@@ -374,7 +374,7 @@ def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, No
     """Read where files lie, up to the line that begins the list of files."""
     if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
         raise ValueError(f"its blocks are {shown(about['block_bytes'])} bytes with {shown(about['digest_of_blocks'])}")
-    sizes: dict[Place, int] = {}
+    sizes: dict[SourceFile, int] = {}
     for source, file, nbytes in about["sources"]:
         sizes[None if source is None else _source(source), _name(file)] = _whole_number(nbytes)
     if next(lines, None) != _PLACES:
@@ -403,12 +403,12 @@ def _file(value: Any, part_bytes: int) -> FileRecord:
     return FileRecord(name, nbytes, tuple(digests))
 
 
-def _placed(value: Any, places: Sequence[Place]) -> Generator[None, None, PlacedFile]:
+def _placed(value: Any, places: Sequence[SourceFile]) -> Generator[None, None, PlacedFile]:
     """Check where one file lies, yielding now and then."""
-    pieces: list[Piece] = []
+    pieces: list[Extent] = []
     for number, offset, nbytes in value["pieces"]:
-        pieces.append(Piece(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes)))
-        if len(pieces) % _CHUNK == 0:
+        pieces.append(Extent(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes)))
+        if len(pieces) % _YIELD_EVERY == 0:
             yield
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)

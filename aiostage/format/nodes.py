@@ -16,7 +16,7 @@ from aiostage.format.safetensors import (
     CARRIERS,
     DTYPES,
     MAX_SPREAD,
-    Record,
+    TensorRecord,
     checked_sizes,
     contiguous_strides,
     elements_in,
@@ -39,7 +39,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_CHUNK = 64
+_YIELD_EVERY = 64
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "
 """What PyTorch's errors contain that say so; they have no class of their own."""
 
@@ -117,7 +117,7 @@ class NodeTable:
         table = cls()
         for count, line in enumerate(lines):
             table.add(line)
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         yield from table.complete()
         return table
@@ -190,7 +190,7 @@ class NodeTable:
         for index, (form, children) in enumerate(zip(self.forms, self.children, strict=True)):
             if form["is"] in _MAPPINGS and len(children) % 2:
                 raise ValueError(f"node {index} is no {shown(form['is'])}")
-            if index % _CHUNK == 0:
+            if index % _YIELD_EVERY == 0:
                 yield
         yield from check_hashed(self.forms, self.children)
 
@@ -244,7 +244,7 @@ class NodeTable:
                 found[name] = found.get(name, True) and how == 1 and "offset" not in form
             yield from self._add_children(pending, index, how)
             count += 1
-            if count % _CHUNK == 0:
+            if count % _YIELD_EVERY == 0:
                 yield
         return found
 
@@ -256,7 +256,7 @@ class NodeTable:
             if node is not None:
                 # Keys are values too.
                 pending.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
-            if place % _CHUNK == _CHUNK - 1:
+            if place % _YIELD_EVERY == _YIELD_EVERY - 1:
                 yield
         for child in form.get("attributes", {}).values():
             node = self.node(child)
@@ -327,7 +327,7 @@ def _over(data: torch.Tensor, dtype: torch.dtype, view: View) -> torch.Tensor:
     return empty.set_(data.untyped_storage(), view.offset, view.shape, view.stride)
 
 
-def view_of(form: dict[str, Any], records: Mapping[str, Record]) -> View:
+def view_of(form: dict[str, Any], records: Mapping[str, TensorRecord]) -> View:
     """Return how a leaf looks at the memory of its file's tensor.
 
     Args:
@@ -353,7 +353,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, Record]) -> View:
 
 
 def spread_views(
-    table: NodeTable, records: Mapping[str, Record], positions: Mapping[str, int], *, path: str
+    table: NodeTable, records: Mapping[str, TensorRecord], positions: Mapping[str, int], *, path: str
 ) -> Generator[None, None, dict[str, View]]:
     """Find the tensors that lie in files in index order, but did not in memory, yielding now and then.
 
@@ -378,7 +378,7 @@ def spread_views(
                     _add_spread(found, form, records, positions)
             else:
                 plain.add(form["name"])
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     with reading(path):
         if both := plain.intersection(found):
@@ -387,7 +387,7 @@ def spread_views(
 
 
 def _add_spread(
-    found: dict[str, View], form: dict[str, Any], records: Mapping[str, Record], positions: Mapping[str, int]
+    found: dict[str, View], form: dict[str, Any], records: Mapping[str, TensorRecord], positions: Mapping[str, int]
 ) -> None:
     name, view = form["name"], view_of(form, records)
     nbytes = records[name].stop - records[name].start
@@ -401,14 +401,14 @@ def _add_spread(
 
 
 def sizes_of(
-    names: Mapping[str, object], records: Mapping[str, Record], spread: Mapping[str, View]
+    names: Mapping[str, object], records: Mapping[str, TensorRecord], spread: Mapping[str, View]
 ) -> Generator[None, None, dict[str, int]]:
     """Return how much memory tensors of files take, in bytes, yielding now and then."""
     sizes: dict[str, int] = {}
     for count, name in enumerate(names):
         view = spread.get(name)
         sizes[name] = view.nbytes if view is not None else records[name].stop - records[name].start
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     return sizes
 
@@ -422,6 +422,6 @@ def contents_of(
         if not memory.is_meta:
             view = spread.get(name)
             contents[name] = view.elements_in(memory) if view is not None else memory
-        if count % _CHUNK == 0:
+        if count % _YIELD_EVERY == 0:
             yield
     return contents

@@ -29,11 +29,11 @@ __all__ = [
     "digest_of_parts",
     "gather",
     "memory_of",
+    "memory_range",
     "parts_in",
-    "place",
     "running_digest",
     "scatter",
-    "whole",
+    "single_piece",
 ]
 
 DIGEST_NAME = "xxh3_64"
@@ -207,14 +207,14 @@ def _piece(content: Content, start: int, stop: int) -> Piece:
     return content if stop - start == content.numel() else content[start:stop]
 
 
-def whole(part: Part) -> torch.Tensor | None:
+def single_piece(part: Part) -> torch.Tensor | None:
     """Return the memory of a part that is one piece, or None."""
     if len(part.pieces) == 1 and isinstance(part.pieces[0], torch.Tensor):
         return part.pieces[0]
     return None
 
 
-def place(piece: Piece) -> tuple[int, int]:
+def memory_range(piece: Piece) -> tuple[int, int]:
     """Return where in memory a piece comes from: an address, and how many bytes from there on it may read."""
     if isinstance(piece, torch.Tensor):
         return piece.data_ptr(), piece.numel()

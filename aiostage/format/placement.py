@@ -12,7 +12,16 @@ import xxhash
 
 from aiostage.abc import Buffer
 
-__all__ = ["BLOCK_BYTES", "BLOCK_DIGEST_NAME", "Piece", "Place", "PlacedFile", "Placement", "append", "block_digests"]
+__all__ = [
+    "BLOCK_BYTES",
+    "BLOCK_DIGEST_NAME",
+    "Extent",
+    "PlacedFile",
+    "Placement",
+    "SourceFile",
+    "append",
+    "block_digests",
+]
 
 BLOCK_BYTES = 1 << 20
 """What is compared and referred to as a whole. Smaller ones find more that has not changed and make manifests longer:
@@ -22,12 +31,12 @@ BLOCK_DIGEST_NAME = "xxh3_128"
 """Equal digests, and equal lengths, are taken for equal bytes. By chance that fails once in 2 to the power of 128
 comparisons; XXH3 does not protect against two blocks that were made to have one digest."""
 
-Place: TypeAlias = "tuple[str | None, str]"
+SourceFile: TypeAlias = "tuple[str | None, str]"
 """A file that bytes lie in: the checkpoint that has it, or None for the one that is spoken of, and its own name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Extent:
     """A run of bytes of a file, and where it lies.
 
     Attributes:
@@ -43,7 +52,7 @@ class Piece:
     nbytes: int
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SourceFile:
         """The file that has it."""
         return self.source, self.file
 
@@ -61,11 +70,11 @@ class PlacedFile:
 
     nbytes: int
     blocks: Sequence[str]
-    pieces: Sequence[Piece]
+    pieces: Sequence[Extent]
     starts: Sequence[int]
 
     @classmethod
-    def of(cls, blocks: Sequence[str], pieces: Sequence[Piece]) -> PlacedFile:
+    def of(cls, blocks: Sequence[str], pieces: Sequence[Extent]) -> PlacedFile:
         """Return the file that is made of pieces."""
         starts, position = [], 0
         for piece in pieces:
@@ -73,7 +82,7 @@ class PlacedFile:
             position += piece.nbytes
         return cls(position, blocks, pieces, starts)
 
-    def located(self, start: int, stop: int) -> Iterator[Piece]:
+    def located(self, start: int, stop: int) -> Iterator[Extent]:
         """Iterate over where a range of the file lies."""
         index = bisect_right(self.starts, start) - 1
         while start < stop:
@@ -81,7 +90,7 @@ class PlacedFile:
             skipped = start - self.starts[index]
             nbytes = min(piece.nbytes - skipped, stop - start)
             if nbytes:
-                yield Piece(piece.source, piece.file, piece.offset + skipped, nbytes)
+                yield Extent(piece.source, piece.file, piece.offset + skipped, nbytes)
             start += nbytes
             index += 1
 
@@ -95,7 +104,7 @@ class Placement:
         files: By name.
     """
 
-    sizes: Mapping[Place, int]
+    sizes: Mapping[SourceFile, int]
     files: Mapping[str, PlacedFile]
 
     def needs(self) -> dict[str, frozenset[str]]:
@@ -106,9 +115,9 @@ class Placement:
                 found.setdefault(source, set()).add(file)
         return {source: frozenset(files) for source, files in found.items()}
 
-    def used(self) -> Counter[Place]:
+    def used(self) -> Counter[SourceFile]:
         """Return how many bytes of each file are referred to."""
-        found: Counter[Place] = Counter()
+        found: Counter[SourceFile] = Counter()
         for file in self.files.values():
             for piece in file.pieces:
                 found[piece.place] += piece.nbytes
@@ -121,7 +130,7 @@ def block_digests(data: Buffer) -> list[str]:
     return [xxhash.xxh3_128_hexdigest(data[start : start + BLOCK_BYTES]) for start in starts]
 
 
-def append(pieces: list[Piece], piece: Piece) -> None:
+def append(pieces: list[Extent], piece: Extent) -> None:
     """Add a piece behind others; it becomes one with the last if it lies behind that too."""
     last = pieces[-1] if pieces else None
     if (
@@ -129,6 +138,6 @@ def append(pieces: list[Piece], piece: Piece) -> None:
         and (last.source, last.file) == (piece.source, piece.file)
         and last.offset + last.nbytes == piece.offset
     ):
-        pieces[-1] = Piece(last.source, last.file, last.offset, last.nbytes + piece.nbytes)
+        pieces[-1] = Extent(last.source, last.file, last.offset, last.nbytes + piece.nbytes)
     else:
         pieces.append(piece)

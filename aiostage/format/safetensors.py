@@ -22,7 +22,7 @@ __all__ = [
     "MAX_SPREAD",
     "MAX_TENSOR_NAME",
     "METADATA",
-    "Record",
+    "TensorRecord",
     "checked_sizes",
     "contiguous_strides",
     "elements_in",
@@ -82,7 +82,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_NAME = 512
 """Longest name written, in characters. Keeps a header in proportion to the tree."""
 
-_CHUNK = 256
+_YIELD_EVERY = 256
 """Records handled between two yields."""
 
 _MAX_RECORD = 65_536
@@ -94,7 +94,7 @@ _RECORD_OVERHEAD = 96
 """Bytes of one record beyond its name and shape, at most: punctuation, keys, dtype and two 20-digit offsets."""
 
 
-class Record(NamedTuple):
+class TensorRecord(NamedTuple):
     """One tensor of a file. Made as fast as can be, for there may be many.
 
     Attributes:
@@ -117,7 +117,7 @@ def header_cost(name: str, shape: Sequence[int]) -> int:
     return len(name.encode()) * 6 + 21 * len(shape) + _RECORD_OVERHEAD
 
 
-def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
+def write_header(records: Iterable[TensorRecord]) -> Generator[None, None, bytearray]:
     """Compose everything that comes before a file's data, yielding now and then.
 
     Args:
@@ -135,7 +135,7 @@ def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
         header += (
             f',{name}:{{"dtype":"{record.dtype}","shape":[{shape}],"data_offsets":[{record.start},{record.stop}]}}'
         ).encode()
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     header += b"}"
     header += b" " * (-len(header) % HEADER_ALIGNMENT)
@@ -143,7 +143,7 @@ def write_header(records: Iterable[Record]) -> Generator[None, None, bytearray]:
     return header
 
 
-def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None, None, list[Record]]:
+def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None, None, list[TensorRecord]]:
     """Read a header that may be damaged or hostile, yielding now and then.
 
     The top-level object is taken apart by hand, one record at a time, so that neither a header of many megabytes
@@ -160,13 +160,13 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
     Raises:
         CheckpointCorruptError: If it is anything but a valid header for that much data.
     """
-    records: dict[str, Record] = {}
+    records: dict[str, TensorRecord] = {}
     for index, (name, value) in enumerate(_members(header, path)):
         if name in records:
             raise CheckpointCorruptError(f"its header names the tensor {shown(name)} twice.", path=path)
         if name != "__metadata__":
             records[name] = _record(name, value, path)
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     ordered = sorted(records.values(), key=lambda record: (record.start, record.stop))
     position = 0
@@ -225,7 +225,7 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
-def _record(name: str, value: Any, path: str) -> Record:
+def _record(name: str, value: Any, path: str) -> TensorRecord:
     """Check one member of the header."""
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
@@ -241,7 +241,7 @@ def _record(name: str, value: Any, path: str) -> Record:
             raise ValueError(f"its {stop - start} bytes do not fit its shape and dtype")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointCorruptError(f"its header is wrong about {shown(name)}: {said(error)}.", path=path) from error
-    return Record(name, dtype, shape, start, stop)
+    return TensorRecord(name, dtype, shape, start, stop)
 
 
 MAX_RANK = 1024

@@ -204,7 +204,7 @@ _MAPPINGS = frozenset(MAPPINGS.values())
 _SETS = frozenset(("set", "frozenset"))
 # Their elements are hashed once, or never.
 _CHEAP = _MAPPINGS | {"set", "list", "deque", "tensor"}
-_CHUNK = 64
+_YIELD_EVERY = 64
 
 
 class TooLongToHashError(ValueError):
@@ -241,11 +241,11 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
                 if type(child) is list and child[0] < index:
                     depth = max(depth, depths[child[0]])
                     size += sizes[child[0]]
-                if count % _CHUNK == _CHUNK - 1:
+                if count % _YIELD_EVERY == _YIELD_EVERY - 1:
                     yield
             depths[index] = depth + 1
             sizes[index] = min(size, MAX_HASHED_SIZE) + 1
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
     total = 0
     for index, form in enumerate(forms):
@@ -260,9 +260,9 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
                         f"than {MAX_HASHED_SIZE} objects, or more than {_MAX_HASHED} with others",
                         index,
                     )
-            if place % _CHUNK == 0:
+            if place % _YIELD_EVERY == 0:
                 yield
-        if index % _CHUNK == 0:
+        if index % _YIELD_EVERY == 0:
             yield
 
 

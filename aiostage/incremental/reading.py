@@ -15,7 +15,7 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import read_placement
-from aiostage.format.placement import Piece, PlacedFile, Placement
+from aiostage.format.placement import Extent, PlacedFile, Placement
 from aiostage.format.steps import removed_of, step_of, tombstone_of
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import exists
@@ -99,7 +99,7 @@ class ReferencingReader(Reader):
                 "the manifest does not say where it lies.", path=f"{self.location}/{name}"
             ) from None
 
-    async def _read_piece(self, piece: Piece, into: Buffer) -> None:
+    async def _read_piece(self, piece: Extent, into: Buffer) -> None:
         if piece.source is None:
             await self._reader.read(piece.file, piece.offset, into)
             return

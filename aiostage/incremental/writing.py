@@ -27,7 +27,7 @@ from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
-from aiostage.format.placement import BLOCK_BYTES, Piece, Place, PlacedFile, Placement, append, block_digests
+from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, Placement, SourceFile, append, block_digests
 from aiostage.format.steps import name_of, present, step_of
 from aiostage.incremental.reading import is_removed, placement_of
 from aiostage.incremental.references import locked
@@ -64,7 +64,7 @@ class Base:
         file = self.placement.files.get(name)
         return file if file is not None and file.nbytes == nbytes else None
 
-    def worthwhile(self) -> frozenset[Place]:
+    def worthwhile(self) -> frozenset[SourceFile]:
         """Return the files that may be referred to, seen from another checkpoint.
 
         What is referred to has to stay, and all else that the same file holds with it. So one of which less than half
@@ -73,16 +73,16 @@ class Base:
         used, sizes = self.placement.used(), self.placement.sizes
         return frozenset(self._named(place) for place in sizes if 2 * used[place] >= sizes[place])
 
-    def located(self, file: PlacedFile, start: int, stop: int) -> list[Piece]:
+    def located(self, file: PlacedFile, start: int, stop: int) -> list[Extent]:
         """Return where a range of a file lies, seen from another checkpoint."""
-        return [Piece(*self._named(piece.place), piece.offset, piece.nbytes) for piece in file.located(start, stop)]
+        return [Extent(*self._named(piece.place), piece.offset, piece.nbytes) for piece in file.located(start, stop)]
 
-    def size(self, place: Place) -> int:
+    def size(self, place: SourceFile) -> int:
         """Return how long a file is that pieces lie in, seen from another checkpoint."""
         source, file = place
         return self.placement.sizes[None if source == self.name else source, file]
 
-    def _named(self, place: Place) -> Place:
+    def _named(self, place: SourceFile) -> SourceFile:
         source, file = place
         return self.name if source is None else source, file
 
@@ -239,7 +239,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
     """A pending checkpoint to which only what has changed is handed on."""
 
     def __init__(
-        self, pending: PendingCheckpoint, base: Base | None, worthwhile: frozenset[Place], workers: Workers
+        self, pending: PendingCheckpoint, base: Base | None, worthwhile: frozenset[SourceFile], workers: Workers
     ) -> None:
         self._pending = pending
         self._base = base
@@ -247,7 +247,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
         self._workers = workers
         self._buffers = PartBuffers(PART_BYTES)
         self._files: dict[str, PlacedFile] = {}
-        self._own: dict[Place, int] = {}
+        self._own: dict[SourceFile, int] = {}
         self.written: Written | None = None
 
     @property
@@ -260,7 +260,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
             blocks: list[str] = []
             async with aclosing(self._digested(parts, blocks)) as digested:
                 await self._pending.write(name, nbytes, digested)
-            self._files[name] = PlacedFile.of(blocks, [Piece(None, name, 0, nbytes)])
+            self._files[name] = PlacedFile.of(blocks, [Extent(None, name, 0, nbytes)])
             self._own[None, name] = nbytes
         else:
             self._files[name] = await self._write_changed(name, old, parts)
@@ -338,7 +338,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                 runs.append((start, stop, new))
         return runs
 
-    def _located(self, old: PlacedFile, start: int, stop: int) -> list[Piece]:
+    def _located(self, old: PlacedFile, start: int, stop: int) -> list[Extent]:
         return self._base.located(old, start, stop) if self._base is not None else []
 
 
@@ -389,7 +389,7 @@ class _Changes:
     """
 
     def __init__(self, name: str, workers: Workers, buffers: PartBuffers, *, may_keep: bool) -> None:
-        self.pieces: list[Piece] = []
+        self.pieces: list[Extent] = []
         self._names = (f"{name}.{number:05}" for number in count(1))
         self._workers = workers
         self._buffers = buffers
@@ -403,7 +403,7 @@ class _Changes:
         while data:
             group = self._group = self._group or _Group(next(self._names))
             taken = data[: group.room]
-            append(self.pieces, Piece(None, group.name, group.nbytes, len(taken)))
+            append(self.pieces, Extent(None, group.name, group.nbytes, len(taken)))
             if self._may_keep and len(taken) == PART_BYTES:
                 group.keep(taken)
             else:

@@ -28,7 +28,7 @@ from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.encode import Node, TreeEncoder
 from aiostage.format.manifest import lines_of, parse_line
 from aiostage.format.nodes import NodeTable, reading
-from aiostage.format.safetensors import Record, checked_sizes
+from aiostage.format.safetensors import TensorRecord, checked_sizes
 
 __all__ = ["Described", "describe", "open_described"]
 
@@ -237,7 +237,7 @@ def _tree(
         )
     extra = numpy.frombuffer(text, numpy.uint8)[text_bytes:]
     memories = {_SHARED: shared, _EXTRA: extra}
-    records: dict[str, Record] = {}
+    records: dict[str, TensorRecord] = {}
     data: dict[str, torch.Tensor] = {}
     table = NodeTable()
     for count, line in enumerate(lines):
@@ -248,7 +248,7 @@ def _tree(
                 start, nbytes = checked_sizes([start, nbytes])
                 if memory is None or start + nbytes > memory.nbytes:
                     raise ValueError(f"storage {name} exceeds its memory")
-                records[name] = Record(name, "U8", (nbytes,), 0, nbytes)
+                records[name] = TensorRecord(name, "U8", (nbytes,), 0, nbytes)
                 data[name] = torch.from_numpy(memory[start : start + nbytes])
         else:
             table.add(value)

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._arguments import states_of, whole
+from aiostage._arguments import require_int, states_of
 from aiostage._loop.coroutines import named
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import Storage
@@ -61,7 +61,7 @@ class WeightPublisher:
     ) -> None:
         if stager is not None and not isinstance(stager, AsyncStager):
             raise TypeError(f"stager must be an AsyncStager, or None, not {shown(stager)}")
-        if whole("max_versions", max_versions) < _FEWEST_VERSIONS:
+        if require_int("max_versions", max_versions) < _FEWEST_VERSIONS:
             raise ValueError(
                 f"max_versions must be at least {_FEWEST_VERSIONS}, not {shown(max_versions)}: the newest, one that is "
                 "being staged, and two in use"
@@ -167,10 +167,10 @@ class WeightPublisher:
         Cancelling changes nothing.
         """
         self._opened()
-        number = whole("a version", version)
+        number = require_int("a version", version)
         if self._called is None or not 0 <= number <= self._called:
             raise ValueError(f"version {number} was not published; the last is {self._called}")
-        if whole("count", count) < 1:
+        if require_int("count", count) < 1:
             raise ValueError(f"count must be at least 1, not {count}")
         if isinstance(self._sender, StorageSender):
             raise WeightsError("subscribers of a storage do not answer.", path=self._sender.location)
@@ -179,7 +179,7 @@ class WeightPublisher:
     def _numbered(self, version: int | None) -> int:
         if version is None:
             return 0 if self._called is None else self._called + 1
-        number = whole("a version", version)
+        number = require_int("a version", version)
         if number < 0:
             raise ValueError(f"a version is a whole number from 0, not {number}")
         if self._called is not None and number <= self._called:

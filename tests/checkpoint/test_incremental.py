@@ -13,7 +13,7 @@ import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingOptions
 from aiostage.abc import Buffer
 from aiostage.format.parts import PART_BYTES
-from aiostage.format.placement import BLOCK_BYTES, Piece, PlacedFile, append
+from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, append
 from aiostage.format.steps import name_of
 from aiostage.incremental.writing import _Group
 from aiostage.storage import LocalStorage
@@ -34,17 +34,17 @@ def test_parts_are_whole_blocks() -> None:
 
 
 def test_ranges_of_a_file_in_pieces() -> None:
-    pieces = [Piece("a", "f", 100, 10), Piece(None, "g", 0, 0), Piece(None, "g", 0, 5), Piece("a", "f", 200, 10)]
+    pieces = [Extent("a", "f", 100, 10), Extent(None, "g", 0, 0), Extent(None, "g", 0, 5), Extent("a", "f", 200, 10)]
     file = PlacedFile.of([], pieces)
     assert file.nbytes == 25
     assert list(file.located(0, 25)) == [pieces[0], pieces[2], pieces[3]]
-    assert list(file.located(8, 16)) == [Piece("a", "f", 108, 2), pieces[2], Piece("a", "f", 200, 1)]
-    assert list(file.located(24, 25)) == [Piece("a", "f", 209, 1)]
+    assert list(file.located(8, 16)) == [Extent("a", "f", 108, 2), pieces[2], Extent("a", "f", 200, 1)]
+    assert list(file.located(24, 25)) == [Extent("a", "f", 209, 1)]
     assert list(file.located(7, 7)) == []
-    joined: list[Piece] = []
-    for piece in (Piece("a", "f", 0, 5), Piece("a", "f", 5, 5), Piece("b", "f", 10, 1)):
+    joined: list[Extent] = []
+    for piece in (Extent("a", "f", 0, 5), Extent("a", "f", 5, 5), Extent("b", "f", 10, 1)):
         append(joined, piece)
-    assert joined == [Piece("a", "f", 0, 10), Piece("b", "f", 10, 1)]
+    assert joined == [Extent("a", "f", 0, 10), Extent("b", "f", 10, 1)]
 
 
 @pytest.mark.one_loop

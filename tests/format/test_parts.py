@@ -24,7 +24,7 @@ from aiostage.format.parts import (
     memory_of,
     parts_in,
     scatter,
-    whole,
+    single_piece,
 )
 
 STEP = 64
@@ -94,7 +94,7 @@ class TestCut:
     def test_does_not_copy_what_lies_in_order(self):
         tensor = torch.arange(100, dtype=torch.int64).view(10, 10)
         parts = parts_of([tensor])
-        assert all(whole(part) is not None for part in parts)
+        assert all(single_piece(part) is not None for part in parts)
         assert {piece.untyped_storage().data_ptr() for part in parts for piece in part.pieces} == {tensor.data_ptr()}  # type: ignore[union-attr]
 
     @given(contents(), st.sampled_from([8, 64, 256]))
@@ -136,7 +136,7 @@ class TestScatter:
     def test_leaves_holes_out(self):
         first, last = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
         (part,) = parts_of([first, Hole(5), last])
-        assert whole(part) is None
+        assert single_piece(part) is None
         scatter(part, torch.arange(20, dtype=torch.uint8))
         assert first.tolist() == [0, 1, 2, 3]
         assert last.tolist() == [9, 10, 11, 12]
@@ -144,7 +144,7 @@ class TestScatter:
     def test_a_part_of_nothing_but_holes(self):
         first, second = parts_of([Hole(100)])
         assert (first.nbytes, second.nbytes) == (64, 36)
-        assert whole(first) is None
+        assert single_piece(first) is None
         scatter(first, buffer())
 
 

@@ -17,18 +17,18 @@ from aiostage.errors import CheckpointCorruptError
 from aiostage.format.safetensors import (
     DTYPES,
     HEADER_ALIGNMENT,
-    Record,
+    TensorRecord,
     header_cost,
     read_header,
     write_header,
 )
 
 
-def header_of(*records: Record) -> bytes:
+def header_of(*records: TensorRecord) -> bytes:
     return bytes(exhausted(write_header(records)))
 
 
-def read(text: bytes | str, data_bytes: int) -> list[Record]:
+def read(text: bytes | str, data_bytes: int) -> list[TensorRecord]:
     text = text.encode() if isinstance(text, str) else text
     return exhausted(read_header(text, data_bytes, path="some/file"))
 
@@ -40,16 +40,16 @@ def entry(dtype: str = "U8", shape: list[Any] | None = None, offsets: list[Any] 
 class TestWriteHeader:
     def test_ends_on_a_page(self):
         for count in (0, 1, 100):
-            header = header_of(*(Record(f"t{i}", "U8", (1,), i, i + 1) for i in range(count)))
+            header = header_of(*(TensorRecord(f"t{i}", "U8", (1,), i, i + 1) for i in range(count)))
             assert len(header) % HEADER_ALIGNMENT == 0
             assert int.from_bytes(header[:8], "little") == len(header) - 8
 
     def test_is_opened_by_the_reference_implementation(self, tmp_path: Path):
         records = [
-            Record("double", "F64", (2,), 0, 16),
-            Record('odd "name"\n\\ ü €', "I16", (2, 1), 16, 20),
-            Record("nothing", "F32", (0, 5), 20, 20),
-            Record("scalar", "U8", (), 20, 21),
+            TensorRecord("double", "F64", (2,), 0, 16),
+            TensorRecord('odd "name"\n\\ ü €', "I16", (2, 1), 16, 20),
+            TensorRecord("nothing", "F32", (0, 5), 20, 20),
+            TensorRecord("scalar", "U8", (), 20, 21),
         ]
         file = tmp_path / "model.safetensors"
         file.write_bytes(header_of(*records) + bytes(range(21)))
@@ -65,7 +65,7 @@ class TestWriteHeader:
     def test_every_dtype_is_opened_by_the_reference_implementation(self, tmp_path: Path, name: str):
         size = 3 * DTYPES[name].itemsize
         file = tmp_path / "model.safetensors"
-        file.write_bytes(header_of(Record("x", name, (3,), 0, size)) + bytes(size))
+        file.write_bytes(header_of(TensorRecord("x", name, (3,), 0, size)) + bytes(size))
         assert load_file(file)["x"].dtype is DTYPES[name]
 
     @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), unique=True), st.integers(0, 3))
@@ -73,7 +73,7 @@ class TestWriteHeader:
         names = [name for name in names if name != "__metadata__"]
         shape = (1 << 15,) * dims
         size = 2 << 15 * dims
-        records = [Record(name, "I16", shape, i * size, (i + 1) * size) for i, name in enumerate(names)]
+        records = [TensorRecord(name, "I16", shape, i * size, (i + 1) * size) for i, name in enumerate(names)]
         header = header_of(*records)
         assert len(header) <= sum(header_cost(name, shape) for name in names) + 2 * HEADER_ALIGNMENT
         assert read(header[8:], size * len(names)) == records
@@ -138,13 +138,13 @@ class TestReadHeader:
             read(json.dumps({"a": entry()}), 5)
 
     def test_yields_between_records(self):
-        records = [Record(f"t{i}", "U8", (1,), i, i + 1) for i in range(2000)]
+        records = [TensorRecord(f"t{i}", "U8", (1,), i, i + 1) for i in range(2000)]
         assert sum(1 for _ in write_header(records)) >= 5
         assert sum(1 for _ in read_header(header_of(*records)[8:], 2000, path="")) >= 5
 
     @given(st.data())
     def test_a_damaged_header_is_refused_or_says_the_same(self, data: st.DataObject):
-        records = [Record("a", "U8", (4,), 0, 4), Record("bb", "F32", (2, 1), 4, 12)]
+        records = [TensorRecord("a", "U8", (4,), 0, 4), TensorRecord("bb", "F32", (2, 1), 4, 12)]
         header = bytearray(header_of(*records)[8:].rstrip())
         position = data.draw(st.integers(0, len(header) - 1))
         header[position] ^= 1 << data.draw(st.integers(0, 7))
