@@ -90,6 +90,27 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     assert set(DOCUMENTS[1:]) <= reached, f"docs/index.md does not lead to {set(DOCUMENTS[1:]) - reached}"
 
 
+def test_the_map_names_what_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawing = (ROOT / "docs" / "pictures" / "architecture.svg").read_text()
+    named = re.findall(r"`([\w./]+(?:/|\.py|\.md))`", text) + re.findall(
+        r"(?<![\w/.])[a-z_][\w/]*(?:/|\.py)(?![\w>])", drawing
+    )
+    assert len(named) > 80
+    for name in named:
+        root = ROOT if name.startswith(("tests/", "docs/")) else ROOT / "aiostage"
+        assert (root / name).exists(), f"docs/architecture.md or its drawing names {name}"
+    here = {path.name for path in (ROOT / "aiostage").iterdir() if path.name not in ("__init__.py", "__main__.py")}
+    there = {name.strip("/").partition("/")[0] for name in named}
+    missing = {name for name in here if name != "py.typed" and not name.startswith("__")} - there
+    assert not missing, f"docs/architecture.md does not say what {missing} are"
+    definitions = re.findall(r"`(\w+)`\s(?:in|of)\s+`([\w/]+\.py)`", text)
+    assert len(definitions) > 5
+    for name, file in definitions:
+        defined = re.compile(rf"^(?:class |def |async def )?{name}\b", re.MULTILINE)
+        assert defined.search((ROOT / "aiostage" / file).read_text()), f"{file} does not define {name}"
+
+
 def sections(text: str) -> dict[str, str]:
     """Return what stands below each heading that is a name."""
     heading = re.compile(r"^### `(\w+)`$", re.MULTILINE)
