@@ -32,7 +32,7 @@ test: $(READY)
 # On a PyTorch device without hardware, which changes torch.accelerator for all of its process. The first time it is
 # built, into the user's cache; where there is no C++ compiler the reason is printed.
 test-simgpu: $(READY)
-	$(BIN)/python -m aiostage.testing.simgpu --if-possible $(BIN)/python -m pytest tests/simgpu tests/device
+	$(BIN)/python -m aiostage.testing.simgpu --if-possible $(BIN)/python -m pytest $(IN_PARALLEL) tests/simgpu tests/device
 
 # tests/gpu without a GPU, on a stand-in for CUDA's runtime, under a CUDA build of PyTorch. That takes 5.5 GB, outside of
 # the checkout: CUDA_VENV is a virtual environment that has it and the packages of the tests.
