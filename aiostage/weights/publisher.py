@@ -142,10 +142,14 @@ class WeightPublisher:
             self._opened()
             if self._loop is not current_token().native_token:
                 raise WeightsError("the publisher was opened on another event loop.", path=self._sender.location)
-            staged = await (source.result() if isinstance(source, Snapshot) else source)
+            # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
+            saved = await source if isinstance(self._sender, StorageSender) else None
             async with self._lock:
                 self._opened()
-                await self._sender.send(number, staged)
+                if isinstance(self._sender, StorageSender):
+                    await self._sender.send(number, saved)
+                else:
+                    await self._sender.send(number, await (source.result() if isinstance(source, Snapshot) else source))
         finally:
             if not isinstance(source, Snapshot):
                 source.close()

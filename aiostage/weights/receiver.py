@@ -85,7 +85,9 @@ class SocketReceiver:
                     self._inbox.fail(without_locals(error))
                     return
                 except (EOFError, OSError) as error:
-                    _log.debug("no publisher at %s: %s", self._path, said(error))
+                    # Once for each time that it is away.
+                    level = logging.INFO if wait == _FIRST_WAIT_SECONDS else logging.DEBUG
+                    _log.log(level, "no publisher at %s: %s", self._path, said(error))
                 except MalformedError as error:
                     _log.warning("the publisher at %s is left: it sent %s", self._path, error)
                 finally:

@@ -12,7 +12,7 @@ import struct
 import weakref
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import anyio
@@ -235,26 +235,24 @@ def connect(path: str) -> Channel:
         OSError: If no process listens there, or its queue is full.
         WeightsError: If the process there is of another user, or no program of this kind.
     """
-    directory, name = _open_directory(path)
-    connection = _new_socket()
-    try:
-        connection.connect(_beside(directory, name))
-        channel = Channel(connection)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, OSError) and error.errno == errno.EPROTOTYPE:
-            raise WeightsError(
-                "another program listens there.", path=path, remedy="Choose a path of its own."
-            ) from error
-        if isinstance(error, PermissionError):
-            raise WeightsError(
-                f"this process may not connect: {error.strerror}.",
-                path=path,
-                remedy="Publisher and subscribers have to run as one user.",
-            ) from error
-        raise
-    finally:
-        os.close(directory)
+    with ExitStack() as stack:
+        try:
+            directory, name = _open_directory(path)
+            stack.callback(os.close, directory)
+            connection = stack.enter_context(_new_socket())
+            connection.connect(_beside(directory, name))
+        except OSError as error:
+            if error.errno == errno.EPROTOTYPE:
+                reason, remedy = "another program listens there.", "Choose a path of its own."
+                raise WeightsError(reason, path=path, remedy=remedy) from error
+            if isinstance(error, PermissionError):
+                raise WeightsError(
+                    f"this process may not connect: {error.strerror}.",
+                    path=path,
+                    remedy="Publisher and subscribers have to run as one user.",
+                ) from error
+            raise
+        channel = Channel(connection.dup())
     if channel.uid != os.geteuid():
         channel.close()
         raise WeightsError(

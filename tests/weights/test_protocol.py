@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from aiostage import CheckpointCorruptError, WeightsError
-from aiostage.weights import WeightPublisher, WeightSubscriber
+from aiostage.weights import WeightPublisher, WeightSubscriber, sockets
 from aiostage.weights.description import describe
 from aiostage.weights.sockets import MAX_PACKET_BYTES, Channel, Endpoint, connect
 from tests.weights.trees import until, weights
@@ -292,6 +292,15 @@ class TestSubscriber:
                 await waiting
             channel.close()
             await asyncio.to_thread(endpoint.close)
+
+    async def test_a_directory_of_another_user_is_said(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: str) -> tuple[int, str]:
+            raise PermissionError(13, "Permission denied", path)
+
+        monkeypatch.setattr(sockets, "_open_directory", refuse)
+        async with WeightSubscriber(path) as subscriber:
+            with pytest.raises(WeightsError, match="this process may not connect: Permission denied"):
+                await subscriber.get()
 
     async def test_another_kind_of_socket_is_said(self, path: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:

@@ -148,6 +148,19 @@ class TestVersions:
             assert publisher.versions == (2,)
             assert (await subscriber.get()).version == 2
 
+    async def test_of_many_publications_at_once_one_is_staged_at_a_time(self, path: str) -> None:
+        leases = []
+        async with AsyncStager(SHARED) as stager, WeightPublisher(path, stager) as publisher:
+
+            async def publish(number: int) -> None:
+                await publisher.publish(weights(number), version=number)
+                leases.append(stager.statistics().leases)
+
+            await asyncio.gather(*(publish(number) for number in range(8)))
+            assert publisher.versions == (7,)
+            assert max(leases) <= 2
+            assert stager.statistics().arenas <= 2
+
     async def test_the_moment_of_the_copy_is_the_call(self, path: str) -> None:
         with SimulatedAccelerator(seed=0, spontaneous=True) as accelerator:
             live = accelerator.to_device(torch.zeros(100))
