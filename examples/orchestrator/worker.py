@@ -1,7 +1,7 @@
 """One training job in a process of its own: trains, checkpoints when asked, and hands out its weights.
 
 Commands: ``checkpoint`` (with an ``id`` and a ``reason``), ``preempt`` (checkpoint, then end) and ``release`` (the
-weights of a step have been opened by whoever wanted them). When the service is gone, so is the job.
+evaluator has opened the weights of a step). When the service is gone, so is the job.
 """
 
 from __future__ import annotations
