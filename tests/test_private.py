@@ -70,6 +70,13 @@ def odd_leaves() -> dict[str, Any]:
     }
 
 
+def check_same(source: dict[str, Any], result: dict[str, Any]) -> None:
+    for key, tensor in source.items():
+        assert type(result[key]) is type(tensor)
+        assert result[key].shape == tensor.shape
+        assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
+
+
 def staged(tree: Any) -> Any:
     async def run() -> Any:
         async with AsyncStager() as stager:
@@ -96,9 +103,7 @@ def test_without_it_nothing_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch)
             staged(source)
         return
     result = staged(source)
-    for key, tensor in source.items():
-        assert type(result[key]) is type(tensor)
-        assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
+    check_same(source, result)
     assert result["parameter"].requires_grad
 
 
@@ -126,17 +131,17 @@ def test_what_answers_otherwise_than_expected_is_not_believed(
 ) -> None:
     monkeypatch.setattr(_private, name, instead)
     monkeypatch.setattr(faithful, "_keys_are_proven", cache(faithful._keys_are_proven.__wrapped__))
-    source = odd_leaves()
+    base = torch.arange(6.0)
 
     async def run() -> None:
-        async with AsyncStager() as stager:
-            for number in range(5):
-                result = await stager.stage(source)
-                for key, tensor in source.items():
-                    assert type(result[key]) is type(tensor)
-                    assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
-                if number == 3:
-                    source["plain"] = torch.ones(2, 2)
+        # Among odd leaves nothing is guarded; plain ones are from their third staging on.
+        for source in (odd_leaves(), {"plain": base, "more": torch.ones(3)}):
+            async with AsyncStager() as stager:
+                for _ in range(5):
+                    check_same(source, await stager.stage(source))
+                # The same memory in another shape.
+                source["plain"] = source["plain"].reshape(2, 3)
+                check_same(source, await stager.stage(source))
 
     asyncio.run(run())
 

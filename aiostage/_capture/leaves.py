@@ -258,10 +258,12 @@ class Leaves:
         """
         part = slice(start, start + len(chunk))
         _, addresses, sizes, storages = _look(chunk)
-        now = zip(addresses, sizes, map(id, storages), strict=True)
-        noted = zip(self.addresses[part], self.storage_sizes[part], map(id, self.storages[part]), strict=True)
-        for index, (one, other) in enumerate(zip(now, noted, strict=True), start):
-            if one != other:
+        noted = self.addresses[part], self.storage_sizes[part], self.storages[part]
+        if (addresses, sizes) == noted[:2] and all(map(is_, storages, noted[2])):
+            return
+        rows = zip(zip(addresses, sizes, map(id, storages), strict=True), *noted, strict=True)
+        for index, (now, address, size, storage) in enumerate(rows, start):
+            if now != (address, size, id(storage)):
                 raise Replaced(index)
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
