@@ -18,7 +18,7 @@ from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
-from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
 from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, single_piece
@@ -128,7 +128,7 @@ class PartReader:
 
     def __init__(
         self,
-        reader: ResolvingReader,
+        reader: OpenCheckpoint,
         workers: Workers,
         part_bytes: int,
         targets: ReadTargets,

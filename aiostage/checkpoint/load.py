@@ -27,9 +27,9 @@ from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
+from aiostage.checkpoint.opening import OpenCheckpoint, is_removed, open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
-from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
 from aiostage.checkpoint.writer import MAX_HOLD
@@ -145,7 +145,7 @@ class Loading:
                 yield
         return devices
 
-    async def attempt(self, reader: ResolvingReader) -> Any:
+    async def attempt(self, reader: OpenCheckpoint) -> Any:
         """Read one checkpoint."""
         checkpoint = CheckpointReader(
             reader, self._workers, self._slices, self._targets, verify=self._verify, progress=self._progressed

@@ -13,7 +13,7 @@ from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.checkpoint.incoming import PartReader, ReadTargets
-from aiostage.checkpoint.resolving import ResolvingReader
+from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
@@ -140,7 +140,7 @@ class CheckpointReader:
 
     def __init__(
         self,
-        reader: ResolvingReader,
+        reader: OpenCheckpoint,
         workers: Workers,
         slices: Slices,
         targets: ReadTargets,

@@ -83,15 +83,13 @@ def save(
     check_stager(stager)
     storage, name = locate(target)
     started = perf_counter()
-    own = AsyncStager()
+    own = None
+    if stager is None and not isinstance(state_dict, Snapshot):
+        stager = own = AsyncStager()
     opened = begin("save", target=name)
     with within(opened):
         # Called before anything is awaited: the moment of the copy is the caller's.
-        source = (
-            state_dict
-            if isinstance(state_dict, Snapshot)
-            else source_of(state_dict, stager if stager is not None else own)
-        )
+        source = state_dict if stager is None or isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
     writing = _writing(storage, name, overwrite, max_shard_bytes, progress)
     return named(_save(state_dict, source, own, writing, started, opened), "save")
 
@@ -99,7 +97,7 @@ def save(
 async def _save(
     state_dict: Any,
     source: Snapshot[Any] | Coroutine[Any, Any, Any],
-    own: AsyncStager,
+    own: AsyncStager | None,
     writing: AbstractAsyncContextManager[_Writing],
     started: float,
     opened: OpenSpan | None,
@@ -124,7 +122,8 @@ async def _save(
         finally:
             if not isinstance(source, Snapshot):
                 source.close()
-            await own.aclose()
+            if own is not None:
+                await own.aclose()
     return _timed(info, captured[0] - started, perf_counter() - started)
 
 

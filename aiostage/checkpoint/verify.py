@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
+from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import open_checkpoint
 from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate

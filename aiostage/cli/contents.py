@@ -20,8 +20,8 @@ from aiostage._loop.slices import exhausted
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import Read, recognize, shards_of
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
+from aiostage.checkpoint.opening import placement_of
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.resolving import placement_of
 from aiostage.checkpoint.verify import opened
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree, tensor_entry
 from aiostage.cli.finding import Place

@@ -12,7 +12,7 @@ from typing import Any
 from anyio.to_thread import run_sync
 
 from aiostage._loop.slices import in_turns
-from aiostage.checkpoint.resolving import open_checkpoint
+from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.cli.contents import open_contents
 from aiostage.cli.finding import Place, Run, find, place_of
 from aiostage.cli.output import Output, age, counted, size

@@ -23,8 +23,8 @@ from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.incoming import THREADS
+from aiostage.checkpoint.opening import OpenCheckpoint, is_removed, open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.resolving import ResolvingReader, is_removed, open_checkpoint
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.contents import describing, open_contents
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree
@@ -215,7 +215,7 @@ class _Check:
         finally:
             await reader.aclose()
 
-    async def _run(self, reader: ResolvingReader) -> Report:
+    async def _run(self, reader: OpenCheckpoint) -> Report:
         report = self._report
         table = NodeTable()
         try:
@@ -239,7 +239,7 @@ class _Check:
                 report.damage.append(Damage(os.path.basename(error.path or ""), error.reason))
         return report
 
-    async def _measure(self, reader: ResolvingReader, file: FileRecord) -> None:
+    async def _measure(self, reader: OpenCheckpoint, file: FileRecord) -> None:
         try:
             nbytes = await reader.size(file.name)
         except CheckpointCorruptError as error:
@@ -249,7 +249,7 @@ class _Check:
             # The bytes that count are compared all the same.
             self._report.damage.append(Damage(file.name, f"it is {nbytes} bytes long and not {file.nbytes}."))
 
-    async def _compare(self, reader: ResolvingReader, manifest: Manifest) -> None:
+    async def _compare(self, reader: OpenCheckpoint, manifest: Manifest) -> None:
         """Compare all parts with their digests, several at once."""
         files = [file for file in manifest.files if file.name not in self._wrong]
         queue = iter([(file, index) for file in files for index in range(len(file.digests))])
@@ -271,7 +271,7 @@ class _Check:
         await together(*[work] * at_once)
 
     async def _wrong_with(
-        self, reader: ResolvingReader, file: FileRecord, index: int, start: int, memory: memoryview
+        self, reader: OpenCheckpoint, file: FileRecord, index: int, start: int, memory: memoryview
     ) -> str | None:
         try:
             await reader.read(file.name, start, memory)
@@ -284,7 +284,7 @@ class _Check:
         found = await self._workers.run(partial(digest, memory))
         return None if found == file.digests[index] else ""
 
-    async def _explain(self, reader: ResolvingReader, manifest: Manifest, table: NodeTable) -> None:
+    async def _explain(self, reader: OpenCheckpoint, manifest: Manifest, table: NodeTable) -> None:
         """Tell which tensors wrong bytes are part of."""
         with reading(f"{reader.location}/{MANIFEST_NAME}"):
             paths = _paths_of_tensors(entries_of_table(table, {}))

@@ -19,12 +19,12 @@ from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
 from aiostage.storage.locate import exists
 
-__all__ = ["ResolvingReader", "exists", "is_removed", "open_checkpoint", "placement_of"]
+__all__ = ["OpenCheckpoint", "exists", "is_removed", "open_checkpoint", "placement_of"]
 
 _REMOVED = "it was removed; what is left of it lies there for others that refer to it."
 
 
-class ResolvingReader(Reader):
+class OpenCheckpoint(Reader):
     """A reader of a checkpoint, which may refer to other checkpoints of the same storage.
 
     Args:
@@ -149,10 +149,10 @@ class ResolvingReader(Reader):
         return f"{self.location}/{name}"
 
 
-async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:
+async def open_checkpoint(storage: Storage, name: str) -> OpenCheckpoint:
     """Open a checkpoint, wherever its bytes lie.
 
-    Whether it was removed is found out with its manifest: by :meth:`ResolvingReader.open` or ``placement``.
+    Whether it was removed is found out with its manifest: by :meth:`OpenCheckpoint.open` or ``placement``.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -160,7 +160,7 @@ async def open_checkpoint(storage: Storage, name: str) -> ResolvingReader:
     """
     if removed_of(name.rpartition("/")[2]) is not None:
         raise CheckpointNotFoundError(_REMOVED, path=f"{storage.location}/{name}")
-    return ResolvingReader(storage, name, await storage.read(name))
+    return OpenCheckpoint(storage, name, await storage.read(name))
 
 
 async def refuse_removed(storage: Storage, name: str, location: str) -> None:
