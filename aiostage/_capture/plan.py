@@ -53,6 +53,9 @@ BLOCK_ALIGNMENT = 64
 
 Steps: TypeAlias = Generator[None, None, None]
 
+Group: TypeAlias = tuple[int, list[int]]
+"""Where leaves that overlap begin in the source, and which they are."""
+
 
 class MixedCast(Exception):
     """A leaf to be cast shares memory with one of another dtype."""
@@ -197,21 +200,21 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
     empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
     full.sort(key=lambda entry: (str(entry[0].device or ""), not _is_small(entry[0])))
-    sizes = [max(builder.spec(index).target.itemsize for index in group) for group in groups]
+    sizes = [max(builder.spec(index).target.itemsize for index in members) for _, members in groups]
     for itemsize in sorted({*sizes, *(spec.target.itemsize for spec, _ in full)}, reverse=True):
         for spec, indices in full:
             if spec.target.itemsize == itemsize:
                 yield from builder.add_leaves(spec, indices)
-        for group, size in zip(groups, sizes, strict=True):
+        for (base, members), size in zip(groups, sizes, strict=True):
             if size == itemsize:
-                yield from builder.add_block(group)
+                yield from builder.add_block(base, members)
     builder.cut()
     return Plan(builder.offset, tuple(builder.batches), builder.order(), empty)
 
 
 def _separate(
     specs: Sequence[Spec | None], addresses: Sequence[int]
-) -> Generator[None, None, tuple[list[int], list[list[int]]]]:
+) -> Generator[None, None, tuple[list[int], list[Group]]]:
     """Split leaves into those with memory of their own and groups whose memory overlaps."""
     alone: list[int] = []
     sharing: dict[torch.device | None, tuple[list[int], list[int]]] = {}
@@ -227,7 +230,7 @@ def _separate(
                 indices.append(index)
                 sizes.append(spec.nbytes)
         yield
-    groups: list[list[int]] = []
+    groups: list[Group] = []
     for indices, sizes in sharing.values():
         parts = []
         for first in range(0, len(indices), LOOKED_AT):
@@ -248,45 +251,40 @@ def _separate(
         single: list[int] = []
         for number, (first, last) in enumerate(pairwise(bounds)):
             members = [indices[position] for position in ordered[first:last]]
-            if len(members) == 1 or not (yield from _aligned(members, specs, addresses)):
+            base = (yield from _base_of(members, specs, addresses)) if len(members) > 1 else None
+            if base is None:
                 single += members
             else:
-                groups.append(members)
+                groups.append((base, members))
             if number % LOOKED_AT == 0:
                 yield
         alone += sorted(single)
     return alone, groups
 
 
-def _aligned(
+def _base_of(
     members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]
-) -> Generator[None, None, bool]:
-    """Return whether every member begins a whole number of its own elements after the beginning of their block.
+) -> Generator[None, None, int | None]:
+    """Return where the block of overlapping leaves begins in the source, or None if they cannot be one block.
 
-    Views of one storage always do. Memory that two storages describe differently (overlapping NumPy arrays) may not,
-    and is copied once for each.
+    A view of another dtype may begin before the others, within one of their elements: then the block begins with that
+    element, so that all leaves begin at whole elements of it. The bytes before the first leaf belong to no leaf. Views
+    of one storage always fit so. Memory that two storages describe differently (overlapping NumPy arrays) may not, and
+    is copied once for each.
     """
     sizes: set[int] = set()
     for start in range(0, len(members), LOOKED_AT):
         sizes.update(spec.dtype.itemsize for index in members[start : start + LOOKED_AT] if (spec := specs[index]))
         yield
-    base = _block_base(addresses[members[0]], sizes)
+    first = addresses[members[0]]
+    base = first if len(sizes) == 1 else first - first % max(sizes)
     for start in range(0, len(members), LOOKED_AT):
         for index in members[start : start + LOOKED_AT]:
             spec = specs[index]
             if spec is None or (addresses[index] - base) % spec.dtype.itemsize:
-                return False
+                return None
         yield
-    return True
-
-
-def _block_base(first: int, sizes: set[int]) -> int:
-    """Return where the block of overlapping leaves begins in the source, for element sizes and the first address.
-
-    A view of another dtype may begin before the others, within one of their elements: then the block begins with that
-    element, so that all leaves begin at whole elements of it. The bytes before the first leaf belong to no leaf.
-    """
-    return first if len(sizes) == 1 else first - first % max(sizes)
+    return base
 
 
 class _Builder:
@@ -388,13 +386,17 @@ class _Builder:
             self.inside = True
         self.inside = inside
 
-    def add_block(self, members: list[int]) -> Steps:
-        """Place leaves that overlap; they come in the order of their addresses."""
+    def add_block(self, base: int, members: list[int]) -> Steps:
+        """Place leaves that overlap.
+
+        Args:
+            base: Where their block begins in the source.
+            members: In the order of their addresses.
+        """
         first = self.spec(members[0])
         casts: list[int] = []
         mixed = False
         reach = 0
-        sizes: set[int] = set()
         for start in range(0, len(members), LOOKED_AT):
             for index in members[start : start + LOOKED_AT]:
                 spec = self.spec(index)
@@ -402,11 +404,9 @@ class _Builder:
                     casts.append(index)
                 mixed = mixed or (spec.dtype, spec.target) != (first.dtype, first.target)
                 reach = max(reach, self.addresses[index] + spec.nbytes)
-                sizes.add(spec.dtype.itemsize)
             yield
         if casts and mixed:
             raise MixedCast(casts[0])
-        base = _block_base(self.addresses[members[0]], sizes)
         # In bytes of the staged copy for each byte of the source: other than 1 only when the whole block is cast.
         numerator, denominator = first.target.itemsize, first.dtype.itemsize
         if not casts:

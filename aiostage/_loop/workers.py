@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import weakref
 from collections import deque
@@ -12,10 +13,9 @@ from typing import Generic, TypeVar
 
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.forks import tell_of_forks
-from aiostage._loop.threads import begin
 from aiostage._loop.wakeup import Wakeup
 
-__all__ = ["Job", "Workers"]
+__all__ = ["Job", "Workers", "begin"]
 
 T = TypeVar("T")
 
@@ -346,3 +346,26 @@ class _WorkerState:
             job.run_next()
             # Otherwise an idle thread would keep its last job's memory, and with it a lease.
             del job
+
+
+def begin(thread: threading.Thread) -> None:
+    """Start a thread that was not started; it appears among the threads of the process a moment later.
+
+    ``Thread.start()`` returns when the new thread has had its first turn, for which that waits like any other: where
+    all cores are busy an event loop was held for up to 3 ms. So another, internal thread waits for it.
+
+    Args:
+        thread: A daemon; what it runs is run at once or, if the interpreter ends, never.
+
+    Raises:
+        RuntimeError: If no thread can be had.
+    """
+    _thread.start_new_thread(_begin, (thread,))
+
+
+def _begin(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:
+        # There was one thread to be had and not two: so this is it.
+        thread.run()

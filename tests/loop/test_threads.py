@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from aiostage._loop.threads import begin
+from aiostage._loop.workers import begin
 
 SOON = 10.0
 
