@@ -14,9 +14,8 @@ from aiostage._capture.plan import Batch
 from aiostage._capture.rebuild import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.host import HostCopy
-from aiostage._copy.inspection import SourceInspection
+from aiostage._copy.inspection import SourceInspection, Sources
 from aiostage._copy.pending import StagingCopies
-from aiostage._copy.sources import Sources
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
 from aiostage.errors import StagingError
