@@ -260,7 +260,9 @@ class Checkpointer:
                 return await load_after(caller, (self._storage, name_of(latest)), into=into, foreign=False, **options)
             except CheckpointNotFoundError:
                 continue
-        raise CheckpointError("others keep removing the latest checkpoint.", path=self._storage.location)
+        raise CheckpointError(
+            f"the latest checkpoint was deleted concurrently, {_ATTEMPTS} times.", path=self._storage.location
+        )
 
     async def delete(self, step: int) -> None:
         """Remove a checkpoint. One that is not there is no error.
@@ -473,7 +475,7 @@ class Checkpointer:
                     del error, handle
 
     async def _run(self, block: _Block, saving: Saving) -> None:
-        """Save, then remove what has had its day."""
+        """Save, then remove what the retention policy does not keep."""
         try:
             if await saving.run():
                 self._newest = max(self._newest, (saving.number, saving.handle.step))

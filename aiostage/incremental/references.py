@@ -33,7 +33,7 @@ from aiostage.incremental.reading import placement_of
 __all__ = ["References", "locked"]
 
 _LOCK_FILE = "pin"
-_LOCK_CONTENT = memoryview(b"Somebody is writing a checkpoint that refers to this one.\n")
+_LOCK_CONTENT = memoryview(b"A checkpoint that refers to this one is being written.\n")
 
 
 @asynccontextmanager
@@ -100,7 +100,7 @@ class References:
         except CheckpointNotFoundError:
             return False
         except CheckpointCorruptError:
-            # Somebody may have been about to before it was damaged.
+            # A save may have been about to before it was damaged.
             return True
 
     async def needed(self, names: Collection[str]) -> dict[str, frozenset[str]]:
@@ -116,7 +116,7 @@ class References:
             try:
                 needs = await self._needs_of(name)
             except CheckpointNotFoundError:
-                # Somebody else has removed it.
+                # Another process has removed it.
                 continue
             for source, files in (needs or {}).items():
                 needed[source] = needed.get(source, frozenset()) | files

@@ -251,7 +251,7 @@ def prune_committed(target: str, keep: Collection[str]) -> None:
     with directory, os.scandir(directory.fileno()) as entries:
         for entry in entries:
             if entry.name != MANIFEST_NAME and entry.name not in keep and not entry.is_dir(follow_symlinks=False):
-                # Somebody else may be doing the same.
+                # Another process may be doing the same.
                 with suppress(FileNotFoundError):
                     os.unlink(entry.name, dir_fd=directory.fileno())
 
