@@ -72,7 +72,7 @@ async def main() -> None:
                 before = server.swaps
                 while server.swaps < before + 10:
                     await server.answer()
-                    await asyncio.sleep(0.001)
+                    await asyncio.sleep(0.01)
                 assert server.version is not None
                 print(f"trainer {life}: {server.swaps - before} swaps, the last of version {server.version[1]}")
                 trainer.send_signal(signal.SIGKILL)
