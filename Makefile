@@ -90,11 +90,13 @@ bench-pipeline: $(READY)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/pipeline.py
 
+# Runs every block of Python in the documents, and builds the site into site/.
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # What pip is held to: the constraints, with another PyTorch in them if one was asked for.
 $(VENV)/constraints.txt: $(CONSTRAINTS) | $(BIN)/python

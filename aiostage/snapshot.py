@@ -125,7 +125,7 @@ class Snapshot(Generic[T]):
         """Return the staged tree, whose tensors may not have their values yet; for writers that use :meth:`copied`.
 
         Raises:
-            The errors of :meth:`result`.
+            Exception: The errors of :meth:`result`.
 
         Waits for the capture only if the tree cannot be made without looking at values.
         """
@@ -143,7 +143,7 @@ class Snapshot(Generic[T]):
             nbytes: How many.
 
         Raises:
-            The errors of :meth:`result`, except that a change of the source is noticed at capture only.
+            Exception: The errors of :meth:`result`, except that a change of the source is noticed at capture only.
 
         May be cancelled; that changes nothing.
         """
@@ -243,7 +243,12 @@ class Snapshot(Generic[T]):
 
 
 def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
-    """Stage in one go, for callers who need no handle. The moment is that of the call."""
+    """Return a coroutine that stages in one go, for callers who need no handle. The moment is that of the call.
+
+    Args:
+        resources: What the stagings of a stager share.
+        source: Any tree that ``copy.deepcopy`` could copy.
+    """
     return named(_run(Staging(resources, source)), "AsyncStager.stage")
 
 

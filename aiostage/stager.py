@@ -72,7 +72,7 @@ class AsyncStager(CheckpointStager):
             state_dict: Like the ones to come.
 
         Raises:
-            The errors of :meth:`stage`.
+            Exception: The errors of :meth:`stage`.
 
         May be cancelled; nothing is then left behind.
         """

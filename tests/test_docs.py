@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import os
 import re
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ import anyio
 import pytest
 
 import aiostage
-import aiostage.abc
-import aiostage.checkpoint.progress
 import aiostage.dcp
-import aiostage.observe
-import aiostage.sharing
-import aiostage.testing
-import aiostage.weights
+import aiostage.errors
+from aiostage_command import __version__
+from tests.parsing import parse
 from tests.patience import seconds
 
 ROOT = Path(__file__).parent.parent
@@ -111,14 +108,12 @@ def test_the_map_names_what_exists() -> None:
         assert defined.search((ROOT / "aiostage" / file).read_text()), f"{file} does not define {name}"
 
 
-def sections(text: str) -> dict[str, str]:
-    """Return what stands below each heading that is a name."""
-    heading = re.compile(r"^### `(\w+)`$", re.MULTILINE)
-    places = [(match[1], match.end()) for match in heading.finditer(text)]
-    ends = [match.start() for match in re.finditer(r"^##", text, re.MULTILINE)]
-    return {name: text[place : min((end for end in ends if end > place), default=None)] for name, place in places}
+@cache
+def parsed(module: Path) -> ast.Module:
+    return parse(module.read_text())
 
 
+@cache
 def public_modules() -> dict[str, Path]:
     """Return the modules that people may import from, and the files that they are in."""
     texts = [path.read_text() for path in (*DOCUMENTS, *EXAMPLES)]
@@ -137,19 +132,98 @@ def public_modules() -> dict[str, Path]:
 
 def exported(module: Path) -> list[str]:
     """Return the names that a module exports, without importing it: some need packages that are not installed."""
-    for statement in ast.parse(module.read_text()).body:
+    for statement in parsed(module).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
             names: list[str] = ast.literal_eval(statement.value)
             return names
     return []
 
 
+@cache
+def source_of(module: str, name: str) -> tuple[str, str]:
+    """Return the module that defines a name which a module exports, and its name there."""
+    steps = ROOT.joinpath(*module.split("."))
+    path = steps / "__init__.py" if steps.is_dir() else steps.with_suffix(".py")
+    for statement in ast.walk(parsed(path)):
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("aiostage"):
+            for alias in statement.names:
+                if (alias.asname or alias.name) == name:
+                    return source_of(str(statement.module), alias.name)
+    return module, name
+
+
+@cache
+def directives() -> list[tuple[str, str]]:
+    """Return the names of which docs/reference.md shows the docstring, each as a module and a name in it."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    return [(module, name) for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", text, re.MULTILINE)]
+
+
 @pytest.mark.parametrize("name", sorted(public_modules()))
 def test_the_reference_has_every_public_name(name: str) -> None:
+    shown = {source_of(*each) for each in directives()}
+    missing = [each for each in exported(public_modules()[name]) if source_of(name, each) not in shown]
+    assert not missing, f"docs/reference.md lacks the line '::: {name}.{missing[0]}', and {missing[1:]} of {name}"
+
+
+def test_the_reference_shows_each_name_once_and_no_others() -> None:
+    shown = [source_of(*each) for each in directives()]
+    assert len(shown) > 100
+    assert len(shown) == len(set(shown)), [each for each in shown if shown.count(each) > 1]
+    for module, name in directives():
+        assert name in exported(public_modules()[module]), f"docs/reference.md: {module} does not export {name}"
+
+
+def test_the_reference_lists_every_error() -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
-    module = public_modules()[name]
-    missing = [each for each in exported(module) if not re.search(rf"(`([\w.]*\.)?|await |with ){each}[`(]", text)]
-    assert not missing, f"docs/reference.md does not say what {missing} of {name} are"
+    missing = [name for name in aiostage.errors.__all__ if f"| `{name}` |" not in text]
+    assert not missing, f"the table of errors in docs/reference.md does not have {missing}"
+
+
+def definition(module: str, name: str) -> ast.AST | None:
+    """Return the class or function of a name; None for other values."""
+    for statement in parsed(ROOT.joinpath(*module.split(".")).with_suffix(".py")).body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == name:
+            return statement
+    return None
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    found = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    extra = [each for each in (function.args.vararg, function.args.kwarg) if each is not None]
+    return [each.arg for each in (*found, *extra) if each.arg not in ("self", "cls") and not each.arg.startswith("_")]
+
+
+def unsaid(node: ast.AST | None) -> list[str]:
+    """Return what the docstrings of a class or function leave out: parameters, fields, or themselves."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        text, names = ast.get_docstring(node) or "", parameters(node)
+        return [node.name] * (not text) + [each for each in names if not re.search(rf"\b{each}\b", text)]
+    if not isinstance(node, ast.ClassDef):
+        return []
+    text, missing = ast.get_docstring(node) or "", []
+    for number, member in enumerate(node.body):
+        if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+            field, after = member.target.id, node.body[number + 1 : number + 2]
+            has_own = bool(after) and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant)
+            if not (field.startswith("_") or has_own or re.search(rf"\b{field}\b", text)):
+                missing.append(field)
+        elif isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+            # What is not made by its users, such as a handle, says nothing of how it is made.
+            if member.name == "__init__" and "Args:" in text:
+                missing += [each for each in parameters(member) if not re.search(rf"\b{each}\b", text)]
+            elif not member.name.startswith(("_", "test_")) and ast.get_docstring(member) is None:
+                missing.append(member.name)
+    return [node.name] * (not text) + missing
+
+
+@pytest.mark.parametrize(("module", "name"), directives(), ids=lambda value: value)
+def test_the_docstrings_of_the_reference_are_complete(module: str, name: str) -> None:
+    module, name = source_of(module, name)
+    if (ROOT.joinpath(*module.split("."))).is_dir():
+        module += ".__init__"
+    missing = unsaid(definition(module, name))
+    assert not missing, f"the docstrings of {module} do not say what {missing} are"
 
 
 def test_public_modules_are_found() -> None:
@@ -159,35 +233,21 @@ def test_public_modules_are_found() -> None:
         assert set(exported(public_modules()[module.__name__])) == set(module.__all__)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        aiostage,
-        aiostage.abc,
-        aiostage.checkpoint.progress,
-        aiostage.observe,
-        aiostage.sharing,
-        aiostage.testing,
-        aiostage.weights,
-    ],
-    ids=lambda module: module.__name__,
-)
-def test_the_sections_of_the_reference_are_complete(module: Any) -> None:
-    text = (ROOT / "docs" / "reference.md").read_text()
-    for name, section in sections(text).items():
-        value = getattr(module, name, None)
-        if (
-            inspect.isfunction(value)
-            or dataclasses.is_dataclass(value)
-            or value in (aiostage.AsyncStager, aiostage.Checkpointer)
-        ):
-            unsaid = [each for each in inspect.signature(value).parameters if not re.search(rf"\b{each}\b", section)]
-            assert not unsaid, f"the section of {name} in docs/reference.md does not say what {unsaid} are"
-        if not inspect.isclass(value) or not value.__module__.startswith("aiostage"):
-            continue
-        members = [member for member in vars(value) if not member.startswith(("_", "test_"))]
-        missing = [member for member in members if not re.search(rf"\b{member}\b", section)]
-        assert not missing, f"the section of {name} in docs/reference.md does not say what {missing} are"
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds(170), check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    reference = (tmp_path / "reference.html").read_text()
+    missing = [f"{module}.{name}" for module, name in directives() if f'id="{module}.{name}"' not in reference]
+    assert not missing, f"the page lacks {missing}"
+    assert not re.search(r":(?:class|func|meth):`|<autoref", reference)
+    assert __version__ in (tmp_path / "index.html").read_text()
 
 
 @pytest.mark.parametrize("name", aiostage.__all__)

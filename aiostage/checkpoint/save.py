@@ -214,7 +214,7 @@ async def convert(
         What was written.
 
     Raises:
-        The errors of :func:`load` and :func:`save`. All of it is in host memory meanwhile.
+        Exception: The errors of :func:`load` and :func:`save`. All of it is in host memory meanwhile.
 
     May be cancelled as :func:`save` may.
     """

@@ -76,7 +76,7 @@ async def opened(
         What reads the elements, into host memory, and what the checkpoint consists of.
 
     Raises:
-        The errors of :func:`outline_of`.
+        Exception: The errors of :func:`outline_of`.
     """
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:

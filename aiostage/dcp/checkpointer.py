@@ -222,7 +222,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: If the block was not entered, or was left.
-            The errors of :meth:`Saving.captured`.
+            Exception: The errors of :meth:`Saving.captured`.
             ValueError: If the step is below 0.
 
         That there is a checkpoint of this step already, the handle says.

@@ -106,7 +106,7 @@ class Saving:
 
         Raises:
             RankFailedError: If any rank failed.
-            The errors of :meth:`captured`.
+            Exception: The errors of :meth:`captured`.
 
         May be cancelled: before the state is captured that gives up the save, later it changes nothing.
         """
@@ -194,7 +194,7 @@ def save(
 
     Raises:
         RankFailedError: If any other rank failed, or this one while planning or writing.
-        The errors of :meth:`Saving.captured`, if this rank cannot stage.
+        Exception: The errors of :meth:`Saving.captured`, if this rank cannot stage.
         ValueError: As for :func:`start_save`.
 
     When cancelled before all ranks have come together, no rank saves, and the others raise

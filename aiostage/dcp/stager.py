@@ -83,7 +83,7 @@ class TorchStager(TorchAsyncStager):
         """Wait until the latest state dict is captured.
 
         Raises:
-            The errors of :meth:`stage`.
+            Exception: The errors of :meth:`stage`.
         """
         latest = self._latest
         if latest is not None:
