@@ -32,6 +32,21 @@ class Registering(SimulatedAccelerator):
         self.threads.append(threading.get_ident())
 
 
+class Watched:
+    """A lock that notes which threads take it."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock = lock
+        self.threads: list[int] = []
+
+    def __enter__(self) -> None:
+        self.threads.append(threading.get_ident())
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
 @contextmanager
 def warned(times: int) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
@@ -82,6 +97,19 @@ class TestDropped:
         with anyio.fail_after(20):
             while is_mapped(address):
                 await anyio.sleep(0.001)
+
+    async def test_it_takes_no_lock_where_it_is_dropped(self):
+        stager = AsyncStager()
+        await stager.stage(SOURCE)
+        # The collector may drop it in any code, also in code that holds this lock.
+        pool = stager._resources.pool
+        lock = pool._lock = Watched(pool._lock)  # type: ignore[assignment]
+        with warned(1):
+            del stager
+        with anyio.fail_after(20):
+            while not lock.threads:
+                await anyio.sleep(0.001)
+        assert threading.get_ident() not in lock.threads
 
     async def test_a_thread_unregisters_its_memory(self):
         with Registering() as accelerator:
