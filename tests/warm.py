@@ -28,7 +28,12 @@ _STREAMS = (0, 1, 2)
 
 
 def begin() -> None:
-    """Start the process that imports, which lives as long as this one, and let `PYTHON` find it."""
+    """Start the process that imports, which lives as long as this one, and let `PYTHON` find it.
+
+    Where the kernel does not tell of the end of a process (macOS), programs are new processes.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return
     import atexit
     import subprocess
     import tempfile
