@@ -1,8 +1,8 @@
 """Events that can only be asked whether they are done, as awaitables.
 
-One timer of each event loop asks about the events of all its waiters. No task and no thread is started for it. The
-longer a wait has taken, the longer it is until its event is asked again, so that asking costs a small share of the
-time, and the waiter runs a small share of the time late.
+One timer of each event loop asks about the events of all its waiters, without a thread. The longer a wait has taken,
+the longer it is until its event is asked again, so that asking costs a small share of the time, and the waiter runs a
+small share of the time late.
 """
 
 from __future__ import annotations
