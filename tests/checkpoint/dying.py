@@ -21,7 +21,7 @@ from anyio.lowlevel import checkpoint
 
 import aiostage
 from aiostage.checkpoint.save import write_checkpoint
-from aiostage.storage import directories
+from aiostage.storage import files
 
 OPERATIONS = ("open", "mkdir", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename", "unlink", "rmdir")
 MANY_POINTS = 500
@@ -54,7 +54,7 @@ class Killer:
         self.left = last
         for name in OPERATIONS:
             setattr(os, name, self.counted(getattr(os, name)))
-        directories._rename = self.counted(directories._rename)
+        files._rename = self.counted(files._rename)
         os.pwrite = self.interrupted(os.pwrite)
 
     def count(self) -> None:
@@ -116,7 +116,7 @@ def look(target: str, overwrite: bool) -> int:
 
 def main(directory: str, overwrite: bool, exchanging: bool) -> None:
     if not exchanging:
-        directories._rename = lambda *_, **__: False
+        files._rename = lambda *_, **__: False
     # What is loaded here, and what no collector looks at, costs the children nothing.
     asyncio.run(checkpoint())
     gc.disable()
