@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import uvloop
 
 import aiostage
-from aiostage import AsyncStager, Checkpointer
+from aiostage import AsyncStager, Checkpointer, StagingOptions
 from tests.patience import seconds
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,9 @@ async def many_at_once(directory: Path) -> None:
         await asyncio.sleep(0)
         assert stager.statistics().leases == 0
 
-        # What is changed after the call is no part of the copy, or the copy is torn.
+    # What is changed after the call is no part of the copy, or the copy is torn. The walk is one step, for on a busy
+    # machine the step at the call may end before it has noted the tree.
+    async with AsyncStager(StagingOptions(max_loop_hold=math.inf)) as stager:
         live = tree(3)
         task = loop.create_task(stager.stage(live))
         live["weights"][0].add_(1)
@@ -67,6 +70,7 @@ async def many_at_once(directory: Path) -> None:
             assert outcome.paths == ("state_dict['weights'][0]",)
         else:
             assert float(outcome["weights"][0][0]) == 3
+        del outcome
 
         async with Checkpointer(directory, stager, keep=2) as checkpoints:
             for step in range(4):
