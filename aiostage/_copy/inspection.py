@@ -212,6 +212,7 @@ _AT_ONCE = 256
 """Aliases made between two yields, at about a microsecond each."""
 
 _data_ptr = torch.UntypedStorage.data_ptr
+_nbytes = torch.UntypedStorage.nbytes
 
 
 class Sources:
@@ -289,15 +290,14 @@ class Sources:
         """Return which small leaves' storages still have the memory that was noted; None if all of them have."""
         if isinstance(indices, range):
             part = slice(indices.start, indices.stop)
-            storages, addresses = self._storages[part], self.addresses[part]
+            storages, sizes, addresses = self._storages[part], self._sizes[part], self.addresses[part]
         else:
             storages = [self._storages[index] for index in indices]
+            sizes = [self._sizes[index] for index in indices]
             addresses = [self.addresses[index] for index in indices]
-        # Most leaves begin where their storages do. A storage that is resized gets other memory before its own is given
-        # back, so that it has another address, and its size, which costs as much again to ask for, need not be asked.
-        # One that was resized twice may be back where it was, with fewer bytes: what is read behind them is in the
-        # heap, and the capture, which compares sizes, is torn.
-        if list(map(_data_ptr, storages)) == addresses:  # type: ignore[arg-type]
+        # Most leaves begin where their storages do. Both are asked: a storage that was resized twice may be back at its
+        # address with fewer bytes.
+        if list(map(_data_ptr, storages)) == addresses and list(map(_nbytes, storages)) == sizes:  # type: ignore[arg-type]
             return None
         there = list(map(self.is_there, indices))
         return None if all(there) else there
