@@ -653,7 +653,8 @@ class Walk:
                     f"the __deepcopy__ of {type(source).__qualname__} returned a tensor that is not a copy in host "
                     f"memory ({tensor.dtype} {tuple(tensor.shape)} on {tensor.device}).",
                     path=format_path(node.own_path()),
-                    remedy="Copy tensors with copy.deepcopy(tensor, memo) in it, or use passthrough for the object.",
+                    remedy="In a class of your own, copy tensors with copy.deepcopy(tensor, memo). Of another's class, "
+                    "stage what the object is made of, such as its to_dict(). passthrough leaves the object as it is.",
                 )
         node.copy, node.done = result, True
         memo[id(source)] = result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import math
 import threading
@@ -128,6 +129,29 @@ class TestStage:
             with pytest.raises(UnsupportedLeafError, match="not today") as caught:
                 await stager.stage({"a": [Broken()]})
             assert isinstance(caught.value.__cause__, RuntimeError)
+
+    async def test_a_deepcopy_that_shares_tensors_is_refused_with_advice_that_works(self):
+        class Batch:
+            """As those of graphs: its copy shares what is not in its store."""
+
+            def __init__(self) -> None:
+                self.store, self.slices = {"x": torch.ones(2)}, {"x": torch.zeros(2)}
+
+            def __deepcopy__(self, memo: dict[int, object]) -> object:
+                result = copy.copy(self)
+                result.store = copy.deepcopy(self.store, memo)
+                return result
+
+            def to_dict(self) -> dict[str, object]:
+                return dict(self.store)
+
+        batch = Batch()
+        async with AsyncStager() as stager:
+            with pytest.raises(UnsupportedLeafError, match=r"\['batch'\].*Batch.*such as its to_dict\(\)"):
+                await stager.stage({"batch": batch})
+            staged = await stager.stage({"batch": batch.to_dict()})
+        assert staged["batch"]["x"] is not batch.store["x"]
+        assert torch.equal(staged["batch"]["x"], batch.store["x"])
 
 
 @pytest.mark.asyncio
