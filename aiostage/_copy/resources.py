@@ -11,6 +11,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
@@ -62,7 +64,7 @@ class Resources:
     def __init__(self, options: StagingOptions, backend: Backend | None) -> None:
         self.options = options
         self.backend = backend
-        self.workers = Workers(_COPY_THREADS, "aiostage-copy")
+        self.workers = Workers(_COPY_THREADS, "aiostage-copy", prepare=torch.get_num_threads)
         self.launcher = Workers(1, "aiostage-launch")
         """One thread, so that a stream gets its copies in the order of the plan."""
         self.streams = CopyStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None

@@ -231,10 +231,13 @@ class Workers:
     Args:
         threads: How many steps may run at once.
         name: What the threads are called, followed by a number.
+        prepare: What each thread calls first, with the GIL; pass ``torch.get_num_threads`` where steps copy tensors.
+            PyTorch makes its own threads anew when a thread of a forked child first uses it, without a lock: two
+            threads that do so at once end in "Invalid thread pool!". That call does it, and keeps the GIL.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
-        self._state = _WorkerState(threads, name)
+    def __init__(self, threads: int, name: str, *, prepare: Callable[[], object] | None = None) -> None:
+        self._state = _WorkerState(threads, name, prepare)
         self._finalizer = weakref.finalize(self, self._state.stop)
 
     def job(self) -> Job:
@@ -283,9 +286,10 @@ class Workers:
 class _WorkerState:
     """What the threads share. They refer to this and not to Workers, so that dropping Workers ends them."""
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int, name: str, prepare: Callable[[], object] | None) -> None:
         self.limit = threads
         self.name = name
+        self.prepare = prepare
         self.alive = 0
         self.idle = 0
         self.started = 0
@@ -330,6 +334,8 @@ class _WorkerState:
             self.condition.notify_all()
 
     def _serve(self) -> None:
+        if self.prepare is not None:
+            self.prepare()
         while True:
             with self.condition:
                 while not self.queue:

@@ -77,7 +77,8 @@ class Loading:
         self._report = report
         self._fit = fit
         self._stateful = stateful_in(into)
-        self._workers, self._slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads)
+        self._slices = Slices(MAX_HOLD)
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
             return

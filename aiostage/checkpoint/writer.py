@@ -118,7 +118,7 @@ class CheckpointWriter:
         self._name = name
         self._max_shard_bytes = max_shard_bytes
         self._progress: Callable[[SaveProgress], object] | None = None
-        self._workers = Workers(_THREADS, "aiostage-save")
+        self._workers = Workers(_THREADS, "aiostage-save", prepare=torch.get_num_threads)
         self._slices = Slices(MAX_HOLD)
         self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0

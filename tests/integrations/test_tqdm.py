@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import aiostage
 from aiostage import CheckpointCorruptError
@@ -21,6 +22,10 @@ def tree() -> dict[str, torch.Tensor]:
 
 @pytest.mark.asyncio
 async def test_a_bar_for_a_save_and_a_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = tqdm.monitor
+    if monitor is not None:  # started by bars of other tests
+        monitor.exit()
+        tqdm.monitor = None
     await aiostage.save(tree(), tmp_path / "step-1", progress=True)
     await aiostage.load(tmp_path / "step-1", progress=True)
     shown = capsys.readouterr()

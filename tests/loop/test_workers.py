@@ -410,6 +410,23 @@ class TestThreads:
         assert workers.threads <= 2
         assert len(threads_of("test-workers")) <= 2
 
+    async def test_each_begins_with_what_prepares_it(self):
+        prepared: list[str] = []
+        workers = Workers(2, "test-workers", prepare=lambda: prepared.append(threading.current_thread().name))
+        job, ran = workers.job(), set()
+        gates = [Gate(), Gate()]
+        for gate in gates:
+            job.put(lambda gate=gate: (ran.add(threading.current_thread().name in prepared), gate()))
+        for gate in gates:
+            await entered(gate)
+        for gate in gates:
+            gate.open.set()
+        job.close()
+        await job.join()
+        workers.stop()
+        assert ran == {True}
+        assert len(prepared) == len(set(prepared)) == 2
+
     async def test_idle_threads_end_and_later_work_starts_new_ones(
         self, workers: Workers, monkeypatch: pytest.MonkeyPatch
     ):
