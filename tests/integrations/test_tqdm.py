@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import aiostage
 from aiostage import CheckpointCorruptError
@@ -20,12 +20,17 @@ def tree() -> dict[str, torch.Tensor]:
     return {"a": torch.zeros(5 << 20), "b": torch.ones(3)}
 
 
+def monitor_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if "TMonitor" in type(thread).__name__}
+
+
 @pytest.mark.asyncio
-async def test_a_bar_for_a_save_and_a_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = tqdm.monitor
-    if monitor is not None:  # started by bars of other tests
-        monitor.exit()
-        tqdm.monitor = None
+async def test_a_bar_for_a_save_and_a_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bars of other tests may have started a monitor, which another bar would use.
+    monkeypatch.setattr(tqdm, "monitor", None)
+    monitors = monitor_threads()
     await aiostage.save(tree(), tmp_path / "step-1", progress=True)
     await aiostage.load(tmp_path / "step-1", progress=True)
     shown = capsys.readouterr()
@@ -33,7 +38,7 @@ async def test_a_bar_for_a_save_and_a_load(tmp_path: Path, capsys: pytest.Captur
     saving, loading = (text.rstrip().rsplit("\r", 1)[1] for text in re.split(r"\n", shown.err.strip()))
     assert re.match(r"saving step-1: 100%.*20\.0M/20\.0M .*B/s", saving)
     assert re.match(r"loading step-1: 100%.*20\.0M/20\.0M .*B/s", loading)
-    assert not [thread for thread in threading.enumerate() if "TMonitor" in type(thread).__name__]
+    assert monitor_threads() == monitors
 
 
 @pytest.mark.asyncio
