@@ -24,7 +24,7 @@ from aiostage.checkpoint.save import write_checkpoint
 
 __all__ = ["CONTROLS", "SCHEDULES", "KeepsNoSource", "Machine", "Outcome", "WaitsForNothing", "run_schedules", "source"]
 
-SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "500"))
+SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "100"))
 """How many a run tries."""
 
 SIZES = (64, 3000, 20_000, 70_000)
