@@ -327,11 +327,16 @@ class Staging:
         """Start the copies from host memory, and return those from devices."""
         if self.failure is not None:
             raise self.failure
+        device_failure: StagingError | None = None
         if self._inspecting is not None:
             await self._slices.run(self._inspecting)
             self._inspecting = None
             # What was written meanwhile is in the versions that were read, so the copies have to have it too.
-            self._caller.renew()
+            try:
+                self._caller.renew()
+            except StagingError as error:
+                # It matters only if something is copied from a device.
+                device_failure = error
         plan = self.plan = await self._slices.run(self._inspection.plan())
         self.progress.batches = plan.batches
         copies = self._copies = Copies(
@@ -348,6 +353,8 @@ class Staging:
             return []
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
         if device is not None:
+            if device_failure is not None:
+                raise device_failure
             self._caller.check()
         if plan.nbytes:
             with Phase(self.timings, "memory"):

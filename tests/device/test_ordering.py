@@ -324,7 +324,8 @@ class TestGraphCapture:
         with Captures(clock=VirtualClock()) as accelerator:
             live = full(accelerator, 1)
             accelerator.capturing = True
-            async with AsyncStager(backend=accelerator) as stager:
-                staged = await stager.stage({"a": torch.ones(3)})
-            assert staged["a"].tolist() == [1] * 3
+            for max_loop_hold in (1e-3, 1e-9):  # the walk ends in the call, or after it
+                async with AsyncStager(StagingOptions(max_loop_hold=max_loop_hold), backend=accelerator) as stager:
+                    staged = await stager.stage({"a": torch.ones(3), "more": [[n] for n in range(300)]})
+                assert staged["a"].tolist() == [1] * 3
             del live
