@@ -327,18 +327,16 @@ class Staging:
         """Start the copies from host memory, and return those from devices."""
         if self.failure is not None:
             raise self.failure
-        device_failure: StagingError | None = None
         if self._inspecting is not None:
             await self._slices.run(self._inspecting)
             self._inspecting = None
             # What was written meanwhile is in the versions that were read, so the copies have to have it too.
-            try:
-                self._caller.renew()
-            except StagingError as error:
-                # It matters only if something is copied from a device.
-                device_failure = error
+            self._caller.record_again()
         plan = self.plan = await self._slices.run(self._inspection.plan())
         self.progress.batches = plan.batches
+        device = next((batch.device for batch in plan.batches if batch.device is not None), None)
+        if device is not None:
+            self._caller.check()
         copies = self._copies = Copies(
             self._inspection,
             self.job,
@@ -351,11 +349,6 @@ class Staging:
             self.progress.window = Window(plan, self._options.max_host_bytes or plan.nbytes)
             await self._slices.run(self._make(plan, copies.outline))
             return []
-        device = next((batch.device for batch in plan.batches if batch.device is not None), None)
-        if device is not None:
-            if device_failure is not None:
-                raise device_failure
-            self._caller.check()
         if plan.nbytes:
             with Phase(self.timings, "memory"):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, device=device)

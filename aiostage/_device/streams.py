@@ -70,6 +70,14 @@ class CallerStreams:
             except Exception as error:
                 self._failure = _device_error(error)
 
+    def record_again(self) -> None:
+        """As :meth:`renew`, but leave a failure to :meth:`check`: it matters only if something is on a device."""
+        if self._failure is None:
+            try:
+                self._record()
+            except Exception as error:
+                self._failure = _device_error(error)
+
     def renew(self) -> None:
         """Record what was enqueued until now: on the streams recorded before, and on those that are current now.
 
