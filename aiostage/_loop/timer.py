@@ -121,8 +121,11 @@ class Timer:
 
     def __del__(self) -> None:
         """Close the descriptor of an asyncio loop that was closed while the timer was set."""
-        if self._asyncio is not None and self._descriptor >= 0:
-            os.close(self._descriptor)
+        # The collector may call this before it closes the coroutines that wait, which then stop the timer. By then its
+        # number may be another file's.
+        descriptor, self._descriptor = self._descriptor, -1
+        if self._asyncio is not None and descriptor >= 0:
+            os.close(descriptor)
 
 
 def _read(descriptor: int) -> None:
