@@ -19,6 +19,7 @@ from aiostage._memory.arena import Arena
 from aiostage._memory.pool import Lease, Pool
 from aiostage._memory.shared import SharedFile, SharedHandle
 from aiostage.errors import HostMemoryError
+from tests.descriptors import SHARED_MEMORY, opened
 from tests.memory import opening
 from tests.warm import PYTHON
 
@@ -27,13 +28,8 @@ MIB = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create and /proc")
 
 
-def named_memory() -> set[str]:
-    """Return the names in /dev/shm, without those of the semaphores that other processes make all the time."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
-
-
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+def descriptors() -> set[tuple[str, str]]:
+    return opened(SHARED_MEMORY)
 
 
 class Stranger:
@@ -107,7 +103,7 @@ class TestHandle:
         del opened
         assert len(descriptors() - before) == 1
         del tensor
-        assert descriptors() == before
+        assert not descriptors() - before
 
     def test_what_was_opened_outlives_its_owner(self):
         arena = Arena.shared(MIB)
@@ -138,7 +134,7 @@ class TestStaleHandles:
         before = descriptors()
         with pytest.raises(HostMemoryError, match=f"process {os.getpid()} has closed it"):
             replace(arena.share(MIB), descriptor=other.share(MIB).descriptor).open()
-        assert descriptors() == before
+        assert not descriptors() - before
 
     def test_the_memory_is_in_use_again(self):
         arena = Arena.shared(MIB)
@@ -147,7 +143,7 @@ class TestStaleHandles:
         before = descriptors()
         with pytest.raises(HostMemoryError, match="used its memory again"):
             handle.open()
-        assert descriptors() == before
+        assert not descriptors() - before
         arena.share(MIB).open()
 
 
@@ -203,11 +199,16 @@ from aiostage._memory.arena import Arena
 arena = Arena.shared(1 << 20)
 arena.exporter(1 << 20)[:] = 2
 print(pickle.dumps(arena.share(1 << 20)).hex(), flush=True)
+with open("/proc/self/maps") as maps:
+    shared = [line for line in maps if "memfd:" in line or "/dev/shm" in line]
+print(*(line.split(maxsplit=5)[5].strip() for line in shared), sep="|", flush=True)
 sys.stdin.readline()
 """
-    before = named_memory()
     owner = subprocess.Popen([*PYTHON, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     handle = pickle.loads(bytes.fromhex(owner.stdout.readline()))
+    names = owner.stdout.readline().strip().split("|")
+    assert any(name.startswith(SHARED_MEMORY) for name in names)
+    assert all(name.endswith(" (deleted)") for name in names), "nothing has a name, so nothing stays behind"
     stranger = Stranger(handle)
     assert stranger.sum() == 2 * MIB
     owner.kill()
@@ -216,7 +217,6 @@ sys.stdin.readline()
     assert stranger.sum() == 2 * MIB
     with pytest.raises(HostMemoryError):
         handle.open()
-    assert named_memory() <= before, "nothing has a name, so nothing stays behind"
     stranger.end()
 
 
@@ -256,11 +256,11 @@ class TestPools:
     async def test_descriptors_do_not_grow_with_tensors(self, workers: Workers):
         pool = Pool(workers, shared=True)
         await pool.acquire(MIB)
-        before = len(descriptors())
+        before = descriptors()
         lease = await pool.acquire(4 * MIB)
         tensors = [torch.from_numpy(lease.buffer[start : start + 64]) for start in range(0, 2 * MIB, 64)]
         assert len(tensors) > 30_000
-        assert len(descriptors()) - before <= 2
+        assert len(descriptors() - before) <= 2
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
@@ -335,10 +335,10 @@ except HostMemoryError as error:
 def test_a_dropped_file_closes_its_descriptor():
     before = descriptors()
     file = SharedFile(MIB)
-    assert len(descriptors()) == len(before) + 1
+    assert len(descriptors() - before) == 1
     del file
     gc.collect()
-    assert descriptors() == before
+    assert not descriptors() - before
 
 
 def test_a_lease_is_what_is_shared(workers: Workers):

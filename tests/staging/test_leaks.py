@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import threading
 
 import psutil
@@ -12,23 +11,22 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
+from tests.descriptors import SHARED_MEMORY, opened
 from tests.staging.holding import until
 
 MIB = 2**20
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def threads() -> int:
-    """Count threads, but for those that come and go within their limits."""
-    return sum(not thread.name.startswith("aiostage-copy") for thread in threading.enumerate())
+    """Count aiostage's threads, but for those that come and go within their limits."""
+    names = [thread.name for thread in threading.enumerate()]
+    return sum(name.startswith("aiostage-") and not name.startswith("aiostage-copy") for name in names)
 
 
-def mappings() -> int:
+def mappings() -> list[str]:
+    """Return where shared memory of aiostage is mapped. Other mappings come and go with threads and their heaps."""
     with open("/proc/self/maps") as lines:
-        return sum(1 for _ in lines)
+        return [line for line in lines if any(name in line for name in SHARED_MEMORY)]
 
 
 def tree(count: int = 50) -> dict[str, object]:
@@ -43,11 +41,11 @@ async def test_two_hundred_stagings(use_shared_memory: bool) -> None:
         for _ in range(20):
             await stager.stage(source)
         gc.collect()
-        before = (descriptors(), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
+        before = (len(opened(SHARED_MEMORY)), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
         resident = psutil.Process().memory_info().rss
         for _ in range(200):
             await stager.stage(source)
-        after = (descriptors(), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
+        after = (len(opened(SHARED_MEMORY)), threads(), stager.statistics().arenas, len(asyncio.all_tasks()))
         assert stager._resources.workers.threads <= 2
         assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
         assert psutil.Process().memory_info().rss - resident < 16 * MIB
@@ -59,9 +57,9 @@ async def test_descriptors_and_arenas_do_not_grow_with_the_number_of_tensors() -
     for count in (10, 1000):
         async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
             await stager.stage(tree(count))
-            before = descriptors()
+            before = opened(SHARED_MEMORY)
             staged = await stager.stage(tree(count))
-            counts.append((descriptors() - before, stager.statistics().arenas, stager.statistics().copies))
+            counts.append((len(opened(SHARED_MEMORY) - before), stager.statistics().arenas, stager.statistics().copies))
             del staged
     assert counts[0][:2] == counts[1][:2]
     assert counts[1][2] <= counts[0][2] + 8
@@ -74,14 +72,15 @@ async def test_a_stager_that_is_closed_leaves_nothing() -> None:
         await stager.stage(tree())
     await until(lambda: stager.statistics().arenas == 0)
     await until(lambda: not stager._resources.workers.threads)
-    before = (descriptors(), mappings())
+    gc.collect()
+    before = (opened(SHARED_MEMORY), len(mappings()))
     for _ in range(10):
         async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
             await stager.stage(tree())
         await until(lambda stager=stager: stager.statistics().arenas == 0)  # type: ignore[misc]
         await until(lambda stager=stager: not stager._resources.workers.threads)  # type: ignore[misc]
-    assert descriptors() <= before[0]
-    assert mappings() <= before[1] + 4
+    assert not opened(SHARED_MEMORY) - before[0]
+    assert len(mappings()) <= before[1], mappings()
 
 
 @pytest.mark.asyncio

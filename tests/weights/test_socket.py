@@ -20,6 +20,7 @@ from aiostage._memory.shared import map_memory
 from aiostage.testing import LeakProbe, SimulatedAccelerator
 from aiostage.testing.cancelling import at_every_await
 from aiostage.weights import WeightPublisher, WeightSubscriber, WeightVersion
+from tests.descriptors import SHARED_MEMORY, opened
 from tests.patience import seconds
 from tests.weights.trees import until, versions_in, weights
 
@@ -99,9 +100,9 @@ class TestVersions:
             WeightSubscriber(path) as subscriber,
         ):
             await publisher.publish(weights(1))
-            before = len(os.listdir("/proc/self/fd"))
+            before = opened(SHARED_MEMORY)
             version = await subscriber.get()
-            assert len(os.listdir("/proc/self/fd")) - before <= 1
+            assert len(opened(SHARED_MEMORY) - before) <= 1
             version.state_dict["layer0"].add_(1)
             del version
             again = publisher._sender._newest.staged["layer0"]
