@@ -28,6 +28,7 @@ from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.staging.holding import copies_held, until_copies_wait
 
 
 def tree(step: int) -> dict[str, Any]:
@@ -178,14 +179,14 @@ async def test_a_snapshot_that_others_use_too(incremental: bool) -> None:
 async def test_a_source_that_changes_before_is_torn() -> None:
     async with AsyncStager() as stager, Checkpointer(MemoryStorage(), stager) as checkpoints:
         source = tree(1)
-        source["weights"] = torch.ones(10_000_000)
-        saving = asyncio.create_task(checkpoints.save(1, source))
-        while not stager._resources.running:
-            await checkpoint()
-        await checkpoint()
-        source["weights"].add_(1)
-        with pytest.raises(TornSnapshotError, match="weights"):
-            await saving
+        # Before its copy has run, however long the machine is busy with others.
+        with copies_held(stager) as release:
+            saving = asyncio.create_task(checkpoints.save(1, source))
+            await until_copies_wait(stager)
+            source["weights"].add_(1)
+            release.set()
+            with pytest.raises(TornSnapshotError, match="weights"):
+                await saving
     # It was told of, so leaving the block tells nothing.
     assert await checkpoints.steps() == []
 

