@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Sequence
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _grad = attrgetter("grad")
 _DENSE = {"dense"}
-_NOTHING = {type(None)}
 
 
 class Replaced(Exception):
@@ -326,7 +326,7 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
 
 def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether some tensor has a gradient, without a call of Python for each."""
-    return not set(map(type, map(_grad, tensors))) <= _NOTHING
+    return any(map(is_not, map(_grad, tensors), repeat(None)))
 
 
 Columns = tuple[list[int], list[int], list[int], list[torch.UntypedStorage | None]]
@@ -338,10 +338,12 @@ def _look(tensors: Sequence[torch.Tensor]) -> Columns:
     version = _private.version_of
     try:
         with _private.without_torch_function():
-            versions = list(map(version.__get__, tensors)) if version is not None else [NO_WITNESS] * len(tensors)
+            # Most of the time of many small tensors is waiting for memory, less of it where short calls come first.
             addresses = list(map(_address, tensors))
             storages: list[Any] = list(map(_storage, tensors))
-            return versions, addresses, list(map(_storage_nbytes, storages)), storages
+            sizes = list(map(_storage_nbytes, storages))
+            versions = list(map(version.__get__, tensors)) if version is not None else [NO_WITNESS] * len(tensors)
+            return versions, addresses, sizes, storages
     except Exception:
         # Some have no version, no address or no storage.
         return _look_at_each(tensors)

@@ -53,3 +53,16 @@ async def test_what_the_user_says_during_a_staging_stays(before: bool) -> None:
         switch()
         await staging
         assert gc.isenabled() is not before
+
+
+@pytest.mark.asyncio
+async def test_nothing_but_the_staged_tensors_is_new_for_the_collector() -> None:
+    gc.disable()
+    async with AsyncStager() as stager:
+        for _ in range(3):
+            staged = await stager.stage(SOURCE)
+        gc.collect()
+        before = gc.get_count()[0]
+        kept = await stager.stage(SOURCE)
+        new = gc.get_count()[0] - before
+    assert len(staged) == len(kept) <= new <= 1.1 * len(SOURCE)
