@@ -12,6 +12,7 @@ import aiostage
 from aiostage import StagerClosedError, StagingError, StagingOptions
 from aiostage.blocking import Checkpointer, Stager, load, save
 from tests.forking import run_forking
+from tests.patience import seconds
 
 
 def state(number: int) -> dict[str, object]:
@@ -19,6 +20,7 @@ def state(number: int) -> dict[str, object]:
 
 
 def test_saves_restores_and_keeps_the_last(tmp_path: Path) -> None:
+    others = set(threading.enumerate())
     with Checkpointer(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest() is None
         handles = [checkpoints.save(number, state(number)) for number in range(4)]
@@ -35,7 +37,7 @@ def test_saves_restores_and_keeps_the_last(tmp_path: Path) -> None:
         assert checkpoints.steps() == [3]
     assert handles[0].committed() == infos[0], "also when it is over"
     assert all(handle.done() for handle in handles)
-    assert not [thread for thread in threading.enumerate() if thread.name == "aiostage-checkpointer"]
+    assert "aiostage-checkpointer" not in [thread.name for thread in set(threading.enumerate()) - others]
 
 
 def test_the_source_may_change_once_save_has_returned(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_signals_set_preempted_and_get_their_handlers_back(tmp_path: Path) -> No
     with Checkpointer(tmp_path, save_on_signals=[signal.SIGUSR1]) as checkpoints:
         assert not checkpoints.preempted.is_set()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert checkpoints.preempted.wait(10)
+        assert checkpoints.preempted.wait(seconds(10))
         checkpoints.save(1, state(1))
     assert signal.getsignal(signal.SIGUSR1) is before
 
@@ -211,6 +213,7 @@ class TestStager:
             checkpoints.save(1, snapshot)
 
     def test_it_is_used_inside_its_block(self, tmp_path: Path) -> None:
+        others = set(threading.enumerate())
         stager = Stager()
         with pytest.raises(StagingError, match="not entered"):
             stager.stage({})
@@ -221,7 +224,7 @@ class TestStager:
         stager.close()
         with pytest.raises(StagingError, match="entered before"), stager:
             pass
-        assert not [thread for thread in threading.enumerate() if thread.name == "aiostage-stager"]
+        assert "aiostage-stager" not in [thread.name for thread in set(threading.enumerate()) - others]
 
 
 class TestFiles:

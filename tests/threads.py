@@ -8,7 +8,9 @@ from collections.abc import Collection
 from contextlib import suppress
 from time import monotonic
 
-SOON = 10.0
+from tests.patience import seconds
+
+SOON = seconds(10.0)
 _LOOK_AGAIN = 0.2
 
 

@@ -28,6 +28,7 @@ from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.patience import seconds
 from tests.staging.holding import copies_held, until_copies_wait
 
 
@@ -70,7 +71,7 @@ async def turns(count: int = 300) -> None:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(seconds(10)):
         while not holds():
             await anyio.sleep(0.001)
 
@@ -241,7 +242,7 @@ async def test_more_than_fits_the_budget(incremental: bool) -> None:
             with pytest.raises(OSError, match="No space left"):
                 await (await saving).committed()
             storage.before = None
-            with anyio.fail_after(10):
+            with anyio.fail_after(seconds(10)):
                 await checkpoints.save(3, source)
     assert storage.under_way == []
     assert_same(expected, await checkpoints.restore())

@@ -21,6 +21,7 @@ from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.test_checkpointer import Gate, tree, turns, until
+from tests.patience import seconds
 
 
 async def in_a_task(call: Callable[[], Awaitable[Any]]) -> Any:
@@ -224,7 +225,7 @@ async def test_signals_reach_a_checkpointer_that_no_block_holds() -> None:
     checkpoints = Checkpointer(MemoryStorage(), save_on_signals=[signal.SIGUSR1])
     await in_a_task(checkpoints.open)
     os.kill(os.getpid(), signal.SIGUSR1)
-    with anyio.fail_after(10):
+    with anyio.fail_after(seconds(10)):
         await checkpoints.preempted.wait()
     await in_a_task(checkpoints.aclose)
     assert signal.getsignal(signal.SIGUSR1) is before

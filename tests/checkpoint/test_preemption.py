@@ -15,6 +15,7 @@ from aiostage import Checkpointer
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.test_checkpointer import Gate, tree, until
 from tests.forking import run_forking
+from tests.patience import seconds
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -45,7 +46,7 @@ async def train(checkpoints: Checkpointer, send_at: int) -> int:
 async def saves_and_leaves(handlers: list[int]) -> None:
     storage = MemoryStorage()
     async with Checkpointer(storage, save_on_signals=SIGNALS) as checkpoints:
-        with anyio.fail_after(10):
+        with anyio.fail_after(seconds(10)):
             last = await train(checkpoints, send_at=3)
     assert last >= 3
     assert await checkpoints.latest() == last

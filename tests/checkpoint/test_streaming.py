@@ -29,6 +29,7 @@ from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.programs import output_of
 from tests.checkpoint.trees import trees
+from tests.patience import seconds
 from tests.spans import Recorder
 
 KIB = 1 << 10
@@ -71,7 +72,7 @@ def third_copy_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def held(self: HostCopy, job: Job) -> bool:
         if next(started) >= 2:
-            assert written.wait(30)
+            assert written.wait(seconds(30))
         return run(self, job)
 
     monkeypatch.setattr(HostCopy, "run", held)

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 
+from tests.patience import seconds
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 MISSING = None if CHROMIUM and CHROMEDRIVER else "chromium and chromedriver are not installed on this machine"
@@ -49,9 +51,9 @@ class Browser:
         """Run JavaScript in the page and return what it returns."""
         return self._ask("POST", "execute/sync", {"script": script, "args": list(arguments)})
 
-    def until(self, script: str, seconds: float = 30.0) -> Any:
+    def until(self, script: str) -> Any:
         """Wait until JavaScript returns something true."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds(30.0)
         while not (value := self.run(script)):
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.1)
@@ -76,8 +78,8 @@ def browser(profile: Path, free_port: Callable[[], int]) -> Iterator[Browser]:
     port = free_port()
     driver = subprocess.Popen([CHROMEDRIVER, f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            deadline = time.monotonic() + 20
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=seconds(60), trust_env=False) as client:
+            deadline = time.monotonic() + seconds(20)
             while True:
                 try:
                     client.get("/status")
@@ -104,4 +106,4 @@ def browser(profile: Path, free_port: Callable[[], int]) -> Iterator[Browser]:
                 client.delete(f"/session/{session}")
     finally:
         driver.terminate()
-        driver.wait(20)
+        driver.wait(seconds(20))

@@ -174,6 +174,6 @@ def test_a_hundred_requests_a_second_while_four_workers_checkpoint(service: Serv
     begin = time.monotonic()
     statuses = asyncio.run(load(service.url))
     assert statuses == [200] * (rate * duration)
-    assert time.monotonic() - begin < 5 * duration, "far from keeping up"
+    assert time.monotonic() - begin < seconds(1.25 * duration), "far from keeping up"
     for name in names:
         service.until(lambda job, last=before[name]: int(committed(job)[-1]["id"]) > int(last), name)

@@ -5,8 +5,9 @@ import threading
 import pytest
 
 from aiostage._loop.workers import begin
+from tests.patience import seconds
 
-SOON = 10.0
+SOON = seconds(10.0)
 
 
 def test_runs_the_thread_under_its_name():

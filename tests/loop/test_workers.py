@@ -15,9 +15,10 @@ import pytest
 from aiostage._loop import workers as workers_module
 from aiostage._loop.workers import Job, Workers
 from aiostage.testing import at_every_await
+from tests.patience import seconds
 from tests.threads import until_none_of
 
-SOON = 10.0
+SOON = seconds(10.0)
 """Seconds until a wait that should not take any is given up."""
 
 

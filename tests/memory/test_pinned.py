@@ -15,6 +15,7 @@ from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.errors import AcceleratorUnavailableError
 from aiostage.testing import at_every_await
+from tests.patience import seconds
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ class Registry:
 
     def register(self, address: int, nbytes: int, device: torch.device) -> None:
         self.entered.set()
-        self.go.wait(10)
+        self.go.wait(seconds(10))
         self.calls.append("register")
         self.threads.add(threading.current_thread().name)
         assert address not in self.registered

@@ -19,9 +19,10 @@ from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 from aiostage.testing import at_every_await
 from tests.descriptors import SHARED_MEMORY, opened
+from tests.patience import seconds
 
 MIB = 1 << 20
-SOON = 10.0
+SOON = seconds(10.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:

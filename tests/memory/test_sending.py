@@ -17,6 +17,7 @@ import torch.multiprocessing as multiprocessing
 
 from aiostage import AsyncStager, StagingOptions
 from tests.forking import run_forking
+from tests.patience import seconds
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create and /proc")
 
@@ -52,7 +53,7 @@ async def test_to_a_spawned_process_and_back() -> None:
             for value in range(4):
                 staged = await stager.stage(tree(value))
                 out.put(staged)
-                total, tied, kinds, count = back.get(timeout=40)
+                total, tied, kinds, count = back.get(timeout=seconds(40))
                 descriptors.append(count)
                 assert total == 10_000 * value
                 assert tied
@@ -62,7 +63,7 @@ async def test_to_a_spawned_process_and_back() -> None:
             assert max(descriptors) - min(descriptors) <= 2
     finally:
         out.put(None)
-        process.join(20)
+        process.join(seconds(20))
     assert process.exitcode == 0
 
 
@@ -99,7 +100,7 @@ async def test_as_an_argument_of_a_process() -> None:
         process = context.Process(target=total, args=(await stager.stage({"a": torch.ones(1000)}), queue))
         process.start()
         assert queue.get() == 1000
-        process.join(20)
+        process.join(seconds(20))
         assert process.exitcode == 0
 
 

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-_READY_SECONDS = 20.0
+from tests.patience import seconds
+
+_READY_SECONDS = seconds(20.0)
 _STOP_SECONDS = 3.0
 
 _PORTS = range(12_000, 22_000)

@@ -11,6 +11,7 @@ import anyio.lowlevel
 
 from aiostage import AsyncStager
 from aiostage._loop.workers import Job
+from tests.patience import seconds
 
 THREADS = 2
 """How many copies a stager runs at once."""
@@ -23,14 +24,14 @@ def copies_held(stager: AsyncStager) -> Iterator[threading.Event]:
     busy = threading.Barrier(THREADS + 1)
 
     def occupy() -> None:
-        busy.wait(10)
-        release.wait(30)
+        busy.wait(seconds(10))
+        release.wait(seconds(30))
 
     job = stager._resources.workers.job()
     for _ in range(THREADS):
         job.put(occupy)
     job.close()
-    busy.wait(10)
+    busy.wait(seconds(10))
     try:
         yield release
     finally:

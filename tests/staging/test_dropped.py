@@ -15,6 +15,7 @@ import torch
 
 from aiostage import AsyncStager, StagingOptions
 from aiostage.testing import SimulatedAccelerator
+from tests.patience import seconds
 
 MIB = 2**20
 SOURCE = {"w": torch.arange(4.0 * MIB)}
@@ -70,7 +71,7 @@ def is_mapped(address: int) -> bool:
 
 
 async def until_unregistered(accelerator: Registering) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(seconds(20)):
         while not accelerator.threads:
             await anyio.sleep(0.001)
     assert threading.get_ident() not in accelerator.threads
@@ -98,7 +99,7 @@ class TestDropped:
         assert is_mapped(address)
         with warned(1):
             del stager
-        with anyio.fail_after(20):
+        with anyio.fail_after(seconds(20)):
             while is_mapped(address):
                 await anyio.sleep(0.001)
 
@@ -110,7 +111,7 @@ class TestDropped:
         lock = pool._lock = Watched(pool._lock)  # type: ignore[assignment]
         with warned(1):
             del stager
-        with anyio.fail_after(20):
+        with anyio.fail_after(seconds(20)):
             while not lock.threads:
                 await anyio.sleep(0.001)
         assert threading.get_ident() not in lock.threads

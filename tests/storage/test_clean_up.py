@@ -16,6 +16,7 @@ from aiostage import CheckpointError
 from aiostage.storage import clean_up as module
 from aiostage.storage.objects import ObjectStorage
 from aiostage.storage.pointer import Heartbeat, lease_seconds, write_lease
+from tests.patience import seconds
 from tests.servers.weed import BUCKET
 from tests.storage.buckets import content, save, some_bytes, write
 
@@ -130,7 +131,7 @@ async def test_a_dropped_draft_stops_its_heartbeat() -> None:
         thread for thread in threading.enumerate() if thread.name == "aiostage-heartbeat" and thread not in before
     ]
     del pending
-    thread.join(10)
+    thread.join(seconds(10))
     assert not thread.is_alive()
 
 

@@ -26,8 +26,10 @@ def path(tmp_path: Path) -> str:
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Fail if a background thread is left."""
+    others = set(threading.enumerate())
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name in ("aiostage-weights", "aiostage-stager")]
+    new = {thread.name for thread in set(threading.enumerate()) - others}
+    assert not new & {"aiostage-weights", "aiostage-stager"}
 
 
 @pytest.mark.usefixtures("threads")
