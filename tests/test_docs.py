@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from tests.patience import seconds
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-BLOCK = re.compile(r"(?:<!-- skip: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>skip|needs): (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -43,23 +46,94 @@ async def run(code: str, line: int, document: Path, namespace: dict[str, Any]) -
     await eval(compiled, namespace)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_page(document: Path, package: str | None = None) -> None:
+    """Run the blocks of a document that need no package, and those that need this one.
+
+    In one namespace and on one event loop, as for a reader who types it in.
+    """
     text = document.read_text()
     blocks = list(BLOCK.finditer(text))
     assert text.count("```python\n") == len(blocks), "a block is not closed"
-    monkeypatch.chdir(tmp_path)
     if "<!-- warnings of other packages are ignored -->" in text:
         warnings.simplefilter("ignore")
 
     async def main() -> None:
-        # One namespace and one event loop for a document, as for a reader who types it in.
         namespace: dict[str, Any] = {"__name__": document.stem}
         for block in blocks:
-            if block["reason"] is None:
+            if block["mark"] is None or (block["mark"] == "needs" and block["reason"] == package):
                 await run(block["code"], text.count("\n", 0, block.start("code")), document, namespace)
 
     anyio.run(main)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(document)
+
+
+def needed() -> list[tuple[Path, str]]:
+    """Return the packages that blocks need beside those of the tests, each with its page."""
+    return [
+        (page, name)
+        for page in DOCUMENTS
+        for name in sorted({block["reason"] for block in BLOCK.finditer(page.read_text()) if block["mark"] == "needs"})
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("document", "package"), needed(), ids=lambda value: getattr(value, "name", value))
+def test_blocks_run_that_need_a_package(document: Path, package: str, tmp_path: Path) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, and not among the packages of the tests")
+    # Such packages start processes, and change what they find in their own.
+    outcome = subprocess.run(
+        [sys.executable, "-m", "tests.test_docs", str(document), package],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=seconds(150),
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def shown(page: str, language: str) -> str:
+    """Return the one block of a language that a page has."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    text: str = blocks[0]
+    return text
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, "requeue 4711\n"), (0, ""), (1, "")])
+def test_the_batch_script_starts_a_preempted_training_again(status: int, requeued: str, tmp_path: Path) -> None:
+    for name, does in {"srun": f'echo "$@" > ran; exit {status}', "scontrol": 'echo "$@" > requeued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o700)
+    (tmp_path / "requeued").write_text("")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    script = ["bash", "-c", shown("clusters.md", "sh")]
+    assert subprocess.run(script, cwd=tmp_path, env=environment, check=False).returncode == status
+    assert (tmp_path / "ran").read_text() == "python preempted.py checkpoints\n"
+    assert (tmp_path / "requeued").read_text() == requeued
+
+
+def test_the_job_for_kubernetes_starts_a_preempted_training_again() -> None:
+    yaml = pytest.importorskip("yaml", reason="the extra `docs` is not installed")
+    job = yaml.safe_load(shown("clusters.md", "yaml"))["spec"]
+    status = re.search(r"^PREEMPTED = (\d+)$", (ROOT / "examples" / "preempted.py").read_text(), re.MULTILINE)
+    assert status is not None
+    [ignored] = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    assert ignored == {"operator": "In", "values": [int(status[1])]}
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["restartPolicy"] == "Never"
+    assert container["command"][:2] == ["python", "preempted.py"]
+    assert container["command"][2] in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
@@ -271,3 +345,7 @@ def test_every_example_runs(example: Path, tmp_path: Path) -> None:
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert not list(tmp_path.iterdir()), "the example leaves files behind"
+
+
+if __name__ == "__main__":
+    run_page(Path(sys.argv[1]), sys.argv[2])

@@ -84,7 +84,8 @@ async def set_by_signals(event: anyio.Event, signals: Sequence[signal.Signals]) 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             f"signals ({', '.join(each.name for each in signals)}) can only be received in the main thread. "
-            "Pass save_on_signals=() and set checkpoints.preempted from the main thread."
+            "Pass save_on_signals=() here, handle them in the main thread, and have this event loop call "
+            "checkpoints.preempted.set(), with loop.call_soon_threadsafe."
         )
     handlers = Handlers(signals)
     try:
