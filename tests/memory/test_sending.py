@@ -143,6 +143,7 @@ async def test_other_tensors_go_as_they_did() -> None:
 
 FORKING = """
 import asyncio, gc, pickle
+from multiprocessing import resource_sharer
 from multiprocessing.reduction import ForkingPickler
 import torch
 from aiostage import AsyncStager, StagingOptions
@@ -150,15 +151,21 @@ from aiostage import AsyncStager, StagingOptions
 async def main():
     async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
         staged = await stager.stage({"a": torch.ones(1000)})
-        # Sent and received, so that only the stager still has the descriptor.
+        # Sent and received, so that only the stager still has the descriptor: the thread that sends closes its own
+        # after what it has sent may have been received.
         pickle.loads(bytes(ForkingPickler.dumps(staged)))
+        resource_sharer.stop(60)
         gc.collect()
         read, write = os.pipe()
+        ready, running = os.pipe()
         child = os.fork()
         if not child:
             os.close(write)
+            os.write(running, b".")
             os.read(read, 1)
             os._exit(0)
+        # A child closes what it has inherited before its fork() returns, which may be after the one here.
+        os.read(ready, 1)
         arenas = stager.statistics().arenas
         del staged
         gc.collect()
