@@ -71,8 +71,12 @@ class SaveHandle:
         self.was_asked = True
         return await self._saving.committed()
 
+    async def ended(self) -> None:
+        """Wait until it is committed, or has failed."""
+        await self._ended.wait()
+
     async def finish(self) -> bool:
-        """Wait until it has ended, and return whether it is committed."""
+        """Carry it to its end, and return whether it is committed."""
         try:
             await self._saving.committed()
         except Exception as error:
@@ -281,7 +285,8 @@ class Checkpointer:
     def latest(self) -> Coroutine[Any, Any, int | None]:
         """Return a coroutine that returns the highest step that there is a checkpoint of, or None.
 
-        The first rank looks, and all return what it has found. Earlier saves and loads of the ranks come first.
+        The first rank looks, and all return what it has found. Saves of this checkpointer that were captured before end
+        first.
 
         Raises:
             RankFailedError: If any rank failed.
@@ -301,7 +306,7 @@ class Checkpointer:
 
         Args:
             into: As for :func:`~aiostage.dcp.load`: each rank reads what it needs.
-            step: Which one, the same on all ranks. None: the latest that the first rank sees.
+            step: Which one, the same on all ranks. None: the latest, as for :meth:`latest`.
             planner: As for :func:`~aiostage.dcp.load`.
             weights_only: As for :func:`~aiostage.dcp.load`.
 
@@ -361,6 +366,9 @@ class Checkpointer:
             found = None
             if self._is_first:
                 try:
+                    # A save that was captured before may be the latest once it has ended.
+                    for handle in list(self._handles):
+                        await handle.ended()
                     found = await find()
                 except Exception as error:
                     await call.refuse(f"{type(error).__name__}: {error}")

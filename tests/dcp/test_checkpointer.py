@@ -49,6 +49,16 @@ class TestAlone:
         with pytest.raises(RankFailedError, match="step-00000002"):
             await checkpoints.restore(into, 2)
 
+    async def test_saves_that_were_captured_before_end_first(self, tmp_path: Path) -> None:
+        async with dcp.Checkpointer(tmp_path, max_in_flight=2) as checkpoints:
+            await checkpoints.save(1, state(1))
+            assert await checkpoints.latest() == 1
+            await checkpoints.save(2, state(2))
+            await checkpoints.save(3, state(3))
+            into = state(0)
+            assert await checkpoints.restore(into) == 3
+            assert into["step"] == 3
+
     async def test_a_step_that_is_there_fails_and_is_told_at_the_end(self, tmp_path: Path) -> None:
         async with dcp.Checkpointer(tmp_path) as checkpoints:
             await checkpoints.save(1, state(1))
