@@ -175,10 +175,15 @@ class PendingCopies:
         self._abandon.atexit = False
 
     def follow_the_caller(self, device: torch.device) -> None:
-        """Make the copies of a device wait for the caller's moment."""
+        """Make the copies of a device wait for the caller's moment.
+
+        Raises:
+            StagingError: If the device has failed.
+        """
         if device not in self._beside:
             # Asked for once: after a failure elsewhere the next answer is another stream, which waits for nothing.
-            beside = self._streams.of(device)
+            with device_errors():
+                beside = self._streams.of(device)
             self._caller.order_before(beside.stream, device)
             self._beside[device] = beside
 
@@ -192,18 +197,22 @@ class PendingCopies:
             The copies under way, for :meth:`wait`.
 
         Raises:
-            Exception: What the device says. Copies may be under way all the same, and their memory is kept.
+            torch.OutOfMemoryError: If the device has no room for what is made before a copy.
+            StagingError: If the device has failed.
+
+        After an error copies may be under way all the same, and their memory is kept.
         """
         on = self._beside[copy.device]
-        try:
-            copy.enqueue(self._backend, on.stream)
-        except Exception:
-            # Some of it may be under way, into memory that must not be given away. Should that not even be
-            # recorded, the device has failed and copies no more.
-            with suppress(Exception):
-                self._record(copy, on)
-            raise
-        return self._record(copy, on)
+        with device_errors():
+            try:
+                copy.enqueue(self._backend, on.stream)
+                return self._record(copy, on)
+            except Exception:
+                # Some of it may be under way, into memory that must not be given away. Should that not even be
+                # recorded, the device has failed and copies no more.
+                with suppress(Exception):
+                    self._record(copy, on)
+                raise
 
     def _record(self, copy: Enqueueable, on: CopyStream) -> PendingCopy:
         event = self._backend.record(on.stream)
@@ -296,14 +305,11 @@ class StagingCopies(PendingCopies):
 
         When cancelled, what has not been enqueued is dropped.
         """
-        with device_errors():
-            await self._launch(copies, launcher, max_bytes)
-
-    async def _launch(self, copies: list[DeviceCopy], launcher: Workers, max_bytes: int | None) -> None:
-        for device in {copy.device: None for copy in copies}:
-            self.follow_the_caller(device)
-        rounds = list(_rounds(copies, max_bytes))
+        rounds: list[list[DeviceCopy]] = []
         try:
+            for device in {copy.device: None for copy in copies}:
+                self.follow_the_caller(device)
+            rounds += _rounds(copies, max_bytes)
             for number, members in enumerate(rounds):
                 if number >= 2:
                     for copy in [self._by_number[copy.number] for copy in rounds[number - 2]]:

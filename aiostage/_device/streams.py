@@ -123,7 +123,8 @@ class CallerStreams:
         self.check()
         assert self._backend is not None  # noqa: S101 - a caller that asks for a stream has a device
         recorded = self._recorded.get(device)
-        return recorded[0][0] if recorded else self._backend.current_stream(device)
+        with device_errors():
+            return recorded[0][0] if recorded else self._backend.current_stream(device)
 
     def order_before(self, stream: Any, device: torch.device) -> None:
         """Make later work of a stream wait, on the device, for what the caller had enqueued on that device.
@@ -182,11 +183,12 @@ class CallerStreams:
         self.check()
         with ExitStack() as stack:
             if self._backend is not None:
-                # Leaving a stream may make its device current, so the device is entered last.
-                for recorded in self._recorded.values():
-                    stack.enter_context(self._backend.on(recorded[0][0]))
-                if self._current is not None:
-                    stack.enter_context(self._backend.guard(self._current))
+                with device_errors():
+                    # Leaving a stream may make its device current, so the device is entered last.
+                    for recorded in self._recorded.values():
+                        stack.enter_context(self._backend.on(recorded[0][0]))
+                    if self._current is not None:
+                        stack.enter_context(self._backend.guard(self._current))
             yield
 
     def check(self) -> None:

@@ -60,8 +60,12 @@ async def give_up(aborting: Coroutine[Any, Any, object], error: BaseException) -
 def without_locals(error: E) -> E:
     """Drop what an error's traceback keeps alive: memory must not live as long as the report that copying it failed.
 
-    Called where the error is caught; the frame that calls is dropped from the traceback.
+    Called where the error is caught; the frame that calls is dropped from the traceback. What the error was raised from
+    is treated alike, but not what was being handled meanwhile, which is the caller's.
     """
     traceback = error.__traceback__
-    clear_frames(traceback)
+    cause: BaseException | None = error
+    while cause is not None:
+        clear_frames(cause.__traceback__)
+        cause = cause.__cause__
     return error.with_traceback(traceback.tb_next if traceback is not None else None)

@@ -17,7 +17,7 @@ import torch
 from aiostage._arguments import check_flags, stateful_in
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
-from aiostage._device import CallerStreams, CopyStreams, default_backend
+from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
 from aiostage._loop.cleanup import finish
 from aiostage._loop.coroutines import named
 from aiostage._loop.slices import Slices
@@ -82,12 +82,14 @@ class Loading:
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
             return
+        with device_errors():
+            first_device = next(iter(backend.active_devices()), None)
         pinning = Pinning(backend) if backend.pinned_memory_reason is None else None
         self._targets = ReadTargets(
             self._workers,
             backend.device_of,
             HostToDeviceCopier(backend, CopyStreams(backend), caller),
-            next(iter(backend.active_devices()), None),
+            first_device,
             pinning,
         )
 

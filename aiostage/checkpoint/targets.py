@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from aiostage._device.streams import CallerStreams
+from aiostage._device.streams import CallerStreams, device_errors
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend
@@ -111,7 +111,9 @@ class Devices:
             if device is None or device == _META:
                 found |= await slices.run(host_memory(sizes, path=path, device=device))
                 continue
-            if device not in self._reached.active_devices():
+            with device_errors():
+                active = self._reached.active_devices()
+            if device not in active:
                 await workers.run(partial(self._take, {}, {"": 1}, device, None))
             stream = caller.stream(device)
             rest = iter(sizes.items())
@@ -159,7 +161,8 @@ class Devices:
             raise AcceleratorUnavailableError(
                 f"device={str(device)!r} cannot be had: {reason}.", remedy="Leave device= out to load into host memory."
             )
-        current = self._reached.current_device()
+        with device_errors():
+            current = self._reached.current_device()
         if device.type != current.type:
             raise ValueError(
                 f"device={str(device)!r} is no device of the accelerator, which is called {current.type!r}"
