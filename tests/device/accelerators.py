@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -60,6 +60,8 @@ class DeviceAccelerator(TorchBackend):
             not read.
         seed: Chooses how late copies and kernels are.
         spontaneous: Copies and kernels take a random time.
+        late: What comes so late that a stager which does not wait for it is certain to go wrong: kernels, and what they
+            fail of, do nothing before :meth:`release`; copies of a stager wait for the next kernel.
         others: For the simulator.
     """
 
@@ -70,9 +72,11 @@ class DeviceAccelerator(TorchBackend):
         clock: VirtualClock | None = None,
         seed: int | None = None,
         spontaneous: bool = False,
+        late: Literal["kernels", "copies"] | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
+        self._late = late
         self._device: Any = torch.simgpu  # type: ignore[attr-defined]
         self._device.init()
         self.devices = tuple(torch.device("simgpu", index) for index in range(min(devices, 2)))
@@ -114,10 +118,24 @@ class DeviceAccelerator(TorchBackend):
             self._gates = [self._device.Gate(index) for index in range(2)]
         return super().record(stream, timed=timed)
 
-    def synchronize(self) -> None:
-        """Let everything be done, and wait for it. A device that has failed works again."""
+    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
+        """Enqueue copies of a stager."""
+        if self._late == "copies":
+            self._hold(stream)
+        return super().copy(destinations, sources, stream)
+
+    def _hold(self, stream: Any) -> None:
+        with self.on(stream):
+            self._gates.append(self._device.Gate(stream.device.index))
+
+    def release(self) -> None:
+        """Let what is late be done."""
         while self._gates:
             self._gates.pop().release()
+
+    def synchronize(self) -> None:
+        """Let everything be done, and wait for it. A device that has failed works again."""
+        self.release()
         while True:
             try:
                 self._device.drain()
@@ -154,13 +172,19 @@ class DeviceAccelerator(TorchBackend):
     ) -> None:
         """Enqueue a kernel. What it raises fails the device."""
         device = (*writes, *reads)[0].device if writes or reads else self.devices[0]
-        with self.on(stream if stream is not None else self.current_stream(device)), torch.no_grad():
+        stream = stream if stream is not None else self.current_stream(device)
+        if self._late == "kernels":
+            self._hold(stream)
+        with self.on(stream), torch.no_grad():
             self._device.sleep(int(seconds * 1e6), device.index)
             try:
                 # Writes through what is only read count no version.
                 kernel(*writes, *(tensor.data for tensor in reads))
             except Exception:
                 self._device.fail_later(_FAILURE_MICROSECONDS, device.index)
+        if self._late == "copies":
+            stream.synchronize()
+            self.release()
 
     def fail_next(self, kind: str) -> None:
         """Let the copies that follow fail, or the first device be full, until :meth:`recover`."""

@@ -114,11 +114,11 @@ async def go_on_at_once(accelerator: FailsAtACall, stager: AsyncStager, live: Li
 
 async def save_streamed(accelerator: FailsAtACall, stager: AsyncStager, live: Live, path: Path) -> Live | None:
     small = StagingOptions(max_host_bytes=CHUNK_BYTES, max_loop_hold=STEP_SECONDS)
-    async with AsyncStager(small, backend=accelerator) as streaming:
-        async with streaming.snapshot(live, streamed=True) as snapshot:
-            assert snapshot.window is not None
-            await snapshot.fill()
-            await snapshot.captured()
+    streaming = AsyncStager(small, backend=accelerator)
+    async with streaming, streaming.snapshot(live, streamed=True) as snapshot:
+        assert snapshot.window is not None
+        await snapshot.fill()
+        await snapshot.captured()
     return None
 
 
