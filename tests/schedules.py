@@ -24,7 +24,7 @@ from aiostage.checkpoint.save import write_checkpoint
 
 __all__ = ["CONTROLS", "SCHEDULES", "KeepsNoSource", "Machine", "Outcome", "WaitsForNothing", "run_schedules", "source"]
 
-SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "100"))
+SCHEDULES = int(os.environ.get("AIOSTAGE_SCHEDULES", "500"))
 """How many a run tries."""
 
 SIZES = (64, 3000, 20_000, 70_000)
@@ -268,7 +268,13 @@ def run_schedules(
             total.wrong += [f"schedule {seed}: {wrong}" for wrong in outcome.wrong]
         return total
 
-    return asyncio.run(main())
+    # Tensors of this size PyTorch compares with all cores, whose threads spin between two of them: 60 % of the time.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return asyncio.run(main())
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

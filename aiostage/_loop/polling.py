@@ -26,7 +26,7 @@ from aiostage.errors import StagerClosedError, StagingError, shown
 
 __all__ = ["wait_event", "wait_until_done"]
 
-_SHARE: Final = 1 / 25
+_SHARE: Final = 1 / 10
 """Of the time that a wait has taken already, until its event is asked again: half of it is how late the waiter is."""
 
 _SHORTEST_SECONDS: Final = 100e-6
@@ -45,7 +45,7 @@ async def wait_event(event: SupportsQuery) -> None:
     """Wait until an event is done, without blocking the event loop.
 
     Any number of coroutines may wait for any number of events, and several for one. Each event loop asks about all of
-    them together: after 100 us at first, then after a twenty-fifth of the time that a wait has taken, at most 20 ms.
+    them together: after 100 us at first, then after a tenth of the time that a wait has taken, at most 20 ms.
 
     Args:
         event: Anything with ``query() -> bool``: ``torch.Event``, that of a device, or your own. It is asked in

@@ -180,7 +180,7 @@ class TestWaiting:
             await task
 
     @pytest.mark.parametrize(
-        ("age", "interval"), [(0.0, 1e-4), (0.002, 1e-4), (0.025, 1e-3), (0.25, 1e-2), (0.5, 2e-2), (60.0, 2e-2)]
+        ("age", "interval"), [(0.0, 1e-4), (0.001, 1e-4), (0.01, 1e-3), (0.1, 1e-2), (0.2, 2e-2), (60.0, 2e-2)]
     )
     def test_is_asked_again_after_a_share_of_its_time(self, age: float, interval: float):
         watch = polling._Watch(Event())

@@ -62,6 +62,17 @@ class TestSparse:
 
 
 class TestADeviceThatHasFailed:
+    async def test_copies_no_more_when_it_works_again(self) -> None:
+        """What it was to copy to is given back: it would write to memory that is gone, in the next test."""
+        source, host = torch.ones(5000, device=DEVICE), torch.zeros(5000)
+        gate = torch.simgpu.Gate(0)  # type: ignore[attr-defined]
+        host.copy_(source, non_blocking=True)
+        torch.simgpu.fail_device(True)  # type: ignore[attr-defined]
+        torch.simgpu.fail_device(False)  # type: ignore[attr-defined]
+        gate.release()
+        torch.simgpu.drain()  # type: ignore[attr-defined]
+        assert not host.any()
+
     async def test_order_before_says_so_in_our_words(self) -> None:
         live = {"a": torch.ones(5000, device=DEVICE)}
         async with AsyncStager() as stager, stager.snapshot(live) as snapshot:

@@ -58,13 +58,13 @@ PYBIND11_MODULE(_C, m) {
             if (s->used) s->record()->wait();
       },
       nogil());
-  m.def("fail_device", [](bool b) { failed = b; });
+  m.def("fail_device", &set_failed, nogil());
   m.def(
       "fail_later",
       [](int64_t us, int d) {
         current(d < 0 ? cur_dev : d)->push([us] {
           pause(us);
-          failed = true;
+          set_failed(true);
         });
       },
       py::arg("us") = 0, py::arg("device") = -1);

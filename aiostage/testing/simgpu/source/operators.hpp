@@ -13,6 +13,7 @@ struct Ref {
   Block* block = nullptr;
   uint64_t gen = 0;
   int64_t alloc_stream = 0;
+  int64_t failures_before = failures;
   c10::weak_intrusive_ptr<c10::StorageImpl> host{c10::intrusive_ptr<c10::StorageImpl>()};
   explicit Ref(const at::Tensor& t)
       : sizes(t.sizes().vec()),
@@ -47,7 +48,8 @@ void pause(int64_t us) {
 }
 
 void run_copy(Stream* s, const Ref& d, const Ref& r) {
-  if (failed) return;
+  std::shared_lock<std::shared_mutex> g(copying);
+  if (failed || d.failures_before != failures) return;
   auto us = draw(cfg.copy_min, cfg.copy_max);
   auto dst = d.see(s), src = r.see(s);
   if (dst.numel() == 0) return;

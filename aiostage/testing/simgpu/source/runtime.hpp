@@ -25,7 +25,16 @@ int64_t draw(int64_t lo, int64_t hi) {
   return lo + int64_t(rng() % uint64_t(hi - lo + 1));
 }
 std::atomic<bool> stopping{false};
+// A device that has failed copies no more, also when a test has made it work again: what was enqueued before is not done,
+// and failing waits for what is being copied, since its memory may be given back then.
 std::atomic<bool> failed{false};
+std::atomic<int64_t> failures{0};
+std::shared_mutex copying;
+void set_failed(bool b) {
+  std::unique_lock<std::shared_mutex> g(copying);
+  if (b) failures++;
+  failed = b;
+}
 std::atomic<int> sync_mode{0};  // 0 off, 1 count, 2 raise; for threads that said sync_watch()
 thread_local bool watched = false;
 std::atomic<int64_t> watched_syncs{0};

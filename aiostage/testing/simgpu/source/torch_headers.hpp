@@ -45,6 +45,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <shared_mutex>
 #include <set>
 #include <thread>
 #include <functional>
