@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -134,6 +135,21 @@ def test_the_job_for_kubernetes_starts_a_preempted_training_again() -> None:
     assert container["command"][:2] == ["python", "preempted.py"]
     assert container["command"][2] in {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+
+
+def test_the_table_and_the_pictures_show_the_figures_that_were_kept() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    pictures = {name: (ROOT / "docs" / "pictures" / f"{name}.svg").read_text() for name in ("staging", "saves")}
+    figures = {name: json.loads((ROOT / "benchmarks" / "figures" / f"{name}.json").read_text()) for name in pictures}
+    rows = figures["staging"]["rows"]
+    medians = [f"{1e3 * sorted(each['seconds'])[1]:.0f}" for row in rows for each in row["samples"].values()]
+    assert len(medians) == 20
+    for median in medians:
+        assert f"| {median} ms |" in page
+        assert re.search(rf">{median}</text>", pictures["staging"])
+    for save in figures["saves"]["disk"]:
+        assert f">{save['way']}</text>" in pictures["saves"]
+        assert f">{save['found'][0]['committed']:.2f}</text>" in pictures["saves"]
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
