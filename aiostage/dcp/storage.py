@@ -12,7 +12,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.futures import Future
 
+from aiostage._device import CallerStreams, default_backend
 from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader, Storage
 from aiostage.dcp.loop_thread import LoopThread
@@ -161,13 +162,14 @@ class StorageWriter(torch_storage.StorageWriter):
                 "checkpoints"
             )
         written: Future[list[torch_storage.WriteResult]] = Future()
-        written.set_result(self._loop().run(self._write(plan.storage_data, plan.items, planner)))
+        # In this thread: what is on a device is copied on the streams that are current here.
+        contents = [(item, _content(item, planner)) for item in plan.items]
+        written.set_result(self._loop().run(self._write(plan.storage_data, contents)))
         return written
 
     async def _write(
-        self, share: _Share, items: Sequence[WriteItem], planner: SavePlanner
+        self, share: _Share, contents: list[tuple[WriteItem, torch.Tensor]]
     ) -> list[torch_storage.WriteResult]:
-        contents = [(item, _content(item, planner)) for item in items]
         # Wide elements first, so that each record begins at a multiple of its elements' size.
         contents.sort(key=lambda pair: -pair[1].element_size() if pair[0].type != WriteItemType.BYTE_IO else 0)
         results, offset = [], 0
@@ -285,24 +287,27 @@ class StorageReader(torch_storage.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what this rank needs, each record once."""
+        """Read what this rank needs, each record once. Tensors on devices are copied to on the current streams."""
         wanted: dict[Record, list[ReadItem]] = {}
         for item in plan.items:
             wanted.setdefault(self._records[item.storage_index], []).append(item)
-        self._loop().run(self._read_all(wanted, planner))
+        self._loop().run(self._read_all(wanted, planner, CallerStreams.record(default_backend())))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    async def _read_all(self, wanted: dict[Record, list[ReadItem]], planner: LoadPlanner) -> None:
+    async def _read_all(
+        self, wanted: dict[Record, list[ReadItem]], planner: LoadPlanner, caller: CallerStreams
+    ) -> None:
         assert self._reader is not None  # noqa: S101 - DCP has called read_metadata
         reader, records = self._reader, iter(wanted)
 
         async def work() -> None:
             for record in records:
                 data = await read_record(reader, record)
-                for item in wanted[record]:
-                    _deliver(item, record, data, planner)
+                with caller.entered():
+                    for item in wanted[record]:
+                        _deliver(item, record, data, planner)
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from anyio.from_thread import start_blocking_portal
 from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager
 from torch.distributed.checkpoint.staging import StagingOptions as TorchOptions
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.staging import StagingOptions as TorchOptions
 import aiostage
 from aiostage import AsyncStager, adapt, blocking, dcp
 from aiostage.checkpoint.save import write_checkpoint
+from aiostage.integrations.lightning import AiostageCheckpointIO
+from aiostage.storage import LocalStorage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -91,6 +94,14 @@ def dcp_start_save(tree: Tree, path: Path) -> Awaitable[Tree]:
     return _then_dcp_load(saving.committed(), path / "saved")
 
 
+def dcp_storage_writer(tree: Tree, path: Path) -> Awaitable[Tree]:
+    """DCP's own save, to a storage of ours."""
+    torch_dcp.save(tree, checkpoint_id="saved", storage_writer=dcp.StorageWriter(path), no_dist=True)
+    into = {"a": torch.zeros(SIZE)}
+    torch_dcp.load(into, checkpoint_id="saved", storage_reader=dcp.StorageReader(path), no_dist=True)
+    return _done(into)
+
+
 def torch_stager(tree: Tree, path: Path) -> Awaitable[Tree]:
     stager = dcp.TorchStager()
     future = stager.stage(tree)
@@ -105,6 +116,35 @@ def checkpointer_save(tree: Tree, path: Path) -> Awaitable[Tree]:
     return _done(loaded)
 
 
+def blocking_stage(tree: Tree, path: Path) -> Awaitable[Tree]:
+    with blocking.Stager() as stager:
+        return _done(stager.stage(tree))
+
+
+def blocking_snapshot(tree: Tree, path: Path) -> Awaitable[Tree]:
+    with blocking.Stager() as stager, stager.snapshot(tree) as taken:
+        return _done(taken.result())
+
+
+def blocking_save(tree: Tree, path: Path) -> Awaitable[Tree]:
+    blocking.save(tree, path / "saved")
+    return _done(blocking.load(path / "saved"))
+
+
+def blocking_publish(tree: Tree, path: Path) -> Awaitable[Tree]:
+    with blocking.WeightPublisher(LocalStorage(path)) as publisher:
+        publisher.publish(tree)
+        with blocking.WeightSubscriber(LocalStorage(path), interval=0.01) as weights:
+            return _done(weights.get().state_dict)
+
+
+def lightning_save(tree: Tree, path: Path) -> Awaitable[Tree]:
+    plugin = AiostageCheckpointIO()
+    plugin.save_checkpoint(tree, path / "saved")
+    plugin.teardown()
+    return _done(blocking.load(path / "saved"))
+
+
 READERS = [
     stage,
     snapshot,
@@ -113,8 +153,14 @@ READERS = [
     save,
     dcp_save,
     dcp_start_save,
+    dcp_storage_writer,
     torch_stager,
     checkpointer_save,
+    blocking_stage,
+    blocking_snapshot,
+    blocking_save,
+    blocking_publish,
+    lightning_save,
 ]
 
 
@@ -156,6 +202,31 @@ def dcp_load(tree: Tree, path: Path) -> Awaitable[object]:
     return dcp.load(tree, checkpoint_id=path / "dcp", no_dist=True)
 
 
+def blocking_load(tree: Tree, path: Path) -> Awaitable[object]:
+    return _done(blocking.load(path / "checkpoint", into=tree))
+
+
+def blocking_load_in_place(tree: Tree, path: Path) -> Awaitable[object]:
+    return _done(blocking.load(path / "checkpoint", into=tree, in_place=True))
+
+
+def blocking_stager_restore(tree: Tree, path: Path) -> Awaitable[object]:
+    with blocking.Stager() as stager:
+        stager.restore({"a": torch.full((SIZE,), SAVED)}, into=tree)
+    return _done(None)
+
+
+def dcp_storage_reader(tree: Tree, path: Path) -> Awaitable[object]:
+    """DCP's own load, from a storage of ours."""
+    reader = dcp.StorageReader(path / "dcp_run")
+    torch_dcp.load(tree, checkpoint_id="step-00000001", storage_reader=reader, no_dist=True)
+    return _done(None)
+
+
+def dcp_checkpointer_restore(tree: Tree, path: Path) -> Awaitable[object]:
+    return dcp.Checkpointer(path / "dcp_run", no_dist=True).restore(tree)
+
+
 WRITERS = [
     load_into,
     load_in_place,
@@ -165,7 +236,29 @@ WRITERS = [
     blocking_restore_in_place,
     restore,
     dcp_load,
+    blocking_load,
+    blocking_load_in_place,
+    blocking_stager_restore,
+    dcp_storage_reader,
+    dcp_checkpointer_restore,
 ]
+
+BLOCKING = {
+    dcp_storage_writer,
+    dcp_storage_reader,
+    checkpointer_save,
+    blocking_stage,
+    blocking_snapshot,
+    blocking_save,
+    blocking_publish,
+    lightning_save,
+    blocking_restore,
+    blocking_restore_in_place,
+    blocking_load,
+    blocking_load_in_place,
+    blocking_stager_restore,
+}
+"""What is not called on an event loop."""
 
 
 async def _done(value: Any) -> Any:
@@ -265,8 +358,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def main() -> None:
         await write_checkpoint(tree, path / "checkpoint")
         await dcp.save(tree, checkpoint_id=path / "dcp", no_dist=True)
-        async with aiostage.Checkpointer(path / "run") as run:
+        async with (
+            aiostage.Checkpointer(path / "run") as run,
+            dcp.Checkpointer(path / "dcp_run", no_dist=True) as ranks,
+        ):
             await (await run.save(1, tree)).committed()
+            await (await ranks.save(1, tree)).committed()
 
     asyncio.run(main())
     return path
@@ -276,8 +373,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("reader", READERS)
 class TestReading:
     def test_sees_a_write_that_was_queued_before_the_call(self, way: Any, reader: Any, tmp_path: Path) -> None:
-        if way is in_a_task and reader is checkpointer_save:
-            pytest.skip("the blocking checkpointer is not called on an event loop")
+        if way is in_a_task and reader in BLOCKING:
+            pytest.skip("what blocks is not called on an event loop")
         tree = live()
         check(way(partial(reader, tree, tmp_path), tree), LATE)
 
@@ -288,8 +385,8 @@ class TestWriting:
     def test_comes_after_a_write_that_was_queued_before_the_call(
         self, way: Any, writer: Any, checkpoints: Path
     ) -> None:
-        if way is in_a_task and writer in (blocking_restore, blocking_restore_in_place):
-            pytest.skip("the blocking checkpointer is not called on an event loop")
+        if way is in_a_task and writer in BLOCKING:
+            pytest.skip("what blocks is not called on an event loop")
         tree = live()
         way(partial(writer, tree, checkpoints), tree)
         check(tree, SAVED)
