@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     figures = json.loads(options.figures.read_text())
     draw = staging if "rows" in figures else saves
-    draw(figures).savefig(options.picture, metadata={"Date": None})
+    draw(figures).savefig(options.picture, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
 
 
 if __name__ == "__main__":
