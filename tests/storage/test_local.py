@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalStorage
 from aiostage.testing import StorageSuite
 from tests.forking import run_forking
+from tests.warm import PYTHON
 
 KILLED = """
     import asyncio, os, signal, sys
@@ -43,7 +43,7 @@ class LocalSuite(StorageSuite):
         return LocalStorage(self.root)
 
     async def leave_debris(self, storage: Storage, name: str) -> None:
-        program = [sys.executable, "-c", textwrap.dedent(KILLED), str(self.root), name]
+        program = [*PYTHON, "-c", textwrap.dedent(KILLED), str(self.root), name]
         outcome = await anyio.run_process(program, check=False)
         assert outcome.returncode == -signal.SIGKILL, outcome.stderr
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
-import sys
 import time
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +21,7 @@ from tests.servers.proxy import Fault, FaultProxy, running_proxy
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, content, save, some_bytes
+from tests.warm import PYTHON
 
 SEND = r"^PUT .*partNumber="
 MANIFEST = r"^PUT .*/manifest.json$"
@@ -40,7 +40,7 @@ asyncio.run(save(storage, name, some_bytes(2 * PART + 777)))
 
 
 def start(proxy: FaultProxy, prefix: str, name: str, lease_seconds: float = 3600) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(proxy.port), prefix, name, str(lease_seconds)])
+    return subprocess.Popen([*PYTHON, "-c", WRITER, str(proxy.port), prefix, name, str(lease_seconds)])
 
 
 def wait_for(fault: Fault, writer: subprocess.Popen[bytes]) -> None:
