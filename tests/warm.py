@@ -1,9 +1,9 @@
 """Programs in processes of their own that find PyTorch and aiostage imported: forks of a process that did it once.
 
 Importing takes two seconds of a processor, and a hundred tests start programs. ``[*PYTHON, "-c", PROGRAM]`` runs as
-``[sys.executable, "-c", PROGRAM]`` does: with these arguments, environment, folder and standard streams, with the same
-exit status, and it ends when what was started is killed. It is a fork, though: what is about a new interpreter, its
-imports, options or memory, takes ``sys.executable``.
+``[sys.executable, "-c", PROGRAM]`` does: with these arguments, environment, folder and descriptors, with the same exit
+status, and it ends when what was started is killed. It is a fork, though: what is about a new interpreter, its imports,
+options or memory, takes ``sys.executable``.
 
 The command starts a small process without imports. It sends its arguments and descriptors to the process that has
 imported everything, which forks, and waits for the exit status that comes back.
@@ -17,14 +17,16 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 
-__all__ = ["PYTHON", "begin"]
+__all__ = ["PYTHON", "begin", "imported"]
 
 PYTHON = [sys.executable, "-I", "-S", __file__]
-"""Takes the place of ``sys.executable`` in a command. Options other than ``-c`` and ``-m`` are not for it."""
+"""Takes the place of ``sys.executable`` in a command. Of its options, only ``-c`` and ``-m`` are for it."""
 
 _ADDRESS = "AIOSTAGE_TESTS_WARM"
 _STREAMS = (0, 1, 2)
+_MOST_DESCRIPTORS = 64
 
 
 def begin() -> None:
@@ -35,6 +37,30 @@ def begin() -> None:
     if not hasattr(os, "pidfd_open"):
         return
     import atexit
+
+    os.environ[_ADDRESS], end = _start()
+    atexit.register(end)
+
+
+@contextlib.contextmanager
+def imported(*modules: str) -> Iterator[None]:
+    """Let `PYTHON` find a process that has imported more modules, until the block ends."""
+    if not hasattr(os, "pidfd_open"):
+        yield
+        return
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS], end = _start(*modules)
+    try:
+        yield
+    finally:
+        del os.environ[_ADDRESS]
+        if before is not None:
+            os.environ[_ADDRESS] = before
+        end()
+
+
+def _start(*modules: str) -> tuple[str, Callable[[], None]]:
+    """Start a process that imports, and return where it listens and what ends it."""
     import subprocess
     import tempfile
     from pathlib import Path
@@ -45,35 +71,46 @@ def begin() -> None:
         listener.bind(address)
         listener.listen(64)
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", "serve", str(listener.fileno())],
+            [sys.executable, "-m", "tests.warm", "serve", str(listener.fileno()), *modules],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
         )
-    os.environ[_ADDRESS] = address
 
     def end() -> None:
-        del os.environ[_ADDRESS]
         process.communicate()
         folder.cleanup()
 
-    atexit.register(end)
+    return address, end
 
 
 def _launch() -> int:
     """Have the arguments run, and return how that ended."""
+    given = _open_descriptors()
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(os.environ[_ADDRESS])
         except (KeyError, OSError):
             os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-        request = marshal.dumps((sys.argv[1:], dict(os.environ), os.getcwd()))
-        socket.send_fds(connection, [len(request).to_bytes(8, "little")], _STREAMS)
+        request = marshal.dumps((sys.argv[1:], dict(os.environ), os.getcwd(), given))
+        socket.send_fds(connection, [len(request).to_bytes(8, "little")], given)
         connection.sendall(request)
         # What is not open here does not keep the other end of a pipe waiting.
-        for stream in _STREAMS:
-            os.close(stream)
+        for number in given:
+            os.close(number)
         return int(connection.recv(16) or b"1")
+
+
+def _open_descriptors() -> list[int]:
+    """Return the numbers of the standard streams, and of all that was passed besides."""
+    found = list(_STREAMS)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        # One of them is that of the listing, and no longer open.
+        with contextlib.suppress(OSError):
+            if number > _STREAMS[-1]:
+                os.fstat(number)
+                found.append(number)
+    return found
 
 
 def _end_as(status: int) -> None:
@@ -85,7 +122,7 @@ def _end_as(status: int) -> None:
     os._exit(status)
 
 
-_Request = tuple[list[str], dict[str, str], str]
+_Request = tuple[list[str], dict[str, str], str, list[int]]
 
 
 def _serve(listener: socket.socket) -> _Request | None:
@@ -108,15 +145,13 @@ def _serve(listener: socket.socket) -> _Request | None:
                 return None
             if descriptor == listener.fileno():
                 connection, _ = listener.accept()
-                request, streams = _receive(connection)
+                request, received = _receive(connection)
                 child = os.fork() if request is not None else 0
                 if child == 0 and request is not None:
-                    for stream, given in zip(_STREAMS, streams, strict=True):
-                        os.dup2(given, stream)
-                    os.closerange(3, 1 << 16)
+                    _place(received, request[3])
                     return request
-                for stream in streams:
-                    os.close(stream)
+                for number in received:
+                    os.close(number)
                 if child:
                     watched = os.pidfd_open(child)
                     children[watched] = connection.fileno()
@@ -139,42 +174,60 @@ def _serve(listener: socket.socket) -> _Request | None:
 
 
 def _receive(connection: socket.socket) -> tuple[_Request | None, list[int]]:
-    """Return what is to be run, or None if who asked is gone, and the standard streams for it."""
-    length, streams, _, _ = socket.recv_fds(connection, 8, len(_STREAMS))
+    """Return what is to be run, or None if who asked is gone, and the descriptors for it."""
+    length, received, _, _ = socket.recv_fds(connection, 8, _MOST_DESCRIPTORS)
     request = b""
     while length and len(request) < int.from_bytes(length, "little"):
-        received = connection.recv(1 << 20)
-        if not received:
+        data = connection.recv(1 << 20)
+        if not data:
             break
-        request += received
+        request += data
     whole = bool(length) and len(request) == int.from_bytes(length, "little")
-    return marshal.loads(request) if whole else None, list(streams)
+    return marshal.loads(request) if whole else None, list(received)
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str) -> None:
-    """Run ``-c PROGRAM ...`` or ``-m MODULE ...`` as the main program of this process."""
+def _place(received: list[int], numbers: list[int]) -> None:
+    """Give descriptors the numbers that they have where they come from, and close all others."""
+    import fcntl
+
+    # First out of the way: a number may be that of another one that has come.
+    aside = [fcntl.fcntl(number, fcntl.F_DUPFD, 1 << 10) for number in received]
+    os.closerange(3, 1 << 10)
+    for number, descriptor in zip(numbers, aside, strict=True):
+        os.dup2(descriptor, number)
+    os.closerange(1 << 10, 1 << 16)
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: str, _: list[int]) -> None:
+    """Run ``-c PROGRAM ...``, ``-m MODULE ...`` or ``SCRIPT ...`` as the main program of this process."""
     import runpy
     import types
 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if arguments[0] not in ("-c", "-m"):
+        sys.argv[:] = arguments
+        sys.path[0] = os.path.dirname(arguments[0])
+        runpy.run_path(arguments[0], run_name="__main__")
+        return
     how, what, *sys.argv[1:] = arguments
     sys.path[0] = ""
     if how == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
         return
-    assert how == "-c", arguments
     sys.argv[0] = "-c"
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(what, "<string>", "exec"), vars(main))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "serve":
+    if sys.argv[1] == "serve":
         import gc
+        import importlib
 
-        import aiostage  # noqa: F401
+        for module in ("aiostage", *sys.argv[3:]):
+            importlib.import_module(module)
 
         # The collector of a child passes over what it would otherwise have to copy, when it ends at the latest.
         gc.collect()

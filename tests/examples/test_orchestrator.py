@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +19,24 @@ from tests.examples import browser
 from tests.examples.running import ORCHESTRATOR, TOKEN, Service, orchestrator
 from tests.patience import seconds
 from tests.servers.process import free_ports
+from tests.warm import PYTHON, imported
+
+WARMED = Path(__file__).with_name("warmed.py")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> Iterator[None]:
+    """Let a worker begin in a moment: its imports take four seconds of a processor, and a dozen are started."""
+    with imported("sklearn.datasets", "torch._dynamo"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with two jobs, job-0 and job-1, which every test leaves running."""
-    with orchestrator(tmp_path_factory.mktemp("root"), jobs=2, width=256, steps=100_000, every=1) as service:
+    with orchestrator(tmp_path_factory.mktemp("root"), WARMED, jobs=2, width=256, steps=100_000, every=1) as service:
         yield service
 
 
@@ -38,19 +47,18 @@ def committed(job: dict[str, Any], reason: str | None = None) -> list[dict[str, 
 def uninterrupted(steps: int, width: int) -> list[list[float]]:
     """Return the losses of a run that nobody disturbs, from a process like the workers'."""
     program = (
-        "import json, torch; torch.set_num_threads(1)\n"
+        f"import json, sys, torch; torch.set_num_threads(1); sys.path.insert(0, {str(ORCHESTRATOR)!r})\n"
         "from training import Digits, Trainer\n"
         f"trainer = Trainer(Digits(), seed=0, width={width})\n"
         f"print(json.dumps([[step + 1, trainer.step()] for step in range({steps})]))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ORCHESTRATOR)}
-    outcome = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    outcome = subprocess.run([*PYTHON, "-c", program], capture_output=True, check=True)
     return json.loads(outcome.stdout)
 
 
 def test_a_worker_killed_while_it_saves_resumes_with_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> None:
     steps, width = 45, 1536
-    with orchestrator(tmp_path, jobs=1, width=width, steps=steps, every=0, pace=0.1) as service:
+    with orchestrator(tmp_path, WARMED, jobs=1, width=width, steps=steps, every=0, pace=0.1) as service:
         kills = lost = 0
         # Twice, and more often only while every save has been faster than the signal.
         while kills < 2 or (not lost and kills < 8):
