@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+from aiostage._capture.leaves import Table
 from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
@@ -37,7 +38,7 @@ class Memo(dict[Any, Any]):
 
     def __init__(
         self,
-        nodes: dict[int, Node],
+        nodes: Table[Node],
         fetch: Fetch,
         leaf_of: dict[int, int],
         storages: dict[int, Any],
@@ -54,7 +55,8 @@ class Memo(dict[Any, Any]):
         """Return the copy of what has an identity, made now if need be."""
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
-        node = self.nodes.get(key)
+        # Code of objects may ask for keys of its own, which are no identities.
+        node = self.nodes.find(key) if isinstance(key, int) else None
         if node is not None:
             if not node.done and not node.active:
                 if isinstance(node, GivenNode):
@@ -69,7 +71,7 @@ class Memo(dict[Any, Any]):
         """Drop all references; the memo may live on in objects that keep theirs."""
         self.clear()
         self.suspended.clear()
-        self.nodes, self.leaf_of = {}, {}
+        self.nodes, self.leaf_of = Table(dict), {}
         self.fetch, self.give = _nothing, _no_copy
 
     def __contains__(self, key: object) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, is_not
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +15,9 @@ from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart, traits_of
 from aiostage._loop.collection import untrack_all
 
-__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "Replaced", "changed", "have_attributes"]
+__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
+
+V = TypeVar("V")
 
 CHUNK = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
@@ -31,6 +34,25 @@ _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _grad = attrgetter("grad")
 _DENSE = {"dense"}
+
+
+class Table(defaultdict[int, dict[int, V]]):
+    """A dict of numbers, kept in parts by ranges of 65,536 of them. Made as ``Table(dict)``.
+
+    A dict of a million entries is moved as a whole when it has no room for the next one, which holds the event loop for
+    30 ms. None of these parts gets so large.
+    """
+
+    __slots__ = ()
+
+    def find(self, key: int) -> V | None:
+        """Return the value of a key, or None if there is none."""
+        part = self.get(key >> 16)
+        return None if part is None else part.get(key)
+
+    def put(self, key: int, value: V) -> None:
+        """Set the value of a key."""
+        self[key >> 16][key] = value
 
 
 class Replaced(Exception):
@@ -123,9 +145,9 @@ class Leaves:
         self.composites: dict[int, tuple[Composite, tuple[int, ...]]] = {}
         self.gradients: dict[int, int] = {}
         self.given: dict[int, torch.Tensor] = {}
-        self.owners: dict[int, int] = {}
+        self.owners: Table[int] = Table(dict)
         self.owned: list[int] = []
-        self.aliases: dict[int, int] = {}
+        self.aliases: Table[int] = Table(dict)
         self.attributed: set[int] = set()
         self.positions: dict[int, int] = {}
         # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
@@ -178,7 +200,8 @@ class Leaves:
             for index, tensor in enumerate(self.tensors[start : start + CHUNK], start):
                 first = self.positions.setdefault(id(tensor), index)
                 if first != index:
-                    self.aliases[index] = self.owners[index] = first
+                    self.aliases.put(index, first)
+                    self.owners.put(index, first)
                     if index < len(self.specs):
                         self.specs[index] = None
             self._indexed = min(start + CHUNK, len(self.tensors))
@@ -193,7 +216,7 @@ class Leaves:
             return found
         index = len(self.tensors)
         self.append((tensor,))
-        self.owners[index] = owner
+        self.owners.put(index, owner)
         self.owned.append(index)
         return index
 
@@ -465,13 +488,13 @@ def _same_parts(leaves: Leaves, index: int) -> bool:
 
 def _has_new_attributes(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:
     """Return whether a leaf that had no attributes has some; those that it had are compared by the walk."""
-    if type(tensor) not in PLAIN_CLASSES or index in leaves.aliases or index in leaves.attributed:
+    if type(tensor) not in PLAIN_CLASSES or leaves.aliases.find(index) is not None or index in leaves.attributed:
         return False
     return have_attributes((tensor,))
 
 
 def _same_gradient(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:
-    if type(tensor) is torch.nn.Parameter or not tensor.is_leaf or index in leaves.aliases:
+    if type(tensor) is torch.nn.Parameter or not tensor.is_leaf or leaves.aliases.find(index) is not None:
         return True
     noted = leaves.gradients.get(index)
     return tensor.grad is (None if noted is None else leaves.tensors[noted])

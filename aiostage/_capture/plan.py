@@ -200,7 +200,14 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
     empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
     full.sort(key=lambda entry: (str(entry[0].device or ""), not _is_small(entry[0])))
-    sizes = [max(builder.spec(index).target.itemsize for index in members) for _, members in groups]
+    sizes: list[int] = []
+    for number, (_, members) in enumerate(groups):
+        size = 0
+        for start in range(0, len(members), LOOKED_AT):
+            size = max(size, *(builder.spec(index).target.itemsize for index in members[start : start + LOOKED_AT]))
+            if start or number % LOOKED_AT == 0:
+                yield
+        sizes.append(size)
     for itemsize in sorted({*sizes, *(spec.target.itemsize for spec, _ in full)}, reverse=True):
         for spec, indices in full:
             if spec.target.itemsize == itemsize:

@@ -137,10 +137,11 @@ def finish_leaves(leaves: Leaves, staged: list[Any]) -> Generator[None, None, No
             staged[index].grad = staged[gradient]
         if number % _AT_ONCE == 0:
             yield
-    for number, (index, first) in enumerate(leaves.aliases.items()):
-        staged[index] = staged[first]
-        if number % _AT_ONCE == 0:
-            yield
+    for aliases in leaves.aliases.values():
+        for number, (index, first) in enumerate(aliases.items()):
+            staged[index] = staged[first]
+            if number % _AT_ONCE == 0:
+                yield
 
 
 _NOTHING = np.empty(0, dtype=np.uint8)

@@ -26,7 +26,7 @@ from aiostage._capture.build import Memo, build, built_now
 from aiostage._capture.circles import entries_of_circles
 from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
-from aiostage._capture.leaves import Inspection, Leaves, Replaced, have_attributes
+from aiostage._capture.leaves import Inspection, Leaves, Replaced, Table, have_attributes
 from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
@@ -117,7 +117,7 @@ class Walk:
         self._only_leaves = only_leaves
         self._inspection: Inspection | None = None
         self._root: Node | None = None
-        self._nodes: dict[int, Node] = {}
+        self._nodes: Table[Node] = Table(dict)
         self._origins: list[Node] = []
         self._fresh: list[Node] = []
         self._stack: list[list[Node]] = []
@@ -185,7 +185,7 @@ class Walk:
         while True:
             reduced, self._reduced_last = self._reduced_last, []
             for node in reduced:
-                self._reduce(node)
+                exhausted(self._reduce(node))
                 self._stack.append([node])
                 exhausted(self._note())
             unknown = self._opaque_unknown()
@@ -215,8 +215,8 @@ class Walk:
 
     def _place_of(self, leaf: int) -> tuple[Node, int]:
         """Return the node that leads to a leaf, and its slot there."""
-        while leaf in self.leaves.owners:
-            leaf = self.leaves.owners[leaf]
+        while (owner := self.leaves.owners.find(leaf)) is not None:
+            leaf = owner
         node = self._origins[bisect_right(self._origins, leaf, key=attrgetter("first_leaf")) - 1]
         if isinstance(node, GivenNode):
             return _parent(node), node.slot
@@ -230,9 +230,11 @@ class Walk:
         yield from self.changes.releasing()
         nodes, every = self._nodes, self._all
         while nodes:
-            for _ in range(min(len(nodes), _AT_ONCE)):
-                nodes.popitem()
-            yield
+            _, part = nodes.popitem()
+            while part:
+                for _ in range(min(len(part), _AT_ONCE)):
+                    part.popitem()
+                yield
         while every:
             for node in every[: -1 - _AT_ONCE // _NODE_COST : -1]:
                 yield from _emptying(node)
@@ -318,7 +320,7 @@ class Walk:
             kind = type(child)
             if kind in ATOMIC:
                 continue
-            met = self._nodes.get(id(child))
+            met = self._nodes.find(id(child))
             if met is not None:
                 node.nested.append((slot, met))
             elif self._passthrough is not None and self._passthrough(node.path(slot), child):
@@ -391,7 +393,8 @@ class Walk:
         """Note what hangs on a tensor beside the tree, so that it is built with it."""
         leaves, root = self.leaves, self._root
         assert root is not None  # noqa: S101 - nothing is inspected before the walk
-        is_gradient = leaves.gradients.get(leaves.owners[index]) == index
+        owner = leaves.owners.find(index)
+        is_gradient = owner is not None and leaves.gradients.get(owner) == index
         holder = ListNode([tensor], *self._place_of(index))
         holder.children, holder.steps = holder.source, (Attribute("grad") if is_gradient else HIDDEN,)
         self._attributes(tensor, index, holder, 0)
@@ -402,7 +405,7 @@ class Walk:
             self._all.append(holder)
 
     def _add(self, made: Node, node: Node, slot: int) -> None:
-        self._nodes[id(made.source)] = made
+        self._nodes.put(id(made.source), made)
         self._all.append(made)
         self._fresh.append(made)
         node.nested.append((slot, made))
@@ -431,7 +434,7 @@ class Walk:
             if size <= self._bytes_left:
                 self._bytes_left -= size
                 self._buffers.append(made)
-                self._nodes[id(child)] = made
+                self._nodes.put(id(child), made)
                 self._all.append(made)
                 node.nested.append((slot, made))
                 return
@@ -439,7 +442,7 @@ class Walk:
             made = GivenNode(child, node, slot)
             self._opaque.append(made)
             # Its code may look at the values of tensors, but has its own copies of them.
-            self._nodes[id(child)] = made
+            self._nodes.put(id(child), made)
             self._all.append(made)
             node.nested.append((slot, made))
             return
@@ -448,7 +451,7 @@ class Walk:
             made.failed = failed
             if not is_witnessed(kind):
                 self._reduced_last.append(made)
-                self._nodes[id(child)] = made
+                self._nodes.put(id(child), made)
                 self._all.append(made)
                 node.nested.append((slot, made))
                 return
@@ -474,7 +477,7 @@ class Walk:
             inside = _parent(node).steps[node.slot] is STATE and len(source) == 2
             node.steps = (STATE, STATE) if inside else range(len(source))
         elif isinstance(node, SetNode):
-            node.children = yield from _members(source)
+            node.children = yield from _read_iterable(source)
             node.steps = (HIDDEN,) * len(node.children)
             if type(source) is set:
                 self.changes.add_set(source, node.children, _parent(node), node.slot)
@@ -485,7 +488,7 @@ class Walk:
         elif isinstance(node, AttributesNode) and not node.steps:
             yield from self._read_attributes(node)
         elif isinstance(node, ObjectNode) and not node.steps:
-            self._reduce(node)
+            yield from self._reduce(node)
 
     def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
         source, keys, values = node.source, node.keys, node.children
@@ -527,9 +530,15 @@ class Walk:
             node.children = [attributes[name] for name in node.names]
         node.steps = AttributeSteps(node.names)
 
-    def _reduce(self, node: ObjectNode) -> None:
-        """Note what an object reduces to."""
+    def _reduce(self, node: ObjectNode) -> Generator[None, None, None]:
+        """Note what an object reduces to, yielding between parts of a large deque."""
         source, cls = node.source, type(node.source)
+        if cls is deque and len(source) > _READ_AT_ONCE and cls not in copyreg.dispatch_table:
+            items = yield from _read_iterable(source)
+            # As deque.__reduce_ex__ does, which has nothing else to say of one without attributes.
+            node.set_reduced(deque, ((), source.maxlen) if source.maxlen is not None else (), None, items, [])
+            self.changes.add_sequence(source, items, _parent(node), node.slot)
+            return
         reductor = copyreg.dispatch_table.get(cls)
         try:
             reduced = reductor(source) if reductor is not None else source.__reduce_ex__(4)
@@ -626,7 +635,7 @@ class Walk:
 
     def _leads(self, node: Node) -> list[Node]:
         """Return the nodes that a node leads to."""
-        within = map(self._nodes.get, self._reach.get(id(node), ()))
+        within = map(self._nodes.find, self._reach.get(id(node), ()))
         return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
 
     def _give(self, node: GivenNode) -> None:
@@ -666,14 +675,16 @@ _SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter
 
 def _emptying(node: Node) -> Generator[None, None, None]:
     """Let go of the larger part of what a large node holds, yielding between small steps."""
+    # No path leads through what has nothing below it, so that nobody asks for its keys.
+    keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
     # In parts, since the nodes below may have their last references here.
     while len(node.nested) > _AT_ONCE:
         del node.nested[-_AT_ONCE:]
         yield
-    children: object = node.children
-    while isinstance(children, list) and len(children) > _READ_AT_ONCE:
-        del children[-_READ_AT_ONCE:]
-        yield
+    for held in (node.children, keys):
+        while isinstance(held, list) and len(held) > _READ_AT_ONCE:
+            del held[-_READ_AT_ONCE:]
+            yield
 
 
 def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, bool]:
@@ -702,22 +713,21 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     return atomic
 
 
-def _members(source: set[Any] | frozenset[Any]) -> Generator[None, None, list[Any]]:
-    """Return the members of a set as they are at one moment, yielding between parts of a large one."""
-    members: list[Any] = []
-    if len(source) > _READ_AT_ONCE:
-        untrack_all((members,))
-        iterator = iter(source)
-        try:
-            while part := list(islice(iterator, _READ_AT_ONCE)):
-                members += part
-                yield
-        except RuntimeError:
-            # It changed size on the way: noted anew, in one step, as it is now.
-            members[:] = source
-    else:
-        members += source
-    return members
+def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[None, None, list[Any]]:
+    """Return what is in a container as it is at one moment, yielding between parts of a large one."""
+    if len(source) <= _READ_AT_ONCE:
+        return list(source)
+    items: list[Any] = []
+    untrack_all((items,))
+    iterator = iter(source)
+    try:
+        while part := list(islice(iterator, _READ_AT_ONCE)):
+            items += part
+            yield
+    except RuntimeError:
+        # It changed on the way: noted anew, in one step, as it is now.
+        items[:] = source
+    return items
 
 
 def _all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:

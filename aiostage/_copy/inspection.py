@@ -89,11 +89,11 @@ class SourceInspection:
     @property
     def whole_leaves(self) -> int:
         """How many leaves the tree has; a tensor that is reached by several paths counts once."""
-        return len(self.leaves) - len(self.leaves.owners)
+        return len(self.leaves) - sum(map(len, self.leaves.owners.values()))
 
     def whole(self, indices: Iterable[int]) -> Iterator[int]:
         """Return those that are leaves of the tree, and not only parts of one."""
-        return (index for index in indices if index not in self.leaves.owners)
+        return (index for index in indices if self.leaves.owners.find(index) is None)
 
     def without_bytes(self) -> list[int]:
         """Return the leaves that no batch completes: those without memory of their own, or without elements."""

@@ -135,7 +135,7 @@ class _Leaves:
     def index(self) -> Generator[None, None, None]:
         """Find the path of every leaf, yielding between small steps."""
         for index in range(len(self.walk.leaves)):
-            if index not in self.walk.leaves.owners:
+            if self.walk.leaves.owners.find(index) is None:
                 self.by_path[self.walk.path(index)] = index
             if index % _AT_ONCE == 0:
                 yield

@@ -290,6 +290,17 @@ class TestCodeThatComputes:
             assert staged["s"].total == 2
             assert staged["s"].items is (staged["l"][0] if isinstance(staged["l"], tuple) else staged["l"])
 
+    def test_a_memo_that_is_asked_for_keys_of_another_kind(self) -> None:
+        class Counted:
+            number = 0
+
+            def __deepcopy__(self, memo: Any) -> Counted:
+                other = Counted()
+                memo[type(self)] = other.number = memo.get(type(self), 0) + memo.get("by name", 1)
+                return other
+
+        assert [item.number for item in self.staged([Counted(), Counted()])] == [1, 2]
+
     def test_reduce_arguments_and_setstate(self) -> None:
         staged = self.staged([SHARED, ByArguments(SHARED), ByState(SHARED)])
         assert staged[1].total == staged[2].total == 3

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage._capture.leaves import CHUNK, Inspection, changed
+from aiostage._capture.buffers import copy_buffer
+from aiostage._capture.leaves import CHUNK, Inspection, Table, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.walk import Walk
 from aiostage._loop.slices import exhausted
@@ -260,3 +261,46 @@ class TestCalls:
             before = stager.statistics().copies
             await stager.stage(tree)
             assert stager.statistics().copies - before <= 10
+
+
+def test_no_table_of_ours_has_so_many_entries_that_the_next_one_holds_the_loop() -> None:
+    table: Table[int] = Table(dict)
+    for number in range(3 * MANY):
+        table.put(number << 4, number)
+    assert max(map(len, table.values())) <= 2**16
+    assert [table.find(number << 4) for number in range(3 * MANY)] == list(range(3 * MANY))
+    assert table.find(17) is None
+    assert table.find(-1) is None
+
+
+def test_a_deque_is_read_in_steps_also_where_it_has_a_largest_length() -> None:
+    for source in (deque(range(MANY)), deque(range(MANY), maxlen=MANY)):
+        walk = Walk()
+        count, _ = steps(walk.run([source]))
+        assert count >= MANY // IN_ONE_STEP
+        exhausted(walk.inspect(Inspection(None)))
+        copy = exhausted(walk.rebuild([]))[0]
+        assert (copy, copy.maxlen) == (source, source.maxlen)
+        source[MANY // 2] = None
+        assert exhausted(walk.changes.changed()) == [(0, MANY // 2)]
+
+
+def test_a_deque_that_changes_while_it_is_read_is_noted_anew() -> None:
+    source = deque(range(MANY))
+    walk = Walk()
+    work = walk.run([source])
+    next(work)
+    source.append(-1)
+    exhausted(work)
+    exhausted(walk.inspect(Inspection(None)))
+    assert exhausted(walk.rebuild([]))[0] == source
+    assert exhausted(walk.changes.changed()) == []
+
+
+def test_a_bytearray_that_becomes_shorter_while_it_is_copied_shows_nothing_that_was_not_written() -> None:
+    source = bytearray(range(256)) * 2**14
+    work = copy_buffer(source)
+    next(work)
+    del source[2**20 :]
+    assert exhausted(work) == source
+    assert exhausted(copy_buffer(source)) == source
