@@ -15,6 +15,7 @@ ROWS = [
     {"_arguments"},
     {"_private"},
     {"_platform"},
+    {"_turns"},
     {"options", "leaf"},
     {"abc"},
     {"format"},

@@ -191,6 +191,11 @@ class CallerStreams:
                         stack.enter_context(self._backend.guard(self._current))
             yield
 
+    @property
+    def failed(self) -> bool:
+        """Whether the device had failed at the call."""
+        return self._failure is not None
+
     def check(self) -> None:
         """Raise what the device said at the call.
 

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from aiostage._loop.cleanup import finish, without_locals
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.wakeup import Wakeup
+from aiostage._turns import stoppable
 
 __all__ = ["Job", "Workers", "begin"]
 
@@ -216,11 +217,21 @@ def _wake(waiters: list[Wakeup]) -> None:
         waiter.set()
 
 
-class _Outcome(Generic[T]):
-    """Where a single call leaves its result."""
+class _Call(Generic[T]):
+    """A step that is a single call, and its result."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_calls", "_is_cancelled", "value")
     value: T
+
+    def __init__(self, call: Callable[[], T], is_cancelled: Callable[[], bool]) -> None:
+        self._calls = [call]
+        self._is_cancelled = is_cancelled
+
+    def __call__(self) -> None:
+        # Taken out, because the traceback of an error leads here, and must not lead to the arguments.
+        call = self._calls.pop()
+        with stoppable(self._is_cancelled):
+            self.value = call()
 
 
 class Workers:
@@ -257,13 +268,10 @@ class Workers:
             BaseException: Whatever the call raises.
 
         When cancelled before it begins, the call never runs; afterwards it is waited for, and its result is lost.
+        :func:`~aiostage._turns.release_gil` ends it early.
         """
-        outcome: _Outcome[T] = _Outcome()
-
-        def step() -> None:
-            outcome.value = call()
-
         job = self.job()
+        step = _Call(call, lambda: job.cancelled)
         try:
             job.put(step)
             job.close()
@@ -271,7 +279,7 @@ class Workers:
         finally:
             # The traceback of the call's error will have this frame in it, which leads here.
             job._error = None
-        return outcome.value
+        return step.value
 
     @property
     def threads(self) -> int:

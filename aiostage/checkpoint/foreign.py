@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.slices import exhausted
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
@@ -204,7 +203,7 @@ def _read_safetensors(path: str, verify: bool) -> dict[str, torch.Tensor]:
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if length > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
             raise CheckpointCorruptError(f"its header is said to be {length} bytes long.", path=path)
-        records = exhausted(read_header(file.read(length), nbytes - HEADER_LENGTH_BYTES - length, path=path))
+        records = read_header(file.read(length), nbytes - HEADER_LENGTH_BYTES - length, path=path)
         found: dict[str, torch.Tensor] = {}
         for record in records:
             memory = bytearray(record.stop - record.start)

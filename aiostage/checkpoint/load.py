@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +22,7 @@ from aiostage._loop.coroutines import named
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
+from aiostage._turns import releasing_gil
 from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
@@ -32,7 +32,6 @@ from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
-from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.manifest import FileRecord
@@ -44,8 +43,10 @@ from aiostage.storage.locate import Target, locate
 
 __all__ = ["Loading", "load", "load_after"]
 
-_YIELD_EVERY = 64
-"""Tensors looked at between two yields."""
+T = TypeVar("T")
+
+_MAX_HOLD = 0.001
+"""How long a comparison with a live tree may hold the event loop at a time, in seconds."""
 
 
 class Loading:
@@ -78,7 +79,7 @@ class Loading:
         self._fit = fit
         self._stateful = stateful_in(into)
         self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads)
-        self._slices = Slices(MAX_HOLD)
+        self._slices = Slices(_MAX_HOLD)
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
             return
@@ -118,7 +119,8 @@ class Loading:
         """Read a checkpoint of another program, and do with it what was asked for."""
         tree = await self._workers.run(partial(read, self._verify))
         if self._selection is not None:
-            tree = await self._slices.run(self._selection.prune_tree(tree, None if self._into is None else LEFT_OUT))
+            instead = None if self._into is None else LEFT_OUT
+            tree = await self._run(partial(self._selection.prune_tree, tree, instead))
         return tree if self._into is None else await self._put(tree)
 
     async def _put(self, tree: Any, *, inference: bool = False) -> Any:
@@ -128,7 +130,7 @@ class Loading:
             transfer = await self._slices.run(
                 compare(self._into, tree, wanted, inference=inference, fit=self._fit, stateful=self._stateful)
             )
-            devices = await self._slices.run(self._fill(transfer))
+            devices = await self._run(partial(self._fill, transfer))
         self._follow_the_caller(devices)
         with span("into"):
             await self._carry_out(transfer)
@@ -136,27 +138,25 @@ class Loading:
             live.load_state_dict(state)
         return self._into
 
-    def _fill(self, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+    def _fill(self, transfer: Transfer) -> set[torch.device]:
         """Have loaded tensors copied into their live ones, and return the devices of these."""
         devices: set[torch.device] = set()
-        for count, (_, live, loaded) in enumerate(transfer.pairs):
+        for _, live, loaded in releasing_gil(transfer.pairs):
             device = self._targets.device_of(live)
             if device is not None:
                 devices.add(device)
             transfer.add(live, loaded, device)
-            if count % _YIELD_EVERY == 0:
-                yield
         return devices
 
     async def attempt(self, reader: OpenCheckpoint) -> Any:
         """Read one checkpoint."""
         checkpoint = CheckpointReader(
-            reader, self._workers, self._slices, self._targets, verify=self._verify, progress=self._progressed
+            reader, self._workers, self._run, self._targets, verify=self._verify, progress=self._progressed
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
-        spread = await self._slices.run(
-            spread_views(outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
+        spread = await self._workers.run(
+            partial(spread_views, outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
         )
         if self._into is None:
             return await self._read_anew(checkpoint, outline, names, spread)
@@ -172,8 +172,9 @@ class Loading:
             transfer = await self._slices.run(
                 compare(self._into, tree, wanted, inference=self._caller.inference, fit=self._fit)
             )
-            placement = await self._slices.run(
-                plan_reads(
+            placement = await self._run(
+                partial(
+                    plan_reads,
                     transfer,
                     memory,
                     outline.positions,
@@ -183,7 +184,7 @@ class Loading:
                 )
             )
         parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
-        self._follow_the_caller(await self._slices.run(self._devices_of(placement, transfer)))
+        self._follow_the_caller(await self._run(partial(self._devices_of, placement, transfer)))
         if placement.direct:
             await self._read_in_place(checkpoint, parts, placement.direct)
         else:
@@ -197,14 +198,14 @@ class Loading:
     ) -> Any:
         """Read into a new tree."""
         path = checkpoint.manifest_path
-        sizes = await self._slices.run(sizes_of(names, outline.records, spread))
-        shares = await self._slices.run(self._devices.shares(outline.table, outline.records, sizes, path=path))
-        data = await self._devices.allocate(shares, self._caller, workers=self._workers, slices=self._slices, path=path)
+        sizes = await self._workers.run(partial(sizes_of, names, outline.records, spread))
+        shares = await self._run(partial(self._devices.shares, outline.table, outline.records, sizes, path=path))
+        data = await self._devices.allocate(shares, self._caller, workers=self._workers, path=path)
         # Indices are looked at in host memory: on a device that would wait for all that it is given to do.
         parts_of = {name: sizes[name] for name in parts_of_sparse(outline.table, path) if not data[name].is_meta}
         beside = {name: nbytes for name, nbytes in parts_of.items() if not data[name].is_cpu}
-        read = data | await self._slices.run(host_memory(beside, path=path))
-        contents = await self._slices.run(contents_of(read, spread))
+        read = data | await self._workers.run(partial(host_memory, beside, path=path))
+        contents = await self._workers.run(partial(contents_of, read, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
         # The memory may be what was freed on the caller's streams, which still use it.
@@ -233,14 +234,12 @@ class Loading:
         path, meta = checkpoint.manifest_path, torch.device("meta")
         first = {name: plain for name, plain in names.items() if not plain}
         others = {name: plain for name, plain in names.items() if plain}
-        sizes = await self._slices.run(sizes_of(first, outline.records, spread))
-        data = await self._slices.run(host_memory(sizes, path=path))
+        data = await self._workers.run(partial(_host_memory, first, outline, spread, path))
         if first:
-            contents = await self._slices.run(contents_of(data, spread))
+            contents = await self._workers.run(partial(contents_of, data, spread))
             await checkpoint.read(await checkpoint.plan(outline, contents, everything=False))
             await self._workers.run(partial(check_sparse, outline.table, outline.records, data, path))
-        sizes = await self._slices.run(sizes_of(others, outline.records, spread))
-        return data | await self._slices.run(host_memory(sizes, path=path, device=meta))
+        return data | await self._workers.run(partial(_host_memory, others, outline, spread, path, meta))
 
     async def _read_in_place(
         self, checkpoint: CheckpointReader, parts: Sequence[tuple[FileRecord, Part]], live: Sequence[torch.Tensor]
@@ -248,7 +247,7 @@ class Loading:
         """Read into live tensors, and have PyTorch know before and after, which cannot see that they change."""
 
         async def count() -> None:
-            await self._slices.run(_count_changes(live))
+            await self._workers.run(partial(_count_changes, live))
 
         await count()
         try:
@@ -257,11 +256,21 @@ class Loading:
             error.add_note("Tensors of the live tree were being read into: some have new values, some old ones.")
             if isinstance(error, GeneratorExit):
                 # It may not wait.
-                deque(_count_changes(live), maxlen=0)
+                _count_changes(live)
             else:
                 await finish(count)
             raise
         await finish(count)
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        """Run in a worker thread what makes tensors, or calls functions of the caller's, as if in the caller's."""
+        return await self._workers.run(partial(self._as_caller, call))
+
+    def _as_caller(self, call: Callable[[], T]) -> T:
+        # A device that has failed matters only where something is on it, and there a copy to it says so.
+        streams = nullcontext() if self._caller.failed else self._caller.entered()
+        with torch.inference_mode(self._caller.inference), streams:
+            return call()
 
     @property
     def _reads_everything(self) -> bool:
@@ -271,15 +280,13 @@ class Loading:
         if self._report is not None:
             self._report(LoadProgress(name=self._name, total_bytes=total_bytes, read_bytes=read_bytes))
 
-    def _devices_of(self, placement: ReadPlan, transfer: Transfer) -> Generator[None, None, set[torch.device]]:
+    def _devices_of(self, placement: ReadPlan, transfer: Transfer) -> set[torch.device]:
         """Return the devices of live tensors that are read into or copied to."""
         devices = {device for device, _, _ in transfer.batches() if device is not None}
-        for count, tensor in enumerate(placement.direct):
+        for tensor in releasing_gil(placement.direct):
             device = self._targets.device_of(tensor)
             if device is not None:
                 devices.add(device)
-            if count % _YIELD_EVERY == 0:
-                yield
         return devices
 
     def _follow_the_caller(self, devices: Iterable[torch.device]) -> None:
@@ -319,13 +326,22 @@ class Loading:
         transfer.assign()
 
 
-def _count_changes(live: Sequence[torch.Tensor]) -> Generator[None, None, None]:
+def _host_memory(
+    names: Mapping[str, bool],
+    outline: Outline,
+    spread: Mapping[str, View],
+    path: str,
+    device: torch.device | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return new memory for some tensors of files. Blocks."""
+    return host_memory(sizes_of(names, outline.records, spread), path=path, device=device)
+
+
+def _count_changes(live: Sequence[torch.Tensor]) -> None:
     """Count a change of tensors, by which a staging under way notices it."""
-    for count, tensor in enumerate(live):
+    for tensor in releasing_gil(live):
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-        if count % _YIELD_EVERY == 0:
-            yield
 
 
 _logger = logging.getLogger("aiostage")

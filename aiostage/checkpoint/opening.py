@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
@@ -74,8 +73,8 @@ class OpenCheckpoint(Reader):
         """
         async with self.deleted_or_corrupt():
             text = await self.manifest()
-            reading = read_manifest(text, path=self._path(MANIFEST_NAME), add_node=add_node)
-            manifest = await workers.run(partial(in_turns, reading))
+            reading = partial(read_manifest, text, path=self._path(MANIFEST_NAME), add_node=add_node)
+            manifest = await workers.run(reading)
         await self._use(manifest.placement)
         return manifest
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from aiostage._loop.slices import Slices, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
+from aiostage._turns import releasing_gil
 from aiostage.checkpoint.incoming import PartReader, ReadTargets
 from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.checkpoint.selection import Selection
@@ -88,7 +88,6 @@ def _parts(table: NodeTable, index: int) -> list[int]:
     return parts
 
 
-_YIELD_EVERY = 64
 _SUFFIX = ".safetensors"
 
 
@@ -131,8 +130,8 @@ class CheckpointReader:
 
     Args:
         reader: Of the checkpoint; the caller's to close.
-        workers: Run everything that blocks.
-        slices: Run everything else.
+        workers: Read and check.
+        run: Runs in them what makes tensors, or calls functions of the caller's.
         targets: Where the tensors are that are read into.
         verify: Whether to compare every byte read with the checksums.
         progress: Called on the event loop with how many bytes were read, and how many there are to read.
@@ -142,7 +141,7 @@ class CheckpointReader:
         self,
         reader: OpenCheckpoint,
         workers: Workers,
-        slices: Slices,
+        run: Callable[[Callable[[], Any]], Awaitable[Any]],
         targets: ReadTargets,
         *,
         verify: bool,
@@ -150,7 +149,7 @@ class CheckpointReader:
     ) -> None:
         self._reader = reader
         self._workers = workers
-        self._slices = slices
+        self._run = run
         self._targets = targets
         self._verify = verify
         self._progress = progress
@@ -174,7 +173,7 @@ class CheckpointReader:
             table = NodeTable()
             manifest = await self._reader.open(self._workers, table.add)
             with reading(self.manifest_path):
-                await self._workers.run(lambda: in_turns(table.complete()))
+                await self._workers.run(table.complete)
         self._incoming = PartReader(
             self._reader,
             self._workers,
@@ -197,9 +196,12 @@ class CheckpointReader:
         files = [found[file.name] for file in manifest.files]
         records: dict[str, TensorRecord] = {}
         positions: dict[str, int] = {}
-        for file in files:
-            path = self._path(file.file.name)
-            await self._slices.run(_index(file.records, file.start, records, positions, path))
+
+        def index() -> None:
+            for file in files:
+                _index(file.records, file.start, records, positions, self._path(file.file.name))
+
+        await self._workers.run(index)
         return Outline(manifest, table, files, records, positions)
 
     async def _look_into(self, file: FileRecord) -> FileOutline:
@@ -212,7 +214,8 @@ class CheckpointReader:
             return FileOutline(file, 0, [])
         header = await self._incoming.header(file)
         start = HEADER_LENGTH_BYTES + len(header)
-        return FileOutline(file, start, await self._slices.run(read_header(header, nbytes - start, path=path)))
+        records = await self._workers.run(partial(read_header, header, nbytes - start, path=path))
+        return FileOutline(file, start, records)
 
     async def plan(
         self, outline: Outline, contents: Mapping[str, torch.Tensor], *, everything: bool
@@ -227,13 +230,7 @@ class CheckpointReader:
         Returns:
             Each part, with its file.
         """
-        found: list[tuple[FileRecord, Part]] = []
-        for each in outline.files:
-            pieces = await self._slices.run(_contents(each, contents))
-            parts = await self._slices.run(cut(pieces, outline.manifest.part_bytes))
-            if not everything:
-                parts = await self._slices.run(_wanted(parts))
-            found += [(each.file, part) for part in parts]
+        found = await self._workers.run(partial(_parts_to_read, outline, contents, everything))
         self._total_bytes += sum(part.nbytes for _, part in found)
         return found
 
@@ -272,7 +269,7 @@ class CheckpointReader:
                     await self._workers.run(partial(read_zones, outline.table.wanted()))
             memory = Memory(outline.records, data)
             decoder = TreeDecoder(outline.table, memory, path=self.manifest_path, classes=classes)
-            return await self._slices.run(decoder.build()), memory
+            return await self._run(decoder.build), memory
 
     async def names(self, outline: Outline, selection: Selection | None, instead: object) -> dict[str, bool]:
         """Leave out of the table what is not selected, and return which tensors the rest needs.
@@ -285,10 +282,11 @@ class CheckpointReader:
             ValueError: If nothing is selected, or a pattern matches nothing.
         """
         if selection is not None:
-            await self._slices.run(selection.prune(outline.table, instead))
+            await self._run(partial(selection.prune, outline.table, instead))
         with reading(self.manifest_path):
-            names = await self._slices.run(outline.table.tensor_names())
-            await self._slices.run(_look_up(names, outline.records))
+            names = await self._workers.run(outline.table.tensor_names)
+            for name in names:
+                outline.records[name]
         return names
 
     def _path(self, name: str) -> str:
@@ -304,40 +302,33 @@ class CheckpointReader:
 
 def _index(
     found: Sequence[TensorRecord], start: int, records: dict[str, TensorRecord], positions: dict[str, int], path: str
-) -> Generator[None, None, None]:
-    for count, record in enumerate(found):
+) -> None:
+    for record in releasing_gil(found):
         if record.name in records:
             raise CheckpointCorruptError(f"another file has the tensor {shown(record.name)} too.", path=path)
         records[record.name] = record
         positions[record.name] = start + record.start
-        if count % _YIELD_EVERY == 0:
-            yield
 
 
-def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> Generator[None, None, list[Content]]:
+def _parts_to_read(
+    outline: Outline, contents: Mapping[str, torch.Tensor], everything: bool
+) -> list[tuple[FileRecord, Part]]:
+    """Return the parts of all files that have a destination, or all parts. Blocks."""
+    found: list[tuple[FileRecord, Part]] = []
+    for file in outline.files:
+        parts = cut(_contents(file, contents), outline.manifest.part_bytes)
+        found += [(file.file, part) for part in releasing_gil(parts) if everything or _is_wanted(part)]
+    return found
+
+
+def _is_wanted(part: Part) -> bool:
+    return not all(isinstance(piece, Hole) for piece in part.pieces)
+
+
+def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[Content]:
     """Return what a file consists of."""
     if not file.start:
         return [Hole(file.file.nbytes)]
     found: list[Content] = [Hole(file.start)]
-    for count, record in enumerate(file.records):
-        found.append(contents.get(record.name, Hole(record.stop - record.start)))
-        if count % _YIELD_EVERY == 0:
-            yield
+    found += [contents.get(record.name, Hole(record.stop - record.start)) for record in releasing_gil(file.records)]
     return found
-
-
-def _wanted(parts: Sequence[Part]) -> Generator[None, None, list[Part]]:
-    """Return the parts that have a destination."""
-    found: list[Part] = []
-    for part in parts:
-        if not all(isinstance(piece, Hole) for piece in part.pieces):
-            found.append(part)
-        yield
-    return found
-
-
-def _look_up(names: Collection[str], records: Mapping[str, TensorRecord]) -> Generator[None, None, None]:
-    for count, name in enumerate(names):
-        records[name]
-        if count % _YIELD_EVERY == 0:
-            yield

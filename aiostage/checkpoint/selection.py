@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import translate
 from typing import Any, TypeAlias
 
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import listed, shown
 from aiostage.format.nodes import LOOKED_INTO, NodeTable, path_step
 from aiostage.leaf import LinkedPath, Path, unlinked
 
 __all__ = ["Only", "Selection"]
 
-_YIELD_EVERY = 16
 _EXAMPLES = 5
 _MAX_DEPTH = 100
 """Of trees from other programs; what is deeper is taken as a whole or not at all."""
@@ -70,8 +70,8 @@ class Selection:
                 self._unmatched.discard(pattern)
         return chosen
 
-    def prune(self, table: NodeTable, instead: object) -> Generator[None, None, None]:
-        """Leave out of a table what is not wanted, yielding now and then.
+    def prune(self, table: NodeTable, instead: object) -> None:
+        """Leave out of a table what is not wanted.
 
         Of a container that is reached by several paths, the first counts.
 
@@ -82,14 +82,14 @@ class Selection:
         Raises:
             ValueError: If nothing is wanted, or a pattern matches nothing.
         """
-        yield from _Pruning(table, self, instead).run()
+        _Pruning(table, self, instead).run()
         if self._unmatched:
             # Nodes below what was chosen as a whole have not been visited yet.
-            yield from self._look_below(table)
+            self._look_below(table)
         self.check_matched()
 
-    def prune_tree(self, tree: Any, instead: object) -> Generator[None, None, Any]:
-        """Return what is wanted of a tree of dicts, lists and tuples, as new containers; yielding now and then.
+    def prune_tree(self, tree: Any, instead: object) -> Any:
+        """Return what is wanted of a tree of dicts, lists and tuples, as new containers.
 
         Args:
             tree: Not changed.
@@ -98,13 +98,13 @@ class Selection:
         Raises:
             ValueError: If nothing is wanted, or a pattern matches nothing.
         """
-        kept = yield from self._kept(tree, (), instead, set())
+        kept = self._kept(tree, (), instead, set())
         self.check_matched()
         if kept is _NOTHING:
             raise ValueError("only= selects nothing of the checkpoint")
         return kept
 
-    def _kept(self, value: Any, path: Path, instead: object, above: set[int]) -> Generator[None, None, Any]:
+    def _kept(self, value: Any, path: Path, instead: object, above: set[int]) -> Any:
         if not isinstance(value, (dict, list, tuple)) or id(value) in above or len(path) >= _MAX_DEPTH:
             return _NOTHING
         found: dict[Any, Any] = {}
@@ -114,12 +114,12 @@ class Selection:
             if self.chooses(here):
                 if self._unmatched:
                     # Patterns may match below what was chosen as a whole, too.
-                    yield from self._kept(child, here, instead, above | {id(value)})
+                    self._kept(child, here, instead, above | {id(value)})
             else:
-                kept = yield from self._kept(child, here, instead, above | {id(value)})
+                kept = self._kept(child, here, instead, above | {id(value)})
             if kept is not _NOTHING:
                 found[key] = kept
-            yield
+            release_gil()
         if not found:
             return _NOTHING
         if isinstance(value, dict):
@@ -135,12 +135,11 @@ class Selection:
                 f"Its first paths are {', '.join(self._examples)}."
             )
 
-    def _look_below(self, table: NodeTable) -> Generator[None, None, None]:
+    def _look_below(self, table: NodeTable) -> None:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
         pending: list[tuple[int, LinkedPath]] = [(root, None)] if root is not None else []
         seen: set[int] = set()
-        count = 0
         while pending and self._unmatched:
             index, place = pending.pop()
             if index in seen or table.forms[index]["is"] not in LOOKED_INTO:
@@ -152,9 +151,7 @@ class Selection:
                 node = table.node(child)
                 if node is not None:
                     pending.append((node, here))
-                count += 1
-                if count % _YIELD_EVERY == 0:
-                    yield
+                release_gil()
 
 
 class _Pruning:
@@ -171,26 +168,23 @@ class _Pruning:
         # For each container, who has it as which child, so that what keeps it is kept too.
         self._parents: dict[int, list[tuple[int, int]]] = {}
 
-    def run(self) -> Generator[None, None, None]:
+    def run(self) -> None:
         table = self._table
         root = table.node(table.root)
         if root is None or table.forms[root]["is"] not in LOOKED_INTO:
             raise ValueError("only= selects parts of dicts, lists and tuples, and the checkpoint is none of these")
-        yield from self._look(root)
+        self._look(root)
         partly = self._partly - self._whole
         if root in partly and not self._kept.get(root):
             self._selection.check_matched()
             raise ValueError("only= selects nothing of the checkpoint")
-        for count, index in enumerate(partly):
+        for index in releasing_gil(partly):
             self._cut(index)
-            if count % _YIELD_EVERY == 0:
-                yield
 
-    def _look(self, root: int) -> Generator[None, None, None]:
+    def _look(self, root: int) -> None:
         """Walk from the root through what may be kept in part."""
         pending: list[tuple[int, LinkedPath]] = [(root, None)]
         self._partly.add(root)
-        count = 0
         while pending:
             index, place = pending.pop()
             found: list[tuple[int, LinkedPath]] = []
@@ -200,7 +194,7 @@ class _Pruning:
                 if self._selection.chooses(unlinked(here)):
                     self._keep(index, number)
                     if node is not None:
-                        yield from self._keep_below(node)
+                        self._keep_below(node)
                 elif node is not None and self._table.forms[node]["is"] in LOOKED_INTO:
                     if node in self._whole or self._kept.get(node):
                         self._keep(index, number)
@@ -208,9 +202,7 @@ class _Pruning:
                     if node not in self._partly:
                         self._partly.add(node)
                         found.append((node, here))
-                count += 1
-                if count % _YIELD_EVERY == 0:
-                    yield
+                release_gil()
             pending += reversed(found)
 
     def _keep(self, index: int, number: int) -> None:
@@ -224,7 +216,7 @@ class _Pruning:
             if first:
                 pending += self._parents.get(index, ())
 
-    def _keep_below(self, index: int) -> Generator[None, None, None]:
+    def _keep_below(self, index: int) -> None:
         """Keep a node and everything below it."""
         pending = [index]
         while pending:
@@ -238,7 +230,7 @@ class _Pruning:
                 node = self._table.node(child)
                 if node is not None:
                     pending.append(node)
-            yield
+            release_gil()
 
     def _cut(self, index: int) -> None:
         """Leave the children out of a container that are not kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 
 from aiostage._device.streams import CallerStreams, device_errors
-from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.abc import Backend
 from aiostage.checkpoint.into import Transfer, copyable
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
@@ -25,7 +25,8 @@ from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
 __all__ = ["DeviceOption", "Devices", "ReadPlan", "Shares", "host_memory", "plan_reads"]
 
-_YIELD_EVERY = 64
+_TENSORS_AT_ONCE = 64
+"""Allocated by one step of a thread."""
 
 _DeviceLike: TypeAlias = "torch.device | str | int"
 DeviceOption: TypeAlias = "_DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]"
@@ -60,8 +61,8 @@ class Devices:
 
     def shares(
         self, table: NodeTable, records: Mapping[str, TensorRecord], sizes: Mapping[str, int], *, path: str
-    ) -> Generator[None, None, Shares]:
-        """Find out which device gets which tensors of files, yielding now and then.
+    ) -> Shares:
+        """Find out which device gets which tensors of files.
 
         Args:
             table: Of the nodes, looked through before.
@@ -76,24 +77,21 @@ class Devices:
         if self._ask is None and self._everywhere is None:
             return {None: sizes}
         walk = _Walk(table, records, path, self._device_for)
-        yield from walk.run()
+        walk.run()
         shares: dict[torch.device | None, dict[str, int]] = {}
-        for count, (name, nbytes) in enumerate(sizes.items()):
+        for name, nbytes in releasing_gil(sizes.items()):
             shares.setdefault(walk.found[name], {})[name] = nbytes
-            if count % _YIELD_EVERY == 0:
-                yield
         return shares
 
     async def allocate(
-        self, shares: Shares, caller: CallerStreams, *, workers: Workers, slices: Slices, path: str
+        self, shares: Shares, caller: CallerStreams, *, workers: Workers, path: str
     ) -> dict[str, torch.Tensor]:
         """Get memory, on devices for the work of the caller's streams.
 
         Args:
             shares: From :meth:`shares`.
             caller: Whose streams will use the memory.
-            workers: To wait for devices in.
-            slices: Run everything else.
+            workers: Allocate.
             path: Of the manifest, for errors.
 
         Returns:
@@ -109,7 +107,7 @@ class Devices:
         found: dict[str, torch.Tensor] = {}
         for device, sizes in shares.items():
             if device is None or device == _META:
-                found |= await slices.run(host_memory(sizes, path=path, device=device))
+                found |= await workers.run(partial(host_memory, sizes, path=path, device=device))
                 continue
             with device_errors():
                 active = self._reached.active_devices()
@@ -118,7 +116,7 @@ class Devices:
             stream = caller.stream(device)
             rest = iter(sizes.items())
             async with workers.job() as job:
-                while some := dict(islice(rest, _YIELD_EVERY)):
+                while some := dict(islice(rest, _TENSORS_AT_ONCE)):
                     job.put(partial(self._take, found, some, device, stream))
         return found
 
@@ -185,10 +183,8 @@ class Devices:
             ) from error
 
 
-def host_memory(
-    sizes: Mapping[str, int], *, path: str, device: torch.device | None = None
-) -> Generator[None, None, dict[str, torch.Tensor]]:
-    """Get one-dimensional uint8 memory on the host, or none on the meta device, yielding now and then.
+def host_memory(sizes: Mapping[str, int], *, path: str, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Get one-dimensional uint8 memory on the host, or none on the meta device.
 
     Args:
         sizes: How much, in bytes, by name.
@@ -199,13 +195,11 @@ def host_memory(
         HostMemoryError: If there is not enough.
     """
     found: dict[str, torch.Tensor] = {}
-    for count, (name, nbytes) in enumerate(sizes.items()):
+    for name, nbytes in releasing_gil(sizes.items()):
         try:
             found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device or "cpu")
         except RuntimeError as error:
             raise HostMemoryError(f"no memory for the tensor {shown(name)}: {error}", path=path) from error
-        if count % _YIELD_EVERY == 0:
-            yield
     return found
 
 
@@ -226,23 +220,20 @@ class _Walk:
         self._ask = ask
         self._places: dict[str, LinkedPath] = {}
 
-    def run(self) -> Generator[None, None, None]:
+    def run(self) -> None:
         pending: list[tuple[int, LinkedPath, object]] = []
         seen: set[tuple[int, object]] = set()
         self._push(pending, [(None, self._table.root)], _ASK)
-        count = 0
         while pending:
             index, place, where = pending.pop()
             if (index, where) not in seen:
                 seen.add((index, where))
-                yield from self._visit(index, place, where, pending)
-            count += 1
-            if count % _YIELD_EVERY == 0:
-                yield
+                self._visit(index, place, where, pending)
+            release_gil()
 
     def _visit(
         self, index: int, place: LinkedPath, where: object, pending: list[tuple[int, LinkedPath, object]]
-    ) -> Generator[None, None, None]:
+    ) -> None:
         form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
         self._push(
@@ -265,11 +256,9 @@ class _Walk:
             self._push(pending, [(place, child) for child in children], None)
         else:
             found = []
-            for count, (key, child) in enumerate(self._table.edges(index)):
+            for key, child in releasing_gil(self._table.edges(index)):
                 here = (path_step(key), place)
                 found += [(here, key), (here, child)]
-                if count % _YIELD_EVERY == 0:
-                    yield
             self._push(pending, found, _ASK)
 
     def _push(
@@ -328,7 +317,7 @@ def plan_reads(
     *,
     in_place: bool,
     path: str,
-) -> Generator[None, None, ReadPlan]:
+) -> ReadPlan:
     """Decide where elements that have not been read yet go, and have those copied that do not go straight.
 
     Args:
@@ -345,17 +334,15 @@ def plan_reads(
     placement = ReadPlan()
     waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     records: dict[str, TensorRecord] = {}
-    for count, (_, live, loaded) in enumerate(transfer.pairs):
+    for _, live, loaded in releasing_gil(transfer.pairs):
         if not loaded.is_meta:
             transfer.add(live, loaded, device_of(live))
         elif live.numel():
             record = memory.origin(loaded)
             records[record.name] = record
             waiting.setdefault(record.name, []).append((live, loaded))
-        if count % _YIELD_EVERY == 0:
-            yield
     beside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for count, (name, targets) in enumerate(waiting.items()):
+    for name, targets in releasing_gil(waiting.items()):
         first = targets[0][0]
         is_cast = any(live.dtype is not loaded.dtype for live, loaded in targets)
         if in_place and not is_cast and _is_one([live for live, _ in targets]) and _takes(first, positions[name]):
@@ -363,15 +350,11 @@ def plan_reads(
             placement.direct.append(first)
         else:
             beside[name] = targets
-        if count % _YIELD_EVERY == 0:
-            yield
-    new = yield from host_memory((yield from sizes_of(beside, records, {})), path=path)
+    new = host_memory(sizes_of(beside, records, {}), path=path)
     placement.contents |= new
-    for count, (name, targets) in enumerate(beside.items()):
+    for name, targets in releasing_gil(beside.items()):
         for live, loaded in targets:
             transfer.add(live, _elements(new[name], loaded), device_of(live))
-        if count % _YIELD_EVERY == 0:
-            yield
     return placement
 
 

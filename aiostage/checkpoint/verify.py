@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
-from aiostage.checkpoint.writer import MAX_HOLD
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 
@@ -80,7 +78,7 @@ async def opened(
     """
     storage, name = locate(source)
     with span("verify", source=name), reporting(progress, f"verifying {name}") as report:
-        workers, slices = Workers(THREADS, "aiostage-load"), Slices(MAX_HOLD)
+        workers = Workers(THREADS, "aiostage-load")
 
         def progressed(read_bytes: int, total_bytes: int) -> None:
             if report is not None:
@@ -89,7 +87,7 @@ async def opened(
         nowhere = ReadTargets(workers)
         reader = await open_checkpoint(storage, name)
         try:
-            checkpoint = CheckpointReader(reader, workers, slices, nowhere, verify=True, progress=progressed)
+            checkpoint = CheckpointReader(reader, workers, workers.run, nowhere, verify=True, progress=progressed)
             outline = await checkpoint.open()
             await checkpoint.names(outline, None, None)
             yield checkpoint, outline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from aiostage._copy.window import Chunk, Window
-from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Workers
+from aiostage._turns import releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import CheckpointError, HostMemoryError, StagingError
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
-from aiostage.format.layout import INDEX_NAME, FileTensor, file_tensors, groups, index_content, measure, tensor_files
+from aiostage.format.layout import INDEX_NAME, file_tensors, groups, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
 from aiostage.format.parts import (
     DIGEST_NAME,
@@ -38,7 +38,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.files import PartBuffers
 
-__all__ = ["MAX_HOLD", "CheckpointInfo", "CheckpointWriter", "PartWriter", "collect"]
+__all__ = ["CheckpointInfo", "CheckpointWriter", "PartWriter", "collect"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +79,9 @@ class CheckpointInfo:
         return Path(self.location)
 
 
-MAX_HOLD = 0.001
-"""How long preparations may hold the event loop at a time, in seconds."""
-
 _THREADS = 1
 """For gathering and digests. One keeps up with any storage, and the more threads compute where the cores are few, the
 longer an event loop that was woken waits for one: measured on two, with two threads no save ended sooner."""
-
-_LINES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +114,6 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._progress: Callable[[SaveProgress], object] | None = None
         self._workers = Workers(_THREADS, "aiostage-save", prepare=torch.get_num_threads)
-        self._slices = Slices(MAX_HOLD)
         self._buffers = PartBuffers(PART_BYTES)
         self._written = self._total = 0
         self._snapshot: Snapshot[Any] | None = None
@@ -142,27 +136,13 @@ class CheckpointWriter:
         """
         self._snapshot = snapshot
         with span("layout"):
+            encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
             try:
-                encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
-                await self._slices.run(encoder.walk(staged))
+                await self._workers.run(partial(encoder.walk, staged))
             except ValuesNeeded:
                 encoder = TreeEncoder()
-                await self._slices.run(encoder.walk(await _captured(snapshot)))
-            tensors = await self._file_tensors(encoder)
-            shards = await self._slices.run(
-                tensor_files(
-                    tensors,
-                    self._max_shard_bytes,
-                    snapshot.memory if snapshot is not None else None,
-                    in_order=snapshot is not None and snapshot.window is not None,
-                )
-            )
-            files = [(shard.name, shard.contents) for shard in shards]
-            if len(shards) > 1:
-                files.append((INDEX_NAME, await self._slices.run(index_content(shards))))
-            nodes = await self._slices.run(_fitting(encoder.lines()))
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        self._plan = _FilePlan(nbytes, len(encoder.tensors), files, nodes)
+                await self._workers.run(partial(encoder.walk, await _captured(snapshot)))
+            self._plan = await self._workers.run(partial(self._planned, encoder))
 
     async def write(
         self, pending: PendingCheckpoint, progress: Callable[[SaveProgress], object] | None = None
@@ -189,21 +169,14 @@ class CheckpointWriter:
         for name, contents in plan.files:
             file = PartWriter(
                 name,
-                await self._slices.run(cut(contents, PART_BYTES)),
+                await self._workers.run(partial(cut, contents, PART_BYTES)),
                 workers=self._workers,
                 buffers=self._buffers,
                 snapshot=snapshot,
                 sent=self._sent,
             )
             records.append(await file.send(pending))
-        manifest = memoryview(
-            await self._slices.run(
-                write_manifest(
-                    nbytes=plan.nbytes, leaves=plan.leaves, part_bytes=PART_BYTES, files=records, nodes=plan.nodes
-                )
-            )
-        )
-        digests = await self._workers.run(partial(_digests, manifest))
+        manifest, digests = await self._workers.run(partial(_manifest, plan, records))
         if snapshot is not None:
             if snapshot.window is not None:
                 # No other writer will take what no file has asked for.
@@ -229,11 +202,22 @@ class CheckpointWriter:
         self._snapshot = None
         self._plan = _FilePlan(0, 0, [], [])
 
-    async def _file_tensors(self, encoder: TreeEncoder) -> list[FileTensor]:
-        """Decide what goes into files for the tree's tensors."""
-        leaves, starts, stops = await self._slices.run(measure(encoder.tensors))
-        overlapping = await self._workers.run(partial(groups, starts, stops))
-        return await self._slices.run(file_tensors(leaves, overlapping))
+    def _planned(self, encoder: TreeEncoder) -> _FilePlan:
+        """Return the files for a tree that was walked. Blocks."""
+        snapshot = self._snapshot
+        leaves, starts, stops = measure(encoder.tensors)
+        tensors = file_tensors(leaves, groups(starts, stops))
+        shards = tensor_files(
+            tensors,
+            self._max_shard_bytes,
+            snapshot.memory if snapshot is not None else None,
+            in_order=snapshot is not None and snapshot.window is not None,
+        )
+        files = [(shard.name, shard.contents) for shard in shards]
+        if len(shards) > 1:
+            files.append((INDEX_NAME, index_content(shards)))
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        return _FilePlan(nbytes, len(encoder.tensors), files, _fitting(encoder.lines()))
 
     def _sent(self, nbytes: int) -> None:
         """Report progress."""
@@ -261,22 +245,25 @@ async def _captured(snapshot: Snapshot[Any] | None) -> Any:
     return await snapshot.result()
 
 
-def _fitting(lines: Iterable[str]) -> Generator[None, None, list[str]]:
-    """Collect the lines of a manifest, and refuse more than one may have; yielding now and then."""
+def _fitting(lines: Iterable[str]) -> list[str]:
+    """Collect the lines of a manifest, and refuse more than one may have."""
     found: list[str] = []
     nbytes = 0
-    for line in lines:
+    for line in releasing_gil(lines):
         nbytes += len(line) + 2
         if nbytes > MAX_NODES_BYTES:
             raise too_large()
         found.append(line)
-        if len(found) % _LINES_AT_ONCE == 0:
-            yield
     return found
 
 
-def _digests(data: memoryview) -> tuple[str, ...]:
-    return tuple(digest(data[start : start + PART_BYTES]) for start in range(0, max(len(data), 1), PART_BYTES))
+def _manifest(plan: _FilePlan, files: Sequence[FileRecord]) -> tuple[memoryview, tuple[str, ...]]:
+    """Return the manifest of what was written, and the digests of its parts. Blocks."""
+    data = memoryview(
+        write_manifest(nbytes=plan.nbytes, leaves=plan.leaves, part_bytes=PART_BYTES, files=files, nodes=plan.nodes)
+    )
+    starts = range(0, max(len(data), 1), PART_BYTES)
+    return data, tuple(digest(data[start : start + PART_BYTES]) for start in starts)
 
 
 async def collect(

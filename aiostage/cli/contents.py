@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from anyio.to_thread import run_sync
 
-from aiostage._loop.slices import exhausted
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import Read, recognize, shards_of
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
@@ -209,7 +208,7 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
         if length > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
             raise CheckpointCorruptError(f"its header is said to be {length} bytes long.", path=path)
         start = HEADER_LENGTH_BYTES + length
-        records = exhausted(read_header(file.read(length), nbytes - start, path=path))
+        records = read_header(file.read(length), nbytes - start, path=path)
         memory = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     found = {}
     for record in records:

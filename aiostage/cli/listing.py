@@ -11,7 +11,6 @@ from typing import Any
 
 from anyio.to_thread import run_sync
 
-from aiostage._loop.slices import in_turns
 from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.cli.contents import open_contents
 from aiostage.cli.finding import Place, Run, find, place_of
@@ -182,7 +181,7 @@ async def _summary(place: Place) -> _Summary:
         await reader.placement()  # refuses one that was removed
         text = await reader.manifest()
         path = f"{reader.location}/{MANIFEST_NAME}"
-        manifest = await run_sync(lambda: in_turns(read_head(text, path=path)))
+        manifest = await run_sync(lambda: read_head(text, path=path))
         modified = await reader.modified()
     finally:
         await reader.aclose()

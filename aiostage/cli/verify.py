@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from anyio.to_thread import run_sync
 
-from aiostage._loop.slices import exhausted, in_turns
 from aiostage._loop.together import together
 from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
@@ -221,7 +220,7 @@ class _Check:
         try:
             manifest = await reader.open(self._workers, table.add)
             with reading(f"{reader.location}/{MANIFEST_NAME}"):
-                await self._workers.run(lambda: in_turns(table.complete()))
+                await self._workers.run(table.complete)
         except CheckpointCorruptError as error:
             report.damage.append(Damage(MANIFEST_NAME, error.reason))
             return report
@@ -339,7 +338,7 @@ async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[Tenso
             return None
         header = bytearray(length)
         await reader.read(file.name, HEADER_LENGTH_BYTES, memoryview(header))
-        return start, exhausted(read_header(bytes(header), file.nbytes - start, path=file.name))
+        return start, read_header(bytes(header), file.nbytes - start, path=file.name)
     except (CheckpointCorruptError, OSError):
         # It is damaged, and was reported as that.
         return None

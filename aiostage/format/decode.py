@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from aiostage._private import storage_identity
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.composites import COMPOSITES, assemble
@@ -27,7 +28,7 @@ from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions
 
 __all__ = ["Memory", "TreeDecoder"]
 
-_YIELD_EVERY = 64
+_ELEMENTS_AT_ONCE = 64
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
 _NEW: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dict": lambda form: {},
@@ -99,8 +100,8 @@ class TreeDecoder:
         # Nodes whose contents may not be there yet.
         self._incomplete: set[int] = set()
 
-    def build(self) -> Generator[None, None, Any]:
-        """Build the tree, yielding now and then.
+    def build(self) -> Any:
+        """Build the tree.
 
         Returns:
             The tree.
@@ -109,9 +110,9 @@ class TreeDecoder:
             CheckpointCorruptError: If the nodes do not describe one.
         """
         with reading(self._path):
-            return (yield from self._build())
+            return self._build()
 
-    def _build(self) -> Generator[None, None, Any]:
+    def _build(self) -> Any:
         table = self._table
         # What may contain itself exists first; then each node is made, and filled if all that it contains comes before
         # it, as it does outside of circles; then the others are filled.
@@ -122,42 +123,35 @@ class TreeDecoder:
             else:
                 self._made.append(_NEW[kind](form) if kind in _NEW else _NOT_MADE)
         left: list[int] = []
-        count = 0
-        for index, how in enumerate(table.reached):
+        for index, how in enumerate(releasing_gil(table.reached)):
             if not how:
                 continue
             if self._made[index] is _NOT_MADE:
-                self._made[index] = yield from self._make(index)
-            if (yield from self._comes_last(index)):
-                yield from self._fill(index)
+                self._made[index] = self._make(index)
+            if self._comes_last(index):
+                self._fill(index)
             else:
                 left.append(index)
                 self._incomplete.add(index)
-            count += 1
-            if count % _YIELD_EVERY == 0:
-                yield
-        for index in left:
-            yield from self._fill(index)
-            yield
+        for index in releasing_gil(left):
+            self._fill(index)
         return self._child(table.root)
 
-    def _comes_last(self, index: int) -> Generator[None, None, bool]:
+    def _comes_last(self, index: int) -> bool:
         """Return whether all that a node contains comes before it."""
         table, form = self._table, self._table.forms[index]
         children = table.children[index]
         if "attributes" in form:
             children = [*children, *form["attributes"].values()]
-        for count, child in enumerate(children):
+        for child in releasing_gil(children):
             if type(child) is list:
                 if child[0] >= index:
                     return False
                 if self._incomplete and child[0] in self._incomplete:
                     self._incomplete.add(index)
-            if count % _YIELD_EVERY == _YIELD_EVERY - 1:
-                yield
         return True
 
-    def _make(self, index: int) -> Generator[None, None, Any]:
+    def _make(self, index: int) -> Any:
         """Make an object that cannot be changed later, or has nothing in it that could refer to it."""
         form, children = self._table.forms[index], self._table.children[index]
         kind = form["is"]
@@ -171,7 +165,7 @@ class TreeDecoder:
             (tensor,) = map(self._child, children)
             return tensor.numpy()
         if kind in _BYTES:
-            return (yield from read_bytes(kind, form["value"]))
+            return read_bytes(kind, form["value"])
         if kind in OBJECT_KINDS:
             if kind in MADE_WHOLE and any(type(child) is list and child[0] in self._incomplete for child in children):
                 raise ValueError(f"node {index} needs what is made after it")
@@ -197,24 +191,22 @@ class TreeDecoder:
         tensor = self._memory.tensor(form) if form["is"] == "tensor" else assemble(form["is"], parts, form)
         return _with_autograd(tensor, form, gradient)
 
-    def _fill(self, index: int) -> Generator[None, None, None]:
+    def _fill(self, index: int) -> None:
         """Put into an object what it contains besides what it was made of."""
         made, form, children = self._made[index], self._table.forms[index], self._table.children[index]
         kind = form["is"]
         if kind in _MAPPINGS:
             collisions = Collisions()
-            for place in range(0, len(children), 2):
+            for place in releasing_gil(range(0, len(children), 2)):
                 (key,) = collisions.add((self._child(children[place]),))
                 # Not through Counter.update, which adds.
                 made[key] = self._child(children[place + 1])
-                if place % _YIELD_EVERY == 0:
-                    yield
         elif kind in _EXTEND:
             elements = Collisions() if kind == "set" else None
-            for start in range(0, len(children), _YIELD_EVERY):
-                found = map(self._child, children[start : start + _YIELD_EVERY])
+            for start in range(0, len(children), _ELEMENTS_AT_ONCE):
+                found = map(self._child, children[start : start + _ELEMENTS_AT_ONCE])
                 _EXTEND[kind](made, elements.add(found) if elements is not None else found)
-                yield
+                release_gil()
         if "attributes" in form:
             attributes = {name: self._child(child) for name, child in form["attributes"].items()}
             if kind in OBJECT_KINDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from weakref import ref
 import numpy as np
 import torch
 
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.format.composites import take_apart
 from aiostage.format.kinds import NotCarried
@@ -39,8 +40,6 @@ __all__ = ["Node", "TreeEncoder", "ValuesNeeded", "path_of"]
 _CHILDREN_PER_LINE = 256
 """Children in one line of the manifest."""
 
-_YIELD_EVERY = 64
-"""Children between two yields."""
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -150,8 +149,8 @@ class TreeEncoder:
         self._known: dict[int, Node] = {}
         self._stack: list[Node] = []
 
-    def walk(self, tree: Any) -> Generator[None, None, None]:
-        """Find every node, yielding now and then.
+    def walk(self, tree: Any) -> None:
+        """Find every node.
 
         Raises:
             UnsupportedLeafError: If something cannot be carried by JSON and safetensors, with its path.
@@ -160,7 +159,6 @@ class TreeEncoder:
         found: list[Node] = []
         self._root = self._child(tree, None, None, found)
         self._stack += found
-        count = 0
         while self._stack:
             node = self._stack[-1]
             if node.entered:
@@ -175,25 +173,21 @@ class TreeEncoder:
             node.entered = True
             self._open += 1
             node.depth = self._open
-            yield from self._enter(node)
-            count += 1
-            if count % _YIELD_EVERY == 0:
-                yield
+            self._enter(node)
+            release_gil()
         if self._hashes_nodes:
-            yield from self._check_hashed()
+            self._check_hashed()
 
-    def _check_hashed(self) -> Generator[None, None, None]:
+    def _check_hashed(self) -> None:
         """Refuse elements of sets and keys that a load would refuse to hash."""
         forms: list[dict[str, Any]] = []
         children: list[list[Any]] = []
-        for count, node in enumerate(self._ended):
+        for node in releasing_gil(self._ended):
             attributes = {name: _reference(child) for name, child in node.attributes.items()}
             forms.append({"is": node.kind, "attributes": attributes})
             children.append(list(map(_reference, node.children)))
-            if count % _YIELD_EVERY == 0:
-                yield
         try:
-            yield from check_hashed(forms, children)
+            check_hashed(forms, children)
         except TooLongToHashError as error:
             what = "an element" if self._ended[error.container].kind in _SETS else "a key"
             raise _unsupported(
@@ -237,15 +231,15 @@ class TreeEncoder:
             )
         return node
 
-    def _enter(self, node: Node) -> Generator[None, None, None]:
+    def _enter(self, node: Node) -> None:
         """Find out what a node is and what it contains."""
         value, cls, found = node.value, type(node.value), list[Node]()
         if cls in _TENSORS:
             self._enter_tensor(node, found)
         elif cls in MAPPINGS:
-            yield from self._enter_mapping(node, found)
+            self._enter_mapping(node, found)
         elif cls in SEQUENCES:
-            yield from self._enter_sequence(node, found)
+            self._enter_sequence(node, found)
         elif cls in SCALARS:
             node.kind, spelled = write_scalar(value)
             node.form = {"value": spelled}
@@ -288,7 +282,7 @@ class TreeEncoder:
         if isinstance(value, torch.Tensor):
             self._note_autograd(node, value, isinstance(value, torch.nn.Parameter), found)
 
-    def _enter_mapping(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
+    def _enter_mapping(self, node: Node, found: list[Node]) -> None:
         node.kind = MAPPINGS[type(node.value)]
         if type(node.value) is defaultdict:
             factory = node.value.default_factory
@@ -302,26 +296,22 @@ class TreeEncoder:
                 ) from None
         children = node.children = []
         collisions = Collisions()
-        for count, (key, value) in enumerate(node.value.items()):
+        for key, value in releasing_gil(node.value.items()):
             if type(key) is not str:
                 self._note_hashed(node, (key,), collisions)
             children.append(self._child(key, node, key, found))
             children.append(self._child(value, node, key, found))
-            if count % _YIELD_EVERY == 0:
-                yield
 
-    def _enter_sequence(self, node: Node, found: list[Node]) -> Generator[None, None, None]:
+    def _enter_sequence(self, node: Node, found: list[Node]) -> None:
         node.kind = SEQUENCES[type(node.value)]
         if type(node.value) is deque:
             node.form = {"maxlen": node.value.maxlen}
         children = node.children = []
         collisions = Collisions() if node.kind in _SETS else None
-        for index, value in enumerate(node.value):
+        for index, value in enumerate(releasing_gil(node.value)):
             if collisions is not None:
                 self._note_hashed(node, (value,), collisions)
             children.append(self._child(value, node, index, found))
-            if index % _YIELD_EVERY == 0:
-                yield
 
     def _note_hashed(self, node: Node, keys: tuple[Any], collisions: Collisions) -> None:
         """Note a key or an element that a load will hash."""

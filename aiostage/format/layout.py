@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aiostage._turns import releasing_gil
 from aiostage.errors import HostMemoryError, UnsupportedLeafError, shown
 from aiostage.format.encode import Node, path_of
 from aiostage.format.parts import Content, memory_of
@@ -47,7 +48,6 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_COST = 64 << 20
 """Shards also end where their headers would become too large for other programs to read."""
 
-_YIELD_EVERY = 64
 _LARGEST_ELEMENT = 16
 
 
@@ -98,8 +98,8 @@ class FileTensor:
         return self.memory if isinstance(self.memory, int) else self.memory.data_ptr()
 
 
-def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], list[int], list[int]]]:
-    """Look at the memory of tensors, yielding now and then.
+def measure(nodes: Sequence[Node]) -> tuple[list[Leaf], list[int], list[int]]:
+    """Look at the memory of tensors.
 
     Returns:
         The leaves, and for each the addresses where its memory starts and where it ends.
@@ -110,7 +110,7 @@ def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], li
     leaves: list[Leaf] = []
     starts: list[int] = []
     stops: list[int] = []
-    for index, node in enumerate(nodes):
+    for node in releasing_gil(nodes):
         tensor = node.value
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.detach().resolve_conj().resolve_neg()
@@ -123,8 +123,6 @@ def measure(nodes: Sequence[Node]) -> Generator[None, None, tuple[list[Leaf], li
         leaves.append(Leaf(node, tensor, address, stop, contiguous))
         starts.append(address)
         stops.append(stop)
-        if index % _YIELD_EVERY == 0:
-            yield
     return leaves, starts, stops
 
 
@@ -174,10 +172,8 @@ def groups(starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def file_tensors(
-    leaves: Sequence[Leaf], overlapping: Sequence[Sequence[int]]
-) -> Generator[None, None, list[FileTensor]]:
-    """Decide what is written for each leaf, and say so in the leaf's node, yielding now and then.
+def file_tensors(leaves: Sequence[Leaf], overlapping: Sequence[Sequence[int]]) -> list[FileTensor]:
+    """Decide what is written for each leaf, and say so in the leaf's node.
 
     A leaf alone in its memory is written as its elements, under its own name. Leaves that share memory in the same
     way are written once. Leaves that share it in different ways are written as that memory: under the name of a
@@ -197,7 +193,7 @@ def file_tensors(
     group_of = {index: group for group in overlapping for index in group}
     done: set[int] = set()
     found = []
-    for index, leaf in enumerate(leaves):
+    for index, leaf in enumerate(releasing_gil(leaves)):
         if index not in done:
             group = group_of.get(index)
             if group is None:
@@ -205,8 +201,6 @@ def file_tensors(
             else:
                 done.update(group)
                 found.append(_shared([leaves[member] for member in sorted(group)], names))
-        if index % _YIELD_EVERY == 0:
-            yield
     return found
 
 
@@ -401,8 +395,8 @@ class TensorFile:
 
 def tensor_files(
     tensors: Sequence[FileTensor], max_shard_bytes: int, memory: range | None = None, *, in_order: bool = False
-) -> Generator[None, None, list[TensorFile]]:
-    """Distribute tensors over files in their order, yielding now and then.
+) -> list[TensorFile]:
+    """Distribute tensors over files in their order.
 
     Args:
         tensors: In the order of the tree.
@@ -418,50 +412,46 @@ def tensor_files(
         The files; at least one.
     """
     if memory is not None:
-        tensors = yield from _in_order(tensors, memory)
+        tensors = _in_order(tensors, memory)
         if in_order:
             _check_order(tensors, memory)
-    shards = yield from _shards(tensors, max_shard_bytes)
+    shards = _shards(tensors, max_shard_bytes)
     files = []
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         if memory is None:
-            shard = yield from _in_order(shard)
-        header = yield from write_header(_records(shard))
+            shard = _in_order(shard)
+        header = write_header(_records(shard))
         contents: list[Content] = [torch.frombuffer(header, dtype=torch.uint8)]
-        yield from _add_memory(shard, contents)
+        _add_memory(shard, contents)
         files.append(TensorFile(name, shard, contents))
     return files
 
 
-def _in_order(tensors: Sequence[FileTensor], memory: range | None = None) -> Generator[None, None, list[FileTensor]]:
+def _in_order(tensors: Sequence[FileTensor], memory: range | None = None) -> list[FileTensor]:
     """Sort tensors by the size of their elements, and then by their places in memory, if any.
 
     With the largest elements first, every tensor is aligned to its own, without the gaps that the format forbids.
     """
     by_size = defaultdict[int, list[FileTensor]](list)
-    for index, tensor in enumerate(tensors):
+    for tensor in releasing_gil(tensors):
         by_size[tensor.element_bytes].append(tensor)
-        if index % _YIELD_EVERY == 0:
-            yield
     ordered: list[FileTensor] = []
     for size in sorted(by_size, reverse=True):
-        ordered += by_size[size] if memory is None else (yield from _by_place(by_size[size], memory))
+        ordered += by_size[size] if memory is None else _by_place(by_size[size], memory)
     return ordered
 
 
-def _by_place(tensors: list[FileTensor], memory: range) -> Generator[None, None, list[FileTensor]]:
+def _by_place(tensors: list[FileTensor], memory: range) -> list[FileTensor]:
     """Sort tensors by their places in memory; those outside are last."""
     places: list[int] = []
     last, sorted_already = 0, True
-    for index, tensor in enumerate(tensors):
+    for tensor in releasing_gil(tensors):
         address = tensor.address
         place = address - memory.start if address in memory else len(memory)
         sorted_already = sorted_already and last <= place
         last = place
         places.append(place)
-        if index % _YIELD_EVERY == 0:
-            yield
     if sorted_already:
         return tensors
     return [tensors[index] for index in sorted(range(len(places)), key=places.__getitem__)]
@@ -482,10 +472,10 @@ def _check_order(tensors: Sequence[FileTensor], memory: range) -> None:
             last = address
 
 
-def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[None, None, list[list[FileTensor]]]:
+def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[list[FileTensor]]:
     shards: list[list[FileTensor]] = [[]]
     nbytes = cost = 0
-    for index, tensor in enumerate(tensors):
+    for tensor in releasing_gil(tensors):
         extra = header_cost(tensor.name, tensor.shape)
         full = nbytes + tensor.nbytes > max_shard_bytes or cost + extra > _MAX_HEADER_COST
         if full and shards[-1]:
@@ -494,8 +484,6 @@ def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> Generator[No
         shards[-1].append(tensor)
         nbytes += tensor.nbytes
         cost += extra
-        if index % _YIELD_EVERY == 0:
-            yield
     return shards
 
 
@@ -506,11 +494,11 @@ def _records(tensors: Sequence[FileTensor]) -> Generator[TensorRecord, None, Non
         position += tensor.nbytes
 
 
-def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> Generator[None, None, None]:
+def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> None:
     """Add the memory of tensors; what follows itself in memory becomes one piece, however many tensors it is."""
     start = stop = 0
     owners: list[object] = []
-    for index, tensor in enumerate(tensors):
+    for tensor in releasing_gil(tensors):
         if isinstance(tensor.memory, int) and tensor.memory == stop:
             owners.append(tensor.owner)
             stop += tensor.nbytes
@@ -523,14 +511,12 @@ def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> Gener
             else:
                 contents.append(tensor.memory)
                 start = stop = 0
-        if index % _YIELD_EVERY == 0:
-            yield
     if stop > start:
         contents.append(memory_of(start, stop - start, owners))
 
 
-def index_content(files: Sequence[TensorFile]) -> Generator[None, None, list[Content]]:
-    """Compose the index of a sharded checkpoint, yielding now and then.
+def index_content(files: Sequence[TensorFile]) -> list[Content]:
+    """Compose the index of a sharded checkpoint.
 
     Args:
         files: All shards.
@@ -542,10 +528,8 @@ def index_content(files: Sequence[TensorFile]) -> Generator[None, None, list[Con
     text = bytearray(f'{{"metadata":{{"total_size":{total}}},"weight_map":{{'.encode())
     separator = "\n"
     for file in files:
-        for number, tensor in enumerate(file.tensors):
+        for tensor in releasing_gil(file.tensors):
             text += f'{separator}{json.dumps(tensor.name)}:"{file.name}"'.encode()
             separator = ",\n"
-            if number % _YIELD_EVERY == 0:
-                yield
     text += b"\n}}\n"
     return [torch.frombuffer(text, dtype=torch.uint8)]

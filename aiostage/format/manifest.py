@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import xxhash
 
+from aiostage._turns import releasing_gil
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
 from aiostage.format.parts import DIGEST_NAME, MAX_PART_BYTES, PART_ALIGNMENT, parts_in
@@ -66,7 +67,6 @@ _BYTES_A_NODE = 64
 _MAX_NUMBER = (1 << 63) - 1
 _MAX_FILE_NAME = 255
 
-_YIELD_EVERY = 64
 _MORE = '{"is":"more"'
 _PLACES = b'"places":['
 _FILES = b'"files":['
@@ -124,8 +124,8 @@ def is_dcp_manifest(text: Buffer) -> bool:
 
 def write_manifest(
     *, nbytes: int, leaves: int, part_bytes: int, files: Iterable[FileRecord], nodes: Iterable[str]
-) -> Generator[None, None, bytearray]:
-    """Compose a manifest, yielding now and then.
+) -> bytearray:
+    """Compose a manifest.
 
     Args:
         nbytes: Size of the tensors, in bytes.
@@ -151,9 +151,9 @@ def write_manifest(
     }
     text = bytearray(_dump(about).encode()[:-1] + b",\n" + _FILES + b"\n")
     lines = (_dump({"name": file.name, "nbytes": file.nbytes, "digests": file.digests}) for file in files)
-    yield from _extend(text, lines, math.inf)
+    _extend(text, lines, math.inf)
     text += _NODES + b"\n"
-    yield from _extend(text, nodes, _most_nodes(files))
+    _extend(text, nodes, _most_nodes(files))
     text += _END % xxhash.xxh3_64_hexdigest(text).encode()
     return text
 
@@ -163,10 +163,10 @@ def _most_nodes(files: Iterable[FileRecord]) -> int:
     return min(MAX_NODES, _NODES_WITHOUT_FILES + sum(file.nbytes for file in files) // _BYTES_A_NODE)
 
 
-def _extend(text: bytearray, lines: Iterable[str], left: float) -> Generator[None, None, None]:
+def _extend(text: bytearray, lines: Iterable[str], left: float) -> None:
     """Append lines with commas between them, unless there are more nodes than would be read."""
     separator = b""
-    for number, line in enumerate(lines):
+    for line in releasing_gil(lines):
         left -= not line.startswith(_MORE)
         if left < 0:
             raise CheckpointError(
@@ -179,8 +179,6 @@ def _extend(text: bytearray, lines: Iterable[str], left: float) -> Generator[Non
         separator = b",\n"
         if len(text) > MAX_MANIFEST_BYTES - _END_BYTES - len(_NODES):
             raise too_large()
-        if number % _YIELD_EVERY == 0:
-            yield
     text += b"\n"
 
 
@@ -196,8 +194,8 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
-    """Read a manifest that may be damaged or hostile, in a worker thread; yields now and then.
+def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object]) -> Manifest:
+    """Read a manifest that may be damaged or hostile, in a worker thread.
 
     Args:
         text: The whole file.
@@ -212,7 +210,7 @@ def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object])
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        return (yield from _read(text, path, add_node))
+        return _read(text, path, add_node)
 
 
 def with_placement(text: bytes, placement: Placement) -> bytearray:
@@ -252,7 +250,7 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     return placed
 
 
-def read_placement(text: Buffer, *, path: str) -> Generator[None, None, Placement | None]:
+def read_placement(text: Buffer, *, path: str) -> Placement | None:
     """Read where the files of a checkpoint lie, as :func:`read_manifest` reads the manifest.
 
     Args:
@@ -267,10 +265,10 @@ def read_placement(text: Buffer, *, path: str) -> Generator[None, None, Placemen
     """
     with _damage(path):
         lines, about = _opened(text, path)
-        return (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
+        return _places(lines, about) if about["version"] == PLACED_VERSION else None
 
 
-def read_head(text: Buffer, *, path: str) -> Generator[None, None, Manifest]:
+def read_head(text: Buffer, *, path: str) -> Manifest:
     """Read what a manifest says of the files, and nothing of the tree, as :func:`read_manifest` reads it.
 
     Args:
@@ -281,7 +279,7 @@ def read_head(text: Buffer, *, path: str) -> Generator[None, None, Manifest]:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.
     """
     with _damage(path):
-        return (yield from _read_head(*_opened(text, path)))
+        return _read_head(*_opened(text, path))
 
 
 @contextmanager
@@ -325,12 +323,12 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
     return lines, about
 
 
-def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generator[None, None, Manifest]:
+def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Manifest:
     lines, about = _opened(text, path)
-    manifest = yield from _read_head(lines, about)
+    manifest = _read_head(lines, about)
     most = left = _most_nodes(manifest.files)
     more = _MORE.encode()
-    for number, line in enumerate(lines):
+    for line in releasing_gil(lines):
         if line[:2] == _END[:2]:
             break
         left -= line[: len(more)] != more
@@ -342,35 +340,32 @@ def _read(text: Buffer, path: str, add_node: Callable[[Any], object]) -> Generat
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             reason = f"its nodes do not describe a tree: {said(error)}."
             raise CheckpointCorruptError(reason, path=path) from error
-        if number % _YIELD_EVERY == 0:
-            yield
     return manifest
 
 
-def _read_head(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Manifest]:
+def _read_head(lines: Iterator[bytes], about: dict[str, Any]) -> Manifest:
     """Read everything up to the nodes."""
     if about["digest_of_parts"] != DIGEST_NAME:
         raise ValueError(f"its digests are {shown(about['digest_of_parts'])}")
     part_bytes = _whole_number(about["part_bytes"])
     if not 0 < part_bytes <= MAX_PART_BYTES or part_bytes % PART_ALIGNMENT:
         raise ValueError(f"its files have parts of {part_bytes} bytes")
-    placement = (yield from _places(lines, about)) if about["version"] == PLACED_VERSION else None
+    placement = _places(lines, about) if about["version"] == PLACED_VERSION else None
     if placement is None and next(lines, None) != _FILES:
         raise ValueError("it does not list its files")
     files: dict[str, FileRecord] = {}
-    for line in lines:
+    for line in releasing_gil(lines):
         if line == _NODES:
             break
         file = _file(_value(line), part_bytes)
         if files.setdefault(file.name, file) is not file:
             raise ValueError(f"it lists the file {shown(file.name)} twice")
-        yield
     return Manifest(
         _whole_number(about["nbytes"]), _whole_number(about["leaves"]), part_bytes, tuple(files.values()), placement
     )
 
 
-def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, None, Placement]:
+def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Placement:
     """Read where files lie, up to the line that begins the list of files."""
     if about["digest_of_blocks"] != BLOCK_DIGEST_NAME or about["block_bytes"] != BLOCK_BYTES:
         raise ValueError(f"its blocks are {shown(about['block_bytes'])} bytes with {shown(about['digest_of_blocks'])}")
@@ -381,12 +376,11 @@ def _places(lines: Iterator[bytes], about: dict[str, Any]) -> Generator[None, No
         raise ValueError("it does not say where its files lie")
     places = list(sizes)
     files: dict[str, PlacedFile] = {}
-    for line in lines:
+    for line in releasing_gil(lines):
         if line == _FILES_AFTER_PLACES:
             return Placement(sizes, files)
         value = _value(line)
-        files[_name(value["name"])] = yield from _placed(value, places)
-        yield
+        files[_name(value["name"])] = _placed(value, places)
     raise ValueError("it does not list its files")
 
 
@@ -403,13 +397,11 @@ def _file(value: Any, part_bytes: int) -> FileRecord:
     return FileRecord(name, nbytes, tuple(digests))
 
 
-def _placed(value: Any, places: Sequence[SourceFile]) -> Generator[None, None, PlacedFile]:
-    """Check where one file lies, yielding now and then."""
+def _placed(value: Any, places: Sequence[SourceFile]) -> PlacedFile:
+    """Check where one file lies."""
     pieces: list[Extent] = []
-    for number, offset, nbytes in value["pieces"]:
+    for number, offset, nbytes in releasing_gil(value["pieces"]):
         pieces.append(Extent(*places[_whole_number(number)], _whole_number(offset), _whole_number(nbytes)))
-        if len(pieces) % _YIELD_EVERY == 0:
-            yield
     blocks = value["blocks"]
     placed = PlacedFile.of(blocks, pieces)
     if len(blocks) != -(-placed.nbytes // BLOCK_BYTES) or not all(isinstance(text, str) for text in blocks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shown
 from aiostage.format.safetensors import (
     CARRIERS,
@@ -39,7 +40,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-_YIELD_EVERY = 64
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "
 """What PyTorch's errors contain that say so; they have no class of their own."""
 
@@ -108,18 +108,16 @@ class NodeTable:
         self._references: dict[int, list[int]] = {}
 
     @classmethod
-    def read(cls, lines: Iterable[Any]) -> Generator[None, None, NodeTable]:
-        """Join the lines of a manifest, yielding now and then.
+    def read(cls, lines: Iterable[Any]) -> NodeTable:
+        """Join the lines of a manifest.
 
         Raises:
             ValueError: If they are no table. Other exceptions are possible too.
         """
         table = cls()
-        for count, line in enumerate(lines):
+        for line in releasing_gil(lines):
             table.add(line)
-            if count % _YIELD_EVERY == 0:
-                yield
-        yield from table.complete()
+        table.complete()
         return table
 
     def add(self, line: Any) -> None:
@@ -175,8 +173,8 @@ class NodeTable:
             raise ValueError(f"{shown(child)} is no child of a node")
         return child
 
-    def complete(self) -> Generator[None, None, None]:
-        """Check what could not be checked before all lines were there, yielding now and then.
+    def complete(self) -> None:
+        """Check what could not be checked before all lines were there.
 
         Raises:
             ValueError: If a node refers to nothing, or is a mapping with a key and no value; or if something that is
@@ -187,12 +185,10 @@ class NodeTable:
             raise ValueError("there is no root")
         if self._highest >= len(self.forms):
             raise ValueError(f"there is no node {self._highest}")
-        for index, (form, children) in enumerate(zip(self.forms, self.children, strict=True)):
+        for index, (form, children) in enumerate(releasing_gil(zip(self.forms, self.children, strict=True))):
             if form["is"] in _MAPPINGS and len(children) % 2:
                 raise ValueError(f"node {index} is no {shown(form['is'])}")
-            if index % _YIELD_EVERY == 0:
-                yield
-        yield from check_hashed(self.forms, self.children)
+        check_hashed(self.forms, self.children)
 
     def node(self, child: Any) -> int | None:
         """Return the number of the node that a child refers to, or None if it is a scalar.
@@ -218,8 +214,8 @@ class NodeTable:
             return zip(children[::2], children[1::2], strict=True)
         return iter(enumerate(children))
 
-    def tensor_names(self) -> Generator[None, None, dict[str, bool]]:
-        """Find the tensors of files that the tree needs, yielding now and then.
+    def tensor_names(self) -> dict[str, bool]:
+        """Find the tensors of files that the tree needs.
 
         Returns:
             For each name whether all that refers to it are leaves of its elements in index order, reached through
@@ -232,7 +228,6 @@ class NodeTable:
         if root is not None:
             pending.append((root, 1))
         found: dict[str, bool] = {}
-        count = 0
         while pending:
             index, how = pending.pop()
             if reached[index] >= how:
@@ -242,22 +237,18 @@ class NodeTable:
             if form["is"] == "tensor":
                 name = form["name"]
                 found[name] = found.get(name, True) and how == 1 and "offset" not in form
-            yield from self._add_children(pending, index, how)
-            count += 1
-            if count % _YIELD_EVERY == 0:
-                yield
+            self._add_children(pending, index, how)
+            release_gil()
         return found
 
-    def _add_children(self, pending: list[tuple[int, int]], index: int, how: int) -> Generator[None, None, None]:
+    def _add_children(self, pending: list[tuple[int, int]], index: int, how: int) -> None:
         form = self.forms[index]
         mapping, plain = form["is"] in _MAPPINGS, form["is"] in LOOKED_INTO
-        for place, child in enumerate(self.children[index]):
+        for place, child in enumerate(releasing_gil(self.children[index])):
             node = self.node(child)
             if node is not None:
                 # Keys are values too.
                 pending.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
-            if place % _YIELD_EVERY == _YIELD_EVERY - 1:
-                yield
         for child in form.get("attributes", {}).values():
             node = self.node(child)
             if node is not None:
@@ -354,8 +345,8 @@ def view_of(form: dict[str, Any], records: Mapping[str, TensorRecord]) -> View:
 
 def spread_views(
     table: NodeTable, records: Mapping[str, TensorRecord], positions: Mapping[str, int], *, path: str
-) -> Generator[None, None, dict[str, View]]:
-    """Find the tensors that lie in files in index order, but did not in memory, yielding now and then.
+) -> dict[str, View]:
+    """Find the tensors that lie in files in index order, but did not in memory.
 
     Args:
         table: Of the nodes, of which those that are reached count.
@@ -371,15 +362,13 @@ def spread_views(
     """
     found: dict[str, View] = {}
     plain: set[str] = set()
-    for index, (form, how) in enumerate(zip(table.forms, table.reached, strict=True)):
+    for form, how in releasing_gil(zip(table.forms, table.reached, strict=True)):
         if how and form["is"] == "tensor":
             if "stride" in form and "offset" not in form:
                 with reading(path):
                     _add_spread(found, form, records, positions)
             else:
                 plain.add(form["name"])
-        if index % _YIELD_EVERY == 0:
-            yield
     with reading(path):
         if both := plain.intersection(found):
             raise ValueError(f"leaves look at {shown(both.pop())} in different ways")
@@ -402,26 +391,20 @@ def _add_spread(
 
 def sizes_of(
     names: Mapping[str, object], records: Mapping[str, TensorRecord], spread: Mapping[str, View]
-) -> Generator[None, None, dict[str, int]]:
-    """Return how much memory tensors of files take, in bytes, yielding now and then."""
+) -> dict[str, int]:
+    """Return how much memory tensors of files take, in bytes."""
     sizes: dict[str, int] = {}
-    for count, name in enumerate(names):
+    for name in releasing_gil(names):
         view = spread.get(name)
         sizes[name] = view.nbytes if view is not None else records[name].stop - records[name].start
-        if count % _YIELD_EVERY == 0:
-            yield
     return sizes
 
 
-def contents_of(
-    data: Mapping[str, torch.Tensor], spread: Mapping[str, View]
-) -> Generator[None, None, dict[str, torch.Tensor]]:
-    """Return where the bytes of files' tensors go in their memory, yielding now and then. Nothing goes to ``meta``."""
+def contents_of(data: Mapping[str, torch.Tensor], spread: Mapping[str, View]) -> dict[str, torch.Tensor]:
+    """Return where the bytes of files' tensors go in their memory. Nothing goes to ``meta``."""
     contents: dict[str, torch.Tensor] = {}
-    for count, (name, memory) in enumerate(data.items()):
+    for name, memory in releasing_gil(data.items()):
         if not memory.is_meta:
             view = spread.get(name)
             contents[name] = view.elements_in(memory) if view is not None else memory
-        if count % _YIELD_EVERY == 0:
-            yield
     return contents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from aiostage import _private
+from aiostage._turns import release_gil, releasing_gil
 from aiostage.abc import Buffer
 
 __all__ = [
@@ -159,8 +160,8 @@ class Part:
     pieces: list[Piece]
 
 
-def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, list[Part]]:
-    """Cut the contents of a file into parts, yielding now and then.
+def cut(contents: Sequence[Content], part_bytes: int) -> list[Part]:
+    """Cut the contents of a file into parts.
 
     Args:
         contents: The whole file in order. Tensors are of dtypes whose size divides their position in the file.
@@ -172,7 +173,7 @@ def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, l
     parts = [Part(0, 0, 0, [])]
     pieces: list[Piece] = parts[0].pieces
     position, room = 0, part_bytes
-    for number, content in enumerate(contents):
+    for content in releasing_gil(contents):
         taken, nbytes = 0, content.nbytes
         while taken < nbytes:
             if not room:
@@ -180,12 +181,10 @@ def cut(contents: Sequence[Content], part_bytes: int) -> Generator[None, None, l
                 pieces = []
                 parts.append(Part(len(parts), position, 0, pieces))
                 room = part_bytes
-                yield
+                release_gil()
             step = min(room, nbytes - taken)
             pieces.append(_piece(content, taken, taken + step))
             taken, position, room = taken + step, position + step, room - step
-        if number % _GROUP == 0:
-            yield
     _close(parts, position)
     return parts
 

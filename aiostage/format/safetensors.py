@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 import torch
 
+from aiostage._turns import releasing_gil
 from aiostage.errors import CheckpointCorruptError, said, shown
 
 __all__ = [
@@ -82,9 +83,6 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_NAME = 512
 """Longest name written, in characters. Keeps a header in proportion to the tree."""
 
-_YIELD_EVERY = 256
-"""Records handled between two yields."""
-
 _MAX_RECORD = 65_536
 """Longest description of one tensor that is read, in characters; a thousand dimensions take a third of it."""
 
@@ -117,8 +115,8 @@ def header_cost(name: str, shape: Sequence[int]) -> int:
     return len(name.encode()) * 6 + 21 * len(shape) + _RECORD_OVERHEAD
 
 
-def write_header(records: Iterable[TensorRecord]) -> Generator[None, None, bytearray]:
-    """Compose everything that comes before a file's data, yielding now and then.
+def write_header(records: Iterable[TensorRecord]) -> bytearray:
+    """Compose everything that comes before a file's data.
 
     Args:
         records: In the order of their data, without gaps.
@@ -128,23 +126,21 @@ def write_header(records: Iterable[TensorRecord]) -> Generator[None, None, bytea
     """
     header = bytearray(HEADER_LENGTH_BYTES)
     header += METADATA
-    for index, record in enumerate(records):
+    for record in releasing_gil(records):
         name = encode_basestring(record.name)
         sizes = record.shape if record.dtype != _PACKED else (*record.shape[:-1], 2 * record.shape[-1])
         shape = ",".join(map(str, sizes))
         header += (
             f',{name}:{{"dtype":"{record.dtype}","shape":[{shape}],"data_offsets":[{record.start},{record.stop}]}}'
         ).encode()
-        if index % _YIELD_EVERY == 0:
-            yield
     header += b"}"
     header += b" " * (-len(header) % HEADER_ALIGNMENT)
     header[:HEADER_LENGTH_BYTES] = (len(header) - HEADER_LENGTH_BYTES).to_bytes(HEADER_LENGTH_BYTES, "little")
     return header
 
 
-def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None, None, list[TensorRecord]]:
-    """Read a header that may be damaged or hostile, yielding now and then.
+def read_header(header: bytes, data_bytes: int, *, path: str) -> list[TensorRecord]:
+    """Read a header that may be damaged or hostile.
 
     The top-level object is taken apart by hand, one record at a time, so that neither a header of many megabytes
     nor one of deep nesting is handed to the JSON parser as a whole.
@@ -161,13 +157,11 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> Generator[None,
         CheckpointCorruptError: If it is anything but a valid header for that much data.
     """
     records: dict[str, TensorRecord] = {}
-    for index, (name, value) in enumerate(_members(header, path)):
+    for name, value in releasing_gil(_members(header, path)):
         if name in records:
             raise CheckpointCorruptError(f"its header names the tensor {shown(name)} twice.", path=path)
         if name != "__metadata__":
             records[name] = _record(name, value, path)
-        if index % _YIELD_EVERY == 0:
-            yield
     ordered = sorted(records.values(), key=lambda record: (record.start, record.stop))
     position = 0
     for record in ordered:

@@ -6,13 +6,14 @@ import base64
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from aiostage._turns import releasing_gil
 from aiostage.errors import shown
 
 __all__ = [
@@ -179,12 +180,10 @@ def read_scalar(name: str, form: Any) -> Any:
     return _READERS[name](form)
 
 
-def read_bytes(name: str, form: str) -> Generator[None, None, bytes | bytearray]:
-    """Return ``bytes`` or a ``bytearray``, by their name, as :func:`read_scalar` does; yielding now and then."""
-    pieces: list[bytes] = []
-    for start in range(0, len(form), _STEP):
-        pieces.append(base64.b64decode(form[start : start + _STEP], validate=True))
-        yield
+def read_bytes(name: str, form: str) -> bytes | bytearray:
+    """Return ``bytes`` or a ``bytearray``, by their name, as :func:`read_scalar` does."""
+    starts = releasing_gil(range(0, len(form), _STEP))
+    pieces = [base64.b64decode(form[start : start + _STEP], validate=True) for start in starts]
     return b"".join(pieces) if name == "bytes" else bytearray().join(pieces)
 
 
@@ -204,7 +203,6 @@ _MAPPINGS = frozenset(MAPPINGS.values())
 _SETS = frozenset(("set", "frozenset"))
 # Their elements are hashed once, or never.
 _CHEAP = _MAPPINGS | {"set", "list", "deque", "tensor"}
-_YIELD_EVERY = 64
 
 
 class TooLongToHashError(ValueError):
@@ -219,8 +217,8 @@ class TooLongToHashError(ValueError):
         self.container = container
 
 
-def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[Any]]) -> Generator[None, None, None]:
-    """Refuse nodes that take too long to hash and are to be hashed, yielding now and then.
+def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[Any]]) -> None:
+    """Refuse nodes that take too long to hash and are to be hashed.
 
     Args:
         forms: What describes each node.
@@ -233,24 +231,20 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
         return
     # What contains itself is mutable, and such are not hashed by what they contain.
     depths, sizes = [1] * len(forms), [1] * len(forms)
-    for index, form in enumerate(forms):
+    for index, form in enumerate(releasing_gil(forms)):
         if form["is"] not in _CHEAP:
             depth = size = 0
-            for count, child in enumerate(chain(children[index], form.get("attributes", {}).values())):
+            for child in releasing_gil(chain(children[index], form.get("attributes", {}).values())):
                 size += 1
                 if type(child) is list and child[0] < index:
                     depth = max(depth, depths[child[0]])
                     size += sizes[child[0]]
-                if count % _YIELD_EVERY == _YIELD_EVERY - 1:
-                    yield
             depths[index] = depth + 1
             sizes[index] = min(size, MAX_HASHED_SIZE) + 1
-        if index % _YIELD_EVERY == 0:
-            yield
     total = 0
-    for index, form in enumerate(forms):
+    for index, form in enumerate(releasing_gil(forms)):
         step = 1 if form["is"] in _SETS else 2 if form["is"] in _MAPPINGS else 0
-        for place in range(0, len(children[index]) if step else 0, step or 1):
+        for place in releasing_gil(range(0, len(children[index]) if step else 0, step or 1)):
             child = children[index][place]
             if type(child) is list:
                 total += sizes[child[0]]
@@ -260,10 +254,6 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
                         f"than {MAX_HASHED_SIZE} objects, or more than {_MAX_HASHED} with others",
                         index,
                     )
-            if place % _YIELD_EVERY == 0:
-                yield
-        if index % _YIELD_EVERY == 0:
-            yield
 
 
 class Collisions:

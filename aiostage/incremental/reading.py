@@ -10,7 +10,6 @@ from functools import partial
 import anyio
 
 from aiostage._loop.cleanup import finish
-from aiostage._loop.slices import in_turns
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
@@ -151,8 +150,7 @@ async def placement_in(reader: Reader) -> Placement | None:
     text = await reader.manifest()
     workers = Workers(1, "aiostage-load")
     try:
-        reading = read_placement(text, path=f"{reader.location}/{MANIFEST_NAME}")
-        return await workers.run(partial(in_turns, reading))
+        return await workers.run(partial(read_placement, text, path=f"{reader.location}/{MANIFEST_NAME}"))
     finally:
         workers.stop()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy.typing
 import torch
 import xxhash
 
-from aiostage._loop.slices import in_turns
 from aiostage._memory.arena import Arena
 from aiostage._memory.sending import offered
 from aiostage._memory.shared import SentMemory, map_memory
 from aiostage._platform import memory_file
+from aiostage._turns import releasing_gil
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.decode import Memory, TreeDecoder
@@ -89,31 +89,22 @@ def describe(staged: object) -> Described:
         StagingError: If too much of it is not in shared memory, or is not a tensor.
         OSError: If the system refuses memory for the text.
     """
-    return in_turns(_describe(staged))
-
-
-def _describe(staged: object) -> Generator[None, None, Described]:
     encoder = TreeEncoder()
-    yield from encoder.walk(staged)
+    encoder.walk(staged)
     places = _Places()
-    for count, node in enumerate(encoder.tensors):
+    for node in releasing_gil(encoder.tensors):
         places.add(node)
-        if count % _CHUNK == 0:
-            yield
     head = {"format": _FORMAT, "version": _VERSION, "extra": sum(part.nbytes for part in places.extra)}
     text = bytearray(_dump(head))
-    for start in range(0, len(places.storages), _CHUNK):
+    for start in releasing_gil(range(0, len(places.storages), _CHUNK)):
         text += _dump(places.storages[start : start + _CHUNK])
-        yield
-    for count, line in enumerate(encoder.lines()):
+    for line in releasing_gil(encoder.lines()):
         text += line.encode("ascii") + b"\n"
         if len(text) > MAX_TEXT_BYTES:
             raise StagingError(
                 f"what is not a tensor takes more than {MAX_TEXT_BYTES >> 20} MiB.",
                 remedy="Publish the weights alone, or put bulk data into tensors.",
             )
-        if count % _CHUNK == 0:
-            yield
     text += b"\n" * (-len(text) % _ALIGNMENT)
     memory = places.arena.send() if places.arena is not None else None
     if places.arena is not None and memory is None:
@@ -216,7 +207,7 @@ def open_described(
         if xxhash.xxh3_64_hexdigest(text) != message.get("digest"):
             raise ValueError("its text does not match its digest")
         shared = map_memory(descriptors[1], memory_bytes) if memory_bytes else None
-        tree = in_turns(_tree(text, text_bytes, shared, Classes(classes, _declared()), path))
+        tree = _tree(text, text_bytes, shared, Classes(classes, _declared()), path)
     return tree, shared
 
 
@@ -226,7 +217,7 @@ def _tree(
     shared: numpy.typing.NDArray[numpy.uint8] | None,
     classes: Classes,
     path: str,
-) -> Generator[None, None, Any]:
+) -> Any:
     lines = lines_of(memoryview(text)[:text_bytes])
     head = parse_line(next(lines))
     if head["format"] != _FORMAT or head["version"] != _VERSION:
@@ -240,7 +231,7 @@ def _tree(
     records: dict[str, TensorRecord] = {}
     data: dict[str, torch.Tensor] = {}
     table = NodeTable()
-    for count, line in enumerate(lines):
+    for line in releasing_gil(lines):
         value = parse_line(line)
         if type(value) is list:
             for kind, start, nbytes in value:
@@ -252,11 +243,9 @@ def _tree(
                 data[name] = torch.from_numpy(memory[start : start + nbytes])
         else:
             table.add(value)
-        if count % _CHUNK == 0:
-            yield
-    yield from table.complete()
-    yield from table.tensor_names()
-    return (yield from TreeDecoder(table, Memory(records, data), path=path, classes=classes).build())
+    table.complete()
+    table.tensor_names()
+    return TreeDecoder(table, Memory(records, data), path=path, classes=classes).build()
 
 
 def _read(descriptor: int, nbytes: int) -> bytearray:

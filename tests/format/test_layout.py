@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiostage._loop.slices import exhausted
 from aiostage.format.layout import SINGLE_NAME, FileTensor, TensorFile, _in_order, groups, index_content, tensor_files
 
 
@@ -21,7 +20,7 @@ def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:
 
 
 def files(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[TensorFile]:
-    return exhausted(tensor_files(tensors, max_shard_bytes))  # type: ignore[no-any-return]
+    return tensor_files(tensors, max_shard_bytes)
 
 
 def header(file: TensorFile) -> dict[str, Any]:
@@ -82,14 +81,10 @@ def test_neighbours_in_memory_become_one_piece() -> None:
 
 def test_the_index_says_which_tensor_is_where() -> None:
     found = files([file_tensor(name, 40) for name in ("a", "b", 'with "quotes"')], 50)
-    (content,) = exhausted(index_content(found))
+    (content,) = index_content(found)
     index = json.loads(bytes(content.numpy()))
     assert index["metadata"]["total_size"] == 120
     assert index["weight_map"] == {tensor.name: file.name for file in found for tensor in file.tensors}
-
-
-def test_many_tensors_are_distributed_in_small_steps() -> None:
-    assert sum(1 for _ in tensor_files([file_tensor(str(n), 1) for n in range(5000)], 1000)) >= 10
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=20))
@@ -123,7 +118,7 @@ def test_few_leaves(count: int) -> None:
 def test_tensors_are_sorted_by_elements_and_then_by_memory(described: list[tuple[int, int]]) -> None:
     memory = range(4, 9)
     tensors = [FileTensor(str(i), "U8", (8,), 8, size, at, None) for i, (size, at) in enumerate(described)]
-    found = exhausted(_in_order(tensors, memory))
+    found = _in_order(tensors, memory)
     keys = [(-size, at - memory.start if at in memory else len(memory)) for size, at in described]
     assert [int(tensor.name) for tensor in found] == sorted(range(len(keys)), key=keys.__getitem__)
 

@@ -4,7 +4,6 @@ import base64
 
 import pytest
 
-from aiostage._loop.slices import exhausted
 from aiostage.format.values import read_bytes
 
 
@@ -13,14 +12,13 @@ from aiostage.format.values import read_bytes
 def test_bytes_are_decoded_in_pieces(name: str, kind: type, count: int) -> None:
     value = bytes(range(256)) * (count // 256) + bytes(count % 256)
     form = base64.b64encode(value).decode()
-    found = exhausted(read_bytes(name, form))
+    found = read_bytes(name, form)
     assert type(found) is kind
     assert found == value
-    assert len(list(read_bytes(name, form))) >= count // (48 << 10)
 
 
 def test_bytes_that_are_none() -> None:
     with pytest.raises(ValueError, match=r"base64|padding"):
-        exhausted(read_bytes("bytes", "abc?"))
+        read_bytes("bytes", "abc?")
     with pytest.raises(ValueError, match="padding"):
-        exhausted(read_bytes("bytes", "abc"))
+        read_bytes("bytes", "abc")
