@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop.workers import Job
 from aiostage._platform import let_threads_run
 
-__all__ = ["Slices", "exhausted", "in_turns"]
+__all__ = ["Slices", "exhausted"]
 
 T = TypeVar("T")
 
@@ -20,9 +20,6 @@ _SHARE = 0.3
 """How much of its time a slice plans with. asyncio runs what its selector reports after what was ready before, so that
 a task woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
 and for getting the GIL back from threads that have just been given it."""
-
-_THREAD_TURN = 0.0003
-"""Seconds after which a thread gives the GIL away, so that an event loop beside it does not wait for long."""
 
 
 class Slices:
@@ -124,27 +121,3 @@ def exhausted(work: Generator[None, None, T]) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
-
-
-def in_turns(work: Generator[None, None, T]) -> T:
-    """Run a generator to its end in a worker thread, and give the GIL away now and then.
-
-    Args:
-        work: Touches nothing that another thread does. Yields between its indivisible steps.
-
-    Returns:
-        What the generator returns.
-    """
-    try:
-        given = perf_counter()
-        while True:
-            try:
-                next(work)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            if perf_counter() - given > _THREAD_TURN:
-                let_threads_run()
-                given = perf_counter()
-    finally:
-        work.close()

@@ -390,7 +390,8 @@ def load(
             memory, pinned where the accelerator supports that. On ``"meta"`` they have no elements, and nothing but
             headers is read.
         only: What to load: patterns with ``*`` and ``?`` of paths such as ``model.layers.0.weight``; or a function of a
-            path that returns whether it is wanted. What is chosen is loaded with all that is below it. Nothing
+            path that returns whether it is wanted. What is chosen is loaded with all that is below it. Functions for ``only``
+            and ``device`` may be called in a worker thread, with the caller's streams. Nothing
             else is read, or touched in ``into``; from a new tree it is missing, and None in lists and tuples.
         classes: Dataclasses, named tuples, enumerations, tensor subclasses and others of your own, whose objects are to
             come back as they were; a file names no code to run, so those of other classes come back as

@@ -40,7 +40,8 @@ def register(cls: type[T], flatten: Flatten[T] | None = None, unflatten: Unflatt
     """Tell how objects of a class are saved in checkpoints, and made again when they are loaded.
 
     The two functions are those of ``torch.utils._pytree.register_pytree_node``. Registering a class also declares it
-    safe: a checkpoint that names it has ``unflatten`` called with what the checkpoint says.
+    safe: a checkpoint that names it has ``unflatten`` called with what the checkpoint says. Saves and loads call both
+    functions in a worker thread, with the caller's streams in a load.
 
     Args:
         cls: The class; subclasses are registered by themselves. Registering it again replaces the functions.
