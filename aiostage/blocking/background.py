@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aiostage._loop.forks import tell_of_forks
 from aiostage.errors import CheckpointError
 
-__all__ = ["Background", "left_to_the_parent"]
+__all__ = ["Background", "OnBackground"]
 
 T = TypeVar("T")
 
-left_to_the_parent: list[object] = []
+_left_to_the_parent: list[object] = []
 """What a forked child must not drop: to be closed, it would wait for its parent's thread."""
 
 
@@ -64,3 +66,51 @@ class Background:
         """Return a context manager that enters and leaves another on the event loop, in one task."""
         self.check()
         return self._portal.wrap_async_context_manager(manager)
+
+
+class OnBackground:
+    """What lives on an event loop in a background thread, from when it is entered until it is closed."""
+
+    def __init__(self) -> None:
+        self._background: Background | None = None
+        self._exit: ExitStack | None = None
+        tell_of_forks(self)
+
+    def forked(self) -> None:
+        """Leave the thread to the parent."""
+        if self._exit is not None:
+            _left_to_the_parent.append(self._exit)
+            self._exit = None
+
+    @contextmanager
+    def _starting(
+        self, manager: AbstractAsyncContextManager[Any], background: Background | None, name: str
+    ) -> Iterator[ExitStack]:
+        """Enter a manager on an event loop, and keep all that the block adds to the stack until this is closed.
+
+        Args:
+            manager: To be entered.
+            background: The loop. None: one is started.
+            name: Of its thread.
+        """
+        with ExitStack() as stack:
+            background = background or stack.enter_context(Background.started(name))
+            stack.enter_context(background.wrap(manager))
+            yield stack
+            self._background, self._exit = background, stack.pop_all()
+
+    def close(self) -> None:
+        """Leave the block without ``with``. May be called more than once.
+
+        Raises:
+            Exception: As leaving the block does.
+        """
+        self.__exit__(None, None, None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave it, as the asynchronous one does, and end the thread."""
+        stack, self._exit = self._exit, None
+        if stack is not None:
+            stack.__exit__(kind, error, traceback)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from aiostage._loop.forks import tell_of_forks
 from aiostage.abc import CheckpointStager
-from aiostage.blocking.background import Background, left_to_the_parent
+from aiostage.blocking.background import Background, OnBackground
 from aiostage.blocking.stager import Snapshot, Stager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.preemption import Handlers, catchable
@@ -58,7 +56,7 @@ class SaveHandle:
         return self._background.call(self._handle.committed)
 
 
-class Checkpointer:
+class Checkpointer(OnBackground):
     """An :class:`aiostage.Checkpointer` that blocks its caller only until a checkpoint is captured.
 
     For trainers without an event loop: Lightning, Hugging Face's Trainer, a plain loop. Copies, digests and writes
@@ -93,6 +91,7 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
+        super().__init__()
         self._stager = stager if isinstance(stager, Stager) else None
         self._checkpointer = AsyncCheckpointer(
             target,
@@ -104,16 +103,7 @@ class Checkpointer:
             progress=progress,
         )
         self._signals = catchable(save_on_signals)
-        self._exit: ExitStack | None = None
-        self._background: Background | None = None
         self._preempted = threading.Event()
-        tell_of_forks(self)
-
-    def forked(self) -> None:
-        """Leave it to the parent."""
-        if self._exit is not None:
-            left_to_the_parent.append(self._exit)
-            self._exit = None
 
     def __repr__(self) -> str:
         return f"<blocking {self._checkpointer!r}>"
@@ -184,14 +174,6 @@ class Checkpointer:
         """
         self._entered().call(self._checkpointer.delete, step)
 
-    def close(self) -> None:
-        """Leave the block without ``with``: wait for what is under way. May be called more than once.
-
-        Raises:
-            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
-        """
-        self.__exit__(None, None, None)
-
     def __enter__(self) -> Checkpointer:
         """Start the background thread, and remove what writers that died have left behind.
 
@@ -200,33 +182,21 @@ class Checkpointer:
             ValueError: If it is to receive signals and this is not the main thread.
             OSError: If the storage refuses.
         """
-        with ExitStack() as stack:
-            if self._stager is not None:
-                background = self._stager.background()
-            else:
-                background = stack.enter_context(Background.started("aiostage-checkpointer"))
-            stack.enter_context(background.wrap(self._checkpointer))
+        background = self._stager.background() if self._stager is not None else None
+        with self._starting(self._checkpointer, background, "aiostage-checkpointer") as stack:
             stack.callback(Handlers(self._signals).put_back)
             for number in self._signals:
                 signal.signal(number, self._preempt)
-            self._background, self._exit = background, stack.pop_all()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Wait for the saves under way, also after an error in the block: what was captured is good."""
-        stack, self._exit, self._background = self._exit, None, None
-        if stack is not None:
-            stack.__exit__(kind, error, traceback)
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
         self._preempted.set()
 
     def _entered(self) -> Background:
-        if self._background is None:
+        if self._background is not None:
+            self._background.check()
+        if self._background is None or self._exit is None:
             raise CheckpointError(
                 "the checkpointer was not entered, or was left.", remedy="Use it inside its `with` block."
             )
-        self._background.check()
         return self._background

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from aiostage._loop.forks import tell_of_forks
 from aiostage.abc import Backend
-from aiostage.blocking.background import Background, left_to_the_parent
+from aiostage.blocking.background import Background, OnBackground
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.leaf import Path
 from aiostage.options import StagerStatistics, StagingOptions
@@ -21,7 +20,7 @@ __all__ = ["Snapshot", "Stager"]
 T = TypeVar("T")
 
 
-class Stager:
+class Stager(OnBackground):
     """An :class:`aiostage.AsyncStager` whose methods block their caller only.
 
     Copies are made by an event loop in a background thread, and that loop's workers. Enter it with ``with``. Several
@@ -37,16 +36,8 @@ class Stager:
     """
 
     def __init__(self, options: StagingOptions | None = None, *, backend: Backend | None = None) -> None:
+        super().__init__()
         self.stager = AsyncStager(options, backend=backend)
-        self._background: Background | None = None
-        self._exit: ExitStack | None = None
-        tell_of_forks(self)
-
-    def forked(self) -> None:
-        """Leave the thread to the parent."""
-        if self._exit is not None:
-            left_to_the_parent.append(self._exit)
-            self._exit = None
 
     def __repr__(self) -> str:
         return f"<blocking {self.stager!r}>"
@@ -99,10 +90,6 @@ class Stager:
         """Return what the stager has done and what it holds now."""
         return self.stager.statistics()
 
-    def close(self) -> None:
-        """Leave the block without ``with``: staged trees stay valid. May be called more than once."""
-        self.__exit__(None, None, None)
-
     def background(self) -> Background:
         """Return the event loop that it runs on.
 
@@ -126,19 +113,8 @@ class Stager:
         """
         if self._background is not None:
             raise StagingError("the stager was entered before.", remedy="Make a new Stager for another block.")
-        with ExitStack() as stack:
-            background = stack.enter_context(Background.started("aiostage-stager"))
-            stack.enter_context(background.wrap(self.stager))
-            self._background, self._exit = background, stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the stager, and end the thread."""
-        stack, self._exit = self._exit, None
-        if stack is not None:
-            stack.__exit__(kind, error, traceback)
+        with self._starting(self.stager, None, "aiostage-stager"):
+            return self
 
 
 class Snapshot(Generic[T]):
@@ -151,7 +127,7 @@ class Snapshot(Generic[T]):
     def __init__(self, background: Background, snapshot: AsyncSnapshot[T]) -> None:
         self._background = background
         self._snapshot = snapshot
-        self._exit: ExitStack | None = None
+        self._exit: AbstractContextManager[object] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -203,15 +179,15 @@ class Snapshot(Generic[T]):
         Raises:
             Exception: As entering :class:`aiostage.Snapshot` does.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self._background.wrap(self._snapshot))
-            self._exit = stack.pop_all()
+        entered = self._background.wrap(self._snapshot)
+        entered.__enter__()
+        self._exit = entered
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Release everything; a staging that is not captured is abandoned."""
-        stack, self._exit = self._exit, None
-        if stack is not None:
-            stack.__exit__(kind, error, traceback)
+        entered, self._exit = self._exit, None
+        if entered is not None:
+            entered.__exit__(kind, error, traceback)

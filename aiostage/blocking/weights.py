@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
-from aiostage._loop.forks import tell_of_forks
-from aiostage.blocking.background import Background, left_to_the_parent
+from aiostage.blocking.background import Background, OnBackground
 from aiostage.blocking.stager import Snapshot, Stager
 from aiostage.errors import WeightsError
 from aiostage.storage.locate import Root
@@ -19,20 +16,12 @@ from aiostage.weights.subscriber import WeightSubscriber as AsyncSubscriber
 __all__ = ["WeightPublisher", "WeightSubscriber"]
 
 
-class _Hosted:
+class _Hosted(OnBackground):
     """One end whose event loop runs in a background thread."""
 
     def __init__(self, end: AsyncPublisher | AsyncSubscriber) -> None:
+        super().__init__()
         self._end = end
-        self._background: Background | None = None
-        self._exit: ExitStack | None = None
-        tell_of_forks(self)
-
-    def forked(self) -> None:
-        """Leave the thread to the parent."""
-        if self._exit is not None:
-            left_to_the_parent.append(self._exit)
-            self._exit = None
 
     def __repr__(self) -> str:
         return f"<blocking {self._end!r}>"
@@ -44,13 +33,8 @@ class _Hosted:
     def _enter(self, stager: Stager | None) -> None:
         if self._background is not None:
             raise WeightsError("it was entered before.", remedy="Make a new one for another block.")
-        with ExitStack() as stack:
-            if stager is not None:
-                background = stager.background()
-            else:
-                background = stack.enter_context(Background.started("aiostage-weights"))
-            stack.enter_context(background.wrap(self._end))
-            self._background, self._exit = background, stack.pop_all()
+        with self._starting(self._end, stager.background() if stager is not None else None, "aiostage-weights"):
+            pass
 
     def _entered(self) -> Background:
         if self._background is None or self._exit is None:
@@ -60,18 +44,6 @@ class _Hosted:
             )
         self._background.check()
         return self._background
-
-    def close(self) -> None:
-        """Leave the block without ``with``. May be called more than once."""
-        self.__exit__(None, None, None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Leave it, as the asynchronous one does, and end the thread."""
-        stack, self._exit = self._exit, None
-        if stack is not None:
-            stack.__exit__(kind, error, traceback)
 
 
 class WeightPublisher(_Hosted):

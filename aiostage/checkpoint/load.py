@@ -33,7 +33,7 @@ from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, 
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
-from aiostage.format.classes import Classes
+from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.manifest import FileRecord
 from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
 from aiostage.format.parts import Part
@@ -390,8 +390,8 @@ def load(
             memory, pinned where the accelerator supports that. On ``"meta"`` they have no elements, and nothing but
             headers is read.
         only: What to load: patterns with ``*`` and ``?`` of paths such as ``model.layers.0.weight``; or a function of a
-            path that returns whether it is wanted. What is chosen is loaded with all that is below it. Functions for ``only``
-            and ``device`` may be called in a worker thread, with the caller's streams. Nothing
+            path that returns whether it is wanted. What is chosen is loaded with all that is below it. Functions for
+            ``only`` and ``device`` may be called in a worker thread, with the caller's streams. Nothing
             else is read, or touched in ``into``; from a new tree it is missing, and None in lists and tuples.
         classes: Dataclasses, named tuples, enumerations, tensor subclasses and others of your own, whose objects are to
             come back as they were; a file names no code to run, so those of other classes come back as
@@ -482,7 +482,7 @@ async def load_after(
     if device is not None and into is not None:
         raise ValueError("device= is for a new tree; the tensors of into= stay on the devices that they are on")
     selection = Selection(only, f"{storage.location}/{name}") if only is not None else None
-    known = Classes(classes, _declared())
+    known = Classes(classes, declared_safe())
     with span("load", source=name), reporting(progress, f"loading {name}") if progress else nullcontext() as report:
         reaches = into is not None or device is not None
         if reaches and backend is None:
@@ -527,8 +527,3 @@ async def load_after(
                 finally:
                     await reader.aclose()
     raise CheckpointError("it keeps being replaced while it is read.", path=name)
-
-
-def _declared() -> list[type]:
-    """Return the classes that the process has declared safe for files to name."""
-    return [cls for cls in torch.serialization.get_safe_globals() if isinstance(cls, type)]

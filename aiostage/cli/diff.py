@@ -207,7 +207,7 @@ def _apart(one: torch.Tensor, two: torch.Tensor) -> tuple[float | None, int]:
     try:
         wide = torch.complex128 if one.dtype.is_complex else torch.float64
         one, two = one.to(wide), two.to(wide)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         # Of packed numbers there is no conversion.
         return None, 0
     # Of equal infinities the difference is no number.

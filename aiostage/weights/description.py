@@ -23,7 +23,7 @@ from aiostage._memory.shared import SentMemory, map_memory
 from aiostage._platform import memory_file
 from aiostage._turns import releasing_gil
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
-from aiostage.format.classes import Classes
+from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.encode import Node, TreeEncoder
 from aiostage.format.manifest import lines_of, parse_line
@@ -207,7 +207,7 @@ def open_described(
         if xxhash.xxh3_64_hexdigest(text) != message.get("digest"):
             raise ValueError("its text does not match its digest")
         shared = map_memory(descriptors[1], memory_bytes) if memory_bytes else None
-        tree = _tree(text, text_bytes, shared, Classes(classes, _declared()), path)
+        tree = _tree(text, text_bytes, shared, Classes(classes, declared_safe()), path)
     return tree, shared
 
 
@@ -260,10 +260,6 @@ def _read(descriptor: int, nbytes: int) -> bytearray:
             raise ValueError(f"its text ends after {position} bytes")
         position += count
     return text
-
-
-def _declared() -> list[type]:
-    return [cls for cls in torch.serialization.get_safe_globals() if isinstance(cls, type)]
 
 
 def _dump(value: Any) -> bytes:
