@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from aiostage._copy.resources import Resources
 from aiostage._copy.restore import restore
 from aiostage._device import CallerStreams, default_backend
-from aiostage._loop.cleanup import finish
-from aiostage._loop.coroutines import named
+from aiostage._loop.coroutines import finish, named
 from aiostage._loop.polling import wait_event
 from aiostage._loop.workers import Workers
 from aiostage.abc import Backend, CheckpointStager

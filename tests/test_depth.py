@@ -14,8 +14,8 @@ CEILINGS = {
     # files, functions, classes, frames. To be lowered whenever less is reached; which functions are entered depends a
     # little on who waits for whom, hence a few more than were seen.
     "stage": (28, 260, 44, 15),
-    "save": (45, 455, 60, 15),
-    "load": (30, 225, 24, 16),
+    "save": (43, 455, 60, 15),
+    "load": (28, 230, 24, 15),
 }
 
 
@@ -28,10 +28,12 @@ def test_how_much_of_the_package_is_entered() -> None:
     assert depths.keys() == CEILINGS.keys()
     for name, (files, functions, classes, frames) in CEILINGS.items():
         depth = depths[name]
-        # It measures something: the loop's thread enters the walk, a worker's the copies.
-        assert {"_loop/slices.py", "_loop/workers.py"} <= set(depth["files"])
+        # It measures something: the loop's thread and a worker's.
+        assert "_loop/workers.py" in depth["files"]
         assert len(depth["files"]) <= files, f"{name} passes through {depth['files']}"
         assert depth["functions"] <= functions, name
         assert depth["classes"] <= classes, name
         assert depth["frames"] <= frames, f"{name} is as deep as {depth['deepest']}"
-    assert {"_capture/walk.py", "_copy/host.py"} <= set(depths["stage"]["files"])
+    assert {"_capture/walk.py", "_copy/host.py", "_loop/slices.py"} <= set(depths["stage"]["files"])
+    assert "format/encode.py" in depths["save"]["files"]
+    assert "format/decode.py" in depths["load"]["files"]

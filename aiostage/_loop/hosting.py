@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 
 __all__ = ["HostedContext"]
 

@@ -11,7 +11,7 @@ from contextvars import Context, copy_context
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from aiostage._loop.cleanup import finish, without_locals
+from aiostage._loop.coroutines import finish, without_locals
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.wakeup import Wakeup
 from aiostage._turns import stoppable

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 import anyio
 import torch
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.forks import tell_of_forks
 from aiostage._loop.wakeup import Wakeup
 from aiostage._loop.workers import Job, Workers

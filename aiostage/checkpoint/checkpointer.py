@@ -17,8 +17,7 @@ from anyio.lowlevel import current_token
 
 from aiostage._arguments import check_flags, require_int
 from aiostage._device import CallerStreams, default_backend
-from aiostage._loop.cleanup import finish, without_locals
-from aiostage._loop.coroutines import named
+from aiostage._loop.coroutines import finish, named, without_locals
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.index import CheckpointIndex

@@ -12,8 +12,7 @@ import torch
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
-from aiostage._loop.cleanup import finish
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
@@ -220,7 +219,7 @@ class PartReader:
         if not parts:
             return
         queue = iter(parts)
-        await together(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
+        await run_concurrently(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
 
     async def _receive(self, queue: Iterator[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Take one part after the other, until there is none left."""

@@ -17,8 +17,7 @@ from aiostage._arguments import check_flags, stateful_in
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
-from aiostage._loop.cleanup import finish
-from aiostage._loop.coroutines import named
+from aiostage._loop.coroutines import finish, named
 from aiostage._loop.slices import Slices
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
@@ -29,11 +28,12 @@ from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
 from aiostage.checkpoint.opening import OpenCheckpoint, is_removed, open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.reader import CheckpointReader, Outline, check_sparse, parts_of_sparse
+from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes, declared_safe
+from aiostage.format.decode import check_sparse, parts_of_sparse
 from aiostage.format.manifest import FileRecord
 from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
 from aiostage.format.parts import Part
@@ -79,7 +79,6 @@ class Loading:
         self._fit = fit
         self._stateful = stateful_in(into)
         self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads)
-        self._slices = Slices(_MAX_HOLD)
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
             return
@@ -123,13 +122,10 @@ class Loading:
             tree = await self._run(partial(self._selection.prune_tree, tree, instead))
         return tree if self._into is None else await self._put(tree)
 
-    async def _put(self, tree: Any, *, inference: bool = False) -> Any:
+    async def _put(self, tree: Any) -> Any:
         """Change the live tree to a loaded one."""
         with span("compare"):
-            wanted = self._selection.chooses if self._selection is not None else None
-            transfer = await self._slices.run(
-                compare(self._into, tree, wanted, inference=inference, fit=self._fit, stateful=self._stateful)
-            )
+            transfer = await self._compare(tree)
             devices = await self._run(partial(self._fill, transfer))
         self._follow_the_caller(devices)
         with span("into"):
@@ -137,6 +133,18 @@ class Loading:
         for live, state in transfer.states:
             live.load_state_dict(state)
         return self._into
+
+    async def _compare(self, tree: Any) -> Transfer:
+        """Compare the live tree with a loaded one, on the event loop, because it may change."""
+        comparing = compare(
+            self._into,
+            tree,
+            self._selection.chooses if self._selection is not None else None,
+            inference=self._caller.inference,
+            fit=self._fit,
+            stateful=self._stateful,
+        )
+        return await Slices(_MAX_HOLD).run(comparing)
 
     def _fill(self, transfer: Transfer) -> set[torch.device]:
         """Have loaded tensors copied into their live ones, and return the devices of these."""
@@ -163,15 +171,12 @@ class Loading:
         if self._stateful:
             # Their states have to be whole before they are told; what they have now need not be like that.
             tree = await self._read_anew(checkpoint, outline, names, spread)
-            return await self._put(tree, inference=self._caller.inference)
+            return await self._put(tree)
         # What the bytes of files cannot go straight into comes first, into memory of its own.
         data = await self._read_first(checkpoint, outline, names, spread)
         tree, memory = await checkpoint.decode(outline, data, self._classes)
         with span("compare"):
-            wanted = self._selection.chooses if self._selection is not None else None
-            transfer = await self._slices.run(
-                compare(self._into, tree, wanted, inference=self._caller.inference, fit=self._fit)
-            )
+            transfer = await self._compare(tree)
             placement = await self._run(
                 partial(
                     plan_reads,

@@ -1,4 +1,4 @@
-"""Sparse tensors of a checkpoint, checked in host memory and off the event loop before any device has them."""
+"""What a checkpoint consists of, which parts of its files have to be read, and the tree that they are read to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
 from aiostage.checkpoint.incoming import PartReader, ReadTargets
@@ -17,7 +17,6 @@ from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
-from aiostage.format.composites import SPARSE, check_invariants
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
@@ -27,65 +26,7 @@ from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 
-__all__ = ["CheckpointReader", "FileOutline", "Outline", "check_sparse", "parts_of_sparse"]
-
-
-def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
-    """Return the names of the tensors of files that sparse tensors of the tree consist of.
-
-    Args:
-        table: Of the nodes, looked through before.
-        path: Of the manifest, for errors.
-
-    Raises:
-        CheckpointCorruptError: If a sparse tensor consists of something else.
-    """
-    names: set[str] = set()
-    with reading(path):
-        for index in _sparse(table):
-            names.update(table.forms[part]["name"] for part in _parts(table, index))
-    return names
-
-
-def check_sparse(
-    table: NodeTable, records: Mapping[str, TensorRecord], data: Mapping[str, torch.Tensor], path: str
-) -> None:
-    """Check that indices lie within the shapes, and what else PyTorch demands. Blocks: run it in a worker thread.
-
-    Args:
-        table: Of the nodes, looked through before.
-        records: The tensors of files, by name.
-        data: Host memory with the bytes of those that :func:`parts_of_sparse` returns.
-        path: Of the manifest, for errors.
-
-    Raises:
-        CheckpointCorruptError: If a sparse tensor is none.
-    """
-    memory = Memory(records, data)
-    with reading(path):
-        for index in _sparse(table):
-            form = table.forms[index]
-            parts = [memory.tensor(table.forms[part]) for part in _parts(table, index)]
-            check_invariants(form["is"], parts, form)
-
-
-def _sparse(table: NodeTable) -> list[int]:
-    reached = zip(table.forms, table.reached, strict=True)
-    return [index for index, (form, how) in enumerate(reached) if how and form["is"] in SPARSE]
-
-
-def _parts(table: NodeTable, index: int) -> list[int]:
-    """Return the nodes that a sparse tensor consists of, without its gradient."""
-    parts: list[int] = []
-    count = SPARSE[table.forms[index]["is"]]
-    for child in table.children[index][:count]:
-        node = table.node(child)
-        if node is None or table.forms[node]["is"] != "tensor":
-            raise ValueError(f"node {index} consists of something that is no tensor")
-        parts.append(node)
-    if len(parts) != count:
-        raise ValueError(f"node {index} consists of {len(parts)} tensors instead of {count}")
-    return parts
+__all__ = ["CheckpointReader", "FileOutline", "Outline"]
 
 
 _SUFFIX = ".safetensors"
@@ -181,10 +122,6 @@ class CheckpointReader:
             self._targets,
             verify=self._verify,
         )
-        with span("headers"):
-            return await self._outline(manifest, table)
-
-    async def _outline(self, manifest: Manifest, table: NodeTable) -> Outline:
         found: dict[str, FileOutline] = {}
         queue = iter(manifest.files)
 
@@ -192,16 +129,22 @@ class CheckpointReader:
             for file in queue:
                 found[file.name] = await self._look_into(file)
 
-        await together(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
+        with span("headers"):
+            await run_concurrently(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
+            return await self._workers.run(partial(self._outline, manifest, table, found))
+
+    def _outline(self, manifest: Manifest, table: NodeTable, found: Mapping[str, FileOutline]) -> Outline:
+        """Put together what the files contain. Blocks."""
         files = [found[file.name] for file in manifest.files]
         records: dict[str, TensorRecord] = {}
         positions: dict[str, int] = {}
-
-        def index() -> None:
-            for file in files:
-                _index(file.records, file.start, records, positions, self._path(file.file.name))
-
-        await self._workers.run(index)
+        for file in files:
+            path = self._path(file.file.name)
+            for record in releasing_gil(file.records):
+                if record.name in records:
+                    raise CheckpointCorruptError(f"another file has the tensor {shown(record.name)} too.", path=path)
+                records[record.name] = record
+                positions[record.name] = file.start + record.start
         return Outline(manifest, table, files, records, positions)
 
     async def _look_into(self, file: FileRecord) -> FileOutline:
@@ -298,16 +241,6 @@ class CheckpointReader:
         self._read_bytes += nbytes
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
-
-
-def _index(
-    found: Sequence[TensorRecord], start: int, records: dict[str, TensorRecord], positions: dict[str, int], path: str
-) -> None:
-    for record in releasing_gil(found):
-        if record.name in records:
-            raise CheckpointCorruptError(f"another file has the tensor {shown(record.name)} too.", path=path)
-        records[record.name] = record
-        positions[record.name] = start + record.start
 
 
 def _parts_to_read(

@@ -12,9 +12,7 @@ from traceback import clear_frames
 from typing import Any, TypeAlias
 
 from aiostage._arguments import check_flags, require_int, states_of
-from aiostage._loop.cleanup import give_up
-from aiostage._loop.coroutines import named
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import give_up, named, run_concurrently
 from aiostage.abc import CheckpointStager, PendingCheckpoint, Storage
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
@@ -153,7 +151,7 @@ async def _stream(
         await snapshot.captured()
         captured.append(perf_counter())
 
-    await together(capture, plan_and_write)
+    await run_concurrently(capture, plan_and_write)
     return written[0]
 
 

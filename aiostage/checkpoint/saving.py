@@ -10,8 +10,7 @@ from typing import Any
 
 import anyio
 
-from aiostage._loop.cleanup import without_locals
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently, without_locals
 from aiostage.abc import CheckpointStager, Storage
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
@@ -258,7 +257,7 @@ class Saving:
                 return
             self._mark_captured()
 
-        await together(notice, write)
+        await run_concurrently(notice, write)
         return written[0]
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:

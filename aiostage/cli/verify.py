@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from anyio.to_thread import run_sync
 
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
@@ -267,7 +267,7 @@ class _Check:
 
         parts = sum(len(file.digests) for file in files)
         at_once = max(1, min(reader.reads_at_once, (128 << 20) // manifest.part_bytes, parts))
-        await together(*[work] * at_once)
+        await run_concurrently(*[work] * at_once)
 
     async def _wrong_with(
         self, reader: OpenCheckpoint, file: FileRecord, index: int, start: int, memory: memoryview
@@ -417,7 +417,7 @@ async def _compare_records(
             done += record.nbytes
             progressed(done, total)
 
-    await together(*[work] * _AT_ONCE)
+    await run_concurrently(*[work] * _AT_ONCE)
     return sorted(found, key=lambda each: (each.file, each.start or 0))
 
 

@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage._device import CallerStreams, default_backend
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.errors import RanksFailedError
 from aiostage.dcp.roll import RollCall, StoreLostError

@@ -12,7 +12,7 @@ from aiostage._private import storage_identity
 from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
-from aiostage.format.composites import COMPOSITES, assemble
+from aiostage.format.composites import COMPOSITES, SPARSE, assemble, check_invariants
 from aiostage.format.nodes import NodeTable, reading, view_of
 from aiostage.format.objects import (
     KINDS_VERSION,
@@ -26,7 +26,7 @@ from aiostage.format.objects import (
 from aiostage.format.safetensors import TensorRecord
 from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions, read_bytes, read_scalar
 
-__all__ = ["Memory", "TreeDecoder"]
+__all__ = ["Memory", "TreeDecoder", "check_sparse", "parts_of_sparse"]
 
 _ELEMENTS_AT_ONCE = 64
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
@@ -235,3 +235,61 @@ def _with_autograd(tensor: torch.Tensor, form: dict[str, Any], gradient: Any) ->
         tensor.requires_grad_()
         tensor.grad = gradient
     return tensor
+
+
+def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
+    """Return the names of the tensors of files that sparse tensors of the tree consist of.
+
+    Args:
+        table: Of the nodes, looked through before.
+        path: Of the manifest, for errors.
+
+    Raises:
+        CheckpointCorruptError: If a sparse tensor consists of something else.
+    """
+    names: set[str] = set()
+    with reading(path):
+        for index in _sparse(table):
+            names.update(table.forms[part]["name"] for part in _parts(table, index))
+    return names
+
+
+def check_sparse(
+    table: NodeTable, records: Mapping[str, TensorRecord], data: Mapping[str, torch.Tensor], path: str
+) -> None:
+    """Check that indices lie within the shapes, and what else PyTorch demands. Blocks: run it in a worker thread.
+
+    Args:
+        table: Of the nodes, looked through before.
+        records: The tensors of files, by name.
+        data: Host memory with the bytes of those that :func:`parts_of_sparse` returns.
+        path: Of the manifest, for errors.
+
+    Raises:
+        CheckpointCorruptError: If a sparse tensor is none.
+    """
+    memory = Memory(records, data)
+    with reading(path):
+        for index in _sparse(table):
+            form = table.forms[index]
+            parts = [memory.tensor(table.forms[part]) for part in _parts(table, index)]
+            check_invariants(form["is"], parts, form)
+
+
+def _sparse(table: NodeTable) -> list[int]:
+    reached = zip(table.forms, table.reached, strict=True)
+    return [index for index, (form, how) in enumerate(reached) if how and form["is"] in SPARSE]
+
+
+def _parts(table: NodeTable, index: int) -> list[int]:
+    """Return the nodes that a sparse tensor consists of, without its gradient."""
+    parts: list[int] = []
+    count = SPARSE[table.forms[index]["is"]]
+    for child in table.children[index][:count]:
+        node = table.node(child)
+        if node is None or table.forms[node]["is"] != "tensor":
+            raise ValueError(f"node {index} consists of something that is no tensor")
+        parts.append(node)
+    if len(parts) != count:
+        raise ValueError(f"node {index} consists of {len(parts)} tensors instead of {count}")
+    return parts

@@ -9,7 +9,7 @@ from functools import partial
 
 import anyio
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError

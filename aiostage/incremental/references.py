@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
 
-from aiostage._loop.cleanup import give_up
+from aiostage._loop.coroutines import give_up
 from aiostage.abc import Buffer, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.placement import Placement

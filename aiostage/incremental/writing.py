@@ -21,7 +21,7 @@ import anyio
 import numpy as np
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
@@ -318,7 +318,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                         await self._pending.write(group.name, group.nbytes, copies)
                     self._own[None, group.name] = group.nbytes
 
-        await together(fill, partial(write, full.clone()), partial(write, full))
+        await run_concurrently(fill, partial(write, full.clone()), partial(write, full))
         return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
 
     def _runs(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage.storage.bucket import Bucket, Upload
 from aiostage.storage.pointer import FOLDER, LEASE_NAME, POINTER_NAME, find_pointer, lease_seconds, remove_folder
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Callable, Collection, Sequence
 from functools import partial
 from threading import Lock
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, shown

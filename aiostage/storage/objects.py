@@ -26,7 +26,7 @@ from obstore.exceptions import (
 )
 from obstore.store import GCSStore, LocalStore, MemoryStore, S3Store, from_url
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, shown

@@ -17,8 +17,7 @@ from functools import partial
 
 import anyio
 
-from aiostage._loop.cleanup import finish
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
 from aiostage.errors import (
@@ -281,7 +280,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         if self._attached:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         # Beside each other, so that a commit takes no longer for it.
-        await together(self._end_uploads, lambda: self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest))
+        await run_concurrently(self._end_uploads, lambda: self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest))
         try:
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")
         except FileNotFoundError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from anyio.lowlevel import checkpoint
 
 from aiostage._extras import needed_for
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError

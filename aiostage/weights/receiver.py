@@ -12,8 +12,7 @@ from typing import Any
 
 import anyio
 
-from aiostage._loop.cleanup import without_locals
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently, without_locals
 from aiostage._loop.wakeup import post
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
@@ -123,7 +122,7 @@ class SocketReceiver:
         inbox.outgoing.clear()
         inbox.set_connected(True)
         try:
-            await together(partial(self._read, session, workers), partial(self._write, session))
+            await run_concurrently(partial(self._read, session, workers), partial(self._write, session))
         finally:
             session.ended = True
             inbox.set_connected(False)

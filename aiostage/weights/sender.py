@@ -14,8 +14,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from aiostage._loop.cleanup import finish
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
@@ -182,7 +181,7 @@ class SocketSender:
         try:
             connection = await self._greet(channel)
             self._connections.add(connection)
-            await together(partial(self._read, connection), partial(self._write, connection))
+            await run_concurrently(partial(self._read, connection), partial(self._write, connection))
         except (EOFError, OSError) as error:
             # TimeoutError is one of the latter.
             _log.info("subscriber %d of %s is gone: %s", channel.pid, self.location, said(error))

@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from aiostage._loop.cleanup import without_locals
+from aiostage._loop.coroutines import without_locals
 from aiostage.abc import Storage
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import save, write_checkpoint

@@ -10,7 +10,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from aiostage.format.nodes import reading
-from aiostage.checkpoint.reader import check_invariants
+from aiostage.format.composites import check_invariants
 from aiostage.errors import HostMemoryError
 
 count = 1 << 22

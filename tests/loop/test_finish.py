@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from aiostage._loop.cleanup import finish
+from aiostage._loop.coroutines import finish
 
 
 class Ending:

@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from aiostage._loop.together import together
+from aiostage._loop.coroutines import run_concurrently
 
 
 @pytest.mark.anyio
@@ -29,7 +29,7 @@ async def test_the_first_error_is_raised_itself(error: BaseException, place: int
     calls = [waits, waits, waits]
     calls[place] = fails
     with pytest.raises(type(error)) as caught:
-        await together(*calls)
+        await run_concurrently(*calls)
     assert caught.value is error
     assert ended == [1, 1]
 
@@ -46,6 +46,6 @@ async def test_a_cancellation_reaches_all() -> None:
         await anyio.sleep_forever()
 
     with anyio.CancelScope() as scope:
-        await together(waits, waits, waits)
+        await run_concurrently(waits, waits, waits)
     assert scope.cancelled_caught
     assert started == [1, 1, 1]
