@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import aiostage
 from aiostage import CheckpointMismatchError, CheckpointNotFoundError
+from aiostage.checkpoint import register
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same, data_of
@@ -309,3 +311,43 @@ async def test_into_leaves_attributes_alone_that_were_not_asked_for(tmp_path: Pa
     assert live["state"]["weight"].note == 2
     assert live["state"]._metadata == {"version": 1}  # type: ignore[attr-defined]
     assert live["state"].shadow["weight"].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
+
+
+class Noted:
+    """Saved by functions of its own, which note where they are called."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inference", [False, True])
+async def test_functions_of_the_caller_run_beside_the_loop_as_if_in_its_thread(inference: bool, tmp_path: Path) -> None:
+    calls: list[tuple[str, bool, bool]] = []
+
+    def note(name: str) -> None:
+        calls.append((name, threading.current_thread() is loop_thread, torch.is_inference_mode_enabled()))
+
+    def flatten(noted: Noted) -> tuple[list[torch.Tensor], None]:
+        note("flatten")
+        return [noted.tensor], None
+
+    def unflatten(children: list[torch.Tensor], context: object) -> Noted:
+        note("unflatten")
+        return Noted(children[0] * 2)
+
+    def wanted(path: tuple[object, ...]) -> bool:
+        note("only")
+        return path == ("a",)
+
+    loop_thread = threading.current_thread()
+    register(Noted, flatten, unflatten)
+    await aiostage.save({"a": Noted(torch.ones(3)), "b": 1}, tmp_path / "a")
+    with torch.inference_mode(inference):
+        tree = await aiostage.load(tmp_path / "a", only=wanted)
+    assert tree.keys() == {"a"}
+    assert tree["a"].tensor.tolist() == [2.0, 2.0, 2.0]
+    assert tree["a"].tensor.is_inference() is inference
+    assert [name for name, _, _ in calls] == ["flatten", "only", "only", "unflatten"]
+    assert not any(on_loop for _, on_loop, _ in calls)
+    assert [mode for name, _, mode in calls if name != "flatten"] == [inference] * 3

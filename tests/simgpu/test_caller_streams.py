@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.staging import StagingOptions as TorchOptions
 
 import aiostage
 from aiostage import AsyncStager, adapt, blocking, dcp
+from aiostage.checkpoint import register
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.integrations.lightning import AiostageCheckpointIO
 from aiostage.storage import LocalStorage
@@ -461,3 +462,28 @@ class TestADeviceThatSaysItIsNotInUse:
         tree = live()
         in_a_task(partial(writer, tree, checkpoints), tree)
         check(tree, SAVED)
+
+
+class Doubled:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.asyncio
+async def test_objects_are_made_again_on_the_callers_stream(tmp_path: Path) -> None:
+    """What a user's function enqueues while a tree is made is in order for the caller, as the loaded tensors are."""
+    streams: list[torch.Stream] = []
+
+    def unflatten(children: list[torch.Tensor], context: object) -> Doubled:
+        streams.append(torch.accelerator.current_stream(children[0].device))
+        return Doubled(children[0] * 2)
+
+    register(Doubled, lambda doubled: ([doubled.tensor], None), unflatten)
+    await write_checkpoint({"a": Doubled(torch.full((SIZE,), SAVED))}, tmp_path / "a")
+    live()
+    stream = torch.Stream("simgpu:0")
+    with stream:
+        coroutine = aiostage.load(tmp_path / "a", device="simgpu:0")
+    tree = await coroutine
+    assert streams == [stream]
+    check({"a": tree["a"].tensor}, 2 * SAVED)
