@@ -187,7 +187,7 @@ class StorageWriter(torch_storage.StorageWriter):
             offset += tensor.nbytes
         if offset:
             pending: PendingCheckpoint = self._pending or await self._storage.attach(share.name, share.token)
-            parts = _finished(cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES))
+            parts = cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES)
             contents.clear()
             await pending.write(share.file, offset, _buffers(parts))
         return results
@@ -211,7 +211,7 @@ class StorageWriter(torch_storage.StorageWriter):
         }
 
         async def commit(pending: MultiWriterCheckpoint) -> None:
-            await pending.write(METADATA_NAME, len(pickled), _buffers(_finished(cut([_tensor(pickled)], PART_BYTES))))
+            await pending.write(METADATA_NAME, len(pickled), _buffers(cut([_tensor(pickled)], PART_BYTES)))
             await pending.commit(memoryview(json.dumps(manifest).encode()))
 
         assert self._pending is not None  # noqa: S101 - DCP has called prepare_global_plan
@@ -442,16 +442,6 @@ def _bytes(tensor: torch.Tensor) -> Buffer:
     """Return the memory of a contiguous tensor."""
     data: Buffer = tensor.view(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _finished(steps: Any) -> list[Part]:
-    """Run a generator to its end and return what it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            parts: list[Part] = stop.value
-            return parts
 
 
 async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
