@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -106,19 +106,6 @@ class NodeTable:
         # Many lines and references are alike, and each would be an object of its own.
         self._plain: dict[str, dict[str, Any]] = {}
         self._references: dict[int, list[int]] = {}
-
-    @classmethod
-    def read(cls, lines: Iterable[Any]) -> NodeTable:
-        """Join the lines of a manifest.
-
-        Raises:
-            ValueError: If they are no table. Other exceptions are possible too.
-        """
-        table = cls()
-        for line in releasing_gil(lines):
-            table.add(line)
-        table.complete()
-        return table
 
     def add(self, line: Any) -> None:
         """Add one line of a manifest, and check all of it that can be checked before the others are there.
