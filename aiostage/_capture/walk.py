@@ -106,15 +106,24 @@ class Walk:
     Args:
         passthrough: Says which objects are put into the staged tree uncopied.
         only_leaves: Whether to find the tensors only, so that objects that copy themselves need not.
+        before_code: Called before objects copy themselves, which may be in a later step than the call, where other
+            streams are current. Returns an error, which is raised if there is a tensor on a device.
     """
 
-    def __init__(self, *, passthrough: Callable[[Path, object], bool] | None = None, only_leaves: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        passthrough: Callable[[Path, object], bool] | None = None,
+        only_leaves: bool = False,
+        before_code: Callable[[], Exception | None] | None = None,
+    ) -> None:
         self.leaves = Leaves()
         self.changes = ContainerChanges()
         self.calls_out = False
         """Whether building calls other people's code, which may look at the values of tensors."""
         self._passthrough = passthrough
         self._only_leaves = only_leaves
+        self._before_code = before_code
         self._inspection: Inspection | None = None
         self._root: Node | None = None
         self._nodes: Table[Node] = Table(dict)
@@ -177,9 +186,12 @@ class Walk:
 
         Raises:
             UnsupportedLeafError: If something cannot be copied.
+            StagingError: If the device has failed.
         """
+        failure: Exception | None = None
         if self._opaque or self._reduced_last:
             yield from self.leaves.index()
+            failure = self._before_code() if self._before_code is not None else None
         if not (self._opaque or self._reduced_last or self._buffers):
             return
         while True:
@@ -195,6 +207,8 @@ class Walk:
             if not (reduced or unknown):
                 break
             exhausted(self.inspect(inspection))
+        if failure is not None and not all(tensor.is_cpu for tensor in self.leaves.tensors):
+            raise failure
         if not self._only_leaves:
             self._copy_last()
         yield

@@ -13,6 +13,7 @@ from aiostage._capture.leaves import Inspection, Leaves, changed
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.walk import Walk
 from aiostage._copy.resources import Phase, Resources, Timings
+from aiostage._device.streams import CallerStreams
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.leaf import Path, format_path
 
@@ -66,6 +67,7 @@ class SourceInspection:
     Args:
         resources: Of the stager.
         timings: Where to note what it takes.
+        caller: Whose streams the code of objects follows.
 
     Attributes:
         walk: Over the containers.
@@ -73,11 +75,11 @@ class SourceInspection:
         changes: What is noticed to have changed since.
     """
 
-    def __init__(self, resources: Resources, timings: Timings) -> None:
+    def __init__(self, resources: Resources, timings: Timings, caller: CallerStreams) -> None:
         self._resources = resources
         self._options = resources.options
         self._timings = timings
-        self.walk = Walk(passthrough=resources.options.passthrough)
+        self.walk = Walk(passthrough=resources.options.passthrough, before_code=caller.order_code)
         self.specs: list[Spec | None] = []
         self.changes = Changes(self.walk, resources.inspection)
 

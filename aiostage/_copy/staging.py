@@ -133,9 +133,9 @@ class Staging:
         self._building = _Turns()
         self._completing = _Turns()
         self._finishing: Generator[None, None, None] | None = None
-        self._inspection = SourceInspection(resources, self.timings)
-        self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         self._caller = caller = CallerStreams.record(resources.backend, source)
+        self._inspection = SourceInspection(resources, self.timings, caller)
+        self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         if resources.backend is not None and resources.streams is not None:
             self.progress.pending = StagingCopies(resources.backend, resources.streams, caller, resources.closing)
         try:

@@ -92,17 +92,21 @@ class CallerStreams:
         if self._backend is None:
             return
         devices = self._backend.active_devices()
-        if devices and self._backend.is_capturing():
-            raise StagingError(
-                "the current stream is being captured into a graph, of which copies must not become a part.",
-                remedy="Stage, save, load or restore before the capture begins, and await it before that too.",
-            )
+        if devices:
+            self._refuse_capture(self._backend)
         for device in devices:
             streams = [stream for stream, _ in self._recorded.get(device, ())]
             current = self._backend.current_stream(device)
             if current not in streams:
                 streams.append(current)
             self._recorded[device] = [(stream, self._backend.record(stream)) for stream in streams]
+
+    def _refuse_capture(self, backend: Backend) -> None:
+        if backend.is_capturing():
+            raise StagingError(
+                "the current stream is being captured into a graph, of which copies must not become a part.",
+                remedy="Stage, save, load or restore before the capture begins, and await it before that too.",
+            )
 
     @property
     def events(self) -> Mapping[torch.device, Sequence[SupportsQuery]]:
@@ -172,6 +176,20 @@ class CallerStreams:
                 for stream, _ in recorded:
                     if stream != current:
                         self._backend.wait(current, self._backend.record(stream))
+
+    def order_code(self) -> StagingError | None:
+        """Make the calling thread's current streams wait for the caller's, for code that reads tensors in this step.
+
+        Returns:
+            What the device says, now or at the call. It matters only if there is something on a device.
+        """
+        if self._failure is None and self._backend is not None and self._recorded:
+            try:
+                self._refuse_capture(self._backend)
+                self.order_current_stream_after()
+            except Exception as error:
+                return _device_error(error)
+        return self._failure
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultSta
 from torch.distributed.checkpoint.staging import StagingOptions as TorchOptions
 
 import aiostage
-from aiostage import AsyncStager, adapt, blocking, dcp
+from aiostage import AsyncStager, StagingOptions, adapt, blocking, dcp
 from aiostage.checkpoint import register
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.integrations.lightning import AiostageCheckpointIO
@@ -65,6 +66,22 @@ def check(tree: Tree, value: float) -> None:
 def stage(tree: Tree, path: Path) -> Awaitable[Tree]:
     stager = AsyncStager()
     return _closing(stager, stager.stage(tree))
+
+
+class CopiesItself:
+    """Is copied in the last step of a walk, and its tensors with it."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        return CopiesItself(copy.deepcopy(self.tensors, memo))
+
+
+def stage_what_copies_itself(tree: Tree, path: Path) -> Awaitable[Tree]:
+    """In a step long after the call."""
+    stager = AsyncStager(StagingOptions(max_loop_hold=1e-9))
+    return _closing(stager, _unpacked(stager.stage({"object": CopiesItself([tree["a"]]), "more": list(range(999))})))
 
 
 def snapshot(tree: Tree, path: Path) -> Awaitable[Tree]:
@@ -148,6 +165,7 @@ def lightning_save(tree: Tree, path: Path) -> Awaitable[Tree]:
 
 READERS = [
     stage,
+    stage_what_copies_itself,
     snapshot,
     adapted_default,
     adapted_blocking,
@@ -264,6 +282,10 @@ BLOCKING = {
 
 async def _done(value: Any) -> Any:
     return value
+
+
+async def _unpacked(staging: Awaitable[Any]) -> Tree:
+    return {"a": (await staging)["object"].tensors[0]}
 
 
 async def _closing(stager: aiostage.CheckpointStager, work: Awaitable[Any]) -> Any:
