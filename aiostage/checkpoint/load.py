@@ -130,8 +130,13 @@ class Loading:
         self._follow_the_caller(devices)
         with span("into"):
             await self._carry_out(transfer)
-        for live, state in transfer.states:
-            live.load_state_dict(state)
+        if transfer.states:
+            try:
+                with self._caller.entered():
+                    for live, state in transfer.states:
+                        live.load_state_dict(state)
+            finally:
+                self._caller.order_current_stream_after()
         return self._into
 
     async def _compare(self, tree: Any) -> Transfer:
@@ -379,7 +384,8 @@ def load(
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
             tensor is put into its dicts and lists. None: return a new tree. It, or a value of it if it is a dict,
             may be an object with ``state_dict`` and ``load_state_dict`` (DCP's ``Stateful``, such as a module or an
-            optimizer): its ``load_state_dict`` is called with what was saved, on the event loop, when all else is done.
+            optimizer): its ``load_state_dict`` is called with what was saved, on the event loop and the streams of the
+            call, when all else is done.
         in_place: Read straight into the tensors of ``into``, with 64 MiB of host memory or so, however large the
             checkpoint is. Should a file be damaged, or the load fail or be cancelled, ``into`` is then left with old
             and new values, and damaged ones perhaps. Not with Stateful objects.

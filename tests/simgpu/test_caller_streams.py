@@ -190,6 +190,24 @@ def load_into(tree: Tree, path: Path) -> Awaitable[object]:
     return aiostage.load(path / "checkpoint", into=tree)
 
 
+class Stateful:
+    """Loads its own state."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    def state_dict(self) -> Tree:
+        return self.tree
+
+    def load_state_dict(self, state: Tree) -> None:
+        self.tree["a"].copy_(state["a"], non_blocking=True)
+        torch.accelerator.current_stream(self.tree["a"].device).synchronize()
+
+
+def load_into_an_object(tree: Tree, path: Path) -> Awaitable[object]:
+    return aiostage.load(path / "stateful", into={"model": Stateful(tree)})
+
+
 def load_in_place(tree: Tree, path: Path) -> Awaitable[object]:
     return aiostage.load(path / "checkpoint", into=tree, in_place=True)
 
@@ -248,6 +266,7 @@ def dcp_checkpointer_restore(tree: Tree, path: Path) -> Awaitable[object]:
 
 WRITERS = [
     load_into,
+    load_into_an_object,
     load_in_place,
     checkpointer_restore,
     checkpointer_restore_in_place,
@@ -380,6 +399,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def main() -> None:
         await write_checkpoint(tree, path / "checkpoint")
+        await write_checkpoint({"model": tree}, path / "stateful")
         await dcp.save(tree, checkpoint_id=path / "dcp", no_dist=True)
         async with (
             aiostage.Checkpointer(path / "run") as run,
