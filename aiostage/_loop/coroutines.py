@@ -117,7 +117,10 @@ def without_locals(error: E) -> E:
     """
     traceback = error.__traceback__
     cause: BaseException | None = error
-    while cause is not None:
+    # ``raise error from error`` makes a circle.
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         clear_frames(cause.__traceback__)
         cause = cause.__cause__
     return error.with_traceback(traceback.tb_next if traceback is not None else None)

@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from aiostage._loop.coroutines import finish
+from aiostage._loop.coroutines import finish, without_locals
 
 
 class Ending:
@@ -102,3 +102,19 @@ class TestCancelScopes:
                 assert results == []
                 ending.event.set()
         assert results == ["ended"]
+
+
+def test_an_error_that_is_its_own_cause_loses_its_locals_too() -> None:
+    def fail() -> None:
+        memory = bytearray(8)
+        try:
+            raise LookupError(f"{len(memory)} bytes")
+        except LookupError as error:
+            raise error from error
+
+    with pytest.raises(LookupError) as caught:
+        fail()
+    error = without_locals(caught.value)
+    assert error.__cause__ is error
+    assert error.__traceback__ is not None
+    assert not error.__traceback__.tb_frame.f_locals
