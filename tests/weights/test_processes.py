@@ -57,7 +57,7 @@ async def test_subscribers_that_are_stopped_and_killed(tmp_path: Path) -> None:
     path = str(tmp_path / "weights.sock")
     stager = AsyncStager(StagingOptions(use_shared_memory=True))
     # What a stopped subscriber is given for a heartbeat; a busy machine must not take the others for dead.
-    async with stager, WeightPublisher(path, stager, timeout=seconds(0.25)) as publisher:
+    async with stager, WeightPublisher(path, stager, timeout=seconds(0.5)) as publisher:
         with running(peers.subscribe, path) as (one, pipe_one), running(peers.subscribe, path) as (two, pipe_two):
             await publisher.publish(weights(0))
             for pipe in (pipe_one, pipe_two):
