@@ -17,8 +17,12 @@ from tests.patience import seconds
 _READY_SECONDS = seconds(20.0)
 _STOP_SECONDS = 3.0
 
-_PORTS = range(12_000, 22_000)
-"""Below those that the kernel gives to connections, which come by the dozen while a server starts."""
+_MOST_WORKERS = 16
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MOST_WORKERS
+
+_PORTS = range(12_000 + _WORKER, 22_000, _MOST_WORKERS)
+"""Below those that the kernel gives to connections, which come by the dozen while a server starts. Each worker of the
+test runner has its own, for a port that was found free is taken only when its server has started."""
 
 
 def free_ports(count: int, beside: int = 0) -> list[int]:
