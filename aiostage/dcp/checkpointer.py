@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,11 +16,13 @@ from weakref import WeakKeyDictionary
 import anyio
 import torch.distributed as dist
 from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from aiostage._arguments import check_flags
+from aiostage._loop.hosting import HostedContext
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.preemption import catchable, set_by_signals
@@ -93,7 +95,7 @@ class _Block:
     stager: CheckpointStager
     group: TaskGroup
     slots: anyio.Semaphore
-    exit: AsyncExitStack
+    loop: object
     is_open: bool = True
 
 
@@ -102,7 +104,8 @@ class Checkpointer:
 
     Every rank makes one with the same arguments, enters it, and makes the same calls in the same order, like the
     functions of :mod:`aiostage.dcp`. A checkpoint appears whole or not at all. Leaving waits for the saves under way;
-    when cancelled they go on by themselves.
+    when cancelled they go on by themselves. Where no block holds it, as in an actor, call :meth:`open` and
+    :meth:`aclose`; any tasks of one event loop may do that, and save.
 
     Args:
         root: Where the checkpoints lie, each below it under a name like ``step-00000100``: as for
@@ -165,6 +168,7 @@ class Checkpointer:
         self._newest: int | None = None
         self._handles: list[SaveHandle] = []
         self._block: _Block | None = None
+        self._host: HostedContext[_Block] | None = None
 
     def __repr__(self) -> str:
         return f"<dcp.Checkpointer {self._storage!r}, {sum(not each.done() for each in self._handles)} in flight>"
@@ -377,25 +381,54 @@ class Checkpointer:
 
         return await call.complete(ready)
 
+    async def open(self) -> None:
+        """Begin to take saves and to listen for signals; the first rank removes what writers that died left behind.
+
+        For programs that cannot enter a block, such as actors: :meth:`aclose` ends what begins here, in any task.
+
+        Raises:
+            CheckpointError: If it was opened or entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing has begun, and it may be called again.
+        """
+        if self._host is not None:
+            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        host = self._host = HostedContext(self._serving())
+        try:
+            if self._is_first:
+                await self._storage.clean_up()
+            self._block = await host.open()
+        except BaseException:
+            self._host = None
+            raise
+
+    async def aclose(self) -> None:
+        """Wait for the saves under way. Take no more. May be called by any task of the loop, and again.
+
+        Raises:
+            CheckpointError: If it was opened on another event loop, which still runs it.
+            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
+
+        When cancelled, the saves go on by themselves.
+        """
+        await self._leave()
+        failures = self._take_failures()
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+
     async def __aenter__(self) -> Checkpointer:
-        """Begin to listen for signals; the first rank removes what writers that died have left behind.
+        """Begin, as :meth:`open` does.
 
         Raises:
             CheckpointError: If it was entered before.
             RuntimeError: If it is to receive signals and this is not the main thread.
             OSError: If the storage refuses.
         """
-        if self._block is not None:
-            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
-        if self._is_first:
-            await self._storage.clean_up()
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
-            stager = self._stager
-            if stager is None:
-                stager = await stack.enter_async_context(AsyncStager())
-            group = await stack.enter_async_context(anyio.create_task_group())
-            self._block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), stack.pop_all())
+        await self.open()
         return self
 
     async def __aexit__(
@@ -404,34 +437,66 @@ class Checkpointer:
         """Wait for the saves under way. Take no more.
 
         Raises:
-            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
+            Exception: As :meth:`aclose` does.
 
         An error of the block goes first; the errors of the saves are then in its notes.
         """
-        block = self._entered()
-        block.is_open = False
-        self._workers.stop()
-        if error is not None and not isinstance(error, (Exception, SystemExit)):
-            block.group.cancel_scope.cancel()
+        if error is None:
+            await self.aclose()
+            return
         if isinstance(error, GeneratorExit):
             # A coroutine that is being closed may not wait.
+            if self._block is not None and self._host is not None:
+                self._block.is_open = False
+                self._host.abandon()
             return
-        await block.exit.__aexit__(None, None, None)
+        await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
+        for failure in self._take_failures():
+            error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
+
+    async def _leave(self, *, abandon: bool = False) -> None:
+        """Take no more saves, and wait for those under way, or leave them to themselves."""
+        block, host = self._block, self._host
+        if block is None or host is None:
+            return
+        if not host.has_ended and block.loop is not current_token().native_token:
+            raise CheckpointError(
+                "the checkpointer was entered on another event loop, which its saves belong to.",
+                remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
+            )
+        block.is_open = False
+        self._workers.stop()
+        if abandon:
+            host.abandon()
+        await host.aclose()
+
+    def _take_failures(self) -> list[Exception]:
+        """Return the errors that no caller has received, for the caller that receives them by this."""
         failures = [each.error for each in self._handles if each.error is not None and not each.was_asked]
         self._handles.clear()
-        if error is not None:
-            for failure in failures:
-                error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
-        elif len(failures) == 1:
-            raise failures[0]
-        elif failures:
-            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+        return failures
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncGenerator[_Block, None]:
+        """Take saves, and listen for signals."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
+            stager = self._stager
+            if stager is None:
+                stager = await stack.enter_async_context(AsyncStager())
+            group = await stack.enter_async_context(anyio.create_task_group())
+            block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
+            try:
+                yield block
+            finally:
+                # The loop may end it too.
+                block.is_open = False
 
     def _entered(self) -> _Block:
         if self._block is None or not self._block.is_open:
             raise CheckpointError(
                 f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
-                remedy="Save inside its `async with` block.",
+                remedy="Save inside its `async with` block, or between open() and aclose().",
             )
         return self._block
 

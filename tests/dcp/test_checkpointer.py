@@ -80,6 +80,27 @@ class TestAlone:
             await checkpoints.save(1, state(1))
         assert await checkpoints.steps() == [1]
 
+    async def test_opened_in_one_task_and_closed_in_another(self, tmp_path: Path) -> None:
+        checkpoints = dcp.Checkpointer(tmp_path)
+        await asyncio.create_task(checkpoints.open())
+        with pytest.raises(CheckpointError, match="entered before"):
+            await checkpoints.open()
+        await asyncio.create_task(checkpoints.save(1, state(1)))
+        await asyncio.create_task(checkpoints.save(1, state(2)))
+        with pytest.raises(RankFailedError, match="CheckpointExistsError"):
+            await asyncio.create_task(checkpoints.aclose())
+        await checkpoints.aclose()
+        assert await checkpoints.steps() == [1]
+
+    async def test_closing_on_another_loop_is_refused(self, tmp_path: Path) -> None:
+        checkpoints = dcp.Checkpointer(tmp_path)
+        await checkpoints.open()
+        with pytest.raises(CheckpointError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, checkpoints.aclose())
+        await checkpoints.save(1, state(1))
+        await checkpoints.aclose()
+        assert await checkpoints.steps() == [1]
+
     async def test_it_is_used_inside_its_block(self, tmp_path: Path) -> None:
         checkpoints = dcp.Checkpointer(tmp_path)
         with pytest.raises(CheckpointError, match="not entered"):
