@@ -171,3 +171,25 @@ async def test_trio_cancels_between_slices():
         await Slices(NO_TIME).run(count_to(5, seen))
     assert scope.cancelled_caught
     assert seen == [0, -1]
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_before_the_first_step_does_not_keep_what_the_steps_were_to_use() -> None:
+    class Source:
+        pass
+
+    def steps(source: Source | None):
+        yield
+
+    slices = Slices(1e-9)
+    await slices.run(steps(None))
+    source = Source()
+    gone = weakref.ref(source)
+    waiting = slices.run(steps(source))
+    del source
+    waiting.send(None)
+    # On Python 3.13 a generator that is closed before it has begun keeps its arguments, and a traceback its frames.
+    with pytest.raises(asyncio.CancelledError) as caught:
+        waiting.throw(asyncio.CancelledError())
+    assert caught.value.__traceback__ is not None
+    assert gone() is None

@@ -14,6 +14,7 @@ from obstore.store import MemoryStore
 import aiostage
 from aiostage import AsyncStager, StagingOptions
 from aiostage.storage import LocalStorage, ObjectStorage
+from aiostage.storage.objects import _answered, _settled
 from aiostage.testing.cancelling import CancelledAt
 from tests.circles import no_circles
 
@@ -60,3 +61,15 @@ class TestErrorsThatAreCaught:
         for number in range(0, 30, 5):
             with no_circles(), suppress(asyncio.CancelledError, aiostage.CheckpointExistsError):
                 await CancelledAt(aiostage.save(STATE, (storage, "a")), number)
+
+    @pytest.mark.parametrize("wait", [_answered, _settled])
+    async def test_a_request_that_fails(self, wait: Any) -> None:
+        # What a future has failed with has the frame of who waited for it in its traceback.
+        loop = asyncio.get_running_loop()
+        requests = [loop.create_future()]
+        loop.call_soon(requests[0].set_exception, OSError("unreachable"))
+        with no_circles():
+            with suppress(OSError):
+                await wait(requests.pop())
+            # The loop refers to what it has called last.
+            await asyncio.sleep(0)
