@@ -20,6 +20,9 @@ __all__ = ["DcpDirectory", "MetadataUnpickler", "StandIn", "read_dcp"]
 
 _MAX_BYTES = 1 << 30
 
+_PATHS = frozenset(("PosixPath", "PurePath", "WindowsPath"))
+"""A class of these is of ``pathlib._local`` in what Python 3.13 has written."""
+
 _METADATA = {
     "torch.distributed.checkpoint.metadata": frozenset(
         (
@@ -34,7 +37,8 @@ _METADATA = {
         )
     ),
     "torch.serialization": frozenset(("_get_layout",)),
-    "pathlib": frozenset(("PosixPath", "PurePath", "WindowsPath")),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
 }
 """By module, what the metadata of DCP consists of."""
 

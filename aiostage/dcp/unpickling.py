@@ -49,7 +49,7 @@ def _maker(names: tuple[str, str], records: type) -> Callable[..., Any]:
     module, name = names
     if module == records.__module__:
         return records
-    if module == "pathlib":
+    if module in ("pathlib", "pathlib._local"):
         # The path of the writer's machine, which need not be one here.
         return PurePath
     made: Callable[..., Any] = (

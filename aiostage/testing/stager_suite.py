@@ -112,10 +112,16 @@ async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
     except OSError:
         waits = -1
 
-    def now() -> float:
+    def waited() -> int:
         # The second number is the time spent waiting for a core, in nanoseconds.
-        waited = int(os.pread(waits, 100, 0).split()[1]) if waits >= 0 else 0
-        return time.perf_counter() - waited * 1e-9
+        return int(os.pread(waits, 100, 0).split()[1]) if waits >= 0 else 0
+
+    def now() -> float:
+        while True:
+            before, clock = waited(), time.perf_counter()
+            # Unless the thread was put aside between the two, whose difference would then make a hold shorter.
+            if waited() == before:
+                return clock - before * 1e-9
 
     async def count() -> None:
         nonlocal longest

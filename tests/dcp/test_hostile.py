@@ -7,6 +7,7 @@ import collections
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path, PosixPath, PurePath
 from typing import Any
@@ -141,6 +142,13 @@ def test_the_kinds_of_metadata(tmp_path: Path) -> None:
         storage_data={dcp.metadata.MetadataIndex("a"): Record("file", 0, 1, "x", torch.int8, (1,))},
         storage_meta=dcp.metadata.StorageMeta(checkpoint_id=PosixPath("one")),
     )
-    assert read_metadata(pickle.dumps(metadata), Record) == metadata
+    written = pickle.dumps(metadata, 2)
+    assert read_metadata(written, Record) == metadata
+    # As each Python writes it.
+    path, module = b"cpathlib\nPosixPath\n", sys.modules[PosixPath.__module__].__name__.encode()
+    assert b"c" + module + b"\nPosixPath\n" in written
+    for name in (b"pathlib", b"pathlib._local"):
+        other = written.replace(b"c" + module + b"\nPosixPath\n", path.replace(b"pathlib", name))
+        assert read_metadata(other, Record) == metadata
     with pytest.raises(pickle.UnpicklingError, match=r"it names _io\.BytesIO"):
         read_metadata(pickle.dumps(io.BytesIO()), Record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import threading
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingO
 
 from aiostage import AsyncStager, CheckpointStager, StagerClosedError, StagingOptions, adapt
 from aiostage.testing import SimulatedAccelerator, StagerSuite
+from aiostage.testing.stager_suite import check_holds
 from tests.fuzz import naive
 
 PLAIN = {"use_pinned_memory": False, "use_shared_memory": False, "use_non_blocking_copy": False}
@@ -264,6 +266,26 @@ class MixesMoments(DeepCopyStager):
             await asyncio.sleep(0)
             staged[name] = copy.deepcopy(value)
         return staged
+
+
+@pytest.mark.one_loop
+@pytest.mark.asyncio
+async def test_a_thread_that_is_put_aside_while_it_is_timed_hides_no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = waited = 0
+
+    def pread(*_: object) -> bytes:
+        nonlocal calls, waited
+        calls += 1
+        answer = b"0 %d 0" % waited
+        if calls % 3 == 0:
+            # As if others had the core just after the number was read.
+            time.sleep(0.03)
+            waited += 30_000_000
+        return answer
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(AssertionError, match="kept from other tasks"):
+        await check_holds(lambda: Sleeps().stage({}), 0.04)
 
 
 @pytest.mark.one_loop
