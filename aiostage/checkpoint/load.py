@@ -26,7 +26,7 @@ from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
-from aiostage.checkpoint.opening import OpenCheckpoint, is_removed, open_checkpoint
+from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.selection import Only, Selection
@@ -37,6 +37,7 @@ from aiostage.format.decode import check_sparse, parts_of_sparse
 from aiostage.format.manifest import FileRecord
 from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
 from aiostage.format.parts import Part
+from aiostage.incremental.reading import is_removed
 from aiostage.observe import span
 from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import Target, locate

@@ -13,12 +13,11 @@ from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import Manifest, read_manifest
 from aiostage.format.placement import Placement
 from aiostage.format.steps import removed_of
-from aiostage.incremental.reading import ReferencingReader, is_removed, placement_in, placement_of
+from aiostage.incremental.reading import ReferencingReader, is_removed, placement_in
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
-from aiostage.storage.locate import exists
 
-__all__ = ["OpenCheckpoint", "exists", "is_removed", "open_checkpoint", "placement_of"]
+__all__ = ["OpenCheckpoint", "open_checkpoint"]
 
 _REMOVED = "it was removed; what is left of it lies there for others that refer to it."
 

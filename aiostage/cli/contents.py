@@ -19,7 +19,6 @@ from anyio.to_thread import run_sync
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import Read, recognize, shards_of
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
-from aiostage.checkpoint.opening import placement_of
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.verify import opened
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree, tensor_entry
@@ -29,6 +28,7 @@ from aiostage.format.nodes import reading, view_of
 from aiostage.format.parts import DIGEST_NAME, digest_of_parts
 from aiostage.format.placement import Placement
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, read_header
+from aiostage.incremental.reading import placement_of
 
 __all__ = ["Contents", "describing", "open_contents"]
 

@@ -22,7 +22,7 @@ from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.incoming import THREADS
-from aiostage.checkpoint.opening import OpenCheckpoint, is_removed, open_checkpoint
+from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.contents import describing, open_contents
@@ -34,6 +34,7 @@ from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.parts import PART_BYTES, digest, running_digest
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, TensorRecord, read_header
+from aiostage.incremental.reading import is_removed
 from aiostage.storage.commit import MANIFEST_NAME
 
 __all__ = ["Damage", "Report", "check", "verify"]

@@ -28,6 +28,14 @@ from tests.patience import seconds
 from tests.warm import PYTHON
 
 
+async def saved_incrementally(steps: int) -> MemoryStorage:
+    storage, model = MemoryStorage(), LoRA(2)
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(steps):
+            await checkpoints.save(step, model.state_dict(step))
+    return storage
+
+
 @pytest.mark.asyncio
 async def test_what_others_refer_to_stays() -> None:
     storage, model = MemoryStorage(), LoRA()
@@ -494,10 +502,7 @@ async def test_what_nobody_can_refer_to_is_not_marked() -> None:
 
 @pytest.mark.asyncio
 async def test_one_that_is_not_incremental_marks_what_others_may_be_about_to_refer_to() -> None:
-    storage, model = MemoryStorage(), LoRA(2)
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        for step in range(2):
-            await checkpoints.save(step, model.state_dict(step))
+    storage = await saved_incrementally(2)
     commits = storage.operations["commit"]
     await Checkpointer(storage).delete(1)
     assert storage.operations["commit"] == commits + 1
@@ -506,10 +511,7 @@ async def test_one_that_is_not_incremental_marks_what_others_may_be_about_to_ref
 
 @pytest.mark.asyncio
 async def test_the_damaged_can_be_removed_and_hinder_only_those_that_they_may_refer_to() -> None:
-    storage, model = MemoryStorage(), LoRA(2)
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        for step in range(3):
-            await checkpoints.save(step, model.state_dict(step))
+    storage = await saved_incrementally(3)
     storage.checkpoints[name_of(2)][MANIFEST] = b"{}"
     reader = Checkpointer(storage)
     before = dict(storage.checkpoints)
