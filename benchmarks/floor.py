@@ -1,0 +1,172 @@
+"""What row 3 cannot do without: a staging of 50,000 tensors of 1 KiB reduced to the calls that its promise takes.
+
+    python benchmarks/floor.py --rounds 9
+
+Every way is one plain function, without a walk, a plan, slices, threads or errors. "Copy" makes what a staged copy is:
+a dict of tensors with a storage each over one arena, and the bytes gathered into it. "Versions" reads each tensor's
+version and form before and after it, as aiostage did before it held storages. "Storages" holds each storage as
+well, and compares address, storage and size. CPU time of the process, medians of rounds in which the ways take turns;
+aiostage does the same beside it, by the same clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from report import machine
+from workloads import many_small
+
+from aiostage import AsyncStager, _private
+from aiostage._copy.host import Gather, one_thread
+
+CHUNK = 256
+ADDRESS, STORAGE, NBYTES = torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
+MEMORY = torch.UntypedStorage.data_ptr
+VERSION, NESTED, GRAD = attrgetter("_version"), attrgetter("is_nested"), attrgetter("grad")
+
+Noted = list[tuple[list[Any], ...]]
+
+
+class Floor:
+    """One source and one arena.
+
+    Args:
+        tree: Tensors of one spec.
+    """
+
+    def __init__(self, tree: dict[str, torch.Tensor]) -> None:
+        self.tree = tree
+        tensors = list(tree.values())
+        self.shape, self.dtype = tuple(tensors[0].shape), tensors[0].numpy().dtype
+        self.nbytes = tensors[0].nbytes
+        self.memory = np.zeros(len(tensors) * self.nbytes, dtype=np.uint8)
+        self.guards = [
+            _private.TensorGuards(
+                *chunk,
+                dynamic_dims_sizes=[list(tensor.shape) for tensor in chunk],
+                dynamic_dims_strides=[list(tensor.stride()) for tensor in chunk],
+            )
+            for chunk in chunks(tensors)
+        ]
+
+    def form(self, number: int, chunk: Sequence[torch.Tensor]) -> None:
+        """Find that tensors have the class, dtype, shape and strides that they had, no attributes and no gradient."""
+        assert len(gc.get_referents(*chunk)) == len(chunk)
+        assert not any(map(NESTED, chunk))
+        assert self.guards[number].check(*chunk)
+        assert not any(map(is_not, map(GRAD, chunk), repeat(None)))
+
+    def copy(self, addresses: list[int]) -> dict[str, torch.Tensor]:
+        """Make the staged tensors, and copy."""
+        with one_thread():
+            gather = Gather.over(addresses, self.nbytes, self.memory)
+            assert gather is not None
+            gather.run(0, len(gather))
+        rows = self.memory.view(self.dtype).reshape(len(addresses), *self.shape)
+        return dict(zip(self.tree, map(torch.from_numpy, rows), strict=True))
+
+    def only_copy(self) -> dict[str, torch.Tensor]:
+        """Copy."""
+        return self.copy(list(map(ADDRESS, self.tree.values())))
+
+    def with_versions(self) -> dict[str, torch.Tensor]:
+        """Copy, and compare versions and forms."""
+        noted: Noted = []
+        addresses: list[int] = []
+        parts = chunks(list(self.tree.values()))
+        for number, chunk in enumerate(parts):
+            addresses += map(ADDRESS, chunk)
+            noted.append((list(map(VERSION, chunk)),))
+            self.form(number, chunk)
+        copied = self.copy(addresses)
+        for number, chunk in enumerate(parts):
+            assert list(map(VERSION, chunk)) == noted[number][0]
+            self.form(number, chunk)
+        return copied
+
+    def with_storages(self) -> dict[str, torch.Tensor]:
+        """Copy while the storages are held, and compare versions, forms, addresses, storages and sizes."""
+        noted: Noted = []
+        addresses: list[int] = []
+        parts = chunks(list(self.tree.values()))
+        for number, chunk in enumerate(parts):
+            begins, storages = list(map(ADDRESS, chunk)), list(map(STORAGE, chunk))
+            noted.append((begins, storages, list(map(NBYTES, storages)), list(map(VERSION, chunk))))
+            addresses += begins
+            self.form(number, chunk)
+        for begins, storages, sizes, _ in noted:
+            # Before it is read, in the threads that copy.
+            assert list(map(MEMORY, storages)) == begins
+            assert list(map(NBYTES, storages)) == sizes
+        copied = self.copy(addresses)
+        for number, (chunk, (begins, held, sizes, versions)) in enumerate(zip(parts, noted, strict=True)):
+            assert list(map(ADDRESS, chunk)) == begins
+            storages = list(map(STORAGE, chunk))
+            assert all(map(is_, storages, held))
+            assert list(map(NBYTES, storages)) == sizes
+            assert list(map(VERSION, chunk)) == versions
+            self.form(number, chunk)
+        return copied
+
+
+def chunks(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return tensors in lists of a few."""
+    return [tensors[start : start + CHUNK] for start in range(0, len(tensors), CHUNK)]
+
+
+def timed(work: Callable[[], dict[str, torch.Tensor]], tree: dict[str, torch.Tensor]) -> float:
+    """Return how much CPU time some work takes, in milliseconds; dropping its result is no part of it."""
+    gc.collect()
+    begin = process_time()
+    copied = work()
+    spent = process_time() - begin
+    first, last = next(iter(tree)), next(reversed(tree))
+    assert len(copied) == len(tree)
+    assert all(torch.equal(copied[name], tree[name]) for name in (first, last))
+    return 1e3 * spent
+
+
+async def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="how often each way is measured")
+    rounds = parser.parse_args().rounds
+    tree = many_small()
+    floor = Floor(tree)
+    ways = {
+        "copy": floor.only_copy,
+        "copy, versions": floor.with_versions,
+        "copy, versions, storages": floor.with_storages,
+    }
+    spent: dict[str, list[float]] = {name: [] for name in (*ways, "aiostage")}
+    async with AsyncStager() as stager:
+        for _ in range(3):
+            await stager.stage(tree)
+        # Full runs of the collector hit one way or another by chance, and all of them make as many objects.
+        gc.collect()
+        gc.freeze()
+        for _ in range(rounds):
+            for name, work in ways.items():
+                spent[name].append(timed(work, tree))
+            gc.collect()
+            begin = process_time()
+            staged = await stager.stage(tree)
+            spent["aiostage"].append(1e3 * (process_time() - begin))
+            del staged
+    print(f"{machine()}\n\n| way | CPU, ms (least-most) |\n| --- | ---: |")
+    for name, figures in spent.items():
+        print(f"| {name} | {statistics.median(figures):.0f} ({min(figures):.0f}-{max(figures):.0f}) |")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
