@@ -66,7 +66,8 @@ def run(folder: str, steps: int, number: signal.Signals | None) -> tuple[int, li
     theirs.close()
     ours.recv()
     if number is not None:
-        os.kill(process.pid or 0, number)
+        assert process.pid is not None
+        os.kill(process.pid, number)
     process.join()
     return process.exitcode or 0, sorted(int(name.removeprefix("step-")) for name in os.listdir(folder))
 
