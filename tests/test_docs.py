@@ -24,6 +24,7 @@ import aiostage.errors
 from aiostage_command import __version__
 from tests.parsing import parse
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -346,12 +347,21 @@ def test_an_example_uses_every_public_name(name: str) -> None:
     assert any(used.search(example.read_text()) for example in (ROOT / "examples").rglob("*.py"))
 
 
+AS_A_SCRIPT = """
+import os, runpy, sys, warnings
+warnings.simplefilter("error", RuntimeWarning)
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_runs(example: Path, tmp_path: Path) -> None:
     outcome = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", str(example)],
+        [*PYTHON, "-c", AS_A_SCRIPT, str(example)],
         cwd=tmp_path,
         env=os.environ | {"AIOSTAGE_EXAMPLE_QUICK": "1"},
         capture_output=True,
