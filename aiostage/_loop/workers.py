@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from aiostage._loop.coroutines import finish, without_locals
 from aiostage._loop.forks import tell_of_forks
@@ -217,23 +217,6 @@ def _wake(waiters: list[Wakeup]) -> None:
         waiter.set()
 
 
-class _Call(Generic[T]):
-    """A step that is a single call, and its result."""
-
-    __slots__ = ("_calls", "_is_cancelled", "value")
-    value: T
-
-    def __init__(self, call: Callable[[], T], is_cancelled: Callable[[], bool]) -> None:
-        self._calls = [call]
-        self._is_cancelled = is_cancelled
-
-    def __call__(self) -> None:
-        # Taken out, because the traceback of an error leads here, and must not lead to the arguments.
-        call = self._calls.pop()
-        with stoppable(self._is_cancelled):
-            self.value = call()
-
-
 class Workers:
     """A few daemon threads, started when there is work and ended when there has been none for a while.
 
@@ -271,7 +254,14 @@ class Workers:
         :func:`~aiostage._turns.release_gil` ends it early.
         """
         job = self.job()
-        step = _Call(call, lambda: job.cancelled)
+        # Taken out, because the traceback of an error leads to the step, and must not lead to the arguments.
+        calls, results = [call], list[T]()
+        del call
+
+        def step() -> None:
+            with stoppable(lambda: job.cancelled):
+                results.append(calls.pop()())
+
         try:
             job.put(step)
             job.close()
@@ -279,7 +269,7 @@ class Workers:
         finally:
             # The traceback of the call's error will have this frame in it, which leads here.
             job._error = None
-        return step.value
+        return results[0]
 
     @property
     def threads(self) -> int:
