@@ -269,9 +269,11 @@ class Gather:
         count = (last - first) // step + 1
         if count * nbytes > _MOST_ELEMENTS:
             return None
-        extent = torch.from_numpy(np.asarray(_Extent(first, last - first + nbytes)))
-        rows = extent.as_strided((count, nbytes), (step, 1))
-        return cls(rows, torch.from_numpy(indices), torch.from_numpy(destination).view(-1, nbytes))
+        # Threads, which are not in the caller's inference mode, could not write to a tensor that is made in it.
+        with torch.inference_mode(False):
+            extent = torch.from_numpy(np.asarray(_Extent(first, last - first + nbytes)))
+            rows = extent.as_strided((count, nbytes), (step, 1))
+            return cls(rows, torch.from_numpy(indices), torch.from_numpy(destination).view(-1, nbytes))
 
     @property
     def nbytes(self) -> int:

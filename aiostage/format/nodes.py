@@ -205,8 +205,9 @@ class NodeTable:
         """Find the tensors of files that the tree needs.
 
         Returns:
-            For each name whether all that refers to it are leaves of its elements in index order, reached through
-            nothing but dicts, lists and tuples, so that the bytes of the file can go straight into a live tensor.
+            For each name whether all that refers to it are leaves of its elements in index order, without a gradient
+            and reached through nothing but dicts, lists and tuples, so that the bytes of the file can go straight into
+            a live tensor.
         """
         # 1 for nodes that are reached plainly, 2 for those also reached in another way, and all below them.
         reached = self.reached = bytearray(len(self.forms))
@@ -223,7 +224,9 @@ class NodeTable:
             form = self.forms[index]
             if form["is"] == "tensor":
                 name = form["name"]
-                found[name] = found.get(name, True) and how == 1 and "offset" not in form
+                # A gradient has to be on the device of its tensor: both have elements, or neither.
+                plain = how == 1 and "offset" not in form and "grad" not in form
+                found[name] = found.get(name, True) and plain
             self._add_children(pending, index, how)
             release_gil()
         return found

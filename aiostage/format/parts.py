@@ -231,16 +231,18 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
         part: Without holes.
         buffer: One-dimensional uint8, at least as long as the part.
     """
-    for pieces, places in _groups(part, buffer):
-        sources, destinations = [], []
-        for piece, place in zip(pieces, places, strict=True):
-            if isinstance(piece, Scattered):
-                piece.collect(place)
-            elif not isinstance(piece, Hole):
-                sources.append(piece)
-                destinations.append(place)
-        if sources:
-            _private.foreach_copy(destinations, sources)
+    # A buffer that was made in the caller's inference mode, which belongs to its thread, can be written to only in it.
+    with torch.inference_mode(buffer.is_inference()):
+        for pieces, places in _groups(part, buffer):
+            sources, destinations = [], []
+            for piece, place in zip(pieces, places, strict=True):
+                if isinstance(piece, Scattered):
+                    piece.collect(place)
+                elif not isinstance(piece, Hole):
+                    sources.append(piece)
+                    destinations.append(place)
+            if sources:
+                _private.foreach_copy(destinations, sources)
 
 
 def scatter(part: Part, buffer: torch.Tensor) -> None:
@@ -253,7 +255,9 @@ def scatter(part: Part, buffer: torch.Tensor) -> None:
     for pieces, places in _groups(part, buffer):
         pairs = [(piece, place) for piece, place in zip(pieces, places, strict=True) if isinstance(piece, torch.Tensor)]
         if pairs:
-            _private.foreach_copy([piece for piece, _ in pairs], [place for _, place in pairs])
+            # As for a buffer in gather().
+            with torch.inference_mode(any(piece.is_inference() for piece, _ in pairs)):
+                _private.foreach_copy([piece for piece, _ in pairs], [place for _, place in pairs])
 
 
 def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[Piece], Sequence[torch.Tensor]]]:

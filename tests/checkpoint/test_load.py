@@ -313,6 +313,20 @@ async def test_into_leaves_attributes_alone_that_were_not_asked_for(tmp_path: Pa
     assert live["state"].shadow["weight"].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_a_gradient_in_the_checkpoint_is_no_obstacle_for_a_live_tree(in_place: bool, tmp_path: Path) -> None:
+    saved = torch.full((3,), 2.0, requires_grad=True)
+    saved.grad = torch.full((3,), 0.5)
+    await aiostage.save({"a": saved, "b": torch.ones(2)}, tmp_path / "a")
+    live = {"a": torch.zeros(3, requires_grad=True), "b": torch.zeros(2)}
+    target = live["a"]
+    await aiostage.load(tmp_path / "a", into=live, in_place=in_place)
+    assert live["a"] is target
+    assert target.tolist() == [2.0, 2.0, 2.0]
+    assert live["b"].tolist() == [1.0, 1.0]
+
+
 class Noted:
     """Saved by functions of its own, which note where they are called."""
 
