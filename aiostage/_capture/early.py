@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from aiostage import _private
+from aiostage._capture.build import of_class
 from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.leaves import CHUNK, Leaves
-from aiostage._capture.rebuild import of_class
 
 __all__ = ["EarlyCopies", "StorageCopies"]
 

@@ -13,7 +13,6 @@ import torch
 
 from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart, traits_of
-from aiostage._loop.collection import untrack_all
 
 __all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
 
@@ -72,7 +71,7 @@ class _Chunk:
         self.specs = specs
         self.addresses = addresses
         self.sizes = sizes
-        untrack_all((specs, addresses, sizes))
+        _private.untrack_all((specs, addresses, sizes))
         self.check: Callable[..., bool] | None = None
 
     def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -151,7 +150,9 @@ class Leaves:
         self.attributed: set[int] = set()
         self.positions: dict[int, int] = {}
         # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
-        untrack_all((self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes))
+        _private.untrack_all(
+            (self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes)
+        )
         self._count = 0
         self._indexed = 0
         self._inspected = self._unlike = False

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from aiostage import _private
 from aiostage._capture.faithful import Spec
-from aiostage._loop.collection import untrack_all
 
 __all__ = [
     "BATCH_BYTES",
@@ -368,7 +368,7 @@ class _Builder:
         at_once = max(1, min(RUN_LEAVES, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
-            untrack_all((members,))
+            _private.untrack_all((members,))
             self.make_room(spec.device, size * len(members), len(members), members[0], small=_is_small(spec))
             run = Run(spec, as_range(members), self.offset)
             self.runs.append(run)

@@ -1,4 +1,4 @@
-"""How objects of a class are copied, and whether a change to one of them can be noticed."""
+"""Objects with code of their own: how those of a class are copied, what is inside them, which lie in circles."""
 
 from __future__ import annotations
 
@@ -8,15 +8,30 @@ import datetime
 import decimal
 import enum
 import fractions
+import gc
 import pathlib
+import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["BUFFERS", "IMMUTABLE", "is_safe_to_make", "is_witnessed"]
+from aiostage import _private
+from aiostage._capture.nodes import Node
+
+__all__ = [
+    "BUFFERS",
+    "IMMUTABLE",
+    "entries_of_circles",
+    "is_safe_to_make",
+    "is_witnessed",
+    "objects_within",
+    "tensors_within",
+]
 
 BUFFERS = frozenset((np.ndarray, bytearray, array.array))
 """Classes whose instances are memory without a version."""
@@ -75,3 +90,136 @@ def _is_safe_to_make(cls: Any) -> bool:
     if issubclass(cls, (dict, list, set, frozenset, deque)):
         return cls.__module__ in ("builtins", "collections")
     return True
+
+
+_NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+_ATOMS = frozenset((str, bytes, bytearray, int, float, complex, bool, type(None), range))
+
+_REDUCED = frozenset(("builtins", "collections", "functools"))
+"""Where the classes are that show what they hold through what they reduce to: iterators, slices, partials, errors."""
+
+
+def tensors_within(root: object) -> Iterator[torch.Tensor]:
+    """Yield every distinct tensor that containers, attributes and slots lead to from an object."""
+    return (item for item in objects_within(root) if isinstance(item, torch.Tensor))
+
+
+def objects_within(root: object) -> Iterator[Any]:
+    """Yield an object and all that its containers, attributes and slots lead to, up to tensors, each once."""
+    seen: set[int] = set()
+    pending: list[Any] = [root]
+    while pending:
+        item = pending.pop()
+        cls = type(item)
+        if cls in _ATOMS or isinstance(item, _NOT_STATE) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, torch.Tensor):
+            continue
+        if isinstance(item, dict):
+            pending += item.keys()
+            pending += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
+            pending += item
+        elif isinstance(item, types.MethodType):
+            pending.append(item.__self__)
+        elif isinstance(item, np.ndarray):
+            pending += item.ravel().tolist() if item.dtype == object else ()
+        elif cls.__module__ in _REDUCED:
+            pending += _reduced(item)
+        # Asking an exception that has no attributes for them changes what it reduces to.
+        if not isinstance(item, BaseException) or dict in map(type, gc.get_referents(item)):
+            pending += getattr(item, "__dict__", {}).values()
+        slots = _private.slot_names(cls)
+        pending += [getattr(item, name) for name in slots if hasattr(item, name)]
+
+
+def _reduced(item: Any) -> list[Any]:
+    """Return what an object of a class of Python's own is made of, in the order of :func:`copy.deepcopy`."""
+    try:
+        reduced = item.__reduce_ex__(4)
+    except Exception:
+        # It cannot be copied at all, which is found out if its copy is asked for.
+        return []
+    return list(reduced[1:3]) if isinstance(reduced, tuple) else []
+
+
+Leads = Callable[[Node], Sequence[Node]]
+"""Returns what a node leads to, in the order of copying."""
+
+
+def entries_of_circles(root: Node, some: Sequence[Node], leads: Leads) -> list[Node]:
+    """Return where copying from the root enters each circle that one of some nodes lies in.
+
+    What such a node's code sees of the circle depends on where copying began.
+
+    Args:
+        root: Leads to all of them.
+        some: Nodes that may lie in circles.
+        leads: Returns what a node leads to.
+    """
+    circle_of: dict[int, int] = {}
+    wanted = set(map(id, some))
+    number = 0
+    for component in _components(some, leads):
+        if not wanted.isdisjoint(map(id, component)) and (len(component) > 1 or component[0] in leads(component[0])):
+            circle_of.update((id(node), number) for node in component)
+            number += 1
+    entries: dict[int, Node] = {}
+    if circle_of:
+        for node in _depth_first(root, leads):
+            if id(node) in circle_of:
+                entries.setdefault(circle_of[id(node)], node)
+    return list(entries.values())
+
+
+def _depth_first(root: Node, leads: Leads) -> Iterator[Node]:
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            stack += reversed(leads(node))
+
+
+def _components(roots: Sequence[Node], leads: Leads) -> Iterator[list[Node]]:
+    """Yield the strongly connected components of what some nodes lead to, after Tarjan."""
+    index: dict[int, int] = {}
+    low: dict[int, int] = {}
+    open_nodes: list[Node] = []
+    is_open: set[int] = set()
+    for root in roots:
+        if id(root) in index:
+            continue
+        stack: list[tuple[Node, Iterator[Node]]] = []
+        following: Node | None = root
+        while following is not None or stack:
+            if following is not None:
+                index[id(following)] = low[id(following)] = len(index)
+                open_nodes.append(following)
+                is_open.add(id(following))
+                stack.append((following, iter(leads(following))))
+                following = None
+            node, children = stack[-1]
+            for child in children:
+                if id(child) not in index:
+                    following = child
+                    break
+                if id(child) in is_open:
+                    low[id(node)] = min(low[id(node)], index[id(child)])
+            if following is not None:
+                continue
+            stack.pop()
+            if stack:
+                parent = id(stack[-1][0])
+                low[parent] = min(low[parent], low[id(node)])
+            if low[id(node)] == index[id(node)]:
+                position = next(place for place in reversed(range(len(open_nodes))) if open_nodes[place] is node)
+                component = open_nodes[position:]
+                del open_nodes[position:]
+                is_open.difference_update(map(id, component))
+                yield component

@@ -21,9 +21,7 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.buffers import copy_buffer, nbytes_of
 from aiostage._capture.build import Memo, build, built_now
-from aiostage._capture.circles import entries_of_circles
 from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
 from aiostage._capture.leaves import Inspection, Leaves, Replaced, Table, have_attributes
@@ -41,10 +39,16 @@ from aiostage._capture.nodes import (
     SetNode,
     TupleNode,
 )
-from aiostage._capture.opaque import objects_within, tensors_within
-from aiostage._capture.protocol import BUFFERS, IMMUTABLE, is_safe_to_make, is_witnessed
-from aiostage._capture.versions import GONE, ContainerChanges
-from aiostage._loop.collection import untrack_all
+from aiostage._capture.protocol import (
+    BUFFERS,
+    IMMUTABLE,
+    entries_of_circles,
+    is_safe_to_make,
+    is_witnessed,
+    objects_within,
+    tensors_within,
+)
+from aiostage._capture.versions import GONE, ContainerChanges, copy_buffer, nbytes_of
 from aiostage._loop.slices import exhausted
 from aiostage.errors import TornSnapshotError, UnsupportedLeafError
 from aiostage.leaf import Attribute, Path, format_path
@@ -480,7 +484,7 @@ class Walk:
             if len(source) <= _READ_AT_ONCE:
                 node.children = list(source)
             else:
-                untrack_all((node.children,))
+                _private.untrack_all((node.children,))
                 while part := source[len(node.children) : len(node.children) + _READ_AT_ONCE]:
                     node.children += part
                     yield
@@ -711,7 +715,7 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
         keys += source
         values += source.values()
         return set(map(type, keys)) <= ATOMIC
-    untrack_all((keys, values))
+    _private.untrack_all((keys, values))
     key_iterator, value_iterator = iter(source), iter(source.values())
     atomic = True
     try:
@@ -732,7 +736,7 @@ def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[
     if len(source) <= _READ_AT_ONCE:
         return list(source)
     items: list[Any] = []
-    untrack_all((items,))
+    _private.untrack_all((items,))
     iterator = iter(source)
     try:
         while part := list(islice(iterator, _READ_AT_ONCE)):

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from aiostage._capture.build import build_batch, build_destinations
 from aiostage._capture.plan import Batch
-from aiostage._capture.rebuild import build_batch, build_destinations
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.host import HostCopy
 from aiostage._copy.inspection import SourceInspection, Sources

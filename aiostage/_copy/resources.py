@@ -17,8 +17,8 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import CopyStreams
-from aiostage._loop.closing import Closing
 from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.wakeup import Closing
 from aiostage._loop.workers import Job, Workers, begin
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool

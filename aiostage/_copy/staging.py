@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import anyio
 import numpy as np
 
+from aiostage import _private
+from aiostage._capture.build import build_empty, finish_leaves, keep_freed_memory
 from aiostage._capture.plan import Batch, Plan
-from aiostage._capture.rebuild import build_empty, finish_leaves, keep_freed_memory
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.inspection import SourceInspection, within
@@ -19,7 +20,6 @@ from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Phase, Resources, Timings
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.collection import untrack_all
 from aiostage._loop.coroutines import finish, without_locals
 from aiostage._loop.slices import Slices, exhausted
 from aiostage._loop.workers import Job
@@ -384,7 +384,7 @@ class Staging:
     ) -> Generator[None, None, T]:
         """Make the staged leaves, those that have memory in one way or another."""
         staged = self.staged = [None] * len(self._inspection.leaves.tensors)
-        untrack_all((staged,))
+        _private.untrack_all((staged,))
         keep_freed_memory()
         yield from build_empty(plan.empty, staged)
         if self.progress.window is not None:

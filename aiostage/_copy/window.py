@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from aiostage._capture.plan import BATCH_BYTES, Plan
+from aiostage._memory.arena import reserve_addresses
 from aiostage._memory.pool import Pool
-from aiostage._memory.reservation import reserve_addresses
 from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagingError
 

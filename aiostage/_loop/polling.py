@@ -19,8 +19,8 @@ from weakref import ReferenceType, ref
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-from aiostage._loop.closing import Closing
 from aiostage._loop.timer import Timer
+from aiostage._loop.wakeup import Closing
 from aiostage.abc import SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError, shown
 

@@ -1,4 +1,4 @@
-"""One host mapping that holds many staged storages."""
+"""One host mapping that holds many staged storages, and addresses without memory behind them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from aiostage._platform import (
     advise_small_pages,
     discard,
     leave_out_of_children,
+    map_addresses,
     map_private,
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = ["Arena", "Exporter", "pieces", "whole_pages"]
+__all__ = ["Arena", "Exporter", "pieces", "reserve_addresses", "whole_pages"]
 
 Exporter = numpy.typing.NDArray[numpy.uint8]
 
@@ -283,3 +284,20 @@ def refused(nbytes: int, error: BaseException) -> HostMemoryError:
 def _over(memory: mmap.mmap) -> Exporter:
     view: Exporter = numpy.frombuffer(memory, numpy.uint8)
     return view
+
+
+def reserve_addresses(nbytes: int) -> Exporter:
+    """Return an array that takes addresses and no memory, for as long as nothing writes to it. It reads as zeros.
+
+    Args:
+        nbytes: How many bytes; may be more than the machine has.
+
+    Raises:
+        HostMemoryError: If the kernel has no such range of addresses.
+    """
+    size = whole_pages(max(nbytes, 1))
+    try:
+        memory = map_addresses(size)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise refused(size, error) from error
+    return numpy.frombuffer(memory, numpy.uint8, count=nbytes)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import aiostage
-from aiostage._capture.circles import entries_of_circles
 from aiostage._capture.nodes import ListNode, Node
+from aiostage._capture.protocol import entries_of_circles
 
 pytestmark = pytest.mark.asyncio
 

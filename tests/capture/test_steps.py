@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage._capture.buffers import copy_buffer
 from aiostage._capture.leaves import CHUNK, Inspection, Table, changed
 from aiostage._capture.plan import compile_plan
+from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk
 from aiostage._loop.slices import exhausted
 

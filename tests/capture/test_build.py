@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from aiostage._capture.build import build_block, build_run
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import Block, Run
-from aiostage._capture.rebuild import build_block, build_run
 from tests.capture.test_plan import spec
 
 DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex128, torch.float8_e4m3fn]
