@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from aiostage import _private
 from aiostage._capture.strides import stride_of_values
+from aiostage._extents import extent_of
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Path, format_path
 
@@ -89,7 +90,7 @@ class Spec:
     def __post_init__(self) -> None:
         """Derive the sizes."""
         staged_stride = self.staged_stride or self.stride
-        extent, staged_extent = _extent(self.shape, self.stride), _extent(self.shape, staged_stride)
+        extent, staged_extent = extent_of(self.shape, self.stride), extent_of(self.shape, staged_stride)
         expected = 1
         ordered = True
         for size, stride in zip(reversed(self.shape), reversed(staged_stride), strict=True):
@@ -101,13 +102,6 @@ class Spec:
         put(self, "dense", math.prod(self.shape) == staged_extent and ordered and self.dtype not in _WITHOUT_COPY)
         put(self, "nbytes", extent * self.dtype.itemsize)
         put(self, "staged_nbytes", staged_extent * self.target.itemsize)
-
-
-def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Return how many elements lie between the first of a tensor and one past the last."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

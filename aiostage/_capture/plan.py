@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import compress
 from typing import TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from aiostage import _private
 from aiostage._capture.faithful import Spec
+from aiostage._extents import overlapping
 
 __all__ = [
     "BATCH_BYTES",
@@ -245,27 +246,27 @@ def _separate(
             parts.append(np.array([[addresses[index] for index in indices[part]], sizes[part]]))
             yield
         starts, extents = np.concatenate(parts, axis=1)
-        stops = starts + extents
-        order = np.argsort(starts, kind="stable")
         yield
-        reach = np.maximum.accumulate(stops[order])
-        begins = np.concatenate(([True], starts[order][1:] >= reach[:-1]))
-        if begins.all():
+        grouped: list[int] = []
+        for number, positions in enumerate(overlapping(starts, starts + extents)):
+            if number % LOOKED_AT == 0 or len(positions) > LOOKED_AT:
+                yield
+            members = [indices[position] for position in positions]
+            base = yield from _base_of(members, specs, addresses)
+            if base is not None:
+                groups.append((base, members))
+                grouped += positions
+        if not grouped:
             alone += indices
             continue
-        bounds = [*np.flatnonzero(begins).tolist(), len(indices)]
-        ordered = order.tolist()
-        single: list[int] = []
-        for number, (first, last) in enumerate(pairwise(bounds)):
-            members = [indices[position] for position in ordered[first:last]]
-            base = (yield from _base_of(members, specs, addresses)) if len(members) > 1 else None
-            if base is None:
-                single += members
-            else:
-                groups.append((base, members))
-            if number % LOOKED_AT == 0:
-                yield
-        alone += sorted(single)
+        single = np.ones(len(indices), np.bool_)
+        for first in range(0, len(grouped), LOOKED_AT):
+            single[grouped[first : first + LOOKED_AT]] = False
+            yield
+        for first in range(0, len(indices), LOOKED_AT):
+            part = slice(first, first + LOOKED_AT)
+            alone += compress(indices[part], single[part])
+            yield
     return alone, groups
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from aiostage._device.bits import without_bits
+from aiostage._extents import extent_of, overlapping
 from aiostage._private import storage_identity
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "agree",
     "is_expanded",
     "is_itself",
-    "overlapping",
     "reach",
     "read_and_written",
     "shared_unlike",
@@ -92,22 +92,15 @@ def shared_unlike(pairs: Sequence[Pair]) -> Generator[None, None, list[list[int]
             stops.append(starts[-1] + reach(live))
         if place % _AT_ONCE == 0:
             yield
-    order, joined = overlapping(starts, stops)
-    yield
     unlike: list[list[int]] = []
-    group: list[int] = []
-    is_alike = True
-    for number, at in enumerate(joined):
-        first, second = places[order[at]], places[order[at + 1]]
-        if not group:
-            group, is_alike = [first], True
-        group.append(second)
-        is_alike = is_alike and _tied_alike(pairs[first], pairs[second])
-        if number + 1 == len(joined) or joined[number + 1] != at + 1:
-            if not is_alike:
-                unlike.append(group)
-            group = []
-        yield
+    for members in overlapping(starts, stops):
+        group = [places[member] for member in members]
+        is_alike = True
+        for first, second in pairwise(group):
+            is_alike = is_alike and _tied_alike(pairs[first], pairs[second])
+            yield
+        if not is_alike:
+            unlike.append(group)
     return unlike
 
 
@@ -159,30 +152,19 @@ def read_and_written(pairs: Sequence[Pair]) -> Generator[None, None, list[tuple[
                 stops.append(starts[-1] + reach(tensor))
         if place % _AT_ONCE == 0:
             yield
-    order, joined = overlapping(starts, stops)
-    yield
     found = []
-    for at in joined:
-        one, other = places[order[at]], places[order[at + 1]]
+    for members in overlapping(starts, stops):
         # Of what overlaps, some value is next to some live tensor.
-        if (one < 0) != (other < 0):
-            found.append((~one, other) if one < 0 else (~other, one))
-        yield
+        for one, other in pairwise(places[member] for member in members):
+            if (one < 0) != (other < 0):
+                found.append((~one, other) if one < 0 else (~other, one))
+            yield
     return found
-
-
-def overlapping(starts: list[int], stops: list[int]) -> tuple[list[int], list[int]]:
-    """Return the order of addresses, and the places in it where memory and the next overlap."""
-    first, last = np.array(starts, np.int64), np.array(stops, np.int64)
-    order = np.argsort(first, kind="stable")
-    ends = np.maximum.accumulate(last[order])
-    return order.tolist(), np.flatnonzero(first[order][1:] < ends[:-1]).tolist()
 
 
 def reach(tensor: torch.Tensor) -> int:
     """Return how many bytes lie between a tensor's first and one past its last element."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return extent * tensor.element_size()
+    return extent_of(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def is_itself(live: torch.Tensor, value: torch.Tensor) -> bool:

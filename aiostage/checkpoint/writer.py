@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from aiostage._copy.window import Chunk, Window
+from aiostage._extents import overlapping
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import CheckpointError, HostMemoryError, StagingError
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
-from aiostage.format.layout import INDEX_NAME, file_tensors, groups, index_content, measure, tensor_files
+from aiostage.format.layout import INDEX_NAME, file_tensors, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
 from aiostage.format.parts import (
     DIGEST_NAME,
@@ -206,7 +207,7 @@ class CheckpointWriter:
         """Return the files for a tree that was walked. Blocks."""
         snapshot = self._snapshot
         leaves, starts, stops = measure(encoder.tensors)
-        tensors = file_tensors(leaves, groups(starts, stops))
+        tensors = file_tensors(leaves, overlapping(starts, stops))
         shards = tensor_files(
             tensors,
             self._max_shard_bytes,

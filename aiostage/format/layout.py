@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from aiostage._extents import extent_of
 from aiostage._turns import releasing_gil
 from aiostage.errors import HostMemoryError, UnsupportedLeafError, shown
 from aiostage.format.encode import Node, path_of
@@ -36,7 +36,6 @@ __all__ = [
     "Leaf",
     "TensorFile",
     "file_tensors",
-    "groups",
     "index_content",
     "measure",
     "tensor_files",
@@ -117,7 +116,7 @@ def measure(nodes: Sequence[Node]) -> tuple[list[Leaf], list[int], list[int]]:
         contiguous = tensor.is_contiguous()
         address = stop = 0
         if count := tensor.numel():
-            nbytes = (count if contiguous else _extent(tensor)) * tensor.element_size()
+            nbytes = (count if contiguous else extent_of(tensor.shape, tensor.stride())) * tensor.element_size()
             address = _address(node, tensor, nbytes)
             stop = address + nbytes
         leaves.append(Leaf(node, tensor, address, stop, contiguous))
@@ -138,41 +137,11 @@ def _address(node: Node, tensor: torch.Tensor, nbytes: int) -> int:
     return address
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def _refused(node: Node, reason: str) -> UnsupportedLeafError:
     return UnsupportedLeafError(f"{reason}.", path=format_path(path_of(node)), remedy="Stage it first.")
 
 
-def groups(starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
-    """Return which leaves overlap in memory.
-
-    Takes milliseconds for many leaves, most of them without the GIL: call it from a worker thread.
-
-    Args:
-        starts: Addresses; 0 for leaves without memory, which overlap with none.
-        stops: One past the last address of each.
-
-    Returns:
-        The indices of leaves in groups of two and more.
-    """
-    first, last = np.array(starts, np.int64), np.array(stops, np.int64)
-    order = np.argsort(first, kind="stable")
-    reach = np.maximum.accumulate(last[order])
-    joined = first[order][1:] < reach[:-1]
-    found: list[list[int]] = []
-    previous = -2
-    for place in np.flatnonzero(joined).tolist():
-        if place != previous + 1:
-            found.append([int(order[place])])
-        found[-1].append(int(order[place + 1]))
-        previous = place
-    return found
-
-
-def file_tensors(leaves: Sequence[Leaf], overlapping: Sequence[Sequence[int]]) -> list[FileTensor]:
+def file_tensors(leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]]) -> list[FileTensor]:
     """Decide what is written for each leaf, and say so in the leaf's node.
 
     A leaf alone in its memory is written as its elements, under its own name. Leaves that share memory in the same
@@ -181,7 +150,7 @@ def file_tensors(leaves: Sequence[Leaf], overlapping: Sequence[Sequence[int]]) -
 
     Args:
         leaves: In the order of the tree.
-        overlapping: Groups of indices from :func:`groups`.
+        overlapping: Groups of indices: the leaves whose memory overlaps.
 
     Returns:
         The tensors of the files, in the order of the tree.

@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from aiostage import _private
+from aiostage._extents import extent_of
 from aiostage._turns import release_gil, releasing_gil
 from aiostage.abc import Buffer
 
@@ -219,8 +220,7 @@ def memory_range(piece: Piece) -> tuple[int, int]:
         return piece.data_ptr(), piece.numel()
     if isinstance(piece, Scattered):
         tensor = piece.tensor
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return tensor.data_ptr(), (last + 1) * tensor.element_size()
+        return tensor.data_ptr(), extent_of(tensor.shape, tensor.stride()) * tensor.element_size()
     return 0, 0
 
 

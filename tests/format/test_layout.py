@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiostage.format.layout import SINGLE_NAME, FileTensor, TensorFile, _in_order, groups, index_content, tensor_files
+from aiostage.format.layout import SINGLE_NAME, FileTensor, TensorFile, _in_order, index_content, tensor_files
 
 
 def file_tensor(name: str, nbytes: int, element_bytes: int = 1) -> FileTensor:
@@ -85,33 +85,6 @@ def test_the_index_says_which_tensor_is_where() -> None:
     index = json.loads(bytes(content.numpy()))
     assert index["metadata"]["total_size"] == 120
     assert index["weight_map"] == {tensor.name: file.name for file in found for tensor in file.tensors}
-
-
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=20))
-def test_leaves_that_overlap_are_grouped_and_no_others(spans: list[tuple[int, int]]) -> None:
-    starts = [0 if not size else 1 + start for start, size in spans]
-    stops = [start + size for start, (_, size) in zip(starts, spans, strict=True)]
-    parent = list(range(len(spans)))
-
-    def root(index: int) -> int:
-        return index if parent[index] == index else root(parent[index])
-
-    for one in range(len(spans)):
-        for other in range(one):
-            if max(starts[one], starts[other]) < min(stops[one], stops[other]):
-                parent[root(one)] = root(other)
-    together: dict[int, set[int]] = {}
-    for index in range(len(spans)):
-        together.setdefault(root(index), set()).add(index)
-    expected = {frozenset(members) for members in together.values() if len(members) > 1}
-    found = groups(starts, stops) if spans else []
-    assert {frozenset(members) for members in found} == expected
-    assert sum(map(len, found)) == sum(map(len, expected))
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_few_leaves(count: int) -> None:
-    assert groups([4096] * count, [5000] * count) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from((1, 2, 4, 8)), st.integers(0, 12)), max_size=30))
