@@ -15,6 +15,7 @@ import torch
 import aiostage
 from aiostage import AsyncStager, UnsupportedLeafError, _private
 from aiostage._capture import faithful
+from aiostage.format.composites import assemble, take_apart
 
 ROOT = Path(aiostage.__file__).parent
 
@@ -152,6 +153,20 @@ def test_without_its_rebuilder_a_quantized_tensor_is_refused(monkeypatch: pytest
     monkeypatch.setattr(_private, "rebuild_qtensor", None)
     with pytest.raises(UnsupportedLeafError, match="quantized"):
         staged([source])
+
+
+@pytest.mark.parametrize("name", ["sparse_indices", "sparse_values"])
+def test_without_its_readers_a_file_takes_coalesced_sparse_tensors_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([2.0, 3.0]), (3,), check_invariants=True)
+    monkeypatch.setattr(_private, name, None)
+    with pytest.raises(ValueError, match="not coalesced"):
+        take_apart(source)
+    taken = take_apart(source.coalesce())
+    assert taken is not None
+    kind, parts, form = taken
+    assert assemble(kind, list(parts.values()), form).to_dense().tolist() == [0.0, 5.0, 0.0]
 
 
 def test_no_other_module_uses_private_names() -> None:

@@ -18,9 +18,10 @@ from aiostage import _private
 from aiostage._capture.strides import stride_of_values
 from aiostage._extents import extent_of
 from aiostage.errors import UnsupportedLeafError
+from aiostage.format.composites import inner_tensors, quantized_over
 from aiostage.leaf import Path, format_path
 
-__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "take_apart", "traits_of"]
+__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "finder", "take_apart", "traits_of"]
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
@@ -424,6 +425,21 @@ def _wrapper(tensor: Any) -> Composite:
     return Composite(parts, lambda: tuple(getattr(tensor, name) for name in names), assemble, traits, owned)
 
 
+# A file has the same parts, and puts them together by itself: what it says of them is text, and not to be trusted.
+# Wrappers differ: a file keeps what is inside them as nodes of its tree, and its own list of classes.
+def finder(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Return what finds the tensors inside one, and raises ValueError once that is of another kind."""
+    layout, names = tensor.layout, list(inner_tensors(tensor) or ())
+
+    def find_parts() -> tuple[torch.Tensor, ...]:
+        found = inner_tensors(tensor) or {}
+        if tensor.layout is not layout or list(found) != names:
+            raise ValueError("it is of another kind by now")
+        return tuple(found.values())
+
+    return find_parts
+
+
 def _sparse(tensor: torch.Tensor) -> Composite:
     size, coalesced, traits = tensor.size(), tensor.is_coalesced(), traits_of(tensor)
 
@@ -433,27 +449,17 @@ def _sparse(tensor: torch.Tensor) -> Composite:
         )
         return _finished(result, traits)
 
-    indices, values = _private.sparse_indices, _private.sparse_values
-    if indices is None or values is None:
-        if not coalesced:
-            raise Refusal(
-                "it is a sparse tensor that is not coalesced, which this PyTorch cannot read.", "Coalesce it."
-            )
-        indices, values = torch.Tensor.indices, torch.Tensor.values
-
-    def find_parts() -> tuple[torch.Tensor, ...]:
-        return indices(tensor), values(tensor)
-
+    try:
+        find_parts = finder(tensor)
+    except ValueError as error:
+        raise Refusal(f"{error}.", "Coalesce it.") from None
     return Composite(find_parts(), find_parts, assemble, traits)
 
 
 def _sparse_compressed(tensor: torch.Tensor) -> Composite:
     size, layout, traits = tensor.size(), tensor.layout, traits_of(tensor)
 
-    def find_parts() -> tuple[torch.Tensor, ...]:
-        if layout in (torch.sparse_csr, torch.sparse_bsr):
-            return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    find_parts = finder(tensor)
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         # The layout warns that it is in beta; PyTorch has warned the code that made the source.
@@ -483,23 +489,16 @@ def _quantized(tensor: torch.Tensor) -> Composite:
         affine = (scheme, tensor.q_per_channel_axis())
     else:
         raise Refusal(f"its quantization scheme {scheme} is not supported.", "Dequantize it first.")
-    dtype, size, stride, offset = tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+    dtype, size, stride, offset = tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
     traits = traits_of(tensor)
 
-    def find_parts() -> tuple[torch.Tensor, ...]:
-        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        return (memory, tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()) if per_channel else (memory,)
+    find_parts = finder(tensor)
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
-        memory = staged[0].untyped_storage()
-        typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
         scheme_and_parameters = affine if len(staged) == 1 else (affine[0], staged[1], staged[2], affine[1])
         with warnings.catch_warnings():
-            # The storage is of a deprecated class, which is how torch itself does it.
             warnings.simplefilter("ignore", UserWarning)
-            result: torch.Tensor = _private.require("rebuild_qtensor")(
-                typed, offset, size, stride, scheme_and_parameters, False, {}
-            )
+            result = quantized_over(staged[0], dtype, offset, size, stride, scheme_and_parameters)
         return _finished(result, traits)
 
     return Composite(find_parts(), find_parts, assemble, traits)

@@ -1,4 +1,4 @@
-"""Tensors that are not one piece of memory: how they are taken apart for a file and put together again."""
+"""Tensors that are not one piece of memory: what is inside them, and how a file describes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from aiostage import _private
 from aiostage.format.safetensors import checked_sizes
 from aiostage.format.values import torch_constant
 
-__all__ = ["COMPOSITES", "SPARSE", "assemble", "check_invariants", "take_apart"]
+__all__ = [
+    "COMPOSITES",
+    "SPARSE",
+    "assemble",
+    "check_invariants",
+    "inner_tensors",
+    "quantized_over",
+    "take_apart",
+]
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _COMPRESSED = (*_BY_ROW, torch.sparse_csc, torch.sparse_bsc)
@@ -23,6 +31,40 @@ COMPOSITES = ("sparse", "sparse_compressed", "quantized")
 
 SPARSE = {"sparse": 2, "sparse_compressed": 3}
 """Those of them that are sparse, and how many parts each consists of."""
+
+
+def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Return the tensors inside one that is not one piece of memory, by name; None if it is one piece.
+
+    Args:
+        tensor: On any device, of a class that is not a wrapper.
+
+    Raises:
+        ValueError: If it is of a layout or a quantization scheme that cannot be carried, with the reason.
+    """
+    if tensor.is_quantized:
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        scheme = tensor.qscheme()
+        if scheme == torch.per_tensor_affine:
+            return {"memory": memory}
+        if scheme in _PER_CHANNEL:
+            scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+            return {"memory": memory, "scales": scales, "zero_points": zero_points}
+        raise ValueError(f"its quantization scheme {scheme} cannot be written to a file")
+    if tensor.layout is torch.strided:
+        return None
+    if tensor.layout is torch.sparse_coo:
+        indices, values = _private.sparse_indices, _private.sparse_values
+        if indices is None or values is None:
+            if not tensor.is_coalesced():
+                raise ValueError("it is a sparse tensor that is not coalesced, which this PyTorch cannot read")
+            indices, values = torch.Tensor.indices, torch.Tensor.values
+        return {"indices": indices(tensor), "values": values(tensor)}
+    if tensor.layout in _BY_ROW:
+        return {"compressed": tensor.crow_indices(), "plain": tensor.col_indices(), "values": tensor.values()}
+    if tensor.layout in _COMPRESSED:
+        return {"compressed": tensor.ccol_indices(), "plain": tensor.row_indices(), "values": tensor.values()}
+    raise ValueError(f"its layout {tensor.layout} cannot be written to a file")
 
 
 def take_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -37,26 +79,18 @@ def take_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], dict
     Raises:
         ValueError: If it is of a layout or a quantization scheme that cannot be carried, with the reason.
     """
-    if tensor.is_quantized:
-        return _take_quantized_apart(tensor)
-    if tensor.layout is torch.strided:
+    parts = inner_tensors(tensor)
+    if parts is None:
         return None
+    if tensor.is_quantized:
+        return "quantized", parts, _form_of_quantized(tensor)
     form: dict[str, Any] = {"shape": list(tensor.shape)}
     if tensor.layout is torch.sparse_coo:
-        parts = {"indices": tensor._indices(), "values": tensor._values()}
         return "sparse", parts, form | {"coalesced": tensor.is_coalesced()}
-    if tensor.layout in _COMPRESSED:
-        by_row = tensor.layout in _BY_ROW
-        parts = {
-            "compressed": tensor.crow_indices() if by_row else tensor.ccol_indices(),
-            "plain": tensor.col_indices() if by_row else tensor.row_indices(),
-            "values": tensor.values(),
-        }
-        return "sparse_compressed", parts, form | {"layout": str(tensor.layout).removeprefix("torch.")}
-    raise ValueError(f"its layout {tensor.layout} cannot be written to a file")
+    return "sparse_compressed", parts, form | {"layout": str(tensor.layout).removeprefix("torch.")}
 
 
-def _take_quantized_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+def _form_of_quantized(tensor: torch.Tensor) -> dict[str, Any]:
     scheme = tensor.qscheme()
     form: dict[str, Any] = {
         "shape": list(tensor.shape),
@@ -65,13 +99,9 @@ def _take_quantized_apart(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Te
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "scheme": str(scheme).removeprefix("torch."),
     }
-    parts = {"memory": torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())}
     if scheme == torch.per_tensor_affine:
-        return "quantized", parts, form | {"scale": tensor.q_scale().hex(), "zero_point": tensor.q_zero_point()}
-    if scheme in _PER_CHANNEL:
-        parts |= {"scales": tensor.q_per_channel_scales(), "zero_points": tensor.q_per_channel_zero_points()}
-        return "quantized", parts, form | {"axis": tensor.q_per_channel_axis()}
-    raise ValueError(f"its quantization scheme {scheme} cannot be written to a file")
+        return form | {"scale": tensor.q_scale().hex(), "zero_point": tensor.q_zero_point()}
+    return form | {"axis": tensor.q_per_channel_axis()}
 
 
 def assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any]) -> torch.Tensor:
@@ -141,9 +171,29 @@ def _assemble_quantized(parts: Sequence[torch.Tensor], form: dict[str, Any], sha
         parameters = (scheme, float.fromhex(form["scale"]), form["zero_point"])
     else:
         parameters = (scheme, parts[1], parts[2], form["axis"])
-    memory = parts[0].untyped_storage()
-    typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
-    tensor: torch.Tensor = _private.require("rebuild_qtensor")(
-        typed, form["offset"], shape, checked_sizes(form["stride"]), parameters, False, {}
-    )
+    return quantized_over(parts[0], dtype, form["offset"], shape, checked_sizes(form["stride"]), parameters)
+
+
+def quantized_over(
+    memory: torch.Tensor,
+    dtype: torch.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    parameters: tuple[Any, ...],
+) -> torch.Tensor:
+    """Return a quantized tensor over memory.
+
+    Args:
+        memory: One-dimensional uint8.
+        dtype: A quantized one.
+        offset: Of the first element, in elements.
+        shape: Of the tensor.
+        stride: Of the tensor, in elements.
+        parameters: Its quantization scheme, and what that needs: scale and zero point, or scales, zero points and axis.
+    """
+    storage = memory.untyped_storage()
+    # The storage is of a deprecated class, which is how torch itself does it, and which warns.
+    typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    tensor: torch.Tensor = _private.require("rebuild_qtensor")(typed, offset, shape, stride, parameters, False, {})
     return tensor

@@ -13,6 +13,7 @@ import torch.distributed
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aiostage import AsyncStager, UnsupportedLeafError
+from aiostage._capture.faithful import finder
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
@@ -267,3 +268,14 @@ class TestDTensor:
         error = refused(source)
         assert "partial" in error.reason
         assert "Redistribute" in (error.remedy or "")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:Sparse CSC tensor support")
+def test_what_is_inside_is_not_taken_from_a_tensor_of_another_kind() -> None:
+    eye = torch.eye(2)
+    for sparse, count, other in ((eye.to_sparse_csr(), 3, eye.to_sparse_csc()), (eye.to_sparse(), 2, torch.eye(2))):
+        find_parts = finder(sparse)
+        assert [part.layout for part in find_parts()] == [torch.strided] * count
+        torch.utils.swap_tensors(sparse, other)
+        with pytest.raises(ValueError, match="another kind"):
+            find_parts()
