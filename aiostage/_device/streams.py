@@ -28,9 +28,10 @@ class CallerStreams:
 
     Attributes:
         inference: Whether the caller was in inference mode, which belongs to a thread like its streams.
+        grad: Whether operations of the caller were recorded for gradients, which belongs to a thread too.
     """
 
-    __slots__ = ("_backend", "_current", "_failure", "_recorded", "inference")
+    __slots__ = ("_backend", "_current", "_failure", "_recorded", "grad", "inference")
 
     def __init__(self, backend: Backend | None) -> None:
         self._backend = backend
@@ -38,6 +39,7 @@ class CallerStreams:
         self._current: torch.device | None = None
         self._failure: StagingError | None = None
         self.inference = torch.is_inference_mode_enabled()
+        self.grad = torch.is_grad_enabled()
 
     @classmethod
     def record(cls, backend: Backend | None, tree: Any = None) -> CallerStreams:
@@ -190,6 +192,12 @@ class CallerStreams:
             except Exception as error:
                 return _device_error(error)
         return self._failure
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Put the calling thread in inference mode and have it record gradients, or not, as the caller's was."""
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+            yield
 
     @contextmanager
     def entered(self) -> Iterator[None]:

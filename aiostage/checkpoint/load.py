@@ -280,7 +280,7 @@ class Loading:
     def _as_caller(self, call: Callable[[], T]) -> T:
         # A device that has failed matters only where something is on it, and there a copy to it says so.
         streams = nullcontext() if self._caller.failed else self._caller.entered()
-        with torch.inference_mode(self._caller.inference), streams:
+        with self._caller.modes(), streams:
             return call()
 
     @property

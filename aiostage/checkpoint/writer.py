@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aiostage._copy.window import Chunk, Window
+from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
@@ -137,12 +138,14 @@ class CheckpointWriter:
         """
         self._snapshot = snapshot
         with span("layout"):
+            # Tensors that were staged in inference mode can be changed by functions of registered classes only in it.
+            caller = CallerStreams(None)
             encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
             try:
-                await self._workers.run(partial(encoder.walk, staged))
+                await self._workers.run(partial(_walk, encoder, staged, caller))
             except ValuesNeeded:
                 encoder = TreeEncoder()
-                await self._workers.run(partial(encoder.walk, await _captured(snapshot)))
+                await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
             self._plan = await self._workers.run(partial(self._planned, encoder))
 
     async def write(
@@ -233,6 +236,12 @@ class CheckpointWriter:
                     written_bytes=self._written,
                 )
             )
+
+
+def _walk(encoder: TreeEncoder, staged: Any, caller: CallerStreams) -> None:
+    """Find every node, in the caller's modes. Blocks."""
+    with caller.modes():
+        encoder.walk(staged)
 
 
 async def _captured(snapshot: Snapshot[Any] | None) -> Any:

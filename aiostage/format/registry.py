@@ -41,7 +41,8 @@ def register(cls: type[T], flatten: Flatten[T] | None = None, unflatten: Unflatt
 
     The two functions are those of ``torch.utils._pytree.register_pytree_node``. Registering a class also declares it
     safe: a checkpoint that names it has ``unflatten`` called with what the checkpoint says. Saves and loads call both
-    functions in a worker thread, with the caller's streams in a load.
+    functions in a worker thread, in the caller's inference mode and ``no_grad``, and with its streams in a load. What
+    else belongs to a thread, such as a default device or autocast, is not the caller's there.
 
     Args:
         cls: The class; subclasses are registered by themselves. Registering it again replaces the functions.

@@ -6,6 +6,8 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -335,20 +337,25 @@ class Noted:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("inference", [False, True])
-async def test_functions_of_the_caller_run_beside_the_loop_as_if_in_its_thread(inference: bool, tmp_path: Path) -> None:
-    calls: list[tuple[str, bool, bool]] = []
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+async def test_functions_of_the_caller_run_beside_the_loop_as_if_in_its_thread(
+    mode: Callable[[], AbstractContextManager[object]], tmp_path: Path
+) -> None:
+    calls: list[tuple[str, bool, tuple[bool, bool]]] = []
+
+    def modes() -> tuple[bool, bool]:
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def note(name: str) -> None:
-        calls.append((name, threading.current_thread() is loop_thread, torch.is_inference_mode_enabled()))
+        calls.append((name, threading.current_thread() is loop_thread, modes()))
 
     def flatten(noted: Noted) -> tuple[list[torch.Tensor], None]:
         note("flatten")
-        return [noted.tensor], None
+        return [noted.tensor.mul_(1)], None
 
     def unflatten(children: list[torch.Tensor], context: object) -> Noted:
         note("unflatten")
-        return Noted(children[0] * 2)
+        return Noted(torch.nn.Parameter(children[0]) * 2)
 
     def wanted(path: tuple[object, ...]) -> bool:
         note("only")
@@ -356,12 +363,14 @@ async def test_functions_of_the_caller_run_beside_the_loop_as_if_in_its_thread(i
 
     loop_thread = threading.current_thread()
     register(Noted, flatten, unflatten)
-    await aiostage.save({"a": Noted(torch.ones(3)), "b": 1}, tmp_path / "a")
-    with torch.inference_mode(inference):
+    with mode():
+        expected = modes()
+        await aiostage.save({"a": Noted(torch.ones(3)), "b": 1}, tmp_path / "a")
         tree = await aiostage.load(tmp_path / "a", only=wanted)
     assert tree.keys() == {"a"}
     assert tree["a"].tensor.tolist() == [2.0, 2.0, 2.0]
-    assert tree["a"].tensor.is_inference() is inference
+    assert tree["a"].tensor.is_inference() is expected[0]
+    assert tree["a"].tensor.requires_grad is expected[1]
     assert [name for name, _, _ in calls] == ["flatten", "only", "only", "unflatten"]
     assert not any(on_loop for _, on_loop, _ in calls)
-    assert [mode for name, _, mode in calls if name != "flatten"] == [inference] * 3
+    assert {found for _, _, found in calls} == {expected}
