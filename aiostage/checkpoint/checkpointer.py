@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from itertools import count
-from types import TracebackType
 from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from aiostage._arguments import check_flags, require_int
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish, named, without_locals
-from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.background import BackgroundSaves, Block
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
-from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.saving import SaveHandle, Saving
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
 from aiostage.format.steps import name_of, surplus
 from aiostage.incremental.writing import IncrementalSaver
-from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
 __all__ = ["Checkpointer"]
@@ -41,26 +35,7 @@ _ATTEMPTS = 10
 _NOTHING_THERE = "Save one first, or give the Checkpointer the target of another run; load() reads one by its own path."
 
 
-@dataclass
-class _Block:
-    """What there is between entering and leaving.
-
-    Attributes:
-        stager: Takes the copies.
-        group: Owns the saves.
-        slots: As many as saves may be under way.
-        loop: The event loop that it was entered on.
-        is_open: Whether saves are taken.
-    """
-
-    stager: CheckpointStager
-    group: TaskGroup
-    slots: anyio.Semaphore
-    loop: object
-    is_open: bool = True
-
-
-class Checkpointer:
+class Checkpointer(BackgroundSaves):
     """Saves the checkpoints of a run, and finds them again.
 
     Enter it with ``async with``; or, where no block holds it (a service, a fixture, an actor), call :meth:`open` and
@@ -99,32 +74,20 @@ class Checkpointer:
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
-        if keep is not None and require_int("keep", keep) < 1:
-            raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
-        if require_int("max_in_flight", max_in_flight) < 1:
-            raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
-        if keep_also is not None and keep is None:
-            raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        super().__init__(
+            stager, keep=keep, keep_also=keep_also, max_in_flight=max_in_flight, save_on_signals=save_on_signals
+        )
         check_flags(incremental=incremental)
-        check_stager(stager)
         self._storage = storage_at(target)
-        self._stager = stager
         self._index = CheckpointIndex(self._storage)
         self._removing = anyio.Lock()
         self._incremental = IncrementalSaver(self._storage) if incremental else None
-        self._keep = keep
-        self._keep_also = keep_also
         self._progress = progress
-        self._signals = catchable(save_on_signals)
-        self._max_in_flight = max_in_flight
-        self._preempted = anyio.Event()
         self._numbers = count()
         self._savings: list[Saving] = []
         self._failed: list[SaveHandle] = []
         self._newest = (-1, -1)
         self._not_removed: Exception | None = None
-        self._block: _Block | None = None
-        self._host: HostedContext[_Block] | None = None
 
     def __repr__(self) -> str:
         return f"<Checkpointer {self._storage!r}, {len(self._savings)} in flight>"
@@ -283,98 +246,10 @@ class Checkpointer:
         async with self._removing:
             await self._index.remove([step])
 
-    async def open(self) -> None:
-        """Remove what writers that died have left behind, and begin to take saves and to listen for signals.
-
-        For programs that cannot enter a block: :meth:`aclose` ends what begins here, in any task.
-
-        Raises:
-            CheckpointError: If it was opened or entered before.
-            RuntimeError: If it is to receive signals and this is not the main thread.
-            OSError: If the storage refuses.
-
-        When cancelled, nothing has begun, and it may be called again.
-        """
-        if self._host is not None:
-            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
-        host = self._host = HostedContext(self._serving())
-        try:
-            await self._storage.clean_up()
-            async with self._removing:
-                await self._index.open()
-            self._block = await host.open()
-        except BaseException:
-            self._host = None
-            raise
-
-    async def aclose(self) -> None:
-        """Wait for the saves under way, and take no more. May be called by any task of the loop, and again.
-
-        Raises:
-            CheckpointError: If it was opened on another event loop, which still runs it.
-            Exception: The error of a save, if neither its handle nor a later save has told it; several as an
-                ``ExceptionGroup``.
-            OSError: If checkpoints that were to be removed could not be.
-
-        When cancelled, the saves under way are abandoned, and nothing of them is left.
-        """
-        await self._leave()
-        failures = self._take_failures()
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
-
-    async def __aenter__(self) -> Checkpointer:
-        """Begin, as :meth:`open` does.
-
-        Raises:
-            CheckpointError: If it was entered before.
-            RuntimeError: If it is to receive signals and this is not the main thread.
-            OSError: If the storage refuses.
-
-        When cancelled, nothing has begun.
-        """
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Wait for the saves under way; abandon them if the block is cancelled. Take no more.
-
-        Raises:
-            Exception: As :meth:`aclose` does.
-
-        An error of the block goes first; the errors of the saves are then in its notes, and in the log.
-        """
-        if error is None:
-            await self.aclose()
-            return
-        if isinstance(error, GeneratorExit):
-            # A coroutine that is being closed may not wait.
-            if self._block is not None and self._host is not None:
-                self._block.is_open = False
-                self._host.abandon()
-            return
-        await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
-        for failure in self._take_failures():
-            error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
-
-    async def _leave(self, *, abandon: bool = False) -> None:
-        """Take no more saves, and wait for those under way, or abandon them."""
-        block, host = self._block, self._host
-        if block is None or host is None:
-            return
-        if not host.has_ended and block.loop is not current_token().native_token:
-            raise CheckpointError(
-                "the checkpointer was entered on another event loop, which its saves belong to.",
-                remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
-            )
-        block.is_open = False
-        if abandon:
-            host.abandon()
-        await host.aclose()
+    async def _prepare(self) -> None:
+        await self._storage.clean_up()
+        async with self._removing:
+            await self._index.open()
 
     def _take_failures(self) -> list[Exception]:
         """Return the errors that no caller has received, for the caller that receives them by this."""
@@ -385,30 +260,6 @@ class Checkpointer:
         self._failed.clear()
         self._not_removed = None
         return failures
-
-    @asynccontextmanager
-    async def _serving(self) -> AsyncGenerator[_Block, None]:
-        """Take saves, and listen for signals."""
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
-            stager = self._stager
-            if stager is None:
-                stager = await stack.enter_async_context(AsyncStager())
-            group = await stack.enter_async_context(anyio.create_task_group())
-            block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
-            try:
-                yield block
-            finally:
-                # The loop may end it too.
-                block.is_open = False
-
-    def _entered(self) -> _Block:
-        if self._block is None or not self._block.is_open:
-            raise CheckpointError(
-                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
-                remedy="Save inside its `async with` block, or between open() and aclose().",
-            )
-        return self._block
 
     async def _begin(self, saving: Saving, replace: bool) -> SaveHandle:
         """Wait for a free slot, then for the capture."""
@@ -473,7 +324,7 @@ class Checkpointer:
                     # The traceback now has this frame in it, which must not lead back to the error.
                     del error, handle
 
-    async def _run(self, block: _Block, saving: Saving) -> None:
+    async def _run(self, block: Block, saving: Saving) -> None:
         """Save, then remove what the retention policy does not keep."""
         try:
             if await saving.run():

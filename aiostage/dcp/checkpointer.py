@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from itertools import count
-from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
 import torch.distributed as dist
-from anyio.abc import TaskGroup
-from anyio.lowlevel import current_token
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from aiostage._arguments import check_flags
-from aiostage._loop.hosting import HostedContext
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
-from aiostage.checkpoint.preemption import catchable, set_by_signals
+from aiostage.checkpoint.background import BackgroundSaves, Block
 from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import Saving, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
-from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
+from aiostage.errors import CheckpointNotFoundError, shown
 from aiostage.format.steps import name_of, step_of, surplus
-from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Root, storage_at
 
 __all__ = ["Checkpointer", "SaveHandle"]
@@ -88,18 +81,7 @@ class SaveHandle:
         return self.error is None
 
 
-@dataclass
-class _Block:
-    """What there is between entering and leaving."""
-
-    stager: CheckpointStager
-    group: TaskGroup
-    slots: anyio.Semaphore
-    loop: object
-    is_open: bool = True
-
-
-class Checkpointer:
+class Checkpointer(BackgroundSaves):
     """Saves the checkpoints of a run of many ranks with DCP, and finds them again.
 
     Every rank makes one with the same arguments, enters it, and makes the same calls in the same order, like the
@@ -138,22 +120,12 @@ class Checkpointer:
         timeout: float = DEFAULT_TIMEOUT,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
-        for name, number in (("keep", 1 if keep is None else keep), ("max_in_flight", max_in_flight)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name} must be a whole number, not {shown(number)}")
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, not {shown(number)}")
-        if keep_also is not None and keep is None:
-            raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
-        check_stager(stager)
+        super().__init__(
+            stager, keep=keep, keep_also=keep_also, max_in_flight=max_in_flight, save_on_signals=save_on_signals
+        )
         self._storage = storage_at(root)
         self._root = root
         StorageWriter(root)  # refuses what several processes cannot write
-        self._stager = stager
-        self._keep = keep
-        self._keep_also = keep_also
-        self._max_in_flight = max_in_flight
-        self._signals = catchable(save_on_signals)
         self._alone = no_dist or not dist.is_available() or not dist.is_initialized()
         self._parent: Any = None
         if not self._alone:
@@ -164,11 +136,8 @@ class Checkpointer:
         self._number = 0 if self._alone else next(_numbers.setdefault(self._parent, count()))
         self._store: Any = None
         self._workers = Workers(1, "aiostage-dcp-stop")
-        self._preempted = anyio.Event()
         self._newest: int | None = None
         self._handles: list[SaveHandle] = []
-        self._block: _Block | None = None
-        self._host: HostedContext[_Block] | None = None
 
     def __repr__(self) -> str:
         return f"<dcp.Checkpointer {self._storage!r}, {sum(not each.done() for each in self._handles)} in flight>"
@@ -247,7 +216,7 @@ class Checkpointer:
         )
         return self._capture(block, SaveHandle(step, saving), saving)
 
-    async def _capture(self, block: _Block, handle: SaveHandle, saving: Saving) -> SaveHandle:
+    async def _capture(self, block: Block, handle: SaveHandle, saving: Saving) -> SaveHandle:
         await block.slots.acquire()
         try:
             self._entered()
@@ -260,7 +229,7 @@ class Checkpointer:
             raise
         return handle
 
-    async def _finish(self, block: _Block, handle: SaveHandle) -> None:
+    async def _finish(self, block: Block, handle: SaveHandle) -> None:
         try:
             if await handle.finish():
                 self._newest = handle.step
@@ -381,124 +350,21 @@ class Checkpointer:
 
         return await call.complete(ready)
 
-    async def open(self) -> None:
-        """Begin to take saves and to listen for signals; the first rank removes what writers that died left behind.
-
-        For programs that cannot enter a block, such as actors: :meth:`aclose` ends what begins here, in any task.
-
-        Raises:
-            CheckpointError: If it was opened or entered before.
-            RuntimeError: If it is to receive signals and this is not the main thread.
-            OSError: If the storage refuses.
-
-        When cancelled, nothing has begun, and it may be called again.
-        """
-        if self._host is not None:
-            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
-        host = self._host = HostedContext(self._serving())
-        try:
-            if self._is_first:
-                await self._storage.clean_up()
-            self._block = await host.open()
-        except BaseException:
-            self._host = None
-            raise
-
-    async def aclose(self) -> None:
-        """Wait for the saves under way. Take no more. May be called by any task of the loop, and again.
-
-        Raises:
-            CheckpointError: If it was opened on another event loop, which still runs it.
-            Exception: The error of a save whose handle was not asked; several as an ``ExceptionGroup``.
-
-        When cancelled, the saves go on by themselves.
-        """
-        await self._leave()
-        failures = self._take_failures()
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
-
-    async def __aenter__(self) -> Checkpointer:
-        """Begin, as :meth:`open` does.
-
-        Raises:
-            CheckpointError: If it was entered before.
-            RuntimeError: If it is to receive signals and this is not the main thread.
-            OSError: If the storage refuses.
-        """
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Wait for the saves under way. Take no more.
-
-        Raises:
-            Exception: As :meth:`aclose` does.
-
-        An error of the block goes first; the errors of the saves are then in its notes.
-        """
-        if error is None:
-            await self.aclose()
-            return
-        if isinstance(error, GeneratorExit):
-            # A coroutine that is being closed may not wait.
-            if self._block is not None and self._host is not None:
-                self._block.is_open = False
-                self._host.abandon()
-            return
-        await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
-        for failure in self._take_failures():
-            error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
+    async def _prepare(self) -> None:
+        if self._is_first:
+            await self._storage.clean_up()
 
     async def _leave(self, *, abandon: bool = False) -> None:
-        """Take no more saves, and wait for those under way, or leave them to themselves."""
-        block, host = self._block, self._host
-        if block is None or host is None:
-            return
-        if not host.has_ended and block.loop is not current_token().native_token:
-            raise CheckpointError(
-                "the checkpointer was entered on another event loop, which its saves belong to.",
-                remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
-            )
-        block.is_open = False
-        self._workers.stop()
-        if abandon:
-            host.abandon()
-        await host.aclose()
+        try:
+            await super()._leave(abandon=abandon)
+        finally:
+            self._workers.stop()
 
     def _take_failures(self) -> list[Exception]:
         """Return the errors that no caller has received, for the caller that receives them by this."""
         failures = [each.error for each in self._handles if each.error is not None and not each.was_asked]
         self._handles.clear()
         return failures
-
-    @asynccontextmanager
-    async def _serving(self) -> AsyncGenerator[_Block, None]:
-        """Take saves, and listen for signals."""
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
-            stager = self._stager
-            if stager is None:
-                stager = await stack.enter_async_context(AsyncStager())
-            group = await stack.enter_async_context(anyio.create_task_group())
-            block = _Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
-            try:
-                yield block
-            finally:
-                # The loop may end it too.
-                block.is_open = False
-
-    def _entered(self) -> _Block:
-        if self._block is None or not self._block.is_open:
-            raise CheckpointError(
-                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
-                remedy="Save inside its `async with` block, or between open() and aclose().",
-            )
-        return self._block
 
 
 def _checked(step: object) -> int:

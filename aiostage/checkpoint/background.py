@@ -1,0 +1,209 @@
+"""What the checkpointers of one process and of many ranks share: saves run between entering and leaving."""
+
+from __future__ import annotations
+
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
+
+from aiostage._arguments import require_int
+from aiostage._loop.hosting import HostedContext
+from aiostage.abc import CheckpointStager
+from aiostage.checkpoint.preemption import catchable, set_by_signals
+from aiostage.errors import CheckpointError, shown
+from aiostage.stager import AsyncStager, check_stager
+
+__all__ = ["BackgroundSaves", "Block"]
+
+
+@dataclass
+class Block:
+    """What there is between entering and leaving.
+
+    Attributes:
+        stager: Takes the copies.
+        group: Owns the saves.
+        slots: As many as saves may be under way.
+        loop: The event loop that it was entered on.
+        is_open: Whether saves are taken.
+    """
+
+    stager: CheckpointStager
+    group: TaskGroup
+    slots: anyio.Semaphore
+    loop: object
+    is_open: bool = True
+
+
+class BackgroundSaves(ABC):
+    """Takes saves from when it is entered, or opened, until it is left.
+
+    Args:
+        stager: Takes the copies. None: one is made for the block.
+        keep: How many of the last checkpoints to keep. None: all.
+        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        max_in_flight: How many saves may be under way at once.
+        save_on_signals: Signals that set an event instead of ending the process.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        stager: CheckpointStager | None,
+        *,
+        keep: int | None,
+        keep_also: Callable[[int], bool] | None,
+        max_in_flight: int,
+        save_on_signals: Sequence[signal.Signals],
+    ) -> None:
+        if keep is not None and require_int("keep", keep) < 1:
+            raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
+        if require_int("max_in_flight", max_in_flight) < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
+        if keep_also is not None and keep is None:
+            raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
+        check_stager(stager)
+        self._stager = stager
+        self._keep = keep
+        self._keep_also = keep_also
+        self._max_in_flight = max_in_flight
+        self._signals = catchable(save_on_signals)
+        self._preempted = anyio.Event()
+        self._block: Block | None = None
+        self._host: HostedContext[Block] | None = None
+
+    @abstractmethod
+    async def _prepare(self) -> None:
+        """Do what comes before the first save, such as removing what writers that died have left."""
+
+    @abstractmethod
+    def _take_failures(self) -> list[Exception]:
+        """Return the errors that no caller has received, for the caller that receives them by this."""
+
+    async def open(self) -> None:
+        """Remove what writers that died have left behind, and begin to take saves and to listen for signals.
+
+        For programs that cannot enter a block, such as actors: ``aclose()`` ends what begins here, in any task. Of
+        many ranks the first removes.
+
+        Raises:
+            CheckpointError: If it was opened or entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing has begun, and it may be called again.
+        """
+        if self._host is not None:
+            raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        host = self._host = HostedContext(self._serving())
+        try:
+            await self._prepare()
+            self._block = await host.open()
+        except BaseException:
+            self._host = None
+            raise
+
+    async def aclose(self) -> None:
+        """Wait for the saves under way, and take no more. May be called by any task of the loop, and again.
+
+        Raises:
+            CheckpointError: If it was opened on another event loop, which still runs it.
+            Exception: The error of a save, if neither its handle nor a later save has told it; several as an
+                ``ExceptionGroup``.
+            OSError: If checkpoints that were to be removed could not be.
+
+        When cancelled, the saves under way are abandoned, and nothing of them is left; those of many ranks go on by
+        themselves.
+        """
+        await self._leave()
+        failures = self._take_failures()
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} checkpoints failed", failures)
+
+    async def __aenter__(self) -> Self:
+        """Begin, as :meth:`open` does.
+
+        Raises:
+            CheckpointError: If it was entered before.
+            RuntimeError: If it is to receive signals and this is not the main thread.
+            OSError: If the storage refuses.
+
+        When cancelled, nothing has begun.
+        """
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the saves under way, unless the block is cancelled. Take no more.
+
+        Raises:
+            Exception: As :meth:`aclose` does.
+
+        An error of the block goes first; the errors of the saves are then in its notes.
+        """
+        if error is None:
+            await self.aclose()
+            return
+        if isinstance(error, GeneratorExit):
+            # A coroutine that is being closed may not wait.
+            if self._block is not None and self._host is not None:
+                self._block.is_open = False
+                self._host.abandon()
+            return
+        await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
+        for failure in self._take_failures():
+            error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
+
+    async def _leave(self, *, abandon: bool = False) -> None:
+        """Take no more saves, and wait for those under way, or abandon them."""
+        block, host = self._block, self._host
+        if block is None or host is None:
+            return
+        if not host.has_ended and block.loop is not current_token().native_token:
+            raise CheckpointError(
+                "the checkpointer was entered on another event loop, which its saves belong to.",
+                remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
+            )
+        block.is_open = False
+        if abandon:
+            host.abandon()
+        await host.aclose()
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncGenerator[Block, None]:
+        """Take saves, and listen for signals."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
+            stager = self._stager
+            if stager is None:
+                stager = await stack.enter_async_context(AsyncStager())
+            group = await stack.enter_async_context(anyio.create_task_group())
+            block = Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
+            try:
+                yield block
+            finally:
+                # The loop may end it too.
+                block.is_open = False
+
+    def _entered(self) -> Block:
+        if self._block is None or not self._block.is_open:
+            raise CheckpointError(
+                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
+                remedy="Save inside its `async with` block, or between open() and aclose().",
+            )
+        return self._block
