@@ -15,7 +15,7 @@ from aiostage._turns import releasing_gil
 from aiostage.checkpoint.incoming import PartReader, ReadTargets
 from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.checkpoint.selection import Selection
-from aiostage.errors import CheckpointCorruptError, shown
+from aiostage.errors import CheckpointCorruptError, CheckpointMismatchError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.manifest import FileRecord, Manifest
@@ -172,6 +172,9 @@ class CheckpointReader:
 
         Returns:
             Each part, with its file.
+
+        Raises:
+            CheckpointMismatchError: If a live tensor was resized since it was compared.
         """
         found = await self._workers.run(partial(_parts_to_read, outline, contents, everything))
         self._total_bytes += sum(part.nbytes for _, part in found)
@@ -263,5 +266,16 @@ def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[C
     if not file.start:
         return [Hole(file.file.nbytes)]
     found: list[Content] = [Hole(file.start)]
-    found += [contents.get(record.name, Hole(record.stop - record.start)) for record in releasing_gil(file.records)]
+    for record in releasing_gil(file.records):
+        nbytes = record.stop - record.start
+        content = contents.get(record.name)
+        if content is not None and content.nbytes != nbytes:
+            # All that comes after it in the file would go to wrong places.
+            raise CheckpointMismatchError(
+                mismatched=[
+                    f"{shown(record.name)} (the live tensor now has {content.nbytes} bytes instead of {nbytes})"
+                ],
+                remedy="Do not resize live tensors while a load is under way.",
+            )
+        found.append(content if content is not None else Hole(nbytes))
     return found

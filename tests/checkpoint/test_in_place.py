@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from tests.checkpoint.test_load import tree
 from tests.patience import seconds
 
 PART = 8 << 20
+
+# The package has a function of that name, too.
+load_module = importlib.import_module("aiostage.checkpoint.load")
 
 
 def large(value: float) -> dict[str, Any]:
@@ -279,3 +283,22 @@ async def test_on_trio(tmp_path: Path) -> None:
     with nothing_left():
         await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
     assert_same(tree(2), live)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("size", [2, 100])
+async def test_a_live_tensor_that_is_resized_while_the_reads_are_planned(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await aiostage.save({"a": torch.arange(4.0), "b": torch.ones(3)}, tmp_path / "a")
+    live = {"a": torch.zeros(4), "b": torch.zeros(3)}
+    planned = load_module.plan_reads
+
+    def resize_first(*args: Any, **options: Any) -> Any:
+        live["a"].resize_(size)
+        return planned(*args, **options)
+
+    monkeypatch.setattr(load_module, "plan_reads", resize_first)
+    with pytest.raises(CheckpointMismatchError, match=f"'a'.* now has {4 * size} bytes instead of 16.*resize"):
+        await aiostage.load(tmp_path / "a", into=live, in_place=True)
+    assert live["b"].tolist() == [0.0, 0.0, 0.0]
