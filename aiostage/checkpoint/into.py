@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
+from aiostage._turns import releasing_gil
 from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed
 from aiostage.format.classes import PlainObject
 from aiostage.format.nodes import LEFT_OUT
@@ -111,6 +112,24 @@ class Transfer:
     def batches(self) -> Iterator[tuple[torch.device | None, list[torch.Tensor], list[torch.Tensor]]]:
         """Iterate over what can be copied in one go: device, live tensors, and what is copied into them."""
         return ((batch.device, batch.live, batch.loaded) for batch in self._batches)
+
+    def check_live(self, *, cast: bool) -> None:
+        """Check that live tensors still are as they were compared. Blocks.
+
+        Args:
+            cast: Whether floating-point tensors take values of another dtype.
+
+        Raises:
+            CheckpointMismatchError: If one has another shape or dtype by now.
+        """
+        for place, live, loaded in releasing_gil(self.pairs):
+            # A copy would broadcast, cast, or fail when other tensors have their new values.
+            if live.shape != loaded.shape or (live.dtype is not loaded.dtype and not cast):
+                now = f"{live.dtype} {tuple(live.shape)}, which it became during the load"
+                raise CheckpointMismatchError(
+                    mismatched=[f"{format_path(unlinked(place))} ({loaded.dtype} {tuple(loaded.shape)} into {now})"],
+                    remedy="Do not resize live tensors while a load is under way.",
+                )
 
     def assign(self) -> None:
         """Put the values that are not tensors into their containers."""

@@ -314,6 +314,7 @@ class Loading:
 
     async def _carry_out(self, transfer: Transfer) -> None:
         """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
+        await self._workers.run(partial(transfer.check_live, cast=self._fit.cast))
         job = self._workers.job()
         for device, live, loaded in transfer.batches():
             job.put(partial(self._copy, device, live, loaded))

@@ -302,3 +302,30 @@ async def test_a_live_tensor_that_is_resized_while_the_reads_are_planned(
     with pytest.raises(CheckpointMismatchError, match=f"'a'.* now has {4 * size} bytes instead of 16.*resize"):
         await aiostage.load(tmp_path / "a", into=live, in_place=True)
     assert live["b"].tolist() == [0.0, 0.0, 0.0]
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "smaller": lambda live: live.resize_(2),
+    # Four elements would be broadcast to eight.
+    "more rows": lambda live: live.resize_(2, 4).zero_(),
+    "another dtype": lambda live: setattr(live, "data", torch.zeros(4, dtype=torch.int32)),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_live_tensor_that_is_replaced_while_its_values_are_read(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await aiostage.save({"a": torch.arange(4.0), "b": torch.ones(3)}, tmp_path / "a")
+    live = {"a": torch.zeros(4), "b": torch.zeros(3)}
+    planned = load_module.plan_reads
+
+    def change_first(*args: Any, **options: Any) -> Any:
+        CHANGES[change](live["a"])
+        return planned(*args, **options)
+
+    monkeypatch.setattr(load_module, "plan_reads", change_first)
+    with pytest.raises(CheckpointMismatchError, match=r"'a'.*torch\.float32 \(4,\) into torch\..*during the load"):
+        await aiostage.load(tmp_path / "a", into=live)
+    assert live["a"].count_nonzero() == live["b"].count_nonzero() == 0
