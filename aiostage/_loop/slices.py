@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Generator
 from time import perf_counter, thread_time
 from typing import TypeVar
@@ -11,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop.workers import Job
 from aiostage._platform import let_threads_run
 
-__all__ = ["Slices", "exhausted"]
+__all__ = ["RarerCollections", "Slices", "exhausted"]
 
 T = TypeVar("T")
 
@@ -20,6 +22,58 @@ _SHARE = 0.3
 """How much of its time a slice plans with. asyncio runs what its selector reports after what was ready before, so that
 a task woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
 and for getting the GIL back from threads that have just been given it."""
+
+_YOUNG_OBJECTS = 7919
+"""After how many new objects the collector runs meanwhile, instead of CPython's 700 (2,000 in newer ones): such a run
+takes a millisecond. A number that no program sets by itself, so that it is known for ours."""
+
+_blocks: set[object] = set()
+"""The blocks of :class:`RarerCollections` that are entered."""
+
+_users_thresholds: list[tuple[int, int, int]] = []
+"""What those who are the first to enter have found, until the last leaves."""
+
+
+class RarerCollections:
+    """A block in which Python's cyclic collector runs less often, because many objects are made that are no garbage.
+
+    50,000 staged tensors are as many new objects; with CPython's thresholds every second staging meets a run over the
+    whole heap, which holds the GIL and so the event loop for 100 ms in a small process. The collector stays enabled.
+    Thresholds that the user sets meanwhile stay, and higher ones are left alone, as is 0, which switches it off.
+    """
+
+    # Without a lock, which the handler of a signal could wait for. Of threads that enter and leave at once, one may
+    # have the user's thresholds in its block; the last that leaves finds no block, and puts back what was found.
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _blocks.add(self)
+        first, second, third = gc.get_threshold()
+        if 0 < first < _YOUNG_OBJECTS:
+            _users_thresholds[:] = [(first, second, third)]
+            gc.set_threshold(_YOUNG_OBJECTS, second, third)
+
+    def __exit__(self, *_: object) -> None:
+        _blocks.discard(self)
+        if not _blocks:
+            _restore_thresholds()
+
+
+def _restore_thresholds() -> None:
+    before, _users_thresholds[:] = _users_thresholds[:], []
+    # Others are the user's, set meanwhile.
+    if before and gc.get_threshold() == (_YOUNG_OBJECTS, *before[0][1:]):
+        gc.set_threshold(*before[0])
+
+
+def _forked() -> None:
+    """Leave the blocks to the parent's threads."""
+    _blocks.clear()
+    _restore_thresholds()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Slices:
@@ -76,13 +130,16 @@ class Slices:
         try:
             if self._used and self._used >= self.max_hold * _SHARE:
                 await self._turn(beside)
-            while True:
-                try:
-                    self._slice(work)
-                except StopIteration as stop:
-                    result: T = stop.value
-                    return result
-                await self._turn(beside)
+            try:
+                self._slice(work)
+                # What takes one slice makes few objects.
+                with RarerCollections():
+                    while True:
+                        await self._turn(beside)
+                        self._slice(work)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
         finally:
             if not resumable:
                 work.close()

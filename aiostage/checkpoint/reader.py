@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from aiostage._loop.coroutines import run_concurrently
+from aiostage._loop.slices import RarerCollections
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
 from aiostage.checkpoint.incoming import PartReader, ReadTargets
@@ -110,7 +111,7 @@ class CheckpointReader:
 
         May be cancelled; nothing is left behind then.
         """
-        with span("manifest"):
+        with span("manifest"), RarerCollections():
             table = NodeTable()
             manifest = await self._reader.open(self._workers, table.add)
             with reading(self.manifest_path):
@@ -129,7 +130,7 @@ class CheckpointReader:
             for file in queue:
                 found[file.name] = await self._look_into(file)
 
-        with span("headers"):
+        with span("headers"), RarerCollections():
             await run_concurrently(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
             return await self._workers.run(partial(self._outline, manifest, table, found))
 
@@ -209,7 +210,7 @@ class CheckpointReader:
         Raises:
             CheckpointCorruptError: If the nodes do not describe a tree over the data.
         """
-        with span("decode"):
+        with span("decode"), RarerCollections():
             if outline.table.kinds:
                 with reading(self.manifest_path):
                     await self._workers.run(partial(read_zones, outline.table.wanted()))

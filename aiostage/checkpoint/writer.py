@@ -13,6 +13,7 @@ import torch
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
+from aiostage._loop.slices import RarerCollections
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
@@ -137,7 +138,7 @@ class CheckpointWriter:
         Cancelling changes nothing.
         """
         self._snapshot = snapshot
-        with span("layout"):
+        with span("layout"), RarerCollections():
             # Tensors that were staged in inference mode can be changed by functions of registered classes only in it.
             caller = CallerStreams(None)
             encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
