@@ -324,6 +324,7 @@ class Leaves:
             # A Parameter's gradient is not copied, as copy.deepcopy does not.
             gradient = tensor.grad if tensor.is_leaf and type(tensor) is not torch.nn.Parameter else None
             if gradient is not None:
+                _check_gradient(tensor, gradient)
                 self.gradients[index] = self.add(gradient, index)
             simple = (
                 simple
@@ -338,6 +339,16 @@ class Leaves:
 
     def _add_parts(self, index: int, composite: Composite) -> None:
         self.composites[index] = (composite, tuple(self.add(part, index) for part in composite.parts))
+
+
+def _check_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Refuse a gradient that PyTorch puts on no copy: ``tensor.data = ...`` leaves one that does not fit any more."""
+    if gradient.shape != tensor.shape or gradient.dtype is not tensor.dtype:
+        raise Refusal(
+            f"its gradient is {gradient.dtype} {tuple(gradient.shape)}, and it is {tensor.dtype} "
+            f"{tuple(tensor.shape)} by now.",
+            "Set its grad to None, or to a gradient that fits.",
+        )
 
 
 def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -217,6 +218,18 @@ class TestClasses:
         staged = stage([leaf])[0]
         assert staged.grad.tolist() == [3, 3]
         assert staged.grad is not leaf.grad
+
+    @pytest.mark.parametrize("data", [torch.zeros(2), torch.zeros(3, dtype=torch.float64)])
+    def test_a_gradient_that_fits_no_more_is_refused(self, data: torch.Tensor) -> None:
+        leaf = torch.ones(3)
+        leaf.grad = torch.ones(3)
+        leaf.data = data
+        # PyTorch puts it on no copy.
+        with pytest.raises(RuntimeError, match="attempting to assign a gradient"):
+            copy.deepcopy(leaf)
+        error = refused(leaf)
+        assert "its gradient is torch.float32 (3,)" in str(error)
+        assert "Set its grad to None" in str(error)
 
 
 class TestMemory:

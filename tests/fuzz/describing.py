@@ -201,13 +201,16 @@ class _Describing:
         if bare:
             return
         with torch._C.DisableTorchFunctionSubclass():
-            grad = tensor.grad
+            grad = tensor.grad if tensor.is_leaf else None
         if grad is not None:
             self.visit(grad, f"{path}.grad")
         self.attributes(tensor, path, without)
 
     def memory(self, tensor: torch.Tensor, path: str, bare: bool) -> None:
-        self.note(path, tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.requires_grad, tensor.device.type)
+        # Of a tensor that autograd has computed, such as a view of one that requires a gradient, only the values are
+        # staged; copy.deepcopy refuses it.
+        requires_grad = tensor.requires_grad and tensor.is_leaf
+        self.note(path, tensor.dtype, tuple(tensor.shape), tensor.layout, requires_grad, tensor.device.type)
         plain = tensor.detach()
         if tensor.is_nested:
             self.note(path, "offsets", plain.offsets().tolist(), _bytes(plain.values()))

@@ -107,10 +107,13 @@ class Scene:
 
         def resize_data() -> None:
             tensor.data = torch.full((1 + serial % 5,), float(serial))
+            # One that does not fit is refused, as by copy.deepcopy.
+            tensor.grad = None
 
         def set_memory() -> None:
             with torch.no_grad():
                 tensor.set_(torch.full((4,), float(serial)))  # type: ignore[call-overload]
+            tensor.grad = None
 
         def swap() -> None:
             other = pick(self.tensors)
