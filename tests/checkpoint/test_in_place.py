@@ -285,6 +285,17 @@ async def test_on_trio(tmp_path: Path) -> None:
     assert_same(tree(2), live)
 
 
+def before_the_plan(change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something done after the live tree was compared, and before the reads are planned."""
+    planned = load_module.plan_reads
+
+    def change_first(*args: Any, **options: Any) -> Any:
+        change()
+        return planned(*args, **options)
+
+    monkeypatch.setattr(load_module, "plan_reads", change_first)
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("size", [2, 100])
 async def test_a_live_tensor_that_is_resized_while_the_reads_are_planned(
@@ -292,13 +303,7 @@ async def test_a_live_tensor_that_is_resized_while_the_reads_are_planned(
 ) -> None:
     await aiostage.save({"a": torch.arange(4.0), "b": torch.ones(3)}, tmp_path / "a")
     live = {"a": torch.zeros(4), "b": torch.zeros(3)}
-    planned = load_module.plan_reads
-
-    def resize_first(*args: Any, **options: Any) -> Any:
-        live["a"].resize_(size)
-        return planned(*args, **options)
-
-    monkeypatch.setattr(load_module, "plan_reads", resize_first)
+    before_the_plan(lambda: live["a"].resize_(size), monkeypatch)
     with pytest.raises(CheckpointMismatchError, match=f"'a'.* now has {4 * size} bytes instead of 16.*resize"):
         await aiostage.load(tmp_path / "a", into=live, in_place=True)
     assert live["b"].tolist() == [0.0, 0.0, 0.0]
@@ -319,13 +324,7 @@ async def test_a_live_tensor_that_is_replaced_while_its_values_are_read(
 ) -> None:
     await aiostage.save({"a": torch.arange(4.0), "b": torch.ones(3)}, tmp_path / "a")
     live = {"a": torch.zeros(4), "b": torch.zeros(3)}
-    planned = load_module.plan_reads
-
-    def change_first(*args: Any, **options: Any) -> Any:
-        CHANGES[change](live["a"])
-        return planned(*args, **options)
-
-    monkeypatch.setattr(load_module, "plan_reads", change_first)
+    before_the_plan(lambda: CHANGES[change](live["a"]), monkeypatch)
     with pytest.raises(CheckpointMismatchError, match=r"'a'.*torch\.float32 \(4,\) into torch\..*during the load"):
         await aiostage.load(tmp_path / "a", into=live)
     assert live["a"].count_nonzero() == live["b"].count_nonzero() == 0
