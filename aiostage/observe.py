@@ -21,7 +21,17 @@ from typing import TypeAlias
 from aiostage.abc import Observer, Span
 from aiostage.errors import shown
 
-__all__ = ["OpenSpan", "add_observer", "begin", "current", "inside", "observing", "remove_observer", "span", "within"]
+__all__ = [
+    "OpenSpan",
+    "add_observer",
+    "current",
+    "inside",
+    "observing",
+    "remove_observer",
+    "span",
+    "start_span",
+    "within",
+]
 
 _logger = logging.getLogger("aiostage")
 
@@ -95,7 +105,7 @@ class _Current:
 
 
 def span(name: str, **attributes: object) -> AbstractContextManager[None]:
-    """Open a span for a block, inside the one that is open around it. Not for generators: see :func:`begin`.
+    """Open a span for a block, inside the one that is open around it. Not for generators: see :func:`start_span`.
 
     Args:
         name: What is done, one of a small number of names.
@@ -110,7 +120,7 @@ def span(name: str, **attributes: object) -> AbstractContextManager[None]:
     return _Current(OpenSpan(observers, _new(name, _current.get(), attributes)))
 
 
-def begin(name: str, **attributes: object) -> OpenSpan | None:
+def start_span(name: str, **attributes: object) -> OpenSpan | None:
     """Open a span that is ended by hand, because it is no block: it may end in another task or thread.
 
     Args:
@@ -128,7 +138,7 @@ def inside(parent: OpenSpan | None, name: str, **attributes: object) -> Abstract
     """Open a span for a block inside a span that was opened by hand.
 
     Args:
-        parent: From :func:`begin`; None without an observer.
+        parent: From :func:`start_span`; None without an observer.
         name: What is done, one of a small number of names.
         **attributes: What else is known: numbers and strings.
 
@@ -143,7 +153,7 @@ def within(opened: OpenSpan | None) -> Iterator[None]:
     """Have spans that a block opens lie inside a span that was opened by hand, which it does not end.
 
     Args:
-        opened: From :func:`begin`; None without an observer.
+        opened: From :func:`start_span`; None without an observer.
     """
     if opened is None:
         yield

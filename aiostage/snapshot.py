@@ -209,7 +209,7 @@ class Snapshot(Generic[T]):
         """
         if self._staging.state is not State.NEW:
             raise StagingError("the snapshot was entered before.", remedy="Call snapshot() again for another one.")
-        await self._staging.begin()
+        await self._staging.start()
         return self
 
     async def __aexit__(
@@ -254,7 +254,7 @@ def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
 
 async def _run(staging: Staging) -> Any:
     try:
-        await staging.begin()
+        await staging.start()
         return await staging.complete()
     except BaseException:
         # No other waiter asks for the error, and its traceback leads to this.

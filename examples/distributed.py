@@ -59,22 +59,22 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> d
 async def train(folder: Path) -> None:
     rank = dist.get_rank()
     model, optimizer = build()
-    savings: list[dcp.Saving] = []
+    responses: list[dcp.AsyncSaveResponse] = []
     async with aiostage.AsyncStager() as stager:
         for step in range(1, STEPS + 1):
             # The step blocks, so it goes to a thread; the loop stays free for everything else.
             loss = await asyncio.to_thread(train_step, model, optimizer, step)
             if step % SAVE_EVERY == 0:
                 state = state_of(model, optimizer, step)
-                saving = dcp.start_save(state, checkpoint_id=folder / f"step-{step}", stager=stager, timeout=TIMEOUT)
+                response = dcp.start_save(state, checkpoint_id=folder / f"step-{step}", stager=stager, timeout=TIMEOUT)
                 # All that training waits for. Planning, writing and the collectives of DCP go on beside it.
-                await saving.captured()
-                savings.append(saving)
+                await response.captured()
+                responses.append(response)
                 if rank == 0:
                     print(f"step {step}: loss {loss:.4f}, captured")
-        for saving in savings:
-            metadata = await saving.committed()
-        savings.clear()
+        for response in responses:
+            metadata = await response.committed()
+        responses.clear()
         if rank == 0:
             print(f"{len(metadata.state_dict_metadata)} entries in each checkpoint of {dist.get_world_size()} ranks")
 

@@ -62,12 +62,12 @@ async def test_free_when_nobody_listens() -> None:
         assert not {"OpenSpan.__init__", "OpenSpan.child", "OpenSpan.end", "_new", "_tell"} & set(calls.count)
         counts.append(calls.count)
     # A look for the staging and one for each batch, of which there is one; none for a leaf.
-    assert counts == [Counter(begin=1, inside=1)] * 2
+    assert counts == [Counter(start_span=1, inside=1)] * 2
 
 
 def test_nothing_is_made_when_nobody_listens() -> None:
     assert span("one") is span("two", nbytes=1)
-    assert observe.begin("one") is None
+    assert observe.start_span("one") is None
     assert observe.inside(None, "one") is span("two")
     with span("one"):
         assert observe.current() is None

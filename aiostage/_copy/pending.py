@@ -18,7 +18,7 @@ from aiostage._copy.device import DeviceCopy
 from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
 from aiostage._loop.coroutines import finish
 from aiostage._loop.polling import wait_until_done
-from aiostage._loop.wakeup import Closing
+from aiostage._loop.threadsafe_event import Closing
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Backend, SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError
@@ -326,7 +326,7 @@ class StagingCopies(PendingCopies):
             job.put(step)
         job.close()
         try:
-            with self._stager.telling(job.cancel):
+            with self._stager.on_close(job.cancel):
                 try:
                     await self._launched(job)
                 except BaseException as error:

@@ -17,9 +17,9 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import CopyStreams
-from aiostage._loop.forks import tell_of_forks
-from aiostage._loop.wakeup import Closing
-from aiostage._loop.workers import Job, Workers, begin
+from aiostage._loop.forks import register_after_fork
+from aiostage._loop.threadsafe_event import Closing
+from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Backend
@@ -80,9 +80,9 @@ class Resources:
         """Of the stagings under way."""
         self.closing = Closing()
         self._known: tuple[list[Spec | None], list[int], Plan] | None = None
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> object:
+    def after_fork_in_child(self) -> object:
         """Begin anew in a child, where the stagings under way never end."""
         left_behind, self.running = self.running, set()
         return left_behind
@@ -97,7 +97,7 @@ class Resources:
             return
         # Without a thread, at the end of the interpreter, memory goes with the last that refers to it.
         with suppress(RuntimeError):
-            begin(threading.Thread(target=self.pool.close, name="aiostage-dropped", daemon=True))
+            start_thread(threading.Thread(target=self.pool.close, name="aiostage-dropped", daemon=True))
         warnings.warn(
             "an AsyncStager that has staged was dropped and never closed; use `async with`, or await its aclose()",
             ResourceWarning,

@@ -26,7 +26,7 @@ from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError
 from aiostage.leaf import Path, StagedLeaf, format_path
-from aiostage.observe import begin
+from aiostage.observe import start_span
 
 __all__ = ["Staging", "State"]
 
@@ -127,7 +127,7 @@ class Staging:
         self.job: Job = resources.workers.job()
         self.progress = CopyProgress(self.job)
         self.timings = Timings()
-        self.timings.span = begin("stage")
+        self.timings.span = start_span("stage")
         self._copies: Copies | None = None
         self._waiters = 0
         self._building = _Turns()
@@ -187,7 +187,7 @@ class Staging:
 
     # The public life of a staging
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Walk, plan, get memory, build the leaves and start the copies.
 
         With leaves on devices it returns once those copies are enqueued and everything in host memory is copied.

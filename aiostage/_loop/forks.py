@@ -1,7 +1,7 @@
-"""What a forked child begins anew: it has its parent's objects, but none of its parent's threads.
+"""Handlers that run in a forked child. It has its parent's objects, but none of its parent's threads.
 
-A lock that one of those threads held is held for ever, and a thread that is waited for never comes. PyTorch's
-``DataLoader`` and ``multiprocessing`` fork in the middle of whatever runs, so nothing can be put in order before.
+A lock that one of those threads held stays locked, and a wait for such a thread never ends. PyTorch's ``DataLoader``
+and ``multiprocessing`` fork at any time, so the parent cannot prepare for it.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import os
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["Forked", "tell_of_forks"]
+__all__ = ["ForkHandler", "register_after_fork"]
 
 
-class Forked(Protocol):
+class ForkHandler(Protocol):
     """Something with threads, locks or memory that a child must not take over."""
 
-    def forked(self) -> object:
-        """Begin anew; called in the child, in its only thread.
+    def after_fork_in_child(self) -> object:
+        """Reset the object. Called in the child, in its only thread.
 
         Returns:
-            What is left behind. It is dropped when all have been told, since finalizers may need the locks of others.
+            Objects that the child must drop. They are dropped after all handlers have run, because a finalizer may need
+            a lock that a later handler makes again.
         """
 
 
-_told: WeakSet[Forked] = WeakSet()
+_handlers: WeakSet[ForkHandler] = WeakSet()
 
 
-def tell_of_forks(owner: Forked) -> None:
-    """Have :meth:`Forked.forked` called in every child that is forked while ``owner`` lives, before it goes on."""
-    _told.add(owner)
+def register_after_fork(owner: ForkHandler) -> None:
+    """Call :meth:`ForkHandler.after_fork_in_child` in every child that is forked while ``owner`` is alive."""
+    _handlers.add(owner)
 
 
-def _tell() -> None:
-    left_behind = [owner.forked() for owner in list(_told)]
-    del left_behind
+def _after_fork_in_child() -> None:
+    to_drop = [owner.after_fork_in_child() for owner in list(_handlers)]
+    del to_drop
 
 
-os.register_at_fork(after_in_child=_tell)
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -19,8 +19,8 @@ from weakref import ReferenceType, ref
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
+from aiostage._loop.threadsafe_event import Closing
 from aiostage._loop.timer import Timer
-from aiostage._loop.wakeup import Closing
 from aiostage.abc import SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError, shown
 
@@ -146,7 +146,7 @@ class _Polling(Timer):
         watch.waiters.add(waiter)
         try:
             # Weakly: a stager must not keep a coroutine alive whose loop has gone.
-            with nullcontext() if closing is None else closing.telling(partial(_end, ref(waiter))):
+            with nullcontext() if closing is None else closing.on_close(partial(_end, ref(waiter))):
                 await waiter.wake.wait()
         finally:
             watch.waiters.discard(waiter)

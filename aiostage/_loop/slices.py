@@ -67,13 +67,13 @@ def _restore_thresholds() -> None:
         gc.set_threshold(*before[0])
 
 
-def _forked() -> None:
+def _after_fork_in_child() -> None:
     """Leave the blocks to the parent's threads."""
     _blocks.clear()
     _restore_thresholds()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Slices:

@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import TypeVar
 
 from aiostage._loop.coroutines import finish, without_locals
-from aiostage._loop.forks import tell_of_forks
-from aiostage._loop.wakeup import Wakeup
+from aiostage._loop.forks import register_after_fork
+from aiostage._loop.threadsafe_event import ThreadsafeEvent
 from aiostage._turns import stoppable
 
-__all__ = ["Job", "Workers", "begin"]
+__all__ = ["Job", "Workers", "start_thread"]
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Job:
         self._open = True
         self._cancelled = False
         self._error: BaseException | None = None
-        self._waiters: list[Wakeup] = []
+        self._waiters: list[ThreadsafeEvent] = []
 
     @property
     def done(self) -> int:
@@ -143,14 +143,14 @@ class Job:
         with self._lock:
             if self._done > seen or not (self._open or self._steps or self._running):
                 return
-            wakeup = Wakeup()
-            self._waiters.append(wakeup)
+            event = ThreadsafeEvent()
+            self._waiters.append(event)
         try:
-            await wakeup.wait()
+            await event.wait()
         finally:
             with self._lock:
-                if wakeup in self._waiters:
-                    self._waiters.remove(wakeup)
+                if event in self._waiters:
+                    self._waiters.remove(event)
 
     async def settled(self) -> None:
         """Wait until the job is finished, without raising a step's error. Cancelling changes nothing."""
@@ -207,12 +207,12 @@ class Job:
         if not isinstance(error, GeneratorExit):
             await finish(self.settled)
 
-    def _take_waiters(self) -> list[Wakeup]:
+    def _take_waiters(self) -> list[ThreadsafeEvent]:
         waiters, self._waiters = self._waiters, []
         return waiters
 
 
-def _wake(waiters: list[Wakeup]) -> None:
+def _wake(waiters: list[ThreadsafeEvent]) -> None:
     for waiter in waiters:
         waiter.set()
 
@@ -294,9 +294,9 @@ class _WorkerState:
         self.stopping = False
         self.queue: deque[Job] = deque()
         self.condition = threading.Condition()
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> object:
+    def after_fork_in_child(self) -> object:
         self.condition = threading.Condition()
         self.alive = self.idle = 0
         left_behind, self.queue = self.queue, deque()
@@ -317,7 +317,7 @@ class _WorkerState:
         try:
             # Daemon threads do not keep an interpreter from exiting; a step that runs then is a copy into memory
             # that goes away with the process.
-            begin(threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True))
+            start_thread(threading.Thread(target=self._serve, name=f"{self.name}-{number}", daemon=True))
         except RuntimeError:
             with self.condition:
                 self.alive -= 1
@@ -352,7 +352,7 @@ class _WorkerState:
             del job
 
 
-def begin(thread: threading.Thread) -> None:
+def start_thread(thread: threading.Thread) -> None:
     """Start a thread that was not started; it appears among the threads of the process a moment later.
 
     ``Thread.start()`` returns when the new thread has had its first turn, for which that waits like any other: where
@@ -364,10 +364,10 @@ def begin(thread: threading.Thread) -> None:
     Raises:
         RuntimeError: If no thread can be had.
     """
-    _thread.start_new_thread(_begin, (thread,))
+    _thread.start_new_thread(_start_thread, (thread,))
 
 
-def _begin(thread: threading.Thread) -> None:
+def _start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError:

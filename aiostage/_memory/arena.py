@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy
 import numpy.typing
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (
@@ -250,9 +250,9 @@ class _LeftOut:
     def __init__(self) -> None:
         self.mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._never_unmapped: list[mmap.mmap] = []
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Keep the objects of the parent's mappings for as long as the child lives."""
         self._never_unmapped += self.mappings
 

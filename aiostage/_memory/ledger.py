@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from aiostage._loop.wakeup import Wakeup
+from aiostage._loop.threadsafe_event import ThreadsafeEvent
 from aiostage._memory.arena import Arena, whole_pages
 from aiostage.errors import HostMemoryError, StagerClosedError, StagingError
 
@@ -29,18 +29,18 @@ class Request:
     Attributes:
         nbytes: How much, in bytes.
         size: The same in whole pages, which is what it takes.
-        wakeup: Set when there is reason to look again; replaced by the waiter before each look.
+        event: Set when there is reason to look again; replaced by the waiter before each look.
         arena: What it was granted.
         error: Why it cannot be granted.
         abandoned: No task waits for the answer any more.
     """
 
-    __slots__ = ("abandoned", "arena", "error", "nbytes", "size", "wakeup")
+    __slots__ = ("abandoned", "arena", "error", "event", "nbytes", "size")
 
-    def __init__(self, nbytes: int, wakeup: Wakeup) -> None:
+    def __init__(self, nbytes: int, event: ThreadsafeEvent) -> None:
         self.nbytes = nbytes
         self.size = whole_pages(max(nbytes, 1))
-        self.wakeup = wakeup
+        self.event = event
         self.arena: Arena | None = None
         self.error: StagingError | None = None
         self.abandoned = False

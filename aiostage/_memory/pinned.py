@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage._memory.arena import Arena
 from aiostage._platform import locked_memory_limit
 from aiostage.abc import Backend
@@ -39,9 +39,9 @@ class Pinning:
         self._required = required
         self._lock = threading.Lock()
         self.failed = False
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Begin anew in a child."""
         self._lock = threading.Lock()
 

@@ -15,8 +15,8 @@ import anyio
 import torch
 
 from aiostage._loop.coroutines import finish
-from aiostage._loop.forks import tell_of_forks
-from aiostage._loop.wakeup import Wakeup
+from aiostage._loop.forks import register_after_fork
+from aiostage._loop.threadsafe_event import ThreadsafeEvent
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request
@@ -116,7 +116,7 @@ class Pool:
         self._ledger = Ledger(self._make, max_bytes)
         self._compared = False
         self._begin()
-        tell_of_forks(self)
+        register_after_fork(self)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
@@ -130,7 +130,7 @@ class Pool:
         self._outliving = False
         self.used = False
 
-    def forked(self) -> object:
+    def after_fork_in_child(self) -> object:
         """Begin anew in a child. Its copies of what its parent staged hold their memory as before."""
         ledger, self._ledger = self._ledger, Ledger(self._make, self._max_bytes)
         self._ledger.closed = ledger.closed
@@ -165,7 +165,7 @@ class Pool:
 
         May be cancelled at any time; whatever was granted by then goes back to the pool.
         """
-        request = Request(nbytes, Wakeup())
+        request = Request(nbytes, ThreadsafeEvent())
         if self._max_bytes is not None and request.size > self._max_bytes:
             raise HostMemoryError(
                 f"{request.size} bytes of host memory are needed, but max_host_bytes is {self._max_bytes}.",
@@ -257,7 +257,7 @@ class Pool:
         patience = anyio.current_time() + _PATIENCE_SECONDS
         while True:
             # Renewed before looking, so that what comes back after the look sets the one that is waited for.
-            request.wakeup = wakeup = Wakeup()
+            request.event = event = ThreadsafeEvent()
             self._advance()
             if request.answered:
                 return request.take()
@@ -265,7 +265,7 @@ class Pool:
                 self._report(request)
                 patience = math.inf
             again = _HELD_ELSEWHERE_SECONDS if self._ledger.held_elsewhere else math.inf
-            await wakeup.wait(min(again, patience - anyio.current_time()))
+            await event.wait(min(again, patience - anyio.current_time()))
 
     def _report(self, request: Request) -> None:
         statistics = self.statistics()
@@ -328,7 +328,7 @@ class Pool:
                 self._ended.put(False)
             again = False
             for request in moves.answered:
-                if not request.wakeup.set():
+                if not request.event.set():
                     # Its event loop has closed, and will never take what it was granted.
                     self._returned.put(request)
                     again = True
@@ -380,6 +380,6 @@ def _end_lease(returned: SimpleQueue[Arena | Request], ended: SimpleQueue[bool],
 def _nudge(ledger: Ledger) -> None:
     """Wake the first waiter that can still be woken; it will look again, on behalf of all."""
     for request in ledger.waiting:
-        if not request.abandoned and request.wakeup.set():
+        if not request.abandoned and request.event.set():
             return
         request.abandoned = True

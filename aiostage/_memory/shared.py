@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage._platform import (
     PAGE_BYTES,
     lock,
@@ -130,13 +130,13 @@ class SentMemory:
         self._close = weakref.finalize(self, os.close, self.descriptor)
         self._close.atexit = False
         lock(self.descriptor)
-        tell_of_forks(self)
+        register_after_fork(self)
 
     def close(self) -> None:
         """Close it. Dropping it does so too."""
         self._close()
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Close it in a child, which would hold the lock for as long as it lives."""
         self._close()
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage.errors import CheckpointError
 
 __all__ = ["Background", "OnBackground"]
@@ -74,9 +74,9 @@ class OnBackground:
     def __init__(self) -> None:
         self._background: Background | None = None
         self._exit: ExitStack | None = None
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Leave the thread to the parent."""
         if self._exit is not None:
             _left_to_the_parent.append(self._exit)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage.errors import shown
 
 __all__ = ["Handlers", "catchable", "set_by_signals"]
@@ -47,9 +47,9 @@ class Handlers:
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
         self._before = {number: signal.getsignal(number) for number in signals}
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Put them back in a child, whose signals are not to be told to its parent's event loop either."""
         if self._before:
             # The loop's own socket: it would run its handlers for every signal that the child gets.

@@ -18,7 +18,7 @@ from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
 from aiostage.errors import shown
-from aiostage.observe import OpenSpan, begin, span, within
+from aiostage.observe import OpenSpan, span, start_span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
@@ -84,7 +84,7 @@ def save(
     own = None
     if stager is None and not isinstance(state_dict, Snapshot):
         stager = own = AsyncStager()
-    opened = begin("save", target=name)
+    opened = start_span("save", target=name)
     with within(opened):
         # Called before anything is awaited: the moment of the copy is the caller's.
         source = state_dict if stager is None or isinstance(state_dict, Snapshot) else source_of(state_dict, stager)

@@ -20,9 +20,9 @@ from aiostage._arguments import check_flags
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, Block
-from aiostage.dcp.channel import DEFAULT_TIMEOUT, Call, call_for
+from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
-from aiostage.dcp.saver import Saving, start_save
+from aiostage.dcp.saver import AsyncSaveResponse, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointNotFoundError, shown
 from aiostage.format.steps import name_of, step_of, surplus
@@ -41,9 +41,9 @@ _numbers: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
 class SaveHandle:
     """A captured checkpoint of many ranks on its way into its storage. Made by :meth:`Checkpointer.save`."""
 
-    def __init__(self, step: int, saving: Saving) -> None:
+    def __init__(self, step: int, response: AsyncSaveResponse) -> None:
         self.step = step
-        self._saving = saving
+        self._response = response
         self._ended = anyio.Event()
         self.error: Exception | None = None
         self.was_asked = False
@@ -64,7 +64,7 @@ class SaveHandle:
         Cancelling changes nothing.
         """
         self.was_asked = True
-        return await self._saving.committed()
+        return await self._response.committed()
 
     async def ended(self) -> None:
         """Wait until it is committed, or has failed."""
@@ -73,7 +73,7 @@ class SaveHandle:
     async def finish(self) -> bool:
         """Carry it to its end, and return whether it is committed."""
         try:
-            await self._saving.committed()
+            await self._response.committed()
         except Exception as error:
             self.error = error
         finally:
@@ -131,7 +131,9 @@ class Checkpointer(BackgroundSaves):
         if not self._alone:
             self._parent = process_group if process_group is not None else dist.group.WORLD
         self._is_first = self._alone or dist.get_rank(self._parent) == 0
-        self._call: Callable[[Any], Call[Any]] = partial(call_for, process_group, no_dist=no_dist, timeout=timeout)
+        self._call: Callable[[Any], QueuedOperation[Any]] = partial(
+            operation_for, process_group, no_dist=no_dist, timeout=timeout
+        )
         self._options = {"process_group": process_group, "no_dist": no_dist, "timeout": timeout}
         self._number = 0 if self._alone else next(_numbers.setdefault(self._parent, count()))
         self._store: Any = None
@@ -199,14 +201,14 @@ class Checkpointer(BackgroundSaves):
 
         Raises:
             CheckpointError: If the block was not entered, or was left.
-            Exception: The errors of :meth:`Saving.captured`.
+            Exception: The errors of :meth:`AsyncSaveResponse.captured`.
             ValueError: If the step is below 0.
 
         That there is a checkpoint of this step already, the handle says.
         """
         block, name = self._entered(), name_of(_checked(step))
         writer = StorageWriter(self._root)
-        saving = start_save(
+        response = start_save(
             state_dict,
             checkpoint_id=name,
             storage_writer=writer,
@@ -214,13 +216,13 @@ class Checkpointer(BackgroundSaves):
             stager=block.stager,
             **self._options,
         )
-        return self._capture(block, SaveHandle(step, saving), saving)
+        return self._capture(block, SaveHandle(step, response), response)
 
-    async def _capture(self, block: Block, handle: SaveHandle, saving: Saving) -> SaveHandle:
+    async def _capture(self, block: Block, handle: SaveHandle, response: AsyncSaveResponse) -> SaveHandle:
         await block.slots.acquire()
         try:
             self._entered()
-            await saving.captured()
+            await response.captured()
             self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
             self._handles.append(handle)
             block.group.start_soon(self._finish, block, handle, name=f"save step {handle.step}")
@@ -315,7 +317,7 @@ class Checkpointer(BackgroundSaves):
         call = self._call(into)
         return self._restored(call, self._from_first(call, choose, read))
 
-    async def _restored(self, call: Call[int | None], loading: Coroutine[Any, Any, int | None]) -> int:
+    async def _restored(self, call: QueuedOperation[int | None], loading: Coroutine[Any, Any, int | None]) -> int:
         try:
             step = await loading
         finally:
@@ -332,7 +334,9 @@ class Checkpointer(BackgroundSaves):
     async def _latest(self) -> int | None:
         return max(await self.steps(), default=None)
 
-    async def _from_first(self, call: Call[T], find: Callable[[], Awaitable[Any]], act: Callable[[Any, Any], T]) -> T:
+    async def _from_first(
+        self, call: QueuedOperation[T], find: Callable[[], Awaitable[Any]], act: Callable[[Any, Any], T]
+    ) -> T:
         """Have the first rank find something out, and all act on it."""
 
         async def ready() -> None:

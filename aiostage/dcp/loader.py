@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from aiostage import _private
 from aiostage._arguments import check_flags
 from aiostage._loop.coroutines import named
-from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 
 __all__ = ["load"]
@@ -60,7 +60,7 @@ def load(
         ValueError: If there is neither an id nor a reader, or this rank is not in the group, or the timeout is not
             above 0.
 
-    When cancelled before all ranks have come together, nothing is loaded, and the others raise
+    When cancelled before all ranks have come collectives, nothing is loaded, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
     if storage_reader is None and checkpoint_id is None:
@@ -68,11 +68,11 @@ def load(
     check_flags(weights_only=weights_only)
     if planner is None:
         planner = KeyedLoadPlanner(weights_only=weights_only)
-    call: Call[None] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
+    call: QueuedOperation[None] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     return named(_load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner)), "load")
 
 
-async def _load(call: Call[None], read: Action[None]) -> None:
+async def _load(call: QueuedOperation[None], read: Action[None]) -> None:
     call.hand_over(read)
     try:
         await call.complete()
@@ -90,7 +90,7 @@ def _read(
     """Find the reader, and return what needs the other ranks."""
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
 
-    def together(group: Any) -> None:
+    def collectives(group: Any) -> None:
         torch_load(
             state_dict,
             storage_reader=reader,
@@ -99,4 +99,4 @@ def _read(
             no_dist=group is None,
         )
 
-    return together
+    return collectives

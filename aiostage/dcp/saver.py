@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWr
 
 from aiostage import _private
 from aiostage.abc import CheckpointStager
-from aiostage.dcp.channel import DEFAULT_TIMEOUT, Action, Call, call_for
+from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.storage import StorageWriter
 from aiostage.errors import StagingError
 from aiostage.stager import AsyncStager, check_stager
 
-__all__ = ["Saving", "save", "start_save"]
+__all__ = ["AsyncSaveResponse", "save", "start_save"]
 
 
-class Saving:
+class AsyncSaveResponse:
     """A save under way, in two moments. Made by :func:`start_save`.
 
     Awaiting either moment stages. From there on the save goes on by itself, in a thread, with or without a waiter.
@@ -38,7 +38,7 @@ class Saving:
         self,
         state_dict: Mapping[str, Any],
         stager: CheckpointStager | None,
-        call: Call[Metadata],
+        call: QueuedOperation[Metadata],
         write: Callable[[Any], Action[Metadata]],
         *,
         warn_if_dropped: bool,
@@ -133,7 +133,7 @@ def start_save(
     stager: CheckpointStager | None = None,
     no_dist: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
-) -> Saving:
+) -> AsyncSaveResponse:
     """Begin a save, to be waited for in two moments: the awaitable twin of PyTorch's ``AsyncSaveResponse``.
 
     A plain function: the caller's moment is that of the call. Every rank of the group has to make the same calls in
@@ -159,8 +159,8 @@ def start_save(
             above 0.
     """
     write = _writing(checkpoint_id, storage_writer, planner)
-    call: Call[Metadata] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
-    return Saving(state_dict, stager, call, write, warn_if_dropped=True)
+    call: QueuedOperation[Metadata] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
+    return AsyncSaveResponse(state_dict, stager, call, write, warn_if_dropped=True)
 
 
 def save(
@@ -194,16 +194,16 @@ def save(
 
     Raises:
         RankFailedError: If any other rank failed, or this one while planning or writing.
-        Exception: The errors of :meth:`Saving.captured`, if this rank cannot stage.
+        Exception: The errors of :meth:`AsyncSaveResponse.captured`, if this rank cannot stage.
         ValueError: As for :func:`start_save`.
 
-    When cancelled before all ranks have come together, no rank saves, and the others raise
+    When cancelled before all ranks have come collectives, no rank saves, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
     write = _writing(checkpoint_id, storage_writer, planner)
-    call: Call[Metadata] = call_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
+    call: QueuedOperation[Metadata] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     # Python itself warns of the coroutine if it is never awaited.
-    return Saving(state_dict, stager, call, write, warn_if_dropped=False).complete()
+    return AsyncSaveResponse(state_dict, stager, call, write, warn_if_dropped=False).complete()
 
 
 def _writing(
@@ -224,7 +224,7 @@ def _write(
     """Find the writer, and return what needs the other ranks."""
     writer: Any = _private.require("storage_setup")(storage_writer, checkpoint_id, reader=False)
 
-    def together(group: Any) -> Metadata:
+    def collectives(group: Any) -> Metadata:
         try:
             metadata: Metadata = torch_save(
                 staged, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
@@ -236,7 +236,7 @@ def _write(
             raise
         return metadata
 
-    return together
+    return collectives
 
 
 def _reason(error: BaseException) -> str:

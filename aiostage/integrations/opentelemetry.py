@@ -7,7 +7,7 @@ from threading import RLock
 from weakref import WeakKeyDictionary
 
 from aiostage._extras import needed_for
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage.abc import Observer, Span
 
 with needed_for("OpenTelemetryObserver"):
@@ -35,9 +35,9 @@ class OpenTelemetryObserver(Observer):
         self._lock = RLock()
         # Once, or a clock that is set meanwhile would tear parents and children apart.
         self._epoch = time.time_ns() - time.perf_counter_ns()
-        tell_of_forks(self)
+        register_after_fork(self)
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Let a child go on."""
         self._lock = RLock()
 

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage._platform import sync
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.storage.files import (
@@ -101,7 +101,7 @@ class PendingDirectory:
             lock = self._lock()
             if lock is not None:
                 self._directory = lock
-                tell_of_forks(self)
+                register_after_fork(self)
                 return
         raise CheckpointError("another process keeps removing what is being written.", path=target)
 
@@ -116,7 +116,7 @@ class PendingDirectory:
             return None
         return directory
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Leave the pending checkpoint to the parent: the lock would be held until the child has ended too."""
         self._directory.close()
 

@@ -140,7 +140,7 @@ class RemoteStorage(MultiWriterStorage):
             raise _exists(location)
         pending = _RemoteCheckpoint(self._bucket, name, overwrite=overwrite, lease_seconds=self._lease_seconds)
         try:
-            await pending.begin()
+            await pending.start()
         except BaseException as error:
             if not isinstance(error, GeneratorExit):
                 await pending.abort()
@@ -258,7 +258,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         self._uploads_in_doubt = True
         return self._token
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Send the first heartbeat."""
         await self._bucket.put(f"{self._path}/{LEASE_NAME}", memoryview(self._lease))
         beat = partial(self._bucket.touch, f"{self._path}/{LEASE_NAME}", self._lease)

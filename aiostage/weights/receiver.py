@@ -13,13 +13,13 @@ from typing import Any
 import anyio
 
 from aiostage._loop.coroutines import run_concurrently, without_locals
-from aiostage._loop.wakeup import post
+from aiostage._loop.threadsafe_event import post
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import open_described
 from aiostage.weights.inbox import Inbox, WeightVersion
-from aiostage.weights.sockets import PROTOCOL, Channel, MalformedError, connect, hello_of, whole_in
+from aiostage.weights.sockets import PROTOCOL, MalformedError, PacketSocket, connect, hello_of, int_in
 
 __all__ = ["SocketReceiver"]
 
@@ -34,8 +34,8 @@ _LONGEST_WAIT_SECONDS = 1.0
 class _Session:
     """One connection to a publisher."""
 
-    def __init__(self, channel: Channel, epoch: str, timeout: float, inbox: Inbox) -> None:
-        self.channel = channel
+    def __init__(self, peer: PacketSocket, epoch: str, timeout: float, inbox: Inbox) -> None:
+        self.peer = peer
         self.epoch = epoch
         self.timeout = timeout
         self.requested = False
@@ -74,10 +74,10 @@ class SocketReceiver:
         wait = _FIRST_WAIT_SECONDS
         try:
             while True:
-                channel: Channel | None = None
+                peer: PacketSocket | None = None
                 try:
-                    channel = await workers.run(partial(connect, self._path))
-                    session = await self._greet(channel)
+                    peer = await workers.run(partial(connect, self._path))
+                    session = await self._greet(peer)
                     wait = _FIRST_WAIT_SECONDS
                     await self._serve(session, workers)
                 except WeightsError as error:
@@ -90,24 +90,24 @@ class SocketReceiver:
                 except MalformedError as error:
                     _log.warning("the publisher at %s is left: it sent %s", self._path, error)
                 finally:
-                    if channel is not None:
-                        channel.close()
+                    if peer is not None:
+                        peer.close()
                 # Not all at the same time.
                 await anyio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         finally:
             workers.stop()
 
-    async def _greet(self, channel: Channel) -> _Session:
-        await channel.send(
+    async def _greet(self, peer: PacketSocket) -> _Session:
+        await peer.send(
             {"aiostage": "weights", "protocol": PROTOCOL, "timeout": self._timeout, "have": self._inbox.seen}
         )
-        message, descriptors = await channel.receive_within(self._timeout)
+        message, descriptors = await peer.receive_within(self._timeout)
         for descriptor in descriptors:
             os.close(descriptor)
         if "refused" in message:
             raise WeightsError(
-                f"process {channel.pid} refused this subscriber: {shown(message['refused'])}.",
+                f"process {peer.pid} refused this subscriber: {shown(message['refused'])}.",
                 path=self._path,
                 remedy="Run publisher and subscribers with the same aiostage, as one user.",
             )
@@ -115,7 +115,7 @@ class SocketReceiver:
         epoch = message.get("epoch")
         if type(epoch) is not str:
             raise MalformedError(f"epoch is {shown(epoch)}")
-        return _Session(channel, epoch, timeout, self._inbox)
+        return _Session(peer, epoch, timeout, self._inbox)
 
     async def _serve(self, session: _Session, workers: Workers) -> None:
         inbox = self._inbox
@@ -129,13 +129,13 @@ class SocketReceiver:
 
     async def _read(self, session: _Session, workers: Workers) -> None:
         while True:
-            message, descriptors = await session.channel.receive_within(self._timeout)
+            message, descriptors = await session.peer.receive_within(self._timeout)
             try:
                 match message:
                     case {"version": _} if session.requested:
                         await self._open(session, message, descriptors, workers)
                     case {"newest": _} if not descriptors:
-                        self._inbox.set_newest(session.epoch, whole_in(message, "newest"))
+                        self._inbox.set_newest(session.epoch, int_in(message, "newest"))
                     case {"alive": True} if not descriptors:
                         pass
                     case _:
@@ -146,7 +146,7 @@ class SocketReceiver:
 
     async def _open(self, session: _Session, message: dict[str, Any], descriptors: list[int], workers: Workers) -> None:
         """Open a version, and put it into the inbox."""
-        number = whole_in(message, "version")
+        number = int_in(message, "version")
         seen = (session.epoch, number)
         try:
             tree, memory = await workers.run(
@@ -169,19 +169,19 @@ class SocketReceiver:
         self._inbox.put(version, seen=seen)
 
     async def _write(self, session: _Session) -> None:
-        inbox, channel = self._inbox, session.channel
+        inbox, peer = self._inbox, session.peer
         beat = min(self._timeout, session.timeout) / _BEATS_PER_TIMEOUT
         while True:
             changed = inbox.changed.event
             if inbox.outgoing:
-                await channel.send(inbox.outgoing[0])
+                await peer.send(inbox.outgoing[0])
                 inbox.outgoing.popleft()
                 inbox.changed.set()
             elif inbox.wants and not session.requested:
                 session.requested = True
-                await channel.send({"next": None})
+                await peer.send({"next": None})
             else:
                 with anyio.move_on_after(beat):
                     await changed.wait()
                     continue
-                await channel.send({"alive": True})
+                await peer.send({"alive": True})

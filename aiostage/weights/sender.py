@@ -20,7 +20,7 @@ from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import Described, describe
 from aiostage.weights.signal import Signal
-from aiostage.weights.sockets import PROTOCOL, Channel, Endpoint, MalformedError, hello_of, whole_in
+from aiostage.weights.sockets import PROTOCOL, Endpoint, MalformedError, PacketSocket, hello_of, int_in
 
 __all__ = ["SocketSender", "SubscriberInfo"]
 
@@ -67,8 +67,8 @@ class _Connection:
         waits: Whether it was logged that it waits for others.
     """
 
-    def __init__(self, channel: Channel, timeout: float, seen: int) -> None:
-        self.channel = channel
+    def __init__(self, peer: PacketSocket, timeout: float, seen: int) -> None:
+        self.peer = peer
         self.timeout = timeout
         self.seen = seen
         self.sent = -1
@@ -135,7 +135,7 @@ class SocketSender:
     def subscribers(self) -> tuple[SubscriberInfo, ...]:
         """Those that are connected."""
         return tuple(
-            SubscriberInfo(pid=each.channel.pid, acknowledged=each.acknowledged, holds=tuple(sorted(each.holds)))
+            SubscriberInfo(pid=each.peer.pid, acknowledged=each.acknowledged, holds=tuple(sorted(each.holds)))
             for each in self._connections
         )
 
@@ -166,38 +166,38 @@ class SocketSender:
     async def _accept(self, endpoint: Endpoint, group: TaskGroup) -> None:
         while True:
             try:
-                channel = await endpoint.accept()
+                peer = await endpoint.accept()
             except OSError as error:
                 _log.warning("no subscriber of %s can be accepted: %s", self.location, error)
                 await anyio.sleep(_RETRY_SECONDS)
             else:
-                group.start_soon(self._serve, channel, name=f"serve weights to {channel.pid}")
+                group.start_soon(self._serve, peer, name=f"serve weights to {peer.pid}")
             # The next wait must not keep it.
-            channel = None  # type: ignore[assignment]
+            peer = None  # type: ignore[assignment]
 
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(self, peer: PacketSocket) -> None:
         """Serve one subscriber until it is gone."""
         connection: _Connection | None = None
         try:
-            connection = await self._greet(channel)
+            connection = await self._greet(peer)
             self._connections.add(connection)
             await run_concurrently(partial(self._read, connection), partial(self._write, connection))
         except (EOFError, OSError) as error:
             # TimeoutError is one of the latter.
-            _log.info("subscriber %d of %s is gone: %s", channel.pid, self.location, said(error))
+            _log.info("subscriber %d of %s is gone: %s", peer.pid, self.location, said(error))
         except MalformedError as error:
-            _log.warning("subscriber %d of %s was refused: it sent %s", channel.pid, self.location, error)
-            channel.refuse(f"it was sent {error}")
+            _log.warning("subscriber %d of %s was refused: it sent %s", peer.pid, self.location, error)
+            peer.refuse(f"it was sent {error}")
         finally:
-            channel.close()
+            peer.close()
             if connection is not None:
                 self._connections.discard(connection)
                 self._drop_unused()
 
-    async def _greet(self, channel: Channel) -> _Connection:
-        message = await self._receive(channel)
-        if channel.uid != os.geteuid():
-            raise MalformedError(f"a request as user {channel.uid}; the publisher is user {os.geteuid()}")
+    async def _greet(self, peer: PacketSocket) -> _Connection:
+        message = await self._receive(peer)
+        if peer.uid != os.geteuid():
+            raise MalformedError(f"a request as user {peer.uid}; the publisher is user {os.geteuid()}")
         if len(self._connections) >= _MAX_CONNECTIONS:
             raise MalformedError(f"a request beside {_MAX_CONNECTIONS} other subscribers")
         timeout = hello_of(message)
@@ -205,14 +205,14 @@ class SocketSender:
         if have is not None:
             if type(have) is not list or len(have) != 2 or type(have[0]) is not str:
                 raise MalformedError(f"have is {shown(have)}")
-            number = whole_in({"version": have[1]}, "version")
+            number = int_in({"version": have[1]}, "version")
             seen = number if have[0] == self.epoch else -1
         hello = {"aiostage": "weights", "protocol": PROTOCOL, "timeout": self._timeout, "epoch": self.epoch}
-        await channel.send(hello)
-        return _Connection(channel, timeout, seen)
+        await peer.send(hello)
+        return _Connection(peer, timeout, seen)
 
-    async def _receive(self, channel: Channel) -> dict[str, Any]:
-        message, descriptors = await channel.receive_within(self._timeout)
+    async def _receive(self, peer: PacketSocket) -> dict[str, Any]:
+        message, descriptors = await peer.receive_within(self._timeout)
         for descriptor in descriptors:
             os.close(descriptor)
         if descriptors:
@@ -221,19 +221,19 @@ class SocketSender:
 
     async def _read(self, connection: _Connection) -> None:
         while True:
-            message = await self._receive(connection.channel)
+            message = await self._receive(connection.peer)
             match message:
                 case {"next": None} if not connection.wants:
                     connection.wants = True
                     self.changed.set()
                 case {"acknowledged": _}:
-                    number = whole_in(message, "acknowledged")
+                    number = int_in(message, "acknowledged")
                     if number > connection.sent:
                         raise MalformedError(f"an acknowledgement of version {number}, which it was not sent")
                     connection.acknowledged = max(number, connection.acknowledged or 0)
                     self.changed.set()
                 case {"released": _}:
-                    number = whole_in(message, "released")
+                    number = int_in(message, "released")
                     if number not in connection.holds:
                         raise MalformedError(f"a release of version {number}, which it does not hold")
                     connection.holds.remove(number)
@@ -245,7 +245,7 @@ class SocketSender:
 
     async def _write(self, connection: _Connection) -> None:
         beat = min(self._timeout, connection.timeout) / _BEATS_PER_TIMEOUT
-        channel = connection.channel
+        peer = connection.peer
         while True:
             changed = self.changed.event
             version = self._choose(connection)
@@ -255,17 +255,17 @@ class SocketSender:
                 connection.seen = connection.sent = connection.told = number
                 connection.holds.add(number)
                 del version
-                await channel.send({"version": number} | described.message(), described.descriptors)
+                await peer.send({"version": number} | described.message(), described.descriptors)
                 # The next wait must not keep its memory.
                 del described
             elif self._newest is not None and connection.told != self._newest.number:
                 connection.told = self._newest.number
-                await channel.send({"newest": connection.told})
+                await peer.send({"newest": connection.told})
             else:
                 with anyio.move_on_after(beat):
                     await changed.wait()
                     continue
-                await channel.send({"alive": True})
+                await peer.send({"alive": True})
 
     def _choose(self, connection: _Connection) -> _Version | None:
         """Return the version that a subscriber gets now; None if it has to wait.
@@ -286,7 +286,7 @@ class SocketSender:
             holders = ", ".join(f"{each.pid} holds {list(each.holds)}" for each in self.subscribers if each.holds)
             _log.warning(
                 "subscriber %d of %s waits for version %d: as many versions as max_versions allows are in use (%s)",
-                connection.channel.pid,
+                connection.peer.pid,
                 self.location,
                 newest.number,
                 holders,

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import checkpoint
 
-from aiostage._loop.forks import tell_of_forks
+from aiostage._loop.forks import register_after_fork
 from aiostage._platform import try_lock
 from aiostage.errors import WeightsError, said, shown
 from aiostage.format.manifest import parse_line
@@ -28,12 +28,12 @@ __all__ = [
     "MAX_TIMEOUT_SECONDS",
     "MIN_TIMEOUT_SECONDS",
     "PROTOCOL",
-    "Channel",
     "Endpoint",
     "MalformedError",
+    "PacketSocket",
     "connect",
     "hello_of",
-    "whole_in",
+    "int_in",
 ]
 
 PROTOCOL = 1
@@ -59,7 +59,7 @@ class MalformedError(Exception):
     """A peer has sent what is no packet of this protocol."""
 
 
-class Channel:
+class PacketSocket:
     """One end of a connection. One task may send and one may receive at a time.
 
     Args:
@@ -76,13 +76,13 @@ class Channel:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
         self._close = weakref.finalize(self, connection.close)
-        tell_of_forks(self)
+        register_after_fork(self)
 
     def close(self) -> None:
         """Close it. No task may wait for it. Dropping it does so too."""
         self._close()
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Close it in a child, or the other end would not learn that this process has died."""
         self._close()
 
@@ -200,7 +200,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return message
 
 
-def whole_in(message: dict[str, Any], key: str) -> int:
+def int_in(message: dict[str, Any], key: str) -> int:
     """Return a whole number of a message.
 
     Raises:
@@ -228,7 +228,7 @@ def hello_of(message: dict[str, Any]) -> float:
     return float(timeout)
 
 
-def connect(path: str) -> Channel:
+def connect(path: str) -> PacketSocket:
     """Connect to the process that listens at a path. Blocks, briefly.
 
     Raises:
@@ -252,15 +252,15 @@ def connect(path: str) -> Channel:
                     remedy="Publisher and subscribers have to run as one user.",
                 ) from error
             raise
-        channel = Channel(connection.dup())
-    if channel.uid != os.geteuid():
-        channel.close()
+        peer = PacketSocket(connection.dup())
+    if peer.uid != os.geteuid():
+        peer.close()
         raise WeightsError(
-            f"process {channel.pid} listens there as user {channel.uid}, and this one is user {os.geteuid()}.",
+            f"process {peer.pid} listens there as user {peer.uid}, and this one is user {os.geteuid()}.",
             path=path,
             remedy="Publisher and subscribers have to run as one user.",
         )
-    return channel
+    return peer
 
 
 class Endpoint:
@@ -291,7 +291,7 @@ class Endpoint:
         except BaseException:
             self._close()
             raise
-        tell_of_forks(self)
+        register_after_fork(self)
 
     def _take(self) -> None:
         """Lock the path."""
@@ -338,7 +338,7 @@ class Endpoint:
         self._inode = _inode_of(self._name, self._directory)
         self._socket.listen(_BACKLOG)
 
-    async def accept(self) -> Channel:
+    async def accept(self) -> PacketSocket:
         """Wait for a process to connect. Cancelling changes nothing.
 
         Raises:
@@ -351,7 +351,7 @@ class Endpoint:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 await anyio.wait_readable(self._socket)
             else:
-                return Channel(connection)
+                return PacketSocket(connection)
 
     def close(self) -> None:
         """Stop listening, and remove the files. Blocks, briefly."""
@@ -362,7 +362,7 @@ class Endpoint:
                 os.unlink(f"{self._name}.lock", dir_fd=self._directory)
             self._close()
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Close it in a child, which would hold the lock for as long as it lives."""
         self._close()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from aiostage import AsyncStager, RankFailedError, dcp
-from aiostage.dcp import roll
+from aiostage.dcp import barrier
 from tests.dcp.test_together import groups
 from tests.dcp.world import World
 
@@ -53,7 +53,7 @@ async def save_whole(path: str) -> None:
 
 async def struck(path: str, how: str, timeout: float) -> tuple[dict[int, str], float, int]:
     # So that the test need not wait for long; it has to be longer than a busy machine takes to answer.
-    roll.GRACE = 2.5
+    barrier.GRACE = 2.5
     writer = Strikes(f"{path}-new", {"die": die, "hang": hang}[how])
     begin = time.monotonic()
     async with AsyncStager() as stager:

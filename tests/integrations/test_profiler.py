@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import aiostage
 from aiostage import CheckpointNotFoundError
 from aiostage.integrations.profiler import ProfilerObserver
-from aiostage.observe import begin, observing, span
+from aiostage.observe import observing, span, start_span
 from tests.spans import Recorder
 
 
@@ -79,12 +79,12 @@ async def test_a_span_that_fails_and_one_that_ends_in_another_thread(tmp_path: P
     with profiled() as profiler, observing(observer):
         with pytest.raises(CheckpointNotFoundError):
             await aiostage.load(tmp_path / "nowhere")
-        opened = begin("elsewhere")
+        opened = start_span("elsewhere")
         assert opened is not None
         thread = threading.Thread(target=opened.end)
         thread.start()
         thread.join()
-        begin("dropped")
+        start_span("dropped")
         gc.collect()
     names = {event["name"]: event["dur"] for event in events(profiler, tmp_path / "trace.json")}
     assert names["aiostage.load"] > 0

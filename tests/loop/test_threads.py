@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from aiostage._loop.workers import begin
+from aiostage._loop.workers import start_thread
 from tests.patience import seconds
 
 SOON = seconds(10.0)
@@ -18,7 +18,7 @@ def test_runs_the_thread_under_its_name():
         names.append(threading.current_thread().name)
         ran.set()
 
-    begin(threading.Thread(target=run, name="test-begun", daemon=True))
+    start_thread(threading.Thread(target=run, name="test-begun", daemon=True))
     assert ran.wait(SOON)
     assert names == ["test-begun"]
 
@@ -32,7 +32,7 @@ def test_does_not_wait_for_its_first_turn(monkeypatch: pytest.MonkeyPatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_late)
-    begin(threading.Thread(target=ran.set, daemon=True))
+    start_thread(threading.Thread(target=ran.set, daemon=True))
     assert not ran.is_set()
     turn.set()
     assert ran.wait(SOON)
@@ -45,5 +45,5 @@ def test_one_thread_is_enough(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    begin(threading.Thread(target=ran.set, daemon=True))
+    start_thread(threading.Thread(target=ran.set, daemon=True))
     assert ran.wait(SOON)

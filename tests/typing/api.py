@@ -55,9 +55,9 @@ async def main(model: torch.nn.Module) -> None:
     async with Mine() as mine:
         await mine.stage(state)
     assert_type(await aiostage.dcp.save({"model": model}, checkpoint_id="a"), Metadata)
-    saving = aiostage.dcp.start_save({"model": model}, storage_writer=aiostage.dcp.StorageWriter("s3://bucket/run"))
-    assert_type(saving, aiostage.dcp.Saving)
-    assert_type(await saving.committed(), Metadata)
+    response = aiostage.dcp.start_save({"model": model}, storage_writer=aiostage.dcp.StorageWriter("s3://bucket/run"))
+    assert_type(response, aiostage.dcp.AsyncSaveResponse)
+    assert_type(await response.committed(), Metadata)
     await aiostage.dcp.load({"model": model}, storage_reader=aiostage.dcp.StorageReader("checkpoints"))
     fence: aiostage.SupportsQuery = Fence()
     assert_type(fence.query(), bool)

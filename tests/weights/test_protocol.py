@@ -23,7 +23,7 @@ import torch
 from aiostage import CheckpointCorruptError, WeightsError
 from aiostage.weights import WeightPublisher, WeightSubscriber, sockets
 from aiostage.weights.description import describe
-from aiostage.weights.sockets import MAX_PACKET_BYTES, Channel, Endpoint, connect
+from aiostage.weights.sockets import MAX_PACKET_BYTES, Endpoint, PacketSocket, connect
 from tests.descriptors import SHARED_MEMORY, SOCKETS, opened
 from tests.weights.trees import until, weights
 
@@ -131,18 +131,18 @@ class TestPublisher:
     async def test_what_came_while_this_process_computed_counts_as_heard(self) -> None:
         """A training step on the event loop may take longer than the timeout: both are due then."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        channel = Channel(ours)
+        peer = PacketSocket(ours)
         with theirs:
             with pytest.raises(TimeoutError, match="silent for 0 seconds"):
-                await channel.receive_within(0)
+                await peer.receive_within(0)
             theirs.send(b'{"alive":true}')
-            assert await channel.receive_within(0) == ({"alive": True}, [])
-        channel.close()
+            assert await peer.receive_within(0) == ({"alive": True}, [])
+        peer.close()
 
     async def test_it_goes_on_after_it_could_not_accept(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         accept, failures = Endpoint.accept, [OSError(24, "Too many open files")]
 
-        async def fail(endpoint: Endpoint) -> Channel:
+        async def fail(endpoint: Endpoint) -> PacketSocket:
             if failures:
                 raise failures.pop()
             return await accept(endpoint)
@@ -224,19 +224,19 @@ class TestSubscriber:
 
         async def serve() -> None:
             while True:
-                channel = await endpoint.accept()
+                peer = await endpoint.accept()
                 served[0] += 1
                 try:
-                    await channel.receive()
-                    await channel.send(HELLO | {"epoch": "e"})
-                    while (await channel.receive())[0] != {"next": None}:
+                    await peer.receive()
+                    await peer.send(HELLO | {"epoch": "e"})
+                    while (await peer.receive())[0] != {"next": None}:
                         pass
                     for message, sent in answers:
-                        await channel.send(message, sent)
+                        await peer.send(message, sent)
                     while True:
-                        await channel.receive()
+                        await peer.receive()
                 except (EOFError, OSError):
-                    channel.close()
+                    peer.close()
 
         serving = asyncio.create_task(serve())
         try:
@@ -289,11 +289,11 @@ class TestSubscriber:
         async with WeightSubscriber(path) as subscriber:
             waiting = asyncio.create_task(subscriber.get())
             endpoint = await asyncio.to_thread(Endpoint, path)
-            channel = await endpoint.accept()
-            await channel.send({"refused": "it was sent version 1 of the protocol; this end has 2"})
+            peer = await endpoint.accept()
+            await peer.send({"refused": "it was sent version 1 of the protocol; this end has 2"})
             with pytest.raises(WeightsError, match=r"process \d+ refused this subscriber: .*this end has 2"):
                 await waiting
-            channel.close()
+            peer.close()
             await asyncio.to_thread(endpoint.close)
 
     async def test_a_directory_of_another_user_is_said(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ class TestEndpoint:
     def test_a_child_keeps_nothing_open(self, path: str) -> None:
         endpoint = Endpoint(path)
         ours = connect(path)
-        theirs = Channel(endpoint._socket.accept()[0])
+        theirs = PacketSocket(endpoint._socket.accept()[0])
         with warnings.catch_warnings():
             # Newer Pythons warn of every fork beside threads.
             warnings.simplefilter("ignore", DeprecationWarning)

@@ -350,7 +350,7 @@ class TestReconnection:
             waiting = asyncio.create_task(subscriber.get())
             await asyncio.sleep(0.01)
             for connection in list(publisher._sender._connections):
-                connection.channel._socket.shutdown(2)
+                connection.peer._socket.shutdown(2)
             await until(lambda: not subscriber.connected)
             await until(lambda: subscriber.connected)
             await until(lambda: [each.wants for each in publisher._sender._connections] == [True])

@@ -14,10 +14,10 @@ from anyio.lowlevel import current_token
 
 from aiostage.errors import StagerClosedError
 
-__all__ = ["Closing", "Wakeup", "post"]
+__all__ = ["Closing", "ThreadsafeEvent", "post"]
 
 
-class Wakeup:
+class ThreadsafeEvent:
     """A one-shot event that any thread may set and one event loop waits for.
 
     It belongs to the loop that is running when it is made. Setting it after that loop has closed wakes
@@ -111,7 +111,7 @@ class Closing:
             call()
 
     @contextmanager
-    def telling(self, call: Callable[[], object]) -> Iterator[None]:
+    def on_close(self, call: Callable[[], object]) -> Iterator[None]:
         """Have something called, in the event loop that is running now, if it is closed while the block runs.
 
         It comes after whatever the loop does at that moment, so that who looks at :attr:`closed` and then waits,

@@ -1,11 +1,11 @@
-"""Who has come to a save or load, who has refused, and who was lost, told through the ranks' rendezvous store.
+"""A barrier in the ranks' rendezvous store: which ranks take part in an operation, which refuse, which are lost.
 
-Collectives cannot be left once they have begun, and what a broken one raises names no rank. So every call begins with
-a roll call in the store: either all ranks enter the collectives, or none does and all know why. If a collective breaks
-all the same, each rank that still can reports it in the store, and the silent ranks are to blame.
+A rank cannot leave a collective that it has entered, and the error of a broken collective names no rank. Therefore each
+operation starts with this barrier: either all ranks enter the collectives, or none does, and all know why. If a
+collective breaks later, each rank that still runs reports it in the store. The ranks that do not report are the cause.
 
-A call costs each rank a handful of small messages to the store, whatever the number of ranks; only a failure makes one
-of them ask after each rank.
+An operation costs each rank a few small messages to the store, independent of the number of ranks. Only after a failure
+does one rank query the keys of each rank.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["RollCall", "StoreLostError"]
+__all__ = ["RankBarrier", "StoreLostError"]
 
 GRACE = 5.0
 """Seconds that others get to say something before they are counted as lost. A guess: connections break in
 milliseconds when a process dies, and a busy machine is late by seconds."""
 
 _POLL = 0.05
-"""Seconds between two looks for the marks of others, after a failure only."""
+"""Seconds between two queries for the keys of other ranks, after a failure only."""
 
 
 class StoreLostError(Exception):
     """The store does not answer."""
 
 
-class RollCall:
-    """The marks of one call in the store. Every method but the constructor blocks.
+class RankBarrier:
+    """The keys of one operation in the store. Every method but the constructor blocks.
 
     Args:
         store: Shared by the ranks; used by one thread at a time.
-        number: Of the call, the same on all ranks.
+        number: Of the operation, the same on all ranks.
         rank: Of this process, in the group.
         size: How many ranks the group has.
     """
@@ -47,13 +47,14 @@ class RollCall:
         self._size = size
 
     def arrive(self, timeout: float) -> Mapping[int, str]:
-        """Say that this rank is here, and wait until all are or it is known that not all will be.
+        """Report that this rank is here, and wait until all ranks are, or until one cannot take part.
 
         Args:
             timeout: Seconds to wait for the others.
 
         Returns:
-            Nothing if all have come; otherwise who is to blame and for what. All ranks get the same answer.
+            An empty mapping if all ranks have come; otherwise the ranks that failed, with the reason. The same on all
+            ranks.
 
         Raises:
             StoreLostError: If the store does not answer.
@@ -64,20 +65,20 @@ class RollCall:
                 return self._settle("verdict", {})
             if self._wait("verdict", timeout):
                 return self._settle("verdict", {})
-            if self._store.add(f"{self._key}/late", 1) > 1 and self._wait("verdict", GRACE):
-                # Another rank ran out of patience too and has looked for the absent; one is enough.
+            if self._store.add(f"{self._key}/overdue", 1) > 1 and self._wait("verdict", GRACE):
+                # Another rank has timed out too and queries the absent ranks. One rank is enough.
                 return self._settle("verdict", {})
             absent = self._without("here")
-            late = dict.fromkeys(absent, f"it did not arrive within {timeout:g} seconds")
-            return self._settle("verdict", late)
+            overdue = dict.fromkeys(absent, f"it did not arrive within {timeout:g} seconds")
+            return self._settle("verdict", overdue)
         except RuntimeError as error:
             raise StoreLostError(str(error)) from error
 
     def refuse(self, reason: str) -> bool:
-        """Say that this rank will not take part.
+        """Report that this rank does not take part.
 
         Returns:
-            Whether it was in time; otherwise the call was decided before.
+            Whether the report was in time. False: the operation was decided before.
 
         Raises:
             StoreLostError: If the store does not answer.
@@ -89,7 +90,7 @@ class RollCall:
             raise StoreLostError(str(error)) from error
 
     def leave(self) -> None:
-        """Say that this rank has come out of the collectives whole.
+        """Report that this rank has left the collectives without an error.
 
         Raises:
             StoreLostError: If the store does not answer.
@@ -100,12 +101,12 @@ class RollCall:
             raise StoreLostError(str(error)) from error
 
     def answer(self) -> bool:
-        """Say that this process lives, if any rank has asked by :meth:`blame`.
+        """Report that this process is alive, if a rank has asked by :meth:`blame`.
 
-        Called now and then from another thread while the call's own is busy with the collectives or with writing.
+        Another thread calls it repeatedly, while the operation's thread runs collectives or writes.
 
         Returns:
-            Whether it was asked.
+            Whether a rank has asked.
 
         Raises:
             StoreLostError: If the store does not answer.
@@ -125,8 +126,8 @@ class RollCall:
             reason: What it raised.
 
         Returns:
-            The ranks whose process does not answer; or else those that have not come out of the collectives; or else
-            a rank that saw them break. All ranks get the same answer.
+            The ranks whose process does not answer. If all answer: those that have not left the collectives. If all
+            have left: a rank in which they broke. The same on all ranks.
 
         Raises:
             StoreLostError: If the store does not answer.
@@ -147,14 +148,14 @@ class RollCall:
             raise StoreLostError(str(error)) from error
 
     def forget(self) -> None:
-        """Remove this rank's marks, and the common ones if it is the first, once all have come to a later call.
+        """Delete this rank's keys (rank 0: also the common keys), once all ranks have come to a later operation.
 
         Raises:
             StoreLostError: If the store does not answer.
         """
-        keys = [f"{mark}/{self._rank}" for mark in ("here", "left", "alive")]
+        keys = [f"{state}/{self._rank}" for state in ("here", "left", "alive")]
         if self._rank == 0:
-            keys += ["arrived", "late", "verdict", "broken", "blame"]
+            keys += ["arrived", "overdue", "verdict", "broken", "blame"]
         try:
             for key in keys:
                 self._store.delete_key(f"{self._key}/{key}")
@@ -172,13 +173,13 @@ class RollCall:
         try:
             self._store.wait([key], timedelta(seconds=timeout))
         except RuntimeError:
-            # Out of time, or out of order: what comes next will tell.
+            # It timed out or the store is lost. The next request shows which of them.
             return bool(self._store.check([key]))
         return True
 
-    def _without(self, mark: str, ranks: Sequence[int] | None = None) -> list[int]:
-        """Return the ranks that have not made a mark, of some or of all."""
-        keys = {rank: f"{self._key}/{mark}/{rank}" for rank in (range(self._size) if ranks is None else ranks)}
+    def _without(self, state: str, ranks: Sequence[int] | None = None) -> list[int]:
+        """Return the ranks that have not set the key of a state, of some ranks or of all."""
+        keys = {rank: f"{self._key}/{state}/{rank}" for rank in (range(self._size) if ranks is None else ranks)}
         if not keys or self._store.check(list(keys.values())):
             return []
         return [rank for rank, key in keys.items() if not self._store.check([key])]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from aiostage.dcp import roll
-from aiostage.dcp.roll import RollCall, StoreLostError
+from aiostage.dcp import barrier
+from aiostage.dcp.barrier import RankBarrier, StoreLostError
 from tests.patience import seconds
 
 PATIENCE = seconds(10)
@@ -26,10 +26,10 @@ def new_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def together(size: int, act: Callable[[RollCall, int], Any], store: Any = None) -> list[Any]:
+def together(size: int, act: Callable[[RankBarrier, int], Any], store: Any = None) -> list[Any]:
     store = store if store is not None else new_store()
     # One after another: of several that connect at once, some do so 5 s later.
-    calls = [RollCall(store.clone(), 0, rank, size) for rank in range(size)]
+    calls = [RankBarrier(store.clone(), 0, rank, size) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(act, calls, range(size)))
 
@@ -41,7 +41,7 @@ def test_all_come() -> None:
 def test_one_is_late_and_everybody_says_the_same() -> None:
     given_up = Barrier(4)
 
-    def act(call: RollCall, rank: int) -> Mapping[int, str]:
+    def act(call: RankBarrier, rank: int) -> Mapping[int, str]:
         if rank == 1:
             given_up.wait(PATIENCE)
             return call.arrive(TIMEOUT)
@@ -54,14 +54,15 @@ def test_one_is_late_and_everybody_says_the_same() -> None:
 
 def test_one_refuses_before_the_others_come() -> None:
     store = new_store()
-    assert RollCall(store, 0, 2, 3).refuse("no room")
+    assert RankBarrier(store, 0, 2, 3).refuse("no room")
     assert (
-        together(2, lambda call, _: RollCall(store.clone(), 0, call._rank, 3).arrive(PATIENCE)) == [{2: "no room"}] * 2
+        together(2, lambda call, _: RankBarrier(store.clone(), 0, call._rank, 3).arrive(PATIENCE))
+        == [{2: "no room"}] * 2
     )
 
 
 def test_one_refuses_while_the_others_wait() -> None:
-    def act(call: RollCall, rank: int) -> Any:
+    def act(call: RankBarrier, rank: int) -> Any:
         if rank == 0:
             time.sleep(0.2)
             return call.refuse("no room")
@@ -71,7 +72,7 @@ def test_one_refuses_while_the_others_wait() -> None:
 
 
 def test_too_late_to_refuse() -> None:
-    def act(call: RollCall, rank: int) -> Any:
+    def act(call: RankBarrier, rank: int) -> Any:
         assert call.arrive(PATIENCE) == {}
         return call.refuse("changed my mind")
 
@@ -85,9 +86,9 @@ def test_of_two_that_refuse_one_is_named() -> None:
 
 class TestBlame:
     def test_the_one_whose_process_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(roll, "GRACE", 1.0)
+        monkeypatch.setattr(barrier, "GRACE", 1.0)
 
-        def act(call: RollCall, rank: int) -> Any:
+        def act(call: RankBarrier, rank: int) -> Any:
             if rank == 0:
                 return call.blame("Connection closed by peer")
             if rank == 1:
@@ -99,9 +100,9 @@ class TestBlame:
         assert together(3, act)[0] == {2: "its process was lost"}
 
     def test_the_one_that_does_not_come_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(roll, "GRACE", 1.0)
+        monkeypatch.setattr(barrier, "GRACE", 1.0)
 
-        def act(call: RollCall, rank: int) -> Any:
+        def act(call: RankBarrier, rank: int) -> Any:
             if rank != 2:
                 return call.blame("Timed out")
             while not call.answer():
@@ -111,7 +112,7 @@ class TestBlame:
         assert together(3, act)[:2] == [{2: "it keeps the others waiting"}] * 2
 
     def test_nobody_in_particular(self) -> None:
-        def act(call: RollCall, rank: int) -> Any:
+        def act(call: RankBarrier, rank: int) -> Any:
             if rank == 0:
                 call.leave()
                 return None
@@ -123,13 +124,13 @@ class TestBlame:
         assert list(others[0].values()) == ["Connection reset"]
 
     def test_nobody_asks(self) -> None:
-        assert not RollCall(new_store(), 0, 0, 2).answer()
+        assert not RankBarrier(new_store(), 0, 0, 2).answer()
 
 
 def test_nothing_is_left_in_the_store() -> None:
     store, later = new_store(), Barrier(3)
 
-    def act(call: RollCall, rank: int) -> None:
+    def act(call: RankBarrier, rank: int) -> None:
         call.arrive(PATIENCE)
         call.answer()
         call.blame("broken")
@@ -142,8 +143,8 @@ def test_nothing_is_left_in_the_store() -> None:
 
 def test_calls_do_not_disturb_each_other() -> None:
     store = new_store()
-    RollCall(store, 0, 0, 2).refuse("not this one")
-    assert together(2, lambda call, rank: RollCall(store.clone(), 1, rank, 2).arrive(PATIENCE)) == [{}, {}]
+    RankBarrier(store, 0, 0, 2).refuse("not this one")
+    assert together(2, lambda call, rank: RankBarrier(store.clone(), 1, rank, 2).arrive(PATIENCE)) == [{}, {}]
 
 
 @pytest.mark.parametrize("size", [2, 8])
@@ -165,7 +166,7 @@ def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
             return call
 
     def act(rank: int, mine: dist.TCPStore) -> None:
-        call = RollCall(Counting(rank, mine), 0, rank, size)
+        call = RankBarrier(Counting(rank, mine), 0, rank, size)
         assert call.arrive(PATIENCE) == {}
         call.leave()
         call.forget()
@@ -179,7 +180,7 @@ def test_messages_do_not_grow_with_the_number_of_ranks(size: int) -> None:
 def test_a_store_that_is_gone() -> None:
     store = new_store()
     client = store.clone()
-    call = RollCall(client, 0, 0, 2)
+    call = RankBarrier(client, 0, 0, 2)
     call.leave()
     del store
     for act in (lambda: call.arrive(1), lambda: call.refuse(""), call.leave, call.answer, lambda: call.blame("")):

@@ -1,7 +1,7 @@
-"""The ranks of one process group: their own gloo group, and one thread in which they save and load in the order asked.
+"""The queue of saves and loads over one process group: one thread, and a gloo group of its own.
 
-Ranks that enter collectives in different orders wait for each other for ever. Calls are therefore numbered when they
-are made, and carried out one after the other, whichever is ready first.
+Ranks that enter collectives in different orders deadlock. Therefore each operation gets a number at the call, and the
+thread runs the operations in this order, also when a later one is ready first.
 """
 
 from __future__ import annotations
@@ -26,59 +26,59 @@ from torch.distributed.checkpoint.api import CheckpointException
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Job, Workers
+from aiostage.dcp.barrier import RankBarrier, StoreLostError
 from aiostage.dcp.errors import RanksFailedError
-from aiostage.dcp.roll import RollCall, StoreLostError
 from aiostage.errors import RankFailedError, StagingError, shown
 
-__all__ = ["DEFAULT_TIMEOUT", "Action", "Call", "Channel", "call_for", "close"]
+__all__ = ["DEFAULT_TIMEOUT", "Action", "GroupQueue", "QueuedOperation", "close", "operation_for"]
 
 T = TypeVar("T")
 
 Action: TypeAlias = Callable[[], Callable[[Any], T]]
-"""What a call does: what this rank can do by itself first, which returns what it then does together with the others, on
-a process group, or None in a single process."""
+"""The two steps of an operation. The first needs no other rank. It returns the second, which runs collectives on a
+process group, or gets None in a single process."""
 
 DEFAULT_TIMEOUT = 1800.0
 """Seconds: half an hour, what gloo grants each collective too."""
 
-_LOOK_SECONDS = 1.0
-"""How often a rank in the middle of a call looks whether another asks if it lives."""
+_ANSWER_SECONDS = 1.0
+"""How often a rank in an operation checks whether another rank asks if it is alive."""
 
 
-class Call(Generic[T]):
-    """One save or load of a channel: its place in the order, and how it goes."""
+class QueuedOperation(Generic[T]):
+    """One save or load of a queue: its number, and its result."""
 
-    def __init__(self, channel: Channel, number: int, timeout: float, tree: Any) -> None:
+    def __init__(self, queue: GroupQueue, number: int, timeout: float, tree: Any) -> None:
         self.number = number
         self.timeout = timeout
-        self.job: Job = channel.workers.job()
-        self._channel = channel
+        self.job: Job = queue.workers.job()
+        self._queue = queue
         self.caller = CallerStreams.record(default_backend(), tree)
         self._action: Action[T] | None = None
         self._results: list[T] = []
-        self._forsaken = weakref.finalize(self, channel.forsake, number, self.job)
-        self._forsaken.atexit = False
+        self._on_drop = weakref.finalize(self, queue.skip, number, self.job)
+        self._on_drop.atexit = False
 
     def hand_over(self, action: Action[T]) -> None:
-        """Let it be carried out, in the channel's thread, when its turn comes."""
-        self._forsaken.detach()
+        """Run it in the queue's thread, after the operations with lower numbers."""
+        self._on_drop.detach()
         self._action = action
-        self._channel.hand_over(self)
+        self._queue.hand_over(self)
 
     async def refuse(self, reason: str) -> None:
-        """Tell the other ranks that this one will not take part, if that is not too late.
+        """Report to the other ranks that this one does not take part, unless the operation has started.
 
-        Shielded from cancellation: the other ranks get the reason first.
+        It is shielded from cancellation: the other ranks get the reason first.
         """
-        await finish(partial(self._channel.refuse, self.number, reason))
-        # If it has not begun it never will; if it has, it ends by itself, at once or with its work done.
+        await finish(partial(self._queue.refuse, self.number, reason))
+        # An operation that has not started never starts. One that has started ends by itself: the barrier decides how.
         self.job.cancel()
         self._action = None
-        if self._forsaken.detach() is not None:
-            self._channel.hand_over(self)
+        if self._on_drop.detach() is not None:
+            self._queue.hand_over(self)
 
     async def outcome(self) -> T:
-        """Wait until it has been carried out. Cancelling changes nothing.
+        """Wait until it has run. Cancelling changes nothing.
 
         Returns:
             What the action returned.
@@ -89,13 +89,13 @@ class Call(Generic[T]):
         await self.job.settled()
         if self._results:
             return self._results[0]
-        raise self.job.error or StagingError("the call was given up before it was carried out.")
+        raise self.job.error or StagingError("the operation was cancelled before it ran.")
 
     async def complete(self, before: Callable[[], Awaitable[object]] = anyio.lowlevel.checkpoint) -> T:
-        """Wait until it has been carried out. When cancelled, refuse it, or wait all the same if that is too late.
+        """Wait until it has run. When cancelled, refuse it; if it has started, wait until it has ended.
 
         Args:
-            before: What has to be awaited first, and hands it over.
+            before: Is awaited first, and hands the operation over.
 
         Returns:
             What the action returned.
@@ -107,7 +107,7 @@ class Call(Generic[T]):
             await before()
             return await self.outcome()
         except GeneratorExit:
-            # A coroutine that is being closed may not wait. The other ranks are told when this is dropped.
+            # A coroutine that is being closed may not await. `_on_drop` informs the other ranks.
             raise
         except get_cancelled_exc_class():
             await finish(partial(self.refuse, "it was cancelled"))
@@ -115,24 +115,25 @@ class Call(Generic[T]):
             raise
 
     def carry_out(self) -> None:
-        """Do it, in the channel's thread."""
+        """Run it, in the queue's thread."""
         action, self._action = self._action, None
         if action is not None:
-            # A thread begins on device 0, which it would wake up, and on default streams, which follow nothing.
+            # A thread starts on device 0, where it would create a context, and on default streams, which do not wait
+            # for the caller's streams.
             with self.caller.entered():
-                self._results.append(self._channel.carry_out(self.number, action, self.timeout))
+                self._results.append(self._queue.carry_out(self.number, action, self.timeout))
 
 
-class Channel:
-    """What saves and loads over one process group have in common.
+class GroupQueue:
+    """Runs the saves and loads over one process group, in the order of their calls.
 
     Args:
-        parent: Whose ranks take part; None for this process alone.
+        parent: The process group whose ranks take part; None for this process alone.
     """
 
     def __init__(self, parent: Any) -> None:
         self.workers = Workers(1, "aiostage-dcp")
-        # Two, so that a rank can refuse a later call while it answers for the present one.
+        # Two, so that a rank can refuse a later operation while it answers in the one that runs.
         self._messengers = Workers(2, "aiostage-dcp-messages")
         self._ranks: list[int] = dist.get_process_group_ranks(parent) if parent is not None else []
         self._rank = parent.rank() if parent is not None else 0
@@ -143,23 +144,26 @@ class Channel:
         self._group: Any = None
         self._calls = 0
         self._turn = 0
-        self._handed: deque[tuple[int, Call[Any] | None]] = deque()
-        self._waiting: dict[int, Call[Any] | None] = {}
+        self._handed: deque[tuple[int, QueuedOperation[Any] | None]] = deque()
+        self._waiting: dict[int, QueuedOperation[Any] | None] = {}
         self._arranging = self.workers.job()
-        self._met: RollCall | None = None
+        self._met: RankBarrier | None = None
 
-    def call(self, timeout: float, tree: Any) -> Call[Any]:
-        """Return the next place in the order. Every rank must make the same calls in the same order."""
+    def call(self, timeout: float, tree: Any) -> QueuedOperation[Any]:
+        """Return the operation with the next number. All ranks must make the same calls in the same order."""
         number, self._calls = self._calls, self._calls + 1
-        return Call(self, number, timeout, tree)
+        return QueuedOperation(self, number, timeout, tree)
 
-    def hand_over(self, call: Call[Any]) -> None:
-        """Carry out a call when its turn comes, or step over it if it was cancelled."""
+    def hand_over(self, call: QueuedOperation[Any]) -> None:
+        """Run an operation after those before it, or skip it if it was cancelled."""
         self._handed.append((call.number, call))
         self._arranging.put(self._take_turns)
 
-    def forsake(self, number: int, job: Job) -> None:
-        """Skip a call that can no longer be handed over. Called by the collector, so it only leaves notes."""
+    def skip(self, number: int, job: Job) -> None:
+        """Skip an operation that was dropped.
+
+        The collector calls this, in any thread. Therefore it takes no lock and only queues work.
+        """
         job.cancel()
         self._handed.append((number, None))
         self._arranging.put(self._take_turns)
@@ -168,17 +172,17 @@ class Channel:
         tell.close()
 
     async def refuse(self, number: int, reason: str) -> None:
-        """Tell the other ranks that this one will not take part in a call."""
+        """Report to the other ranks that this one does not take part in an operation."""
         if self._parents_store is not None:
             await self._messengers.run(partial(self._refuse, number, reason))
 
     def _refuse(self, number: int, reason: str) -> None:
-        # A store that does not answer reaches no rank, and every rank finds that out by itself.
+        # If the store does not answer, each rank finds that out by itself.
         with contextlib.suppress(StoreLostError):
-            self._messengers_roll_call(number).refuse(reason)
+            self._messengers_barrier(number).refuse(reason)
 
     def _take_turns(self) -> None:
-        """Put the calls that are ready in order. Only the channel's thread does this, so it needs no lock."""
+        """Queue the operations that are next in order. Only the queue's thread does this, so it needs no lock."""
         while self._handed:
             number, call = self._handed.popleft()
             self._waiting[number] = call
@@ -190,73 +194,73 @@ class Channel:
                 call.job.close()
 
     def carry_out(self, number: int, action: Action[T], timeout: float) -> T:
-        """Meet the other ranks and act together with them, in the channel's thread."""
+        """Wait for the other ranks, then run the collectives, in the queue's thread."""
         if self._parents_store is None:
             return _act(action(), None, [0])
         try:
             if self._own_store is None:
-                # A connection of its own: waiting in the parent's would keep everybody else in the process from it.
+                # A connection of its own: a wait on the parent's would block all other users of it in this process.
                 self._own_store = self._parents_store.clone()
-            roll = RollCall(self._own_store, number, self._rank, len(self._ranks))
+            barrier = RankBarrier(self._own_store, number, self._rank, len(self._ranks))
             try:
-                together = action()
+                collectives = action()
             except Exception as error:
-                roll.refuse(f"{type(error).__name__}: {error}")
+                barrier.refuse(f"{type(error).__name__}: {error}")
                 raise
-            failures = roll.arrive(timeout)
+            failures = barrier.arrive(timeout)
             if failures:
                 raise RanksFailedError(self._named(failures))
             if self._met is not None:
                 self._met.forget()
-            self._met = roll
-            return self._act_together(together, roll, number, timeout)
+            self._met = barrier
+            return self._run_collectives(collectives, barrier, number, timeout)
         except StoreLostError as error:
             self._drop_group()
             reason = f"the store by which the ranks met, which it usually keeps, does not answer ({error})"
             raise RanksFailedError({self._ranks[0]: reason}, lost=True) from error
 
-    def _act_together(self, together: Callable[[Any], T], roll: RollCall, number: int, timeout: float) -> T:
+    def _run_collectives(self, collectives: Callable[[Any], T], barrier: RankBarrier, number: int, timeout: float) -> T:
         over = threading.Event()
         answering = self._messengers.job()
         answering.put(partial(self._answer, number, over))
         answering.close()
         try:
-            result = _act(together, self._group_for(number, timeout), self._ranks)
+            result = _act(collectives, self._group_for(number, timeout), self._ranks)
         except RankFailedError:
-            _leave(roll)
+            _leave(barrier)
             raise
         except Exception as error:
-            # The frames refer to the group, and its connections are closed only once nothing does. Peers that wait
-            # for this rank wake up by that.
+            # The frames refer to the group, and its connections close only when the last reference is gone. Peers that
+            # wait for this rank wake up when the connections close.
             broken = error.with_traceback(None)
         else:
-            _leave(roll)
+            _leave(barrier)
             return result
         finally:
             over.set()
         self._drop_group()
         reason = f"{type(broken).__name__}: {broken}"
-        raise RanksFailedError(self._named(roll.blame(reason)), lost=True) from broken
+        raise RanksFailedError(self._named(barrier.blame(reason)), lost=True) from broken
 
     def _answer(self, number: int, over: threading.Event) -> None:
-        """Say that this process lives if another asks, until the call is over."""
+        """Report that this process is alive if another rank asks, until the operation has ended."""
         with contextlib.suppress(StoreLostError):
-            roll = self._messengers_roll_call(number)
-            while not over.wait(_LOOK_SECONDS):
-                if roll.answer():
+            barrier = self._messengers_barrier(number)
+            while not over.wait(_ANSWER_SECONDS):
+                if barrier.answer():
                     return
 
-    def _messengers_roll_call(self, number: int) -> RollCall:
-        # Two threads may both make one, of which one is then dropped.
+    def _messengers_barrier(self, number: int) -> RankBarrier:
+        # No lock: two threads may both make a connection. One of the two is dropped.
         if self._messengers_store is None:
             self._messengers_store = self._parents_store.clone()
-        return RollCall(self._messengers_store, number, self._rank, len(self._ranks))
+        return RankBarrier(self._messengers_store, number, self._rank, len(self._ranks))
 
     def _group_for(self, number: int, timeout: float) -> Any:
-        """Return the gloo group, which is made when it is first needed and after the ranks have lost each other."""
+        """Return the gloo group. It is made at the first use, and again after a rank was lost."""
         if self._group is None or self._group not in distributed_c10d._world.pg_map:
-            # new_group would name it by how many groups this process has, which need not be the same on all ranks
-            # while their trainers make groups of their own.
+            # A private function, because dist.new_group names a group by the number of groups in this process. That
+            # number may differ between ranks while their trainers make groups of their own.
             group, _ = distributed_c10d._new_process_group_helper(
                 len(self._ranks),
                 self._rank,
@@ -270,7 +274,7 @@ class Channel:
             distributed_c10d._world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(self._ranks)}
             self._group = group
         backend = self._group._get_backend(torch.device("cpu"))
-        # With TORCH_DISTRIBUTED_DEBUG=DETAIL it is wrapped.
+        # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it.
         getattr(backend, "wrapped_pg", backend)._set_default_timeout(timedelta(seconds=timeout))
         return self._group
 
@@ -280,7 +284,7 @@ class Channel:
             dist.destroy_process_group(group)
 
     async def close(self) -> None:
-        """Wait for the calls that were handed over, then close the gloo group. A later call makes another."""
+        """Wait for the operations that were handed over, then close the gloo group. A later operation makes another."""
         closing = self.workers.job()
 
         def after_those_before() -> None:
@@ -295,31 +299,31 @@ class Channel:
         return {self._ranks[rank]: reason for rank, reason in failures.items()}
 
 
-def _act(together: Callable[[Any], T], group: Any, ranks: Sequence[int]) -> T:
+def _act(collectives: Callable[[Any], T], group: Any, ranks: Sequence[int]) -> T:
     try:
-        return together(group)
+        return collectives(group)
     except CheckpointException as error:
         failures = {}
         for rank, (raised, _) in error.failures.items():
             failures[ranks[rank]] = f"{type(raised).__name__}: {raised}"
-            # The frames lead to the staged tensors, which must not live as long as the report that writing them failed.
-            # Clearing frames would not do, for DCP's are those of closures. The error has them as text.
+            # The frames refer to the staged tensors, which must not live as long as this error. Clearing the frames
+            # does not help, because DCP's are those of closures. The error has them as text.
             raised.__traceback__ = None
         raise RanksFailedError(failures) from error.with_traceback(None)
 
 
-def _leave(roll: RollCall) -> None:
-    # The call went as it went; if the store is lost, the next one will say so.
+def _leave(barrier: RankBarrier) -> None:
+    # The result stands. If the store is lost, the next operation reports it.
     with contextlib.suppress(StoreLostError):
-        roll.leave()
+        barrier.leave()
 
 
-_ALONE = Channel(None)
-_CHANNELS: weakref.WeakKeyDictionary[Any, Channel] = weakref.WeakKeyDictionary()
+_ALONE = GroupQueue(None)
+_QUEUES: weakref.WeakKeyDictionary[Any, GroupQueue] = weakref.WeakKeyDictionary()
 
 
-def call_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: float) -> Call[Any]:
-    """Return the next call of the channel of a process group.
+def operation_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: float) -> QueuedOperation[Any]:
+    """Return the next operation in the queue of a process group.
 
     Args:
         process_group: Its ranks take part; None for all ranks.
@@ -334,17 +338,17 @@ def call_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: float) ->
         raise ValueError(f"timeout must be a number of seconds above 0, not {shown(timeout)}")
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return _ALONE.call(timeout, tree)
-    return _channel_of(process_group).call(timeout, tree)
+    return _queue_of(process_group).call(timeout, tree)
 
 
-def _channel_of(process_group: Any) -> Channel:
-    """Return the channel of a process group, made once."""
+def _queue_of(process_group: Any) -> GroupQueue:
+    """Return the queue of a process group, made once."""
     parent = process_group if process_group is not None else dist.group.WORLD
     if dist.get_rank(parent) < 0:
-        raise ValueError(f"rank {dist.get_rank()} is not in the process group: only the ranks that are may call this")
-    if parent not in _CHANNELS:
-        _CHANNELS[parent] = Channel(parent)
-    return _CHANNELS[parent]
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group; call this only on its ranks")
+    if parent not in _QUEUES:
+        _QUEUES[parent] = GroupQueue(parent)
+    return _QUEUES[parent]
 
 
 async def close(process_group: Any = None) -> None:
@@ -359,4 +363,4 @@ async def close(process_group: Any = None) -> None:
     May be cancelled; the group is closed first.
     """
     if dist.is_available() and dist.is_initialized():
-        await _channel_of(process_group).close()
+        await _queue_of(process_group).close()

@@ -12,7 +12,7 @@ import anyio
 import pytest
 import uvloop
 
-from aiostage._loop.wakeup import Wakeup
+from aiostage._loop.threadsafe_event import ThreadsafeEvent
 
 
 def in_thread(call) -> None:
@@ -24,42 +24,42 @@ def in_thread(call) -> None:
 @pytest.mark.asyncio
 class TestAsyncio:
     async def test_set_from_another_thread_wakes_every_waiter(self):
-        wakeup = Wakeup()
-        waiters = [asyncio.create_task(wakeup.wait()) for _ in range(3)]
+        event = ThreadsafeEvent()
+        waiters = [asyncio.create_task(event.wait()) for _ in range(3)]
         await asyncio.sleep(0)
-        assert not wakeup.is_set()
+        assert not event.is_set()
 
-        in_thread(wakeup.set)
+        in_thread(event.set)
 
-        assert wakeup.is_set()
+        assert event.is_set()
         await asyncio.gather(*waiters)
 
     async def test_set_before_wait(self):
-        wakeup = Wakeup()
-        assert wakeup.set() is True
-        await wakeup.wait()
+        event = ThreadsafeEvent()
+        assert event.set() is True
+        await event.wait()
 
     async def test_set_more_than_once(self):
-        wakeup = Wakeup()
-        assert wakeup.set() is True
-        assert wakeup.set() is True
-        await wakeup.wait()
+        event = ThreadsafeEvent()
+        assert event.set() is True
+        assert event.set() is True
+        await event.wait()
 
     async def test_set_from_a_finalizer(self):
-        wakeup = Wakeup()
+        event = ThreadsafeEvent()
 
         class Cycle:
             def __init__(self) -> None:
                 self.me = self
 
-        weakref.finalize(Cycle(), wakeup.set)
+        weakref.finalize(Cycle(), event.set)
         gc.collect()
 
-        await wakeup.wait()
+        await event.wait()
 
     async def test_cancelling_one_waiter_leaves_the_others(self):
-        wakeup = Wakeup()
-        leaving, staying = asyncio.create_task(wakeup.wait()), asyncio.create_task(wakeup.wait())
+        event = ThreadsafeEvent()
+        leaving, staying = asyncio.create_task(event.wait()), asyncio.create_task(event.wait())
         await asyncio.sleep(0)
 
         leaving.cancel()
@@ -67,23 +67,23 @@ class TestAsyncio:
             await leaving
         assert not staying.done()
 
-        wakeup.set()
+        event.set()
         await staying
 
     async def test_a_timeout_ends_the_wait_and_sets_nothing(self):
-        wakeup = Wakeup()
-        await wakeup.wait(0)
-        assert not wakeup.is_set()
+        event = ThreadsafeEvent()
+        await event.wait(0)
+        assert not event.is_set()
 
     async def test_set_before_the_timeout(self):
-        wakeup = Wakeup()
-        waiting = asyncio.create_task(wakeup.wait(1000))
+        event = ThreadsafeEvent()
+        waiting = asyncio.create_task(event.wait(1000))
         await asyncio.sleep(0)
-        in_thread(wakeup.set)
+        in_thread(event.set)
         await waiting
 
     async def test_cancelled_before_the_timeout(self):
-        waiting = asyncio.create_task(Wakeup().wait(1000))
+        waiting = asyncio.create_task(ThreadsafeEvent().wait(1000))
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -93,11 +93,11 @@ class TestAsyncio:
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_a_timeout_on_trio():
-    wakeup = Wakeup()
-    await wakeup.wait(0)
-    assert not wakeup.is_set()
-    wakeup.set()
-    await wakeup.wait(1000)
+    event = ThreadsafeEvent()
+    await event.wait(0)
+    assert not event.is_set()
+    event.set()
+    await event.wait(1000)
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -107,7 +107,7 @@ def test_a_wait_may_be_closed_after_its_loop(make_loop, timeout):
     loop = make_loop()
 
     async def begin() -> Coroutine[Any, Any, None]:
-        waiting = Wakeup().wait(timeout)
+        waiting = ThreadsafeEvent().wait(timeout)
         waiting.send(None)
         return waiting
 
@@ -119,40 +119,40 @@ def test_a_wait_may_be_closed_after_its_loop(make_loop, timeout):
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_set_from_another_thread_on_trio():
-    wakeup = Wakeup()
+    event = ThreadsafeEvent()
     async with anyio.create_task_group() as group:
-        group.start_soon(wakeup.wait)
+        group.start_soon(event.wait)
         await anyio.lowlevel.checkpoint()
-        in_thread(wakeup.set)
+        in_thread(event.set)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_set_after_the_loop_has_closed_says_so(backend):
-    async def make() -> Wakeup:
-        return Wakeup()
+    async def make() -> ThreadsafeEvent:
+        return ThreadsafeEvent()
 
-    wakeup = anyio.run(make, backend=backend)
+    event = anyio.run(make, backend=backend)
 
-    assert wakeup.set() is False
-    assert wakeup.set() is False, "also when it was set before"
-    assert wakeup.is_set()
+    assert event.set() is False
+    assert event.set() is False, "also when it was set before"
+    assert event.is_set()
 
 
 def test_set_reaches_a_loop_in_another_thread():
-    wakeups: list[Wakeup] = []
+    events: list[ThreadsafeEvent] = []
     ready = threading.Event()
     woken = []
 
     async def wait() -> None:
-        wakeups.append(Wakeup())
+        events.append(ThreadsafeEvent())
         ready.set()
-        await wakeups[0].wait()
+        await events[0].wait()
         woken.append(threading.current_thread().name)
 
     thread = threading.Thread(target=lambda: asyncio.run(wait()), name="other loop")
     thread.start()
     assert ready.wait(10)
-    wakeups[0].set()
+    events[0].set()
     thread.join(10)
 
     assert woken == ["other loop"]
