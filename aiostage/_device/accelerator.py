@@ -93,9 +93,9 @@ class TorchBackend(Backend):
         with self.guard(device):
             return torch.Stream(device) if low_priority else torch.Stream(device, priority=HIGH_PRIORITY)
 
-    def record(self, stream: Any, *, timed: bool = False) -> SupportsQuery:
+    def record(self, stream: Any) -> SupportsQuery:
         """Return an event that completes when all that is enqueued on the stream now has completed."""
-        event = torch.Event(stream.device, enable_timing=timed)
+        event = torch.Event(stream.device)
         with self.guard(stream.device):
             event.record(stream)
         return event
@@ -146,12 +146,6 @@ class TorchBackend(Backend):
             OSError: Always.
         """
         raise OSError(self.pinned_memory_reason)
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Return the seconds between two completed events that were recorded with ``timed=True``."""
-        with self.guard(start.device):
-            milliseconds: float = start.elapsed_time(end)
-        return milliseconds / 1e3
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context manager that makes a device current, and leaves no context behind on the one before."""

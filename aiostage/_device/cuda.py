@@ -62,20 +62,15 @@ class CudaBackend(TorchBackend):
         """Return a stream from PyTorch's pool. Priority 0, the default, is the lowest that CUDA has."""
         return _cuda.Stream(device, priority=0 if low_priority else HIGH_PRIORITY)
 
-    def record(self, stream: Any, *, timed: bool = False) -> SupportsQuery:
+    def record(self, stream: Any) -> SupportsQuery:
         """Return an event that completes when all that is enqueued on the stream now has completed."""
-        event = _cuda.Event(enable_timing=timed)
+        event = _cuda.Event()
         event.record(_native(stream))
         return cast(SupportsQuery, event)
 
     def wait(self, stream: Any, event: Any) -> None:
         """Make later work of a stream wait, on the device, for an event."""
         event.wait(_native(stream))
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Return the seconds between two completed events that were recorded with ``timed=True``."""
-        milliseconds: float = start.elapsed_time(end)
-        return milliseconds / 1e3
 
     def register(self, address: int, nbytes: int, device: torch.device) -> None:
         """Page-lock host memory for all devices, through a context that there is. Blocks, without the GIL.

@@ -122,12 +122,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def record(self, stream: Any, *, timed: bool = False) -> SupportsQuery:
+    def record(self, stream: Any) -> SupportsQuery:
         """Return an event that completes when all that is enqueued on the stream now has completed.
 
         Args:
             stream: Any stream; the event belongs to its device.
-            timed: Whether :meth:`elapsed` is to take it, which makes it a little dearer.
 
         Returns:
             The event. Its ``query()`` raises what became of the work if that failed.
@@ -193,10 +192,6 @@ class Backend(ABC):
         Raises:
             OSError: If the driver refuses, with the driver's reason.
         """
-
-    @abstractmethod
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Return the seconds between two completed events of one device that were recorded with ``timed=True``."""
 
     @abstractmethod
     def guard(self, device: torch.device) -> AbstractContextManager[object]:

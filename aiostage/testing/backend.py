@@ -104,9 +104,9 @@ class SimulatedBackend(Backend):
         self._devices[device].in_use = True
         return self._scheduler.add(self._devices[device], low_priority=low_priority)
 
-    def record(self, stream: SimulatedStream, *, timed: bool = False) -> SimulatedEvent:
+    def record(self, stream: SimulatedStream) -> SimulatedEvent:
         """Return an event that completes when all that is enqueued on the stream now has completed."""
-        return stream.record_event(timed=timed, fails=self._strike("event"))
+        return stream.record_event(fails=self._strike("event"))
 
     def wait(self, stream: SimulatedStream, event: SimulatedEvent) -> None:
         """Make later work of a stream wait for an event."""
@@ -191,10 +191,6 @@ class SimulatedBackend(Backend):
             if self._registered.pop(address, None) is None:
                 raise OSError(errno.EINVAL, f"host memory at {address:#x} is not registered")
 
-    def elapsed(self, start: SimulatedEvent, end: SimulatedEvent) -> float:
-        """Return the seconds between two completed events that were recorded with ``timed=True``."""
-        return start.elapsed_time(end) / 1e3
-
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context manager that makes a device the calling thread's current one."""
         return self._guard(device)
@@ -274,7 +270,7 @@ class SimulatedBackend(Backend):
 
     def _record_quietly(self, stream: Any) -> SimulatedEvent:
         """Record an event of the allocator's own, with the lock held."""
-        event = SimulatedEvent(stream, timed=False, fails=False)
+        event = SimulatedEvent(stream, fails=False)
         self._scheduler.append(stream, Operation(name="allocator's event", completes=event))
         return event
 

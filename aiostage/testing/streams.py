@@ -104,9 +104,8 @@ class SimulatedEvent:
     Recorded once, by :meth:`SimulatedStream.record_event`.
     """
 
-    def __init__(self, stream: SimulatedStream, *, timed: bool, fails: bool) -> None:
+    def __init__(self, stream: SimulatedStream, *, fails: bool) -> None:
         self._stream = stream
-        self._timed = timed
         self._fails = fails
         self.completed_at: float | None = None
         self.error: SimulatedDeviceError | None = None
@@ -146,18 +145,6 @@ class SimulatedEvent:
         """Block until it is done; on a virtual clock, execute until it is."""
         self._stream.queues.synchronize(lambda: self.completed)
         self.query()
-
-    def elapsed_time(self, end: SimulatedEvent) -> float:
-        """Return the milliseconds from this event to another.
-
-        Raises:
-            RuntimeError: If one of them was not recorded with timing, or is not completed.
-        """
-        if not (self._timed and end._timed):
-            raise RuntimeError("both events have to be recorded with timing")
-        if self.completed_at is None or end.completed_at is None:
-            raise RuntimeError("both events have to be completed")
-        return (end.completed_at - self.completed_at) * 1e3
 
     def complete(self, when: float, error: SimulatedDeviceError | None) -> None:
         """Note that everything before it is done, or that something before it has failed. For who executes."""
@@ -201,9 +188,9 @@ class SimulatedStream:
         """Block until everything enqueued so far is done; on a virtual clock, execute until it is."""
         self.record_event().synchronize()
 
-    def record_event(self, *, timed: bool = False, fails: bool = False) -> SimulatedEvent:
+    def record_event(self, *, fails: bool = False) -> SimulatedEvent:
         """Return an event that completes when everything enqueued so far is done; ``fails`` makes only it fail."""
-        event = SimulatedEvent(self, timed=timed, fails=fails)
+        event = SimulatedEvent(self, fails=fails)
         self.queues.enqueue(self, Operation(name="event", completes=event))
         return event
 

@@ -112,11 +112,11 @@ class DeviceAccelerator(TorchBackend):
         """Return the devices that the test looks at."""
         return [device for device in super().active_devices() if device in self.devices]
 
-    def record(self, stream: Any, *, timed: bool = False) -> SupportsQuery:
+    def record(self, stream: Any) -> SupportsQuery:
         """Return an event; on a held device none of the test's own is done before :meth:`synchronize`."""
         if self._is_held and not self._gates and threading.get_ident() == self._thread:
             self._gates = [self._device.Gate(index) for index in range(2)]
-        return super().record(stream, timed=timed)
+        return super().record(stream)
 
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
         """Enqueue copies of a stager."""

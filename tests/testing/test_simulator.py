@@ -158,7 +158,7 @@ class TestQueues:
     def test_waiting_for_what_never_comes_is_said(self, accelerator: SimulatedAccelerator):
         stream = accelerator.side_stream(accelerator.devices[0])
         other = accelerator.side_stream(accelerator.devices[0])
-        stranger = SimulatedEvent(other, timed=False, fails=False)
+        stranger = SimulatedEvent(other, fails=False)
         stream.wait_event(stranger)
         with pytest.raises(RuntimeError, match="nothing is left"):
             stream.synchronize()

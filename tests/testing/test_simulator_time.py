@@ -74,14 +74,14 @@ class TestVirtualTime:
         tensor = accelerator.empty(250_000)
         side = accelerator.side_stream(accelerator.devices[0])
         host = torch.empty(250_000)
-        begin = accelerator.record(side, timed=True)
+        begin = accelerator.record(side)
         accelerator.copy([host], [tensor], side)
-        end = accelerator.record(side, timed=True)
+        end = accelerator.record(side)
         clock.advance(0.0015)
         assert not end.query()
         clock.advance(0.0005)
         assert end.query()
-        assert accelerator.elapsed(begin, end) == pytest.approx(0.002)
+        assert end.completed_at - begin.completed_at == pytest.approx(0.002)
 
     def test_streams_overlap_and_a_direction_has_one_engine(self):
         clock = VirtualClock()
@@ -126,15 +126,6 @@ class TestVirtualTime:
         gc.collect()
         assert gone() is None
 
-    def test_elapsed_needs_timed_and_completed_events(self):
-        accelerator = SimulatedAccelerator(clock=VirtualClock())
-        stream = accelerator.side_stream(accelerator.devices[0])
-        timed, plain = accelerator.record(stream, timed=True), accelerator.record(stream)
-        with pytest.raises(RuntimeError, match="timing"):
-            accelerator.elapsed(timed, plain)
-        with pytest.raises(RuntimeError, match="completed"):
-            accelerator.elapsed(timed, timed)
-
     def test_a_closed_one_refuses(self):
         accelerator = SimulatedAccelerator(clock=VirtualClock())
         accelerator.close()
@@ -178,11 +169,11 @@ class TestRealTime:
     def test_takes_its_time(self):
         with SimulatedAccelerator() as accelerator:
             stream = accelerator.side_stream(accelerator.devices[0])
-            begin = accelerator.record(stream, timed=True)
+            begin = accelerator.record(stream)
             accelerator.launch(lambda: None, seconds=0.01, stream=stream)
-            end = accelerator.record(stream, timed=True)
+            end = accelerator.record(stream)
             end.synchronize()
-            assert accelerator.elapsed(begin, end) >= 0.01
+            assert end.completed_at - begin.completed_at >= 0.01
 
     def test_closing_ends_the_thread(self):
         accelerator = SimulatedAccelerator()
