@@ -3,7 +3,7 @@
 How the room is read. `locate` makes a storage of what users pass. On disks: `local`, then `commit`, which makes a
 directory appear as a whole, and `files`, what the system has. In stores of objects: `remote`, then `pointer`, which
 makes a folder of objects a checkpoint, and `clean_up`, which finds what dead writers left. `bucket` is what these need
-of a store; `objects` (with `uploads`) and `remote_files` have it, by obstore and fsspec.
+of a store; `objects` and `remote_files` have it, by obstore and fsspec.
 """
 
 from importlib import import_module

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiostage.abc import Buffer
 
-__all__ = ["Bucket", "Entry", "Found", "Upload", "Version"]
+__all__ = ["Bucket", "Entry", "Found", "Version"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,6 @@ class Entry:
 
     path: str
     modified: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """What was begun to become an object, and takes up space before it is one.
-
-    Attributes:
-        path: Of the object.
-        id: What the store calls it.
-        began: When that was, by the store's clock.
-    """
-
-    path: str
-    id: str
-    began: datetime
 
 
 class Bucket(ABC):
@@ -136,27 +121,11 @@ class Bucket(ABC):
         """
 
     @abstractmethod
-    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> bool:
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write an object of any size, without copying its parts.
-
-        Returns:
-            Whether it took more than one request. Of one that did, and of one that failed, uploads may be open.
 
         When cancelled, or when ``parts`` raises, what has been sent is given up before this returns.
         """
-
-    async def uploads(self, prefix: str) -> AsyncIterator[Sequence[Upload]]:
-        """Iterate over the uploads below a path that are open, in batches like those of :meth:`list`.
-
-        There are none where a store has no such thing, and none are found where it does not tell.
-        """
-        batches: Sequence[Sequence[Upload]] = ()
-        for batch in batches:
-            yield batch
-
-    async def end(self, upload: Upload) -> None:
-        """Give up an upload that :meth:`uploads` has found. One that is over is no error."""
-        raise NotImplementedError
 
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from aiostage._loop.coroutines import finish
-from aiostage.storage.bucket import Bucket, Upload
+from aiostage.storage.bucket import Bucket
 from aiostage.storage.pointer import FOLDER, LEASE_NAME, POINTER_NAME, find_pointer, lease_seconds, remove_folder
 
 __all__ = ["clean_up", "pending"]
@@ -25,27 +24,8 @@ _SWEPT = timedelta(days=1)
 _log = logging.getLogger("aiostage")
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspect:
-    """The folder of a pending checkpoint that a listing alone does not clear.
-
-    Attributes:
-        name: Of the checkpoint.
-        folder: Name of the folder.
-        uploads: Those to it that were open before the check whether it is committed.
-    """
-
-    name: str
-    folder: str
-    uploads: Sequence[Upload]
-
-    @property
-    def path(self) -> str:
-        return f"{self.name}/{self.folder}"
-
-
 async def clean_up(bucket: Bucket, seconds: float) -> None:
-    """Remove the folders that have no pointer and no writer, and end the uploads that are left of them.
+    """Remove the folders that have no pointer and no writer.
 
     Args:
         bucket: Where.
@@ -54,15 +34,7 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
     Raises:
         StorageError: If the store refuses. What is left is found again.
     """
-    candidates = []
-    # Before the listing, or those of a pending checkpoint that is committed in between would be taken for stale files.
-    uploads = [upload async for batch in bucket.uploads("") for upload in batch]
-    for suspect in await _suspects(bucket, uploads):
-        if await _is_used(bucket, suspect):
-            # What is committed is complete: these were begun once more because an answer was lost.
-            await _end(bucket, suspect.uploads)
-        else:
-            candidates.append(suspect)
+    candidates = [suspect for suspect in await _suspects(bucket) if not await _is_used(bucket, suspect)]
     if not candidates:
         return
     now = await _now(bucket)
@@ -70,9 +42,9 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
         age = await _age(bucket, suspect, now)
         if age is None or age <= seconds or age <= await _lease(bucket, suspect) or await _is_used(bucket, suspect):
             continue
-        _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, suspect.path)
-        await _end(bucket, suspect.uploads)
-        await remove_folder(bucket, suspect.path)
+        folder = "/".join(suspect)
+        _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, folder)
+        await remove_folder(bucket, folder)
 
 
 async def pending(bucket: Bucket) -> Sequence[str]:
@@ -81,64 +53,52 @@ async def pending(bucket: Bucket) -> Sequence[str]:
     Raises:
         StorageError: If the store refuses.
     """
-    # The lease comes before everything else, so that none is only an upload.
-    return sorted({suspect.name for suspect in await _suspects(bucket, ())})
+    return sorted({name for name, _ in await _suspects(bucket)})
 
 
-async def _suspects(bucket: Bucket, uploads: Sequence[Upload]) -> Sequence[_Suspect]:
-    """Return the folders that have to be asked about.
+async def _suspects(bucket: Bucket) -> Sequence[tuple[str, str]]:
+    """Return the name of the checkpoint and that of the folder, for folders that a listing alone does not clear.
 
-    A pointer and one folder to which no upload is open is what a committed checkpoint looks like, and most are.
+    A pointer and one folder is what a committed checkpoint looks like, and most are.
     """
     pointers: set[str] = set()
-    found: dict[str, dict[str, list[Upload]]] = {}
-
-    def uploads_to(path: str) -> list[Upload]:
-        name, _, folder = path.rpartition("/")[0].rpartition("/")
-        return found.setdefault(name, {}).setdefault(folder, []) if name and FOLDER.fullmatch(folder) else []
-
-    for upload in uploads:
-        uploads_to(upload.path).append(upload)
+    found: dict[str, set[str]] = {}
     async for entries in bucket.list(""):
         for entry in entries:
-            name, _, last = entry.path.rpartition("/")
+            above, _, last = entry.path.rpartition("/")
             if last == POINTER_NAME:
-                pointers.add(name)
-            uploads_to(entry.path)
+                pointers.add(above)
+            name, _, folder = above.rpartition("/")
+            if name and FOLDER.fullmatch(folder):
+                found.setdefault(name, set()).add(folder)
     return [
-        _Suspect(name, folder, begun)
+        (name, folder)
         for name, folders in found.items()
-        for folder, begun in folders.items()
-        if begun or len(folders) > 1 or name not in pointers
+        for folder in sorted(folders)
+        if len(folders) > 1 or name not in pointers
     ]
 
 
-async def _is_used(bucket: Bucket, suspect: _Suspect) -> bool:
-    pointer = await find_pointer(bucket, suspect.name)
-    return pointer is not None and pointer.folder == suspect.folder
+async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:
+    name, folder = suspect
+    pointer = await find_pointer(bucket, name)
+    return pointer is not None and pointer.folder == folder
 
 
-async def _end(bucket: Bucket, uploads: Sequence[Upload]) -> None:
-    for upload in uploads:
-        _log.info("ending an upload of %s/%s that no writer completes", bucket.location, upload.path)
-        await bucket.end(upload)
-
-
-async def _age(bucket: Bucket, suspect: _Suspect, now: datetime) -> float | None:
+async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime) -> float | None:
     """Return for how many seconds nothing was written; None if the store does not say, or nothing is there.
 
     Asks anew, because time has gone by since the listing.
     """
-    times = [entry.modified async for batch in bucket.list(suspect.path) for entry in batch]
-    times += [upload.began for upload in suspect.uploads]
+    times = [entry.modified async for batch in bucket.list("/".join(suspect)) for entry in batch]
     known = [time for time in times if time is not None]
     return (now - max(known)).total_seconds() if times and len(known) == len(times) else None
 
 
-async def _lease(bucket: Bucket, suspect: _Suspect) -> float:
+async def _lease(bucket: Bucket, suspect: tuple[str, str]) -> float:
     """Return for how many seconds the lease of a folder holds."""
     try:
-        found = await bucket.get(f"{suspect.path}/{LEASE_NAME}", at_most=_MAX_LEASE_BYTES)
+        found = await bucket.get("/".join((*suspect, LEASE_NAME)), at_most=_MAX_LEASE_BYTES)
     except FileNotFoundError:
         return 0.0
     return lease_seconds(bytes(found.data))

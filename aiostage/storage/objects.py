@@ -24,15 +24,14 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
-from obstore.store import GCSStore, LocalStore, MemoryStore, S3Store, from_url
+from obstore.store import LocalStore, MemoryStore, from_url
 
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, shown
-from aiostage.storage.bucket import Bucket, Entry, Found, Upload, Version
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, said, shown
+from aiostage.storage.bucket import Bucket, Entry, Found, Version
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
-from aiostage.storage.uploads import OpenUploads, RefusedError
 
 __all__ = ["ObjectStorage", "translate", "worded"]
 
@@ -70,9 +69,6 @@ _memories: dict[str, ObjectStore] = {}
 
 _process: int | None = None
 """Which process has obstore's threads, once there are any."""
-
-_told: set[str] = set()
-"""Where open uploads cannot be found, of which a person has been told."""
 
 
 class ObjectStorage(RemoteStorage):
@@ -138,7 +134,6 @@ class _ObjectBucket(Bucket):
         self._prefix = f"{prefix}/" if prefix else ""
         self._location = location
         self._store: ObjectStore | None = None
-        self._open_uploads: OpenUploads | None = None
         self._workers = Workers(_COPY_THREADS, "aiostage-objects")
 
     @property
@@ -201,7 +196,7 @@ class _ObjectBucket(Bucket):
             # The store cannot compare. Of several writers that replace at once, the last one wins.
             await self._put(path, data, "overwrite")
 
-    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> bool:
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         store = await self._connected()
         writer: obstore.AsyncWritableFile | None = None
         capacity = sent = 0
@@ -231,41 +226,17 @@ class _ObjectBucket(Bucket):
         except BaseException as error:
             # Closing that fails aborts by itself, and a coroutine that is being closed may not wait.
             if writer is not None and not closing and not isinstance(error, GeneratorExit):
-                # If this fails too, the upload is found open when the pending checkpoint is removed, and ended then.
-                with suppress(BaseError, OSError):
-                    await _settled(writer.__aexit__(type(error), error, None))
-            raise
-        return sent >= capacity
-
-    async def uploads(self, prefix: str) -> AsyncIterator[Sequence[Upload]]:
-        store = await self._connected()
-        # Others have none, or end them after a week, as Azure does.
-        if not isinstance(store, S3Store | GCSStore):
-            return
-        if isinstance(store, GCSStore):
-            self._tell("obstore cannot do so.")
-            return
-        self._open_uploads = self._open_uploads or OpenUploads(store, self._prefix)
-        batches = self._open_uploads.list(prefix)
-        while True:
-            with self._translated(prefix):
                 try:
-                    batch = await anext(batches)
-                except StopAsyncIteration:
-                    return
-                except RefusedError as error:
-                    self._tell(str(error))
-                    return
-            yield batch
-
-    async def end(self, upload: Upload) -> None:
-        if self._open_uploads is None:
-            raise ValueError(f"{shown(upload)} was not found here")
-        with self._translated(upload.path):
-            try:
-                await self._open_uploads.abort(upload)
-            except RefusedError as error:
-                self._tell(str(error))
+                    await _settled(writer.__aexit__(type(error), error, None))
+                except (BaseError, OSError) as failure:
+                    _log.warning(
+                        "could not abort the multipart upload of %s/%s: %s. It stays until a lifecycle rule of the "
+                        "bucket aborts it (AbortIncompleteMultipartUpload).",
+                        self._location,
+                        path,
+                        said(failure).rstrip("."),
+                    )
+            raise
 
     async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
         store = await self._connected()
@@ -319,19 +290,6 @@ class _ObjectBucket(Bucket):
 
     def _writer(self, store: ObjectStore, path: str, capacity: int) -> obstore.AsyncWritableFile:
         return obstore.open_writer_async(store, self._prefix + path, buffer_size=capacity, max_concurrency=_IN_FLIGHT)
-
-    def _tell(self, reason: str) -> None:
-        """Say once that open uploads stay."""
-        if self._location in _told:
-            return
-        _told.add(self._location)
-        _log.warning(
-            "open multipart uploads of %s cannot be listed and ended: %s What a save leaves that is killed in the "
-            "middle of one stays, unseen and paid for, unless the bucket has a rule that aborts it "
-            "(AbortIncompleteMultipartUpload).",
-            self._location,
-            reason,
-        )
 
     async def _connected(self) -> ObjectStore:
         """Return the store."""

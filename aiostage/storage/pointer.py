@@ -23,7 +23,6 @@ __all__ = [
     "POINTER_NAME",
     "Heartbeat",
     "Pointer",
-    "end_uploads",
     "find_pointer",
     "lease_seconds",
     "remove_folder",
@@ -138,13 +137,6 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
 def write_pointer(folder: str) -> Buffer:
     """Compose the pointer to a folder."""
     return memoryview(json.dumps({"format": _FORMAT, "version": _VERSION, "data": folder}).encode())
-
-
-async def end_uploads(bucket: Bucket, folder: str) -> None:
-    """End the uploads to a folder without a writer."""
-    uploads = [upload async for batch in bucket.uploads(f"{folder}/") for upload in batch]
-    for upload in uploads:
-        await bucket.end(upload)
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:

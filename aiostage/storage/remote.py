@@ -17,7 +17,7 @@ from functools import partial
 
 import anyio
 
-from aiostage._loop.coroutines import finish, run_concurrently
+from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
 from aiostage.errors import (
@@ -38,7 +38,6 @@ from aiostage.storage.pointer import (
     LEASE_NAME,
     POINTER_NAME,
     Heartbeat,
-    end_uploads,
     find_pointer,
     remove_folder,
     write_lease,
@@ -244,8 +243,6 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
         self._replaced: str | None = None
         self._committed = False
-        # Whether an unknown upload may be open: one that was begun twice because a response was lost.
-        self._uploads_in_doubt = False
 
     @property
     def location(self) -> str:
@@ -254,8 +251,6 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def token(self) -> str:
         """Return what names the folder; see :meth:`aiostage.abc.MultiWriterCheckpoint.token`."""
-        # What others do there cannot be known here.
-        self._uploads_in_doubt = True
         return self._token
 
     async def start(self) -> None:
@@ -269,18 +264,13 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         if not name or "/" in name or name in (".", "..", LEASE_NAME):
             raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
-            several = True
-            try:
-                several = await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
-            finally:
-                self._uploads_in_doubt |= several
+            await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
 
     async def commit(self, manifest: Buffer) -> None:
         """Write the manifest and then the pointer; see :meth:`aiostage.PendingCheckpoint.commit`."""
         if self._attached:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
-        # Beside each other, so that a commit takes no longer for it.
-        await run_concurrently(self._end_uploads, lambda: self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest))
+        await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
         try:
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")
         except FileNotFoundError as error:
@@ -305,22 +295,11 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         try:
             committed = self._committed or await self._is_committed()
             stale = self._replaced if committed else self._folder
-            if not committed:
-                await self._end_uploads()
             if stale is not None:
                 await remove_folder(self._bucket, f"{self._name}/{stale}")
         except CheckpointError as error:
             _log.warning("could not remove what is left of %s: %s", self.location, error)
         self._ended = True
-
-    async def _end_uploads(self) -> None:
-        """End uploads that were begun and will not be completed, once this pending checkpoint writes no more."""
-        if not self._uploads_in_doubt:
-            return
-        try:
-            await end_uploads(self._bucket, self._path)
-        except StorageError as error:
-            _log.warning("could not end the uploads that may be left of %s: %s", self.location, error)
 
     async def _stop_heartbeat(self) -> None:
         if self._heartbeat is not None:

@@ -133,7 +133,7 @@ class _FsspecBucket(Bucket):
         # No file system of fsspec compares what it replaces. Of several writers, the last one wins.
         await self.put(path, data)
 
-    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> bool:
+    async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         # Kept in a list, because a task that is cancelled meanwhile loses what a call returns.
         opened: list[Any] = []
         sent = 0
@@ -156,7 +156,6 @@ class _FsspecBucket(Bucket):
             if opened and not isinstance(error, GeneratorExit):
                 await finish(lambda: self._workers.run(partial(_give_up, opened[0])))
             raise
-        return False
 
     async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
         def find(fs: Any, full: str) -> list[Sequence[Entry]]:
