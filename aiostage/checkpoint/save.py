@@ -42,6 +42,7 @@ def save(
     stager: CheckpointStager | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    duplicate_tied: bool = False,
     progress: ProgressOption[SaveProgress] = None,
 ) -> Coroutine[Any, Any, CheckpointInfo]:
     """Return a coroutine that stages a tree and writes it to a storage, where it appears whole or not at all.
@@ -60,6 +61,8 @@ def save(
             next save.
         overwrite: Replace a checkpoint that is already there, in one step.
         max_shard_bytes: How many bytes of tensors one file may hold; a larger tensor has a file of its own.
+        duplicate_tied: Write tensors that share memory once for each of their names, for programs that read the
+            safetensors files alone and know no ties. :func:`load` ties them again. False: such memory is written once.
         progress: True shows a progress bar (with tqdm). A function is called on the event loop as parts are written;
             what it raises ends the save.
 
@@ -88,7 +91,7 @@ def save(
     with within(opened):
         # Called before anything is awaited: the moment of the copy is the caller's.
         source = state_dict if stager is None or isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
-    writing = _writing(storage, name, overwrite, max_shard_bytes, progress)
+    writing = _writing(storage, name, overwrite, max_shard_bytes, duplicate_tied, progress)
     return named(_save(state_dict, source, own, writing, started, opened), "save")
 
 
@@ -161,6 +164,7 @@ async def write_checkpoint(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    duplicate_tied: bool = False,
     progress: ProgressOption[SaveProgress] = None,
 ) -> CheckpointInfo:
     """Write a tree that does not change meanwhile, without taking a copy first.
@@ -170,6 +174,7 @@ async def write_checkpoint(
         target: As for :func:`save`.
         overwrite: As for :func:`save`.
         max_shard_bytes: As for :func:`save`.
+        duplicate_tied: As for :func:`save`.
         progress: As for :func:`save`.
 
     Returns:
@@ -185,7 +190,7 @@ async def write_checkpoint(
     started = perf_counter()
     storage, name = locate(target)
     with span("save", target=name):
-        async with _writing(storage, name, overwrite, max_shard_bytes, progress) as (writer, write):
+        async with _writing(storage, name, overwrite, max_shard_bytes, duplicate_tied, progress) as (writer, write):
             await writer.plan(staged)
             info = await write()
     return _timed(info, 0.0, perf_counter() - started)
@@ -197,6 +202,7 @@ async def convert(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    duplicate_tied: bool = False,
     verify: bool = True,
 ) -> CheckpointInfo:
     """Read a checkpoint, of any format that :func:`load` reads, and write it as one of aiostage.
@@ -206,6 +212,7 @@ async def convert(
         target: As for :func:`save`.
         overwrite: As for :func:`save`.
         max_shard_bytes: As for :func:`save`.
+        duplicate_tied: As for :func:`save`.
         verify: As for :func:`load`.
 
     Returns:
@@ -217,18 +224,25 @@ async def convert(
     May be cancelled as :func:`save` may.
     """
     tree = await load(source, verify=verify)
-    return await write_checkpoint(tree, target, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
+    return await write_checkpoint(
+        tree, target, overwrite=overwrite, max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied
+    )
 
 
 @asynccontextmanager
 async def _writing(
-    storage: Storage, name: str, overwrite: bool, max_shard_bytes: int, progress: ProgressOption[SaveProgress]
+    storage: Storage,
+    name: str,
+    overwrite: bool,
+    max_shard_bytes: int,
+    duplicate_tied: bool,
+    progress: ProgressOption[SaveProgress],
 ) -> AsyncGenerator[_Writing, None]:
     """Open a pending checkpoint that is gone afterwards, unless it was committed."""
-    check_flags(overwrite=overwrite)
+    check_flags(overwrite=overwrite, duplicate_tied=duplicate_tied)
     if require_int("max_shard_bytes", max_shard_bytes) <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
-    writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes)
+    writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
     try:
         with _reporting(progress, name) as report:
             async with _pending(storage, name, overwrite) as pending:

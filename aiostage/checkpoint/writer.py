@@ -110,10 +110,12 @@ class CheckpointWriter:
     Args:
         name: What it is called, for reports of the progress.
         max_shard_bytes: How many bytes of tensors one file may hold.
+        duplicate_tied: Whether files have tied tensors under each of their names.
     """
 
-    def __init__(self, name: str, *, max_shard_bytes: int) -> None:
+    def __init__(self, name: str, *, max_shard_bytes: int, duplicate_tied: bool = False) -> None:
         self._name = name
+        self._duplicate_tied = duplicate_tied
         self._max_shard_bytes = max_shard_bytes
         self._progress: Callable[[SaveProgress], object] | None = None
         self._workers = Workers(_THREADS, "aiostage-save", prepare=torch.get_num_threads)
@@ -141,11 +143,12 @@ class CheckpointWriter:
         with span("layout"), RarerCollections():
             # Tensors that were staged in inference mode can be changed by functions of registered classes only in it.
             caller = CallerStreams(None)
-            encoder = TreeEncoder(values_are_there=snapshot is None or snapshot.is_captured)
+            there = snapshot is None or snapshot.is_captured
+            encoder = TreeEncoder(values_are_there=there, notes_places=self._duplicate_tied)
             try:
                 await self._workers.run(partial(_walk, encoder, staged, caller))
             except ValuesNeeded:
-                encoder = TreeEncoder()
+                encoder = TreeEncoder(notes_places=self._duplicate_tied)
                 await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
             self._plan = await self._workers.run(partial(self._planned, encoder))
 
@@ -211,7 +214,7 @@ class CheckpointWriter:
         """Return the files for a tree that was walked. Blocks."""
         snapshot = self._snapshot
         leaves, starts, stops = measure(encoder.tensors)
-        tensors = file_tensors(leaves, overlapping(starts, stops))
+        tensors = file_tensors(leaves, overlapping(starts, stops), encoder.other_places)
         shards = tensor_files(
             tensors,
             self._max_shard_bytes,
@@ -221,7 +224,7 @@ class CheckpointWriter:
         files = [(shard.name, shard.contents) for shard in shards]
         if len(shards) > 1:
             files.append((INDEX_NAME, index_content(shards)))
-        nbytes = sum(tensor.nbytes for tensor in tensors)
+        nbytes = sum(tensor.nbytes for tensor in tensors if not tensor.is_copy)
         return _FilePlan(nbytes, len(encoder.tensors), files, _fitting(encoder.lines()))
 
     def _sent(self, nbytes: int) -> None:

@@ -131,13 +131,16 @@ class TreeEncoder:
         tensors: The nodes of tensors that are one piece of memory, in the order of the tree. Their ``form`` is left
             to the code that knows where the memory goes.
         uses_kinds: Whether there are objects that readers of the first version do not know.
+        other_places: Where tensors were met again, as nodes that nothing refers to; None if it is not to be noted.
 
     Args:
         values_are_there: Whether tensors have their values, which functions of registered classes may look at.
+        notes_places: Whether to note where tensors are met again.
     """
 
-    def __init__(self, *, values_are_there: bool = True) -> None:
+    def __init__(self, *, values_are_there: bool = True, notes_places: bool = False) -> None:
         self.tensors: list[Node] = []
+        self.other_places: list[Node] | None = [] if notes_places else None
         self.uses_kinds = False
         self._hashes_nodes = False
         self._values_are_there = values_are_there
@@ -221,6 +224,8 @@ class TreeEncoder:
                 node.entered = True
                 self._enter_tensor(node, found)
                 self._end(node)
+        elif self.other_places is not None and isinstance(value, torch.Tensor):
+            self.other_places.append(Node(value, parent, key))
         if not node.entered:
             found.append(node)
         elif self._whole and node.position is None and node.depth <= self._whole[-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ class FileTensor:
         element_bytes: A power of two that divides ``nbytes``: what its elements really are, at most.
         memory: Its bytes: an address, or a tensor whose elements in index order they are.
         owner: Keeps the memory alive.
+        is_copy: Whether another one has these bytes too, and the tree refers to that one.
     """
 
     name: str
@@ -90,6 +91,7 @@ class FileTensor:
     element_bytes: int
     memory: int | torch.Tensor
     owner: object
+    is_copy: bool = False
 
     @property
     def address(self) -> int:
@@ -141,7 +143,9 @@ def _refused(node: Node, reason: str) -> UnsupportedLeafError:
     return UnsupportedLeafError(f"{reason}.", path=format_path(path_of(node)), remedy="Stage it first.")
 
 
-def file_tensors(leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]]) -> list[FileTensor]:
+def file_tensors(
+    leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]], other_places: Sequence[Node] | None = None
+) -> list[FileTensor]:
     """Decide what is written for each leaf, and say so in the leaf's node.
 
     A leaf alone in its memory is written as its elements, under its own name. Leaves that share memory in the same
@@ -151,6 +155,8 @@ def file_tensors(leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]]) -
     Args:
         leaves: In the order of the tree.
         overlapping: Groups of indices: the leaves whose memory overlaps.
+        other_places: Where tensors of leaves are met again, as nodes that are not in the tree. With these, leaves that
+            share memory are written once more for each name, for readers that know no ties. None: once for all.
 
     Returns:
         The tensors of the files, in the order of the tree.
@@ -170,6 +176,20 @@ def file_tensors(leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]]) -
             else:
                 done.update(group)
                 found.append(_shared([leaves[member] for member in sorted(group)], names))
+    if other_places is not None:
+        found += _copies(leaves, other_places, names)
+    return found
+
+
+def _copies(leaves: Sequence[Leaf], other_places: Iterable[Node], names: _Names) -> list[FileTensor]:
+    """Write leaves under the names that no tensor of a file has yet."""
+    named = set(names.nodes())
+    found = [_elements(leaf, names.name(leaf.node), is_copy=True) for leaf in leaves if leaf.node not in named]
+    leaf_of = {id(leaf.node.value): leaf for leaf in leaves}
+    for node in releasing_gil(other_places):
+        leaf = leaf_of.get(id(node.value))
+        if leaf is not None:
+            found.append(_elements(leaf, names.name(node), is_copy=True))
     return found
 
 
@@ -210,12 +230,20 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
         if _name_in_format(tensor) is None:
             form |= {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
         sharer.node.form = {**form, **sharer.node.form}
+    return _elements(leaf, name)
+
+
+def _elements(leaf: Leaf, name: str, *, is_copy: bool = False) -> FileTensor:
+    """Write the elements of a leaf."""
+    tensor = leaf.tensor
+    count = tensor.numel()
     memory: int | torch.Tensor = leaf.address
     if not leaf.contiguous and count:
         memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device="cpu")
         memory.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     dtype, shape = _in_file(tensor)
-    return FileTensor(name, dtype, shape, count * tensor.element_size(), tensor.element_size(), memory, tensor)
+    element_bytes = tensor.element_size()
+    return FileTensor(name, dtype, shape, count * element_bytes, element_bytes, memory, tensor, is_copy)
 
 
 def _shared(group: Sequence[Leaf], names: _Names) -> FileTensor:
@@ -301,7 +329,7 @@ class _Names:
     """Gives tensors names that other programs can read: the keys that lead to them, with dots between."""
 
     def __init__(self) -> None:
-        self._used = {"__metadata__"}
+        self._used: dict[str, Node | None] = {"__metadata__": None}
         # Of containers, what the names of all that they contain begin with; None if that is too long.
         self._prefixes: dict[Node, str | None] = {}
 
@@ -322,8 +350,12 @@ class _Names:
         unique, number = name, 2
         while unique in self._used:
             unique, number = f"{name}~{number}", number + 1
-        self._used.add(unique)
+        self._used[unique] = node if suffix is None else None
         return unique
+
+    def nodes(self) -> Iterator[Node]:
+        """Iterate over the nodes that have a name of their own, without a suffix."""
+        return (node for node in self._used.values() if node is not None)
 
 
 def _prefix(node: Node) -> str | None:
@@ -428,17 +460,17 @@ def _by_place(tensors: list[FileTensor], memory: range) -> list[FileTensor]:
 
 def _check_order(tensors: Sequence[FileTensor], memory: range) -> None:
     """Refuse what would have to be written in another order than that of the memory."""
-    last = 0
+    stop = 0
     for tensor in tensors:
         address = tensor.address
         if address in memory:
-            if address < last:
+            if address < stop:
                 raise HostMemoryError(
                     f"the tensor {shown(tensor.name)} shares memory so that its bytes come too late to be written in "
                     "turn.",
                     remedy="Raise max_host_bytes so that the whole copy fits twice.",
                 )
-            last = address
+            stop = address + tensor.nbytes
 
 
 def _shards(tensors: Sequence[FileTensor], max_shard_bytes: int) -> list[list[FileTensor]]:

@@ -36,7 +36,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor):
-            found[prefix + key] = value
+            found[f"{prefix}{key}"] = value
     return found
 
 
@@ -105,3 +105,64 @@ async def test_tied_tensors_have_one_name_for_distributed_checkpoints_reader(tmp
     assert torch.equal(live["head"], weight)
     loaded = await aiostage.load(info.path)
     assert loaded["embed"] is loaded["head"]
+
+
+def tied() -> dict[str, Any]:
+    """Tied by identity and by memory, as views of a part, as a part of a part, and turned."""
+    weight = torch.arange(12.0).view(3, 4)
+    rows = torch.arange(30.0).view(5, 6)
+    return {
+        "embed": weight,
+        "head": {"same": weight, "detached": weight.detach(), "turned": weight.t()},
+        "list": [weight, torch.ones(2)],
+        "upper": rows[:3],
+        "lower": rows[2:],
+        "column": rows[:, 1],
+        "expanded": torch.ones(1).expand(3),
+        "empty": (torch.zeros(0), torch.zeros(0)),
+    }
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 60])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_tied_tensors_under_each_of_their_names(tmp_path: Path, max_shard_bytes: int) -> None:
+    saved = tied()
+    once = await aiostage.save(saved, tmp_path / "once")
+    info = await aiostage.save(saved, tmp_path / "each", max_shard_bytes=max_shard_bytes, duplicate_tied=True)
+    assert (info.nbytes, info.leaves) == (once.nbytes, once.leaves)
+    found: dict[str, torch.Tensor] = {}
+    for path in info.path.glob("*.safetensors"):
+        found |= load_file(path)
+    expected = flat({**saved, "list": dict(enumerate(saved["list"])), "empty": dict(enumerate(saved["empty"]))})
+    # What the tree refers to where no name stands for all of the memory.
+    assert found.keys() - expected.keys() == {"expanded.storage", "upper.storage"}
+    assert_equal({name: found[name] for name in expected}, expected)
+    live = {name: torch.zeros_like(tensor).contiguous() for name, tensor in expected.items()}
+    dcp.load(live, storage_reader=HuggingFaceStorageReader(str(info.path)), no_dist=True)
+    assert_equal(live, expected)
+    # They are tied for us, and tell what was done to the others.
+    for loaded in (await aiostage.load(info.path), await aiostage.load(tmp_path / "once")):
+        assert loaded["embed"] is loaded["head"]["same"] is loaded["list"][0]
+        loaded["embed"].zero_()
+        assert not loaded["head"]["turned"].any()
+        assert not loaded["head"]["detached"].any()
+        loaded["upper"][2] = -1
+        assert torch.equal(loaded["lower"][0], torch.full((6,), -1.0))
+        assert torch.equal(loaded["column"], torch.tensor([1.0, 7, -1, 19, 25]))
+    into = tied()
+    into["embed"].zero_()
+    await aiostage.load(info.path, into=into)
+    assert_equal(flat(into["head"]), flat(saved["head"]))
+
+
+@pytest.mark.asyncio
+async def test_tied_tensors_that_pass_through_little_memory(tmp_path: Path) -> None:
+    """Their bytes would be needed twice, and are there once."""
+    weight = torch.ones(6 << 20)
+    saved = {"first": torch.ones(6 << 20), "embed": weight, "head": weight}
+    async with aiostage.AsyncStager(aiostage.StagingOptions(max_host_bytes=40 << 20)) as stager:
+        await aiostage.save(saved, tmp_path / "once", stager=stager)
+        with pytest.raises(aiostage.HostMemoryError, match="Raise max_host_bytes"):
+            await aiostage.save(saved, tmp_path / "each", stager=stager, duplicate_tied=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["once"]
