@@ -51,7 +51,7 @@ class OpenSpan:
         self._observers = observers
         self.span: Span = span
         for observer in observers:
-            _tell(observer.started, span)
+            _notify(observer.started, span)
 
     def child(self, name: str, **attributes: object) -> OpenSpan:
         """Open a span inside this one, told to the same observers, whatever context the caller is in."""
@@ -68,9 +68,9 @@ class OpenSpan:
         self.span.end = perf_counter()
         for observer in self._observers:
             if error is None:
-                _tell(observer.complete, self.span)
+                _notify(observer.complete, self.span)
             else:
-                _tell(observer.failed, self.span, error)
+                _notify(observer.failed, self.span, error)
 
     def __enter__(self) -> OpenSpan:
         """Return self; the span is open already."""
@@ -83,7 +83,7 @@ class OpenSpan:
         self.end(error)
 
 
-class _Current:
+class _CurrentSpan:
     """An open span that is the parent of those opened inside its block."""
 
     __slots__ = ("_before", "_open")
@@ -117,7 +117,7 @@ def span(name: str, **attributes: object) -> AbstractContextManager[None]:
     observers = _everywhere + _here.get()
     if not observers:
         return _not_observed
-    return _Current(OpenSpan(observers, _new(name, _current.get(), attributes)))
+    return _CurrentSpan(OpenSpan(observers, _new(name, _current.get(), attributes)))
 
 
 def start_span(name: str, **attributes: object) -> OpenSpan | None:
@@ -163,7 +163,7 @@ def within(opened: OpenSpan | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # As for _Current.
+        # As for _CurrentSpan.
         if _current.get() is opened.span:
             _current.set(before)
 
@@ -240,7 +240,7 @@ def _new(name: str, parent: Span | None, attributes: dict[str, object]) -> Span:
 _Tell: TypeAlias = Callable[..., object]
 
 
-def _tell(tell: _Tell, *what: object) -> None:
+def _notify(tell: _Tell, *what: object) -> None:
     """Call an observer. Its error must not end a save, and in a worker thread no caller could get it."""
     try:
         tell(*what)

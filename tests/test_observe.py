@@ -59,7 +59,7 @@ async def test_free_when_nobody_listens() -> None:
         with Calls() as calls:
             async with AsyncStager() as stager:
                 await stager.stage(tree(leaves))
-        assert not {"OpenSpan.__init__", "OpenSpan.child", "OpenSpan.end", "_new", "_tell"} & set(calls.count)
+        assert not {"OpenSpan.__init__", "OpenSpan.child", "OpenSpan.end", "_new", "_notify"} & set(calls.count)
         counts.append(calls.count)
     # A look for the staging and one for each batch, of which there is one; none for a leaf.
     assert counts == [Counter(start_span=1, inside=1)] * 2

@@ -13,7 +13,7 @@ from aiostage import _private
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Leaves, Table
 from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
-from aiostage._capture.plan import Batch, Block, Run
+from aiostage._capture.plan import Batch, LeafRun, OverlapGroup
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
@@ -21,9 +21,9 @@ __all__ = [
     "Memo",
     "build",
     "build_batch",
-    "build_block",
     "build_destinations",
     "build_empty",
+    "build_overlap_group",
     "build_run",
     "built_now",
     "finish_leaves",
@@ -31,7 +31,7 @@ __all__ = [
     "of_class",
 ]
 
-_AT_ONCE = 512
+_CHILDREN_PER_STEP = 512
 """Children put into a container at once."""
 
 _NODE_COST = 8
@@ -137,15 +137,15 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
         node = stack[-1]
         child, upto = _next(node, memo, suspended)
         while node.filled < upto:
-            stop = min(upto, node.filled + _AT_ONCE)
+            stop = min(upto, node.filled + _CHILDREN_PER_STEP)
             start, node.filled = node.filled, stop
             node.put(start, node.part(start, stop, fetch))
             cost += stop - start
-            if cost >= _AT_ONCE:
+            if cost >= _CHILDREN_PER_STEP:
                 yield
                 cost = 0
         cost += _NODE_COST
-        if cost >= _AT_ONCE:
+        if cost >= _CHILDREN_PER_STEP:
             yield
             cost = 0
         if child is None:
@@ -186,7 +186,7 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
 def _next(node: Node, memo: Memo | None, suspended: set[int]) -> tuple[Node | None, int]:
     """Return the next nested node that has to be built first, and up to which slot the others have their copies."""
     nested = node.nested
-    limit = min(len(nested), node.position + _AT_ONCE)
+    limit = min(len(nested), node.position + _CHILDREN_PER_STEP)
     while node.position < limit:
         slot, child = nested[node.position]
         if not child.done:
@@ -235,7 +235,7 @@ _NUMPY_DTYPES: dict[torch.dtype, Any] = {
 }
 
 
-def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
+def build_run(memory: np.ndarray[Any, Any], run: LeafRun) -> list[torch.Tensor]:
     """Make the staged leaves of a run, each with a storage of exactly its own size.
 
     Args:
@@ -272,23 +272,23 @@ def build_run(memory: np.ndarray[Any, Any], run: Run) -> list[torch.Tensor]:
     return of_class(tensors, spec)
 
 
-def build_block(
-    memory: np.ndarray[Any, Any], block: Block, specs: Sequence[Spec | None]
+def build_overlap_group(
+    memory: np.ndarray[Any, Any], group: OverlapGroup, specs: Sequence[Spec | None]
 ) -> Generator[tuple[Sequence[int], list[torch.Tensor]], None, None]:
-    """Make the staged leaves of a block, all over one storage of the block's size, yielding some at a time.
+    """Make the staged leaves of a group, all over one storage of the group's size, yielding some at a time.
 
     Args:
-        memory: One-dimensional uint8, the block's slot.
-        block: Leaves whose memory overlaps.
+        memory: One-dimensional uint8, the group's slot.
+        group: Leaves whose memory overlaps.
         specs: Of all leaves.
 
     Yields:
         Some leaves' indices, and the tensors for them, tied as the sources are.
     """
     storage = torch.from_numpy(memory).untyped_storage()
-    for start in range(0, len(block.indices), _LEAVES_AT_ONCE):
-        indices, tensors = block.indices[start : start + _LEAVES_AT_ONCE], list[torch.Tensor]()
-        for index, offset in zip(indices, block.offsets[start : start + _LEAVES_AT_ONCE], strict=True):
+    for start in range(0, len(group.indices), _LEAVES_AT_ONCE):
+        indices, tensors = group.indices[start : start + _LEAVES_AT_ONCE], list[torch.Tensor]()
+        for index, offset in zip(indices, group.offsets[start : start + _LEAVES_AT_ONCE], strict=True):
             spec = specs[index]
             assert spec is not None  # noqa: S101 - a plan places leaves with memory only
             tensor = torch.empty(0, dtype=spec.target, device="cpu")
@@ -350,7 +350,7 @@ def keep_freed_memory() -> None:
     np.empty(_LARGEST_BLOCK, dtype=np.uint8)
 
 
-def build_empty(runs: Sequence[Run], staged: list[Any]) -> Generator[None, None, None]:
+def build_empty(runs: Sequence[LeafRun], staged: list[Any]) -> Generator[None, None, None]:
     """Make the leaves that have no elements, yielding now and then.
 
     Args:
@@ -376,9 +376,9 @@ def build_batch(
     for run in batch.runs:
         _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))
         yield
-    for block in batch.blocks:
-        part = memory[block.offset : block.offset + block.nbytes]
-        for indices, tensors in build_block(part, block, specs):
+    for group in batch.overlap_groups:
+        part = memory[group.offset : group.offset + group.nbytes]
+        for indices, tensors in build_overlap_group(part, group, specs):
             _place(staged, indices, tensors)
             yield
 

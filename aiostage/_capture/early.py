@@ -10,7 +10,7 @@ import torch
 from aiostage import _private
 from aiostage._capture.build import of_class
 from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import CHUNK, Leaves
+from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves
 
 __all__ = ["EarlyCopies", "StorageCopies"]
 
@@ -98,8 +98,8 @@ class EarlyCopies:
     def tie(self) -> Generator[None, None, None]:
         """Give every leaf in a storage that was copied a copy over the same one, yielding between small steps."""
         leaves = self._leaves
-        for start in range(0, len(leaves.specs), CHUNK):
-            for index in range(start, min(start + CHUNK, len(leaves.specs))):
+        for start in range(0, len(leaves.specs), LEAVES_PER_STEP):
+            for index in range(start, min(start + LEAVES_PER_STEP, len(leaves.specs))):
                 spec, storage = leaves.specs[index], leaves.storages[index]
                 if index in leaves.given:
                     leaves.specs[index] = None

@@ -21,7 +21,7 @@ from aiostage.errors import UnsupportedLeafError
 from aiostage.format.composites import inner_tensors, quantized_over
 from aiostage.leaf import Path, format_path
 
-__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "finder", "take_apart", "traits_of"]
+__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "composite_of", "finder", "traits_of"]
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
@@ -340,7 +340,7 @@ _REFUSED: tuple[tuple[Callable[[torch.Tensor], bool], str, str], ...] = (
 """What means that a tensor cannot be copied, why, and the way out."""
 
 
-def take_apart(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None:
+def composite_of(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None:
     """Take a tensor apart that is not one piece of memory.
 
     Args:

@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, take_apart, traits_of
+from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, composite_of, traits_of
 
-__all__ = ["CHUNK", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
+__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
 
 V = TypeVar("V")
 
-CHUNK = 256
+LEAVES_PER_STEP = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
 
-NO_WITNESS = -2
+VERSIONS_UNAVAILABLE = -2
 """Stands for the version of any tensor where PyTorch has none."""
 
 NO_VERSION = -1
@@ -164,7 +164,7 @@ class Leaves:
     def append(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add tensors, and note what they are now; :meth:`inspect` finds out which of them were met before."""
         self.tensors += tensors
-        versions, addresses, sizes, storages = _look(tensors)
+        versions, addresses, sizes, storages = _columns_of(tensors)
         self.versions += versions
         self.addresses += addresses
         self.storage_sizes += sizes
@@ -175,9 +175,9 @@ class Leaves:
 
         A look at what was noted just now is cheap, because it is in the processor's caches.
         """
-        while not self._unlike and len(self.tensors) - len(self.specs) >= CHUNK:
+        while not self._unlike and len(self.tensors) - len(self.specs) >= LEAVES_PER_STEP:
             start = len(self.specs)
-            self._unlike = not self._recognize(self.tensors[start : start + CHUNK], start, inspection)
+            self._unlike = not self._recognize(self.tensors[start : start + LEAVES_PER_STEP], start, inspection)
 
     def _recognize(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
         """Fill the specs of a chunk if it is what it was at the last inspection, and say whether it is."""
@@ -185,8 +185,8 @@ class Leaves:
         # Another address means other memory; the guard knows nothing of the size of a storage.
         if (
             known is None
-            or self.addresses[start : start + CHUNK] != known.addresses
-            or self.storage_sizes[start : start + CHUNK] != known.sizes
+            or self.addresses[start : start + LEAVES_PER_STEP] != known.addresses
+            or self.storage_sizes[start : start + LEAVES_PER_STEP] != known.sizes
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
@@ -198,14 +198,14 @@ class Leaves:
         """Fill :attr:`positions`, yielding between small steps."""
         while self._indexed < len(self.tensors):
             start = self._indexed
-            for index, tensor in enumerate(self.tensors[start : start + CHUNK], start):
+            for index, tensor in enumerate(self.tensors[start : start + LEAVES_PER_STEP], start):
                 first = self.positions.setdefault(id(tensor), index)
                 if first != index:
                     self.aliases.put(index, first)
                     self.owners.put(index, first)
                     if index < len(self.specs):
                         self.specs[index] = None
-            self._indexed = min(start + CHUNK, len(self.tensors))
+            self._indexed = min(start + LEAVES_PER_STEP, len(self.tensors))
             yield
 
     def add(self, tensor: torch.Tensor, owner: int) -> int:
@@ -230,12 +230,12 @@ class Leaves:
         for held in (self.composites, self.given, self.gradients, self._apart, self.positions):
             held.clear()
 
-    def take_apart(self, index: int, tensor: torch.Tensor) -> Composite | None:
+    def composite_of(self, index: int, tensor: torch.Tensor) -> Composite | None:
         """Return how a leaf of a tensor subclass is taken apart, or None if it is one piece of memory."""
         if type(tensor) in PLAIN_CLASSES:
             return None
         with _private.without_torch_function():
-            found = take_apart(tensor, "dense")
+            found = composite_of(tensor, "dense")
         if found is not None:
             self._apart[index] = found
         return found
@@ -252,13 +252,16 @@ class Leaves:
         start, recognized = len(self.specs), not self._inspected
         self._inspected = True
         while start < len(self.tensors):
-            chunk = self.tensors[start : start + CHUNK]
+            chunk = self.tensors[start : start + LEAVES_PER_STEP]
             if self._recognize(chunk, start, inspection):
                 start += len(chunk)
                 yield
                 continue
             known = inspection.chunks.get(start)
-            addresses, sizes = self.addresses[start : start + CHUNK], self.storage_sizes[start : start + CHUNK]
+            addresses, sizes = (
+                self.addresses[start : start + LEAVES_PER_STEP],
+                self.storage_sizes[start : start + LEAVES_PER_STEP],
+            )
             recognized, inspection.apart = False, None
             self._check_memory(start, chunk)
             with _private.without_torch_function():
@@ -281,7 +284,7 @@ class Leaves:
         What is found out about it now is about the new memory. Read from the old one it could reach beyond its end.
         """
         part = slice(start, start + len(chunk))
-        _, addresses, sizes, storages = _look(chunk)
+        _, addresses, sizes, storages = _columns_of(chunk)
         noted = self.addresses[part], self.storage_sizes[part], self.storages[part]
         if (addresses, sizes) == noted[:2] and all(map(is_, storages, noted[2])):
             return
@@ -294,8 +297,8 @@ class Leaves:
         """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""
         if inspection.apart is None:
             met = {0}
-            for start in range(0, len(self.addresses), CHUNK):
-                met.update(self.addresses[start : start + CHUNK])
+            for start in range(0, len(self.addresses), LEAVES_PER_STEP):
+                met.update(self.addresses[start : start + LEAVES_PER_STEP])
                 yield
             inspection.apart = len(met) == len(self.addresses) + 1
         return inspection.apart
@@ -303,7 +306,7 @@ class Leaves:
     def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
         """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""
         meanings = table.meanings(chunk)
-        if NO_WITNESS in self.versions[start : start + len(chunk)]:
+        if VERSIONS_UNAVAILABLE in self.versions[start : start + len(chunk)]:
             raise Refusal(
                 "this PyTorch counts no versions, so a change to it during the staging could not be noticed.",
                 "Use StagingOptions(detect_torn=False), and leave the source alone until it is captured.",
@@ -315,7 +318,7 @@ class Leaves:
                 return True
         simple = True
         for index, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True), start):
-            composite = self._apart.get(index) or take_apart(tensor, meaning)
+            composite = self._apart.get(index) or composite_of(tensor, meaning)
             spec = None
             if composite is not None:
                 self._add_parts(index, composite)
@@ -368,7 +371,7 @@ Columns = tuple[list[int], list[int], list[int], list[torch.UntypedStorage | Non
 """Versions, addresses, sizes of storages in bytes, and storages."""
 
 
-def _look(tensors: Sequence[torch.Tensor]) -> Columns:
+def _columns_of(tensors: Sequence[torch.Tensor]) -> Columns:
     """Return what is noted of tensors, without a call of Python for each."""
     version = _private.version_of
     try:
@@ -377,21 +380,23 @@ def _look(tensors: Sequence[torch.Tensor]) -> Columns:
             addresses = list(map(_address, tensors))
             storages: list[Any] = list(map(_storage, tensors))
             sizes = list(map(_storage_nbytes, storages))
-            versions = list(map(version.__get__, tensors)) if version is not None else [NO_WITNESS] * len(tensors)
+            versions = (
+                list(map(version.__get__, tensors)) if version is not None else [VERSIONS_UNAVAILABLE] * len(tensors)
+            )
             return versions, addresses, sizes, storages
     except Exception:
         # Some have no version, no address or no storage.
-        return _look_at_each(tensors)
+        return _columns_of_each(tensors)
 
 
-def _look_at_each(tensors: Sequence[torch.Tensor]) -> Columns:
+def _columns_of_each(tensors: Sequence[torch.Tensor]) -> Columns:
     columns: Columns = ([], [], [], [])
     version = _private.version_of
     with _private.without_torch_function():
         for tensor in tensors:
             # Wrapper subclasses and sparse tensors have no storage.
             storage = tensor.untyped_storage() if _private.has_storage(tensor) else None
-            number = NO_WITNESS
+            number = VERSIONS_UNAVAILABLE
             if version is not None:
                 number = NO_VERSION if tensor.is_inference() else version.__get__(tensor)
             row = (number, _address_or_none(tensor), storage.nbytes() if storage is not None else 0, storage)
@@ -417,10 +422,10 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
         inspection: What they were inspected with, whose guards compare shapes and strides at C speed.
     """
     found: list[int] = []
-    for start in range(0, len(leaves.versions), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, len(leaves.versions), LEAVES_PER_STEP):
+        part = slice(start, start + LEAVES_PER_STEP)
         tensors = leaves.tensors[part]
-        now = versions, addresses, sizes, storages = _look(tensors)
+        now = versions, addresses, sizes, storages = _columns_of(tensors)
         if not (
             versions == leaves.versions[part]
             and addresses == leaves.addresses[part]

@@ -19,11 +19,11 @@ __all__ = [
     "BATCH_LEAVES",
     "SMALL_BYTES",
     "Batch",
-    "Block",
+    "LeafRange",
+    "LeafRun",
     "MixedCast",
-    "Piece",
+    "OverlapGroup",
     "Plan",
-    "Run",
     "compile_plan",
 ]
 
@@ -67,7 +67,7 @@ class MixedCast(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LeafRun:
     """Leaves of one spec in consecutive slots.
 
     Attributes:
@@ -92,7 +92,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LeafRange:
     """A range of a leaf's memory, counted in elements from its first one, and where in the arena it goes."""
 
     index: int
@@ -102,14 +102,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class OverlapGroup:
     """Leaves that share memory, staged as the one range that they cover together.
 
     Attributes:
         indices: Which leaves.
-        offsets: Of each leaf in the block, in bytes.
-        offset: Of the block in the arena, in bytes.
-        nbytes: Of the block.
+        offsets: Of each leaf in the group, in bytes.
+        offset: Of the group in the arena, in bytes.
+        nbytes: Of the group.
     """
 
     indices: tuple[int, ...]
@@ -127,21 +127,21 @@ class Batch:
         start: First byte of the arena that the batch writes.
         stop: One past the last.
         runs: Leaves that are built here.
-        blocks: Blocks that are built here.
+        overlap_groups: Groups of leaves with overlapping memory that are built here.
         whole: Leaves copied as they are, from the source tensor to the staged one.
         pieces: Ranges of elements of leaves, copied as flat memory.
-        lands: Leaves that are complete once this batch has been copied, and those before it that it continues.
+        completes: Leaves that are complete once this batch has been copied, and those before it that it continues.
         continues: Whether it goes on with leaves that the batch before it has begun.
     """
 
     device: torch.device | None
     start: int
     stop: int
-    runs: tuple[Run, ...]
-    blocks: tuple[Block, ...]
+    runs: tuple[LeafRun, ...]
+    overlap_groups: tuple[OverlapGroup, ...]
     whole: Sequence[int]
-    pieces: tuple[Piece, ...]
-    lands: Sequence[int]
+    pieces: tuple[LeafRange, ...]
+    completes: Sequence[int]
     continues: bool
 
     def moved(self, distance: int) -> Batch:
@@ -151,7 +151,7 @@ class Batch:
             start=self.start + distance,
             stop=self.stop + distance,
             runs=tuple(replace(run, offset=run.offset + distance) for run in self.runs),
-            blocks=tuple(replace(block, offset=block.offset + distance) for block in self.blocks),
+            overlap_groups=tuple(replace(group, offset=group.offset + distance) for group in self.overlap_groups),
             pieces=tuple(replace(piece, offset=piece.offset + distance) for piece in self.pieces),
         )
 
@@ -171,7 +171,7 @@ class Plan:
     nbytes: int
     batches: tuple[Batch, ...]
     order: tuple[int, ...]
-    empty: tuple[Run, ...]
+    empty: tuple[LeafRun, ...]
 
 
 def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Generator[None, None, Plan]:
@@ -179,7 +179,7 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
 
     Leaves that share memory with no other get slots of their own, leaves of one spec side by side, larger dtypes first
     so that no slot needs padding, and on devices the small ones of each dtype in batches of their own. Leaves whose
-    memory overlaps come after those of their size, as blocks. This is also the order of a file without gaps.
+    memory overlaps come after those of their size, as groups. This is also the order of a file without gaps.
 
     Args:
         specs: One for each leaf; None for a leaf without memory of its own.
@@ -198,7 +198,7 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
         for index in alone[start : start + LOOKED_AT]:
             by_spec.setdefault(builder.spec(index), []).append(index)
         yield
-    empty = tuple(Run(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
+    empty = tuple(LeafRun(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
     full.sort(key=lambda entry: (str(entry[0].device or ""), not _is_small(entry[0])))
     sizes: list[int] = []
@@ -273,9 +273,9 @@ def _separate(
 def _base_of(
     members: Sequence[int], specs: Sequence[Spec | None], addresses: Sequence[int]
 ) -> Generator[None, None, int | None]:
-    """Return where the block of overlapping leaves begins in the source, or None if they cannot be one block.
+    """Return where the group of overlapping leaves begins in the source, or None if they cannot be one block.
 
-    A view of another dtype may begin before the others, within one of their elements: then the block begins with that
+    A view of another dtype may begin before the others, within one of their elements: then the group begins with that
     element, so that all leaves begin at whole elements of it. The bytes before the first leaf belong to no leaf. Views
     of one storage always fit so. Memory that two storages describe differently (overlapping NumPy arrays) may not, and
     is copied once for each.
@@ -296,7 +296,7 @@ def _base_of(
 
 
 class _Builder:
-    """Collects runs, blocks and pieces into batches."""
+    """Collects runs, overlap groups and pieces into batches."""
 
     def __init__(self, specs: Sequence[Spec | None], addresses: Sequence[int]) -> None:
         self.specs = specs
@@ -304,7 +304,7 @@ class _Builder:
         self.batches: list[Batch] = []
         self.offset = 0
         self.aligned = True
-        """Whether the next leaf may follow at once; not so behind a block, which may end anywhere."""
+        """Whether the next leaf may follow at once; not so behind a group, which may end anywhere."""
         self.inside = False
         """Whether a batch that ends now leaves something to the next that has to be copied after it."""
         self._continues = False
@@ -316,11 +316,11 @@ class _Builder:
         self.small = False
         self.start = self.offset
         self.first: int | None = None
-        self.runs: list[Run] = []
-        self.blocks: list[Block] = []
+        self.runs: list[LeafRun] = []
+        self.overlap_groups: list[OverlapGroup] = []
         self.whole: list[int] = []
-        self.pieces: list[Piece] = []
-        self.lands: list[int] = []
+        self.pieces: list[LeafRange] = []
+        self.completes: list[int] = []
 
     def spec(self, index: int) -> Spec:
         """Return the spec of a leaf that has memory."""
@@ -330,10 +330,10 @@ class _Builder:
 
     def cut(self) -> None:
         """End the batch under way."""
-        if self.runs or self.blocks or self.pieces:
-            runs, blocks, pieces = tuple(self.runs), tuple(self.blocks), tuple(self.pieces)
+        if self.runs or self.overlap_groups or self.pieces:
+            runs, groups, pieces = tuple(self.runs), tuple(self.overlap_groups), tuple(self.pieces)
             batch = Batch(
-                self.device, self.start, self.offset, runs, blocks, self.whole, pieces, self.lands, self._continues
+                self.device, self.start, self.offset, runs, groups, self.whole, pieces, self.completes, self._continues
             )
             self.batches.append(batch)
             rank = (self.device is not None, not self.small, self.first or 0)
@@ -345,7 +345,9 @@ class _Builder:
         """Return the order in which the batches are to be copied; those that continue another stay behind it."""
         return tuple(sorted(range(len(self.batches)), key=self._ranks.__getitem__))
 
-    def make_room(self, device: torch.device | None, nbytes: int, leaves: int, first: int, *, small: bool) -> None:
+    def end_batch_if_full(
+        self, device: torch.device | None, nbytes: int, leaves: int, first: int, *, small: bool
+    ) -> None:
         """End the batch under way if what comes next, of which ``first`` is the first leaf, does not belong in it."""
         full = self.offset + nbytes - self.start > BATCH_BYTES or len(self.whole) + leaves > BATCH_LEAVES
         if full or device != self.device or small != self.small:
@@ -370,8 +372,8 @@ class _Builder:
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
             _private.untrack_all((members,))
-            self.make_room(spec.device, size * len(members), len(members), members[0], small=_is_small(spec))
-            run = Run(spec, as_range(members), self.offset)
+            self.end_batch_if_full(spec.device, size * len(members), len(members), members[0], small=_is_small(spec))
+            run = LeafRun(spec, as_range(members), self.offset)
             self.runs.append(run)
             if run.is_whole:
                 self.whole += members
@@ -379,7 +381,7 @@ class _Builder:
             else:
                 for index in members:
                     self.add_range(spec, index, 0, spec.extent, small=_is_small(spec))
-            self.lands += members
+            self.completes += members
             yield
 
     def add_range(self, spec: Spec, index: int, start: int, length: int, *, small: bool) -> None:
@@ -388,8 +390,8 @@ class _Builder:
         inside = self.inside
         for first in range(start, start + length, step):
             count = min(step, start + length - first)
-            self.make_room(spec.device, count * spec.target.itemsize, 1, index, small=small)
-            self.pieces.append(Piece(index, first, count, self.offset))
+            self.end_batch_if_full(spec.device, count * spec.target.itemsize, 1, index, small=small)
+            self.pieces.append(LeafRange(index, first, count, self.offset))
             self.offset += count * spec.target.itemsize
             self.inside = True
         self.inside = inside
@@ -398,7 +400,7 @@ class _Builder:
         """Place leaves that overlap.
 
         Args:
-            base: Where their block begins in the source.
+            base: Where their group begins in the source.
             members: In the order of their addresses.
         """
         first = self.spec(members[0])
@@ -437,8 +439,8 @@ class _Builder:
             part = members[start : start + LOOKED_AT]
             offsets += [(self.addresses[index] - base) * numerator // denominator for index in part]
             yield
-        self.blocks.append(Block(tuple(members), tuple(offsets), origin, self.offset - origin))
-        self.lands += members
+        self.overlap_groups.append(OverlapGroup(tuple(members), tuple(offsets), origin, self.offset - origin))
+        self.completes += members
         self.inside = False
         self.cut()
         self.aligned = False
@@ -447,7 +449,7 @@ class _Builder:
 def as_range(indices: list[int]) -> Sequence[int]:
     """Return the indices as a range if each of them follows the one before it, else as they are.
 
-    Looks at every index: their ends say nothing about what lies between, as leaves of a block come in the order of
+    Looks at every index: their ends say nothing about what lies between, as leaves of a group come in the order of
     their addresses and leaves of one spec may have others between them.
     """
     span = range(indices[0], indices[0] + len(indices))
@@ -460,5 +462,5 @@ def _is_small(spec: Spec) -> bool:
 
 
 def _congruent(offset: int, address: int) -> int:
-    """Return the first offset from ``offset`` on that equals an address modulo the alignment of blocks."""
+    """Return the first offset from ``offset`` on that equals an address modulo the alignment of groups."""
     return offset + (address - offset) % BLOCK_ALIGNMENT

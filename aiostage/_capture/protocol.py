@@ -27,8 +27,8 @@ __all__ = [
     "BUFFERS",
     "IMMUTABLE",
     "entries_of_circles",
+    "is_comparable",
     "is_safe_to_make",
-    "is_witnessed",
     "objects_within",
     "tensors_within",
 ]
@@ -54,13 +54,13 @@ IMMUTABLE = (
 _READ = ("__iter__", "items", "keys", "values", "__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__")
 
 
-def is_witnessed(cls: Any) -> bool:
+def is_comparable(cls: Any) -> bool:
     """Return whether all that objects of a class reduce to can be compared later, because no other code makes it."""
-    return _is_witnessed(cls)
+    return _is_comparable(cls)
 
 
 @cache
-def _is_witnessed(cls: Any) -> bool:
+def _is_comparable(cls: Any) -> bool:
     if cls in copyreg.dispatch_table:
         return cls in (slice, complex)
     if issubclass(cls, IMMUTABLE) or (issubclass(cls, np.generic) and not issubclass(cls, np.void)):

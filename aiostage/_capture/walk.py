@@ -43,8 +43,8 @@ from aiostage._capture.protocol import (
     BUFFERS,
     IMMUTABLE,
     entries_of_circles,
+    is_comparable,
     is_safe_to_make,
-    is_witnessed,
     objects_within,
     tensors_within,
 )
@@ -84,10 +84,10 @@ ATOMIC = frozenset(
 )
 """Classes whose instances are passed through: immutable, or code rather than state."""
 
-_AT_ONCE = 512
+_CHILDREN_PER_STEP = 512
 """Children looked at between two yields."""
 
-_READ_AT_ONCE = 8 * _AT_ONCE
+_READS_PER_STEP = 8 * _CHILDREN_PER_STEP
 """Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
 
 _ATTRIBUTED_AT_ONCE = 64
@@ -250,14 +250,14 @@ class Walk:
         while nodes:
             _, part = nodes.popitem()
             while part:
-                for _ in range(min(len(part), _AT_ONCE)):
+                for _ in range(min(len(part), _CHILDREN_PER_STEP)):
                     part.popitem()
                 yield
         while every:
-            for node in every[: -1 - _AT_ONCE // _NODE_COST : -1]:
+            for node in every[: -1 - _CHILDREN_PER_STEP // _NODE_COST : -1]:
                 yield from _emptying(node)
                 node.release()
-            del every[-(_AT_ONCE // _NODE_COST) :]
+            del every[-(_CHILDREN_PER_STEP // _NODE_COST) :]
             yield
 
     def release(self) -> None:
@@ -296,16 +296,16 @@ class Walk:
             node.first_leaf = len(self.leaves.tensors)
             start = 0
             while start < len(node.children):
-                if cost >= _AT_ONCE:
+                if cost >= _CHILDREN_PER_STEP:
                     yield
                     cost = 0
                 before, start = start, self._take(node, start)
                 if self._inspection is not None:
                     self.leaves.recognize(self._inspection)
-                cost += _AT_ONCE if start - before < _AT_ONCE else start - before
+                cost += _CHILDREN_PER_STEP if start - before < _CHILDREN_PER_STEP else start - before
             self._opened(node)
             cost += _NODE_COST
-            if cost >= _AT_ONCE:
+            if cost >= _CHILDREN_PER_STEP:
                 yield
                 cost = 0
 
@@ -322,7 +322,7 @@ class Walk:
 
     def _take(self, node: Node, start: int) -> int:
         """Sort some children of a node, and return the first slot that comes after them."""
-        children = node.children[start : start + _AT_ONCE]
+        children = node.children[start : start + _CHILDREN_PER_STEP]
         kinds = set(map(type, children))
         if kinds <= ATOMIC:
             return start + len(children)
@@ -362,10 +362,10 @@ class Walk:
     def _attributes(self, tensor: torch.Tensor, index: int, node: Node, slot: int) -> None:
         """Note what hangs on a tensor."""
         try:
-            composite = self.leaves.take_apart(index, tensor)
+            composite = self.leaves.composite_of(index, tensor)
         except Refusal as refusal:
             raise refusal.at(node.path(slot)) from None
-        if type(tensor) in PLAIN_CLASSES and len(vars(tensor)) > _AT_ONCE:
+        if type(tensor) in PLAIN_CLASSES and len(vars(tensor)) > _CHILDREN_PER_STEP:
             self.leaves.attributed.add(index)
             made = AttributesNode(tensor, node, slot)
             made.leaf = index
@@ -467,7 +467,7 @@ class Walk:
         else:
             made = ObjectNode(child, node, slot)
             made.failed = failed
-            if not is_witnessed(kind):
+            if not is_comparable(kind):
                 self._reduced_last.append(made)
                 self._nodes.put(id(child), made)
                 self._all.append(made)
@@ -481,11 +481,11 @@ class Walk:
         if isinstance(node, DictNode):
             yield from self._read_mapping(node)
         elif isinstance(node, ListNode):
-            if len(source) <= _READ_AT_ONCE:
+            if len(source) <= _READS_PER_STEP:
                 node.children = list(source)
             else:
                 _private.untrack_all((node.children,))
-                while part := source[len(node.children) : len(node.children) + _READ_AT_ONCE]:
+                while part := source[len(node.children) : len(node.children) + _READS_PER_STEP]:
                     node.children += part
                     yield
             node.steps = range(len(node.children))
@@ -537,8 +537,8 @@ class Walk:
         yield from _read_items(attributes, names, values)
         self.changes.add_attributes(attributes, names, values, _parent(node), node.slot)
         methods = []
-        for start in range(0, len(values), _READ_AT_ONCE):
-            part = values[start : start + _READ_AT_ONCE]
+        for start in range(0, len(values), _READS_PER_STEP):
+            part = values[start : start + _READS_PER_STEP]
             if types.MethodType in map(type, part):
                 methods += [slot for slot, value in enumerate(part, start) if type(value) is types.MethodType]
             yield
@@ -551,7 +551,7 @@ class Walk:
     def _reduce(self, node: ObjectNode) -> Generator[None, None, None]:
         """Note what an object reduces to, yielding between parts of a large deque."""
         source, cls = node.source, type(node.source)
-        if cls is deque and len(source) > _READ_AT_ONCE and cls not in copyreg.dispatch_table:
+        if cls is deque and len(source) > _READS_PER_STEP and cls not in copyreg.dispatch_table:
             items = yield from _read_iterable(source)
             # As deque.__reduce_ex__ does, which has nothing else to say of one without attributes.
             node.set_reduced(deque, ((), source.maxlen) if source.maxlen is not None else (), None, items, [])
@@ -571,12 +571,12 @@ class Walk:
         node.set_reduced(function, arguments, state, given, mapped)
         if not issubclass(cls, IMMUTABLE) and not (function in _SAFE and is_safe_to_make(cls)):
             self.calls_out = True
-        self._witness(node, state)
+        self._record_contents(node, state)
 
-    def _witness(self, node: ObjectNode, state: Any) -> None:
+    def _record_contents(self, node: ObjectNode, state: Any) -> None:
         """Note what an object holds, where that can be looked at again."""
         source, cls = node.source, type(node.source)
-        if not is_witnessed(cls) or issubclass(cls, IMMUTABLE) or isinstance(source, np.generic):
+        if not is_comparable(cls) or issubclass(cls, IMMUTABLE) or isinstance(source, np.generic):
             return
         parent, slot, changes = _parent(node), node.slot, self.changes
         if isinstance(source, dict):
@@ -696,12 +696,12 @@ def _emptying(node: Node) -> Generator[None, None, None]:
     # No path leads through what has nothing below it, so that nobody asks for its keys.
     keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
     # In parts, since the nodes below may have their last references here.
-    while len(node.nested) > _AT_ONCE:
-        del node.nested[-_AT_ONCE:]
+    while len(node.nested) > _CHILDREN_PER_STEP:
+        del node.nested[-_CHILDREN_PER_STEP:]
         yield
     for held in (node.children, keys):
-        while isinstance(held, list) and len(held) > _READ_AT_ONCE:
-            del held[-_READ_AT_ONCE:]
+        while isinstance(held, list) and len(held) > _READS_PER_STEP:
+            del held[-_READS_PER_STEP:]
             yield
 
 
@@ -711,7 +711,7 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     Returns:
         Whether all keys are atoms.
     """
-    if len(source) <= _READ_AT_ONCE:
+    if len(source) <= _READS_PER_STEP:
         keys += source
         values += source.values()
         return set(map(type, keys)) <= ATOMIC
@@ -719,9 +719,9 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     key_iterator, value_iterator = iter(source), iter(source.values())
     atomic = True
     try:
-        while part := list(islice(key_iterator, _READ_AT_ONCE)):
+        while part := list(islice(key_iterator, _READS_PER_STEP)):
             keys += part
-            values += islice(value_iterator, _READ_AT_ONCE)
+            values += islice(value_iterator, _READS_PER_STEP)
             atomic = atomic and set(map(type, part)) <= ATOMIC
             yield
     except RuntimeError:
@@ -733,13 +733,13 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
 
 def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[None, None, list[Any]]:
     """Return what is in a container as it is at one moment, yielding between parts of a large one."""
-    if len(source) <= _READ_AT_ONCE:
+    if len(source) <= _READS_PER_STEP:
         return list(source)
     items: list[Any] = []
     _private.untrack_all((items,))
     iterator = iter(source)
     try:
-        while part := list(islice(iterator, _READ_AT_ONCE)):
+        while part := list(islice(iterator, _READS_PER_STEP)):
             items += part
             yield
     except RuntimeError:
@@ -750,10 +750,10 @@ def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[
 
 def _all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:
     """Return whether all of some values are atoms, yielding between parts of many."""
-    for start in range(0, len(values), _READ_AT_ONCE):
+    for start in range(0, len(values), _READS_PER_STEP):
         if start:
             yield
-        if not set(map(type, values[start : start + _READ_AT_ONCE])) <= ATOMIC:
+        if not set(map(type, values[start : start + _READS_PER_STEP])) <= ATOMIC:
             return False
     return True
 

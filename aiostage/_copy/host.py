@@ -19,7 +19,7 @@ import torch
 
 from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
-from aiostage._capture.plan import RUN_LEAVES, Batch, Piece, Run
+from aiostage._capture.plan import RUN_LEAVES, Batch, LeafRange, LeafRun
 from aiostage._copy.inspection import Sources, detached_alias
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage._device.bits import without_bits, writing_to
@@ -54,7 +54,7 @@ class HostCopy:
     ) -> None:
         self._sources = sources
         self._memory = memory
-        self._moves = Moves(sources)
+        self._moves = ByteCopies(sources)
         self._gathers = Gathers(sources)
         self._conversions = Conversions(sources, staged)
 
@@ -93,7 +93,7 @@ class HostCopy:
                     return False
         return True
 
-    def _add_leaves(self, spec: Spec, runs: Sequence[Run]) -> Generator[None, None, None]:
+    def _add_leaves(self, spec: Spec, runs: Sequence[LeafRun]) -> Generator[None, None, None]:
         """Add whole leaves of one spec."""
         indices = _joined(runs)
         if not (_is_memory(spec) and spec.cls in PLAIN_CLASSES):
@@ -110,7 +110,7 @@ class HostCopy:
             base = self._memory.ctypes.data
             self._moves.add(indices, range(base + start, base + stop, spec.nbytes), begins, spec.nbytes)
 
-    def _add_piece(self, spec: Spec, piece: Piece) -> None:
+    def _add_piece(self, spec: Spec, piece: LeafRange) -> None:
         """Add a part of a leaf."""
         if _is_memory(spec):
             size = spec.dtype.itemsize
@@ -130,7 +130,7 @@ _is_whole = attrgetter("is_whole")
 _spec = attrgetter("spec")
 
 
-def _joined(runs: Sequence[Run]) -> Sequence[int]:
+def _joined(runs: Sequence[LeafRun]) -> Sequence[int]:
     """Return the numbers of the leaves in some runs, as a range if they are one."""
     ranges = [run.indices for run in runs if isinstance(run.indices, range)]
     if len(ranges) == len(runs) and all(after.start == before.stop for before, after in pairwise(ranges)):
@@ -148,7 +148,7 @@ _MOVE_BYTES = 2 * 2**20
 for every page."""
 
 
-class Moves:
+class ByteCopies:
     """Bytes on their way from address to address.
 
     Args:

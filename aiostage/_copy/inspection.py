@@ -17,7 +17,7 @@ from aiostage._device.streams import CallerStreams
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.leaf import Path, format_path
 
-__all__ = ["SourceInspection", "Sources", "detached_alias", "within"]
+__all__ = ["SourceInspection", "Sources", "detached_alias", "leaves_within"]
 
 
 class Changes:
@@ -164,7 +164,7 @@ class SourceInspection:
         return specs
 
 
-def within(
+def leaves_within(
     parts: Collection[Path], walk: Walk, batches: Sequence[Batch]
 ) -> Generator[None, None, tuple[set[int], set[int]]]:
     """Find what lies in some parts of a tree, yielding between small steps.
@@ -185,7 +185,7 @@ def within(
     leaves: set[int] = set()
     numbers: set[int] = set()
     for number, batch in enumerate(batches):
-        for index in batch.lands:
+        for index in batch.completes:
             path = walk.path(index)
             heads = {path[:length] for length in lengths if length <= len(path)}
             if not heads.isdisjoint(parts):
@@ -210,7 +210,7 @@ def _check_target(target: object, path: Path) -> None:
         )
 
 
-_AT_ONCE = 256
+_ALIASES_PER_STEP = 256
 """Aliases made between two yields, at about a microsecond each."""
 
 _data_ptr = torch.UntypedStorage.data_ptr
@@ -271,8 +271,8 @@ class Sources:
     def aliases(self, indices: Sequence[int]) -> Generator[None, None, dict[int, torch.Tensor]]:
         """Return the aliases of leaves by their numbers, without the lost ones, yielding between small steps."""
         found: dict[int, torch.Tensor] = {}
-        for start in range(0, len(indices), _AT_ONCE):
-            for index in indices[start : start + _AT_ONCE]:
+        for start in range(0, len(indices), _ALIASES_PER_STEP):
+            for index in indices[start : start + _ALIASES_PER_STEP]:
                 alias = self.alias(index)
                 if alias is not None:
                     found[index] = alias

@@ -26,7 +26,7 @@ from aiostage.leaf import Path, format_path
 
 __all__ = ["restore"]
 
-_AT_ONCE = 64
+_LEAVES_PER_STEP = 64
 """Leaves looked at between two yields."""
 
 
@@ -91,7 +91,7 @@ def _to_host(located: _Located, copier: HostToDeviceCopier, device: torch.device
     return copier.enqueue(TensorCopy([destination], [source], device)), host
 
 
-async def _copy(batches: list[_Batch], job: Job, copier: HostToDeviceCopier | None) -> None:
+async def _copy(batches: list[_RestoreBatch], job: Job, copier: HostToDeviceCopier | None) -> None:
     """Make the copies; may be called again after a cancellation, and then goes on."""
     while batches:
         batch = batches.pop()
@@ -115,7 +115,7 @@ class _Located(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Batch:
+class _RestoreBatch:
     """Live tensors of one device, or of the host, with their values."""
 
     device: torch.device | None
@@ -137,7 +137,7 @@ class _Leaves:
         for index in range(len(self.walk.leaves)):
             if self.walk.leaves.owners.find(index) is None:
                 self.by_path[self.walk.path(index)] = index
-            if index % _AT_ONCE == 0:
+            if index % _LEAVES_PER_STEP == 0:
                 yield
 
     @classmethod
@@ -180,7 +180,7 @@ def _check(source: _Leaves, target: _Leaves) -> Generator[None, None, None]:
             wanted, given = target.describe(live), source.describe(source.by_path[path])
             if wanted != given:
                 mismatched.append(f"{format_path(path)} ({given} into {wanted})")
-        if number % _AT_ONCE == 0:
+        if number % _LEAVES_PER_STEP == 0:
             yield
     if missing or unexpected or mismatched:
         raise CheckpointMismatchError(
@@ -211,7 +211,7 @@ def _check_memory(pairs: list[_Located], inference: bool) -> Generator[None, Non
         reason = unwritable(*pair, inference=inference)
         if reason is not None:
             mismatched.append(f"{format_path(path)} ({reason})")
-        if number % _AT_ONCE == 0:
+        if number % _LEAVES_PER_STEP == 0:
             yield
     if not mismatched:
         for first, second in (yield from read_and_written([located.pair for located in pairs])):
@@ -247,22 +247,22 @@ def _refuse(mismatched: list[str]) -> None:
 
 def _batches(
     pairs: list[_Located], device_of: Callable[[torch.Tensor], torch.device | None]
-) -> Generator[None, None, list[_Batch]]:
+) -> Generator[None, None, list[_RestoreBatch]]:
     """Return live tensors with their values, all of them in host memory, in batches, yielding between small steps."""
-    batches: list[_Batch] = []
-    open_batches: dict[torch.device | None, _Batch] = {}
+    batches: list[_RestoreBatch] = []
+    open_batches: dict[torch.device | None, _RestoreBatch] = {}
     for number, (_, (live, value)) in enumerate(pairs):
         if live.numel() and not is_itself(live, value):
             device = device_of(live)
             batch = open_batches.get(device)
             if batch is None or batch.nbytes >= BATCH_BYTES or len(batch.values) >= BATCH_LEAVES:
-                batch = open_batches[device] = _Batch(device)
+                batch = open_batches[device] = _RestoreBatch(device)
                 batches.append(batch)
             destination, source = unexpanded(live, value)
             batch.destinations.append(destination)
             batch.values.append(source)
             batch.nbytes += destination.nbytes
-        if number % _AT_ONCE == 0:
+        if number % _LEAVES_PER_STEP == 0:
             yield
     return batches
 

@@ -15,7 +15,7 @@ from aiostage._capture.build import build_empty, finish_leaves, keep_freed_memor
 from aiostage._capture.plan import Batch, Plan
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
-from aiostage._copy.inspection import SourceInspection, within
+from aiostage._copy.inspection import SourceInspection, leaves_within
 from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Phase, Resources, Timings
 from aiostage._copy.window import Chunk, Window
@@ -298,7 +298,7 @@ class Staging:
         """
         leaves = numbers = None
         if parts is not None:
-            leaves, numbers = exhausted(within(parts, self._inspection.walk, self._batches))
+            leaves, numbers = exhausted(leaves_within(parts, self._inspection.walk, self._batches))
         self.progress.order_before(stream, numbers)
         if self._options.detect_torn:
             exhausted(self._inspection.changes.compare(leaves))
@@ -315,7 +315,7 @@ class Staging:
 
         Cancelling changes nothing.
         """
-        _, numbers = await self._slices.run(within(parts, self._inspection.walk, self._batches))
+        _, numbers = await self._slices.run(leaves_within(parts, self._inspection.walk, self._batches))
         for number in numbers:
             if not await self.progress.batch(number):
                 return False
@@ -515,7 +515,7 @@ class Staging:
 
     def leaves_of(self, batch: Batch | None) -> Iterator[int]:
         """Return the numbers of the leaves that a batch completes; None for those that no batch does."""
-        return self._inspection.whole(self._inspection.without_bytes() if batch is None else batch.lands)
+        return self._inspection.whole(self._inspection.without_bytes() if batch is None else batch.completes)
 
     def leaf(self, index: int) -> StagedLeaf:
         """Return a staged leaf."""

@@ -24,7 +24,7 @@ __all__ = [
     "unwritable",
 ]
 
-_AT_ONCE = 64
+_LEAVES_PER_STEP = 64
 """Tensors looked at between two yields."""
 
 
@@ -90,7 +90,7 @@ def shared_unlike(pairs: Sequence[Pair]) -> Generator[None, None, list[list[int]
             places.append(place)
             starts.append(live.data_ptr())
             stops.append(starts[-1] + reach(live))
-        if place % _AT_ONCE == 0:
+        if place % _LEAVES_PER_STEP == 0:
             yield
     unlike: list[list[int]] = []
     for members in overlapping(starts, stops):
@@ -150,7 +150,7 @@ def read_and_written(pairs: Sequence[Pair]) -> Generator[None, None, list[tuple[
                 places.append(at)
                 starts.append(tensor.data_ptr())
                 stops.append(starts[-1] + reach(tensor))
-        if place % _AT_ONCE == 0:
+        if place % _LEAVES_PER_STEP == 0:
             yield
     found = []
     for members in overlapping(starts, stops):

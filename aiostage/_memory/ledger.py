@@ -13,7 +13,7 @@ from aiostage._loop.threadsafe_event import ThreadsafeEvent
 from aiostage._memory.arena import Arena, whole_pages
 from aiostage.errors import HostMemoryError, StagerClosedError, StagingError
 
-__all__ = ["Ledger", "Moves", "Request"]
+__all__ = ["Ledger", "LedgerActions", "Request"]
 
 _RECENT_LEASES = 8
 """How many of the last leases decide how much idle memory is kept: enough for a burst of stagings or for the
@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Moves:
+class LedgerActions:
     """What the caller has to carry out after the ledger has moved."""
 
     answered: list[Request] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Ledger:
         """Put a request behind all others; the next move looks at it."""
         self.waiting += (request,)
 
-    def advance(self, returned: Iterable[Arena | Request]) -> Moves:
+    def advance(self, returned: Iterable[Arena | Request]) -> LedgerActions:
         """Take back arenas, answer the requests that can be answered, and say what is to be closed.
 
         Args:
@@ -118,25 +118,25 @@ class Ledger:
 
         Requests are answered strictly in order: a small one never passes a large one, which would otherwise starve.
         """
-        moves = Moves()
+        actions = LedgerActions()
         self.held_elsewhere = False
         for item in returned:
-            self._take_back(item, moves)
+            self._take_back(item, actions)
         if self.closed:
-            self._refuse_all(moves)
-            self._evict(self.free, moves)
+            self._refuse_all(actions)
+            self._evict(self.free, actions)
         while self.waiting:
             request = self.waiting[0]
             if not request.abandoned:
-                self._answer(request, moves)
+                self._answer(request, actions)
                 if not request.answered:
                     break
-                moves.answered.append(request)
+                actions.answered.append(request)
             self.waiting = self.waiting[1:]
-        self._trim(moves)
-        return moves
+        self._evict_excess(actions)
+        return actions
 
-    def _take_back(self, item: Arena | Request, moves: Moves) -> None:
+    def _take_back(self, item: Arena | Request, actions: LedgerActions) -> None:
         arena: Arena | None
         if isinstance(item, Request):
             # Withdrawing twice is harmless: the second time there is nothing left to take.
@@ -151,16 +151,16 @@ class Ledger:
         self.free.append(arena)
         if not arena.reserved:
             # Reserving it failed or was broken off; another try had better start afresh.
-            self._evict([arena], moves)
+            self._evict([arena], actions)
 
-    def _answer(self, request: Request, moves: Moves) -> None:
+    def _answer(self, request: Request, actions: LedgerActions) -> None:
         if self._reuse(request, _WASTE * request.size):
             return
         shortage = self._shortage(request.size)
         if shortage <= 0:
-            self._allocate(request, moves)
+            self._allocate(request, actions)
         elif not self._reuse(request, None):
-            self._make_room(shortage, moves)
+            self._evict_for(shortage, actions)
 
     def _reuse(self, request: Request, at_most: int | None) -> bool:
         """Grant the smallest idle arena that fits, the last used among equals, since its pages are in the caches."""
@@ -177,12 +177,12 @@ class Ledger:
             self.held_elsewhere = True
         return False
 
-    def _allocate(self, request: Request, moves: Moves) -> None:
+    def _allocate(self, request: Request, actions: LedgerActions) -> None:
         try:
             arena = self._make(request.size)
         except HostMemoryError as error:
             # The kernel may have enough once the idle arenas are gone.
-            self._evict([arena for arena in self.free if arena.claim()], moves)
+            self._evict([arena for arena in self.free if arena.claim()], actions)
             if not self.closing:
                 request.error = error
             return
@@ -193,7 +193,7 @@ class Ledger:
         request.arena = arena
         self._needs.append(_total(self.leased) + _total(arena for arena in self.free if not arena.claim()))
 
-    def _make_room(self, shortage: int, moves: Moves) -> None:
+    def _evict_for(self, shortage: int, actions: LedgerActions) -> None:
         """Evict idle arenas if that, with what is closing already, makes up for a shortage."""
         shortage -= _total(self.closing)
         if shortage <= 0:
@@ -204,12 +204,12 @@ class Ledger:
                 chosen.append(arena)
                 shortage -= arena.nbytes
                 if shortage <= 0:
-                    self._evict(chosen, moves)
+                    self._evict(chosen, actions)
                     return
             else:
                 self.held_elsewhere = True
 
-    def _trim(self, moves: Moves) -> None:
+    def _evict_excess(self, actions: LedgerActions) -> None:
         """Evict idle arenas beyond what the last few leases together needed at any one time."""
         excess = _total(self.free) + _total(self.leased) - max(self._needs, default=0)
         chosen = []
@@ -219,19 +219,19 @@ class Ledger:
             if arena.claim():
                 chosen.append(arena)
                 excess -= arena.nbytes
-        self._evict(chosen, moves)
+        self._evict(chosen, actions)
 
-    def _evict(self, arenas: Iterable[Arena], moves: Moves) -> None:
+    def _evict(self, arenas: Iterable[Arena], actions: LedgerActions) -> None:
         for arena in list(arenas):
             self.free.remove(arena)
             self.closing.add(arena)
-            moves.close.append(arena)
+            actions.close.append(arena)
 
-    def _refuse_all(self, moves: Moves) -> None:
+    def _refuse_all(self, actions: LedgerActions) -> None:
         refused, self.waiting = self.waiting, ()
         for request in refused:
             request.error = StagerClosedError()
-            moves.answered.append(request)
+            actions.answered.append(request)
 
     def _shortage(self, size: int) -> int:
         return 0 if self._max_bytes is None else _total(self.arenas) + size - self._max_bytes

@@ -321,18 +321,18 @@ class Pool:
         again = True
         while again:
             with self._lock:
-                moves = self._ledger.advance(self._drain())
+                actions = self._ledger.advance(self._drain())
                 last, self._outliving = self._outliving, self._outliving and bool(self._ledger.leased)
                 over = last and not self._outliving
             if over:
                 self._ended.put(False)
             again = False
-            for request in moves.answered:
+            for request in actions.answered:
                 if not request.event.set():
                     # Its event loop has closed, and will never take what it was granted.
                     self._returned.put(request)
                     again = True
-            self._close_arenas(moves.close)
+            self._close_arenas(actions.close)
 
     def _drain(self) -> Iterator[Arena | Request]:
         while True:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from aiostage._capture.build import build_block, build_run
+from aiostage._capture.build import build_overlap_group, build_run
 from aiostage._capture.faithful import Spec
-from aiostage._capture.plan import Block, Run
+from aiostage._capture.plan import LeafRun, OverlapGroup
 from tests.capture.test_plan import spec
 
 DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex128, torch.float8_e4m3fn]
@@ -28,7 +28,7 @@ def test_a_run_gives_each_leaf_a_storage_of_its_own_size(
 ) -> None:
     each = spec(shape, dtype, stride=stride)
     memory = np.zeros(3 * each.nbytes, dtype=np.uint8)
-    tensors = build_run(memory, Run(each, [0, 1, 2], 0))
+    tensors = build_run(memory, LeafRun(each, [0, 1, 2], 0))
     address = memory.ctypes.data
     for number, tensor in enumerate(tensors):
         assert (tensor.dtype, tuple(tensor.shape), tensor.stride()) == (dtype, shape, stride)
@@ -37,7 +37,7 @@ def test_a_run_gives_each_leaf_a_storage_of_its_own_size(
 
 
 def test_leaves_without_elements_need_no_memory() -> None:
-    (tensor,) = build_run(np.empty(0, dtype=np.uint8), Run(spec([0, 3]), [0], 0))
+    (tensor,) = build_run(np.empty(0, dtype=np.uint8), LeafRun(spec([0, 3]), [0], 0))
     assert tuple(tensor.shape) == (0, 3)
 
 
@@ -49,7 +49,7 @@ class Marked(torch.Tensor):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_classes_and_gradients(cls: type[torch.Tensor], requires_grad: bool) -> None:
     each = Spec(cls, torch.float32, torch.float32, (2,), (1,), requires_grad, None, False)
-    for tensor in build_run(np.zeros(16, dtype=np.uint8), Run(each, [0, 1], 0)):
+    for tensor in build_run(np.zeros(16, dtype=np.uint8), LeafRun(each, [0, 1], 0)):
         assert type(tensor) is cls
         assert tensor.requires_grad is requires_grad
         assert tensor.is_leaf
@@ -58,7 +58,7 @@ def test_classes_and_gradients(cls: type[torch.Tensor], requires_grad: bool) -> 
 def test_a_block_ties_its_leaves() -> None:
     memory = np.zeros(40, dtype=np.uint8)
     specs = [spec([10]), spec([2, 2], stride=(4, 1)), spec([5], torch.int32)]
-    ((indices, (whole, part, other)),) = build_block(memory, Block((0, 1, 2), (0, 8, 20), 0, 40), specs)
+    ((indices, (whole, part, other)),) = build_overlap_group(memory, OverlapGroup((0, 1, 2), (0, 8, 20), 0, 40), specs)
     assert indices == (0, 1, 2)
     assert {tensor.untyped_storage().data_ptr() for tensor in (whole, part, other)} == {memory.ctypes.data}
     whole.copy_(torch.arange(10.0))
@@ -71,7 +71,7 @@ def test_a_block_ties_its_leaves() -> None:
 def test_the_last_leaf_lets_go_of_the_memory(dtype: torch.dtype) -> None:
     memory = np.zeros(64 * dtype.itemsize, dtype=np.uint8)
     gone = weakref.ref(memory)
-    tensors: list[Any] = build_run(memory, Run(spec([16], dtype), list(range(4)), 0))
+    tensors: list[Any] = build_run(memory, LeafRun(spec([16], dtype), list(range(4)), 0))
     del memory
     view = tensors[2][3:]
     tensors.clear()
@@ -83,7 +83,7 @@ def test_the_last_leaf_lets_go_of_the_memory(dtype: torch.dtype) -> None:
 def test_a_leaf_in_a_circle_is_collected() -> None:
     memory = np.zeros(8, dtype=np.uint8)
     gone = weakref.ref(memory)
-    (tensor,) = build_run(memory, Run(spec([2]), [0], 0))
+    (tensor,) = build_run(memory, LeafRun(spec([2]), [0], 0))
     tensor.owner = [tensor]  # type: ignore[attr-defined]
     del memory, tensor
     gc.collect()

@@ -218,7 +218,7 @@ def large_tree() -> dict[str, Any]:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("streamed", [None, False, True])
 @pytest.mark.parametrize(
-    ("change", "witnessed"),
+    ("change", "noticed"),
     [
         (lambda tree: torch._foreach_add_(tree["weights"], 1), True),
         (lambda tree: tree["weights"].append(1), True),
@@ -234,7 +234,7 @@ def large_tree() -> dict[str, Any]:
     ids=["weights", "list", "dict", "inner list", "set", "attribute", "array", "large array", "bytes", "random"],
 )
 async def test_one_indivisible_step_has_its_moment_at_the_call(
-    streamed: bool | None, change: Callable[[Any], object], witnessed: bool
+    streamed: bool | None, change: Callable[[Any], object], noticed: bool
 ) -> None:
     tree = large_tree()
     async with AsyncStager(StagingOptions(max_loop_hold=math.inf)) as stager:
@@ -247,7 +247,7 @@ async def test_one_indivisible_step_has_its_moment_at_the_call(
             change(tree)
             release.set()
             staged, error = await outcome(task)
-    assert (error is not None) is witnessed
+    assert (error is not None) is noticed
     if error is None:
         expected = large_tree()
         assert all(map(torch.equal, staged["weights"], expected["weights"]))

@@ -59,7 +59,7 @@ def carry_out(
     """
     arena: dict[int, Any] = {}
     places: dict[int, int] = {}
-    landed: list[int] = []
+    completed: list[int] = []
     for batch in plan.batches:
         written: set[int] = set()
 
@@ -87,16 +87,16 @@ def carry_out(
                 places[index] = run.offset + number * run.spec.staged_nbytes
                 if run.is_whole:
                     write(index, 0, run.spec.extent, places[index])
-        for block in batch.blocks:
-            for index, offset in zip(block.indices, block.offsets, strict=True):
-                places[index] = block.offset + offset
+        for group in batch.overlap_groups:
+            for index, offset in zip(group.indices, group.offsets, strict=True):
+                places[index] = group.offset + offset
         for piece in batch.pieces:
             write(piece.index, piece.start, piece.length, piece.offset)
         assert all(batch.start <= byte < batch.stop for byte in written)
-        devices = {each.device for index in batch.lands if (each := specs[index]) is not None}
+        devices = {each.device for index in batch.completes if (each := specs[index]) is not None}
         assert devices <= {batch.device}
-        landed += batch.lands
-    assert sorted(landed) == sorted(index for index, each in enumerate(specs) if each is not None and each.extent)
+        completed += batch.completes
+    assert sorted(completed) == sorted(index for index, each in enumerate(specs) if each is not None and each.extent)
     assert sorted(plan.order) == list(range(len(plan.batches)))
     return arena, places
 
@@ -184,9 +184,9 @@ def test_a_small_view_takes_what_it_shows() -> None:
 def test_ties_take_one_place() -> None:
     plan = check([spec([10]), spec([10]), spec([5])], [4096, 4096, 4096 + 20])
     (batch,) = plan.batches
-    (block,) = batch.blocks
-    assert block.offsets == (0, 0, 20)
-    assert block.nbytes == 40
+    (group,) = batch.overlap_groups
+    assert group.offsets == (0, 0, 20)
+    assert group.nbytes == 40
 
 
 def test_a_large_leaf_is_cut_into_batches_that_continue_each_other() -> None:
@@ -194,7 +194,7 @@ def test_a_large_leaf_is_cut_into_batches_that_continue_each_other() -> None:
         plan = check([spec([100], torch.uint8)], [4096])
     assert [(batch.start, batch.stop) for batch in plan.batches] == [(0, 64), (64, 100)]
     assert [batch.continues for batch in plan.batches] == [False, True]
-    assert [list(batch.lands) for batch in plan.batches] == [[], [0]]
+    assert [list(batch.completes) for batch in plan.batches] == [[], [0]]
     assert plan.order == (0, 1)
 
 
@@ -202,7 +202,7 @@ def test_small_leaves_of_devices_go_before_large_ones() -> None:
     large = spec([module.SMALL_BYTES], device=CUDA)
     small = spec([4], device=CUDA)
     plan = check([large, small, spec([4])], [1 << 30, 1 << 31, 4096])
-    order = [list(plan.batches[number].lands) for number in plan.order]
+    order = [list(plan.batches[number].completes) for number in plan.order]
     assert order == [[2], [1], [0]]
 
 
@@ -216,7 +216,7 @@ def test_a_cast_that_shares_memory_with_another_dtype_is_refused() -> None:
 def test_values_that_are_not_their_memory_are_never_tied() -> None:
     specs = [spec([4], torch.complex64), spec([4], torch.complex64, by_value=True)]
     plan = compiled(specs, [4096, 4096])
-    assert not any(batch.blocks for batch in plan.batches)
+    assert not any(batch.overlap_groups for batch in plan.batches)
     assert plan.nbytes == 64
 
 

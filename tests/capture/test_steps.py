@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage._capture.leaves import CHUNK, Inspection, Table, changed
+from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Table, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk
@@ -185,7 +185,7 @@ class TestCalls:
             walked(tree, inspection)
         walk = Walk()
         exhausted(walk.run(tree, inspection))
-        assert len(walk.leaves.specs) > LEAVES - CHUNK
+        assert len(walk.leaves.specs) > LEAVES - LEAVES_PER_STEP
         assert steps(walk.inspect(inspection))[0] <= 3
 
     def test_compare(self) -> None:

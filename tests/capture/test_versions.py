@@ -25,9 +25,9 @@ class At:
 AT = At()
 
 
-def changed(witness: ContainerChanges, between: Callable[[int], object] = lambda step: None) -> list[Path]:
+def changed(changes: ContainerChanges, between: Callable[[int], object] = lambda step: None) -> list[Path]:
     """Look again, doing something between the steps."""
-    work: Generator[None, None, list[Path]] = witness.changed()
+    work: Generator[None, None, list[Path]] = changes.changed()
     step = 0
     while True:
         try:
@@ -44,9 +44,9 @@ class Slotted:
 
 class TestMappings:
     def note(self, source: dict[Any, Any]) -> ContainerChanges:
-        witness = ContainerChanges()
-        witness.add_mapping(source, list(source), list(source.values()), AT, 0)
-        return witness
+        changes = ContainerChanges()
+        changes.add_mapping(source, list(source), list(source.values()), AT, 0)
+        return changes
 
     @pytest.mark.parametrize(
         ("change", "paths"),
@@ -64,27 +64,27 @@ class TestMappings:
     @pytest.mark.parametrize("make", [dict, OrderedDict])
     def test_changes(self, make: Any, change: Any, paths: list[Path]) -> None:
         source = make(a=object(), b=object(), c=object())
-        witness = self.note(source)
+        changes = self.note(source)
         change(source)
-        assert changed(witness) == paths
+        assert changed(changes) == paths
 
     def test_an_equal_value_is_another_value(self) -> None:
         source = {"a": 1000}
-        witness = self.note(source)
+        changes = self.note(source)
         source["a"] = int("1000")
-        assert changed(witness) == [("at", 0, "a")]
+        assert changed(changes) == [("at", 0, "a")]
 
     def test_a_change_and_back_is_no_change(self) -> None:
         source: dict[str, object] = {"a": 1}
-        witness = self.note(source)
+        changes = self.note(source)
         source["a"] = 2
         source["a"] = 1
-        assert changed(witness) == []
+        assert changed(changes) == []
 
     def test_growing_between_two_steps_of_the_look(self) -> None:
-        source = {number: object() for number in range(3 * versions._CHUNK)}
-        witness = self.note(source)
-        assert changed(witness, lambda step: source.setdefault(-1, object())) == [("at", 0)]
+        source = {number: object() for number in range(3 * versions._CHILDREN_PER_STEP)}
+        changes = self.note(source)
+        assert changed(changes, lambda step: source.setdefault(-1, object())) == [("at", 0)]
 
 
 class TestSequences:
@@ -102,32 +102,32 @@ class TestSequences:
     @pytest.mark.parametrize("make", [list, deque])
     def test_changes(self, make: Any, change: Any, paths: list[Path]) -> None:
         source = make([object(), object(), object()])
-        witness = ContainerChanges()
-        witness.add_sequence(source, list(source), AT, 2)
+        changes = ContainerChanges()
+        changes.add_sequence(source, list(source), AT, 2)
         change(source)
-        assert changed(witness) == paths
+        assert changed(changes) == paths
 
     @given(st.lists(st.integers(0, 2), max_size=8), st.integers(0, 7), st.integers(0, 2))
     def test_exactly_what_differs_is_found(self, numbers: list[int], position: int, value: int) -> None:
         objects = [object() for _ in range(3)]
         source = [objects[number] for number in numbers]
         before = list(source)
-        witness = ContainerChanges()
-        witness.add_sequence(source, list(source), AT, 0)
+        changes = ContainerChanges()
+        changes.add_sequence(source, list(source), AT, 0)
         if source:
             source[position % len(source)] = objects[value]
         differing = [index for index, (now, then) in enumerate(zip(source, before, strict=True)) if now is not then]
-        assert changed(witness) == [("at", 0, index) for index in differing]
+        assert changed(changes) == [("at", 0, index) for index in differing]
 
 
 def test_sets() -> None:
     source = {"a", "b"}
-    witness = ContainerChanges()
-    witness.add_set(source, list(source), AT, 1)
-    assert changed(witness) == []
+    changes = ContainerChanges()
+    changes.add_set(source, list(source), AT, 1)
+    assert changed(changes) == []
     source.remove("a")
     source.add("c")
-    assert changed(witness) == [("at", 1)]
+    assert changed(changes) == [("at", 1)]
 
 
 def test_attributes() -> None:
@@ -136,11 +136,11 @@ def test_attributes() -> None:
 
     thing = Thing()
     thing.value, thing.other = object(), object()  # type: ignore[attr-defined]
-    witness = ContainerChanges()
-    witness.add_attributes(vars(thing), list(vars(thing)), list(vars(thing).values()), AT, 0)
-    assert changed(witness) == []
+    changes = ContainerChanges()
+    changes.add_attributes(vars(thing), list(vars(thing)), list(vars(thing).values()), AT, 0)
+    assert changed(changes) == []
     thing.value = object()  # type: ignore[attr-defined]
-    (path,) = changed(witness)
+    (path,) = changed(changes)
     assert path == ("at", 0, "value")
     assert isinstance(path[-1], Attribute)
 
@@ -148,57 +148,57 @@ def test_attributes() -> None:
 def test_slots() -> None:
     thing = Slotted()
     thing.left = thing.right = object()
-    witness = ContainerChanges()
-    witness.add_slots(thing, {"left": thing.left, "right": thing.right}, AT, 0)
-    assert changed(witness) == []
+    changes = ContainerChanges()
+    changes.add_slots(thing, {"left": thing.left, "right": thing.right}, AT, 0)
+    assert changed(changes) == []
     del thing.left
-    assert changed(witness) == [("at", 0, "left")]
+    assert changed(changes) == [("at", 0, "left")]
 
 
 def test_large_containers_are_compared_in_steps() -> None:
-    source = [object() for _ in range(10 * versions._CHUNK)]
-    witness = ContainerChanges()
-    witness.add_sequence(source, list(source), AT, 0)
-    assert sum(1 for _ in witness.changed()) >= 10
+    source = [object() for _ in range(10 * versions._CHILDREN_PER_STEP)]
+    changes = ContainerChanges()
+    changes.add_sequence(source, list(source), AT, 0)
+    assert sum(1 for _ in changes.changed()) >= 10
 
 
 class TestLargeSets:
     def note(self, source: set[Any]) -> ContainerChanges:
-        witness = ContainerChanges()
-        witness.add_set(source, list(source), AT, 1)
-        return witness
+        changes = ContainerChanges()
+        changes.add_set(source, list(source), AT, 1)
+        return changes
 
     def test_taken_out_and_put_back(self) -> None:
         source = {object() for _ in range(10_000)}
-        witness = self.note(source)
+        changes = self.note(source)
         kept = sorted(source, key=id)
         source.clear()
         source.update(reversed(kept))
-        assert changed(witness) == []
+        assert changed(changes) == []
 
     def test_another_member_between_two_steps(self) -> None:
         source: set[Any] = {object() for _ in range(10_000)}
-        witness = self.note(source)
-        assert changed(witness, lambda step: source.add(object()) if step == 1 else None) == [("at", 1)]
+        changes = self.note(source)
+        assert changed(changes, lambda step: source.add(object()) if step == 1 else None) == [("at", 1)]
 
     def test_one_for_another(self) -> None:
         source: set[Any] = {object() for _ in range(10_000)}
-        witness = self.note(source)
+        changes = self.note(source)
         source.pop()
         source.add(object())
-        assert changed(witness) == [("at", 1)]
+        assert changed(changes) == [("at", 1)]
 
     @pytest.mark.parametrize("size", [0, 1, 3, 2048, 2049])
     def test_one_more(self, size: int) -> None:
         source: set[Any] = set(range(size))
-        witness = self.note(source)
-        assert changed(witness) == []
+        changes = self.note(source)
+        assert changed(changes) == []
         source.add(size)
-        assert changed(witness) == [("at", 1)]
+        assert changed(changes) == [("at", 1)]
 
     @pytest.mark.parametrize("size", [1, 3, 2048, 2049])
     def test_one_fewer(self, size: int) -> None:
         source: set[Any] = set(range(size))
-        witness = self.note(source)
+        changes = self.note(source)
         source.remove(size - 1)
-        assert changed(witness) == [("at", 1)]
+        assert changed(changes) == [("at", 1)]

@@ -101,7 +101,7 @@ async def test_a_staging(loop: str) -> None:
 @pytest.mark.parametrize(
     "action",
     [Snapshot.captured, Snapshot.result, Snapshot.source_free, iterate, look_at_the_memory],
-    ids=["captured", "result", "source_free", "iteration", "landed"],
+    ids=["captured", "result", "source_free", "iteration", "completed"],
 )
 @on_every_loop
 async def test_a_snapshot(loop: str, action: Action) -> None:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aiostage._memory.ledger import Ledger, Moves, Request
+from aiostage._memory.ledger import Ledger, LedgerActions, Request
 from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 
@@ -56,11 +56,11 @@ def granted(ledger: Ledger, pages: int) -> FakeArena:
     return request.arena
 
 
-def closed(ledger: Ledger, moves: Moves) -> list[int]:
+def closed(ledger: Ledger, actions: LedgerActions) -> list[int]:
     """Carry out the closings, and return how many pages each had."""
-    for arena in moves.close:
+    for arena in actions.close:
         ledger.closing.remove(arena)
-    return [arena.nbytes // PAGE_BYTES for arena in moves.close]
+    return [arena.nbytes // PAGE_BYTES for arena in actions.close]
 
 
 class TestGranting:
@@ -71,8 +71,8 @@ class TestGranting:
     def test_a_first_request_gets_a_new_arena_of_its_size(self):
         ledger = ledger_of(None)
         request = ask(ledger, 3)
-        moves = ledger.advance([])
-        assert moves.answered == [request]
+        actions = ledger.advance([])
+        assert actions.answered == [request]
         assert request.arena.nbytes == 3 * PAGE_BYTES
         assert ledger.leased == {request.arena}
         assert not ledger.waiting
@@ -140,11 +140,11 @@ class TestBudget:
         arenas = [granted(ledger, 3), granted(ledger, 3), granted(ledger, 3)]
         ledger.advance(arenas)
         request = ask(ledger, 6)
-        moves = ledger.advance([])
-        assert moves.close == arenas[:2], "the least recently used, and no more than needed"
+        actions = ledger.advance([])
+        assert actions.close == arenas[:2], "the least recently used, and no more than needed"
         assert not request.answered
         assert ledger.advance([]).close == [], "what is closing already is counted on"
-        closed(ledger, moves)
+        closed(ledger, actions)
         assert ledger.advance([]).answered == [request]
 
     def test_nothing_is_evicted_in_vain(self):
@@ -152,8 +152,8 @@ class TestBudget:
         idle, leased = granted(ledger, 3), granted(ledger, 5)
         ledger.advance([idle])
         request = ask(ledger, 8)
-        moves = ledger.advance([])
-        assert moves.close == []
+        actions = ledger.advance([])
+        assert actions.close == []
         assert ledger.leased == {leased}
         assert not request.answered
 
@@ -275,10 +275,10 @@ class TestRefusal:
         ledger = ledger_of(None, only_one_at_a_time)
         ledger.advance([granted(ledger, 2)])
         request = ask(ledger, 6)
-        moves = ledger.advance([])
+        actions = ledger.advance([])
         assert not request.answered
         assert ledger.advance([]).answered == [], "not while the closing goes on"
-        assert closed(ledger, moves) == [2]
+        assert closed(ledger, actions) == [2]
         assert ledger.advance([]).answered == [request]
         assert request.arena.nbytes == 6 * PAGE_BYTES
 
@@ -289,10 +289,10 @@ class TestClosing:
         idle, leased = granted(ledger, 2), granted(ledger, 3)
         request = ask(ledger, 5)
         ledger.closed = True
-        moves = ledger.advance([idle])
-        assert moves.answered == [request]
+        actions = ledger.advance([idle])
+        assert actions.answered == [request]
         assert isinstance(request.error, StagerClosedError)
-        assert closed(ledger, moves) == [2]
+        assert closed(ledger, actions) == [2]
         assert closed(ledger, ledger.advance([leased])) == [3]
         assert ledger.arenas == []
 
@@ -316,9 +316,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.answers: list[Request] = []
         self.kept: list[FakeArena] = []
 
-    def carry_out(self, moves: Moves) -> None:
-        self.answers += moves.answered
-        self.kept += [request.arena for request in moves.answered if request.arena is not None]
+    def carry_out(self, actions: LedgerActions) -> None:
+        self.answers += actions.answered
+        self.kept += [request.arena for request in actions.answered if request.arena is not None]
 
     @rule(pages=st.integers(0, budget))
     def request(self, pages: int) -> None:
