@@ -55,7 +55,8 @@ class StagingError(Exception):
         self.reason = reason
         self.path = path
         self.remedy = remedy
-        super().__init__(reason)
+        # Not the next in the method order: that may be another library's constructor, which takes other arguments.
+        _layout(type(self)).__init__(self, reason)
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path is not None else ""
@@ -71,13 +72,17 @@ class StagingError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
-def _rebuild(cls: type[StagingError], args: tuple[object, ...], state: dict[str, object]) -> StagingError:
-    # The constructor of the class that lays out the instance; the one that comes first in the method order may be of
-    # another, which Python then refuses to use.
+def _layout(cls: type[StagingError]) -> Any:
+    # The built-in class that lays out the instance. The constructors that come first in the method order may be those
+    # of others: Python refuses to use such a __new__, and such an __init__ expects other arguments.
     layout: Any = cls
-    while "__new__" not in vars(layout):
+    while layout.__module__ != "builtins":
         layout = layout.__base__
-    error: StagingError = layout.__new__(cls, *args)
+    return layout
+
+
+def _rebuild(cls: type[StagingError], args: tuple[object, ...], state: dict[str, object]) -> StagingError:
+    error: StagingError = _layout(cls).__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
     return error

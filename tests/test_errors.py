@@ -96,6 +96,31 @@ def test_a_subclass_with_a_constructor_of_its_own_survives_too() -> None:
     assert (twin.step, twin.paths, str(twin)) == (3, ("step 3",), str(Mine(3)))
 
 
+class Foreign(Exception):
+    """Another library's error, whose constructors take something else."""
+
+    def __new__(cls, code: int, failures: dict[int, str]) -> Foreign:
+        return super().__new__(cls, code, failures)
+
+    def __init__(self, code: int, failures: dict[int, str]) -> None:
+        super().__init__(code, failures)
+
+
+class Both(errors.CheckpointError, Foreign):
+    """One of both, as of Python 3.14 is that of ``torch.distributed.checkpoint``: Foreign's constructors come first."""
+
+    def __new__(cls, reason: str) -> Both:
+        return Exception.__new__(cls, reason)
+
+
+def test_one_that_is_another_librarys_too() -> None:
+    error = Both("it is broken.")
+    assert Both.__mro__.index(Foreign) < Both.__mro__.index(Exception)
+    assert (error.args, str(error)) == (("it is broken.",), "it is broken.")
+    twin = pickle.loads(pickle.dumps(error))
+    assert (type(twin), twin.args, str(twin)) == (Both, error.args, str(error))
+
+
 def test_long_lists_of_paths_are_counted() -> None:
     error = TornSnapshotError([f"p{number}" for number in range(25)])
     assert "p9 and 15 more" in str(error)

@@ -140,7 +140,7 @@ class TestMemoryLimit:
 
 
 @pytest.mark.timeout(120)
-def test_a_bare_container(tmp_path: Path) -> None:
+def test_a_bare_container(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No HOME, a user without a name, nowhere to write but the target."""
     program = f"""
 import asyncio, os, aiostage, torch
@@ -158,8 +158,9 @@ assert asyncio.run(main())["a"].tolist() == [0, 1, 2]
     if os.getuid() != 0:
         pytest.skip("only root can become a user without a name")
     (tmp_path / "target").mkdir()
-    # Those of a worker of the test runner lie one level deeper.
-    above = [directory for directory in tmp_path.parents if "pytest-of" in str(directory)]
+    # pytest's own directories, which only its user may enter. With several workers, or --basetemp, others lie above.
+    base = tmp_path_factory.getbasetemp()
+    above = [base, *(directory for directory in tmp_path.parents if "pytest-of" in str(directory))]
     for directory in (tmp_path / "target", tmp_path, *above):
         directory.chmod(0o777)
     environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TMPDIR": "/nonexistent"}
