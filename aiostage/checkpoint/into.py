@@ -14,9 +14,10 @@ import torch
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
 from aiostage._turns import releasing_gil
 from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed
-from aiostage.format.classes import PlainObject
+from aiostage.format.classes import PlainObject, slots_of
 from aiostage.format.nodes import LEFT_OUT
 from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
+from aiostage.format.tensors import extra_attributes
 from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
 __all__ = ["STRICT", "Fit", "StrictOption", "Transfer", "compare", "copyable", "is_rounded"]
@@ -82,13 +83,16 @@ class Transfer:
     Attributes:
         pairs: Live tensors, each with the loaded one and the place of both. Loaded ones on the meta device stand for
             elements that have not been read yet.
-        assignments: Mutable containers, each with a key or an index and the value to put there.
+        assignments: Mutable containers, each with a key or an index and the value to put there; tensors, each with the
+            name of an attribute.
+        found: What was found in the live tree and is changed itself: its place, what it is in, its key there, and it.
         states: Objects with a ``load_state_dict``, each with the state to call it with.
     """
 
     def __init__(self) -> None:
         self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
+        self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self.states: list[tuple[Any, Any]] = []
         self._batches: list[_Batch] = []
 
@@ -114,14 +118,22 @@ class Transfer:
         return ((batch.device, batch.live, batch.loaded) for batch in self._batches)
 
     def check_live(self, *, cast: bool) -> None:
-        """Check that live tensors still are as they were compared. Blocks.
+        """Check that live tensors still are as, and where, they were compared. Blocks.
 
         Args:
             cast: Whether floating-point tensors take values of another dtype.
 
         Raises:
-            CheckpointMismatchError: If one has another shape or dtype by now.
+            CheckpointMismatchError: If one has another shape or dtype by now, or something else is in its place.
         """
+        for place, container, key, value in releasing_gil(self.found):
+            # What is in the tree now would keep its value.
+            if (now := _get(container, key)) is not value:
+                what = "it was removed" if now is _GONE else f"another {type(now).__name__} was put there"
+                raise CheckpointMismatchError(
+                    mismatched=[f"{format_path(unlinked(place))} ({what} during the load)"],
+                    remedy="Do not put other tensors into the live tree while a load is under way.",
+                )
         for place, live, loaded in releasing_gil(self.pairs):
             # A copy would broadcast, cast, or fail when other tensors have their new values.
             if live.shape != loaded.shape or (live.dtype is not loaded.dtype and not cast):
@@ -134,7 +146,24 @@ class Transfer:
     def assign(self) -> None:
         """Put the values that are not tensors into their containers."""
         for container, key, value in self.assignments:
-            container[key] = value
+            if isinstance(container, torch.Tensor):
+                setattr(container, key, value)
+            elif not isinstance(container, list) or key < len(container):
+                # A list that has become shorter since it was checked is as if that came after the load.
+                container[key] = value
+
+
+_GONE = object()
+
+
+def _get(container: Any, key: Any) -> Any:
+    """Return what is in a container, or an attribute of a tensor."""
+    if isinstance(container, torch.Tensor):
+        return getattr(container, key, _GONE)
+    if isinstance(container, dict):
+        # Not to have a defaultdict make a value.
+        return dict.get(container, key, _GONE)
+    return container[key] if key < len(container) else _GONE
 
 
 class _Batch:
@@ -196,6 +225,7 @@ def compare(
     transfer = Transfer()
     transfer.states = comparison.states
     transfer.assignments = comparison.assignments
+    transfer.found = comparison.found
     transfer.pairs = comparison.pairs
     return transfer
 
@@ -216,6 +246,7 @@ class _Comparison:
         self.mismatched: list[str] = []
         self.pairs: list[_Pair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
+        self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
         self._todo: list[tuple[LinkedPath, Any, Any, tuple[Any, Any] | None]] = []
 
@@ -240,6 +271,7 @@ class _Comparison:
                 self._mismatch(place, f"only a part was chosen of the state of a {type(live).__name__}")
             else:
                 self.states.append((live, loaded))
+                self._find(place, live, where)
             return
         if type(loaded) is PlainObject and type(live) is not PlainObject:
             self._mismatch(
@@ -247,13 +279,19 @@ class _Comparison:
             )
             return
         if _are_wrappers(live, loaded):
-            for name in live.__tensor_flatten__()[0]:
+            names = live.__tensor_flatten__()[0]
+            for name in names:
                 self._todo.append(((Attribute(name), place), getattr(live, name), getattr(loaded, name), None))
+            self._find(place, live, where)
+            self._visit_gradient(place, live, loaded)
+            self._visit_attributes(place, live, loaded, names)
             return
         if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
             reason = _why_not(live, loaded, inference=self._inference, cast=self._cast)
             if reason is None:
                 self.pairs.append((place, live, loaded))
+                self._find(place, live, where)
+                self._visit_gradient(place, live, loaded)
                 self._visit_attributes(place, live, loaded)
             else:
                 self._mismatch(place, reason)
@@ -266,6 +304,7 @@ class _Comparison:
                     self.assignments.append((*where, merged))
             elif (id(live), id(loaded)) not in self._seen:
                 self._seen.add((id(live), id(loaded)))
+                self._find(place, live, where)
                 yield from self._descend(place, live, loaded)
         elif _has_state(live) or _has_state(loaded):
             self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__}")
@@ -297,18 +336,45 @@ class _Comparison:
         self._todo += reversed(found)
         self._visit_attributes(place, live, loaded)
 
-    def _visit_attributes(self, place: LinkedPath, live: Any, loaded: Any) -> None:
+    def _find(self, place: LinkedPath, live: Any, where: tuple[Any, Any] | None) -> None:
+        """Note what has to be in its place still when it is changed. From a tuple nothing can be taken."""
+        if where is not None:
+            self.found.append((place, *where, live))
+
+    def _visit_gradient(self, place: LinkedPath, live: torch.Tensor, loaded: torch.Tensor) -> None:
+        """Compare a gradient that was loaded; as with attributes, one that only the live tensor has is left alone."""
+        # Of a tensor with a history, asking for it would warn.
+        gradient = loaded.grad if loaded.is_leaf else None
+        if gradient is None or not self._is_wanted_whole(place):
+            return
+        here = (Attribute("grad"), place)
+        if not live.is_leaf:
+            self._mismatch(here, "the live tensor is no leaf of the autograd graph and has no gradient of its own")
+        elif live.grad is not None:
+            self._todo.append((here, live.grad, gradient, (live, "grad")))
+        else:
+            new = torch.empty_like(live, requires_grad=False)
+            self._todo.append((here, new, gradient, None))
+            self.assignments.append((live, "grad", new))
+
+    def _visit_attributes(self, place: LinkedPath, live: Any, loaded: Any, inner: Collection[str] = ()) -> None:
         """Compare what hangs on an object besides its contents, as ``_metadata`` does on a state dict.
 
         What only the live object has is left alone; it is set from outside and not part of every checkpoint.
         """
-        theirs = getattr(loaded, "__dict__", None)
+        is_subclass = isinstance(loaded, torch.Tensor) and type(loaded) not in (torch.Tensor, torch.nn.Parameter)
+        theirs = extra_attributes(loaded, inner) if is_subclass else getattr(loaded, "__dict__", None)
         if not theirs or not self._is_wanted_whole(place):
             return
         mine = getattr(live, "__dict__", None)
         for name, value in theirs.items():
             here = (Attribute(name), place)
-            if mine is None:
+            if is_subclass and name in slots_of(type(live)):
+                if _has_tensors(value) and hasattr(live, name):
+                    self._todo.append((here, getattr(live, name), value, (live, name)))
+                else:
+                    self.assignments.append((live, name, value))
+            elif mine is None:
                 if _has_tensors(value):
                     self._mismatch(here, f"a {type(live).__name__} has no attributes")
             elif name in mine and (_has_tensors(value) or _has_tensors(mine[name])):
@@ -432,6 +498,10 @@ def _why_not(live: Any, loaded: Any, *, inference: bool, cast: bool) -> str | No
     """Return why a loaded value cannot be copied into a live tensor, or None if it can."""
     if not isinstance(live, torch.Tensor) or not isinstance(loaded, torch.Tensor):
         return f"a {type(loaded).__name__} into a {type(live).__name__}"
+    for tensor, which in ((live, "live"), (loaded, "loaded")):
+        # It has no shape that could be compared.
+        if tensor.is_nested:
+            return f"the {which} tensor is nested"
     castable = live.dtype is loaded.dtype or (cast and is_rounded(live) and is_rounded(loaded))
     if live.shape != loaded.shape or not castable:
         hint = ", which cast=True would allow" if is_rounded(live) and is_rounded(loaded) and not cast else ""

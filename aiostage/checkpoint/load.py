@@ -384,7 +384,8 @@ def load(
     Args:
         source: Where :func:`save` has put it.
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
-            tensor is put into its dicts and lists. None: return a new tree. It, or a value of it if it is a dict,
+            tensor is put into its dicts and lists. Gradients and attributes of tensors are loaded where the checkpoint
+            has them; others stay. None: return a new tree. It, or a value of it if it is a dict,
             may be an object with ``state_dict`` and ``load_state_dict`` (DCP's ``Stateful``, such as a module or an
             optimizer): its ``load_state_dict`` is called with what was saved, on the event loop and the streams of the
             call, when all else is done.
@@ -424,7 +425,8 @@ def load(
         CheckpointError: If it is of another program and needs code, or a class of ``classes`` does not fit.
         CheckpointCorruptError: If a file is missing, damaged, incomplete or foreign.
         CheckpointMismatchError: If the checkpoint does not fit ``into``, with every place where it does not. Nothing
-            was changed then, nor read but headers.
+            was changed then, nor read but headers. Also if a tensor or a container of ``into`` is replaced or resized
+            before it gets its values.
         HostMemoryError: If memory for the tensors cannot be had.
         AcceleratorUnavailableError: If there is no accelerator for ``device``.
         torch.OutOfMemoryError: If a device has no room.

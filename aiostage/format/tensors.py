@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from aiostage import _private
 from aiostage.format.classes import full_name, slots_of, wrapper_parts
 from aiostage.format.kinds import Kind, NotCarried, Parts
 
-__all__ = ["JAGGED", "take_subclass_apart"]
+__all__ = ["JAGGED", "extra_attributes", "take_subclass_apart"]
 
 _LEFT_OUT = {"bitsandbytes.nn.modules.Params4bit": {"module"}, "bitsandbytes.nn.modules.Int8Params": {"module"}}
 """Attributes that lead back to the module which the tensor is a parameter of."""
@@ -39,7 +39,7 @@ def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
         inner = {name: getattr(tensor, name) for name in names}
         shape = (tuple(tensor.size()), tuple(tensor.stride()))
         parts = wrapper_parts(full_name(cls), inner, context, shape)
-        return "wrapper", Parts(parts.form, parts.children, _attributes(tensor, set(names)))
+        return "wrapper", Parts(parts.form, parts.children, extra_attributes(tensor, names))
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise NotCarried(
             "its class has __torch_dispatch__ and does not say what it is made of",
@@ -48,12 +48,17 @@ def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
         )
     with _private.without_torch_function():
         data = torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
-    return "subclass", Parts({"type": full_name(cls)}, {"data": data}, _attributes(tensor, set()))
+    return "subclass", Parts({"type": full_name(cls)}, {"data": data}, extra_attributes(tensor))
 
 
-def _attributes(tensor: Any, inner: set[str]) -> dict[str, Any]:
-    """Return what hangs on a tensor and is not made by its class."""
-    left_out = inner | _LEFT_OUT.get(full_name(type(tensor)), set())
+def extra_attributes(tensor: Any, inner: Collection[str] = ()) -> dict[str, Any]:
+    """Return what hangs on a tensor of a subclass and is not made by its class.
+
+    Args:
+        tensor: Of a subclass.
+        inner: The names of the tensors that it is a wrapper around.
+    """
+    left_out = set(inner) | _LEFT_OUT.get(full_name(type(tensor)), set())
     found = {name: getattr(tensor, name) for name in slots_of(type(tensor)) if hasattr(tensor, name)} | vars(tensor)
     if inner:
         # What else a wrapper keeps to itself is made from its context.

@@ -328,3 +328,120 @@ async def test_a_live_tensor_that_is_replaced_while_its_values_are_read(
     with pytest.raises(CheckpointMismatchError, match=r"'a'.*torch\.float32 \(4,\) into torch\..*during the load"):
         await aiostage.load(tmp_path / "a", into=live)
     assert live["a"].count_nonzero() == live["b"].count_nonzero() == 0
+
+
+class Slotted(torch.Tensor):
+    __slots__ = ("scale",)
+
+
+def slotted(value: float) -> Slotted:
+    found = torch.full((2,), value).as_subclass(Slotted)
+    found.scale = torch.full((1,), value)
+    found.note = value
+    return found
+
+
+def with_gradient(value: float, gradient: float | None) -> torch.Tensor:
+    found = torch.full((4,), float(value), requires_grad=True)
+    found.grad = None if gradient is None else torch.full((4,), float(gradient))
+    return found
+
+
+def replaceable(value: float) -> dict[str, Any]:
+    """Return a tree with live tensors in every place from which they can be taken."""
+    found: dict[str, Any] = {
+        "dict": {"a": torch.full((4,), value)},
+        "list": [torch.full((4,), value), 1],
+        "tuple": ({"a": torch.full((4,), value)}, [torch.full((2,), value)]),
+        "gradient": with_gradient(value, value),
+        "attribute": torch.full((4,), value),
+        "slot": slotted(value),
+    }
+    found["attribute"].note = torch.full((4,), value)
+    return found
+
+
+REPLACEMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "in a dict": (lambda live: live["dict"].update(a=torch.zeros(4)), r"\['dict'\]\['a'\]"),
+    "in a list": (lambda live: live["list"].__setitem__(0, torch.zeros(4)), r"\['list'\]\[0\]"),
+    "by a number": (lambda live: live["dict"].update(a=1), r"\['dict'\]\['a'\]"),
+    "of a dict": (lambda live: live["dict"].pop("a"), r"\['dict'\]\['a'\] \(it was removed"),
+    "of a list": (lambda live: live["list"].clear(), r"\['list'\]\[0\] \(it was removed"),
+    "with its dict": (lambda live: live.update(dict={"a": torch.zeros(4)}), r"\['dict'\]"),
+    "with its tuple": (lambda live: live.update(tuple=({"a": torch.zeros(4)}, [])), r"\['tuple'\]"),
+    "in a list of a tuple": (lambda live: live["tuple"][1].__setitem__(0, torch.zeros(2)), r"\['tuple'\]\[1\]\[0\]"),
+    "a gradient": (lambda live: setattr(live["gradient"], "grad", None), r"\['gradient'\]\.grad"),
+    "an attribute": (lambda live: setattr(live["attribute"], "note", torch.zeros(4)), r"\['attribute'\]\.note"),
+    "a slot": (lambda live: setattr(live["slot"], "scale", torch.zeros(1)), r"\['slot'\]\.scale"),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("change", REPLACEMENTS)
+async def test_a_live_tensor_that_others_take_the_place_of_during_a_load(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one would keep its value, and the old one's is in no tree."""
+    await write_checkpoint(replaceable(1.0), tmp_path / "a")
+    live = replaceable(0.0)
+    before = [live["dict"]["a"], live["gradient"], live["gradient"].grad, live["attribute"].note, live["slot"].scale]
+    replace, path = REPLACEMENTS[change]
+    before_the_plan(lambda: replace(live), monkeypatch)
+    with pytest.raises(CheckpointMismatchError, match=f"{path}.*during the load.*Do not put other tensors"):
+        await aiostage.load(tmp_path / "a", into=live, classes=[Slotted])
+    assert not any(tensor.any() for tensor in before)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_gradients_and_slots(tmp_path: Path, in_place: bool) -> None:
+    """One that only the live tensor has is left alone, as an attribute is."""
+    saved = {"both": with_gradient(1, 2), "new": with_gradient(1, 2), "old": with_gradient(1, None)}
+    await write_checkpoint(saved | {"slot": slotted(3.0)}, tmp_path / "a")
+    live = {"both": with_gradient(0, 0), "new": with_gradient(0, None), "old": with_gradient(0, 5)}
+    kept, scale = live["both"].grad, (slot := slotted(0.0)).scale
+    await aiostage.load(tmp_path / "a", into=live | {"slot": slot}, in_place=in_place, classes=[Slotted])
+    for name, gradient in (("both", 2.0), ("new", 2.0), ("old", 5.0)):
+        assert live[name].tolist() == [1.0] * 4
+        assert live[name].grad.tolist() == [gradient] * 4  # type: ignore[union-attr]
+    assert live["both"].grad is kept
+    assert slot.scale is scale
+    assert (scale.tolist(), slot.note) == ([3.0], 3.0)
+    # Only a part of a tensor is not the whole of it.
+    for tensor in live.values():
+        tensor.grad = None
+    await aiostage.load(tmp_path / "a", into=live | {"slot": slot}, only="both", classes=[Slotted])
+    assert live["both"].grad is not None
+    assert live["new"].grad is None
+
+
+@pytest.mark.asyncio
+async def test_gradients_that_do_not_fit(tmp_path: Path) -> None:
+    await write_checkpoint({"a": with_gradient(1, 2)}, tmp_path / "a")
+    sparse = torch.zeros(4, requires_grad=True)
+    sparse.grad = torch.zeros(4).to_sparse()
+    computed = torch.zeros(4, requires_grad=True) * 2
+    for live, reason in ((sparse, "torch.sparse_coo"), (computed, "no leaf of the autograd graph")):
+        with pytest.raises(CheckpointMismatchError, match=rf"\['a'\]\.grad \(the live tensor is {reason}"):
+            await aiostage.load(tmp_path / "a", into={"a": live})
+        assert not live.any()
+    # Parameters keep theirs in a file no more than in a copy, and take those of tensors; a cast is one of both.
+    live = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    await aiostage.load(tmp_path / "a", into={"a": live}, cast=True)
+    assert live.grad is not None
+    assert (live.tolist(), live.grad.tolist(), live.grad.dtype) == ([1.0] * 4, [2.0] * 4, torch.bfloat16)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+async def test_a_live_tensor_that_is_nested(layout: torch.layout, tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
+    await write_checkpoint({"a": torch.ones(2, 3)}, tmp_path / "plain")
+    with pytest.raises(CheckpointMismatchError, match=r"\['a'\] \(the live tensor is nested\)"):
+        await aiostage.load(tmp_path / "plain", into={"a": nested})
+    if layout is torch.jagged:
+        await write_checkpoint({"a": nested}, tmp_path / "nested")
+        for live, which in ((nested, "live"), (torch.zeros(2, 3), "loaded")):
+            with pytest.raises(CheckpointMismatchError, match=rf"\['a'\] \(the {which} tensor is nested\)"):
+                await aiostage.load(tmp_path / "nested", into={"a": live})
