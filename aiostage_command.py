@@ -25,10 +25,10 @@ exit status:
   3  it could not be done; the reason is on stderr
 """
 
-_COMPLETION = """\
+_BASH_OR_ZSH = """\
 if [ -n "$ZSH_VERSION" ]; then autoload -U +X bashcompinit && bashcompinit; fi
 _aiostage() {{
-  local options='' word="${{COMP_WORDS[COMP_CWORD]}}"
+  local options='' words='' word="${{COMP_WORDS[COMP_CWORD]}}"
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W '{commands} --help --version' -- "$word"))
     return
@@ -38,7 +38,7 @@ _aiostage() {{
   esac
   case "$word" in
     -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
-    *) COMPREPLY=() ;;
+    *) COMPREPLY=($(compgen -W "$words" -- "$word")) ;;
   esac
 }}
 complete -o default -F _aiostage aiostage
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     if options.command == "completion":
-        print(_completion(), end="")
+        print(_completion(options.shell), end="")
         return 0
     from aiostage.cli.main import run
 
@@ -109,8 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     measure.add_argument("--rounds", type=_positive, default=5, help="how often each is measured (5)")
     commands.add_parser(
         "completion",
-        help="print what completes these commands in bash and zsh",
-        description='Print a script for a shell. In .bashrc or .zshrc: eval "$(aiostage completion)".',
+        help="print what completes these commands in bash, zsh and fish",
+        description='Print a script for a shell. In .bashrc or .zshrc: eval "$(aiostage completion)". '
+        "In config.fish: aiostage completion fish | source.",
+    ).add_argument(
+        "shell", nargs="?", choices=("bash", "zsh", "fish"), default="bash", help="which one (bash; zsh reads the same)"
     )
     return parser
 
@@ -127,16 +130,31 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _completion() -> str:
-    """Return a script by which bash, or zsh with its own bashcompinit, completes commands, options and paths."""
+def _completion(shell: str) -> str:
+    """Return a script by which a shell completes commands and options; paths are left to the shell."""
+    commands = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)][0]
+    help_of = {action.dest: action.help or "" for action in commands._choices_actions}
+    if shell == "fish":
+        lines = [_fish("__fish_use_subcommand", f"-f -a {name}", text) for name, text in help_of.items()]
+        lines += [_fish("__fish_use_subcommand", f"-l {name}") for name in ("help", "version")]
+        for name, parser in commands.choices.items():
+            seen = f"__fish_seen_subcommand_from {name}"
+            for action in parser._actions:
+                options = [f"-l {text[2:]}" for text in action.option_strings if text.startswith("--")]
+                words = [f"-f -a '{' '.join(action.choices)}'"] if action.choices else []
+                lines += [_fish(seen, what, action.help or "") for what in options + words]
+        return "".join(lines)
     cases = []
-    for action in build_parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, parser in action.choices.items():
-                options = [text for each in parser._actions for text in each.option_strings]
-                cases.append(f"    {name}) options='{' '.join(options)}' ;;")
-    names = " ".join(case.split(")")[0].strip() for case in cases)
-    return _COMPLETION.format(commands=names, cases="\n".join(cases))
+    for name, parser in commands.choices.items():
+        options = " ".join(text for action in parser._actions for text in action.option_strings)
+        words = " ".join(text for action in parser._actions for text in action.choices or ())
+        cases.append(f"    {name}) options='{options}' words='{words}' ;;")
+    return _BASH_OR_ZSH.format(commands=" ".join(help_of), cases="\n".join(cases))
+
+
+def _fish(condition: str, what: str, text: str = "") -> str:
+    described = " -d '" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if text else ""
+    return f"complete -c aiostage -n '{condition}' {what}{described}\n"
 
 
 def _positive(text: str) -> int:

@@ -18,6 +18,7 @@ from aiostage.stager import AsyncStager
 __all__ = ["bench"]
 
 _TICK_SECONDS = 0.001
+_IDLE_SECONDS = 0.5
 
 
 async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
@@ -40,6 +41,8 @@ async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
         for name, tensor in state.items():
             copy[name].copy_(tensor)
 
+    idle = await _timed(lambda: anyio.sleep(_IDLE_SECONDS))
+    out.data["idle_worst_delay_seconds"] = idle[1]
     plain = [await _timed(lambda: anyio.to_thread.run_sync(copied)) for _ in range(rounds + 1)]
     _tell(out, "plain copy into warm memory", plain[1:], total)
     async with AsyncStager() as stager:
@@ -53,7 +56,10 @@ async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
             _tell(out, "save to disk", saved, total)
             loaded = [await _timed(lambda: load(target, into=state, in_place=True)) for _ in range(rounds)]
             _tell(out, "load in place, verified", loaded, total)
-    out.line("'worst' is the longest that an event loop waited for its turn meanwhile")
+    out.line(
+        "'worst' is the longest that an event loop waited for its turn meanwhile; "
+        f"with nothing else to do it was {idle[1] * 1e3:.1f} ms on this machine"
+    )
 
 
 class _Ticker:

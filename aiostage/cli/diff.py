@@ -29,6 +29,9 @@ _LONGEST_VALUE = 60
 _FLAT = frozenset(("safetensors", "shards of a hub"))
 """Kinds that have names of tensors, and no paths."""
 
+_WITH_ATTRIBUTES = frozenset(("aiostage", "torch.save"))
+"""Kinds that have what containers and tensors carry as attributes."""
+
 
 async def diff(first: str, second: str, out: Output, *, values: bool = True) -> None:
     """Compare two checkpoints of any kinds, and print where they differ.
@@ -101,9 +104,9 @@ class _Diff:
 
     def _by_place(self, contents: Contents) -> dict[tuple[str, ...], Entry]:
         """Return entries by their paths; by their names as text if one of the formats knows nothing else."""
-        if {self._left.kind, self._right.kind} & _FLAT:
-            return {(entry.name,): entry for entry in contents.entries}
-        return {entry.path: entry for entry in contents.entries}
+        kinds = {self._left.kind, self._right.kind}
+        entries = [each for each in contents.entries if kinds <= _WITH_ATTRIBUTES or not _is_of_an_attribute(each)]
+        return {(entry.name,) if kinds & _FLAT else entry.path: entry for entry in entries}
 
     def _tell(self, entry: Entry, text: str, what: str, **more: Any) -> None:
         self._found.append({"path": list(entry.path), "difference": what, **more})
@@ -116,7 +119,7 @@ class _Diff:
         if one.kind == two.kind == "container":
             # How many there are in it is told by each that is missing; formats without containers know no kinds.
             kinds = [each.text.rpartition(" of ")[0] for each in (one, two)]
-            if kinds[0] != kinds[1] and "state dict" not in kinds:
+            if kinds[0] != kinds[1] and "state dict" not in kinds and not {self._left.kind, self._right.kind} & _FLAT:
                 self._tell(at, f"{kinds[0]} became {kinds[1]}", "kind", first=kinds[0], second=kinds[1])
         elif one.kind != two.kind or one.text != two.text or one.more != two.more:
             self._tell(at, f"{_short(one)} became {_short(two)}", "value", first=one.text, second=two.text)
@@ -248,6 +251,11 @@ def _followed(entry: Entry, entries: dict[tuple[str, ...], Entry]) -> Entry:
         return entry
     found = entries.get(entry.source) or entries[(".".join(entry.source) or ".",)]
     return found if found.kind == "tensor" else entry
+
+
+def _is_of_an_attribute(entry: Entry) -> bool:
+    """Return whether a place is an attribute, or in one; parts of objects have numbers."""
+    return entry.inner and any(step.startswith("<") and not step[1:-1].isdecimal() for step in entry.path)
 
 
 def _is_empty(entry: Entry) -> bool:

@@ -13,11 +13,12 @@ import torch
 from aiostage.format.composites import take_apart
 from aiostage.format.nodes import LOOKED_INTO, NodeTable, view_of
 from aiostage.format.safetensors import DTYPE_NAMES, TensorRecord
-from aiostage.format.values import read_scalar
+from aiostage.format.values import SCALAR_KINDS, read_scalar
 
 __all__ = ["Entry", "entries_of_table", "entries_of_tree", "tensor_entry"]
 
 _SCALARS = (bool, int, float, str, type(None))
+_BYTES = ("bytes", "bytearray")
 _REFERENCES = frozenset(("name", "offset", "stride", "attributes", "grad"))
 """Of what describes a node: where something else is."""
 
@@ -113,6 +114,8 @@ def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> I
 
 def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, TensorRecord]) -> Entry:
     described = {key: value for key, value in form.items() if key not in _REFERENCES}
+    if form["is"] in SCALAR_KINDS and form["is"] not in _BYTES:
+        return _scalar(path, read_scalar(form["is"], form["value"]), inner)
     if form["is"] != "tensor":
         return Entry(path, "object", f"{form['is']} {_said(form)}".rstrip(), inner, more=described)
     kind = form.get("class", "tensor")
@@ -130,6 +133,18 @@ def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Map
     return tensor_entry(
         path, view.dtype, view.shape, inner=inner, nbytes=record.stop - record.start, text=kind, more=more, source=form
     )
+
+
+def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> Entry:
+    """Return the entry of a value that is no container."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # An integer of too many digits.
+        text = hex(value)
+    if type(value) in _SCALARS:
+        return Entry(path, "value", text, inner)
+    return Entry(path, "object", f"{type(value).__name__} {text}", inner, more={"value": text})
 
 
 def _said(form: Mapping[str, Any]) -> str:
@@ -170,8 +185,8 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
     met: dict[int, tuple[str, ...]] = {}
     while pending:
         path, value, inner = pending.pop()
-        if isinstance(value, _SCALARS) and type(value) in _SCALARS:
-            yield Entry(path, "value", repr(value), inner)
+        if type(value) in _SCALARS:
+            yield _scalar(path, value, inner)
             continue
         if id(value) in met and not isinstance(value, (bytes, torch.dtype, torch.Size, tuple)):
             yield Entry(path, "reference", ".".join(met[id(value)]) or ".", inner, source=met[id(value)])
@@ -189,11 +204,15 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
         elif isinstance(value, np.ndarray):
             yield Entry(path, "object", "ndarray", inner, more={"is": "ndarray"})
             below.append(((*path, "<0>"), torch.from_numpy(value), True))
-        elif isinstance(value, bytes):
-            text = base64.b64encode(value).decode()
-            yield Entry(path, "object", f"bytes {text!r}", inner, more={"is": "bytes", "value": text})
+        elif isinstance(value, (bytes, bytearray)):
+            text, name = base64.b64encode(value).decode(), type(value).__name__
+            yield Entry(path, "object", f"{name} {text!r}", inner, more={"is": name, "value": text})
         else:
-            yield Entry(path, "object", f"{type(value).__name__} {value!r}", inner, more={"value": repr(value)})
+            yield _scalar(path, value, inner)
+        if isinstance(value, (Mapping, list, tuple, torch.Tensor)):
+            # As an OrderedDict of a module has its versions.
+            attributes = getattr(value, "__dict__", {})
+            below += [((*path, f"<{name}>"), child, True) for name, child in attributes.items()]
         pending += reversed(below)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from anyio.to_thread import run_sync
 
 from aiostage.abc import Storage
 from aiostage.checkpoint.foreign import Read, recognize
-from aiostage.errors import CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import is_dcp_manifest
 from aiostage.format.steps import sort_out
 from aiostage.storage.local import LocalStorage
@@ -47,12 +48,29 @@ class Run:
         storage: Where.
         names: Of those that are there.
         removed: Names of those that were removed, and lie there because others refer to them.
+        foreign: What reads those of other programs, by name; or why that is not possible.
     """
 
     source: str
     storage: Storage
     names: Sequence[str]
-    removed: Sequence[str]
+    removed: Sequence[str] = ()
+    foreign: Mapping[str, Read | CheckpointError] = field(default_factory=dict)
+
+    async def place(self, name: str) -> Place:
+        """Return the place of one of them.
+
+        Raises:
+            CheckpointNotFoundError: If it was removed meanwhile.
+            CheckpointError: If it is known, and cannot be read here.
+            OSError: If the storage refuses.
+        """
+        source, read = f"{self.source.rstrip('/')}/{name}", self.foreign.get(name)
+        if isinstance(read, CheckpointError):
+            raise read
+        if read is not None:
+            return Place(source, self.storage, name, read=read)
+        return await place_of(source, self.storage, name)
 
 
 async def find(source: str) -> Place | Run:
@@ -78,8 +96,32 @@ async def find(source: str) -> Place | Run:
     read = await run_sync(recognize, path) if path is not None else None
     if read is not None:
         return Place(source, storage, name, read=read)
+    if path is not None and not is_file and (foreign := await run_sync(_foreign_below, path)):
+        return Run(source, root, list(foreign), foreign=foreign)
     reason = "it is a file of no kind that is known here." if is_file else "there is no checkpoint, and none below it."
     raise CheckpointNotFoundError(reason, path=source)
+
+
+def _foreign_below(path: str) -> dict[str, Read | CheckpointError]:
+    """Return what reads the checkpoints of other programs right below a directory, in the order of their numbers."""
+    found: dict[str, Read | CheckpointError] = {}
+    for name in sorted(os.listdir(path) if os.path.isdir(path) else (), key=_by_number):
+        below = os.path.join(path, name)
+        try:
+            read = recognize(below)
+        except CheckpointError as error:
+            # Beside checkpoints lie files of all kinds. A directory that is known is one, whose save did not end, say.
+            if os.path.isdir(below) or isinstance(error, CheckpointCorruptError):
+                found[name] = error
+            continue
+        if read is not None:
+            found[name] = read
+    return found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return what orders step-2 before step-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 async def place_of(source: str, storage: Storage, name: str) -> Place:

@@ -44,7 +44,7 @@ async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
         for file in contents.files:
             line = f"  {file['name']:<40} {size(file['nbytes']):>12}"
             if "digest" in file:
-                line += f"  {file['tensors']:>6} tensors  {file['digest']}"
+                line += f"  {counted(file['tensors'], 'tensor'):>14}  {file['digest']}"
             out.line(line)
             for piece in file.get("stored_in", ()):
                 out.line(f"    {size(piece['nbytes']):>10} in {piece['file']}")

@@ -13,9 +13,9 @@ from anyio.to_thread import run_sync
 
 from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.cli.contents import open_contents
-from aiostage.cli.finding import Place, Run, find, place_of
+from aiostage.cli.finding import Place, Run, find
 from aiostage.cli.output import Output, age, counted, size
-from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import read_head
 from aiostage.format.steps import step_of
 from aiostage.storage.commit import MANIFEST_NAME
@@ -49,7 +49,9 @@ class _Summary:
 
 
 async def list_run(source: str, out: Output) -> None:
-    """Print a line for each checkpoint below a path, or for the one at it. The status is 1 if one is damaged.
+    """Print a line for each checkpoint below a path, or for the one at it.
+
+    The status is 1 if one is damaged, else 3 if one of several cannot be read.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -71,8 +73,7 @@ async def list_found(found: Place | Run, out: Output) -> None:
     for name in names:
         about: dict[str, Any] = {"name": name, "step": step_of(name.rpartition("/")[2])}
         try:
-            place = found if isinstance(found, Place) else await place_of(name, found.storage, name)
-            summary = await _summary(place)
+            summary = await _summary(found if isinstance(found, Place) else await found.place(name))
         except CheckpointCorruptError as error:
             out.line(f"  {name:<24} {error}", "bad")
             out.status = 1
@@ -80,6 +81,14 @@ async def list_found(found: Place | Run, out: Output) -> None:
             continue
         except CheckpointNotFoundError:
             # It was removed meanwhile.
+            continue
+        except CheckpointError as error:
+            if isinstance(found, Place):
+                raise
+            # Known, and cannot be read here: the others can.
+            out.line(f"  {name:<24} {error.reason}", "bad")
+            out.status = out.status or 3
+            checkpoints.append(about | {"error": str(error)})
             continue
         seconds = None if summary.modified is None else now - summary.modified
         own = sum(summary.own.values())
@@ -97,7 +106,7 @@ async def list_found(found: Place | Run, out: Output) -> None:
                 "refers_to": refers_to,
             }
         )
-        line = f"  {name:<24} {age(seconds):>8} {summary.leaves:>8,} tensors  {size(summary.nbytes):>10}"
+        line = f"  {name:<24} {age(seconds):>8} {counted(summary.leaves, 'tensor'):>16}  {size(summary.nbytes):>10}"
         if summary.kind != "aiostage":
             line += f"  {summary.kind}"
         elif summary.is_incremental:
@@ -119,8 +128,7 @@ async def disk_usage(source: str, out: Output) -> None:
     summaries: dict[str, _Summary] = {}
     for name in names:
         try:
-            place = found if isinstance(found, Place) else await place_of(name, found.storage, name)
-            summaries[name] = await _summary(place)
+            summaries[name] = await _summary(found if isinstance(found, Place) else await found.place(name))
         except CheckpointNotFoundError:
             continue
     files, users = _files(summaries)
@@ -208,7 +216,12 @@ async def _summary_of_contents(place: Place) -> _Summary:
         finally:
             await reader.aclose()
     else:
-        modified, own = await run_sync(os.path.getmtime, place.read.path), {}
+        path = place.read.path
+        modified, own = await run_sync(os.path.getmtime, path), {}
+        # What says where the tensors are.
+        index = {"dcp": os.path.join(path, ".metadata"), "shards": path}.get(place.read.kind)
+        if index is not None:
+            own[os.path.basename(index)] = await run_sync(os.path.getsize, index)
     async with open_contents(place, elements=False) as contents:
         tensors = [entry for entry in contents.entries if entry.kind == "tensor"]
         own |= {file["name"]: file["nbytes"] for file in contents.files}

@@ -18,7 +18,7 @@ from aiostage.cli.inspect import inspect
 from aiostage.cli.listing import disk_usage, list_run
 from aiostage.cli.output import Output
 from aiostage.cli.verify import verify
-from aiostage.errors import CheckpointCorruptError, StagingError
+from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, StagingError
 
 __all__ = ["run"]
 
@@ -77,6 +77,11 @@ async def _run(options: argparse.Namespace, out: Output) -> None:
 
 
 async def _convert(options: argparse.Namespace, out: Output) -> None:
-    info: Any = await convert(options.source, options.target, overwrite=options.overwrite)
+    try:
+        info: Any = await convert(options.source, options.target, overwrite=options.overwrite)
+    except CheckpointExistsError as error:
+        if not options.overwrite:
+            error.remedy = "Choose another target or pass --overwrite."
+        raise
     out.data.update(location=info.location, tensors=info.leaves, nbytes=info.nbytes, files=list(info.files))
     out.line(f"{info.location}: {info.leaves} tensors, {info.nbytes:,} bytes")

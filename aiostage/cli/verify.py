@@ -27,7 +27,7 @@ from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.contents import describing, open_contents
 from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree
-from aiostage.cli.finding import Place, find, place_of
+from aiostage.cli.finding import Place, find
 from aiostage.cli.output import Output, counted, few
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import FileRecord, Manifest
@@ -143,7 +143,7 @@ async def _each(sources: Sequence[str], progress: bool) -> AsyncIterator[tuple[s
         for name in found.names:
             place = f"{source.rstrip('/')}/{name}"
             try:
-                at = await place_of(place, found.storage, name)
+                at = await found.place(name)
             except (CheckpointError, OSError) as error:
                 yield place, await _instead(place, error)
                 continue

@@ -7,6 +7,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -130,5 +132,23 @@ def test_completion() -> None:
     assert completed(["aiostage", "in"]) == ["inspect"]
     assert completed(["aiostage", "verify", "--p"]) == ["--progress"]
     assert completed(["aiostage", "diff", "--"]) == ["--help", "--json", "--no-values"]
+    assert completed(["aiostage", "completion", "f"]) == ["fish"]
     # Paths are left to the shell.
     assert completed(["aiostage", "diff", "/t"]) == []
+
+
+def test_completion_of_fish(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "fish"]) == 0
+    script = capsys.readouterr().out
+    lines = [line.removeprefix("complete -c aiostage -n ") for line in script.splitlines()]
+    first = [shlex.split(line) for line in lines if line.startswith("'__fish_use_subcommand'")]
+    assert [words[3] for words in first if words[1:3] == ["-f", "-a"]] == list(COMMANDS)
+    later = [shlex.split(line) for line in lines if line.startswith("'__fish_seen_subcommand_from diff'")]
+    assert [words[1:3] for words in later] == [["-l", "help"], ["-l", "json"], ["-l", "no-values"]]
+    assert "'__fish_seen_subcommand_from completion' -f -a 'bash zsh fish' -d " in script
+    if fish := shutil.which("fish"):
+        program = 'source; complete -C "aiostage diff --n"'
+        run = subprocess.run(
+            [fish, "-c", program], input=script, capture_output=True, text=True, timeout=seconds(60), check=True
+        )
+        assert run.stdout.startswith("--no-values\t")

@@ -125,6 +125,29 @@ def test_across_formats(tmp_path: Path, capsys: Shown) -> None:
     assert "model.w: 1 of 6 elements differ, by 5 at most" in diff(capsys, ours, tmp_path / "f.safetensors")
 
 
+def test_values_and_attributes_across_formats(tmp_path: Path, capsys: Shown) -> None:
+    model = torch.nn.Linear(2, 2).state_dict()
+    state = {
+        "model": model,
+        "values": [float("nan"), 2**70, 1j, torch.bfloat16, torch.Size([1, 2]), torch.device("cpu"), bytearray(b"a")],
+    }
+    ours = save(state, tmp_path / "ours")
+    torch.save(state, tmp_path / "f.pt")
+    assert diff(capsys, ours, tmp_path / "f.pt") == [
+        "no difference; 2 tensors of the same shape and dtype, compared element by element"
+    ]
+    model._metadata[""]["version"] = 2  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "f.pt")
+    assert diff(capsys, ours, tmp_path / "f.pt")[0] == "model.<_metadata>..version: 1 became 2"
+    # A format that has no attributes does not differ by them.
+    save_file(dict(model), tmp_path / "f.safetensors")
+    save(model, tmp_path / "flat")
+    assert len(diff(capsys, tmp_path / "flat", tmp_path / "f.safetensors")) == 1
+    assert main(["inspect", str(ours)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {"values.0 = nan", f"values.1 = {2**70}", "values.2: complex 1j"} < set(shown)
+
+
 def test_tensors_are_read_a_few_at_a_time(tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {str(number): torch.full((1 << 18,), number, dtype=torch.uint8) for number in range(40)}
     first, second = save(state, tmp_path / "a"), save(state, tmp_path / "b")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_dcp
 
 import aiostage
 from aiostage import dcp
@@ -74,6 +75,38 @@ def test_ls_and_du_of_all_kinds(tmp_path: Path, capsys: Shown) -> None:
     (file,) = said(capsys, "ls", str(tmp_path / "f.pt"))["checkpoints"]
     assert (file["kind"], file["step"], file["nbytes"]) == ("torch.save", None, 4000)
     assert said(capsys, "du", str(tmp_path / "f.pt"))["total_bytes"] == (tmp_path / "f.pt").stat().st_size
+
+
+def test_a_directory_with_checkpoints_of_other_programs_is_a_run(tmp_path: Path, capsys: Shown) -> None:
+    state = {"w": torch.arange(10.0)}
+    for step in (2, 10):
+        torch_dcp.save(state, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
+    torch.save(state, tmp_path / "last.ckpt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "needs-code.pt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "log.txt").write_text("step 10")
+    found = said(capsys, "ls", str(tmp_path), status=3)["checkpoints"]
+    assert [(each["name"], each.get("kind")) for each in found] == [
+        ("last.ckpt", "torch.save"),
+        ("needs-code.pt", None),
+        ("step-2", "torch.distributed.checkpoint"),
+        ("step-10", "torch.distributed.checkpoint"),
+    ]
+    assert "torch.nn.modules.linear.Linear" in found[1]["error"]
+    (tmp_path / "needs-code.pt").unlink()
+    used = said(capsys, "du", str(tmp_path))
+    assert used["total_bytes"] == sum(
+        on_disk(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).stat().st_size
+        for name in ("last.ckpt", "step-2", "step-10")
+    )
+    # What a killed save leaves, and what an interrupted copy leaves.
+    (tmp_path / "step-2" / ".metadata").unlink()
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-100])
+    checked = said(capsys, "verify", str(tmp_path), status=1)
+    assert [Path(each["source"]).name for each in checked["checkpoints"] if each["whole"]] == ["step-10"]
+    assert [Path(each["source"]).name for each in checked["checkpoints"] if not each["whole"]] == ["last.ckpt"]
+    assert [Path(each["source"]).name for each in checked["unread"]] == ["step-2"]
+    assert "did not end" in checked["unread"][0]["reason"]
 
 
 def test_a_damaged_checkpoint_is_told_and_the_others_are_listed(tmp_path: Path, capsys: Shown) -> None:
