@@ -132,7 +132,7 @@ class _Version(argparse.Action):
 
 def _completion(shell: str) -> str:
     """Return a script by which a shell completes commands and options; paths are left to the shell."""
-    commands = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)][0]
+    commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     help_of = {action.dest: action.help or "" for action in commands._choices_actions}
     if shell == "fish":
         lines = [_fish("__fish_use_subcommand", f"-f -a {name}", text) for name, text in help_of.items()]
@@ -140,15 +140,15 @@ def _completion(shell: str) -> str:
         for name, parser in commands.choices.items():
             seen = f"__fish_seen_subcommand_from {name}"
             for action in parser._actions:
-                options = [f"-l {text[2:]}" for text in action.option_strings if text.startswith("--")]
+                long = [f"-l {text[2:]}" for text in action.option_strings if text.startswith("--")]
                 words = [f"-f -a '{' '.join(action.choices)}'"] if action.choices else []
-                lines += [_fish(seen, what, action.help or "") for what in options + words]
+                lines += [_fish(seen, what, action.help or "") for what in long + words]
         return "".join(lines)
     cases = []
     for name, parser in commands.choices.items():
         options = " ".join(text for action in parser._actions for text in action.option_strings)
-        words = " ".join(text for action in parser._actions for text in action.choices or ())
-        cases.append(f"    {name}) options='{options}' words='{words}' ;;")
+        choices = " ".join(text for action in parser._actions for text in action.choices or ())
+        cases.append(f"    {name}) options='{options}' words='{choices}' ;;")
     return _BASH_OR_ZSH.format(commands=" ".join(help_of), cases="\n".join(cases))
 
 
