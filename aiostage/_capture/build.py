@@ -53,6 +53,8 @@ class Memo(dict[Any, Any]):
 
     Attributes:
         suspended: What was built only in part, because it contains an object that was copying itself.
+        circles: The number of the circle that a node lies in, by its identity.
+        entries: Where copying enters a circle, by its number, if that is before what copies itself now.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Memo(dict[Any, Any]):
         self.leaf_of = leaf_of
         self.give = give
         self.suspended: list[Node] = []
+        self.circles: dict[int, int] = {}
+        self.entries: dict[int, Node] = {}
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return the copy of what has an identity, made now if need be."""
@@ -81,15 +85,29 @@ class Memo(dict[Any, Any]):
                 if isinstance(node, GivenNode):
                     self.give(node)
                 else:
-                    built_now(node, self)
+                    entry = self.entry_before(node)
+                    if entry is not None:
+                        built_now(entry, self)
+                    if not node.done:
+                        built_now(node, self)
             return default if node.copy is MISSING else node.copy
         leaf = self.leaf_of.get(key)
         return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
+
+    def noted(self, node: Node) -> Any:
+        """Return the copy of a node that code has put in here."""
+        return dict.get(self, id(node.source), MISSING)
+
+    def entry_before(self, node: Node) -> Node | None:
+        """Return what is to be built before a node: where copying enters its circle, if it has not yet done so."""
+        entry = self.entries.get(self.circles.get(id(node), -1))
+        return entry if entry is not None and entry.copy is MISSING and not entry.active else None
 
     def forget(self) -> None:
         """Drop all references; the memo may live on in objects that keep theirs."""
         self.clear()
         self.suspended.clear()
+        self.circles, self.entries = {}, {}
         self.nodes, self.leaf_of = Table(dict), {}
         self.fetch, self.give = _nothing, _no_copy
 
@@ -172,7 +190,8 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
             else:
                 raise _contains_itself(child)
         elif not child.active:
-            _enter(child, stack, fetch)
+            entry = memo.entry_before(child) if memo is not None else None
+            _enter(entry or child, stack, fetch)
         elif child.entered_again:
             raise _contains_itself(child)
         else:
@@ -190,9 +209,13 @@ def _next(node: Node, memo: Memo | None, suspended: set[int]) -> tuple[Node | No
     while node.position < limit:
         slot, child = nested[node.position]
         if not child.done:
-            if memo and not child.active and dict.__contains__(memo, id(child.source)):
-                child.copy = dict.__getitem__(memo, id(child.source))
-                child.done = True
+            # An object that is copying itself may have noted its copy, and is not done.
+            noted = (
+                MISSING if memo is None or (child.active and not isinstance(child, GivenNode)) else memo.noted(child)
+            )
+            if noted is not MISSING:
+                child.copy = noted
+                child.done = not child.active
             elif child.copy is MISSING or not (child.active or id(child) in suspended):
                 return child, slot
         node.position += 1

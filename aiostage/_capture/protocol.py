@@ -26,7 +26,8 @@ from aiostage._capture.nodes import Node
 __all__ = [
     "BUFFERS",
     "IMMUTABLE",
-    "entries_of_circles",
+    "circles_of",
+    "depth_first",
     "is_comparable",
     "is_safe_to_make",
     "objects_within",
@@ -150,32 +151,29 @@ Leads = Callable[[Node], Sequence[Node]]
 """Returns what a node leads to, in the order of copying."""
 
 
-def entries_of_circles(root: Node, some: Sequence[Node], leads: Leads) -> list[Node]:
-    """Return where copying from the root enters each circle that one of some nodes lies in.
+def circles_of(some: Sequence[Node], leads: Leads) -> dict[int, int]:
+    """Return which circles some nodes lie in or lead to: a number for each node of one, by its identity.
 
-    What such a node's code sees of the circle depends on where copying began.
+    What code sees of a circle depends on where copying began.
 
     Args:
-        root: Leads to all of them.
-        some: Nodes that may lie in circles.
+        some: Nodes whose code looks at copies.
         leads: Returns what a node leads to.
     """
-    circle_of: dict[int, int] = {}
-    wanted = set(map(id, some))
-    number = 0
-    for component in _components(some, leads):
-        if not wanted.isdisjoint(map(id, component)) and (len(component) > 1 or component[0] in leads(component[0])):
-            circle_of.update((id(node), number) for node in component)
-            number += 1
-    entries: dict[int, Node] = {}
-    if circle_of:
-        for node in _depth_first(root, leads):
-            if id(node) in circle_of:
-                entries.setdefault(circle_of[id(node)], node)
-    return list(entries.values())
+    circles: dict[int, int] = {}
+    for number, component in enumerate(_components(some, leads)):
+        if len(component) > 1 or component[0] in leads(component[0]):
+            circles.update((id(node), number) for node in component)
+    return circles
 
 
-def _depth_first(root: Node, leads: Leads) -> Iterator[Node]:
+def depth_first(root: Node, leads: Leads) -> Iterator[Node]:
+    """Yield a node and what it leads to, each once, in the order of copying.
+
+    Args:
+        root: The first.
+        leads: Returns what a node leads to; asked once the node has been dealt with.
+    """
     seen: set[int] = set()
     stack = [root]
     while stack:

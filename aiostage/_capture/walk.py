@@ -42,7 +42,8 @@ from aiostage._capture.nodes import (
 from aiostage._capture.protocol import (
     BUFFERS,
     IMMUTABLE,
-    entries_of_circles,
+    circles_of,
+    depth_first,
     is_comparable,
     is_safe_to_make,
     objects_within,
@@ -641,15 +642,30 @@ class Walk:
         memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, early.storages, self._give)
         root = self._root
         assert root is not None  # noqa: S101 - nothing is copied before the walk
-        for entry in entries_of_circles(root, self._opaque, self._leads):
-            if not (entry.done or isinstance(entry, GivenNode)):
-                built_now(entry, memo)
+        memo.circles = circles_of(self._opaque, self._leads)
+        if memo.circles:
+            self._copy_around_circles(root, memo)
         for node in self._opaque:
             if not node.done:
                 self._give(node)
         for suspended in memo.suspended:
             if not suspended.done:
                 built_now(suspended, memo)
+
+    def _copy_around_circles(self, root: Node, memo: Memo) -> None:
+        """Let objects copy themselves in the order of copy.deepcopy, which enters each circle at the same node.
+
+        What is made of part of a circle, such as an iterator over a list in it, depends on that.
+        """
+        with_code = {memo.circles.get(id(node)) for node in self._opaque}
+        for node in depth_first(root, _leads_before):
+            circle = memo.circles.get(id(node))
+            if node.done:
+                continue
+            if isinstance(node, GivenNode):
+                self._give(node)
+            elif circle is not None and memo.entries.setdefault(circle, node) is node and circle in with_code:
+                built_now(node, memo)
 
     def _leads(self, node: Node) -> list[Node]:
         """Return the nodes that a node leads to."""
@@ -685,6 +701,11 @@ class Walk:
                 )
         node.copy, node.done = result, True
         memo[id(source)] = result
+
+
+def _leads_before(node: Node) -> list[Node]:
+    """Return the nodes that a node leads to, unless it has its copy: then they were dealt with."""
+    return [] if node.done else [child for _, child in node.nested]
 
 
 _SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import aiostage
 from aiostage._capture.nodes import ListNode, Node
-from aiostage._capture.protocol import entries_of_circles
+from aiostage._capture.protocol import circles_of, depth_first
 
 pytestmark = pytest.mark.asyncio
 
@@ -26,11 +27,13 @@ class Summing:
         return Summing(copy.deepcopy(self.items, memo))
 
 
-class Drifting:
-    """Has a state that is made when it is asked for."""
-
+class Holder:
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Drifting(Holder):
+    """Has a state that is made when it is asked for."""
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -73,16 +76,162 @@ async def test_an_object_sees_as_much_of_what_it_lies_in_as_under_deepcopy() -> 
     assert torch.equal(staged["before"], tree["before"])
 
 
-async def test_where_copying_enters_a_circle_is_found_for_each_apart() -> None:
-    nodes = [ListNode(None, None, 0) for _ in range(7)]
-    edges = {0: [1, 4], 1: [2], 2: [3], 3: [1], 4: [5, 6], 5: [4], 6: []}
+async def test_circles_are_found_with_what_leads_to_them() -> None:
+    nodes = [ListNode(None, None, 0) for _ in range(8)]
+    edges = {0: [1, 4], 1: [2], 2: [3], 3: [1], 4: [5, 6], 5: [4], 6: [7], 7: []}
 
     def leads(node: Node) -> list[Node]:
         return [nodes[number] for number in edges[nodes.index(node)]]  # type: ignore[arg-type]
 
-    assert entries_of_circles(nodes[0], [nodes[3], nodes[5]], leads) == [nodes[1], nodes[4]]
-    assert entries_of_circles(nodes[0], [nodes[2], nodes[3]], leads) == [nodes[1]]
-    assert entries_of_circles(nodes[0], [nodes[6]], leads) == []
+    def circles(*numbers: int) -> set[frozenset[int]]:
+        found = circles_of([nodes[number] for number in numbers], leads)
+        return {
+            frozenset(index for index, node in enumerate(nodes) if found.get(id(node)) == number)
+            for number in found.values()
+        }
+
+    assert circles(3, 5) == {frozenset((1, 2, 3)), frozenset((4, 5))}
+    assert circles(2) == {frozenset((1, 2, 3))}
+    assert circles(0) == {frozenset((1, 2, 3)), frozenset((4, 5))}
+    assert circles(6) == set()
+    assert [nodes.index(node) for node in depth_first(nodes[0], leads)] == [0, 1, 2, 3, 4, 5, 6, 7]  # type: ignore[arg-type]
+
+
+class Measuring(Holder):
+    """Notes how long the copy of its value is, and may note its own copy first, as a __deepcopy__ should."""
+
+    noted = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Measuring:
+        made = type(self)(None)
+        if self.noted:
+            memo[id(self)] = made
+        made.value = copy.deepcopy(self.value, memo)
+        made.length = len(made.value)  # type: ignore[attr-defined]
+        return made
+
+
+class Noting(Measuring):
+    noted = True
+
+
+class Restored(Holder):
+    """Notes in its __setstate__ how much of its value there is."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.length = len(self.value)
+
+
+def iterator_in_a_circle(order: str) -> dict[str, Any]:
+    items: list[Any] = [0]
+    around: dict[str, Any] = {}
+    items += [Holder(around), 2]
+    around["iterator"] = iter(reversed(items))
+    parts = {"around": around, "measuring": Measuring(items), "inside": [Measuring([around])], "nested": [[items]]}
+    return {name: parts[name] for name in order.split()}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "around measuring",
+        "measuring around",
+        "inside around measuring",
+        "around inside measuring",
+        "nested measuring around",
+        "measuring inside nested around",
+    ],
+)
+async def test_an_iterator_in_a_circle_has_the_state_that_deepcopy_gives_it(order: str) -> None:
+    expected = copy.deepcopy(iterator_in_a_circle(order))
+    async with aiostage.AsyncStager() as stager:
+        staged = await stager.stage(iterator_in_a_circle(order))
+    assert list(map(type, staged["around"]["iterator"])) == list(map(type, expected["around"]["iterator"]))
+
+
+async def test_an_iterator_that_only_a_tensor_leads_to_has_its_state() -> None:
+    tensor = torch.zeros(1)
+    items = [0, tensor, torch.ones(1)]
+    around = {"iterator": iter(reversed(items))}
+    tensor.owner = around  # type: ignore[attr-defined]
+    async with aiostage.AsyncStager() as stager:
+        staged = await stager.stage({"around": around, "summing": Summing(items)})
+    assert staged["summing"].total == 1.0
+    assert list(staged["around"]["iterator"]) == staged["summing"].items[::-1]
+
+
+async def test_an_object_that_notes_its_copy_first_gets_all_of_what_leads_back_to_it() -> None:
+    around: list[Any] = [0]
+    around += [Noting(around), 2]
+    source = around[1]
+    async with aiostage.AsyncStager() as stager:
+        staged = await stager.stage([source, around])
+    assert staged[0].length == copy.deepcopy([source, around])[0].length == 3
+    assert staged[0].value is staged[1]
+    assert staged[1][1] is staged[0]
+
+
+def grown(numbers: random.Random) -> list[Any]:
+    """Make a tree of containers that lead to each other, iterators over them, and objects whose code looks at them."""
+    containers: list[Any] = [[] if numbers.random() < 0.6 else {} for _ in range(numbers.randint(2, 5))]
+    lists = [container for container in containers if isinstance(container, list)] or [[1]]
+    reversing: list[tuple[Any, int, list[Any]]] = []
+
+    def child(container: Any, slot: int) -> Any:
+        kind = numbers.choice(("container", "iterator", "iterator", "object", "object", "list"))
+        if kind == "iterator":
+            reversing.append((container, slot, numbers.choice(lists)))
+        elif kind == "object":
+            return numbers.choice((Holder, Drifting, Restored))(numbers.choice(containers))
+        elif kind == "list":
+            return [numbers.choice(containers)]
+        return numbers.choice(containers)
+
+    for container in containers:
+        for slot in range(numbers.randint(3, 4)):
+            item = child(container, slot) if numbers.random() < 0.6 else slot
+            if isinstance(container, list):
+                container.append(item)
+            else:
+                container[slot] = item
+    root: list[Any] = []
+    for slot in range(numbers.randint(3, 6)):
+        opaque = numbers.choice((Measuring, Noting))(numbers.choice(containers))
+        root.append(opaque if numbers.random() < 0.15 * slot else child(root, slot))
+    for container, slot, items in reversing:
+        container[slot] = reversed(items)
+    return root
+
+
+def facts(item: Any, met: dict[int, tuple[int, Any]]) -> Any:
+    """Return what there is to see of a tree, with a number for each object."""
+    if isinstance(item, int):
+        return item
+    if id(item) in met:
+        return f"object {met[id(item)][0]}"
+    met[id(item)] = len(met), item
+    held = vars(item) if isinstance(item, Holder) else item
+    if hasattr(item, "__next__"):
+        held = list(item.__reduce__()[1:])
+    elif isinstance(held, dict):
+        held = list(held.values())
+    return type(item).__name__, [facts(part, met) for part in held]
+
+
+async def test_random_circles_are_copied_in_the_order_of_deepcopy() -> None:
+    compared = 0
+    async with aiostage.AsyncStager() as stager:
+        for seed in range(300):
+            tree, source, copied = grown(random.Random(seed)), {}, {}
+            facts(tree, source)
+            expected = facts(copy.deepcopy(tree), copied)
+            staged = await stager.stage(tree)
+            # What an object is made of leads back to it: copy.deepcopy makes two of it.
+            if len(copied) == len(source):
+                assert facts(staged, {}) == expected, seed
+                compared += 1
+    assert compared > 100
 
 
 async def test_an_exception_without_attributes_gets_none_by_being_looked_at() -> None:
