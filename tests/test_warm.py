@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,29 @@ def test_a_program_ends_when_its_command_is_killed() -> None:
         while os.read(read, 100):
             pass
     os.close(read)
+
+
+def test_descriptors_have_the_numbers_of_those_that_the_process_which_forks_has_itself() -> None:
+    numbers = range(3, 60)
+    crowded = f"import os, sys; [os.dup2(1, number) for number in {numbers}]; os.execv(sys.argv[1], sys.argv[1:])"
+    program = f"import os; [os.fstat(number) for number in {numbers}]; print('open', flush=True); input()"
+    command = [sys.executable, "-I", "-S", "-c", crowded, *PYTHON, "-c", program]
+    # Later ones find more of the earlier ones' there.
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+    for process in running:
+        assert process.communicate("\n")[0] == ""
+        assert process.returncode == 0
+
+
+def test_descriptors_of_high_numbers() -> None:
+    read, write = os.pipe()
+    high = fcntl.fcntl(write, fcntl.F_DUPFD, 1 << 10)
+    try:
+        subprocess.run([*PYTHON, "-c", f"import os; os.write({high}, b'x')"], pass_fds=[high], check=True)
+        assert os.read(read, 1) == b"x"
+    finally:
+        for number in (read, write, high):
+            os.close(number)

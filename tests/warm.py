@@ -148,6 +148,9 @@ def _serve(listener: socket.socket) -> _Request | None:
                 request, received = _receive(connection)
                 child = os.fork() if request is not None else 0
                 if child == 0 and request is not None:
+                    # Sockets close their numbers when they are freed, and those are others' numbers by then.
+                    for held in (listener, connection, *(held for held, _ in connections.values())):
+                        held.detach()
                     _place(received, request[3])
                     return request
                 for number in received:
@@ -191,11 +194,12 @@ def _place(received: list[int], numbers: list[int]) -> None:
     import fcntl
 
     # First out of the way: a number may be that of another one that has come.
-    aside = [fcntl.fcntl(number, fcntl.F_DUPFD, 1 << 10) for number in received]
-    os.closerange(3, 1 << 10)
+    free = max(1 << 10, *numbers) + 1
+    aside = [fcntl.fcntl(number, fcntl.F_DUPFD, free) for number in received]
+    os.closerange(3, free)
     for number, descriptor in zip(numbers, aside, strict=True):
         os.dup2(descriptor, number)
-    os.closerange(1 << 10, 1 << 16)
+    os.closerange(free, free + (1 << 16))
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: str, _: list[int]) -> None:
