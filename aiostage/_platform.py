@@ -40,12 +40,13 @@ import resource
 
 __all__ = [
     "DESCRIPTORS",
+    "HAS_HUGE_PAGES",
     "HAS_TIMERS",
+    "HUGE_PAGE_BYTES",
     "MEMORY_LIMIT",
     "NOT_SUPPORTED",
     "PAGE_BYTES",
-    "advise_huge_pages",
-    "advise_small_pages",
+    "advise_pages",
     "discard",
     "let_threads_run",
     "lock",
@@ -98,7 +99,7 @@ _LARGEST_HUGE_PAGE_BYTES = 32 << 20
 """Huge pages are as large as a page of page tables maps: 2 MiB for pages of 4 KiB, 32 MiB for 16 KiB, 512 MiB for
 64 KiB. Filling one of the largest with zeros is a single step of the kernel that takes a tenth of a second."""
 
-_HUGE_PAGE_BYTES = PAGE_BYTES * (PAGE_BYTES // 8)
+HUGE_PAGE_BYTES = PAGE_BYTES * (PAGE_BYTES // 8)
 
 _HAS_USUAL_FLAGS = _BUILT_FOR_LINUX and platform.machine() in ("x86_64", "aarch64", "riscv64", "s390x", "loongarch64")
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _HAS_USUAL_FLAGS else 0)
@@ -117,32 +118,34 @@ def map_addresses(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, nbytes, flags=_ANONYMOUS | _NO_RESERVE)
 
 
-def advise_huge_pages(memory: mmap.mmap) -> bool:
-    """Ask for huge pages; return whether there is anything to ask."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or _HUGE_PAGE_BYTES > _LARGEST_HUGE_PAGE_BYTES:
-        return False
-    _advise(memory, advice)
-    return True
+HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and HUGE_PAGE_BYTES <= _LARGEST_HUGE_PAGE_BYTES
+"""Whether there is anything to ask for."""
 
 
-def advise_small_pages(memory: mmap.mmap) -> None:
-    """Ask for ordinary pages after all."""
-    advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
-    if advice is not None:
-        _advise(memory, advice)
+def advise_pages(memory: mmap.mmap, *, huge: bool, start: int = 0, nbytes: int | None = None) -> None:
+    """Ask for huge pages, or for ordinary ones, where a mapping has none yet.
+
+    Args:
+        memory: The mapping.
+        huge: Which.
+        start: Where the range begins, in bytes from the beginning of the mapping; a multiple of :data:`PAGE_BYTES`.
+        nbytes: Its length; None for all that follows.
+    """
+    if HAS_HUGE_PAGES:
+        advice = mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE
+        _advise(memory, advice, start, len(memory) - start if nbytes is None else nbytes)
 
 
 def leave_out_of_children(memory: mmap.mmap) -> None:
     """Leave memory out of forked children, whose accesses to it then end them. For private memory only."""
     if _BUILT_FOR_LINUX:
-        _advise(memory, mmap.MADV_DONTFORK)
+        _advise(memory, mmap.MADV_DONTFORK, 0, len(memory))
 
 
-def _advise(memory: mmap.mmap, advice: int) -> None:
+def _advise(memory: mmap.mmap, advice: int, start: int, nbytes: int) -> None:
     # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
     with suppress(OSError):
-        memory.madvise(advice)
+        memory.madvise(advice, start, nbytes)
 
 
 # Python's own madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds. Other systems

@@ -18,6 +18,7 @@ from aiostage._copy.inspection import SourceInspection, Sources
 from aiostage._copy.pending import StagingCopies
 from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
+from aiostage._memory.arena import Arena
 from aiostage.errors import StagingError
 from aiostage.observe import OpenSpan, inside
 
@@ -37,6 +38,9 @@ class Copies:
         copied: Where the threads note the numbers of the batches that they have copied.
         span: What the copies are part of, for observers.
         inline: Whether to copy in the calling thread, and at once.
+
+    Attributes:
+        arena: Where the copies go, if all of them go to one.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Copies:
         self._span = span
         self._copied = copied
         self._inline = inline
+        self.arena: Arena | None = None
 
     def build(self, memory: np.ndarray[Any, Any], staged: list[Any]) -> Generator[None, None, list[DeviceCopy]]:
         """Make the staged leaves; threads copy what they can meanwhile.
@@ -116,17 +121,21 @@ class Copies:
         return from_devices
 
     def _start(self, number: int, batch: Batch, copies: HostCopy) -> None:
-        step: Callable[[], None] = partial(self._copy, number, batch.stop - batch.start, copies)
+        step: Callable[[], None] = partial(self._copy, number, batch, copies)
         self._job.put(step)
         if self._inline:
             self._job.run_next()
 
-    def _copy(self, number: int, nbytes: int, copies: HostCopy) -> None:
+    def _copy(self, number: int, batch: Batch, copies: HostCopy) -> None:
         """Copy one batch; runs in a worker thread."""
         # A cold arena is faulted in by the copy itself: measured as fast as populating it first at best, twice as fast
         # where huge pages are slow to come, and two threads do it at once.
-        with inside(self._span, "batch", number=number, nbytes=nbytes):
-            if copies.run(self._job):
+        arena = self.arena
+        cold = arena.cold(batch.start, batch.stop) if arena is not None else None
+        with inside(self._span, "batch", number=number, nbytes=batch.stop - batch.start):
+            if copies.run(self._job, cold):
+                if arena is not None:
+                    arena.written(batch.start, batch.stop)
                 self._copied.add(number)
 
 

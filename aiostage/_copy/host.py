@@ -24,6 +24,7 @@ from aiostage._copy.inspection import Sources, detached_alias
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._loop.workers import Job
+from aiostage._memory.arena import ColdPages
 from aiostage._platform import yield_core
 
 __all__ = ["Gather", "HostCopy", "copy_tensors", "one_thread"]
@@ -73,25 +74,29 @@ class HostCopy:
         """Whether it can run before the staged leaves of the batch are built: it writes to the arena alone."""
         return self._conversions.ready
 
-    def run(self, job: Job) -> bool:
+    def run(self, job: Job, cold: ColdPages | None = None) -> bool:
         """Copy. Blocks; the GIL is released meanwhile.
 
         Args:
             job: The job that this is a step of; once it is cancelled, no further piece is copied.
+            cold: Chooses the pages of what is written to; None where it has pages already.
 
         Returns:
             Whether all was copied.
         """
-        for way in (self._moves, self._gathers, self._conversions):
-            if job.cancelled:
-                return False
-            for _ in way.pieces():
+        ways: tuple[ByteCopies | Gathers | Conversions, ...] = (self._moves, self._gathers, self._conversions)
+        for way in ways:
+            for place in way.pieces():
                 # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
                 # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
                 yield_core()
                 if job.cancelled:
                     return False
-        return True
+                if cold is not None and place is not None:
+                    cold.before(*place)
+            if cold is not None:
+                cold.before()
+        return not job.cancelled
 
     def _add_leaves(self, spec: Spec, runs: Sequence[LeafRun]) -> Generator[None, None, None]:
         """Add whole leaves of one spec."""
@@ -165,14 +170,18 @@ class ByteCopies:
         """Add stretches of one size, in bytes, by the leaves that they are of and the addresses where they begin."""
         self._moves += zip(indices, destinations, begins, repeat(nbytes), strict=False)
 
-    def pieces(self) -> Iterator[None]:
-        """Move a piece before each yield. Blocks, without the GIL."""
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield where the next piece goes and its size, and move it then. Blocks, without the GIL."""
         for index, destination, source, nbytes in self._moves:
-            for start in range(0, nbytes, _MOVE_BYTES):
+            start = 0
+            while start < nbytes:
+                # Each piece ends where a huge page may, so that one thread finds all of its memory.
+                at_once = min(_MOVE_BYTES - (destination + start) % _MOVE_BYTES, nbytes - start)
+                yield destination + start, at_once
                 if not self._sources.is_there(index):
                     break
-                ctypes.memmove(destination + start, source + start, min(_MOVE_BYTES, nbytes - start))
-                yield
+                ctypes.memmove(destination + start, source + start, at_once)
+                start += at_once
 
 
 _GATHER_BYTES = 2 * 2**20
@@ -214,19 +223,20 @@ class Gathers:
             self._gathers.append((indices, gather))
         return gather is not None
 
-    def pieces(self) -> Iterator[None]:
-        """Copy a piece before each yield, all of them in one thread. Blocks, without the GIL."""
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield where the next piece goes and its size, and copy it then, in one thread. Blocks, without the GIL."""
         with one_thread():
             for indices, gather in self._gathers:
                 at_once = max(1, _GATHER_BYTES // gather.nbytes)
                 for start in range(0, len(gather), at_once):
+                    destination = gather.destination[start : start + at_once]
+                    yield destination.data_ptr(), destination.nbytes
                     there = self._sources.are_there(indices[start : start + at_once])
                     if there is None:
                         gather.run(start, start + at_once)
                     else:
                         for row in (number for number, is_there in enumerate(there, start) if is_there):
                             gather.run(row, row + 1)
-                    yield
 
 
 class Gather:
@@ -241,14 +251,17 @@ class Gather:
         rows: All that a row could be, as one two-dimensional uint8 tensor.
         indices: Which of them.
         destination: Two-dimensional uint8, kept alive.
+
+    Attributes:
+        destination: The same.
     """
 
-    __slots__ = ("_destination", "_indices", "_rows")
+    __slots__ = ("_indices", "_rows", "destination")
 
     def __init__(self, rows: torch.Tensor, indices: torch.Tensor, destination: torch.Tensor) -> None:
         self._rows = rows
         self._indices = indices
-        self._destination = destination
+        self.destination = destination
 
     @classmethod
     def over(cls, addresses: Sequence[int], nbytes: int, destination: np.ndarray[Any, Any]) -> Gather | None:
@@ -278,14 +291,14 @@ class Gather:
     @property
     def nbytes(self) -> int:
         """Size of a row, in bytes."""
-        return self._destination.shape[1]
+        return self.destination.shape[1]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def run(self, start: int, stop: int) -> None:
         """Write some of the rows. Blocks, without the GIL; the caller keeps what lies at the addresses alive."""
-        torch.index_select(self._rows, 0, self._indices[start:stop], out=self._destination[start:stop])
+        torch.index_select(self._rows, 0, self._indices[start:stop], out=self.destination[start:stop])
 
 
 class _Extent:
@@ -329,11 +342,16 @@ class Conversions:
         self._leaves += aliases
 
     def pieces(self) -> Iterator[None]:
-        """Copy a piece before each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
+        """Copy a piece after each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
         with one_thread():
-            for destinations, sources in self._lots():
-                copy_tensors(destinations, sources)
-                yield
+            lots = self._lots()
+            while True:
+                # Where it goes is not known before it is known that its sources are still there, which must be last.
+                yield None
+                lot = next(lots, None)
+                if lot is None:
+                    return
+                copy_tensors(*lot)
 
     def _lots(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Return what is to be copied together: large tensors in pieces, small ones as many as make one."""

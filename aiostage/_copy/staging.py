@@ -352,6 +352,7 @@ class Staging:
         if plan.nbytes:
             with Phase(self.timings, "memory"):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, device=device)
+                copies.arena = self._lease.arena
         self._resources.check_open()
         with Phase(self.timings, "build"):
             from_devices = await self._slices.run(self._make(plan, copies.build), self.job)

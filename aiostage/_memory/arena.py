@@ -1,13 +1,14 @@
-"""One host mapping that holds many staged storages, and addresses without memory behind them."""
+"""One host mapping that holds many staged storages, its pages, and addresses without memory behind them."""
 
 from __future__ import annotations
 
 import mmap
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from time import thread_time
+from math import inf
+from time import monotonic, thread_time
 from typing import Any, Literal
 
 import numpy
@@ -17,9 +18,10 @@ from aiostage._loop.forks import register_after_fork
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (
+    HAS_HUGE_PAGES,
+    HUGE_PAGE_BYTES,
     PAGE_BYTES,
-    advise_huge_pages,
-    advise_small_pages,
+    advise_pages,
     discard,
     leave_out_of_children,
     map_addresses,
@@ -27,7 +29,7 @@ from aiostage._platform import (
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = ["Arena", "Exporter", "pieces", "reserve_addresses", "whole_pages"]
+__all__ = ["Arena", "ColdPages", "Exporter", "PageChoice", "pieces", "reserve_addresses", "whole_pages"]
 
 Exporter = numpy.typing.NDArray[numpy.uint8]
 
@@ -40,9 +42,126 @@ _BLOCK_BYTES = 2 << 20
 
 _DISCARD_BYTES = 64 << 20
 
-_SLOW_HUGE_PAGE_SECONDS_PER_BYTE = 1.5e-3 / (1 << 20)
-"""Huge pages that come more slowly than this (three times what ordinary ones cost) have to be assembled or fetched
-from a hypervisor first; ordinary pages, which are often there already, are then the better choice."""
+_SAMPLE_BYTES = HUGE_PAGE_BYTES
+"""How much is written for one measurement."""
+
+_FIRST_BYTES = 16 << 20
+"""After how much the slower pages are tried again for the first time. It doubles from one trial to the next."""
+
+_MOST_BYTES = {True: 128 << 20, False: 1 << 30}
+"""After how much huge pages, and ordinary ones, are tried again at most. Only the speed of huge ones changes much."""
+
+_STALE_SECONDS = 1.0
+"""How long a measurement is believed. A hypervisor takes freed memory away within seconds of that."""
+
+_WEIGHT = 0.5
+"""Of the newest measurement, in the mean."""
+
+
+class PageChoice:
+    """Which pages are faster, measured while they are written to for the first time.
+
+    Memory that the kernel has ready comes six times faster in huge pages: one fault and one run of zeros instead of
+    512. Memory that a hypervisor has taken away, or that the kernel has to move pieces of first, comes up to four
+    times slower in them. Neither can be asked for, and it changes while a program runs. So both kinds are measured,
+    the faster is used, and the other is tried again now and then: after 16 MiB, then 32, and so on.
+
+    Several threads may use it without a lock. A measurement that is lost to a race is made again by a later trial.
+
+    Args:
+        clock: Returns the time, in seconds.
+
+    Attributes:
+        huge: Whether huge pages are the faster kind, by what is known.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self.huge = True
+        self._clock = clock
+        self._costs: dict[bool, float] = {}
+        self._since_trial = 0
+        self._interval = _FIRST_BYTES
+        self._last_trial = -inf
+
+    def next(self) -> bool:
+        """Return whether the next sample is to have huge pages."""
+        if self.huge not in self._costs:
+            return self.huge
+        other = not self.huge
+        if other not in self._costs or self._since_trial >= self._interval:
+            return other
+        # Ordinary pages always come at about one speed, so only huge ones are worth another look after a while.
+        return self.huge or self._clock() - self._last_trial > _STALE_SECONDS
+
+    def record(self, huge: bool, nbytes: int, seconds: float) -> None:
+        """Take note of a measurement.
+
+        Args:
+            huge: Whether the pages were asked to be huge.
+            nbytes: How much was written.
+            seconds: CPU time of the thread that wrote it.
+        """
+        cost = seconds / nbytes
+        if huge is self.huge:
+            self._since_trial += nbytes
+            self._costs[huge] = cost + (1 - _WEIGHT) * (self._costs.get(huge, cost) - cost)
+        else:
+            now = self._clock()
+            stale = now - self._last_trial > _STALE_SECONDS
+            self._interval = _FIRST_BYTES if stale else min(2 * self._interval, _MOST_BYTES[huge])
+            self._since_trial, self._last_trial = 0, now
+            self._costs[huge] = cost
+        if self._costs.get(not self.huge, inf) < self._costs.get(self.huge, inf):
+            self.huge = not self.huge
+            self._interval = _FIRST_BYTES
+            self._since_trial = 0
+
+
+page_choice = PageChoice()
+"""The process's own. The machine is the same for all of its arenas."""
+
+
+class ColdPages:
+    """The pages of a mapping that one thread is about to write to for the first time.
+
+    Args:
+        memory: A private mapping.
+        address: Where it begins.
+        huge: Whether all of it was asked to have huge pages.
+        choice: Where measurements are kept.
+    """
+
+    __slots__ = ("_address", "_begun", "_choice", "_default", "_huge", "_memory", "_nbytes")
+
+    def __init__(self, memory: mmap.mmap, address: int, huge: bool, choice: PageChoice) -> None:
+        self._memory = memory
+        self._address = address
+        self._default = huge
+        self._choice = choice
+        self._huge = huge
+        self._nbytes = 0
+        self._begun = 0.0
+
+    def before(self, address: int = 0, nbytes: int = 0) -> None:
+        """Say what this thread writes next, and at the end that there is no more.
+
+        Args:
+            address: Where it begins.
+            nbytes: How much; 0 after the last.
+        """
+        if self._nbytes >= _SAMPLE_BYTES:
+            self._choice.record(self._huge, self._nbytes, thread_time() - self._begun)
+            self._nbytes = 0
+        if nbytes and not self._nbytes:
+            self._huge = self._choice.next()
+            if self._huge is not self._default:
+                # Whole huge pages. What has pages already keeps them.
+                stop = address + max(nbytes, _SAMPLE_BYTES)
+                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES - self._address, 0)
+                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES - self._address, len(self._memory))
+                advise_pages(self._memory, huge=self._huge, start=first, nbytes=last - first)
+            self._begun = thread_time()
+        self._nbytes += nbytes
 
 
 class Arena:
@@ -62,6 +181,7 @@ class Arena:
 
     __slots__ = (
         "__weakref__",
+        "_chooses_pages",
         "_exporter",
         "_file",
         "_huge",
@@ -86,7 +206,11 @@ class Arena:
         self.pinning: weakref.finalize[..., Any] | None = None
         self.registering = threading.Lock()
         self.closed = False
-        self._huge = file is None and advise_huge_pages(memory)
+        # Shared memory has ordinary pages unless the administrator says otherwise.
+        self._chooses_pages = file is None and HAS_HUGE_PAGES
+        self._huge = self._chooses_pages and page_choice.huge
+        if self._chooses_pages:
+            advise_pages(memory, huge=self._huge)
 
     @classmethod
     def pageable(cls, nbytes: int) -> Arena:
@@ -182,13 +306,35 @@ class Arena:
         start, stop = whole_pages(start), stop // PAGE_BYTES * PAGE_BYTES
         if stop <= start:
             return
-        begin = thread_time()
-        _over(self._memory)[start:stop:PAGE_BYTES] = 0
-        if self._huge and thread_time() - begin > _SLOW_HUGE_PAGE_SECONDS_PER_BYTE * (stop - start):
-            self._huge = False
-            advise_small_pages(self._memory)
+        cold = self.cold(start, stop)
+        if cold is None:
+            _over(self._memory)[start:stop:PAGE_BYTES] = 0
+        else:
+            for first, last in self._pieces_to_populate(start, stop):
+                cold.before(self.address + first, last - first)
+                _over(self._memory)[first:last:PAGE_BYTES] = 0
+            cold.before()
         last = len(self._warm) if stop == self.nbytes else stop // _BLOCK_BYTES
         first = min(-(-start // _BLOCK_BYTES), last)
+        self._warm[first:last] = b"\1" * (last - first)
+
+    def _pieces_to_populate(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut a range in two where its first part is a trial of other pages, which may be slow."""
+        trial = page_choice.next() is not self._huge
+        first = min(start + HUGE_PAGE_BYTES, stop) if trial else stop
+        yield start, first
+        if first < stop:
+            yield first, stop
+
+    def cold(self, start: int, stop: int) -> ColdPages | None:
+        """Return what chooses the pages of a range as it is written to; None if it has pages, or has no choice."""
+        if not self._chooses_pages or self._warm.find(0, start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) < 0:
+            return None
+        return ColdPages(self._memory, self.address, self._huge, page_choice)
+
+    def written(self, start: int, stop: int) -> None:
+        """Take note that all of a range has been written to. The blocks that it shares with others count as well."""
+        first, last = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
         self._warm[first:last] = b"\1" * (last - first)
 
     def exporter(self, nbytes: int) -> Exporter:

@@ -193,30 +193,6 @@ def test_each_exporter_is_a_new_object():
     assert ended
 
 
-@linux
-def test_huge_pages_are_given_up_where_they_come_slowly(monkeypatch: pytest.MonkeyPatch):
-    from aiostage._memory import arena as module
-
-    def flags(arena: Arena) -> str:
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            fields = line.split()
-            if "-" in fields[0] and not fields[0].endswith(":"):
-                low, high = (int(number, 16) for number in fields[0].split("-"))
-                inside = low <= arena.address < high
-            elif inside and fields[0] == "VmFlags:":
-                return line
-        raise AssertionError("the arena is not mapped")
-
-    arena = Arena.pageable(8 * MIB)
-    if " hg" not in flags(arena):
-        pytest.skip("this kernel has no huge pages")
-    monkeypatch.setattr(module, "thread_time", iter(range(100)).__next__)
-    arena.populate(0, 4 * MIB)
-    assert " nh" in flags(arena)
-    assert " hg" not in flags(arena)
-
-
 def test_the_kernel_refusing_a_mapping_is_an_error_with_the_number():
     script = """
 import resource
