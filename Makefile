@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-pipeline bench-distributed orchestrator docs clean
+.PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-compare bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py demo.svg
@@ -78,6 +78,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/staging.py
+
+# What the working tree does faster or slower than another commit: make bench-compare OLD=v0.1.0
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(OLD)
 
 # Saves and loads of 1, 2, 4 and 8 processes beside plain DCP.
 bench-distributed: $(READY)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import mmap
 import random
 import statistics
 import sys
@@ -15,10 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy
 from delays import LoopDelay, percentile
 from peers import PEERS, Limit, Peer
-from workloads import few_large, many_small
+from workloads import few_large, have_ready, many_small
 
 __all__ = ["WARM_UPS", "Samples", "cold", "cold_turns", "fails", "turns"]
 
@@ -161,17 +159,3 @@ async def cold(name: str, work: str, options: list[str]) -> None:
     await _measure(peer, tree, samples)
     print(json.dumps({"seconds": samples.seconds[0], "delays": samples.delays, "timings": samples.timings}))
     await peer.close()
-
-
-def have_ready(nbytes: int) -> None:
-    """Use as much memory and a little more, and give it back to the kernel.
-
-    On a virtual machine the kernel's free memory need not exist: the hypervisor finds it when it is first touched, at
-    its own speed, and takes it away again seconds after it was freed.
-    """
-    memory = mmap.mmap(-1, nbytes + nbytes // 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    array = numpy.frombuffer(memory, numpy.uint8)
-    array[:: mmap.PAGESIZE] = 1
-    del array
-    memory.close()

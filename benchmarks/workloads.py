@@ -1,13 +1,15 @@
-"""What is staged: few large tensors, many small ones, the state of a real model and its optimizer."""
+"""What is staged: few large tensors, many small ones, the state of a real model; and memory to stage it to."""
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
-__all__ = ["Adam350M", "few_large", "leaves_of", "many_small"]
+__all__ = ["Adam350M", "few_large", "have_ready", "leaves_of", "many_small"]
 
 GIB = 2**30
 
@@ -66,3 +68,17 @@ def leaves_of(tree: Any) -> list[torch.Tensor]:
         return [tree]
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return [leaf for child in children for leaf in leaves_of(child)]
+
+
+def have_ready(nbytes: int) -> None:
+    """Use as much memory and a little more, and give it back to the kernel.
+
+    On a virtual machine the kernel's free memory need not exist: the hypervisor finds it when it is first touched, at
+    its own speed, and takes it away again seconds after it was freed.
+    """
+    memory = mmap.mmap(-1, nbytes + nbytes // 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    array = numpy.frombuffer(memory, numpy.uint8)
+    array[:: mmap.PAGESIZE] = 1
+    del array
+    memory.close()

@@ -1,0 +1,61 @@
+"""What compares two commits tells a difference from noise."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compare
+
+    return compare
+
+
+def pairs(factor: float, noise: float, seed: int) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Return measurements of two commits on a machine that is slow now and then, as a whole."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(15):
+        machine = chance.choice([1.0, 1.0, 3.0])
+        old, new = (machine * by * chance.uniform(1 - noise, 1 + noise) for by in (0.1, 0.1 * factor))
+        found.append(({"time": old}, {"time": new}))
+    return found
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.15, "slower"), (0.85, "faster")])
+def test_a_difference_larger_than_the_noise_is_found(compare: Any, factor: float, verdict: str):
+    for seed in range(20):
+        assert compare.row("stage", pairs(factor, 0.05, seed), "time")["verdict"] == verdict
+
+
+def test_noise_alone_is_rarely_taken_for_a_difference(compare: Any):
+    verdicts = [compare.row("stage", pairs(1.0, 0.3, seed), "time")["verdict"] for seed in range(60)]
+    assert verdicts.count("the same") >= 50
+    assert not all(low <= 1 <= high for low, high in [compare.interval([1.2, 1.21, 1.22, 1.25, 1.19])]), "the control"
+
+
+@pytest.mark.parametrize("work", ["stage, warm", "save", "load"])
+def test_one_commit_is_measured_in_a_process_of_its_own(compare: Any, work: str):
+    script = (
+        "import sys, asyncio, json; sys.path.insert(0, sys.argv[1]); import compare\n"
+        "print(json.dumps(asyncio.run(compare.WORK[sys.argv[2]](compare.many_small(10)))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(BENCHMARKS), work], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured.keys() == {"time", "CPU time", "worst delay"}
+    assert measured["time"] > 0
+    assert measured["CPU time"] > 0
