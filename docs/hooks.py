@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 from pathlib import Path
@@ -20,7 +21,10 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`~?([\w.]+)`")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Show the version beside the name."""
+    """Show the version beside the name; a menu of all versions where mike publishes this one beside others."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike", "alias": True}
+        return
     version = runpy.run_path(str(ROOT / "aiostage_command.py"), run_name="version")["__version__"]
     config.site_name = f"{config.site_name} {version}"
 
