@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from multiprocessing.connection import Connection
+from typing import Any
 
+from obstore.store import S3Store
 from torch import nn
 
+from aiostage.storage import ObjectStorage
 from aiostage.weights import WeightPublisher, WeightSubscriber
+from tests.servers.weed import BUCKET
 from tests.weights.trees import versions_in, weights
 
 
-def subscribe(path: str, pipe: Connection) -> None:
+def storage_of(where: str | dict[str, Any]) -> Any:
+    """Return a path as it is, and an object storage for the options of a store."""
+    return where if isinstance(where, str) else ObjectStorage(S3Store(BUCKET, **where))
+
+
+def subscribe(where: str | dict[str, Any], pipe: Connection) -> None:
     """Take versions, one for each word that comes in, and say of each what was found in it."""
 
     async def run() -> None:
-        async with WeightSubscriber(path) as subscriber:
+        async with WeightSubscriber(storage_of(where), interval=0.01) as subscriber:
             held = []
             while (word := await asyncio.to_thread(pipe.recv)) != "end":
                 version = await subscriber.get()
@@ -28,11 +37,11 @@ def subscribe(path: str, pipe: Connection) -> None:
     asyncio.run(run())
 
 
-def publish(path: str, pipe: Connection, first: int) -> None:
+def publish(where: str | dict[str, Any], pipe: Connection, first: int) -> None:
     """Publish one version after the other, until killed."""
 
     async def run() -> None:
-        async with WeightPublisher(path) as publisher:
+        async with WeightPublisher(storage_of(where)) as publisher:
             version = first
             while True:
                 await publisher.publish(weights(version), version=version)

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from aiostage import AsyncStager, StagingOptions
 from aiostage.testing import LeakProbe
 from aiostage.weights import WeightPublisher, WeightSubscriber
 from tests.patience import seconds
+from tests.servers.weed import S3Server
 from tests.weights import peers
 from tests.weights.trees import until, versions_in, weights
 
@@ -138,3 +140,46 @@ async def test_a_server_that_swaps_weights_between_requests(tmp_path: Path) -> N
     async with WeightPublisher(path):
         pass
     assert os.listdir(tmp_path) == []
+
+
+async def test_over_an_object_store_either_side_is_killed(s3_server: S3Server) -> None:
+    where = {**s3_server.options(), "prefix": secrets.token_hex(4)}
+    storage, swaps = peers.storage_of(where), list[tuple[str, int]]()
+
+    async def follow() -> None:
+        async with WeightSubscriber(storage, interval=0.01) as subscriber:
+            async for version in subscriber:
+                assert versions_in(version.state_dict) == {float(version.version)}
+                swaps.append((version.epoch, version.version))
+
+    following = asyncio.create_task(follow())
+    for first in (100, 7):
+        with running(peers.publish, where, first) as (publisher, pipe):
+            assert await said(pipe) == "publishing"
+            with running(peers.subscribe, where) as (subscriber, words):
+                words.send("take")
+                number, found = await said(words)
+                assert found == {float(number)}
+                words.send("take")
+                # Both in the middle of what they do, whatever that is.
+                os.kill(subscriber.pid, signal.SIGKILL)
+            before = len(swaps)
+            await until(lambda before=before: len(swaps) > before + 3 or following.done())
+            os.kill(publisher.pid, signal.SIGKILL)
+        # One that begins when there is no publisher finds the newest version that is complete.
+        with running(peers.subscribe, where) as (_, words):
+            words.send("take")
+            number, found = await said(words)
+            assert found == {float(number)}
+    following.cancel()
+    await asyncio.wait([following])
+    assert following.cancelled()
+    epochs = dict.fromkeys(epoch for epoch, _ in swaps)
+    assert len(epochs) == 2
+    for epoch in epochs:
+        numbers = [number for each, number in swaps if each == epoch]
+        assert numbers == sorted(set(numbers))
+    async with WeightPublisher(storage, max_versions=4) as publisher:
+        await publisher.publish(weights(1), version=1)
+        # Those of the killed ones count.
+        assert len([name for name in await storage.list() if name.startswith("weights-")]) == 4
