@@ -356,10 +356,11 @@ def _check_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether some tensor has attributes of its own."""
-    # An ordinary tensor refers to its class alone. vars() would answer too, but gives every tensor that has none a
-    # dictionary to keep.
-    referents = gc.get_referents(*tensors)
-    return len(referents) > len(tensors) and dict in map(type, referents) and any(map(vars, tensors))
+    # An ordinary tensor refers to its class alone, one with attributes also to their dictionary, or from Python 3.14 on
+    # to them. vars() would answer too, but gives every tensor that has none a dictionary to keep.
+    if len(gc.get_referents(*tensors)) == len(tensors):
+        return False
+    return any(vars(tensor) for tensor in tensors if len(gc.get_referents(tensor)) > 1)
 
 
 def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:

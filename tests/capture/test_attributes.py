@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict, deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
+from aiostage._capture import leaves
 from tests.fuzz.classes import DictKind, ListKind, Marked, OwnCopy, Plain, Slotted, SlotTensor, Wrapper
 from tests.fuzz.describing import describe, difference
 
@@ -216,3 +219,37 @@ async def test_a_cache_of_a_wrappers_class_is_no_change() -> None:
     async with AsyncStager(StagingOptions(max_loop_hold=1e-9)) as stager, stager.snapshot([wrapper]) as snapshot:
         wrapper._cache = 1  # type: ignore[attr-defined]
         await snapshot.result()
+
+
+class TestWithoutADictionary:
+    """From Python 3.14 on, a tensor refers to its attributes themselves, until something asks for their dictionary."""
+
+    @pytest.fixture(autouse=True)
+    def _as_of_python_3_14(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def get_referents(*items: Any) -> list[Any]:
+            found = []
+            for item in items:
+                for referent in gc.get_referents(item):
+                    found += referent.values() if isinstance(referent, dict) else [referent]
+            return found
+
+        monkeypatch.setattr(leaves, "gc", SimpleNamespace(get_referents=get_referents))
+
+    async def test_come_out(self) -> None:
+        tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+        tensor.note = 3  # type: ignore[attr-defined]
+        parameter.twin = [parameter]  # type: ignore[attr-defined]
+        async with AsyncStager() as stager:
+            staged = await stager.stage({"plain": torch.ones(2), "t": tensor, "p": parameter})
+            alone = await stager.stage(tensor)
+        assert vars(staged["plain"]) == {}
+        assert vars(staged["t"]) == vars(alone) == {"note": 3}
+        assert staged["p"].twin[0] is staged["p"]
+
+    async def test_those_that_are_new_at_the_capture_are_a_change(self) -> None:
+        tree = {"a": torch.ones(1), "wide": [torch.ones(1) for _ in range(20_000)]}
+        async with AsyncStager(StagingOptions(max_loop_hold=1e-6)) as stager:
+            coroutine = stager.stage(tree)
+            tree["a"].late = 1  # type: ignore[union-attr]
+            with pytest.raises(TornSnapshotError, match=r"\['a'\]"):
+                await coroutine
