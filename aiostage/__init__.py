@@ -19,7 +19,7 @@ from aiostage.abc import Backend, CheckpointStager, SupportsQuery
 from aiostage.checkpoint.checkpointer import Checkpointer
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.save import save
-from aiostage.checkpoint.saving import SaveHandle
+from aiostage.checkpoint.save_task import SaveHandle
 from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.errors import (
     AcceleratorUnavailableError,

@@ -34,7 +34,7 @@ _SHORTEST_SECONDS: Final = 100e-6
 
 _LONGEST_SECONDS: Final = 0.02
 
-_LONGEST_LOOK_SECONDS: Final = 0.0005
+_LONGEST_POLL_SECONDS: Final = 0.0005
 """After this the loop gets its turn, and the rest of the events are asked later."""
 
 _REST: Final = 15
@@ -127,7 +127,7 @@ class _Polling(Timer):
         # When to ask about which. May hold watches that have no waiter any more.
         self._agenda: list[tuple[float, int, _Watch]] = []
         self._order = count()
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self._rest_until = 0.0
 
     def watches(self, event: SupportsQuery) -> bool:
@@ -141,7 +141,7 @@ class _Polling(Timer):
         if watch is None:
             watch = self._watches[id(event)] = _Watch(event)
             self._plan(watch, watch.began)
-            if len(self._watches) == 1 or self._agenda[0][0] < self._next_look:
+            if len(self._watches) == 1 or self._agenda[0][0] < self._next_poll:
                 self._set_timer()
         watch.waiters.add(waiter)
         try:
@@ -165,14 +165,14 @@ class _Polling(Timer):
         while self._agenda and self._agenda[0][2].event is None:
             heapq.heappop(self._agenda)
         if self._agenda:
-            self._next_look = max(self._agenda[0][0], self._rest_until)
-            self.set(self._next_look)
+            self._next_poll = max(self._agenda[0][0], self._rest_until)
+            self.set(self._next_poll)
 
     def ring(self) -> None:
         """Ask about what is due, in the order in which it is, and wake those whose events are done."""
         began = now = monotonic()
         asked: list[_Watch] = []
-        while self._agenda and now - began < _LONGEST_LOOK_SECONDS:
+        while self._agenda and now - began < _LONGEST_POLL_SECONDS:
             due, _, watch = self._agenda[0]
             # What is due soon for its age is asked at once, rather than in a turn of its own.
             if watch.event is not None and due > now and due - began > watch.interval(now) / 2:

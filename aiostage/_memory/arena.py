@@ -390,7 +390,7 @@ class Arena:
         return f"<Arena {self.kind}{pinned}, {self.nbytes} bytes at {self.address:#x}>"
 
 
-class _LeftOut:
+class _ForkExclusions:
     """The mappings that a child does not have. It never unmaps them: something else may lie there by then."""
 
     def __init__(self) -> None:
@@ -403,7 +403,7 @@ class _LeftOut:
         self._never_unmapped += self.mappings
 
 
-_left_out = _LeftOut()
+_left_out = _ForkExclusions()
 
 
 def pieces(start: int, stop: int, nbytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from aiostage.blocking.stager import Snapshot, Stager
 from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.preemption import Handlers, catchable
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.saving import SaveHandle as AsyncSaveHandle
+from aiostage.checkpoint.save_task import SaveHandle as AsyncSaveHandle
 from aiostage.checkpoint.writer import CheckpointInfo
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root

@@ -2,9 +2,10 @@
 
 How the room is read. A save: `save`, then `writer`, which plans what goes into which file and sends it. A load: `load`,
 then `opening`, which tells a deleted checkpoint from a damaged one, `reader`, which reads headers and decides what to
-read, `incoming`, which reads and verifies parts, and `targets`, where elements go; with a live tree also `into`, with
-patterns `selection`. The run: `checkpointer`, `saving` for one of its saves, `index` for what there is, `preemption`
-for signals. `foreign` and `foreign_dcp` read the checkpoints of other programs, `verify` reads without loading.
+read, `part_reader`, which reads and verifies parts, and `targets`, where elements go; with a live tree also `into`,
+with patterns `selection`. The run: `checkpointer`, `save_task` for one of its saves, `index` for what there is,
+`preemption` for signals. `foreign` and `foreign_dcp` read the checkpoints of other programs, `verify` reads without
+loading.
 """
 
 from aiostage.checkpoint.save import convert

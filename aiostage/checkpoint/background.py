@@ -21,11 +21,11 @@ from aiostage.checkpoint.preemption import catchable, set_by_signals
 from aiostage.errors import CheckpointError, shown
 from aiostage.stager import AsyncStager, check_stager
 
-__all__ = ["BackgroundSaves", "Block"]
+__all__ = ["BackgroundSaves", "OpenState"]
 
 
 @dataclass
-class Block:
+class OpenState:
     """What there is between entering and leaving.
 
     Attributes:
@@ -80,8 +80,8 @@ class BackgroundSaves(ABC):
         self._max_in_flight = max_in_flight
         self._signals = catchable(save_on_signals)
         self._preempted = anyio.Event()
-        self._block: Block | None = None
-        self._host: HostedContext[Block] | None = None
+        self._opened: OpenState | None = None
+        self._host: HostedContext[OpenState] | None = None
 
     @abstractmethod
     async def _prepare(self) -> None:
@@ -109,7 +109,7 @@ class BackgroundSaves(ABC):
         host = self._host = HostedContext(self._serving())
         try:
             await self._prepare()
-            self._block = await host.open()
+            self._opened = await host.open()
         except BaseException:
             self._host = None
             raise
@@ -161,8 +161,8 @@ class BackgroundSaves(ABC):
             return
         if isinstance(error, GeneratorExit):
             # A coroutine that is being closed may not wait.
-            if self._block is not None and self._host is not None:
-                self._block.is_open = False
+            if self._opened is not None and self._host is not None:
+                self._opened.is_open = False
                 self._host.abandon()
             return
         await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
@@ -171,21 +171,21 @@ class BackgroundSaves(ABC):
 
     async def _leave(self, *, abandon: bool = False) -> None:
         """Take no more saves, and wait for those under way, or abandon them."""
-        block, host = self._block, self._host
-        if block is None or host is None:
+        opened, host = self._opened, self._host
+        if opened is None or host is None:
             return
-        if not host.has_ended and block.loop is not current_token().native_token:
+        if not host.has_ended and opened.loop is not current_token().native_token:
             raise CheckpointError(
                 "the checkpointer was entered on another event loop, which its saves belong to.",
                 remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
             )
-        block.is_open = False
+        opened.is_open = False
         if abandon:
             host.abandon()
         await host.aclose()
 
     @asynccontextmanager
-    async def _serving(self) -> AsyncGenerator[Block, None]:
+    async def _serving(self) -> AsyncGenerator[OpenState, None]:
         """Take saves, and listen for signals."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
@@ -193,17 +193,17 @@ class BackgroundSaves(ABC):
             if stager is None:
                 stager = await stack.enter_async_context(AsyncStager())
             group = await stack.enter_async_context(anyio.create_task_group())
-            block = Block(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
+            opened = OpenState(stager, group, anyio.Semaphore(self._max_in_flight), current_token().native_token)
             try:
-                yield block
+                yield opened
             finally:
                 # The loop may end it too.
-                block.is_open = False
+                opened.is_open = False
 
-    def _entered(self) -> Block:
-        if self._block is None or not self._block.is_open:
+    def _entered(self) -> OpenState:
+        if self._opened is None or not self._opened.is_open:
             raise CheckpointError(
-                f"the checkpointer was {'not entered' if self._block is None else 'left'}.",
+                f"the checkpointer was {'not entered' if self._opened is None else 'left'}.",
                 remedy="Save inside its `async with` block, or between open() and aclose().",
             )
-        return self._block
+        return self._opened

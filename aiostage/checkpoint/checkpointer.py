@@ -15,11 +15,11 @@ from aiostage._arguments import check_flags, require_int
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish, named, without_locals
 from aiostage.abc import CheckpointStager
-from aiostage.checkpoint.background import BackgroundSaves, Block
+from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.saving import SaveHandle, Saving
+from aiostage.checkpoint.save_task import SaveHandle, SaveTask
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
 from aiostage.format.steps import name_of, surplus
 from aiostage.incremental.writing import IncrementalSaver
@@ -84,13 +84,13 @@ class Checkpointer(BackgroundSaves):
         self._incremental = IncrementalSaver(self._storage) if incremental else None
         self._progress = progress
         self._numbers = count()
-        self._savings: list[Saving] = []
+        self._tasks: list[SaveTask] = []
         self._failed: list[SaveHandle] = []
         self._newest = (-1, -1)
         self._not_removed: Exception | None = None
 
     def __repr__(self) -> str:
-        return f"<Checkpointer {self._storage!r}, {len(self._savings)} in flight>"
+        return f"<Checkpointer {self._storage!r}, {len(self._tasks)} in flight>"
 
     @property
     def preempted(self) -> anyio.Event:
@@ -125,7 +125,7 @@ class Checkpointer(BackgroundSaves):
             TornSnapshotError: If the tree changed before it was captured.
             HostMemoryError: If memory for the copy cannot be had.
             CheckpointError: If the block was not entered, was left, or was entered on another event loop.
-            TypeError: If the step is no whole number, or ``replace`` no bool.
+            TypeError: If the step is not an integer, or ``replace`` no bool.
             ValueError: If it is below 0.
             OSError: If the storage refuses.
             Exception: The error of an earlier save that has failed since, and whose handle was not asked. Nothing of
@@ -135,7 +135,7 @@ class Checkpointer(BackgroundSaves):
         """
         step = _checked(step)
         check_flags(replace=replace)
-        saving = Saving(
+        task = SaveTask(
             next(self._numbers),
             step,
             state_dict,
@@ -145,7 +145,7 @@ class Checkpointer(BackgroundSaves):
             incremental=self._incremental,
             index=self._index,
         )
-        return named(self._begin(saving, replace), "Checkpointer.save")
+        return named(self._begin(task, replace), "Checkpointer.save")
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.
@@ -186,7 +186,7 @@ class Checkpointer(BackgroundSaves):
             CheckpointCorruptError: If it is damaged. An earlier one is not taken in its place: pass its step for that.
             CheckpointMismatchError: If it does not fit ``into``.
             OSError: If the storage refuses.
-            TypeError: If the step is no whole number, or was passed as ``into``.
+            TypeError: If the step is not an integer, or was passed as ``into``.
             ValueError: If it is below 0.
 
         May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
@@ -237,7 +237,7 @@ class Checkpointer(BackgroundSaves):
         Raises:
             CheckpointCorruptError: If one that stays is damaged and may refer to it.
             OSError: If the storage refuses.
-            TypeError: If the step is no whole number.
+            TypeError: If the step is not an integer.
             ValueError: If it is below 0.
 
         When cancelled, it is there as a whole, or can no longer be found.
@@ -261,51 +261,51 @@ class Checkpointer(BackgroundSaves):
         self._not_removed = None
         return failures
 
-    async def _begin(self, saving: Saving, replace: bool) -> SaveHandle:
+    async def _begin(self, task: SaveTask, replace: bool) -> SaveHandle:
         """Wait for a free slot, then for the capture."""
-        name = name_of(saving.handle.step)
+        name = name_of(task.handle.step)
         try:
-            block = self._entered()
-            if block.loop is not current_token().native_token:
+            opened = self._entered()
+            if opened.loop is not current_token().native_token:
                 raise CheckpointError(
                     "the checkpointer was entered on another event loop, which its saves belong to.",
                     remedy="Save there, say through asyncio.run_coroutine_threadsafe(); without a loop of your own "
                     "use aiostage.blocking.Checkpointer.",
                 )
-            if any(other.handle.step == saving.handle.step and not other.handle.done() for other in self._savings):
+            if any(other.handle.step == task.handle.step and not other.handle.done() for other in self._tasks):
                 raise CheckpointExistsError("it is being saved already.", path=name, remedy="Save each step once.")
         except CheckpointError:
-            saving.drop()
+            task.drop()
             raise
-        self._savings.append(saving)
+        self._tasks.append(task)
         try:
-            self._raise_earlier_failure(saving.handle.step)
-            saving.replaces = await self._index.refuse(name, replace=replace)
-            await block.slots.acquire()
+            self._raise_earlier_failure(task.handle.step)
+            task.replaces = await self._index.refuse(name, replace=replace)
+            await opened.slots.acquire()
             try:
                 # The save that had the slot may have failed, and the block may have been left.
-                self._raise_earlier_failure(saving.handle.step)
-                self._entered().group.start_soon(self._run, block, saving, name=f"save {name}")
+                self._raise_earlier_failure(task.handle.step)
+                self._entered().group.start_soon(self._run, opened, task, name=f"save {name}")
             except BaseException:
-                block.slots.release()
+                opened.slots.release()
                 raise
         except BaseException:
-            self._savings.remove(saving)
-            saving.drop()
+            self._tasks.remove(task)
+            task.drop()
             raise
         try:
-            await saving.accepted()
+            await task.accepted()
         except BaseException as error:
-            saving.abandon()
+            task.abandon()
             # A coroutine that is being closed may not wait; the task ends all the same.
             if not isinstance(error, GeneratorExit):
-                await finish(saving.handle.ended)
-            saving.handle.take_error()
+                await finish(task.handle.ended)
+            task.handle.take_error()
             raise
-        if not saving.reported_by_handle:
+        if not task.reported_by_handle:
             # Tells why.
-            await saving.handle.committed()
-        return saving.handle
+            await task.handle.committed()
+        return task.handle
 
     def _raise_earlier_failure(self, step: int) -> None:
         """Raise the error of the first save that has failed, if no caller has received it yet."""
@@ -324,17 +324,17 @@ class Checkpointer(BackgroundSaves):
                     # The traceback now has this frame in it, which must not lead back to the error.
                     del error, handle
 
-    async def _run(self, block: Block, saving: Saving) -> None:
+    async def _run(self, opened: OpenState, task: SaveTask) -> None:
         """Save, then remove what the retention policy does not keep."""
         try:
-            if await saving.run():
-                self._newest = max(self._newest, (saving.number, saving.handle.step))
+            if await task.run():
+                self._newest = max(self._newest, (task.number, task.handle.step))
                 await self._remove_surplus()
-            elif saving.reported_by_handle:
-                self._failed.append(saving.handle)
+            elif task.reported_by_handle:
+                self._failed.append(task.handle)
         finally:
-            self._savings.remove(saving)
-            block.slots.release()
+            self._tasks.remove(task)
+            opened.slots.release()
 
     async def _remove_surplus(self) -> None:
         """Remove old checkpoints. Where that fails the new one is none the worse: it is tried again after the next."""
@@ -353,5 +353,5 @@ class Checkpointer(BackgroundSaves):
 def _checked(step: object) -> int:
     number = require_int("a step", step)
     if number < 0:
-        raise ValueError(f"a step is a whole number from 0, not {number}")
+        raise ValueError(f"a step must be an integer of at least 0, not {number}")
     return number

@@ -8,7 +8,7 @@ from aiostage.abc import Storage
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
-from aiostage.format.steps import name_of, present, removed_of, step_of, tombstone_of
+from aiostage.format.steps import name_of, present, removed_by_tombstone, step_of, tombstone_of
 from aiostage.incremental.reading import placement_of
 from aiostage.incremental.references import References
 from aiostage.storage.locate import exists
@@ -125,7 +125,7 @@ class CheckpointIndex:
             if await self._storage.is_link(unlisted):
                 await self._storage.delete(unlisted)
         referred = {name for name in going if await self._references.may_be_referred_to(name)}
-        if referred or any(removed_of(name) is not None for name in names):
+        if referred or any(removed_by_tombstone(name) is not None for name in names):
             await self._references.remove(names, going, referred)
             return
         for name in sorted(going):

@@ -74,7 +74,7 @@ _YIELD_EVERY = 64
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
 
-_Pair: TypeAlias = tuple[LinkedPath, torch.Tensor, torch.Tensor]
+_TensorPair: TypeAlias = tuple[LinkedPath, torch.Tensor, torch.Tensor]
 
 
 class Transfer:
@@ -90,11 +90,11 @@ class Transfer:
     """
 
     def __init__(self) -> None:
-        self.pairs: list[_Pair] = []
+        self.pairs: list[_TensorPair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
         self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self.states: list[tuple[Any, Any]] = []
-        self._batches: list[_Batch] = []
+        self._batches: list[_InPlaceBatch] = []
 
     def add(self, live: torch.Tensor, loaded: torch.Tensor, device: torch.device | None) -> None:
         """Have one tensor copied into another.
@@ -109,7 +109,7 @@ class Transfer:
         live, loaded = unexpanded(copyable(live), copyable(loaded))
         last = self._batches[-1] if self._batches else None
         if last is None or not last.takes(live, device):
-            last = _Batch(device)
+            last = _InPlaceBatch(device)
             self._batches.append(last)
         last.add(live, loaded)
 
@@ -166,22 +166,22 @@ def _get(container: Any, key: Any) -> Any:
     return container[key] if key < len(container) else _GONE
 
 
-class _Batch:
+class _InPlaceBatch:
     """Live tensors of one device, with their values."""
 
     def __init__(self, device: torch.device | None) -> None:
         self.device = device
         self.live: list[torch.Tensor] = []
         self.loaded: list[torch.Tensor] = []
-        self._room = _BATCH_BYTES
+        self._budget = _BATCH_BYTES
 
     def takes(self, live: torch.Tensor, device: torch.device | None) -> bool:
-        return device == self.device and live.nbytes <= self._room and len(self.live) < _BATCH_LEAVES
+        return device == self.device and live.nbytes <= self._budget and len(self.live) < _BATCH_LEAVES
 
     def add(self, live: torch.Tensor, loaded: torch.Tensor) -> None:
         self.live.append(live)
         self.loaded.append(loaded)
-        self._room -= live.nbytes
+        self._budget -= live.nbytes
 
 
 def compare(
@@ -244,7 +244,7 @@ class _Comparison:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
-        self.pairs: list[_Pair] = []
+        self.pairs: list[_TensorPair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
         self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
@@ -384,7 +384,7 @@ class _Comparison:
 
     def _is_wanted_whole(self, place: LinkedPath) -> bool:
         """Return whether all that is at a place was asked for, and not only some of what it contains."""
-        return self._wanted is None or any(self._wanted(unlinked(at)) for at in _ways(place))
+        return self._wanted is None or any(self._wanted(unlinked(at)) for at in _and_above(place))
 
     def _misses(self, place: LinkedPath, live: Any) -> Generator[None, None, bool]:
         """Return whether the checkpoint should have what is at a place, or something below it."""
@@ -426,7 +426,7 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
     return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _ways(place: LinkedPath) -> Iterator[LinkedPath]:
+def _and_above(place: LinkedPath) -> Iterator[LinkedPath]:
     """Iterate over a place and those above it, but not the root."""
     while place is not None:
         yield place

@@ -24,9 +24,9 @@ from aiostage._memory.pinned import Pinning
 from aiostage._turns import releasing_gil
 from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
-from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
 from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
+from aiostage.checkpoint.part_reader import THREADS, ReadTargets
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.selection import Only, Selection
@@ -35,7 +35,7 @@ from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import check_sparse, parts_of_sparse
 from aiostage.format.manifest import FileRecord
-from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, spread_views
+from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, strided_layouts
 from aiostage.format.parts import Part
 from aiostage.incremental.reading import is_removed
 from aiostage.observe import span
@@ -170,7 +170,7 @@ class Loading:
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
         spread = await self._workers.run(
-            partial(spread_views, outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
+            partial(strided_layouts, outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
         )
         if self._into is None:
             return await self._read_anew(checkpoint, outline, names, spread)

@@ -12,7 +12,7 @@ from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import Manifest, read_manifest
 from aiostage.format.placement import Placement
-from aiostage.format.steps import removed_of
+from aiostage.format.steps import removed_by_tombstone
 from aiostage.incremental.reading import ReferencingReader, is_removed, placement_in
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
@@ -156,7 +156,7 @@ async def open_checkpoint(storage: Storage, name: str) -> OpenCheckpoint:
         CheckpointNotFoundError: If there is none.
         OSError: If the storage refuses.
     """
-    if removed_of(name.rpartition("/")[2]) is not None:
+    if removed_by_tombstone(name.rpartition("/")[2]) is not None:
         raise CheckpointNotFoundError(_REMOVED, path=f"{storage.location}/{name}")
     return OpenCheckpoint(storage, name, await storage.read(name))
 

@@ -13,15 +13,15 @@ from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.slices import RarerCollections
 from aiostage._loop.workers import Workers
 from aiostage._turns import releasing_gil
-from aiostage.checkpoint.incoming import PartReader, ReadTargets
 from aiostage.checkpoint.opening import OpenCheckpoint
+from aiostage.checkpoint.part_reader import PartReader, ReadTargets
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, CheckpointMismatchError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
-from aiostage.format.parts import Content, Hole, Part, cut
+from aiostage.format.parts import Content, Gap, Part, cut
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, TensorRecord, read_header
 from aiostage.format.standard_kinds import read_zones
 from aiostage.observe import span
@@ -116,7 +116,7 @@ class CheckpointReader:
             manifest = await self._reader.open(self._workers, table.add)
             with reading(self.manifest_path):
                 await self._workers.run(table.complete)
-        self._incoming = PartReader(
+        self._part_reader = PartReader(
             self._reader,
             self._workers,
             manifest.part_bytes,
@@ -126,12 +126,12 @@ class CheckpointReader:
         found: dict[str, FileOutline] = {}
         queue = iter(manifest.files)
 
-        async def look() -> None:
+        async def read() -> None:
             for file in queue:
-                found[file.name] = await self._look_into(file)
+                found[file.name] = await self._outline_of(file)
 
         with span("headers"), RarerCollections():
-            await run_concurrently(*[look] * max(1, min(self._incoming.at_once, len(manifest.files))))
+            await run_concurrently(*[read] * max(1, min(self._part_reader.at_once, len(manifest.files))))
             return await self._workers.run(partial(self._outline, manifest, table, found))
 
     def _outline(self, manifest: Manifest, table: NodeTable, found: Mapping[str, FileOutline]) -> Outline:
@@ -148,7 +148,7 @@ class CheckpointReader:
                 positions[record.name] = file.start + record.start
         return Outline(manifest, table, files, records, positions)
 
-    async def _look_into(self, file: FileRecord) -> FileOutline:
+    async def _outline_of(self, file: FileRecord) -> FileOutline:
         """Find out what a file contains."""
         path = self._path(file.name)
         nbytes = await self._reader.size(file.name)
@@ -156,7 +156,7 @@ class CheckpointReader:
             raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
         if not file.name.endswith(_SUFFIX):
             return FileOutline(file, 0, [])
-        header = await self._incoming.header(file)
+        header = await self._part_reader.header(file)
         start = HEADER_LENGTH_BYTES + len(header)
         records = await self._workers.run(partial(read_header, header, nbytes - start, path=path))
         return FileOutline(file, start, records)
@@ -192,7 +192,7 @@ class CheckpointReader:
         When cancelled, waits for what is being read and copied; the places are then undefined.
         """
         with span("read", nbytes=sum(part.nbytes for _, part in parts), parts=len(parts)):
-            await self._incoming.receive(parts, self._arrived)
+            await self._part_reader.receive(parts, self._arrived)
 
     async def decode(
         self, outline: Outline, data: Mapping[str, torch.Tensor], classes: Classes | None = None
@@ -259,14 +259,14 @@ def _parts_to_read(
 
 
 def _is_wanted(part: Part) -> bool:
-    return not all(isinstance(piece, Hole) for piece in part.pieces)
+    return not all(isinstance(piece, Gap) for piece in part.pieces)
 
 
 def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[Content]:
     """Return what a file consists of."""
     if not file.start:
-        return [Hole(file.file.nbytes)]
-    found: list[Content] = [Hole(file.start)]
+        return [Gap(file.file.nbytes)]
+    found: list[Content] = [Gap(file.start)]
     for record in releasing_gil(file.records):
         nbytes = record.stop - record.start
         content = contents.get(record.name)
@@ -278,5 +278,5 @@ def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[C
                 ],
                 remedy="Do not resize live tensors while a load is under way.",
             )
-        found.append(content if content is not None else Hole(nbytes))
+        found.append(content if content is not None else Gap(nbytes))
     return found

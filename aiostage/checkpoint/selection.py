@@ -85,7 +85,7 @@ class Selection:
         _Pruning(table, self, instead).run()
         if self._unmatched:
             # Nodes below what was chosen as a whole have not been visited yet.
-            self._look_below(table)
+            self._select_below(table)
         self.check_matched()
 
     def prune_tree(self, tree: Any, instead: object) -> Any:
@@ -135,7 +135,7 @@ class Selection:
                 f"Its first paths are {', '.join(self._examples)}."
             )
 
-    def _look_below(self, table: NodeTable) -> None:
+    def _select_below(self, table: NodeTable) -> None:
         """Match the paths of all that is kept."""
         root = table.node(table.root)
         pending: list[tuple[int, LinkedPath]] = [(root, None)] if root is not None else []
@@ -173,7 +173,7 @@ class _Pruning:
         root = table.node(table.root)
         if root is None or table.forms[root]["is"] not in LOOKED_INTO:
             raise ValueError("only= selects parts of dicts, lists and tuples, and the checkpoint is none of these")
-        self._look(root)
+        self._select_all_below(root)
         partly = self._partly - self._whole
         if root in partly and not self._kept.get(root):
             self._selection.check_matched()
@@ -181,7 +181,7 @@ class _Pruning:
         for index in releasing_gil(partly):
             self._cut(index)
 
-    def _look(self, root: int) -> None:
+    def _select_all_below(self, root: int) -> None:
         """Walk from the root through what may be kept in part."""
         pending: list[tuple[int, LinkedPath]] = [(root, None)]
         self._partly.add(root)

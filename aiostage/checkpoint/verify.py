@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from aiostage._loop.workers import Workers
-from aiostage.checkpoint.incoming import THREADS, ReadTargets
 from aiostage.checkpoint.opening import open_checkpoint
+from aiostage.checkpoint.part_reader import THREADS, ReadTargets
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.observe import span

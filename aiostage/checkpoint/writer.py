@@ -27,7 +27,7 @@ from aiostage.format.parts import (
     PART_BYTES,
     Content,
     Part,
-    Piece,
+    PartPiece,
     Scattered,
     cut,
     digest,
@@ -309,7 +309,7 @@ async def collect(
         return arrived.numpy().data
     lent = buffers.take()
     memory = torch.from_numpy(lent)
-    pieces: list[Piece] = []
+    pieces: list[PartPiece] = []
     position = 0
     chunk: Chunk | None = None
     for step in steps:
@@ -323,14 +323,14 @@ async def collect(
     return lent.data[: part.nbytes]
 
 
-async def _gather(pieces: list[Piece], memory: torch.Tensor, workers: Workers) -> int:
+async def _gather(pieces: list[PartPiece], memory: torch.Tensor, workers: Workers) -> int:
     """Copy pieces one after the other, and return how many bytes they are."""
     nbytes = sum(piece.nbytes for piece in pieces)
     await workers.run(partial(gather, Part(0, 0, nbytes, pieces), memory))
     return nbytes
 
 
-async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piece:
+async def _arrive(piece: PartPiece, snapshot: Snapshot[Any], window: Window) -> PartPiece:
     """Return a piece at the addresses where its bytes are, once they are there."""
     address, nbytes = memory_range(piece)
     if window.chunk_of(address) is None:
@@ -350,7 +350,7 @@ async def _arrive(piece: Piece, snapshot: Snapshot[Any], window: Window) -> Piec
     return Scattered(tensor, piece.start, piece.stop)
 
 
-def _split(piece: Piece, window: Window) -> list[Piece]:
+def _split(piece: PartPiece, window: Window) -> list[PartPiece]:
     """Cut flat memory where chunks end; nothing else can be cut."""
     address, nbytes = memory_range(piece)
     if not isinstance(piece, torch.Tensor) or window.chunk_of(address) is None:

@@ -21,7 +21,7 @@ from aiostage.checkpoint.foreign import Read, recognize, shards_of
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.verify import opened
-from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree, tensor_entry
+from aiostage.cli.entries import TreeEntry, entries_of_table, entries_of_tree, tensor_entry
 from aiostage.cli.finding import Place
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StagingError, said, shown
 from aiostage.format.nodes import reading, view_of
@@ -46,11 +46,11 @@ class Contents(ABC):
     """
 
     kind: str
-    entries: Sequence[Entry]
+    entries: Sequence[TreeEntry]
     files: Sequence[dict[str, Any]]
 
     @abstractmethod
-    async def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
         """Return the elements of tensors in host memory, in order.
 
         Args:
@@ -128,7 +128,7 @@ class _Ours(Contents):
             ]
         return found
 
-    async def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
         records = self._outline.records
         sizes = {name: records[name].stop - records[name].start for name in (each.source["name"] for each in entries)}
         data = {name: torch.empty(nbytes, dtype=torch.uint8, device="cpu") for name, nbytes in sizes.items()}
@@ -145,13 +145,13 @@ class _Ours(Contents):
 class _Foreign(Contents):
     """A checkpoint of another program, of which all but the elements of tensors is in memory."""
 
-    def __init__(self, kind: str, entries: Sequence[Entry], files: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, kind: str, entries: Sequence[TreeEntry], files: Sequence[dict[str, Any]]) -> None:
         self.kind, self.entries, self.files = kind, entries, files
 
-    async def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
         return [await run_sync(self._read, each) for each in entries]
 
-    def _read(self, entry: Entry) -> torch.Tensor:
+    def _read(self, entry: TreeEntry) -> torch.Tensor:
         found: torch.Tensor = entry.source if isinstance(entry.source, torch.Tensor) else entry.source()
         return found
 
@@ -222,7 +222,7 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
 
 def _open_dcp_directory(path: str) -> Contents:
     directory = DcpDirectory(path)
-    entries, sizes = [Entry((), "container", f"state dict of {len(directory.entries)}")], {}
+    entries, sizes = [TreeEntry((), "container", f"state dict of {len(directory.entries)}")], {}
     for name, entry in directory.entries.items():
         steps = tuple(map(str, directory.path_of(name)))
         places = directory.places(name)
@@ -238,10 +238,10 @@ def _open_dcp_directory(path: str) -> Contents:
     return _Foreign("torch.distributed.checkpoint", entries, files)
 
 
-def _value_entries(steps: tuple[str, ...], nbytes: int, read: Any, digest: str | None = None) -> list[Entry]:
+def _value_entries(steps: tuple[str, ...], nbytes: int, read: Any, digest: str | None = None) -> list[TreeEntry]:
     """Return the entries of a value that DCP has pickled; one that needs code, or is long, is not looked into."""
     text = f"pickled, {nbytes} bytes" + (f", {digest}" if digest is not None else "")
-    unread = [Entry(steps, "object", text, more={"pickled": digest if digest is not None else nbytes})]
+    unread = [TreeEntry(steps, "object", text, more={"pickled": digest if digest is not None else nbytes})]
     if nbytes > _LONGEST_VALUE_BYTES:
         return unread
     try:
@@ -261,7 +261,7 @@ class _Dcp(Contents):
         # Imported late: torch.distributed.checkpoint takes long, and few need it.
         self._dcp = import_module("aiostage.dcp.storage")
         self._reader = reader
-        self.entries: list[Entry] = []
+        self.entries: list[TreeEntry] = []
         self.files: list[dict[str, Any]] = []
 
     @classmethod
@@ -274,7 +274,7 @@ class _Dcp(Contents):
         shards: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
         for index, record in metadata.storage_data.items():
             shards.setdefault(index.fqn, []).append((tuple(index.offset or ()), record))
-        self.entries.append(Entry((), "container", f"state dict of {len(metadata.state_dict_metadata)}"))
+        self.entries.append(TreeEntry((), "container", f"state dict of {len(metadata.state_dict_metadata)}"))
         for name, about in metadata.state_dict_metadata.items():
             steps, records = tuple(map(str, paths.get(name, (name,)))), shards.get(name, [])
             if hasattr(about, "chunks"):
@@ -299,7 +299,7 @@ class _Dcp(Contents):
             self.files.append({"name": name, "nbytes": found})
         return self
 
-    async def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
         with describing(f"{self._reader.location}/.metadata"):
             return [await self._tensor(*each.source) for each in entries]
 

@@ -12,8 +12,8 @@ import torch
 from anyio.to_thread import run_sync
 
 from aiostage.cli.contents import Contents, open_contents
-from aiostage.cli.entries import Entry
-from aiostage.cli.finding import Place, Run, find
+from aiostage.cli.entries import TreeEntry
+from aiostage.cli.finding import CheckpointRun, Place, find_checkpoints
 from aiostage.cli.output import Output, counted
 from aiostage.errors import CheckpointError
 
@@ -59,8 +59,8 @@ async def diff(first: str, second: str, out: Output, *, values: bool = True) -> 
 
 
 async def _place(source: str) -> Place:
-    found = await find(source)
-    if isinstance(found, Run):
+    found = await find_checkpoints(source)
+    if isinstance(found, CheckpointRun):
         raise CheckpointError(
             f"it is a run of {counted(len(found.names), 'checkpoint')}.", path=source, remedy="Name one of them."
         )
@@ -81,7 +81,7 @@ class _Diff:
                 # Of a container that is missing, what is in it says so; formats without containers lack them all.
                 if place not in others and (entry.kind != "container" or _is_empty(entry)):
                     self._tell(entry, f"only in the {which}: {_short(entry)}", f"only_in_{which}")
-        pairs: list[tuple[Entry, Entry]] = []
+        pairs: list[tuple[TreeEntry, TreeEntry]] = []
         for place, entry in left.items():
             if place in right:
                 one, two = _followed(entry, left), _followed(right[place], right)
@@ -102,19 +102,19 @@ class _Diff:
         text += ", compared element by element" if self._values else ", whose elements were not compared"
         self._out.line(text, "bad" if self._found else "good")
 
-    def _by_place(self, contents: Contents) -> dict[tuple[str, ...], Entry]:
+    def _by_place(self, contents: Contents) -> dict[tuple[str, ...], TreeEntry]:
         """Return entries by their paths; by their names as text if one of the formats knows nothing else."""
         kinds = {self._left.kind, self._right.kind}
         entries = [each for each in contents.entries if kinds <= _WITH_ATTRIBUTES or not _is_of_an_attribute(each)]
         return {(entry.name,) if kinds & _FLAT else entry.path: entry for entry in entries}
 
-    def _tell(self, entry: Entry, text: str, what: str, **more: Any) -> None:
+    def _tell(self, entry: TreeEntry, text: str, what: str, **more: Any) -> None:
         self._found.append({"path": list(entry.path), "difference": what, **more})
         colour = "bad" if what == "only_in_first" else "good" if what == "only_in_second" else None
         self._out.line(f"{entry.name}: {text}", colour)
         self._out.flush()
 
-    def _compare(self, one: Entry, two: Entry, at: Entry) -> None:
+    def _compare(self, one: TreeEntry, two: TreeEntry, at: TreeEntry) -> None:
         """Compare what is not two tensors."""
         if one.kind == two.kind == "container":
             # How many there are in it is told by each that is missing; formats without containers know no kinds.
@@ -124,7 +124,7 @@ class _Diff:
         elif one.kind != two.kind or one.text != two.text or one.more != two.more:
             self._tell(at, f"{_short(one)} became {_short(two)}", "value", first=one.text, second=two.text)
 
-    def _are_alike(self, one: Entry, two: Entry, at: Entry) -> bool:
+    def _are_alike(self, one: TreeEntry, two: TreeEntry, at: TreeEntry) -> bool:
         """Compare what is known of two tensors but their elements; return whether these can be compared."""
         texts = [f"{each.dtype} {each.shape}" for each in (one, two)]
         if texts[0] != texts[1]:
@@ -137,7 +137,7 @@ class _Diff:
                 self._tell(at, f"{key} {known[0]} became {known[1]}", key, first=known[0], second=known[1])
         return texts[0] == texts[1]
 
-    async def _compare_elements(self, batch: list[tuple[Entry, Entry]]) -> None:
+    async def _compare_elements(self, batch: list[tuple[TreeEntry, TreeEntry]]) -> None:
         firsts = await self._left.read([one for one, _ in batch])
         seconds = await self._right.read([two for _, two in batch])
         for (entry, _), one, two in zip(batch, firsts, seconds, strict=True):
@@ -232,8 +232,8 @@ def _apart_integers(one: torch.Tensor, two: torch.Tensor) -> int:
     return int(wrapped.max()) + (1 << 64) if wrapped.numel() else int(apart.max())
 
 
-def _batches(pairs: Iterable[tuple[Entry, Entry]]) -> Iterator[list[tuple[Entry, Entry]]]:
-    batch: list[tuple[Entry, Entry]] = []
+def _batches(pairs: Iterable[tuple[TreeEntry, TreeEntry]]) -> Iterator[list[tuple[TreeEntry, TreeEntry]]]:
+    batch: list[tuple[TreeEntry, TreeEntry]] = []
     nbytes = 0
     for pair in pairs:
         if batch and nbytes + pair[0].nbytes > _BATCH_BYTES:
@@ -245,7 +245,7 @@ def _batches(pairs: Iterable[tuple[Entry, Entry]]) -> Iterator[list[tuple[Entry,
         yield batch
 
 
-def _followed(entry: Entry, entries: dict[tuple[str, ...], Entry]) -> Entry:
+def _followed(entry: TreeEntry, entries: dict[tuple[str, ...], TreeEntry]) -> TreeEntry:
     """Return the tensor that a reference is to: formats without ties have it twice."""
     if entry.kind != "reference":
         return entry
@@ -253,16 +253,16 @@ def _followed(entry: Entry, entries: dict[tuple[str, ...], Entry]) -> Entry:
     return found if found.kind == "tensor" else entry
 
 
-def _is_of_an_attribute(entry: Entry) -> bool:
+def _is_of_an_attribute(entry: TreeEntry) -> bool:
     """Return whether a place is an attribute, or in one; parts of objects have numbers."""
     return entry.inner and any(step.startswith("<") and not step[1:-1].isdecimal() for step in entry.path)
 
 
-def _is_empty(entry: Entry) -> bool:
+def _is_empty(entry: TreeEntry) -> bool:
     return entry.text.endswith(" of 0")
 
 
-def _short(entry: Entry) -> str:
+def _short(entry: TreeEntry) -> str:
     if entry.kind == "tensor":
         return f"{entry.text} {entry.dtype} {entry.shape}"
     text = f"the same as {entry.text}" if entry.kind == "reference" else entry.text

@@ -15,7 +15,7 @@ from aiostage.format.nodes import LOOKED_INTO, NodeTable, view_of
 from aiostage.format.safetensors import DTYPE_NAMES, TensorRecord
 from aiostage.format.values import SCALAR_KINDS, read_scalar
 
-__all__ = ["Entry", "entries_of_table", "entries_of_tree", "tensor_entry"]
+__all__ = ["TreeEntry", "entries_of_table", "entries_of_tree", "tensor_entry"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _BYTES = ("bytes", "bytearray")
@@ -24,7 +24,7 @@ _REFERENCES = frozenset(("name", "offset", "stride", "attributes", "grad"))
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TreeEntry:
     """One place of a checkpoint.
 
     Attributes:
@@ -66,7 +66,7 @@ def tensor_entry(
     text: str = "",
     more: Mapping[str, Any] | None = None,
     source: Any = None,
-) -> Entry:
+) -> TreeEntry:
     """Return the entry of a tensor."""
     shape = tuple(shape)
     elements = 1
@@ -74,10 +74,10 @@ def tensor_entry(
         elements *= length
     nbytes = elements * dtype.itemsize if nbytes is None else nbytes
     name = DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-    return Entry(path, "tensor", text or "tensor", inner, name, shape, nbytes, more, source)
+    return TreeEntry(path, "tensor", text or "tensor", inner, name, shape, nbytes, more, source)
 
 
-def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> Iterator[Entry]:
+def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> Iterator[TreeEntry]:
     """Iterate over the places of a tree that nodes describe, from the root on.
 
     Args:
@@ -93,17 +93,17 @@ def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> I
         path, child, inner = pending.pop()
         index = table.node(child)
         if index is None:
-            yield Entry(path, "value", repr(child), inner)
+            yield TreeEntry(path, "value", repr(child), inner)
             continue
         if index in met:
-            yield Entry(path, "reference", ".".join(met[index]) or ".", inner, source=met[index])
+            yield TreeEntry(path, "reference", ".".join(met[index]) or ".", inner, source=met[index])
             continue
         met[index] = path
         form, children = table.forms[index], table.children[index]
         below: list[tuple[tuple[str, ...], Any, bool]] = []
         if form["is"] in LOOKED_INTO:
             steps = [(_key(table, key), value) for key, value in table.edges(index)]
-            yield Entry(path, "container", f"{form['is']} of {len(steps)}", inner)
+            yield TreeEntry(path, "container", f"{form['is']} of {len(steps)}", inner)
             below += [((*path, step), value, inner) for step, value in _distinct(steps)]
         else:
             yield _leaf(path, form, inner, records)
@@ -112,15 +112,15 @@ def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> I
         pending += reversed(below)
 
 
-def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, TensorRecord]) -> Entry:
+def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Mapping[str, TensorRecord]) -> TreeEntry:
     described = {key: value for key, value in form.items() if key not in _REFERENCES}
     if form["is"] in SCALAR_KINDS and form["is"] not in _BYTES:
         return _scalar(path, read_scalar(form["is"], form["value"]), inner)
     if form["is"] != "tensor":
-        return Entry(path, "object", f"{form['is']} {_said(form)}".rstrip(), inner, more=described)
+        return TreeEntry(path, "object", f"{form['is']} {_said(form)}".rstrip(), inner, more=described)
     kind = form.get("class", "tensor")
     if form["name"] not in records:
-        return Entry(path, "tensor", kind, inner, source=form)
+        return TreeEntry(path, "tensor", kind, inner, source=form)
     view, record = view_of(form, records), records[form["name"]]
     more = {
         "class": kind,
@@ -135,7 +135,7 @@ def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Map
     )
 
 
-def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> Entry:
+def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> TreeEntry:
     """Return the entry of a value that is no container."""
     try:
         text = repr(value)
@@ -143,8 +143,8 @@ def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> Entry:
         # An integer of too many digits.
         text = hex(value)
     if type(value) in _SCALARS:
-        return Entry(path, "value", text, inner)
-    return Entry(path, "object", f"{type(value).__name__} {text}", inner, more={"value": text})
+        return TreeEntry(path, "value", text, inner)
+    return TreeEntry(path, "object", f"{type(value).__name__} {text}", inner, more={"value": text})
 
 
 def _said(form: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _distinct(steps: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield (step if count == 1 else f"{step} ({count})"), value
 
 
-def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[TreeEntry]:
     """Iterate over the places of a tree of PyTorch objects, which has to stay alive meanwhile.
 
     Args:
@@ -189,24 +189,24 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
             yield _scalar(path, value, inner)
             continue
         if id(value) in met and not isinstance(value, (bytes, torch.dtype, torch.Size, tuple)):
-            yield Entry(path, "reference", ".".join(met[id(value)]) or ".", inner, source=met[id(value)])
+            yield TreeEntry(path, "reference", ".".join(met[id(value)]) or ".", inner, source=met[id(value)])
             continue
         met[id(value)] = path
         below: list[tuple[tuple[str, ...], Any, bool]] = []
         if isinstance(value, Mapping):
-            yield Entry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
+            yield TreeEntry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
             below += [((*path, step), child, inner) for step, child in _distinct((str(k), v) for k, v in value.items())]
         elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            yield Entry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
+            yield TreeEntry(path, "container", f"{type(value).__name__} of {len(value)}", inner)
             below += [((*path, str(number)), child, inner) for number, child in enumerate(value)]
         elif isinstance(value, torch.Tensor):
             yield from _tensor(path, value, inner, below)
         elif isinstance(value, np.ndarray):
-            yield Entry(path, "object", "ndarray", inner, more={"is": "ndarray"})
+            yield TreeEntry(path, "object", "ndarray", inner, more={"is": "ndarray"})
             below.append(((*path, "<0>"), torch.from_numpy(value), True))
         elif isinstance(value, (bytes, bytearray)):
             text, name = base64.b64encode(value).decode(), type(value).__name__
-            yield Entry(path, "object", f"{name} {text!r}", inner, more={"is": name, "value": text})
+            yield TreeEntry(path, "object", f"{name} {text!r}", inner, more={"is": name, "value": text})
         else:
             yield _scalar(path, value, inner)
         if isinstance(value, (Mapping, list, tuple, torch.Tensor)):
@@ -216,7 +216,7 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
         pending += reversed(below)
 
 
-def _tensor(path: tuple[str, ...], tensor: torch.Tensor, inner: bool, below: list[Any]) -> Iterator[Entry]:
+def _tensor(path: tuple[str, ...], tensor: torch.Tensor, inner: bool, below: list[Any]) -> Iterator[TreeEntry]:
     kind = "Parameter" if isinstance(tensor, torch.nn.Parameter) else "tensor"
     apart = (
         None if tensor.is_meta and not tensor.is_quantized and tensor.layout is torch.strided else take_apart(tensor)
@@ -226,5 +226,5 @@ def _tensor(path: tuple[str, ...], tensor: torch.Tensor, inner: bool, below: lis
         yield tensor_entry(path, tensor.dtype, tensor.shape, inner=inner, text=kind, more=more, source=tensor.detach())
         return
     name, parts, form = apart
-    yield Entry(path, "object", f"{name} {_said(form)}".rstrip(), inner, more={"is": name, **form})
+    yield TreeEntry(path, "object", f"{name} {_said(form)}".rstrip(), inner, more={"is": name, **form})
     below += [((*path, f"<{number}>"), part, True) for number, part in enumerate(parts.values())]

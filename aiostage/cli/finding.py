@@ -17,7 +17,7 @@ from aiostage.format.steps import sort_out
 from aiostage.storage.local import LocalStorage
 from aiostage.storage.locate import locate, storage_at
 
-__all__ = ["Place", "Run", "find", "place_of"]
+__all__ = ["CheckpointRun", "Place", "find_checkpoints", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Run:
+class CheckpointRun:
     """Checkpoints below a path.
 
     Attributes:
@@ -73,7 +73,7 @@ class Run:
         return await place_of(source, self.storage, name)
 
 
-async def find(source: str) -> Place | Run:
+async def find_checkpoints(source: str) -> Place | CheckpointRun:
     """Return the checkpoint at a path or a URL, of whatever kind, or those below it.
 
     Raises:
@@ -92,12 +92,12 @@ async def find(source: str) -> Place | Run:
         root = storage_at(source)
         names, removed = sort_out(await root.list())
         if names or removed:
-            return Run(source, root, names, removed)
+            return CheckpointRun(source, root, names, removed)
     read = await run_sync(recognize, path) if path is not None else None
     if read is not None:
         return Place(source, storage, name, read=read)
     if path is not None and not is_file and (foreign := await run_sync(_foreign_below, path)):
-        return Run(source, root, list(foreign), foreign=foreign)
+        return CheckpointRun(source, root, list(foreign), foreign=foreign)
     reason = "it is a file of no kind that is known here." if is_file else "there is no checkpoint, and none below it."
     raise CheckpointNotFoundError(reason, path=source)
 

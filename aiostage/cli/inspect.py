@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from aiostage.cli.contents import open_contents
-from aiostage.cli.entries import Entry
-from aiostage.cli.finding import Run, find
+from aiostage.cli.entries import TreeEntry
+from aiostage.cli.finding import CheckpointRun, find_checkpoints
 from aiostage.cli.listing import list_found
 from aiostage.cli.output import Output, counted, size
 
@@ -29,8 +29,8 @@ async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
         CheckpointError: If it needs code, or cannot be read here.
         OSError: If the storage refuses.
     """
-    found = await find(source)
-    if isinstance(found, Run):
+    found = await find_checkpoints(source)
+    if isinstance(found, CheckpointRun):
         await list_found(found, out)
         return
     async with open_contents(found, elements=False) as contents:
@@ -56,12 +56,12 @@ async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
                     out.line(_described(entry))
 
 
-def _memory(entry: Entry) -> object:
+def _memory(entry: TreeEntry) -> object:
     """Return what is the same for leaves that look at the same memory, which counts once."""
     return ("view", entry.more["view_of"]) if entry.more and "view_of" in entry.more else entry.path
 
 
-def _described(entry: Entry) -> str:
+def _described(entry: TreeEntry) -> str:
     more = entry.more or {}
     if entry.kind == "value":
         return f"{entry.name} = {_cut(entry.text)}"
@@ -75,7 +75,7 @@ def _described(entry: Entry) -> str:
     return line + (f" in {counted(more['chunks'], 'chunk')}" if "chunks" in more else "")
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
+def _as_json(entry: TreeEntry) -> dict[str, Any]:
     found: dict[str, Any] = {"path": list(entry.path), "kind": entry.kind}
     if entry.kind == "tensor":
         about = {"dtype": entry.dtype, "shape": list(entry.shape), "nbytes": entry.nbytes}

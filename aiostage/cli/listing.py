@@ -13,7 +13,7 @@ from anyio.to_thread import run_sync
 
 from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.cli.contents import open_contents
-from aiostage.cli.finding import Place, Run, find
+from aiostage.cli.finding import CheckpointRun, Place, find_checkpoints
 from aiostage.cli.output import Output, age, counted, size
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import read_head
@@ -58,16 +58,16 @@ async def list_run(source: str, out: Output) -> None:
         CheckpointError: If there is something else.
         OSError: If the storage refuses.
     """
-    await list_found(await find(source), out)
+    await list_found(await find_checkpoints(source), out)
 
 
-async def list_found(found: Place | Run, out: Output) -> None:
+async def list_found(found: Place | CheckpointRun, out: Output) -> None:
     """Do as :func:`list_run`, with what was found."""
-    names = found.names if isinstance(found, Run) else [found.name]
-    removed = found.removed if isinstance(found, Run) else []
+    names = found.names if isinstance(found, CheckpointRun) else [found.name]
+    removed = found.removed if isinstance(found, CheckpointRun) else []
     checkpoints: list[dict[str, Any]] = []
     out.data.update(source=found.source, checkpoints=checkpoints, removed=list(removed))
-    if isinstance(found, Run):
+    if isinstance(found, CheckpointRun):
         out.line(f"{found.source}: {counted(len(names), 'checkpoint')}", "bold")
     now = time.time()
     for name in names:
@@ -123,8 +123,8 @@ async def disk_usage(source: str, out: Output) -> None:
     Raises:
         As :func:`list_run`; and CheckpointCorruptError if a manifest is damaged, for then it cannot be known.
     """
-    found = await find(source)
-    names = list(found.names) if isinstance(found, Run) else [found.name]
+    found = await find_checkpoints(source)
+    names = list(found.names) if isinstance(found, CheckpointRun) else [found.name]
     summaries: dict[str, _Summary] = {}
     for name in names:
         try:
@@ -160,7 +160,7 @@ async def disk_usage(source: str, out: Output) -> None:
             line += f"  {size(each['shared_bytes'])} of it shared, {size(each['freed_bytes'])} freed if it is removed"
         out.line(line)
     if kept:
-        what = "of removed ones" if isinstance(found, Run) else "in other checkpoints"
+        what = "of removed ones" if isinstance(found, CheckpointRun) else "in other checkpoints"
         out.line(f"  {what:<24} {size(kept):>10}  kept for those that refer to them")
 
 

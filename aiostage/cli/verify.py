@@ -21,13 +21,13 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
-from aiostage.checkpoint.incoming import THREADS
 from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
+from aiostage.checkpoint.part_reader import THREADS
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.contents import describing, open_contents
-from aiostage.cli.entries import Entry, entries_of_table, entries_of_tree
-from aiostage.cli.finding import Place, find
+from aiostage.cli.entries import TreeEntry, entries_of_table, entries_of_tree
+from aiostage.cli.finding import Place, find_checkpoints
 from aiostage.cli.output import Output, counted, few
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import FileRecord, Manifest
@@ -39,7 +39,7 @@ from aiostage.storage.commit import MANIFEST_NAME
 
 __all__ = ["Damage", "Report", "check", "verify"]
 
-_AT_ONCE = 4
+_READS_AT_ONCE = 4
 _REMOVED = "removed; what is left of it lies there for others that refer to it"
 _NO_CHECKSUMS = "safetensors has no checksums; the headers are well-formed, and the files as long as they say"
 _CRC_ONLY = "PyTorch's format: compared with the CRC-32 of each record of its archives; nothing else has a checksum"
@@ -133,7 +133,7 @@ async def _each(sources: Sequence[str], progress: bool) -> AsyncIterator[tuple[s
     """Iterate over what is said of each checkpoint: None of one that was removed, and the error of one not read."""
     for source in sources:
         try:
-            found = await find(source)
+            found = await find_checkpoints(source)
         except (CheckpointError, OSError) as error:
             yield source, await _instead(source, error)
             continue
@@ -313,7 +313,7 @@ class _Check:
                 )
 
 
-def _paths_of_tensors(entries: Iterable[Entry]) -> dict[str, list[str]]:
+def _paths_of_tensors(entries: Iterable[TreeEntry]) -> dict[str, list[str]]:
     """Return where the tensors of files are in the tree, by their names in the files; not inside of objects."""
     found: dict[str, list[str]] = {}
     places: set[tuple[str, ...]] = set()
@@ -418,7 +418,7 @@ async def _compare_records(
             done += record.nbytes
             progressed(done, total)
 
-    await run_concurrently(*[work] * _AT_ONCE)
+    await run_concurrently(*[work] * _READS_AT_ONCE)
     return sorted(found, key=lambda each: (each.file, each.start or 0))
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from aiostage._arguments import check_flags
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
-from aiostage.checkpoint.background import BackgroundSaves, Block
+from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import AsyncSaveResponse, start_save
@@ -206,39 +206,39 @@ class Checkpointer(BackgroundSaves):
 
         That there is a checkpoint of this step already, the handle says.
         """
-        block, name = self._entered(), name_of(_checked(step))
+        opened, name = self._entered(), name_of(_checked(step))
         writer = StorageWriter(self._root)
         response = start_save(
             state_dict,
             checkpoint_id=name,
             storage_writer=writer,
             planner=planner,
-            stager=block.stager,
+            stager=opened.stager,
             **self._options,
         )
-        return self._capture(block, SaveHandle(step, response), response)
+        return self._capture(opened, SaveHandle(step, response), response)
 
-    async def _capture(self, block: Block, handle: SaveHandle, response: AsyncSaveResponse) -> SaveHandle:
-        await block.slots.acquire()
+    async def _capture(self, opened: OpenState, handle: SaveHandle, response: AsyncSaveResponse) -> SaveHandle:
+        await opened.slots.acquire()
         try:
             self._entered()
             await response.captured()
             self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
             self._handles.append(handle)
-            block.group.start_soon(self._finish, block, handle, name=f"save step {handle.step}")
+            opened.group.start_soon(self._finish, opened, handle, name=f"save step {handle.step}")
         except BaseException:
-            block.slots.release()
+            opened.slots.release()
             raise
         return handle
 
-    async def _finish(self, block: Block, handle: SaveHandle) -> None:
+    async def _finish(self, opened: OpenState, handle: SaveHandle) -> None:
         try:
             if await handle.finish():
                 self._newest = handle.step
                 if self._is_first and self._keep is not None:
                     await self._remove_surplus()
         finally:
-            block.slots.release()
+            opened.slots.release()
 
     async def _remove_surplus(self) -> None:
         """Remove old checkpoints, on the first rank. Where that fails it is tried again after the next save."""

@@ -35,7 +35,7 @@ from aiostage.format.values import (
 )
 from aiostage.leaf import Attribute, Path, format_path
 
-__all__ = ["Node", "TreeEncoder", "ValuesNeeded", "path_of"]
+__all__ = ["TreeEncoder", "TreeNode", "ValuesNeeded", "path_of"]
 
 _CHILDREN_PER_LINE = 256
 """Children in one line of the manifest."""
@@ -61,7 +61,7 @@ class ValuesNeeded(Exception):
     """A function of a registered class has to look at tensors that may not have their values yet."""
 
 
-class Node:
+class TreeNode:
     """One object of the tree that is not spelled out inside its container.
 
     Attributes:
@@ -92,7 +92,7 @@ class Node:
         "whole",
     )
 
-    def __init__(self, value: Any, parent: Node | None, key: object) -> None:
+    def __init__(self, value: Any, parent: TreeNode | None, key: object) -> None:
         self.value = value
         # Not to be part of a circle, which would keep staged memory until the collector comes.
         self._parent = ref(parent) if parent is not None else None
@@ -109,15 +109,15 @@ class Node:
         self.depth = 0
 
     @property
-    def parent(self) -> Node | None:
+    def parent(self) -> TreeNode | None:
         """The node in which it was first met, None for the root. Lives as long as the encoder."""
         return self._parent() if self._parent is not None else None
 
 
-def path_of(node: Node) -> Path:
+def path_of(node: TreeNode) -> Path:
     """Return the path that leads to a node."""
     steps = []
-    at: Node | None = node
+    at: TreeNode | None = node
     while at is not None and (parent := at.parent) is not None:
         steps.append(at.key)
         at = parent
@@ -139,8 +139,8 @@ class TreeEncoder:
     """
 
     def __init__(self, *, values_are_there: bool = True, notes_places: bool = False) -> None:
-        self.tensors: list[Node] = []
-        self.other_places: list[Node] | None = [] if notes_places else None
+        self.tensors: list[TreeNode] = []
+        self.other_places: list[TreeNode] | None = [] if notes_places else None
         self.uses_kinds = False
         self._hashes_nodes = False
         self._values_are_there = values_are_there
@@ -148,9 +148,9 @@ class TreeEncoder:
         # Depths of open nodes that have to be made as a whole.
         self._whole: list[int] = []
         self._root: Any = None
-        self._ended: list[Node] = []
-        self._known: dict[int, Node] = {}
-        self._stack: list[Node] = []
+        self._ended: list[TreeNode] = []
+        self._known: dict[int, TreeNode] = {}
+        self._stack: list[TreeNode] = []
 
     def walk(self, tree: Any) -> None:
         """Find every node.
@@ -159,7 +159,7 @@ class TreeEncoder:
             UnsupportedLeafError: If something cannot be carried by JSON and safetensors, with its path.
             ValuesNeeded: If the values of tensors have to be there, and are not.
         """
-        found: list[Node] = []
+        found: list[TreeNode] = []
         self._root = self._child(tree, None, None, found)
         self._stack += found
         while self._stack:
@@ -200,7 +200,7 @@ class TreeEncoder:
                 _KEPT_IN_A_LIST,
             ) from None
 
-    def _end(self, node: Node) -> None:
+    def _end(self, node: TreeNode) -> None:
         """Give a node its number."""
         node.position = len(self._ended)
         self._ended.append(node)
@@ -211,21 +211,21 @@ class TreeEncoder:
             yield from _lines(node)
         yield _dump({"root": _reference(self._root)} | ({"kinds": KINDS_VERSION} if self.uses_kinds else {}))
 
-    def _child(self, value: Any, parent: Node | None, key: object, found: list[Node]) -> Any:
+    def _child(self, value: Any, parent: TreeNode | None, key: object, found: list[TreeNode]) -> Any:
         """Return a value as a child: as it is, or as its node, which is added to those found if it is new."""
         if is_inline(value):
             return value
         node = self._known.get(id(value))
         if node is None:
             # The node keeps the value alive, and so its id from being given away.
-            node = self._known[id(value)] = Node(value, parent, key)
+            node = self._known[id(value)] = TreeNode(value, parent, key)
             # Most nodes are such, and need not wait for their turn if it is theirs.
             if not found and type(value) in _TENSORS and _is_plain(value):
                 node.entered = True
                 self._enter_tensor(node, found)
                 self._end(node)
         elif self.other_places is not None and isinstance(value, torch.Tensor):
-            self.other_places.append(Node(value, parent, key))
+            self.other_places.append(TreeNode(value, parent, key))
         if not node.entered:
             found.append(node)
         elif self._whole and node.position is None and node.depth <= self._whole[-1]:
@@ -236,9 +236,9 @@ class TreeEncoder:
             )
         return node
 
-    def _enter(self, node: Node) -> None:
+    def _enter(self, node: TreeNode) -> None:
         """Find out what a node is and what it contains."""
-        value, cls, found = node.value, type(node.value), list[Node]()
+        value, cls, found = node.value, type(node.value), list[TreeNode]()
         if cls in _TENSORS:
             self._enter_tensor(node, found)
         elif cls in MAPPINGS:
@@ -258,7 +258,7 @@ class TreeEncoder:
             self._add_attributes(node, getattr(value, "__dict__", {}), found)
         self._stack += reversed(found)
 
-    def _add_attributes(self, node: Node, attributes: Mapping[str, Any], found: list[Node]) -> None:
+    def _add_attributes(self, node: TreeNode, attributes: Mapping[str, Any], found: list[TreeNode]) -> None:
         if not attributes:
             return
         children = node.attributes = {}
@@ -267,7 +267,7 @@ class TreeEncoder:
                 raise _unsupported(node, f"it has an attribute that is named {name!r:.80}, not by a string.", None)
             children[name] = self._child(attribute, node, Attribute(name), found)
 
-    def _enter_object(self, node: Node, found: list[Node]) -> None:
+    def _enter_object(self, node: TreeNode, found: list[TreeNode]) -> None:
         """Take an object apart that is neither a tensor nor a plain container nor a scalar."""
         value = node.value
         try:
@@ -287,7 +287,7 @@ class TreeEncoder:
         if isinstance(value, torch.Tensor):
             self._note_autograd(node, value, isinstance(value, torch.nn.Parameter), found)
 
-    def _enter_mapping(self, node: Node, found: list[Node]) -> None:
+    def _enter_mapping(self, node: TreeNode, found: list[TreeNode]) -> None:
         node.kind = MAPPINGS[type(node.value)]
         if type(node.value) is defaultdict:
             factory = node.value.default_factory
@@ -307,7 +307,7 @@ class TreeEncoder:
             children.append(self._child(key, node, key, found))
             children.append(self._child(value, node, key, found))
 
-    def _enter_sequence(self, node: Node, found: list[Node]) -> None:
+    def _enter_sequence(self, node: TreeNode, found: list[TreeNode]) -> None:
         node.kind = SEQUENCES[type(node.value)]
         if type(node.value) is deque:
             node.form = {"maxlen": node.value.maxlen}
@@ -318,7 +318,7 @@ class TreeEncoder:
                 self._note_hashed(node, (value,), collisions)
             children.append(self._child(value, node, index, found))
 
-    def _note_hashed(self, node: Node, keys: tuple[Any], collisions: Collisions) -> None:
+    def _note_hashed(self, node: TreeNode, keys: tuple[Any], collisions: Collisions) -> None:
         """Note a key or an element that a load will hash."""
         try:
             (key,) = collisions.add(keys)
@@ -327,7 +327,7 @@ class TreeEncoder:
         if not is_inline(key):
             self._hashes_nodes = True
 
-    def _enter_array(self, node: Node, found: list[Node]) -> None:
+    def _enter_array(self, node: TreeNode, found: list[TreeNode]) -> None:
         array: np.ndarray[Any, Any] = np.asarray(node.value)
         node.kind = "ndarray"
         if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
@@ -335,7 +335,7 @@ class TreeEncoder:
             array = array.copy()
         node.children = [self._child(torch.from_numpy(array), node, Attribute("array"), found)]
 
-    def _enter_tensor(self, node: Node, found: list[Node]) -> None:
+    def _enter_tensor(self, node: TreeNode, found: list[TreeNode]) -> None:
         tensor: torch.Tensor = node.value
         if not tensor.is_cpu:
             raise _unsupported(node, f"it is on {tensor.device}, not in host memory.", "Stage it first.")
@@ -354,7 +354,7 @@ class TreeEncoder:
         if parameter or tensor.requires_grad:
             self._note_autograd(node, tensor, parameter, found)
 
-    def _note_autograd(self, node: Node, tensor: torch.Tensor, parameter: bool, found: list[Node]) -> None:
+    def _note_autograd(self, node: TreeNode, tensor: torch.Tensor, parameter: bool, found: list[TreeNode]) -> None:
         """Say whether a tensor is a parameter and requires a gradient, and which it has."""
         requires_grad = tensor.requires_grad and tensor.is_leaf
         form: dict[str, Any] = {}
@@ -380,16 +380,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _unsupported(node: Node, reason: str, remedy: str | None) -> UnsupportedLeafError:
+def _unsupported(node: TreeNode, reason: str, remedy: str | None) -> UnsupportedLeafError:
     return UnsupportedLeafError(reason, path=format_path(path_of(node)), remedy=remedy)
 
 
 def _reference(child: Any) -> Any:
     """Return a child as JSON: a node is its number in a list, so that it differs from every scalar."""
-    return [child.position] if child.__class__ is Node else child
+    return [child.position] if child.__class__ is TreeNode else child
 
 
-def _lines(node: Node) -> Iterator[str]:
+def _lines(node: TreeNode) -> Iterator[str]:
     """Iterate over the lines of one node; what does not fit the first is in lines that add to it."""
     if node.kind == "tensor" and node.form.keys() == _NAME_ONLY and not node.children and not node.attributes:
         # Most nodes are such.

@@ -14,7 +14,7 @@ import torch
 from aiostage._extents import extent_of
 from aiostage._turns import releasing_gil
 from aiostage.errors import HostMemoryError, UnsupportedLeafError, shown
-from aiostage.format.encode import Node, path_of
+from aiostage.format.encode import TreeNode, path_of
 from aiostage.format.parts import Content, memory_of
 from aiostage.format.safetensors import (
     CARRIERS,
@@ -62,7 +62,7 @@ class Leaf:
         contiguous: Whether its elements lie in index order without gaps.
     """
 
-    node: Node
+    node: TreeNode
     tensor: torch.Tensor
     address: int
     stop: int
@@ -99,7 +99,7 @@ class FileTensor:
         return self.memory if isinstance(self.memory, int) else self.memory.data_ptr()
 
 
-def measure(nodes: Sequence[Node]) -> tuple[list[Leaf], list[int], list[int]]:
+def measure(nodes: Sequence[TreeNode]) -> tuple[list[Leaf], list[int], list[int]]:
     """Look at the memory of tensors.
 
     Returns:
@@ -127,7 +127,7 @@ def measure(nodes: Sequence[Node]) -> tuple[list[Leaf], list[int], list[int]]:
     return leaves, starts, stops
 
 
-def _address(node: Node, tensor: torch.Tensor, nbytes: int) -> int:
+def _address(node: TreeNode, tensor: torch.Tensor, nbytes: int) -> int:
     """Return where the memory of a tensor starts, if it has all that it needs."""
     try:
         address = tensor.data_ptr()
@@ -139,12 +139,12 @@ def _address(node: Node, tensor: torch.Tensor, nbytes: int) -> int:
     return address
 
 
-def _refused(node: Node, reason: str) -> UnsupportedLeafError:
+def _refused(node: TreeNode, reason: str) -> UnsupportedLeafError:
     return UnsupportedLeafError(f"{reason}.", path=format_path(path_of(node)), remedy="Stage it first.")
 
 
 def file_tensors(
-    leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]], other_places: Sequence[Node] | None = None
+    leaves: Sequence[Leaf], overlapping: Iterable[Sequence[int]], other_places: Sequence[TreeNode] | None = None
 ) -> list[FileTensor]:
     """Decide what is written for each leaf, and say so in the leaf's node.
 
@@ -164,7 +164,7 @@ def file_tensors(
     Raises:
         UnsupportedLeafError: If leaves share memory in a way that cannot come back.
     """
-    names = _Names()
+    names = _TensorNames()
     group_of = {index: group for group in overlapping for index in group}
     done: set[int] = set()
     found = []
@@ -181,7 +181,7 @@ def file_tensors(
     return found
 
 
-def _copies(leaves: Sequence[Leaf], other_places: Iterable[Node], names: _Names) -> list[FileTensor]:
+def _copies(leaves: Sequence[Leaf], other_places: Iterable[TreeNode], names: _TensorNames) -> list[FileTensor]:
     """Write leaves under the names that no tensor of a file has yet."""
     named = set(names.nodes())
     found = [_elements(leaf, names.name(leaf.node), is_copy=True) for leaf in leaves if leaf.node not in named]
@@ -193,7 +193,7 @@ def _copies(leaves: Sequence[Leaf], other_places: Iterable[Node], names: _Names)
     return found
 
 
-def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
+def _plain(leaf: Leaf, names: _TensorNames) -> FileTensor | None:
     """Write a leaf that its name alone describes, as most are, in the fewest steps; None if it is not such."""
     node, tensor = leaf.node, leaf.tensor
     dtype = _name_in_format(tensor)
@@ -207,7 +207,7 @@ def _plain(leaf: Leaf, names: _Names) -> FileTensor | None:
     return FileTensor(name, dtype, shape, nbytes, tensor.element_size(), leaf.address, tensor)
 
 
-def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _Names) -> FileTensor:
+def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _TensorNames) -> FileTensor:
     """Write the elements of a leaf, or its memory if its elements overlap or are too far apart."""
     tensor = leaf.tensor
     count = tensor.numel()
@@ -246,7 +246,7 @@ def _elements(leaf: Leaf, name: str, *, is_copy: bool = False) -> FileTensor:
     return FileTensor(name, dtype, shape, count * element_bytes, element_bytes, memory, tensor, is_copy)
 
 
-def _shared(group: Sequence[Leaf], names: _Names) -> FileTensor:
+def _shared(group: Sequence[Leaf], names: _TensorNames) -> FileTensor:
     """Write what several leaves look at, once."""
     first = group[0]
     alike = all(
@@ -259,7 +259,7 @@ def _shared(group: Sequence[Leaf], names: _Names) -> FileTensor:
     return _alone(first, group, names) if alike else _memory(group, names)
 
 
-def _memory(group: Sequence[Leaf], names: _Names) -> FileTensor:
+def _memory(group: Sequence[Leaf], names: _TensorNames) -> FileTensor:
     """Write the memory that leaves look at."""
     first = group[0]
     start, stop = min(leaf.address for leaf in group), max(leaf.stop for leaf in group)
@@ -325,15 +325,15 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-class _Names:
+class _TensorNames:
     """Gives tensors names that other programs can read: the keys that lead to them, with dots between."""
 
     def __init__(self) -> None:
-        self._used: dict[str, Node | None] = {"__metadata__": None}
+        self._used: dict[str, TreeNode | None] = {"__metadata__": None}
         # Of containers, what the names of all that they contain begin with; None if that is too long.
-        self._prefixes: dict[Node, str | None] = {}
+        self._prefixes: dict[TreeNode, str | None] = {}
 
-    def name(self, node: Node, suffix: str | None = None) -> str:
+    def name(self, node: TreeNode, suffix: str | None = None) -> str:
         """Return a name that no other tensor has."""
         parent = node.parent
         name: str | None = ""
@@ -353,12 +353,12 @@ class _Names:
         self._used[unique] = node if suffix is None else None
         return unique
 
-    def nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[TreeNode]:
         """Iterate over the nodes that have a name of their own, without a suffix."""
         return (node for node in self._used.values() if node is not None)
 
 
-def _prefix(node: Node) -> str | None:
+def _prefix(node: TreeNode) -> str | None:
     """Return the keys that lead to a node, each with a dot behind it; None if that is too long."""
     steps: list[str] = []
     length = 0
@@ -372,7 +372,7 @@ def _prefix(node: Node) -> str | None:
     return "".join(f"{step}." for step in reversed(steps))
 
 
-def _step(node: Node) -> str:
+def _step(node: TreeNode) -> str:
     """Return a node's key as it stands in names."""
     key = node.key
     step = str(key) if isinstance(key, (str, int)) else repr(key)[:MAX_TENSOR_NAME]

@@ -447,7 +447,7 @@ characters and more, or a few values of any length."""
 _BYTES_A_TEXT = 256
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_MARKS = (b",", b":", b"[", b"{")
+_DELIMITERS = (b",", b":", b"[", b"{")
 
 
 def lines_of(text: Buffer) -> Iterator[bytes]:
@@ -487,7 +487,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def _values(line: bytes) -> int:
-    return sum(map(line.count, _MARKS))
+    return sum(map(line.count, _DELIMITERS))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

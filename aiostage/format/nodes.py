@@ -34,7 +34,7 @@ __all__ = [
     "path_step",
     "reading",
     "sizes_of",
-    "spread_views",
+    "strided_layouts",
     "view_of",
 ]
 
@@ -333,7 +333,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, TensorRecord]) -> View:
     return View(dtype, shape, stride, offset)
 
 
-def spread_views(
+def strided_layouts(
     table: NodeTable, records: Mapping[str, TensorRecord], positions: Mapping[str, int], *, path: str
 ) -> dict[str, View]:
     """Find the tensors that lie in files in index order, but did not in memory.

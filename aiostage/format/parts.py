@@ -22,9 +22,9 @@ __all__ = [
     "PART_ALIGNMENT",
     "PART_BYTES",
     "Content",
-    "Hole",
+    "Gap",
     "Part",
-    "Piece",
+    "PartPiece",
     "Scattered",
     "cut",
     "digest",
@@ -72,7 +72,7 @@ def memory_of(address: int, nbytes: int, owner: object) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Hole:
+class Gap:
     """Bytes of a file that are read and checked, but have no destination.
 
     Attributes:
@@ -137,11 +137,11 @@ def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]
         yield from _runs(tensor[last], 0, stop - start)
 
 
-Content: TypeAlias = "torch.Tensor | Hole"
-"""Consecutive bytes of a file: a tensor whose elements are written in index order, or a hole."""
+Content: TypeAlias = "torch.Tensor | Gap"
+"""Consecutive bytes of a file: a tensor whose elements are written in index order, or a gap."""
 
-Piece: TypeAlias = "torch.Tensor | Scattered | Hole"
-"""Of a part: one-dimensional uint8 memory, scattered elements, or a hole."""
+PartPiece: TypeAlias = "torch.Tensor | Scattered | Gap"
+"""Of a part: one-dimensional uint8 memory, scattered elements, or a gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +152,13 @@ class Part:
         index: Which one, from 0.
         offset: Where it starts in the file, a multiple of :data:`PART_BYTES`.
         nbytes: How long it is.
-        pieces: One-dimensional uint8 tensors, scattered elements and holes, in file order.
+        pieces: One-dimensional uint8 tensors, scattered elements and gaps, in file order.
     """
 
     index: int
     offset: int
     nbytes: int
-    pieces: list[Piece]
+    pieces: list[PartPiece]
 
 
 def cut(contents: Sequence[Content], part_bytes: int) -> list[Part]:
@@ -172,20 +172,20 @@ def cut(contents: Sequence[Content], part_bytes: int) -> list[Part]:
         The parts in order; at least one, if only an empty one.
     """
     parts = [Part(0, 0, 0, [])]
-    pieces: list[Piece] = parts[0].pieces
-    position, room = 0, part_bytes
+    pieces: list[PartPiece] = parts[0].pieces
+    position, space = 0, part_bytes
     for content in releasing_gil(contents):
         taken, nbytes = 0, content.nbytes
         while taken < nbytes:
-            if not room:
+            if not space:
                 _close(parts, position)
                 pieces = []
                 parts.append(Part(len(parts), position, 0, pieces))
-                room = part_bytes
+                space = part_bytes
                 release_gil()
-            step = min(room, nbytes - taken)
+            step = min(space, nbytes - taken)
             pieces.append(_piece(content, taken, taken + step))
-            taken, position, room = taken + step, position + step, room - step
+            taken, position, space = taken + step, position + step, space - step
     _close(parts, position)
     return parts
 
@@ -195,10 +195,10 @@ def _close(parts: list[Part], position: int) -> None:
     parts[-1] = Part(last.index, last.offset, position - last.offset, last.pieces)
 
 
-def _piece(content: Content, start: int, stop: int) -> Piece:
+def _piece(content: Content, start: int, stop: int) -> PartPiece:
     """Return the bytes of a content from ``start`` to ``stop``."""
-    if isinstance(content, Hole):
-        return Hole(stop - start)
+    if isinstance(content, Gap):
+        return Gap(stop - start)
     if not content.is_contiguous():
         size = content.element_size()
         return Scattered(content, start // size, stop // size)
@@ -214,7 +214,7 @@ def single_piece(part: Part) -> torch.Tensor | None:
     return None
 
 
-def memory_range(piece: Piece) -> tuple[int, int]:
+def memory_range(piece: PartPiece) -> tuple[int, int]:
     """Return where in memory a piece comes from: an address, and how many bytes from there on it may read."""
     if isinstance(piece, torch.Tensor):
         return piece.data_ptr(), piece.numel()
@@ -228,7 +228,7 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
     """Copy the pieces of a part to the beginning of a buffer.
 
     Args:
-        part: Without holes.
+        part: Without gaps.
         buffer: One-dimensional uint8, at least as long as the part.
     """
     # A buffer that was made in the caller's inference mode, which belongs to its thread, can be written to only in it.
@@ -238,7 +238,7 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
             for piece, place in zip(pieces, places, strict=True):
                 if isinstance(piece, Scattered):
                     piece.collect(place)
-                elif not isinstance(piece, Hole):
+                elif not isinstance(piece, Gap):
                     sources.append(piece)
                     destinations.append(place)
             if sources:
@@ -246,7 +246,7 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
 
 
 def scatter(part: Part, buffer: torch.Tensor) -> None:
-    """Copy the beginning of a buffer to the pieces of a part, leaving holes out.
+    """Copy the beginning of a buffer to the pieces of a part, leaving gaps out.
 
     Args:
         part: Without scattered elements.
@@ -260,7 +260,7 @@ def scatter(part: Part, buffer: torch.Tensor) -> None:
                 _private.foreach_copy([piece for piece, _ in pairs], [place for _, place in pairs])
 
 
-def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[Piece], Sequence[torch.Tensor]]]:
+def _groups(part: Part, buffer: torch.Tensor) -> Iterator[tuple[list[PartPiece], Sequence[torch.Tensor]]]:
     """Iterate over small groups of pieces, with their places in a buffer."""
     position = 0
     for start in range(0, len(part.pieces), _GROUP):

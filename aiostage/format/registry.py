@@ -64,7 +64,7 @@ def register(cls: type[T], flatten: Flatten[T] | None = None, unflatten: Unflatt
     _registered[full_name(cls)] = Registered(cls, flatten, unflatten)
 
 
-class Found(NamedTuple):
+class ClassHandler(NamedTuple):
     """How objects of a class are taken apart.
 
     Attributes:
@@ -76,16 +76,16 @@ class Found(NamedTuple):
     flatten: Flatten[Any] | None
 
 
-def flattening_of(cls: type) -> Found | None:
+def flattening_of(cls: type) -> ClassHandler | None:
     """Return how objects of a class are taken apart, if that is registered or known."""
     found = _registered.get(full_name(cls))
     if found is not None and found.cls is cls:
-        return Found(None, found.flatten)
+        return ClassHandler(None, found.flatten)
     for base in cls.__mro__:
         name = full_name(base)
         known = PACKAGES.get(name)
         if known is not None and (base is cls or known.subclasses):
-            return Found(name, known.flatten)
+            return ClassHandler(name, known.flatten)
     return None
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["lock_of", "locked_by", "name_of", "present", "removed_of", "sort_out", "step_of", "surplus", "tombstone_of"]
+__all__ = [
+    "lock_of",
+    "locked_by",
+    "name_of",
+    "present",
+    "removed_by_tombstone",
+    "sort_out",
+    "step_of",
+    "surplus",
+    "tombstone_of",
+]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TOMBSTONE = ".removed"
@@ -22,10 +32,10 @@ def tombstone_of(name: str) -> str:
     return name + _TOMBSTONE
 
 
-def removed_of(name: str) -> str | None:
+def removed_by_tombstone(name: str) -> str | None:
     """Return the checkpoint that a tombstone lies beside, or None if it is no tombstone."""
-    buried = name.removesuffix(_TOMBSTONE)
-    return buried if buried != name and step_of(buried) is not None else None
+    removed = name.removesuffix(_TOMBSTONE)
+    return removed if removed != name and step_of(removed) is not None else None
 
 
 def lock_of(name: str) -> str:
@@ -62,7 +72,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
         The names of both, in order. Tombstones are neither.
     """
     names = set(names)
-    tombstones = {name for name in names if removed_of(name.rpartition("/")[2]) is not None}
+    tombstones = {name for name in names if removed_by_tombstone(name.rpartition("/")[2]) is not None}
     removed = {name for name in names if tombstone_of(name) in tombstones}
     return sorted(names - removed - tombstones), sorted(removed)
 

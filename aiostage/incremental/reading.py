@@ -15,7 +15,7 @@ from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import read_placement
 from aiostage.format.placement import Extent, PlacedFile, Placement
-from aiostage.format.steps import removed_of, step_of, tombstone_of
+from aiostage.format.steps import removed_by_tombstone, step_of, tombstone_of
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import exists
 
@@ -162,4 +162,6 @@ async def is_removed(storage: Storage, name: str) -> bool:
         OSError: If the storage refuses.
     """
     last = name.rpartition("/")[2]
-    return removed_of(last) is not None or (step_of(last) is not None and await exists(storage, tombstone_of(name)))
+    return removed_by_tombstone(last) is not None or (
+        step_of(last) is not None and await exists(storage, tombstone_of(name))
+    )

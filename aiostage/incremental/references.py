@@ -27,7 +27,7 @@ from aiostage._loop.coroutines import give_up
 from aiostage.abc import Buffer, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
-from aiostage.format.steps import lock_of, locked_by, present, removed_of, step_of, tombstone_of
+from aiostage.format.steps import lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
 from aiostage.incremental.reading import placement_of
 
 __all__ = ["References", "locked"]
@@ -142,7 +142,9 @@ class References:
             await self._storage.delete(name)
         for name in sorted(referred):
             await self._write_tombstone(name)
-        await self._clear({*referred, *(buried for name in names if (buried := removed_of(name)) is not None)})
+        await self._clear(
+            {*referred, *(removed for name in names if (removed := removed_by_tombstone(name)) is not None)}
+        )
 
     async def _clear(self, removed: Collection[str]) -> None:
         """Remove files that are not needed any more of checkpoints that were removed.

@@ -351,7 +351,7 @@ class _Group:
         self._parts: deque[np.ndarray[Any, Any]] = deque()
 
     @property
-    def room(self) -> int:
+    def space(self) -> int:
         """How many bytes its last part can take, or a new one."""
         return min(PART_BYTES - self.nbytes % PART_BYTES, _GROUP_BYTES - self.nbytes)
 
@@ -361,7 +361,7 @@ class _Group:
         self.nbytes += PART_BYTES
 
     def copy(self, data: Buffer, buffers: PartBuffers) -> None:
-        """Add a copy of data that the last part has room for. Blocks."""
+        """Add a copy of data that the last part has space for. Blocks."""
         start = self.nbytes % PART_BYTES
         if start == 0:
             self._parts.append(buffers.take())
@@ -402,14 +402,14 @@ class _Changes:
             await self.finish(filled)
         while data:
             group = self._group = self._group or _Group(next(self._names))
-            taken = data[: group.room]
+            taken = data[: group.space]
             append(self.pieces, Extent(None, group.name, group.nbytes, len(taken)))
             if self._may_keep and len(taken) == PART_BYTES:
                 group.keep(taken)
             else:
                 await self._workers.run(partial(group.copy, taken, self._buffers))
             data = data[len(taken) :]
-            if not group.room:
+            if not group.space:
                 await self.finish(filled)
 
     async def finish(self, filled: ObjectSendStream[_Group]) -> None:

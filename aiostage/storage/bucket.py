@@ -10,7 +10,7 @@ from typing import Any
 
 from aiostage.abc import Buffer
 
-__all__ = ["Bucket", "Entry", "Found", "Version"]
+__all__ = ["Bucket", "ObjectMeta", "StoredObject", "Version"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,14 @@ class Version:
     """One state of an object, which changes whenever it is written.
 
     Attributes:
-        mark: What the store calls it; None where the store does not tell states apart.
+        tag: What the store calls it; None where the store does not tell states apart.
     """
 
-    mark: Any
+    tag: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredObject:
     """A small object.
 
     Attributes:
@@ -38,7 +38,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ObjectMeta:
     """An object in a listing.
 
     Attributes:
@@ -68,7 +68,7 @@ class Bucket(ABC):
         return 8
 
     @abstractmethod
-    async def get(self, path: str, *, at_most: int) -> Found:
+    async def get(self, path: str, *, at_most: int) -> StoredObject:
         """Return an object as a whole.
 
         Args:
@@ -128,7 +128,7 @@ class Bucket(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
+    def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectMeta]]:
         """Iterate over all objects below a path, at any depth; all that there are for the empty path.
 
         They come in batches that are looked through in a fraction of a millisecond.

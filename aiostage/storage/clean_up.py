@@ -112,7 +112,7 @@ async def _now(bucket: Bucket) -> datetime:
         await bucket.put(path, memoryview(b"."))
         times = {entry.path: entry.modified async for batch in bucket.list(_CLOCK) for entry in batch}
         now = times.get(path) or datetime.min.replace(tzinfo=UTC)
-        # Of sweeps that were killed here.
+        # Left by a clean-up whose process was killed here.
         stale += [path for path, time in times.items() if time is not None and now - time > _SWEPT]
     finally:
         await finish(lambda: bucket.delete(stale))

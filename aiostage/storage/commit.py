@@ -28,7 +28,7 @@ from aiostage.storage.files import (
     open_directory,
     remove,
     sync_directory,
-    try_lock,
+    try_lock_directory,
 )
 
 __all__ = [
@@ -111,7 +111,7 @@ class PendingDirectory:
             directory = open_directory(self.path, follow_link=False)
         except FileNotFoundError:
             return None
-        if try_lock(directory) is False or not is_current(directory, self.path):
+        if try_lock_directory(directory) is False or not is_current(directory, self.path):
             directory.close()
             return None
         return directory
@@ -226,7 +226,7 @@ def delete_committed(target: str) -> None:
         if not os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
             return
         # Locked, so that no clean-up takes what is left for stale files before it is gone.
-        try_lock(directory)
+        try_lock_directory(directory)
         path = _new_path(target)
         try:
             os.rename(target, path)
@@ -418,7 +418,7 @@ def _clean_up(target: str) -> None:
             # The pending checkpoint of another user, who will see to it.
             continue
         try:
-            if try_lock(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
+            if try_lock_directory(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
                 _log.info("removing %s, left behind by a save that did not end", path)
                 remove(path)
         finally:

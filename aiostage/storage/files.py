@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from aiostage._platform import NOT_SUPPORTED, read_into, reserve_file, set_direct, sync
+from aiostage._platform import NOT_SUPPORTED, read_into, reserve_file, set_direct, sync, try_lock
 from aiostage._platform import rename as _rename
-from aiostage._platform import try_lock as _try_lock
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.parts import PART_ALIGNMENT
@@ -35,7 +34,7 @@ __all__ = [
     "open_directory",
     "remove",
     "sync_directory",
-    "try_lock",
+    "try_lock_directory",
 ]
 
 _BOUNCE_BYTES = 1 << 20
@@ -320,10 +319,10 @@ def sync_directory(path: str) -> None:
         directory.close()
 
 
-def try_lock(directory: Descriptor) -> bool | None:
+def try_lock_directory(directory: Descriptor) -> bool | None:
     """Lock a directory; return False if it is locked already, None where the file system has no locks. Blocks."""
     try:
-        return _try_lock(directory.fileno())
+        return try_lock(directory.fileno())
     except OSError:
         # Without locks no process can tell stale files from work, so nothing is ever removed.
         return None

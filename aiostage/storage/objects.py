@@ -30,7 +30,7 @@ from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, said, shown
-from aiostage.storage.bucket import Bucket, Entry, Found, Version
+from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
 __all__ = ["ObjectStorage", "translate", "worded"]
@@ -56,7 +56,7 @@ _SCHEME_OF = {"gcs": "gs", "azure": "az"}
 
 _COPY_THREADS = 2
 
-_BATCH = 200
+_PATHS_PER_PAGE = 200
 
 # The threads of obstore drop Python objects a little after they have answered. One that finds the interpreter
 # gone then aborts the process: 8 of 60 programs that ended right after an upload ended like that, and none with this.
@@ -144,7 +144,7 @@ class _ObjectBucket(Bucket):
     def reads_at_once(self) -> int:
         return _READS_AT_ONCE
 
-    async def get(self, path: str, *, at_most: int) -> Found:
+    async def get(self, path: str, *, at_most: int) -> StoredObject:
         store = await self._connected()
         with self._translated(path):
             result = await _answered(obstore.get_async(store, self._prefix + path))
@@ -154,7 +154,7 @@ class _ObjectBucket(Bucket):
                     f"it is {meta['size']} bytes long, and {at_most} are the most.", path=f"{self._location}/{path}"
                 )
             data = await _answered(result.bytes_async())
-        return Found(memoryview(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
+        return StoredObject(memoryview(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
 
     async def size(self, path: str) -> int:
         store = await self._connected()
@@ -191,7 +191,7 @@ class _ObjectBucket(Bucket):
 
     async def replace(self, path: str, data: Buffer, seen: Version) -> None:
         try:
-            await self._put(path, data, seen.mark or "overwrite")
+            await self._put(path, data, seen.tag or "overwrite")
         except NotImplementedError:
             # The store cannot compare. Of several writers that replace at once, the last one wins.
             await self._put(path, data, "overwrite")
@@ -238,17 +238,17 @@ class _ObjectBucket(Bucket):
                     )
             raise
 
-    async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectMeta]]:
         store = await self._connected()
         with self._translated(prefix):
-            batches = obstore.list(store, (self._prefix + prefix) or None, chunk_size=_BATCH)
+            batches = obstore.list(store, (self._prefix + prefix) or None, chunk_size=_PATHS_PER_PAGE)
         while True:
             with self._translated(prefix):
                 try:
                     metas = await _answered(anext(batches))
                 except StopAsyncIteration:
                     return
-            yield [Entry(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
+            yield [ObjectMeta(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
 
     async def delete(self, paths: Sequence[str]) -> None:
         store = await self._connected()
@@ -382,7 +382,7 @@ _CAUSE = re.compile(r'(?:message|error): "([^"]+)"')
 
 _NO_BUCKET = re.compile(r"\b(?:NoSuchBucket|ContainerNotFound)\b")
 
-_REMEDIES = (
+_HINTS = (
     (_NO_BUCKET, "Make the bucket, or check its name and the endpoint."),
     (
         re.compile(r"/latest/(?:api/token|meta-data)"),
@@ -428,7 +428,7 @@ def translate(error: Exception, location: str, *, conditional: bool = True) -> E
         return error
     if isinstance(error, AlreadyExistsError | PreconditionError) and conditional:
         return FileExistsError(f"{location}: {worded(error)}")
-    remedy = next((remedy for sign, remedy in _REMEDIES if sign.search(str(error))), None)
+    remedy = next((remedy for sign, remedy in _HINTS if sign.search(str(error))), None)
     if remedy is None and isinstance(error, PermissionDeniedError | UnauthenticatedError):
         remedy = "Check the credentials, what they allow, and the endpoint."
     return StorageError(worded(error), path=location, remedy=remedy)

@@ -49,7 +49,7 @@ __all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage", "read_ranges"]
 _RANGE_BYTES = 8 << 20
 """One request: long enough that its latency does not count, short enough that several share the work."""
 
-_AT_ONCE = 8
+_RANGES_AT_ONCE = 8
 
 
 async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int, into: Buffer) -> int:
@@ -79,7 +79,7 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
 
     try:
         async with anyio.create_task_group() as group:
-            for _ in range(min(_AT_ONCE, -(-into.nbytes // _RANGE_BYTES))):
+            for _ in range(min(_RANGES_AT_ONCE, -(-into.nbytes // _RANGE_BYTES))):
                 group.start_soon(reader, starts)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None

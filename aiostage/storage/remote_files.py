@@ -19,7 +19,7 @@ from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
-from aiostage.storage.bucket import Bucket, Entry, Found, Version
+from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
 __all__ = ["FsspecStorage"]
@@ -27,7 +27,7 @@ __all__ = ["FsspecStorage"]
 _THREADS = 8
 """As many requests at once; each thread of a remote file system only waits."""
 
-_BATCH = 200
+_PATHS_PER_PAGE = 200
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What a disk says that knows no hard links."""
@@ -98,11 +98,11 @@ class _FsspecBucket(Bucket):
     def reads_at_once(self) -> int:
         return _THREADS
 
-    async def get(self, path: str, *, at_most: int) -> Found:
+    async def get(self, path: str, *, at_most: int) -> StoredObject:
         data = await self._run(path, partial(_head, nbytes=at_most + 1))
         if len(data) > at_most:
             raise CheckpointCorruptError(f"it is longer than {at_most} bytes.", path=f"{self._location}/{path}")
-        return Found(memoryview(data), Version(None))
+        return StoredObject(memoryview(data), Version(None))
 
     async def size(self, path: str) -> int:
         return await self._run(path, _size)
@@ -157,12 +157,12 @@ class _FsspecBucket(Bucket):
                 await finish(lambda: self._workers.run(partial(_give_up, opened[0])))
             raise
 
-    async def list(self, prefix: str) -> AsyncIterator[Sequence[Entry]]:
-        def find(fs: Any, full: str) -> list[Sequence[Entry]]:
+    async def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectMeta]]:
+        def find(fs: Any, full: str) -> list[Sequence[ObjectMeta]]:
             _, root = self._filesystem()
             start = len(root.rstrip("/")) + 1
-            entries = [Entry(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
-            return [entries[first : first + _BATCH] for first in range(0, len(entries), _BATCH)]
+            entries = [ObjectMeta(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
+            return [entries[first : first + _PATHS_PER_PAGE] for first in range(0, len(entries), _PATHS_PER_PAGE)]
 
         try:
             batches = await self._run(prefix, find)
@@ -297,7 +297,7 @@ def _pending(full: str, data: bytes) -> Iterator[str]:
     """Write a local file that is about to appear at a path.
 
     fsspec truncates a local file and then fills it, and creates one after it has looked whether there is one. The file
-    is in a folder that a sweep removes as stale, if this process dies here.
+    is in a folder that a clean-up removes as stale, if this process dies here.
     """
     folder = f"{os.path.dirname(full)}/data-{secrets.token_hex(8)}"
     pending = f"{folder}/pending checkpoint"

@@ -378,7 +378,7 @@ class StorageSuite(ABC):
         await first.commit(memoryview(b"1"))
         await self._check(storage, "a", {"file.bin": b"first"}, b"1")
 
-    async def test_sweeping_leaves_the_living_alone(self) -> None:
+    async def test_clean_up_leaves_running_writers_alone(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"m")
         pending = await storage.open("b")
@@ -447,30 +447,30 @@ class StorageSuite(ABC):
             await self._save(storage, "a", self.files, b"m", overwrite=True)
         await self._check_trimmed(storage, "a", keep)
 
-    async def test_sweeping_cancelled_at_every_await(self) -> None:
+    async def test_clean_up_cancelled_at_every_await(self) -> None:
         require_asyncio()
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"m")
         async for _ in at_every_await(storage.clean_up):
             await self._check(storage, "a", self.files, b"m")
 
-    # Debris
+    # Stale files
 
-    async def leave_debris(self, storage: Storage, name: str) -> None:
+    async def leave_stale_files(self, storage: Storage, name: str) -> None:
         """Leave behind what a writer leaves that is killed. Override it where a test can do that."""
-        raise unittest.SkipTest("leave_debris() is not implemented: it makes what a killed writer leaves here")
+        raise unittest.SkipTest("leave_stale_files() is not implemented: it makes what a killed writer leaves here")
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         """Return how many things there are that belong to no committed checkpoint."""
-        raise unittest.SkipTest("count_debris() is not implemented: it counts the stale files here")
+        raise unittest.SkipTest("count_stale_files() is not implemented: it counts the stale files here")
 
-    async def test_sweeping_removes_what_the_dead_have_left(self) -> None:
+    async def test_clean_up_removes_the_files_of_killed_writers(self) -> None:
         storage = self.make_storage()
         await self._save(storage, "a", self.files, b"m")
-        await self.leave_debris(storage, "b")
-        assert await self.count_debris(storage)
+        await self.leave_stale_files(storage, "b")
+        assert await self.count_stale_files(storage)
         await storage.clean_up()
-        assert await self.count_debris(storage) == 0
+        assert await self.count_stale_files(storage) == 0
         await self._check(storage, "a", self.files, b"m")
 
     async def test_nothing_is_left_of_what_is_cancelled(self) -> None:
@@ -478,4 +478,4 @@ class StorageSuite(ABC):
         storage = self.make_storage()
         files = {"file.bin": _content(2 * self.part_bytes + 5)}
         async for _ in at_every_await(partial(self._save, storage, "a", files, b"m", overwrite=True)):
-            assert await self.count_debris(storage) == 0
+            assert await self.count_stale_files(storage) == 0

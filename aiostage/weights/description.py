@@ -25,7 +25,7 @@ from aiostage._turns import releasing_gil
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import Memory, TreeDecoder
-from aiostage.format.encode import Node, TreeEncoder
+from aiostage.format.encode import TreeEncoder, TreeNode
 from aiostage.format.manifest import lines_of, parse_line
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.safetensors import TensorRecord, checked_sizes
@@ -34,7 +34,7 @@ __all__ = ["Described", "describe", "open_described"]
 
 _FORMAT = "aiostage-weights"
 _VERSION = 1
-_CHUNK = 256
+_STORAGES_PER_LINE = 256
 _ALIGNMENT = 64
 """Of what lies behind the text: no element of a tensor is larger."""
 
@@ -96,8 +96,8 @@ def describe(staged: object) -> Described:
         places.add(node)
     head = {"format": _FORMAT, "version": _VERSION, "extra": sum(part.nbytes for part in places.extra)}
     text = bytearray(_dump(head))
-    for start in releasing_gil(range(0, len(places.storages), _CHUNK)):
-        text += _dump(places.storages[start : start + _CHUNK])
+    for start in releasing_gil(range(0, len(places.storages), _STORAGES_PER_LINE)):
+        text += _dump(places.storages[start : start + _STORAGES_PER_LINE])
     for line in releasing_gil(encoder.lines()):
         text += line.encode("ascii") + b"\n"
         if len(text) > MAX_TEXT_BYTES:
@@ -127,7 +127,7 @@ class _Places:
         self._numbers: dict[tuple[int, int], int] = {}
         self._extra_bytes = 0
 
-    def add(self, node: Node) -> None:
+    def add(self, node: TreeNode) -> None:
         """Say in the node of a tensor where that lies."""
         tensor: torch.Tensor = node.value
         storage = tensor.untyped_storage()

@@ -71,7 +71,7 @@ class Inbox:
         connected: Whether the publisher can be reached.
         newest: Epoch and number of the newest version that is known of.
         failure: Why no version will come any more.
-        outgoing: What is to be said to the publisher.
+        unsent: What is to be said to the publisher.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Inbox:
         self.connected = False
         self.newest: tuple[str, int] | None = None
         self.failure: Exception | None = None
-        self.outgoing: deque[dict[str, Any]] = deque()
+        self.unsent: deque[dict[str, Any]] = deque()
         self._content: WeightVersion | Exception | None = None
 
     def put(self, content: WeightVersion | Exception, *, seen: tuple[str, int] | None) -> None:
@@ -123,7 +123,7 @@ class Inbox:
         # What other threads have posted comes first.
         await checkpoint()
         with anyio.move_on_after(_FLUSH_SECONDS):
-            while self.connected and self.outgoing:
+            while self.connected and self.unsent:
                 await self.changed.event.wait()
 
     async def take(self) -> WeightVersion:

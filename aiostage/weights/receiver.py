@@ -45,7 +45,7 @@ class _Session:
     def tell(self, **message: object) -> None:
         """Send a message soon. What is said after the end is lost: the publisher has dropped everything then."""
         if not self.ended:
-            self._inbox.outgoing.append(message)
+            self._inbox.unsent.append(message)
             self._inbox.changed.set()
 
 
@@ -119,7 +119,7 @@ class SocketReceiver:
 
     async def _serve(self, session: _Session, workers: Workers) -> None:
         inbox = self._inbox
-        inbox.outgoing.clear()
+        inbox.unsent.clear()
         inbox.set_connected(True)
         try:
             await run_concurrently(partial(self._read, session, workers), partial(self._write, session))
@@ -173,9 +173,9 @@ class SocketReceiver:
         beat = min(self._timeout, session.timeout) / _BEATS_PER_TIMEOUT
         while True:
             changed = inbox.changed.event
-            if inbox.outgoing:
-                await peer.send(inbox.outgoing[0])
-                inbox.outgoing.popleft()
+            if inbox.unsent:
+                await peer.send(inbox.unsent[0])
+                inbox.unsent.popleft()
                 inbox.changed.set()
             elif inbox.wants and not session.requested:
                 session.requested = True

@@ -162,7 +162,7 @@ class StorageReceiver:
             try:
                 revision = await self._storage.revision(_POINTER)
                 inbox.set_connected(True)
-                if revision is not None and revision != seen and await self._look():
+                if revision is not None and revision != seen and await self._check_pointer():
                     seen = revision
                 failures = 0
             except OSError as error:
@@ -172,7 +172,7 @@ class StorageReceiver:
             if inbox.wants:
                 await anyio.sleep(min(self._interval * 2.0**failures, max(self._interval, _LONGEST_WAIT_SECONDS)))
 
-    async def _look(self) -> bool:
+    async def _check_pointer(self) -> bool:
         """Load the newest version if it is new; return whether there is nothing more to be done about this pointer."""
         inbox = self._inbox
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aiostage.abc import Storage
-from aiostage.format.steps import name_of, removed_of
+from aiostage.format.steps import name_of, removed_by_tombstone
 from aiostage.incremental.reading import placement_of
 from aiostage.storage.pointer import LEASE_NAME, POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST
@@ -77,6 +77,6 @@ async def needed(storage: Storage, steps: list[int]) -> dict[tuple[str, str], in
 
 def apart_from_the_small(files: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     """Leave out what every checkpoint and every mark has, which is small."""
-    small = {key for key in files if key[1] in (MANIFEST, POINTER_NAME, LEASE_NAME) or removed_of(key[0])}
+    small = {key for key in files if key[1] in (MANIFEST, POINTER_NAME, LEASE_NAME) or removed_by_tombstone(key[0])}
     assert sum(files[key] for key in small) < 100_000
     return {key: nbytes for key, nbytes in files.items() if key not in small}

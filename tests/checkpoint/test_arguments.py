@@ -67,7 +67,7 @@ async def test_steps(tmp_path: Path) -> None:
     async with aiostage.Checkpointer(tmp_path) as checkpoints:
         await checkpoints.save(5, STATE)
     for call in (checkpoints.restore, checkpoints.delete):
-        with pytest.raises(ValueError, match="a step is a whole number from 0, not -1"):
+        with pytest.raises(ValueError, match="a step must be an integer of at least 0, not -1"):
             await call(step=-1)
         with pytest.raises(TypeError, match="a step must be a whole number, not '5'"):
             await call(step="5")  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from tests.checkpoint.test_checkpointer import Copier, Gate, until
 
 
 async def settled(checkpoints: Checkpointer) -> None:
-    await until(lambda: not checkpoints._savings)
+    await until(lambda: not checkpoints._tasks)
 
 
 def test_parts_are_whole_blocks() -> None:

@@ -82,7 +82,7 @@ async def test_cancelled_at_every_await_it_is_the_old_one_or_the_new() -> None:
 
         async for _ in at_every_await(replace):
             rounds += 1
-            await until(lambda: not checkpoints._savings)
+            await until(lambda: not checkpoints._tasks)
             found = await checkpoints.restore()
             assert_same(tree(found["step"]), found)
             await (await checkpoints.save(1, tree(1), replace=True)).committed()

@@ -48,7 +48,7 @@ async def test_old_checkpoints_go_when_a_new_one_is_committed() -> None:
     async with Checkpointer(storage, keep=2, keep_also=lambda step: step % 100 == 0) as checkpoints:
         for step in range(100, 160, 10):
             await checkpoints.save(step, tree(step))
-        await until(lambda: not checkpoints._savings)
+        await until(lambda: not checkpoints._tasks)
         assert await checkpoints.steps() == [100, 140, 150]
         # Not before.
         gate.open = type(gate.open)()
@@ -80,7 +80,7 @@ async def test_after_going_back_the_newest_stays() -> None:
             await checkpoints.save(step * 100, tree(step))
     async with Checkpointer(storage, keep=2) as checkpoints:
         await checkpoints.save(110, tree(0))
-        await until(lambda: not checkpoints._savings)
+        await until(lambda: not checkpoints._tasks)
         assert await checkpoints.steps() == [110, 200, 300]
         await checkpoints.delete(200)
         await checkpoints.delete(300)
@@ -121,7 +121,7 @@ async def test_a_removal_that_fails_is_tried_again(caplog: pytest.LogCaptureFixt
         for step in range(3):
             # The save is none the worse.
             await (await checkpoints.save(step, tree(step))).committed()
-        await until(lambda: not checkpoints._savings)
+        await until(lambda: not checkpoints._tasks)
         assert await checkpoints.steps() == [0, 1, 2]
         assert "Permission denied" in caplog.text
         storage.before = None

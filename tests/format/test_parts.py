@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aiostage.format.parts import (
     Content,
-    Hole,
+    Gap,
     Part,
     Scattered,
     cut,
@@ -126,14 +126,14 @@ class TestScatter:
 
     def test_leaves_holes_out(self):
         first, last = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
-        (part,) = parts_of([first, Hole(5), last])
+        (part,) = parts_of([first, Gap(5), last])
         assert single_piece(part) is None
         scatter(part, torch.arange(20, dtype=torch.uint8))
         assert first.tolist() == [0, 1, 2, 3]
         assert last.tolist() == [9, 10, 11, 12]
 
     def test_a_part_of_nothing_but_holes(self):
-        first, second = parts_of([Hole(100)])
+        first, second = parts_of([Gap(100)])
         assert (first.nbytes, second.nbytes) == (64, 36)
         assert single_piece(first) is None
         scatter(first, buffer())

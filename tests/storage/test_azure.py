@@ -15,7 +15,7 @@ from obstore.store import AzureStore
 import aiostage
 from aiostage import CheckpointExistsError
 from aiostage.abc import Storage
-from aiostage.storage import clean_up as sweeping
+from aiostage.storage import clean_up
 from aiostage.storage.objects import ObjectStorage
 from aiostage.testing import StorageSuite
 from tests.storage.buckets import PART, race, some_bytes, write
@@ -38,7 +38,7 @@ class TestAzurite(StorageSuite):
         self.prefix = f"run-{secrets.token_hex(4)}"
         return ObjectStorage(self.store, self.prefix)
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         return len(await strays_in(self.store, self.prefix))
 
 
@@ -65,18 +65,18 @@ async def test_of_two_writers_one_wins(azure_options: dict[str, Any], prefix: st
         await race(storage, name)
 
 
-async def test_a_sweep(azure_options: dict[str, Any], prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_clean_up(azure_options: dict[str, Any], prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Azure's own clock and times of writing tell what is old."""
     store = AzureStore(**azure_options)
     storage = ObjectStorage(store, prefix, lease_seconds=3600)
     await write(await storage.open("a"), "data", some_bytes(2 * PART))
     await storage.clean_up()
     assert len(await strays_in(store, prefix)) == 2
-    now = sweeping._now
+    now = clean_up._now
 
     async def later(bucket: Any) -> datetime:
         return await now(bucket) + timedelta(seconds=3700)
 
-    monkeypatch.setattr(sweeping, "_now", later)
+    monkeypatch.setattr(clean_up, "_now", later)
     await storage.clean_up()
     assert obstore.list(store, prefix).collect() == []

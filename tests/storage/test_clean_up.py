@@ -37,7 +37,7 @@ def paths(store: Any) -> list[str]:
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let a sweep believe that it takes place later than it does."""
+    """Let a clean-up believe that it takes place later than it does."""
     now = module._now
 
     async def then(bucket: Any) -> datetime:
@@ -51,7 +51,7 @@ async def die(storage: ObjectStorage, name: str, *, overwrite: bool = False) -> 
     await write(await storage.open(name, overwrite=overwrite), "data", some_bytes(1000))
 
 
-async def test_debris_goes_once_its_lease_is_over(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stale_files_go_once_its_lease_is_over(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = ObjectStorage(store, lease_seconds=LEASE)
     await die(storage, "a")
     await die(storage, "b/c")
@@ -109,7 +109,7 @@ async def test_whoever_was_taken_for_dead_cannot_commit(store: Any, monkeypatch:
     assert paths(store) == []
 
 
-async def test_a_commit_between_the_looks_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_between_the_listings_of_a_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=LEASE)
     pending = await storage.open("a")

@@ -54,7 +54,7 @@ class TestFakeGcs(StorageSuite):
         self.root = f"{BUCKET}/run-{secrets.token_hex(4)}"
         return FsspecStorage(self.fs, self.root)
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         paths = await asyncio.to_thread(self.fs.find, self.root)
         pointers = {path: await asyncio.to_thread(self.fs.cat_file, path) for path in filter(is_pointer, paths)}
         return len(strays(paths, pointers))

@@ -42,12 +42,12 @@ class LocalSuite(StorageSuite):
     def make_storage(self) -> Storage:
         return LocalStorage(self.root)
 
-    async def leave_debris(self, storage: Storage, name: str) -> None:
+    async def leave_stale_files(self, storage: Storage, name: str) -> None:
         program = [*PYTHON, "-c", textwrap.dedent(KILLED), str(self.root), name]
         outcome = await anyio.run_process(program, check=False)
         assert outcome.returncode == -signal.SIGKILL, outcome.stderr
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         directories = [Path(path) for path, _, _ in os.walk(self.root)]
         holders = {path for path in directories if (path / MANIFEST_NAME).exists()}
         above = {self.root, *(parent for path in holders for parent in path.parents)}

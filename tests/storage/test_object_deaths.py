@@ -1,4 +1,4 @@
-"""Writers that are killed in the middle of a save to a real server: nothing of it is seen, and a sweep removes it."""
+"""Writers that are killed during a save to a real server: no reader sees their files, and a clean-up removes them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class TestMemoryStore(StorageSuite):
         self.store = MemoryStore()
         return ObjectStorage(self.store, "run")
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         return len(await strays_in(self.store, "run"))
 
 
@@ -45,7 +45,7 @@ class TestS3(StorageSuite):
         self.prefix = f"run-{secrets.token_hex(4)}"
         return ObjectStorage(self.store, self.prefix)
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         uploads = await asyncio.to_thread(open_uploads, self.server, self.prefix)
         return len(uploads) + len(await strays_in(self.store, self.prefix))
 

@@ -130,7 +130,7 @@ async def test_parts_that_fail(storage: FsspecStorage) -> None:
     assert files(storage) == []
 
 
-async def test_debris_goes_once_its_lease_is_over(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     await save(storage, "a", some_bytes(10))
     await write(await storage.open("b"), "data", some_bytes(10))
     await storage.clean_up()

@@ -33,11 +33,11 @@ class TestLocalFiles(StorageSuite):
     def make_storage(self) -> Storage:
         return FsspecStorage(LocalFileSystem(), str(self.root))
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         paths = [str(path) for path in self.root.rglob("*") if path.is_file()]
         return len(strays(paths, {path: Path(path).read_bytes() for path in filter(is_pointer, paths)}))
 
-    async def leave_debris(self, storage: Storage, name: str) -> None:
+    async def leave_stale_files(self, storage: Storage, name: str) -> None:
         for path in (self.root / await leave_behind(storage, name)).iterdir():
             os.utime(path, (0, 0))
 
@@ -48,10 +48,10 @@ class TestMemory(StorageSuite):
         self.fs, self.root = MemoryFileSystem(), f"/{secrets.token_hex(4)}"
         return FsspecStorage(self.fs, self.root)
 
-    async def count_debris(self, storage: Storage) -> int:
+    async def count_stale_files(self, storage: Storage) -> int:
         paths = self.fs.find(self.root)
         return len(strays(paths, {path: self.fs.cat_file(path) for path in filter(is_pointer, paths)}))
 
-    async def leave_debris(self, storage: Storage, name: str) -> None:
+    async def leave_stale_files(self, storage: Storage, name: str) -> None:
         for path in self.fs.find(f"{self.root}/{await leave_behind(storage, name)}"):
             self.fs.store[path].created = datetime.fromtimestamp(0, UTC)

@@ -21,7 +21,7 @@ from aiostage.format.steps import name_of
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.snapshot import Snapshot
 
-__all__ = ["SaveHandle", "Saving"]
+__all__ = ["SaveHandle", "SaveTask"]
 
 
 class SaveHandle:
@@ -117,7 +117,7 @@ class SaveHandle:
 _log = logging.getLogger("aiostage")
 
 
-class Saving:
+class SaveTask:
     """A save, to be run as a task. Making it is the moment of the copy.
 
     Args:
@@ -230,9 +230,9 @@ class Saving:
                 info = await self._write_snapshot(writer, snapshot)
         else:
             staged = await self._source
-            self._mark_captured()
+            self._set_captured()
             await writer.plan(staged)
-            self._mark_planned()
+            self._set_planned()
             info = await self._send(writer)
         committed = perf_counter() - self._began
         return replace(
@@ -245,7 +245,7 @@ class Saving:
 
         async def write() -> None:
             await writer.plan(await snapshot.outline(), snapshot)
-            self._mark_planned()
+            self._set_planned()
             written.append(await self._send(writer))
 
         async def notice() -> None:
@@ -255,7 +255,7 @@ class Saving:
             except Exception:
                 # The writer waits for the same capture, and tells of it, or of what has brought it about.
                 return
-            self._mark_captured()
+            self._set_captured()
 
         await run_concurrently(notice, write)
         return written[0]
@@ -272,15 +272,15 @@ class Saving:
         self._index.add(name, written.placement if written is not None else None)
         return info
 
-    def _mark_captured(self) -> None:
+    def _set_captured(self) -> None:
         if self._captured_after is None:
             self._captured_after = perf_counter() - self._began
-        self._mark_accepted()
+        self._set_accepted()
 
-    def _mark_planned(self) -> None:
+    def _set_planned(self) -> None:
         self._planned = True
-        self._mark_accepted()
+        self._set_accepted()
 
-    def _mark_accepted(self) -> None:
+    def _set_accepted(self) -> None:
         if self.is_accepted:
             self._accepted.set()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aiostage
-from aiostage.checkpoint import incoming
+from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
 from tests.checkpoint.comparing import assert_same
 
@@ -48,7 +48,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return scatter
 
-    monkeypatch.setattr(incoming, "scatter", counting(incoming.scatter))
+    monkeypatch.setattr(part_reader, "scatter", counting(part_reader.scatter))
     return found
 
 

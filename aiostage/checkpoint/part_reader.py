@@ -20,7 +20,7 @@ from aiostage.abc import Buffer
 from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
-from aiostage.format.parts import Hole, Part, Piece, Scattered, digest, running_digest, scatter, single_piece
+from aiostage.format.parts import Gap, Part, PartPiece, Scattered, digest, running_digest, scatter, single_piece
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
 from aiostage.storage.files import PartBuffers
@@ -50,7 +50,7 @@ _STRAIGHT = 64
 """Pieces, 128 KiB each or so, up to which a part of a local file is read one by one, each to where it belongs. Parts of
 large tensors are mostly two, since data does not begin where parts do."""
 
-_HOLE_BYTES = 512 << 10
+_GAP_BYTES = 512 << 10
 """How much is read at once of bytes without a destination, in order to verify them."""
 
 _GROUP = 256
@@ -247,7 +247,7 @@ class PartReader:
     def _goes_straight(self, part: Part) -> bool:
         """Return whether a part consists of few pieces, all of them in host memory or without a destination."""
         return len(part.pieces) <= _STRAIGHT and all(
-            isinstance(piece, Hole) or (isinstance(piece, torch.Tensor) and self._targets.device_of(piece) is None)
+            isinstance(piece, Gap) or (isinstance(piece, torch.Tensor) and self._targets.device_of(piece) is None)
             for piece in part.pieces
         )
 
@@ -255,7 +255,7 @@ class PartReader:
         """Read each piece to where it belongs, and check it while it is hot. Runs in a worker thread."""
         offset, running = part.offset, running_digest()
         for piece in part.pieces:
-            if isinstance(piece, Hole) and not self._verify:
+            if isinstance(piece, Gap) and not self._verify:
                 offset += piece.nbytes
                 continue
             for buffer in _buffers(piece):
@@ -348,13 +348,13 @@ def _batches(
         yield current, places, values
 
 
-def _buffers(piece: Piece) -> Iterator[Buffer]:
-    """Iterate over host memory for a piece; for a hole it is the same again and again."""
+def _buffers(piece: PartPiece) -> Iterator[Buffer]:
+    """Iterate over host memory for a piece; for a gap it is the same again and again."""
     if isinstance(piece, torch.Tensor):
         yield piece.numpy().data
     else:
-        memory = np.empty(min(piece.nbytes, _HOLE_BYTES), np.uint8).data
-        for start in range(0, piece.nbytes, _HOLE_BYTES):
+        memory = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8).data
+        for start in range(0, piece.nbytes, _GAP_BYTES):
             yield memory[: piece.nbytes - start]
 
 
