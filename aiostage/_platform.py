@@ -28,7 +28,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 if sys.platform == "win32":
     raise ImportError(
@@ -390,6 +391,41 @@ def let_threads_run() -> None:
         _usleep(1)
     else:
         sleep(1e-6)
+
+
+# Forks
+#
+# A child has its parent's objects, but none of its parent's threads: a lock that one of those held stays locked, and a
+# wait for such a thread never ends. PyTorch's DataLoader and multiprocessing fork at any time, so the parent cannot
+# prepare for it.
+
+
+class ForkHandler(Protocol):
+    """Something with threads, locks or memory that a child must not take over."""
+
+    def after_fork_in_child(self) -> object:
+        """Reset the object. Called in the child, in its only thread.
+
+        Returns:
+            Objects that the child must drop. They are dropped after all handlers have run, because a finalizer may need
+            a lock that a later handler makes again.
+        """
+
+
+_handlers: WeakSet[ForkHandler] = WeakSet()
+
+
+def register_after_fork(owner: ForkHandler) -> None:
+    """Call :meth:`ForkHandler.after_fork_in_child` in every child that is forked while ``owner`` is alive."""
+    _handlers.add(owner)
+
+
+def _after_fork_in_child() -> None:
+    to_drop = [owner.after_fork_in_child() for owner in list(_handlers)]
+    del to_drop
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # Limits

@@ -15,12 +15,11 @@ ROWS = [
     {"_arguments"},
     {"_private"},
     {"_platform"},
-    {"_turns"},
     {"options", "leaf"},
     {"abc"},
+    {"_loop"},
     {"format"},
     {"observe"},
-    {"_loop"},
     {"_memory", "_device", "_capture"},
     {"_copy"},
     {"snapshot", "sharing", "storage"},
@@ -33,7 +32,7 @@ ROWS = [
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Storage moves bytes; it must not know how they were staged.
-LOWEST_FOR_STORAGE = ROW["_loop"]
+LOWEST_FOR_STORAGE = ROW["observe"]
 # Paths know nothing of options, but options are written in terms of paths.
 ALLOWED = {("options", "leaf")}
 

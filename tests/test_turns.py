@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from aiostage._loop.workers import Workers
-from aiostage._turns import Stopped, releasing_gil, stoppable
+from aiostage._loop.workers import Stopped, Workers, releasing_gil, stoppable
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.encode import TreeEncoder
 from aiostage.format.layout import FileTensor, file_tensors, index_content, measure, tensor_files

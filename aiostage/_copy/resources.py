@@ -17,11 +17,11 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import CopyStreams
-from aiostage._loop.forks import register_after_fork
 from aiostage._loop.threadsafe_event import Closing
 from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
+from aiostage._platform import register_after_fork
 from aiostage.abc import Backend
 from aiostage.observe import OpenSpan
 from aiostage.options import StagingOptions

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy
 import numpy.typing
 
-from aiostage._loop.forks import register_after_fork
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (
@@ -26,6 +25,7 @@ from aiostage._platform import (
     leave_out_of_children,
     map_addresses,
     map_private,
+    register_after_fork,
 )
 from aiostage.errors import HostMemoryError
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
-from aiostage._loop.forks import register_after_fork
 from aiostage._platform import (
     PAGE_BYTES,
     lock,
     memory_file,
+    register_after_fork,
     reserve_memory,
     shared_memory_reason,
     try_lock,

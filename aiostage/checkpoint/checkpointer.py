@@ -21,9 +21,8 @@ from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save_task import SaveHandle, SaveTask
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
-from aiostage.format.steps import name_of, surplus
 from aiostage.incremental.writing import IncrementalSaver
-from aiostage.storage.locate import Root, storage_at
+from aiostage.storage.locate import Root, name_of, storage_at, surplus
 
 __all__ = ["Checkpointer"]
 

@@ -8,10 +8,9 @@ from aiostage.abc import Storage
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
-from aiostage.format.steps import name_of, present, removed_by_tombstone, step_of, tombstone_of
 from aiostage.incremental.reading import placement_of
 from aiostage.incremental.references import References
-from aiostage.storage.locate import exists
+from aiostage.storage.locate import exists, name_of, present, removed_by_tombstone, step_of, tombstone_of
 
 __all__ = ["CheckpointIndex"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
-from aiostage._turns import releasing_gil
+from aiostage._loop.workers import releasing_gil
 from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed
 from aiostage.format.classes import PlainObject, slots_of
 from aiostage.format.nodes import LEFT_OUT

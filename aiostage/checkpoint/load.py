@@ -19,16 +19,14 @@ from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
 from aiostage._loop.coroutines import finish, named
 from aiostage._loop.slices import Slices
-from aiostage._loop.workers import Job, Workers
+from aiostage._loop.workers import Job, Workers, releasing_gil
 from aiostage._memory.pinned import Pinning
-from aiostage._turns import releasing_gil
 from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.checkpoint.into import Fit, StrictOption, Transfer, compare
-from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.part_reader import THREADS, ReadTargets
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.reader import CheckpointReader, Outline
+from aiostage.checkpoint.reader import CheckpointReader, OpenCheckpoint, Outline, open_checkpoint
 from aiostage.checkpoint.selection import Only, Selection
 from aiostage.checkpoint.targets import DeviceOption, Devices, ReadPlan, host_memory, plan_reads
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from aiostage._loop.workers import Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
-from aiostage.checkpoint.opening import OpenCheckpoint
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
 from aiostage.format.parts import Gap, Part, PartPiece, Scattered, digest, running_digest, scatter, single_piece
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
 from aiostage.storage.files import PartBuffers
+
+if TYPE_CHECKING:
+    from aiostage.checkpoint.reader import OpenCheckpoint
 
 __all__ = ["THREADS", "PartReader", "ReadTargets", "in_host_memory"]
 

@@ -17,9 +17,9 @@ from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, source_of, write_planned
 from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
 from aiostage.errors import CheckpointError, CheckpointExistsError
-from aiostage.format.steps import name_of
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.snapshot import Snapshot
+from aiostage.storage.locate import name_of
 
 __all__ = ["SaveHandle", "SaveTask"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import translate
 from typing import Any, TypeAlias
 
-from aiostage._turns import release_gil, releasing_gil
+from aiostage._loop.workers import release_gil, releasing_gil
 from aiostage.errors import listed, shown
 from aiostage.format.nodes import LOOKED_INTO, NodeTable, path_step
 from aiostage.leaf import LinkedPath, Path, unlinked

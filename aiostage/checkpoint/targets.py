@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from aiostage._device.streams import CallerStreams, device_errors
-from aiostage._loop.workers import Workers
-from aiostage._turns import release_gil, releasing_gil
+from aiostage._loop.workers import Workers, release_gil, releasing_gil
 from aiostage.abc import Backend
 from aiostage.checkpoint.into import Transfer, copyable
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown

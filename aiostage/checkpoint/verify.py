@@ -6,10 +6,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from aiostage._loop.workers import Workers
-from aiostage.checkpoint.opening import open_checkpoint
 from aiostage.checkpoint.part_reader import THREADS, ReadTargets
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
-from aiostage.checkpoint.reader import CheckpointReader, Outline
+from aiostage.checkpoint.reader import CheckpointReader, Outline, open_checkpoint
 from aiostage.observe import span
 from aiostage.storage.locate import Target, locate
 

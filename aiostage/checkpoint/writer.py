@@ -14,8 +14,7 @@ from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
 from aiostage._loop.slices import RarerCollections
-from aiostage._loop.workers import Workers
-from aiostage._turns import releasing_gil
+from aiostage._loop.workers import Workers, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import CheckpointError, HostMemoryError, StagingError

@@ -13,9 +13,8 @@ from aiostage.abc import Storage
 from aiostage.checkpoint.foreign import Read, recognize
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import is_dcp_manifest
-from aiostage.format.steps import sort_out
 from aiostage.storage.local import LocalStorage
-from aiostage.storage.locate import locate, storage_at
+from aiostage.storage.locate import locate, sort_out, storage_at
 
 __all__ = ["CheckpointRun", "Place", "find_checkpoints", "place_of"]
 

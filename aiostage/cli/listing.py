@@ -11,14 +11,14 @@ from typing import Any
 
 from anyio.to_thread import run_sync
 
-from aiostage.checkpoint.opening import open_checkpoint
+from aiostage.checkpoint.reader import open_checkpoint
 from aiostage.cli.contents import open_contents
 from aiostage.cli.finding import CheckpointRun, Place, find_checkpoints
 from aiostage.cli.output import Output, age, counted, size
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import read_head
-from aiostage.format.steps import step_of
 from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.locate import step_of
 
 __all__ = ["disk_usage", "list_found", "list_run"]
 

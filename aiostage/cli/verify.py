@@ -21,9 +21,9 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
-from aiostage.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.part_reader import THREADS
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
+from aiostage.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.verify import outline_of
 from aiostage.cli.contents import describing, open_contents
 from aiostage.cli.entries import TreeEntry, entries_of_table, entries_of_tree

@@ -25,8 +25,7 @@ from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.saver import AsyncSaveResponse, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointNotFoundError, shown
-from aiostage.format.steps import name_of, step_of, surplus
-from aiostage.storage.locate import Root, storage_at
+from aiostage.storage.locate import Root, name_of, step_of, storage_at, surplus
 
 __all__ = ["Checkpointer", "SaveHandle"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from aiostage._loop.workers import release_gil, releasing_gil
 from aiostage._private import storage_identity
-from aiostage._turns import release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.classes import Classes
 from aiostage.format.composites import COMPOSITES, SPARSE, assemble, check_invariants

@@ -14,7 +14,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from aiostage._turns import release_gil, releasing_gil
+from aiostage._loop.workers import release_gil, releasing_gil
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.format.composites import take_apart
 from aiostage.format.kinds import NotCarried

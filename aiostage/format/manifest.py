@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from aiostage._turns import releasing_gil
+from aiostage._loop.workers import releasing_gil
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
 from aiostage.format.parts import DIGEST_NAME, MAX_PART_BYTES, PART_ALIGNMENT, parts_in

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aiostage._turns import release_gil, releasing_gil
+from aiostage._loop.workers import release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shown
 from aiostage.format.safetensors import (
     CARRIERS,

@@ -13,7 +13,7 @@ import xxhash
 
 from aiostage import _private
 from aiostage._extents import extent_of
-from aiostage._turns import release_gil, releasing_gil
+from aiostage._loop.workers import release_gil, releasing_gil
 from aiostage.abc import Buffer
 
 __all__ = [

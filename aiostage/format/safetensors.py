@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aiostage._turns import releasing_gil
+from aiostage._loop.workers import releasing_gil
 from aiostage.errors import CheckpointCorruptError, said, shown
 
 __all__ = [

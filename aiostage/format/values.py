@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from aiostage._turns import releasing_gil
+from aiostage._loop.workers import releasing_gil
 from aiostage.errors import shown
 
 __all__ = [

@@ -15,18 +15,17 @@ from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import read_placement
 from aiostage.format.placement import Extent, PlacedFile, Placement
-from aiostage.format.steps import removed_by_tombstone, step_of, tombstone_of
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.locate import exists
+from aiostage.storage.locate import exists, removed_by_tombstone, step_of, tombstone_of
 
-__all__ = ["ReferencingReader", "is_removed", "placement_in", "placement_of"]
+__all__ = ["ReferencedFiles", "is_removed", "placement_in", "placement_of"]
 
 _OPEN_OTHERS = 8
 """Checkpoints that one refers to and that stay open while it is read; a run may have thousands."""
 
 
-class ReferencingReader(Reader):
-    """A reader that follows references to other checkpoints of the same storage.
+class ReferencedFiles:
+    """The files of a checkpoint, read wherever they lie in it and in other checkpoints of the same storage.
 
     Args:
         storage: Where they are.
@@ -41,24 +40,6 @@ class ReferencingReader(Reader):
         self._others: dict[str, Reader] = {}
         self._users: Counter[str] = Counter()
         self._opening = anyio.Lock()
-
-    @property
-    def location(self) -> str:
-        """Where the checkpoint is."""
-        return self._reader.location
-
-    @property
-    def reads_at_once(self) -> int:
-        """As many as the reader of the checkpoint likes."""
-        return self._reader.reads_at_once
-
-    async def manifest(self) -> Buffer:
-        """Return the contents of the manifest. Raises as the reader's."""
-        return await self._reader.manifest()
-
-    async def modified(self) -> float | None:
-        """Return when the checkpoint was committed, if its storage knows."""
-        return await self._reader.modified()
 
     async def size(self, name: str) -> int:
         """Return how long a file is, in bytes.
@@ -78,7 +59,7 @@ class ReferencingReader(Reader):
         file = self._file(name)
         if offset + len(into) > file.nbytes:
             raise CheckpointCorruptError(
-                f"it ends at byte {file.nbytes}; more was expected.", path=f"{self.location}/{name}"
+                f"it ends at byte {file.nbytes}; more was expected.", path=f"{self._reader.location}/{name}"
             )
         position = 0
         for piece in file.located(offset, offset + len(into)):
@@ -95,7 +76,7 @@ class ReferencingReader(Reader):
             return self._placement.files[name]
         except KeyError:
             raise CheckpointCorruptError(
-                "the manifest does not say where it lies.", path=f"{self.location}/{name}"
+                "the manifest does not say where it lies.", path=f"{self._reader.location}/{name}"
             ) from None
 
     async def _read_piece(self, piece: Extent, into: Buffer) -> None:
@@ -107,7 +88,7 @@ class ReferencingReader(Reader):
                 await reader.read(piece.file, piece.offset, into)
         except CheckpointNotFoundError as error:
             raise CheckpointCorruptError(
-                f"it refers to the checkpoint {piece.source}, which is missing.", path=self.location
+                f"it refers to the checkpoint {piece.source}, which is missing.", path=self._reader.location
             ) from error
 
     @asynccontextmanager

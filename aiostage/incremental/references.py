@@ -27,8 +27,8 @@ from aiostage._loop.coroutines import give_up
 from aiostage.abc import Buffer, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
-from aiostage.format.steps import lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
 from aiostage.incremental.reading import placement_of
+from aiostage.storage.locate import lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
 
 __all__ = ["References", "locked"]
 

@@ -28,10 +28,10 @@ from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, Placement, SourceFile, append, block_digests
-from aiostage.format.steps import name_of, present, step_of
 from aiostage.incremental.reading import is_removed, placement_of
 from aiostage.incremental.references import locked
 from aiostage.storage.files import PartBuffers
+from aiostage.storage.locate import name_of, present, step_of
 
 __all__ = ["Base", "IncrementalSaver", "IncrementalStorage"]
 

@@ -15,8 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from aiostage._loop.forks import register_after_fork
-from aiostage._platform import sync
+from aiostage._platform import register_after_fork, sync
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.storage.files import (
     Descriptor,

@@ -17,11 +17,11 @@ import numpy.typing
 import torch
 import xxhash
 
+from aiostage._loop.workers import releasing_gil
 from aiostage._memory.arena import Arena
 from aiostage._memory.sending import offered
 from aiostage._memory.shared import SentMemory, map_memory
 from aiostage._platform import memory_file
-from aiostage._turns import releasing_gil
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import Memory, TreeDecoder

@@ -18,8 +18,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import checkpoint
 
-from aiostage._loop.forks import register_after_fork
-from aiostage._platform import try_lock
+from aiostage._platform import register_after_fork, try_lock
 from aiostage.errors import WeightsError, said, shown
 from aiostage.format.manifest import parse_line
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aiostage.abc import Storage
-from aiostage.format.steps import name_of, removed_by_tombstone
 from aiostage.incremental.reading import placement_of
+from aiostage.storage.locate import name_of, removed_by_tombstone
 from aiostage.storage.pointer import LEASE_NAME, POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST
 

@@ -10,7 +10,7 @@ import pytest
 from obstore.store import MemoryStore, S3Store
 
 from aiostage import Checkpointer, CheckpointExistsError
-from aiostage.format.steps import name_of
+from aiostage.storage.locate import name_of
 from aiostage.storage.objects import ObjectStorage
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.runs import LoRA, copied

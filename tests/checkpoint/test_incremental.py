@@ -14,10 +14,10 @@ from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingO
 from aiostage.abc import Buffer
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, append
-from aiostage.format.steps import name_of
 from aiostage.incremental.writing import _Group
 from aiostage.storage import LocalStorage
 from aiostage.storage.files import PartBuffers
+from aiostage.storage.locate import name_of
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage

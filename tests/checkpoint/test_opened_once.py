@@ -14,8 +14,8 @@ import aiostage
 from aiostage import Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Reader, Storage
 from aiostage.format import manifest
-from aiostage.format.steps import name_of
 from aiostage.storage import LocalStorage
+from aiostage.storage.locate import name_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.test_checkpointer import tree

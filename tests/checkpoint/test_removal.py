@@ -16,8 +16,8 @@ from obstore.store import MemoryStore
 import aiostage
 from aiostage import CheckpointCorruptError, Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Storage
-from aiostage.format.steps import name_of, tombstone_of
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
+from aiostage.storage.locate import name_of, tombstone_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.programs import ROOT, output_of

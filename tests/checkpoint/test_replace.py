@@ -14,8 +14,8 @@ from obstore.store import LocalStore
 import aiostage
 from aiostage import Checkpointer, CheckpointExistsError
 from aiostage.abc import Storage
-from aiostage.format.steps import name_of
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
+from aiostage.storage.locate import name_of
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MemoryStorage

@@ -7,7 +7,7 @@ import torch
 
 import aiostage
 from aiostage import Checkpointer
-from aiostage.format.steps import name_of, step_of, surplus
+from aiostage.storage.locate import name_of, step_of, surplus
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.test_checkpointer import Gate, tree, until
 

@@ -16,9 +16,9 @@ import pytest
 import aiostage
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.save import write_checkpoint
-from aiostage.format.steps import lock_of, name_of, step_of, tombstone_of
 from aiostage.incremental import references
 from aiostage.incremental.writing import IncrementalSaver
+from aiostage.storage.locate import lock_of, name_of, step_of, tombstone_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.runs import MIB, apart_from_the_small, needed, numbers
