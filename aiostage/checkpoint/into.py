@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import types
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from aiostage._copy.targets import Pair, shared_unlike, unexpanded, unwritable
-from aiostage._loop.workers import releasing_gil
-from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed
+from aiostage._copy.targets import Pair, shared_unlike, unwritable
+from aiostage.checkpoint.transfer import TensorPair, Transfer
+from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed, shown
 from aiostage.format.classes import PlainObject, slots_of
+from aiostage.format.kinds import NotCarried, Parts
 from aiostage.format.nodes import LEFT_OUT
-from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
+from aiostage.format.objects import take_object_apart
+from aiostage.format.registry import flattening_of
 from aiostage.format.tensors import extra_attributes
 from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
-__all__ = ["STRICT", "Fit", "StrictOption", "Transfer", "compare", "copyable", "is_rounded"]
+__all__ = ["STRICT", "Fit", "StrictOption", "compare", "is_rounded"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -71,117 +75,6 @@ def is_rounded(tensor: torch.Tensor) -> bool:
 
 
 _YIELD_EVERY = 64
-_BATCH_BYTES = 32 << 20
-_BATCH_LEAVES = 256
-
-_TensorPair: TypeAlias = tuple[LinkedPath, torch.Tensor, torch.Tensor]
-
-
-class Transfer:
-    """What has to be done to make a live tree equal a loaded one.
-
-    Attributes:
-        pairs: Live tensors, each with the loaded one and the place of both. Loaded ones on the meta device stand for
-            elements that have not been read yet.
-        assignments: Mutable containers, each with a key or an index and the value to put there; tensors, each with the
-            name of an attribute.
-        found: What was found in the live tree and is changed itself: its place, what it is in, its key there, and it.
-        states: Objects with a ``load_state_dict``, each with the state to call it with.
-    """
-
-    def __init__(self) -> None:
-        self.pairs: list[_TensorPair] = []
-        self.assignments: list[tuple[Any, Any, Any]] = []
-        self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
-        self.states: list[tuple[Any, Any]] = []
-        self._batches: list[_InPlaceBatch] = []
-
-    def add(self, live: torch.Tensor, loaded: torch.Tensor, device: torch.device | None) -> None:
-        """Have one tensor copied into another.
-
-        Args:
-            live: Any tensor.
-            loaded: In host memory.
-            device: That the live one is on, None for host memory.
-        """
-        if live.numel() == 0:
-            return
-        live, loaded = unexpanded(copyable(live), copyable(loaded))
-        last = self._batches[-1] if self._batches else None
-        if last is None or not last.takes(live, device):
-            last = _InPlaceBatch(device)
-            self._batches.append(last)
-        last.add(live, loaded)
-
-    def batches(self) -> Iterator[tuple[torch.device | None, list[torch.Tensor], list[torch.Tensor]]]:
-        """Iterate over what can be copied in one go: device, live tensors, and what is copied into them."""
-        return ((batch.device, batch.live, batch.loaded) for batch in self._batches)
-
-    def check_live(self, *, cast: bool) -> None:
-        """Check that live tensors still are as, and where, they were compared. Blocks.
-
-        Args:
-            cast: Whether floating-point tensors take values of another dtype.
-
-        Raises:
-            CheckpointMismatchError: If one has another shape or dtype by now, or something else is in its place.
-        """
-        for place, container, key, value in releasing_gil(self.found):
-            # What is in the tree now would keep its value.
-            if (now := _get(container, key)) is not value:
-                what = "it was removed" if now is _GONE else f"another {type(now).__name__} was put there"
-                raise CheckpointMismatchError(
-                    mismatched=[f"{format_path(unlinked(place))} ({what} during the load)"],
-                    remedy="Do not put other tensors into the live tree while a load is under way.",
-                )
-        for place, live, loaded in releasing_gil(self.pairs):
-            # A copy would broadcast, cast, or fail when other tensors have their new values.
-            if live.shape != loaded.shape or (live.dtype is not loaded.dtype and not cast):
-                now = f"{live.dtype} {tuple(live.shape)}, which it became during the load"
-                raise CheckpointMismatchError(
-                    mismatched=[f"{format_path(unlinked(place))} ({loaded.dtype} {tuple(loaded.shape)} into {now})"],
-                    remedy="Do not resize live tensors while a load is under way.",
-                )
-
-    def assign(self) -> None:
-        """Put the values that are not tensors into their containers."""
-        for container, key, value in self.assignments:
-            if isinstance(container, torch.Tensor):
-                setattr(container, key, value)
-            elif not isinstance(container, list) or key < len(container):
-                # A list that has become shorter since it was checked is as if that came after the load.
-                container[key] = value
-
-
-_GONE = object()
-
-
-def _get(container: Any, key: Any) -> Any:
-    """Return what is in a container, or an attribute of a tensor."""
-    if isinstance(container, torch.Tensor):
-        return getattr(container, key, _GONE)
-    if isinstance(container, dict):
-        # Not to have a defaultdict make a value.
-        return dict.get(container, key, _GONE)
-    return container[key] if key < len(container) else _GONE
-
-
-class _InPlaceBatch:
-    """Live tensors of one device, with their values."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.device = device
-        self.live: list[torch.Tensor] = []
-        self.loaded: list[torch.Tensor] = []
-        self._budget = _BATCH_BYTES
-
-    def takes(self, live: torch.Tensor, device: torch.device | None) -> bool:
-        return device == self.device and live.nbytes <= self._budget and len(self.live) < _BATCH_LEAVES
-
-    def add(self, live: torch.Tensor, loaded: torch.Tensor) -> None:
-        self.live.append(live)
-        self.loaded.append(loaded)
-        self._budget -= live.nbytes
 
 
 def compare(
@@ -195,8 +88,9 @@ def compare(
 ) -> Generator[None, None, Transfer]:
     """Compare two trees without changing either, yielding now and then.
 
-    Dicts, lists and tuples are compared key by key. A tensor fits a tensor of the same shape and dtype; anything else
-    is a value, and the loaded one takes the live one's place.
+    Dicts, lists and tuples are compared key by key, and so are other objects whose live ones have tensors in them. A
+    tensor fits a tensor of the same shape and dtype; anything else is a value, and the loaded one takes the live one's
+    place.
 
     Args:
         live: The tree that is to be changed.
@@ -244,7 +138,7 @@ class _Comparison:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
-        self.pairs: list[_TensorPair] = []
+        self.pairs: list[TensorPair] = []
         self.assignments: list[tuple[Any, Any, Any]] = []
         self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
@@ -308,10 +202,15 @@ class _Comparison:
                 yield from self._descend(place, live, loaded)
         elif _has_state(live) or _has_state(loaded):
             self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__}")
+        elif _has_tensors(live):
+            if (id(live), id(loaded)) not in self._seen:
+                self._seen.add((id(live), id(loaded)))
+                self._find(place, live, where)
+                yield from self._visit_object(place, live, loaded)
         elif where is not None:
             self.assignments.append((*where, loaded))
         elif not _equal(live, loaded):
-            self._mismatch(place, f"{loaded!r:.100} instead of {live!r:.100} in a tuple, which cannot be changed")
+            self._mismatch(place, f"{_instead(live, loaded)} in what cannot be changed")
 
     def _descend(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
         mutable = not isinstance(live, tuple)
@@ -335,6 +234,42 @@ class _Comparison:
                 yield
         self._todo += reversed(found)
         self._visit_attributes(place, live, loaded)
+
+    def _visit_object(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
+        """Compare two objects, the live one of which has tensors in it: with another object these would be lost."""
+        mine, theirs = _parts_of(live), _parts_of(loaded)
+        if type(live) is not type(loaded):
+            self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__} that has tensors in it")
+        elif isinstance(live, deque):
+            yield from self._descend(place, live, loaded)
+        elif mine is None or theirs is None:
+            self._mismatch(place, f"a {type(live).__name__} has tensors in it that cannot be told from one another")
+        elif mine.form != theirs.form or mine.children.keys() != theirs.children.keys():
+            self._mismatch(place, f"the {type(live).__name__} was made of other things")
+        else:
+            self._visit_children(place, live, mine.children, theirs.children)
+            owner: Any = live.fields if type(live) is PlainObject else live
+            frozen = getattr(getattr(type(live), "__dataclass_params__", None), "frozen", False)
+            for name, value in mine.attributes.items():
+                here = (Attribute(name), place)
+                if name in theirs.attributes:
+                    self._todo.append((here, value, theirs.attributes[name], None if frozen else (owner, name)))
+                elif (yield from self._misses(here, value)):
+                    self.missing.append(format_path(unlinked(here)))
+            for name in theirs.attributes.keys() - mine.attributes.keys():
+                self.unexpected.append(format_path(unlinked((Attribute(name), place))))
+
+    def _visit_children(self, place: LinkedPath, live: Any, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        """Compare what a function of a registered class takes an object apart into."""
+        again = _parts_of(live)
+        for name, value in mine.items():
+            here = (Attribute(name), place)
+            if again is not None and _is_own(value, again.children[name]):
+                self._todo.append((here, value, theirs[name], None))
+            elif _has_tensors(value):
+                self._mismatch(here, f"the {type(live).__name__} is taken apart into copies of its tensors")
+            elif _has_tensors(theirs[name]) or not _equal(value, theirs[name]):
+                self._mismatch(here, f"{_instead(value, theirs[name])} in a {type(live).__name__}")
 
     def _find(self, place: LinkedPath, live: Any, where: tuple[Any, Any] | None) -> None:
         """Note what has to be in its place still when it is changed. From a tuple nothing can be taken."""
@@ -418,14 +353,6 @@ class _Comparison:
                 self._mismatch(self.pairs[other][0], f"it shares memory with {place}, but not so in the checkpoint")
 
 
-def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor over the same memory of a dtype that torch can copy."""
-    if (tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex) and tensor.dtype is not torch.float4_e2m1fn_x2:
-        return tensor.detach()
-    carrier = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
-    return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
 def _and_above(place: LinkedPath) -> Iterator[LinkedPath]:
     """Iterate over a place and those above it, but not the root."""
     while place is not None:
@@ -459,16 +386,52 @@ def _are_wrappers(live: Any, loaded: Any) -> bool:
 
 
 def _has_tensors(value: Any) -> bool:
-    """Return whether a value is, or is a container around, a tensor."""
+    """Return whether a value is, or is a container or an object around, a tensor."""
+    # Most values are such.
+    if type(value) in _SIMPLE:
+        return False
     pending, seen = deque([value]), set[int]()
     while pending:
         item = pending.popleft()
         if isinstance(item, torch.Tensor):
             return True
-        if isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            pending.extend(item.values() if isinstance(item, dict) else item)
+        if type(item) in _SIMPLE or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, deque, set, frozenset)):
+            pending.extend(item)
+        elif (parts := _parts_of(item)) is not None:
+            pending.extend((*parts.children.values(), *parts.attributes.values()))
     return False
+
+
+_SIMPLE = frozenset((type(None), bool, int, float, complex, str, bytes))
+
+
+def _parts_of(value: Any) -> Parts | None:
+    """Return the parts of an object that consists of others; None of any other one."""
+    cls = type(value)
+    if cls not in _OF_ATTRIBUTES and not is_dataclass(cls) and flattening_of(cls) is None:
+        return None
+    try:
+        return take_object_apart(value)[1]
+    except NotCarried:
+        return None
+
+
+_OF_ATTRIBUTES = frozenset((PlainObject, argparse.Namespace, types.SimpleNamespace))
+
+
+def _is_own(part: Any, again: Any) -> bool:
+    """Return whether an object is taken apart into what is in it, and not into what is made for that each time."""
+    return part is again or (
+        type(part) is torch.Tensor
+        and type(again) is torch.Tensor
+        and part.layout is again.layout is torch.strided
+        and part.data_ptr() == again.data_ptr()
+    )
 
 
 def _merged(live: tuple[Any, ...], loaded: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -486,6 +449,10 @@ def _merged(live: tuple[Any, ...], loaded: tuple[Any, ...]) -> tuple[Any, ...] |
                 return None
         merged.append(mine if theirs is LEFT_OUT else theirs)
     return tuple(merged) if type(loaded) is tuple else loaded
+
+
+def _instead(live: Any, loaded: Any) -> str:
+    return f"{shown(loaded)} instead of {shown(live)}"
 
 
 def _equal(live: Any, loaded: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from aiostage._device.streams import CallerStreams, device_errors
 from aiostage._loop.workers import Workers, release_gil, releasing_gil
 from aiostage.abc import Backend
-from aiostage.checkpoint.into import Transfer, copyable
+from aiostage.checkpoint.transfer import Transfer, copyable
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
 from aiostage.format.composites import COMPOSITES
 from aiostage.format.decode import Memory

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 
 import aiostage
 from aiostage import CheckpointMismatchError
+from aiostage.checkpoint import register
 
 pytestmark = pytest.mark.asyncio
 
@@ -165,3 +171,113 @@ async def test_arguments(tmp_path: Path) -> None:
         await aiostage.load(tmp_path / "a", into={}, strict="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cast must be"):
         await aiostage.load(tmp_path / "a", into={}, cast=1)  # type: ignore[arg-type]
+
+
+# Objects with tensors in them: another object in their place would leave the live tensors as they were
+
+
+@dataclass
+class State:
+    weight: Any
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    weight: Any
+    step: int = 0
+
+
+@dataclass(slots=True)
+class Slots:
+    weight: Any
+    step: int = 0
+
+
+class Flat:
+    def __init__(self, weight: Any, context: Any) -> None:
+        self.weight = weight
+        self.context = context
+
+
+class Copied(Flat):
+    pass
+
+
+class Attributes:
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+
+register(Flat, lambda flat: ([flat.weight], [flat.context]), lambda parts, context: Flat(parts[0], context[0]))
+register(Copied, lambda flat: ([flat.weight.clone()], None), lambda parts, context: Copied(parts[0], context))
+register(Attributes)
+
+CLASSES = [State, Frozen, Slots]
+
+
+def objects(value: float, number: int) -> dict[str, Any]:
+    def made() -> torch.Tensor:
+        return torch.full((2,), value)
+
+    return {
+        "dataclass": State(made(), number),
+        "in one another": State(State([made()], number), number),
+        "slots": Slots({"a": made()}, number),
+        "frozen": Frozen(made(), 7),
+        "namespace": SimpleNamespace(a=made(), b=number),
+        "arguments": argparse.Namespace(a=(made(),)),
+        "registered": Flat(made(), 7),
+        "attributes": Attributes(made()),
+        "deque": deque([made(), number]),
+    }
+
+
+def tensors_of(tree: dict[str, Any]) -> list[torch.Tensor]:
+    inner = tree["in one another"].weight.weight
+    found = [tree[key].weight for key in ("dataclass", "frozen", "registered", "attributes")]
+    return [*found, *inner, tree["slots"].weight["a"], tree["namespace"].a, *tree["arguments"].a, tree["deque"][0]]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_tensors_in_objects_take_values(tmp_path: Path, in_place: bool) -> None:
+    await aiostage.save(objects(1.0, 5) | {"plain": State(1, 2), "rewards": deque([1, 2, 3])}, tmp_path / "a")
+    live = objects(0.0, 2) | {"plain": State(3, 4), "rewards": deque([0.5], maxlen=3)}
+    before, tensors = dict(live), tensors_of(live)
+    await aiostage.load(tmp_path / "a", into=live, in_place=in_place, classes=CLASSES)
+    assert [tensor.tolist() for tensor in tensors] == [[1.0, 1.0]] * len(tensors)
+    assert all(tensor is now for tensor, now in zip(tensors, tensors_of(live), strict=True))
+    assert [key for key in live if live[key] is not before[key]] == ["plain", "rewards"]
+    assert (live["dataclass"].step, live["in one another"].weight.step, live["slots"].step) == (5, 5, 5)
+    assert (live["namespace"].b, live["deque"][1]) == (5, 5)
+    # What has no tensors in it is a value, and takes the live one's place.
+    assert (live["plain"], list(live["rewards"])) == (State(1, 2), [1, 2, 3])
+
+
+ONE, TWO = torch.ones(1), torch.ones(2)
+UNFIT: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "frozen": (lambda: Frozen(ONE * 0, 3), Frozen(ONE, 4), r"\['a'\]\.step \(4 instead of 3 in what cannot be changed"),
+    "copies": (lambda: Copied(ONE * 0, 1), Copied(ONE, 1), r"\['a'\]\.0 \(the Copied is taken apart into copies"),
+    "context": (lambda: Flat(ONE * 0, 1), Flat(ONE, 2), r"\['a'\]\.context \(list of 1 instead of list of 1 in a Flat"),
+    "another class": (lambda: State(ONE * 0), Slots(ONE), r"\['a'\] \(a Slots into a State that has tensors in it"),
+    "a number": (lambda: State(ONE * 0), 3, r"\['a'\] \(a int into a State that has tensors in it"),
+    "a set": (lambda: {ONE * 0}, {ONE}, r"\['a'\] \(a set has tensors in it that cannot be told"),
+    "a shape": (lambda: State(TWO * 0), State(ONE), r"\['a'\]\.weight \(torch\.float32 \(1,\) into"),
+    "attributes": (
+        lambda: SimpleNamespace(a=ONE * 0, b=1),
+        SimpleNamespace(a=ONE, c=1),
+        r"missing from the checkpoint: state_dict\['a'\]\.b; unexpected in the checkpoint: state_dict\['a'\]\.c",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+async def test_objects_that_do_not_fit(tmp_path: Path, kind: str) -> None:
+    make, saved, reason = UNFIT[kind]
+    await aiostage.save({"a": saved, "b": ONE}, tmp_path / "a")
+    live = {"a": make(), "b": ONE * 0}
+    before = dict(live)
+    with pytest.raises(CheckpointMismatchError, match=reason):
+        await aiostage.load(tmp_path / "a", into=live, classes=CLASSES)
+    assert all(live[key] is before[key] for key in live)
+    assert live["b"].tolist() == [0.0]
