@@ -80,12 +80,35 @@ class BackgroundSaves(ABC):
         self._max_in_flight = max_in_flight
         self._signals = catchable(save_on_signals)
         self._preempted = anyio.Event()
+        self._removing = anyio.Lock()
+        self._removal_waits = False
         self._opened: OpenState | None = None
         self._host: HostedContext[OpenState] | None = None
 
     @abstractmethod
     async def _prepare(self) -> None:
         """Do what comes before the first save, such as removing what writers that died have left."""
+
+    @abstractmethod
+    async def _remove_surplus(self) -> None:
+        """Remove what the retention policy does not keep. Where that fails it is tried again after the next save."""
+
+    async def _apply_retention(self) -> None:
+        """Remove what the retention policy does not keep, one removal at a time.
+
+        A save that is committed while another removal waits for its turn leaves the work to that one.
+        """
+        if self._removal_waits:
+            return
+        self._removal_waits = True
+        try:
+            await self._removing.acquire()
+        finally:
+            self._removal_waits = False
+        try:
+            await self._remove_surplus()
+        finally:
+            self._removing.release()
 
     @abstractmethod
     def _take_failures(self) -> list[Exception]:

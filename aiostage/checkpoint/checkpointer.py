@@ -79,7 +79,6 @@ class Checkpointer(BackgroundSaves):
         check_flags(incremental=incremental)
         self._storage = storage_at(target)
         self._index = CheckpointIndex(self._storage)
-        self._removing = anyio.Lock()
         self._incremental = IncrementalSaver(self._storage) if incremental else None
         self._progress = progress
         self._numbers = count()
@@ -324,24 +323,25 @@ class Checkpointer(BackgroundSaves):
                     del error, handle
 
     async def _run(self, opened: OpenState, task: SaveTask) -> None:
-        """Save, then remove what the retention policy does not keep."""
+        """Save, then remove what the retention policy does not keep; the next save may begin meanwhile."""
         try:
-            if await task.run():
+            saved = await task.run()
+            if saved:
                 self._newest = max(self._newest, (task.number, task.handle.step))
-                await self._remove_surplus()
             elif task.reported_by_handle:
                 self._failed.append(task.handle)
         finally:
             self._tasks.remove(task)
             opened.slots.release()
+        if saved:
+            await self._apply_retention()
 
     async def _remove_surplus(self) -> None:
         """Remove old checkpoints. Where that fails the new one is none the worse: it is tried again after the next."""
         try:
-            async with self._removing:
-                steps = await self.steps() if self._keep is not None else []
-                old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])
-                await self._index.remove(old)
+            steps = await self.steps() if self._keep is not None else []
+            old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])
+            await self._index.remove(old)
         except Exception as error:
             _log.warning("old checkpoints could not be removed: %s: %s", type(error).__name__, error)
             self._not_removed = without_locals(error)

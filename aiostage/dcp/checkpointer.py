@@ -232,12 +232,13 @@ class Checkpointer(BackgroundSaves):
 
     async def _finish(self, opened: OpenState, handle: SaveHandle) -> None:
         try:
-            if await handle.finish():
+            saved = await handle.finish()
+            if saved:
                 self._newest = handle.step
-                if self._is_first and self._keep is not None:
-                    await self._remove_surplus()
         finally:
             opened.slots.release()
+        if saved and self._is_first and self._keep is not None:
+            await self._apply_retention()
 
     async def _remove_surplus(self) -> None:
         """Remove old checkpoints, on the first rank. Where that fails it is tried again after the next save."""
