@@ -35,6 +35,10 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status, as that module says.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The shell has closed it, as by >&-. What is opened next would get its number, and what is printed.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A tree may have any text in it, also what the terminal cannot show.

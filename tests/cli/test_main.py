@@ -231,6 +231,13 @@ def test_nobody_reads_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_output_that_the_shell_has_closed(checkpoint: Path) -> None:
+    line = f'exec "{sys.executable}" -m aiostage verify "$0" >&-'
+    found = subprocess.run(["sh", "-c", line, checkpoint], stderr=subprocess.PIPE, timeout=seconds(60), check=False)
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
+@pytest.mark.slow
 def test_what_the_terminal_cannot_show(tmp_path: Path) -> None:
     path = asyncio.run(aiostage.save({"Höhe": 1, "\ud800": torch.ones(1)}, tmp_path / "odd")).path
     for encoding, height in (("ascii", b"H\\xf6he"), ("utf-8", "Höhe".encode())):
