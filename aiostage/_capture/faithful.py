@@ -134,7 +134,7 @@ _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 _is_cpu = attrgetter("is_cpu")
 _requires_grad = attrgetter("requires_grad")
-_storage_nbytes = torch.UntypedStorage.nbytes
+_DENSE = {"dense"}
 
 
 class SpecTable:
@@ -165,26 +165,46 @@ class SpecTable:
                     known[number] = _meaning(tensor)
         return list(map(known.__getitem__, numbers))
 
-    def specs(self, tensors: Sequence[torch.Tensor]) -> list[Spec] | None:
-        """Return the specs of dense tensors without gradients, found in bulk; None if one needs a closer look."""
+    def are_dense(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether each tensor is one piece of strided memory."""
+        dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
+        if dispatch_keys is None or raw_repr is None or not keys_tell_leaves_apart():
+            return set(self.meanings(tensors)) == _DENSE
+        numbers = set(map(raw_repr, map(dispatch_keys, tensors)))
+        if not self._meanings.keys() >= numbers:
+            return set(self.meanings(tensors)) == _DENSE
+        return all(self._meanings[number] == "dense" for number in numbers)
+
+    def specs(self, tensors: Sequence[torch.Tensor], storage_sizes: Sequence[int]) -> list[Spec] | None:
+        """Return the specs of dense tensors without gradients, found in bulk; None if one needs a closer look.
+
+        Args:
+            tensors: Some of class Tensor or Parameter.
+            storage_sizes: Of their storages, in bytes.
+        """
         if any(map(_requires_grad, tensors)) or (self._host_only and not all(map(_is_cpu, tensors))):
             return None
         strides = map(torch.Tensor.stride, tensors)
         devices = repeat(None, len(tensors)) if self._host_only else map(self._device_of, tensors)
         classes, dtypes, shapes = map(type, tensors), map(_dtype, tensors), map(_shape, tensors)
         keys = list(zip(classes, dtypes, shapes, strides, devices, strict=True))
+        # Comparing is cheaper than hashing, and neighbours are often alike.
+        alike = keys.count(keys[0]) == len(keys)
         table = self._plain_specs
-        for key, tensor in zip(keys, tensors, strict=True):
+        for key, tensor in zip(keys[:1] if alike else keys, tensors, strict=False):
             if key not in table:
                 try:
                     table[key] = self.spec(tensor)
                 except Refusal:
                     # The closer look tells which of them it is.
                     return None
-        specs = list(map(table.__getitem__, keys))
         offsets = map(torch.Tensor.storage_offset, tensors)
-        storages = list(map(torch.Tensor.untyped_storage, tensors))
-        for spec, offset, nbytes in zip(specs, offsets, map(_storage_nbytes, storages), strict=True):
+        if alike:
+            spec = table[keys[0]]
+            fits = not spec.nbytes or max(offsets) * spec.dtype.itemsize + spec.nbytes <= min(storage_sizes)
+            return [spec] * len(keys) if fits else None
+        specs = list(map(table.__getitem__, keys))
+        for spec, offset, nbytes in zip(specs, offsets, storage_sizes, strict=True):
             if spec.nbytes and offset * spec.dtype.itemsize + spec.nbytes > nbytes:
                 return None
         return specs

@@ -32,7 +32,6 @@ _storage = torch.Tensor.untyped_storage
 _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _grad = attrgetter("grad")
-_DENSE = {"dense"}
 
 
 class Table(defaultdict[int, dict[int, V]]):
@@ -85,17 +84,18 @@ class _Chunk:
         )
 
     def guard(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make the guard. It costs as much as a look does, and pays once the same leaves have come twice."""
-        specs = self.specs
+        """Make the guard, in the step in which the specs were found. It costs less than a look at each tensor does."""
+        sizes = {spec: list(spec.shape) for spec in set(self.specs)}
+        strides = {spec: list(spec.stride) for spec in sizes}
         # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
         try:
             check = _private.TensorGuards(
                 *tensors,
-                dynamic_dims_sizes=[list(spec.shape) for spec in specs],
-                dynamic_dims_strides=[list(spec.stride) for spec in specs],
+                dynamic_dims_sizes=list(map(sizes.__getitem__, self.specs)),
+                dynamic_dims_strides=list(map(strides.__getitem__, self.specs)),
             ).check
-            # A guard that does not know what it was made from, or knows anything, is none.
-            usable = check(*tensors) is True and check(*tensors[1:], torch.empty(0, device="meta")) is False
+            # A guard that knows anything is none. One that does not know what it was made from costs time only.
+            usable = check(torch.empty(0, device="meta"), *tensors[1:]) is False
         except Exception:
             usable = False
         self.check = check if usable else None
@@ -156,6 +156,7 @@ class Leaves:
         self._count = 0
         self._indexed = 0
         self._inspected = self._unlike = False
+        self._recognized = True
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
@@ -170,14 +171,33 @@ class Leaves:
         self.storage_sizes += sizes
         self.storages += storages
 
-    def recognize(self, inspection: Inspection) -> None:
-        """Fill the specs of the leaves noted so far, as long as they are what they were at the last inspection.
+    def inspect_some(self, inspection: Inspection, since: int, *, only_known: bool = False) -> bool:
+        """Fill the specs of some leaves noted so far, as long as they are plain tensors in one piece.
 
         A look at what was noted just now is cheap, because it is in the processor's caches.
+
+        Args:
+            inspection: What to inspect them with.
+            since: The first leaf that was noted in this step; earlier ones may have got other memory since.
+            only_known: Whether to leave alone what is not what it was at the last inspection.
+
+        Returns:
+            Whether there were some.
         """
-        while not self._unlike and len(self.tensors) - len(self.specs) >= LEAVES_PER_STEP:
-            start = len(self.specs)
-            self._unlike = not self._recognize(self.tensors[start : start + LEAVES_PER_STEP], start, inspection)
+        start = len(self.specs)
+        if self._unlike or len(self.tensors) - start < LEAVES_PER_STEP:
+            return False
+        chunk = self.tensors[start : start + LEAVES_PER_STEP]
+        if self._recognize(chunk, start, inspection):
+            return True
+        if only_known:
+            return False
+        with _private.without_torch_function():
+            before = chunk[: max(0, since - start)]
+            self._unlike = self._replaced(start, before) is not None or not self._inspect_plain(
+                chunk, start, inspection
+            )
+        return not self._unlike
 
     def _recognize(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
         """Fill the specs of a chunk if it is what it was at the last inspection, and say whether it is."""
@@ -190,6 +210,7 @@ class Leaves:
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
+            self._recognized, inspection.apart = False, None
             return False
         self.specs += known.specs
         return True
@@ -198,7 +219,15 @@ class Leaves:
         """Fill :attr:`positions`, yielding between small steps."""
         while self._indexed < len(self.tensors):
             start = self._indexed
-            for index, tensor in enumerate(self.tensors[start : start + LEAVES_PER_STEP], start):
+            chunk = self.tensors[start : start + LEAVES_PER_STEP]
+            # Without a step of Python for each, where none was met before.
+            identities = dict(zip(map(id, chunk), range(start, start + len(chunk)), strict=True))
+            if len(identities) == len(chunk) and self.positions.keys().isdisjoint(identities):
+                self.positions |= identities
+                self._indexed = start + len(chunk)
+                yield
+                continue
+            for index, tensor in enumerate(chunk, start):
                 first = self.positions.setdefault(id(tensor), index)
                 if first != index:
                     self.aliases.put(index, first)
@@ -249,37 +278,25 @@ class Leaves:
             Refusal: If a leaf cannot be staged faithfully; ``len(self.specs)`` is then its index.
             Replaced: If a leaf has got other memory since it was met.
         """
-        start, recognized = len(self.specs), not self._inspected
+        start = len(self.specs)
+        self._recognized = self._recognized and not self._inspected
         self._inspected = True
         while start < len(self.tensors):
             chunk = self.tensors[start : start + LEAVES_PER_STEP]
-            if self._recognize(chunk, start, inspection):
-                start += len(chunk)
-                yield
-                continue
-            known = inspection.chunks.get(start)
-            addresses, sizes = (
-                self.addresses[start : start + LEAVES_PER_STEP],
-                self.storage_sizes[start : start + LEAVES_PER_STEP],
-            )
-            recognized, inspection.apart = False, None
-            self._check_memory(start, chunk)
-            with _private.without_torch_function():
-                simple = self._inspect_slowly(chunk, start, inspection.table)
-            yield
-            if simple and _private.TensorGuards is not None:
-                specs: list[Any] = self.specs[start:]
-                if known is not None and (known.specs, known.addresses, known.sizes) == (specs, addresses, sizes):
-                    known.guard(chunk)
-                else:
-                    inspection.chunks[start] = _Chunk(specs, addresses, sizes)
-                yield
+            if not self._recognize(chunk, start, inspection):
+                replaced = self._replaced(start, chunk)
+                if replaced is not None:
+                    raise Replaced(replaced)
+                with _private.without_torch_function():
+                    if not self._inspect_plain(chunk, start, inspection):
+                        self._inspect_each(chunk, start, inspection)
             start += len(chunk)
-        if not (recognized and (yield from self._are_apart(inspection))):
+            yield
+        if not (self._recognized and (yield from self._are_apart(inspection))):
             yield from self.index()
 
-    def _check_memory(self, start: int, chunk: Sequence[torch.Tensor]) -> None:
-        """Raise Replaced if a tensor of a chunk has got other memory since it was met.
+    def _replaced(self, start: int, chunk: Sequence[torch.Tensor]) -> int | None:
+        """Return the first leaf of a chunk that has got other memory since it was met.
 
         What is found out about it now is about the new memory. Read from the old one it could reach beyond its end.
         """
@@ -287,11 +304,12 @@ class Leaves:
         _, addresses, sizes, storages = _columns_of(chunk)
         noted = self.addresses[part], self.storage_sizes[part], self.storages[part]
         if (addresses, sizes) == noted[:2] and all(map(is_, storages, noted[2])):
-            return
+            return None
         rows = zip(zip(addresses, sizes, map(id, storages), strict=True), *noted, strict=True)
         for index, (now, address, size, storage) in enumerate(rows, start):
             if now != (address, size, id(storage)):
-                raise Replaced(index)
+                return index
+        return None
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
         """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""
@@ -303,19 +321,42 @@ class Leaves:
             inspection.apart = len(met) == len(self.addresses) + 1
         return inspection.apart
 
-    def _inspect_slowly(self, chunk: Sequence[torch.Tensor], start: int, table: SpecTable) -> bool:
-        """Fill the columns for one chunk; return whether every leaf is a plain tensor in one piece."""
+    def _inspect_plain(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
+        """Fill the specs of a chunk in bulk; return False if some are no plain tensors in one piece."""
+        part = slice(start, start + len(chunk))
+        if VERSIONS_UNAVAILABLE in self.versions[part] or not set(map(type, chunk)) <= PLAIN_CLASSES:
+            return False
+        table = inspection.table
+        specs = table.specs(chunk, self.storage_sizes[part]) if table.are_dense(chunk) else None
+        if specs is None or _have_gradients(chunk):
+            return False
+        self._remember(chunk, start, inspection, specs)
+        self.specs += specs
+        return True
+
+    def _remember(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection, specs: list[Spec]) -> None:
+        """Keep what a chunk looks like, to be recognized at capture and at the next staging."""
+        if _private.TensorGuards is None:
+            return
+        part = slice(start, start + len(chunk))
+        known = inspection.chunks.get(start)
+        # A guard says nothing of addresses, so it stays where these alone have changed.
+        check = known.check if known is not None and known.specs == specs and known.recognizes(chunk) else None
+        made = inspection.chunks[start] = _Chunk(specs, self.addresses[part], self.storage_sizes[part])
+        if check is not None:
+            made.check = check
+        else:
+            made.guard(chunk)
+
+    def _inspect_each(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> None:
+        """Fill the specs of a chunk, looking at each leaf."""
+        table = inspection.table
         meanings = table.meanings(chunk)
         if VERSIONS_UNAVAILABLE in self.versions[start : start + len(chunk)]:
             raise Refusal(
                 "this PyTorch counts no versions, so a change to it during the staging could not be noticed.",
                 "Use StagingOptions(detect_torn=False), and leave the source alone until it is captured.",
             )
-        if set(meanings) == _DENSE and set(map(type, chunk)) <= PLAIN_CLASSES:
-            specs = table.specs(chunk)
-            if specs is not None and not _have_gradients(chunk):
-                self.specs += specs
-                return True
         simple = True
         for index, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True), start):
             composite = self._apart.get(index) or composite_of(tensor, meaning)
@@ -338,7 +379,8 @@ class Leaves:
                 and tensor.requires_grad == spec.requires_grad
             )
             self.specs.append(spec)
-        return simple
+        if simple:
+            self._remember(chunk, start, inspection, self.specs[start:])  # type: ignore[arg-type]
 
     def _add_parts(self, index: int, composite: Composite) -> None:
         self.composites[index] = (composite, tuple(self.add(part, index) for part in composite.parts))
@@ -441,7 +483,7 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
 
 def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], inspection: Inspection | None) -> bool:
     """Return whether the leaves of a chunk, whose memory is the same, show it as they did."""
-    if len(gc.get_referents(*tensors)) > len(tensors) or leaves.gradients:
+    if leaves.gradients or have_attributes(tensors):
         return False
     known = inspection.chunks.get(start) if inspection is not None else None
     if known is None or known.specs != leaves.specs[start : start + len(tensors)]:

@@ -24,7 +24,7 @@ from aiostage import _private
 from aiostage._capture.build import Memo, build, built_now
 from aiostage._capture.early import EarlyCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
-from aiostage._capture.leaves import Inspection, Leaves, Replaced, Table, have_attributes
+from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Leaves, Replaced, Table, have_attributes
 from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
@@ -85,10 +85,10 @@ ATOMIC = frozenset(
 )
 """Classes whose instances are passed through: immutable, or code rather than state."""
 
-_CHILDREN_PER_STEP = 512
+_CHILDREN_PER_STEP = LEAVES_PER_STEP
 """Children looked at between two yields."""
 
-_READS_PER_STEP = 8 * _CHILDREN_PER_STEP
+_READS_PER_STEP = 16 * _CHILDREN_PER_STEP
 """Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
 
 _ATTRIBUTED_AT_ONCE = 64
@@ -124,6 +124,8 @@ class Walk:
     ) -> None:
         self.leaves = Leaves()
         self.changes = ContainerChanges()
+        self.at_call = False
+        """Whether this is the step inside the call. It only notes, so that what it gets to is as it was then."""
         self.calls_out = False
         """Whether building calls other people's code, which may look at the values of tensors."""
         self._passthrough = passthrough
@@ -281,7 +283,7 @@ class Walk:
 
     def _note(self) -> Generator[None, None, None]:
         """Open what was met and not opened yet, depth first."""
-        stack, cost = self._stack, 0
+        stack, cost, since = self._stack, 0, len(self.leaves.tensors)
         while stack:
             # What a node of many children has led to stays one list: moving it takes milliseconds.
             pending = stack[-1]
@@ -290,25 +292,29 @@ class Walk:
                 stack.pop()
             if isinstance(node, GivenNode):
                 yield from self._copy_buffer(node)
+                since = len(self.leaves.tensors)
                 continue
             for _ in self._read(node):
                 yield
-                cost = 0
+                cost, since = 0, len(self.leaves.tensors)
             node.first_leaf = len(self.leaves.tensors)
             start = 0
             while start < len(node.children):
                 if cost >= _CHILDREN_PER_STEP:
                     yield
-                    cost = 0
+                    cost, since = 0, len(self.leaves.tensors)
                 before, start = start, self._take(node, start)
-                if self._inspection is not None:
-                    self.leaves.recognize(self._inspection)
                 cost += _CHILDREN_PER_STEP if start - before < _CHILDREN_PER_STEP else start - before
+                while self._inspection is not None and self.leaves.inspect_some(
+                    self._inspection, since, only_known=self.at_call
+                ):
+                    yield
+                    cost, since = 0, len(self.leaves.tensors)
             self._opened(node)
             cost += _NODE_COST
             if cost >= _CHILDREN_PER_STEP:
                 yield
-                cost = 0
+                cost, since = 0, len(self.leaves.tensors)
 
     def _opened(self, node: Node) -> None:
         if node.leaves:

@@ -139,8 +139,10 @@ class Staging:
         if resources.backend is not None and resources.streams is not None:
             self.progress.pending = StagingCopies(resources.backend, resources.streams, caller, resources.closing)
         try:
+            self._inspection.walk.at_call = True
             if self._slices.take(self._inspecting):
                 self._inspecting = None
+            self._inspection.walk.at_call = False
             caller.include()
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.

@@ -8,7 +8,7 @@ import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ import torch
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
 from aiostage._capture.leaves import Inspection, changed
 from aiostage._capture.walk import Walk
+from aiostage._loop.slices import exhausted
 from tests.staging.holding import copies_held
 
 
-def steps(walk: Walk, tree: Any) -> Generator[None, None, None]:
+def steps(walk: Walk, tree: Any, inspection: Inspection | None = None) -> Generator[None, None, None]:
     """Walk in single steps, so that a test can change the tree between any two."""
-    inspection = Inspection(None)
-    yield from walk.run(tree)
+    inspection = inspection or Inspection(None)
+    yield from walk.run(tree, inspection)
     yield from walk.inspect(inspection)
     yield from walk.settle(inspection)
 
@@ -154,6 +155,25 @@ async def test_an_attribute_that_a_tensor_is_given_on_the_way_is_torn() -> None:
                 with pytest.raises(TornSnapshotError) as caught:
                     await snapshot.captured()
     assert caught.value.paths == ("state_dict['b']",)
+
+
+@pytest.mark.parametrize("stagings", [0, 1])
+def test_what_changes_between_two_steps_of_an_inspection_is_not_learnt_for_the_next(stagings: int) -> None:
+    for step in count():
+        tree = [torch.zeros(1) for _ in range(520)]
+        inspection = Inspection(None)
+        for _ in range(stagings):
+            exhausted(steps(Walk(), tree, inspection))
+        work = steps(Walk(), tree, inspection)
+        ended = sum(1 for _ in islice(work, step)) < step
+        tree[300].requires_grad_()
+        exhausted(work)
+        for _ in range(2):
+            walk = Walk()
+            exhausted(steps(walk, tree, inspection))
+            assert [spec.requires_grad for spec in walk.leaves.specs if spec].count(True) == 1, step
+        if ended:
+            break
 
 
 @pytest.mark.asyncio

@@ -6,6 +6,7 @@ Counts, not times: they are the same on every machine.
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import sys
 from collections import OrderedDict, defaultdict, deque
@@ -178,6 +179,16 @@ class TestCalls:
         exhausted(walk.run(tree))
         assert calls(lambda: exhausted(walk.inspect(inspection))) < LEAVES / 10
 
+    def test_what_is_new_is_inspected_in_the_step_in_which_it_is_noted(self) -> None:
+        tree, walk, inspection = flat(), Walk(), Inspection(None)
+        walk.at_call = True
+        work = walk.run(tree, inspection)
+        next(work)
+        walk.at_call = False
+        assert walk.leaves.specs == []
+        assert calls(lambda: exhausted(work)) < LEAVES / 2
+        assert len(walk.leaves.specs) > LEAVES - LEAVES_PER_STEP
+
     def test_what_is_known_is_recognized_in_the_step_in_which_it_is_noted(self) -> None:
         # While it is in the processor's caches: coming back to it costs as much again.
         tree, inspection = flat(), Inspection(None)
@@ -188,9 +199,14 @@ class TestCalls:
         assert len(walk.leaves.specs) > LEAVES - LEAVES_PER_STEP
         assert steps(walk.inspect(inspection))[0] <= 3
 
-    def test_compare(self) -> None:
+    @pytest.mark.parametrize("stagings", [0, 3])
+    @pytest.mark.parametrize("deepcopied", [False, True])
+    def test_compare(self, stagings: int, deepcopied: bool) -> None:
         tree, inspection = flat(), Inspection(None)
-        for _ in range(3):
+        if deepcopied:
+            # It leaves an empty dict of attributes on each tensor that it copies.
+            copy.deepcopy(tree)
+        for _ in range(stagings):
             walked(tree, inspection)
         walk = walked(tree, inspection)
         assert calls(lambda: exhausted(changed(walk.leaves, inspection))) < LEAVES / 10
