@@ -76,6 +76,11 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.001)
 
 
+async def settled(checkpoints: Checkpointer) -> None:
+    """Wait until every save has ended, and every removal after one."""
+    await until(lambda: not checkpoints._tasks and not checkpoints._removing.locked())
+
+
 class Copier(CheckpointStager):
     """A stager of the user's own."""
 
@@ -418,7 +423,7 @@ async def test_one_checkpoint_for_a_step(tmp_path: Path) -> None:
         for step in (1, 2):
             if step == 2:
                 await (await checkpoints.save(2, tree(2))).committed()
-                await until(lambda: not checkpoints._tasks)
+                await settled(checkpoints)
             # Before anything is copied, and whether it was there before or not.
             with pytest.raises(CheckpointExistsError, match=r"step-0000000.: there is already .* or delete"):
                 await checkpoints.save(step, tree(9))
@@ -716,7 +721,7 @@ async def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
         async with AsyncStager() as stager, Checkpointer(tmp_path, stager, keep=3, max_in_flight=2) as checkpoints:
             for step in range(20):
                 await checkpoints.save(step, tree(step))
-            await until(lambda: not checkpoints._tasks)
+            await settled(checkpoints)
             gc.collect()
             assert stager.statistics().leases == 0
             assert stager.statistics().arenas <= 3

@@ -22,11 +22,7 @@ from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.runs import MIB, LoRA, copied, numbers
-from tests.checkpoint.test_checkpointer import Copier, Gate, until
-
-
-async def settled(checkpoints: Checkpointer) -> None:
-    await until(lambda: not checkpoints._tasks)
+from tests.checkpoint.test_checkpointer import Copier, Gate, settled, until
 
 
 def test_parts_are_whole_blocks() -> None:

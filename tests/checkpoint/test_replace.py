@@ -19,7 +19,7 @@ from aiostage.storage.locate import name_of
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MemoryStorage
-from tests.checkpoint.test_checkpointer import Gate, tree, until
+from tests.checkpoint.test_checkpointer import Gate, settled, tree, until
 
 KINDS = ["local", "objects", "fsspec"]
 
@@ -82,7 +82,7 @@ async def test_cancelled_at_every_await_it_is_the_old_one_or_the_new() -> None:
 
         async for _ in at_every_await(replace):
             rounds += 1
-            await until(lambda: not checkpoints._tasks)
+            await settled(checkpoints)
             found = await checkpoints.restore()
             assert_same(tree(found["step"]), found)
             await (await checkpoints.save(1, tree(1), replace=True)).committed()

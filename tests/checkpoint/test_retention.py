@@ -10,7 +10,7 @@ import aiostage
 from aiostage import Checkpointer
 from aiostage.storage.locate import name_of, step_of, surplus
 from tests.checkpoint.memory_storage import MemoryStorage
-from tests.checkpoint.test_checkpointer import Gate, tree, until
+from tests.checkpoint.test_checkpointer import Gate, settled, tree, until
 
 
 @pytest.mark.parametrize("step", [0, 7, 99_999_999, 123_456_789_012])
@@ -49,7 +49,7 @@ async def test_old_checkpoints_go_when_a_new_one_is_committed() -> None:
     async with Checkpointer(storage, keep=2, keep_also=lambda step: step % 100 == 0) as checkpoints:
         for step in range(100, 160, 10):
             await checkpoints.save(step, tree(step))
-        await until(lambda: not checkpoints._tasks)
+        await settled(checkpoints)
         assert await checkpoints.steps() == [100, 140, 150]
         # Not before.
         gate.open = type(gate.open)()
@@ -81,7 +81,7 @@ async def test_after_going_back_the_newest_stays() -> None:
             await checkpoints.save(step * 100, tree(step))
     async with Checkpointer(storage, keep=2) as checkpoints:
         await checkpoints.save(110, tree(0))
-        await until(lambda: not checkpoints._tasks)
+        await settled(checkpoints)
         assert await checkpoints.steps() == [110, 200, 300]
         await checkpoints.delete(200)
         await checkpoints.delete(300)
