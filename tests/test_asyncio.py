@@ -106,6 +106,27 @@ def test_a_snapshot_in_eager_tasks() -> None:
     run(main, eager_loop)
 
 
+def test_nothing_asks_for_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.14 deprecates event loop policies, and has no loop where none runs."""
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*arguments: object) -> Any:
+            # asyncio.Runner asks itself, up to Python 3.13.
+            assert "aiostage" not in str(sys._getframe(1).f_globals["__name__"]), function.__name__
+            return function(*arguments)
+
+        return ask
+
+    for module in (asyncio, asyncio.events):
+        for name in ("get_event_loop", "get_event_loop_policy", "set_event_loop_policy"):
+            monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+    run(many_at_once, asyncio.SelectorEventLoop, tmp_path / "asyncio")
+    # In threads with loops of their own.
+    with aiostage.blocking.Checkpointer(tmp_path / "blocking") as checkpoints:
+        checkpoints.save(1, tree(1)).committed()
+        assert checkpoints.restore()["step"] == 1
+
+
 def test_one_stager_in_the_loops_of_several_runs(tmp_path: Path) -> None:
     async def save(stager: AsyncStager, step: int) -> None:
         await aiostage.save(tree(step), tmp_path / str(step), stager=stager)

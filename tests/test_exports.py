@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -45,6 +47,22 @@ def test_every_name_is_documented(name: str) -> None:
     for attribute, member in vars(value).items() if inspect.isclass(value) else ():
         if not attribute.startswith("_") and inspect.isfunction(member):
             assert inspect.getdoc(member), f"{name}.{attribute}"
+
+
+NAMES = ("abc", "blocking", "dcp", "errors", "leaf", "observe", "options", "storage", "testing", "weights")
+MODULES = ["aiostage", *(f"aiostage.{name}" for name in NAMES)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_annotations_can_be_looked_up(name: str) -> None:
+    """As frameworks do that validate or inject arguments, and as Python 3.14 does on demand."""
+    module = importlib.import_module(name)
+    for public in module.__all__:
+        value = getattr(module, public)
+        for member in (value, *(vars(value).values() if inspect.isclass(value) else ())):
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(function) or inspect.isclass(function):
+                typing.get_type_hints(function)
 
 
 def test_importing_touches_no_device_and_nothing_optional() -> None:

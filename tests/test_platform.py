@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,43 @@ assert p.read_into(number, memoryview(into), p.PAGE_BYTES) == 4 and into == b"ke
 assert p.read_into(number, memoryview(into), 3 * p.PAGE_BYTES) == 0
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, timeout=seconds(20))
+
+
+def test_pages_of_64_kib(tmp_path: Path) -> None:
+    """As of many kernels for aarch64: no size of a page is a constant."""
+    program = f"""
+import asyncio, mmap
+mmap.PAGESIZE = mmap.ALLOCATIONGRANULARITY = 64 << 10
+import torch, aiostage
+from aiostage import _platform, AsyncStager, Checkpointer, StagingOptions
+assert _platform.PAGE_BYTES == 64 << 10 and not _platform.HAS_HUGE_PAGES
+
+async def main():
+    tree = {{"large": torch.arange(300_001), "odd": torch.arange(40_000, dtype=torch.uint8)[3:], "s": torch.ones(3)}}
+    for shared in (False, True):
+        async with AsyncStager(StagingOptions(use_shared_memory=shared, max_host_bytes=64 << 20)) as stager:
+            staged = await stager.stage(tree)
+            statistics = stager.statistics()
+            held = statistics.shared_bytes if shared else statistics.pageable_bytes
+            assert held and held % (64 << 10) == 0
+            async with Checkpointer({str(tmp_path)!r} + f"/{{shared}}", stager) as checkpoints:
+                await (await checkpoints.save(1, staged)).committed()
+                loaded = await checkpoints.restore()
+                into = {{key: torch.zeros_like(value) for key, value in tree.items()}}
+                await checkpoints.restore(into=into, in_place=True)
+            for key, value in tree.items():
+                for found in (staged, loaded, into):
+                    assert torch.equal(found[key], value), key
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, timeout=seconds(30))
+
+
+def test_nothing_that_containers_forbid_is_used() -> None:
+    """The seccomp profiles of container engines refuse these calls, and kernels without privileges the second."""
+    for path in (ROOT / "aiostage").rglob("*.py"):
+        assert not {"io_uring", "userfaultfd"} & set(re.findall(r"\w+", path.read_text())), path
 
 
 def test_windows_is_refused_in_one_sentence() -> None:

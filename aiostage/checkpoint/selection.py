@@ -20,7 +20,7 @@ _MAX_DEPTH = 100
 
 _NOTHING = object()
 
-Only: TypeAlias = "str | Iterable[str] | Callable[[Path], bool]"
+Only: TypeAlias = str | Iterable[str] | Callable[[Path], bool]
 """Patterns of paths with dots between their steps, or a function of a path."""
 
 

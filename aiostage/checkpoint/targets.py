@@ -27,8 +27,8 @@ __all__ = ["DeviceOption", "Devices", "ReadPlan", "Shares", "host_memory", "plan
 _TENSORS_AT_ONCE = 64
 """Allocated by one step of a thread."""
 
-_DeviceLike: TypeAlias = "torch.device | str | int"
-DeviceOption: TypeAlias = "_DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]"
+_DeviceLike: TypeAlias = torch.device | str | int
+DeviceOption: TypeAlias = _DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]
 """A device, or a function that is asked for that of each tensor."""
 
 Shares: TypeAlias = "Mapping[torch.device | None, Mapping[str, int]]"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader
@@ -91,12 +92,26 @@ def _read(
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
 
     def collectives(group: Any) -> None:
-        torch_load(
-            state_dict,
-            storage_reader=reader,
-            planner=planner,
-            process_group=group,
-            no_dist=group is None,
-        )
+        try:
+            torch_load(
+                state_dict,
+                storage_reader=reader,
+                planner=planner,
+                process_group=group,
+                no_dist=group is None,
+            )
+        except CheckpointException as error:
+            _explain(error, reader)
+            raise
 
     return collectives
+
+
+def _explain(error: CheckpointException, reader: Any) -> None:
+    """Say why there is no metadata, which PyTorch 2.11 keeps to itself."""
+    for raised, _ in error.failures.values():
+        if str(raised) == "metadata is None":
+            try:
+                reader.read_metadata()
+            except Exception as reason:
+                raised.args = (f"metadata is None; global metadata read failed: {reason}",)

@@ -31,10 +31,10 @@ __all__ = [
     "tombstone_of",
 ]
 
-Root: TypeAlias = "str | os.PathLike[str] | Storage | Any"
+Root: TypeAlias = str | os.PathLike[str] | Storage | Any
 """Where checkpoints lie: a path, a URL, a store of obstore, or a storage."""
 
-Target: TypeAlias = "str | os.PathLike[str] | tuple[Root, str]"
+Target: TypeAlias = str | os.PathLike[str] | tuple[Root, str]
 """Where one checkpoint lies: a path, a URL, or a root and a name below it."""
 
 _OBJECT_SCHEMES = frozenset(("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https", "memory"))

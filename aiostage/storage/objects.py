@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,7 +24,7 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
@@ -34,10 +34,6 @@ from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
 __all__ = ["ObjectStorage", "translate", "worded"]
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
-
 
 _MIN_REQUEST_BYTES = 5 << 20
 """What S3 wants of every request of an upload but the last."""

@@ -26,6 +26,7 @@ __all__ = [
     "Accelerator",
     "DeviceAccelerator",
     "DeviceError",
+    "default_stager_stages_again",
     "is_completed",
     "seeds",
     "simulator_only",
@@ -39,6 +40,19 @@ _DELAYS_MICROSECONDS = {"copy_delay": 400, "kernel_delay": 100}
 
 _FAILURE_MICROSECONDS = 300
 """How long it takes until a kernel that fails is noticed."""
+
+
+def default_stager_stages_again() -> bool:
+    """Return whether PyTorch's own stager stages a second time. That of 2.11 raises KeyError."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    stager.stage({})
+    try:
+        stager.stage({})
+    except KeyError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

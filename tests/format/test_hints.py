@@ -87,7 +87,6 @@ CASES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "long floats": (np.ones(2, np.longdouble), "its view(np.uint8)", lambda array: array.view(np.uint8)),
     "long floats, shorter": (np.ones(2, np.longdouble), "astype(np.float64)", lambda array: array.astype(np.float64)),
     "long float": (np.longdouble(1) / 3, ".view(np.uint8)", lambda value: np.array([value]).view(np.uint8)),
-    "array of strings": (np.array(["a"], np.dtypes.StringDType()), "tolist()", lambda array: array.tolist()),
     "titles": (titled(), "without titles", lambda array: array.astype([("a", "f4")])),
     "factory": (defaultdict(lambda: 1, a=2), "Convert it to a dict", dict),
     "subclass of str": (Text("x"), "by str()", str),
@@ -109,6 +108,10 @@ CASES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "large fraction": (Fraction(1, 1 << 70_000), "numerator", lambda value: [value.numerator, value.denominator]),
 }
 CASES["closed buffer"][0].close()
+if hasattr(np.dtypes, "StringDType"):
+    # Since NumPy 2.0.
+    strings = np.array(["a"], np.dtypes.StringDType())
+    CASES["array of strings"] = (strings, "tolist()", lambda array: array.tolist())
 
 
 @pytest.mark.asyncio
