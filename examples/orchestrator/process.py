@@ -69,6 +69,8 @@ class Child:
                     stderr=prints.fileno(),
                     pass_fds=(theirs.fileno(),),
                     env=os.environ | {DESCRIPTOR: str(theirs.fileno()), "PYTHONUNBUFFERED": "1"},
+                    # A terminal's Ctrl-C interrupts its whole group, and would end them before they have saved.
+                    start_new_session=True,
                 )
             except BaseException:
                 output[1].close()

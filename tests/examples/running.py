@@ -77,6 +77,7 @@ def orchestrator(root: Path, program: Path = ORCHESTRATOR, *flags: str, **option
     process = subprocess.Popen(
         [sys.executable, str(program), *flags, "--port", str(port), "--root", str(root), *words],
         env=os.environ | {"ORCHESTRATOR_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)},
+        process_group=0,
     )
     service = Service(process, port, root)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +104,21 @@ def test_workers_end_when_the_service_is_killed(tmp_path: Path) -> None:
         while any(Path(f"/proc/{pid}/fd/0").exists() for pid in pids):
             assert time.monotonic() < deadline, "they live on"
             time.sleep(0.05)
+
+
+def test_an_interrupt_of_the_terminal_has_the_jobs_save_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with orchestrator(tmp_path, SERVING, jobs=2, every=0) as service:
+        for name in ("job-0", "job-1"):
+            service.until(lambda job: job["step"] > 0, name)
+        # As Ctrl-C does: it goes to the whole group.
+        os.killpg(service.process.pid, signal.SIGINT)
+        assert service.process.wait(seconds(60)) == 0
+    said = capfd.readouterr().err
+    assert "job-0 is preempted" in said
+    assert "job-1 is preempted" in said
+    assert "killed by" not in said
 
 
 def test_a_watcher_that_leaves_is_forgotten(service: Service) -> None:
