@@ -1,4 +1,4 @@
-"""Arguments of users: flags that are bools, whole numbers, and objects that give and take their state as a dict."""
+"""Arguments of users: flags that are bools, integers, and objects that give and take their state as a dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float)
 
 
 def check_flags(**flags: object) -> None:
-    """Refuse what is no bool, by name: the text ``"false"`` would count as true, and overwrite what was to be kept.
+    """Refuse a flag that is not a bool, by its name: the text ``"false"`` counts as true and would overwrite a file.
 
     Raises:
         TypeError: If one is not.
@@ -34,11 +34,11 @@ def require_int(name: str, number: object) -> int:
         TypeError: If it is not whole, or is a bool: ``keep=True`` would keep one.
     """
     if isinstance(number, bool):
-        raise TypeError(f"{name} must be a whole number, not {shown(number)}")
+        raise TypeError(f"{name} must be an integer, not {shown(number)}")
     try:
         return operator.index(number)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {shown(number)}") from None
+        raise TypeError(f"{name} must be an integer, not {shown(number)}") from None
 
 
 def states_of(tree: Any) -> Any:
@@ -70,7 +70,8 @@ def stateful_in(tree: Any) -> frozenset[int]:
 
 
 def _is_stateful(value: Any) -> bool:
-    # What torch calls Stateful, without importing torch.distributed.checkpoint for it.
+    """Return whether an object is what PyTorch calls ``Stateful``: it has ``state_dict`` and ``load_state_dict``."""
+    # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
     return not isinstance(value, (*_PLAIN, type)) and all(
         callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
     )

@@ -101,7 +101,7 @@ ACCELERATE = {
 CONSEQUENCES = {
     "dispatch_keys": "each leaf is classified by itself: slower, the same result",
     "raw_repr": "each leaf is classified by itself: slower, the same result",
-    "TensorGuards": "each leaf is inspected anew in each staging: slower, the same result",
+    "TensorGuards": "each staging inspects each leaf again: slower, with the same result",
     "version_of": "stage() refuses unless detect_torn=False",
     "_has_storage": "a tensor is asked for its storage instead",
     "_make_subclass": "nn.Parameter() is called instead",

@@ -253,7 +253,7 @@ def shown(value: object, *, _depth: int = 0) -> str:
 
 
 def _size_of(value: object) -> str:
-    """Return how large a container or a tensor is, asking only what answers at once and runs nobody's code."""
+    """Return how large a container or a tensor is, by calls that return at once and run no code of the user."""
     kind = type(value)
     for base in _CONTAINERS:
         if isinstance(value, base):

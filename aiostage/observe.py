@@ -121,7 +121,7 @@ def span(name: str, **attributes: object) -> AbstractContextManager[None]:
 
 
 def start_span(name: str, **attributes: object) -> OpenSpan | None:
-    """Open a span that is ended by hand, because it is no block: it may end in another task or thread.
+    """Open a span that is ended by hand, because it is not a block: it may end in another task or thread.
 
     Args:
         name: What is done, one of a small number of names.

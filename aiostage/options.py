@@ -126,7 +126,7 @@ def _require(name: str, value: object, kind: type) -> None:
 
 def _require_bytes(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of bytes or None, not {shown(value)}")
+        raise TypeError(f"{name} must be an integer, in bytes, or None, not {shown(value)}")
     if value <= 0:
         raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(value)}")
 

@@ -21,8 +21,8 @@ __all__ = ["SharedTree", "share"]
 class SharedTree:
     """Where a staged tree is, small enough to send to any process of the same user on the same machine.
 
-    Picklable. It is good for as long as the staged tree that it was made from lives in the process that made it. What
-    has been opened stays good for as long as it is referred to, whatever becomes of that process.
+    Picklable. It is valid while the staged tree that it was made from is alive in the process that made it. Tensors
+    that were opened stay valid while something refers to them, also after that process has ended.
 
     Attributes:
         memory: The shared memory, one handle for each arena, whatever the number of tensors.

@@ -233,7 +233,7 @@ class Snapshot(Generic[T]):
             raise failure
         if state in (State.FAILED, State.DROPPED):
             raise StagingError(
-                "the snapshot was left, or abandoned before it was captured.",
+                "the snapshot's context was exited, or the snapshot was abandoned before it was captured.",
                 remedy="Await captured() and result() inside the `async with` block.",
             )
 

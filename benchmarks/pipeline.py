@@ -115,7 +115,7 @@ class Bench:
     def _check_capture(self, found: dict[str, Saves]) -> None:
         """Compare when the trainer may go on, in later saves."""
         ours = found[_OURS].median("captured")
-        what = f"{found[_OURS].place}: aiostage has captured / a copy into warm memory, which nobody can undercut"
+        what = f"{found[_OURS].place}: aiostage has captured / a copy into warm memory, the lower limit"
         self.checks.append(Check(what, ours / found[_OURS].median("copy"), 1.25))
         for way in RIVALS:
             if not found[way].failure:

@@ -48,7 +48,7 @@ class Place:
         raise NotImplementedError
 
     async def remove(self, name: str) -> None:
-        """Remove a checkpoint, whoever has written it."""
+        """Remove a checkpoint of any library."""
         raise NotImplementedError
 
     async def timed_raw(self) -> float:

@@ -78,10 +78,10 @@ async def not_open(folder: Path) -> None:
 
 
 async def unreachable(folder: Path) -> None:
-    nobody = "http://127.0.0.1:9"
+    no_server = "http://127.0.0.1:9"
     store = S3Store(
         "bucket",
-        endpoint=nobody,
+        endpoint=no_server,
         skip_signature=True,
         client_options={"allow_http": True},
         retry_config={"max_retries": 0},

@@ -2,7 +2,7 @@
 
 A process trains and checkpoints itself every few steps. It is killed (SIGKILL) at random points, often in the middle
 of a save, and started again; then it is asked to end (SIGTERM), as clusters do before they take a machine away, and
-started again. In the end every loss that it has told is compared with those of a run that nobody disturbed.
+started again. In the end every loss that it has reported is compared with those of an undisturbed run.
 
 AIOSTAGE_EXAMPLE_QUICK=1 makes it shorter. It exits with 1 if a loss differs, or if a SIGTERM has cost a step.
 """
@@ -147,7 +147,7 @@ def main() -> bool:
             reached, before = last, number or before
     print(f"\nkilled {KILLS} times, which has cost {repeated_after[signal.SIGKILL]} steps that were trained again")
     checks = {
-        f"every one of {sum(map(len, told.values()))} losses is that of a run that nobody disturbed, to the bit": all(
+        f"every one of {sum(map(len, told.values()))} losses equals that of an undisturbed run, bit for bit": all(
             losses and set(losses) == {undisturbed[step]} for step, losses in told.items()
         ),
         "SIGTERM has cost no step": repeated_after[signal.SIGTERM] == 0,

@@ -104,7 +104,7 @@ class _Schedule:
             self.write(name)
 
     def replace(self) -> None:
-        """Let go of a tensor, whose memory the next one of its size gets at once."""
+        """Drop a tensor. The next one of its size gets its memory at once."""
         name = self.random.choice(sorted(self.live))
         self.let_go(name)
         self.allocate(name)
@@ -140,7 +140,7 @@ class _Schedule:
         self.keep(await self.call(lambda: self.stager.stage(tree)), expected, "stage")
 
     async def stage_and_forget(self) -> None:
-        """Let go of the source while it is copied, and use its memory for others."""
+        """Drop the source while it is copied, and use its memory for others."""
         expected = dict(self.model)
         task = asyncio.ensure_future(self.call(lambda: self.stager.stage(dict(self.live))))
         await asyncio.sleep(0)
@@ -324,7 +324,7 @@ class WaitsForNothing(_Control):
 
 
 class KeepsNoSource(_Control):
-    """Lets go of the source while it is copied."""
+    """Drops the source while it is copied."""
 
     keeps = False
 

@@ -1,4 +1,4 @@
-"""Whoever lacks an optional package is told in one way what to install."""
+"""An error about a missing optional package says what to install, in one form."""
 
 from __future__ import annotations
 

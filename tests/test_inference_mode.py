@@ -67,7 +67,7 @@ async def test_saves_through_a_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize("made_inside", [False, True])
 async def test_loads_into_a_live_tree(made_inside: bool, in_place: bool, tmp_path: Path) -> None:
     source = tree()
-    # Those have to be loaded anew.
+    # Those have to be loaded again.
     del source["sparse"], source["expanded"]
     await aiostage.save(source, tmp_path / "a")
     with torch.inference_mode() if made_inside else nullcontext():

@@ -120,7 +120,7 @@ async def test_the_moment_of_a_staging_is_its_call() -> None:
         with observing(recorder):
             with span("here"):
                 staging = stager.stage(tree())
-                # A staging under way is not the current span of whoever has called for it.
+                # A staging under way is not the current span of its caller.
                 assert observe.current() is recorder.spans("here")[0]
             with span("there"):
                 await asyncio.create_task(staging)

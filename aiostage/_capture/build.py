@@ -41,8 +41,9 @@ _NODE_COST = 8
 class Memo(dict[Any, Any]):
     """What ``memo`` is to :func:`copy.deepcopy`, for objects that copy themselves.
 
-    Whatever the walk has noted is copied when it is asked for, with its values, so that code which computes with
-    copies sees what it would see under :func:`copy.deepcopy`. What such code puts in here is the copy from then on.
+    An object that the walk has recorded is copied when it is requested, with its values, so that code which computes
+    with copies sees what it would see under :func:`copy.deepcopy`. What such code puts in here is the copy from then
+    on.
 
     Args:
         nodes: What was noted, by the identity of the source.

@@ -422,7 +422,7 @@ def _finished(result: torch.Tensor, traits: tuple[type, bool]) -> torch.Tensor:
 def _wrapper(tensor: Any) -> Composite:
     attributes, context = tensor.__tensor_flatten__()
     inner = {name: getattr(tensor, name) for name in attributes}
-    # Some name what is no tensor too. A DTensor's mesh stands for connections and stays the one that it is.
+    # Some name what is not a tensor too. A DTensor's mesh stands for connections and stays the one that it is.
     names = [name for name, value in inner.items() if isinstance(value, torch.Tensor)]
     parts = tuple(inner[name] for name in names)
     kept = {name: value for name, value in inner.items() if name not in names}
@@ -454,7 +454,7 @@ def finder(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
     def find_parts() -> tuple[torch.Tensor, ...]:
         found = inner_tensors(tensor) or {}
         if tensor.layout is not layout or list(found) != names:
-            raise ValueError("it is of another kind by now")
+            raise ValueError("its kind has changed meanwhile")
         return tuple(found.values())
 
     return find_parts

@@ -52,7 +52,7 @@ class AttributeSteps(Sequence[object]):
     """The steps that lead to what hangs on an object, made of its keys when a path is asked for.
 
     Args:
-        keys: Names of attributes, as a rule; what is no text stays what it is.
+        keys: Names of attributes, as a rule; what is not text stays what it is.
     """
 
     __slots__ = ("_keys",)
@@ -286,7 +286,7 @@ class TupleNode(_Collected):
 
 
 class SetNode(_Collected):
-    """A set or frozenset. A set of atoms, whose hashes run nobody's code, is filled in steps."""
+    """A set or frozenset. A set of atoms is filled in steps, because their hashes run no code of the user."""
 
     __slots__ = ()
 

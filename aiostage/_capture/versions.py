@@ -29,7 +29,7 @@ _CONTAINER_COST = 32
 """What a container costs, in terms of children."""
 
 _RELEASED_AT_ONCE = 256
-"""Containers let go of between two yields; each holds a list or two."""
+"""Containers released between two yields; each holds a list or two."""
 
 
 class _HasPath(Protocol):

@@ -720,7 +720,7 @@ _SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter
 
 def _emptying(node: Node) -> Generator[None, None, None]:
     """Let go of the larger part of what a large node holds, yielding between small steps."""
-    # No path leads through what has nothing below it, so that nobody asks for its keys.
+    # No path leads through an object without children, so its keys are not needed.
     keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
     # In parts, since the nodes below may have their last references here.
     while len(node.nested) > _CHILDREN_PER_STEP:
@@ -752,7 +752,7 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
             atomic = atomic and set(map(type, part)) <= ATOMIC
             yield
     except RuntimeError:
-        # It changed size on the way: noted anew, in one step, as it is now.
+        # It changed size meanwhile: record it again, in one step.
         keys[:], values[:] = source.keys(), source.values()
         return set(map(type, keys)) <= ATOMIC
     return atomic
@@ -770,7 +770,7 @@ def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[
             items += part
             yield
     except RuntimeError:
-        # It changed on the way: noted anew, in one step, as it is now.
+        # It changed meanwhile: record it again, in one step.
         items[:] = source
     return items
 

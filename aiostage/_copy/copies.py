@@ -213,7 +213,7 @@ class CopyProgress:
         """
         if self.window is not None and not self._job.finished():
             raise StagingError(
-                "the copy passes through memory smaller than itself, so some of its copies wait for room.",
+                "the copy passes through memory smaller than itself, so some of its copies wait for memory.",
                 remedy="Await captured() before you change the source.",
             )
         in_host_memory = {number for number, batch in enumerate(self.batches) if batch.device is None} - self.copied

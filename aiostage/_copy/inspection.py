@@ -198,7 +198,7 @@ def leaves_within(
             number -= 1
             numbers.add(number)
     if missing:
-        raise KeyError(f"{format_path(min(missing, key=str))} leads to no tensor that is copied")
+        raise KeyError(f"{format_path(min(missing, key=str))} does not lead to a tensor that is copied")
     return leaves, numbers
 
 

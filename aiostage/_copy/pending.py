@@ -83,11 +83,13 @@ class PendingCopy:
 class _InFlight:
     """Every pending copy of the process.
 
-    A device that was told to copy cannot be told otherwise, so what it reads and writes stays referred to here,
-    whatever becomes of the staging, the stager or the event loop.
+    An enqueued copy cannot be cancelled. This holds the memory that it reads and writes until it has completed, also
+    when the staging, the stager or the event loop is gone.
     """
 
     def __init__(self) -> None:
+        # No lock: each add and discard is one operation of a set, which the GIL (or the set's own lock in builds
+        # without a GIL) makes atomic. A lock could deadlock, because finalizers call orphan() in any thread.
         self._pending: set[PendingCopy] = set()
         self._orphans: SimpleQueue[PendingCopy] = SimpleQueue()
         self._watching = threading.Lock()
@@ -101,6 +103,8 @@ class _InFlight:
 
     def finished(self, copy: PendingCopy) -> None:
         """Release the memory of a completed copy, which others may wait for, before the copy itself."""
+        # In this order: a thread that sees that no copy is pending may use the memory again, so it has to be free by
+        # then.
         copy.keep.clear()
         self._pending.discard(copy)
 
@@ -112,6 +116,7 @@ class _InFlight:
         self._watch()
 
     def _watch(self) -> None:
+        # The lock says that a watching thread exists. It is taken here and released by that thread, never waited for.
         if not self._orphans.empty() and self._watching.acquire(blocking=False):
             try:
                 threading.Thread(target=self._watch_all, name="aiostage-orphans", daemon=True).start()
@@ -129,7 +134,8 @@ class _InFlight:
                 break
             time.sleep(_POLL_SECONDS)
         self._watching.release()
-        # One may have come between the look at the queue and here.
+        # A copy that came after the last check of the queue and before the release found the lock taken, and started
+        # no thread. Check again now that the lock is free.
         self._watch()
 
     def _not_over(self, watched: Sequence[PendingCopy]) -> list[PendingCopy]:
@@ -219,6 +225,7 @@ class PendingCopies:
         pending = PendingCopy(event, on, copy.nbytes, copy.number, copy.copies, copy.launches, copy.take_memory())
         in_flight.add(pending)
         with self._lock:
+            # With the lock of abandon(): either that sees this copy in the list, or this sees that it was abandoned.
             self._in_order.append(pending)
             self._added(pending)
             abandoned = not self._abandon.alive
@@ -248,7 +255,7 @@ class PendingCopies:
         except StagingError as error:
             self._streams.forget(copy.on, error.__cause__)
             raise
-        # What was before it on its stream may have failed meanwhile.
+        # The event may have completed because an earlier copy on its stream failed while this one was waited for.
         _check(copy)
         copy.is_made = True
         in_flight.finished(copy)
@@ -311,6 +318,7 @@ class StagingCopies(PendingCopies):
                 self.follow_the_caller(device)
             rounds += _rounds(copies, max_bytes)
             for number, members in enumerate(rounds):
+                # Two rounds of half the limit each: this one starts when the one before the last has completed.
                 if number >= 2:
                     for copy in [self._by_number[copy.number] for copy in rounds[number - 2]]:
                         await self.wait(copy)
@@ -335,10 +343,11 @@ class StagingCopies(PendingCopies):
                     if not isinstance(error, GeneratorExit):
                         await finish(partial(self._launched, job))
                     raise
+            # Closing the stager has cancelled the job, which then looks finished. Report that first.
             self._stager.check()
             await job.join()
         finally:
-            # Nor may it lead back to the error.
+            # The traceback refers to this frame, which must not refer back to the error: that circle would keep memory.
             del job, step
 
     async def _launched(self, job: Job) -> None:
@@ -365,7 +374,7 @@ class StagingCopies(PendingCopies):
 
 
 def _rounds(copies: Sequence[DeviceCopy], max_bytes: int | None) -> Iterator[list[DeviceCopy]]:
-    """Split copies into rounds of half the limit: one flies while the next is launched."""
+    """Split copies into rounds of half the limit: one is in flight while the next is enqueued."""
     if max_bytes is None:
         yield list(copies)
         return

@@ -178,7 +178,7 @@ class Timings:
     yields: int = 0
 
     def __post_init__(self) -> None:
-        """Start without a span; the caller sets one. It is no field, because it is no figure."""
+        """Start without a span; the caller sets one. It is not a field, because it is not a figure."""
         self.span: OpenSpan | None = None
 
 

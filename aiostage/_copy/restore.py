@@ -49,7 +49,7 @@ async def restore(resources: Resources, caller: CallerStreams, staged: Any, into
         if copier is not None:
             for device in {batch.device: None for batch in batches if batch.device is not None}:
                 copier.follow_the_caller(device)
-        # Half a restore is neither the old state nor the new: once begun it is finished.
+        # A restore that stops half-way leaves a mixture of two states. Once started, it runs to its end.
         await finish(partial(_copy, batches, resources.workers.job(), copier))
     finally:
         if copier is not None:

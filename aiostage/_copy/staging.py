@@ -94,7 +94,7 @@ class _Turns:
 class Staging:
     """Captures one state dict.
 
-    Made at the call: from then on changes are noticed, as far as the first slice of the walk gets. :meth:`begin`
+    Made at the call: from then on changes are noticed, as far as the first slice of the walk gets. :meth:`start`
     returns once every copy is under way, :meth:`complete` once the source may change again. Memory safety rests on
     references alone: whatever a running copy touches is kept alive by that copy, so a staging that is cancelled, or
     whose event loop is gone, can simply be dropped.

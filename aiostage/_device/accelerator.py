@@ -181,7 +181,7 @@ class TorchBackend(Backend):
 
 
 def _has_record_stream(accelerator: torch.device) -> bool:
-    """Return whether a device's allocator can be told of streams; MPS has but one stream and no need."""
+    """Return whether a device's allocator records streams; MPS has but one stream and no need."""
     if _private.privateuse1_name is None or _private.has_kernel is None:
         return accelerator.type != "mps"
     key = "PrivateUse1" if accelerator.type == _private.privateuse1_name() else accelerator.type.upper()

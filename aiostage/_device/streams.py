@@ -97,6 +97,8 @@ class CallerStreams:
         if devices:
             self._refuse_capture(self._backend)
         for device in devices:
+            # The streams of earlier steps stay in the record: work on them may still be queued. Their events are
+            # recorded again, because the caller may have enqueued more since.
             streams = [stream for stream, _ in self._recorded.get(device, ())]
             current = self._backend.current_stream(device)
             if current not in streams:
@@ -106,7 +108,7 @@ class CallerStreams:
     def _refuse_capture(self, backend: Backend) -> None:
         if backend.is_capturing():
             raise StagingError(
-                "the current stream is being captured into a graph, of which copies must not become a part.",
+                "the current stream is being captured into a graph, and copies must not become part of that graph.",
                 remedy="Stage, save, load or restore before the capture begins, and await it before that too.",
             )
 
@@ -239,7 +241,7 @@ class CopyStream:
     Attributes:
         device: Whose.
         stream: The backend's.
-        failure: What something on it has failed of, if it has: whatever was enqueued behind that cannot be relied on.
+        failure: The error of the first copy on it that failed. Copies that were enqueued after that one are unreliable.
     """
 
     device: torch.device
@@ -274,6 +276,7 @@ class CopyStreams:
 
     def forget(self, failed: CopyStream, failure: BaseException | None) -> None:
         """Note that something on a stream has failed, and make a new one for its device next time."""
+        # First the mark, then the removal: stagings that hold the stream check the mark after each wait.
         failed.failure = failure
         if self._streams.get(failed.device) is failed:
             self._streams.pop(failed.device, None)
@@ -294,7 +297,7 @@ def _device_error(error: Exception) -> StagingError:
     if isinstance(error, StagingError):
         return error
     wrapped = StagingError(
-        f"the device cannot be told to copy: {type(error).__name__}: {error}",
+        f"the device did not accept the copy: {type(error).__name__}: {error}",
         remedy="A failed kernel may show only here. What was enqueued on the device cannot be relied on.",
     )
     wrapped.__cause__ = error

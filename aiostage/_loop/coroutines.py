@@ -80,7 +80,7 @@ async def finish(wait: Callable[[], Awaitable[T]]) -> T:
         What the awaitable returns.
 
     Raises:
-        BaseException: Whatever the awaitable raises. If the task was cancelled while waiting, the cancellation.
+        BaseException: The error of the awaitable. If the task was cancelled while waiting, the cancellation.
     """
     cancelled: BaseException | None = None
     with anyio.CancelScope(shield=True):

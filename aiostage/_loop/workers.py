@@ -89,7 +89,7 @@ class Job:
 
     Several threads may run different steps of one job at once. After :meth:`cancel`, or after a step has failed,
     the steps not yet begun are dropped; those that run are always waited for. Steps hold references to what they
-    touch, so memory outlives the last step that uses it, whatever happens to the coroutine that made the job. Each runs
+    touch, so memory outlives the last step that uses it, also when the coroutine that made the job is gone. Each runs
     in a copy of the context of the caller of put, as with ``asyncio.to_thread``.
 
     A coroutine that fills a job from beginning to end does so in its ``async with`` block, which ends as :meth:`join`
@@ -148,6 +148,8 @@ class Job:
             if not self._open:
                 return
             self._steps.append((context, step))
+        # Outside of the lock, so that it is never held together with the workers' condition. The job may be cancelled
+        # in between: a worker that finds no step only returns.
         self._submit(self)
 
     def close(self) -> None:
@@ -155,6 +157,7 @@ class Job:
         with self._lock:
             self._open = False
             waiters = self._take_waiters()
+        # Outside of the lock, here and below: waking a waiter may take locks of its event loop.
         _wake(waiters)
 
     def cancel(self) -> None:
@@ -213,6 +216,7 @@ class Job:
 
     async def settled(self) -> None:
         """Wait until the job is finished, without raising a step's error. Cancelling changes nothing."""
+        # A loop, because a step may end between the two calls: progressed() then returns at once.
         while not self.finished():
             await self.progressed(self._done)
 
@@ -260,7 +264,7 @@ class Job:
             self._error = None
 
     async def _give_up(self, error: BaseException) -> None:
-        """Drop the steps not yet begun and wait for those that run, whatever happens meanwhile."""
+        """Drop the steps that have not started and wait for those that run. It is shielded from cancellation."""
         self.cancel()
         # A coroutine that is being closed may not wait; the running steps keep their own memory alive.
         if not isinstance(error, GeneratorExit):
@@ -307,7 +311,7 @@ class Workers:
             What the call returns.
 
         Raises:
-            BaseException: Whatever the call raises.
+            BaseException: The error of the call.
 
         When cancelled before it begins, the call never runs; afterwards it is waited for, and its result is lost.
         A :func:`release_gil` in it ends it early.
@@ -356,6 +360,7 @@ class _WorkerState:
         register_after_fork(self)
 
     def after_fork_in_child(self) -> object:
+        # A new lock: a thread of the parent may have held the old one at the fork, and does not exist here.
         self.condition = threading.Condition()
         self.alive = self.idle = 0
         left_behind, self.queue = self.queue, deque()
@@ -365,6 +370,8 @@ class _WorkerState:
         with self.condition:
             self.stopping = False
             self.queue.append(job)
+            # Enough idle threads for all that is queued, this job included: one that was woken for an earlier job still
+            # counts as idle until it runs, so comparing with 1 could leave this job without a thread.
             if self.idle >= len(self.queue):
                 self.condition.notify()
                 return
@@ -402,6 +409,7 @@ class _WorkerState:
                     self.idle += 1
                     woken = self.condition.wait(_IDLE_SECONDS)
                     self.idle -= 1
+                    # The queue too: a job may have come after the wait timed out and before this thread got the lock.
                     if not woken and not self.queue:
                         self.alive -= 1
                         return
@@ -430,5 +438,5 @@ def _start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError:
-        # There was one thread to be had and not two: so this is it.
+        # The system grants one more thread and not two, so this internal thread does the work.
         thread.run()

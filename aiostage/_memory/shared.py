@@ -162,8 +162,8 @@ def _identity(descriptor: int) -> tuple[int, int]:
 class SharedHandle:
     """Where shared memory is, small enough to send to any process of the same user on the same machine.
 
-    It is good for as long as the staged copy that it was made from lives in the process that made it. What has been
-    opened stays good for as long as it is referred to, whatever becomes of that process.
+    It is valid while the staged copy that it was made from is alive in the process that made it. Memory that was opened
+    stays valid while something refers to it, also after that process has ended.
 
     Attributes:
         pid: The process that holds the memory.
@@ -194,7 +194,7 @@ class SharedHandle:
         try:
             descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise self._gone(f"process {self.pid} cannot be looked into: {error}") from error
+            raise self._gone(f"process {self.pid} does not let this process open its memory: {error}") from error
         try:
             status = os.fstat(descriptor)
             if (status.st_dev, status.st_ino) != (self.device, self.inode):

@@ -129,7 +129,7 @@ class Backend(ABC):
             stream: Any stream; the event belongs to its device.
 
         Returns:
-            The event. Its ``query()`` raises what became of the work if that failed.
+            The event. Its ``query()`` raises the error of the work if that failed.
         """
 
     @abstractmethod

@@ -42,7 +42,7 @@ class Storage(ABC):
             Where its files are to be written. Nothing of it can be seen before it is committed.
 
         Raises:
-            CheckpointExistsError: If there is something and it may not be, or is no checkpoint.
+            CheckpointExistsError: If there is something and it may not be, or is not a checkpoint.
             OSError: If the storage refuses.
 
         When cancelled, nothing is left behind.
@@ -117,7 +117,7 @@ class Storage(ABC):
 
     @abstractmethod
     async def delete(self, name: str) -> None:
-        """Remove a checkpoint, its manifest first, so that no reader finds half of it. A missing one is no error.
+        """Remove a checkpoint, its manifest first, so that no reader finds half of it. A missing one is not an error.
 
         Args:
             name: As it was opened under.

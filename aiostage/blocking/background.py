@@ -69,7 +69,7 @@ class Background:
 
 
 class OnBackground:
-    """What lives on an event loop in a background thread, from when it is entered until it is closed."""
+    """What lives on an event loop in a background thread, between `__enter__` and `close`."""
 
     def __init__(self) -> None:
         self._background: Background | None = None

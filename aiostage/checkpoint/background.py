@@ -49,7 +49,7 @@ class BackgroundSaves(ABC):
     Args:
         stager: Takes the copies. None: one is made for the block.
         keep: How many of the last checkpoints to keep. None: all.
-        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        keep_also: Returns whether the checkpoint of a step is kept independent of its age.
         max_in_flight: How many saves may be under way at once.
         save_on_signals: Signals that set an event instead of ending the process.
 

@@ -29,7 +29,7 @@ __all__ = ["Checkpointer"]
 _log = logging.getLogger("aiostage")
 
 _ATTEMPTS = 10
-"""How often the latest checkpoint is looked for anew when others remove it before it is opened."""
+"""Attempts to open the latest checkpoint when other processes delete it before it is opened."""
 
 _NOTHING_THERE = "Save one first, or give the Checkpointer the target of another run; load() reads one by its own path."
 
@@ -48,7 +48,7 @@ class Checkpointer(BackgroundSaves):
             store of obstore, or a :class:`~aiostage.abc.Storage`.
         stager: Takes the copies. None: one is made for the block.
         keep: How many of the last checkpoints to keep; older ones are removed after each commit. None: all.
-        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        keep_also: Returns whether the checkpoint of a step is kept independent of its age.
         max_in_flight: How many saves may be under way at once. Each holds its staged copy; one more waits for its turn
             before it copies anything.
         incremental: Write only what has changed since the last checkpoint, in blocks of 1 MiB, and refer to where the
@@ -127,7 +127,7 @@ class Checkpointer(BackgroundSaves):
             ValueError: If it is below 0.
             OSError: If the storage refuses.
             Exception: The error of an earlier save that has failed since, and whose handle was not asked. Nothing of
-                this step is saved then; the next call begins anew.
+                this step is saved then; the next call starts again.
 
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
@@ -337,7 +337,7 @@ class Checkpointer(BackgroundSaves):
             await self._apply_retention()
 
     async def _remove_surplus(self) -> None:
-        """Remove old checkpoints. Where that fails the new one is none the worse: it is tried again after the next."""
+        """Remove old checkpoints. If that fails, the new one is valid all the same, and the next save tries again."""
         try:
             steps = await self.steps() if self._keep is not None else []
             old = surplus(steps, keep=self._keep, keep_also=self._keep_also, newest=self._newest[1])

@@ -68,7 +68,7 @@ _TORCH_INDEX = ".bin.index.json"
 
 
 def recognize(path: str) -> Read | None:
-    """Find out what is at a path that is no checkpoint of aiostage. Blocks.
+    """Find out what is at a path that is not a checkpoint of aiostage. Blocks.
 
     Returns:
         What reads it; None if there is nothing, or nothing that is known.
@@ -86,7 +86,7 @@ def _recognize_directory(path: str, names: list[str]) -> Read | None:
     if ".metadata" in names:
         return Read("dcp", path, _read_distributed)
     if any(_is_ours(os.path.join(path, name)) for name in names if name.endswith(_SAFETENSORS)):
-        # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to be told of.
+        # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to report.
         return None
     for ending in (_INDEX, _TORCH_INDEX):
         found = [name for name in names if name.endswith(ending)]
@@ -153,7 +153,7 @@ def _recognize_archive(path: str) -> Read:
         return Read("torch", path, _read_torch)
     if any(name.endswith(".npy") for name in names):
         raise _cannot(path, "an archive of arrays of NumPy", "Read it with numpy.load().")
-    raise _cannot(path, "an archive, and none of torch.save", None)
+    raise _cannot(path, "an archive, but not one of torch.save", None)
 
 
 def _cannot(path: str, what: str, remedy: str | None) -> CheckpointError:
@@ -221,7 +221,7 @@ def shards_of(path: str) -> dict[str, str]:
     """Return for each tensor the file beside an index that has it. Blocks.
 
     Raises:
-        CheckpointCorruptError: If it is no index.
+        CheckpointCorruptError: If it is not an index.
         OSError: If the system refuses.
     """
     try:
@@ -233,7 +233,7 @@ def shards_of(path: str) -> dict[str, str]:
         if not all(isinstance(name, str) and os.path.basename(name) == name and name[0] != "." for name in shards):
             raise ValueError("it names files outside of its directory")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointCorruptError(f"it is no index of shards: {error!r:.200}.", path=path) from error
+        raise CheckpointCorruptError(f"it is not an index of shards: {error!r:.200}.", path=path) from error
     return where
 
 

@@ -112,7 +112,7 @@ def read_dcp(path: str) -> dict[str, Any]:
 
 @contextmanager
 def _damage(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong in reading that the checkpoint is damaged, or needs code."""
+    """Turn an error of reading into one that says that the checkpoint is damaged, or needs code."""
     try:
         yield
     except (CheckpointError, OSError):
@@ -126,7 +126,7 @@ def _damage(path: str) -> Iterator[None]:
     except Exception as error:
         # Objects of any shape can be in a pickle.
         raise CheckpointCorruptError(
-            f"it is no checkpoint of torch.distributed.checkpoint: {error!r:.200}.", path=path
+            f"it is not a checkpoint of torch.distributed.checkpoint: {error!r:.200}.", path=path
         ) from error
 
 

@@ -50,7 +50,7 @@ class Fit:
     name: str = ""
 
     def report(self, missing: list[str], unexpected: list[str]) -> None:
-        """Tell of leaves that only one of the two has, when that is no error."""
+        """Tell of leaves that only one of the two has, when that is not an error."""
         if callable(self.strict):
             self.strict(missing, unexpected)
             return
@@ -284,7 +284,7 @@ class _Comparison:
             return
         here = (Attribute("grad"), place)
         if not live.is_leaf:
-            self._mismatch(here, "the live tensor is no leaf of the autograd graph and has no gradient of its own")
+            self._mismatch(here, "the live tensor is not a leaf of the autograd graph and has no gradient of its own")
         elif live.grad is not None:
             self._todo.append((here, live.grad, gradient, (live, "grad")))
         else:

@@ -312,7 +312,7 @@ class Loading:
             self._targets.device = self._targets.device or device
 
     async def _carry_out(self, transfer: Transfer) -> None:
-        """Change the live tree. Half a checkpoint is neither the old state nor the new, so a cancellation must wait."""
+        """Change the live tree. Shielded from cancellation: half a load would be a mixture of two states."""
         await self._workers.run(partial(transfer.check_live, cast=self._fit.cast))
         job = self._workers.job()
         for device, live, loaded in transfer.batches():
@@ -358,7 +358,7 @@ def _count_changes(live: Sequence[torch.Tensor]) -> None:
 _logger = logging.getLogger("aiostage")
 
 _ATTEMPTS = 10
-"""How often reading begins anew when the checkpoint is replaced meanwhile."""
+"""Attempts to read a checkpoint that other processes replace meanwhile."""
 
 
 def load(
@@ -430,9 +430,9 @@ def load(
         AcceleratorUnavailableError: If there is no accelerator for ``device``.
         torch.OutOfMemoryError: If a device has no room.
         StagingError: If a device has failed.
-        TypeError: If an argument has the wrong type, or ``device`` returns what is no device.
+        TypeError: If an argument has the wrong type, or ``device`` returns what is not a device.
         ValueError: If ``only`` matches nothing, there is no ``into`` for ``in_place``, ``strict``
-            or ``cast``, or ``device`` cannot be had: of
+            or ``cast``, or ``device`` is not available: of
             tensors that share memory, each on another; sparse and quantized ones on the meta device.
         OSError: If the storage refuses.
 
@@ -540,4 +540,4 @@ async def load_after(
                     continue
                 finally:
                     await reader.aclose()
-    raise CheckpointError("it keeps being replaced while it is read.", path=name)
+    raise CheckpointError("another process replaced it during each attempt to read it.", path=name)

@@ -193,7 +193,7 @@ class PartReader:
         return f"{self._reader.location}/{file.name}"
 
     async def _read_part(self, file: FileRecord, index: int) -> np.ndarray[Any, Any]:
-        """Read a part whatever it consists of, and return its bytes."""
+        """Read a part of any kind, and return its bytes."""
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
         if self._targets.copier is None:

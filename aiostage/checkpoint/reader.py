@@ -310,7 +310,7 @@ class CheckpointReader:
         path = self._path(file.name)
         nbytes = await self._reader.size(file.name)
         if nbytes != file.nbytes:
-            raise CheckpointCorruptError(f"it is {nbytes} bytes long and not {file.nbytes}.", path=path)
+            raise CheckpointCorruptError(f"expected {file.nbytes} bytes, got {nbytes}.", path=path)
         if not file.name.endswith(_SUFFIX):
             return FileOutline(file, 0, [])
         header = await self._part_reader.header(file)

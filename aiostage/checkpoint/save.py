@@ -70,7 +70,7 @@ def save(
         What was saved, once it is complete and safe where it is.
 
     Raises:
-        CheckpointExistsError: If there is something at the target and it may not be, or is no checkpoint. This is
+        CheckpointExistsError: If there is something at the target and it may not be, or is not a checkpoint. This is
             found out before anything is staged, and again when everything is written.
         UnsupportedLeafError: If something in the tree cannot be staged or carried; nothing was written.
         TornSnapshotError: If the tree changed before it was captured.

@@ -62,7 +62,7 @@ class SaveHandle:
             CheckpointExistsError: If another writer has saved this step since the checkpointer's block was entered.
             CheckpointError: If the save was abandoned because the checkpointer's block was cancelled.
             OSError: If the storage refuses.
-            StagingError: Whatever else :func:`save` raises.
+            StagingError: The other errors of :func:`save`.
 
         Several tasks may wait. May be cancelled; the save goes on.
         """
@@ -193,7 +193,7 @@ class SaveTask:
             self._source.close()
 
     async def run(self) -> bool:
-        """Copy and write; its handle tells what became of it.
+        """Copy and write; its handle has the outcome.
 
         Returns:
             Whether it was committed.

@@ -145,7 +145,7 @@ class Devices:
             try:
                 resolved = torch.device(device)
             except RuntimeError as error:
-                raise ValueError(f"device={shown(device)} is no device: {said(error)}") from None
+                raise ValueError(f"device={shown(device)} is not a device: {said(error)}") from None
             self._known[device] = self._with_index(resolved)
         return self._known[device]
 
@@ -156,13 +156,14 @@ class Devices:
             return _META
         if (reason := self._reached.unavailable_reason) is not None:
             raise AcceleratorUnavailableError(
-                f"device={str(device)!r} cannot be had: {reason}.", remedy="Leave device= out to load into host memory."
+                f"device={str(device)!r} is not available: {reason}.",
+                remedy="Leave device= out to load into host memory.",
             )
         with device_errors():
             current = self._reached.current_device()
         if device.type != current.type:
             raise ValueError(
-                f"device={str(device)!r} is no device of the accelerator, which is called {current.type!r}"
+                f"device={str(device)!r} is not a device of the accelerator, which is called {current.type!r}"
             )
         return current if device.index is None else device
 
@@ -178,7 +179,7 @@ class Devices:
             raise
         except Exception as error:
             raise StagingError(
-                f"{device} gives no memory: {type(error).__name__}: {error}", remedy="Is there such a device?"
+                f"{device} has no memory: {type(error).__name__}: {error}", remedy="Is there such a device?"
             ) from error
 
 
@@ -273,7 +274,7 @@ class _Walk:
         first = self._places.setdefault(name, place)
         if before != device:
             raise ValueError(
-                f"{format_path(unlinked(first))} and {format_path(unlinked(place))} share memory, and are to go to "
+                f"{format_path(unlinked(first))} and {format_path(unlinked(place))} share memory, but are selected for "
                 f"{before or 'host memory'} and {device or 'host memory'}: have them on one device "
                 f"(NumPy arrays lie in host memory)"
             )

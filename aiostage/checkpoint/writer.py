@@ -413,7 +413,7 @@ class PartWriter:
                 await pending.write(self.name, self.nbytes, self)
         if self._next != len(self._parts):
             raise CheckpointError(
-                f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and said that it was done.",
+                f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and reported success.",
                 path=pending.location,
             )
         self._report()

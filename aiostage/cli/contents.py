@@ -294,7 +294,7 @@ class _Dcp(Contents):
         for name, nbytes in sorted(sizes.items()):
             found = await reader.size(name)
             if found < nbytes:
-                reason = f"it is {found} bytes long and not {nbytes}."
+                reason = f"expected {nbytes} bytes, got {found}."
                 raise CheckpointCorruptError(reason, path=f"{reader.location}/{name}")
             self.files.append({"name": name, "nbytes": found})
         return self

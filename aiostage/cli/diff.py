@@ -213,10 +213,10 @@ def _apart(one: torch.Tensor, two: torch.Tensor) -> tuple[float | None, int]:
     except RuntimeError:
         # Of packed numbers there is no conversion.
         return None, 0
-    # Of equal infinities the difference is no number.
+    # Of equal infinities the difference is not a number.
     no_number = one.isnan() | two.isnan() | (one == two)
     apart = (one - two).abs().masked_fill(no_number, 0.0)
-    # A number and an infinity are infinitely far apart, also where a part of a complex one is no number then.
+    # A number and an infinity are infinitely far apart, also where a part of a complex one is not a number then.
     return float(apart.nan_to_num(nan=math.inf, posinf=math.inf).max()), int((one.isnan() ^ two.isnan()).sum())
 
 

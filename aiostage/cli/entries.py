@@ -136,7 +136,7 @@ def _leaf(path: tuple[str, ...], form: dict[str, Any], inner: bool, records: Map
 
 
 def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> TreeEntry:
-    """Return the entry of a value that is no container."""
+    """Return the entry of a value that is not a container."""
     try:
         text = repr(value)
     except ValueError:

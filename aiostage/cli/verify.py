@@ -247,7 +247,7 @@ class _Check:
             return
         if nbytes > file.nbytes:
             # The bytes that count are compared all the same.
-            self._report.damage.append(Damage(file.name, f"it is {nbytes} bytes long and not {file.nbytes}."))
+            self._report.damage.append(Damage(file.name, f"expected {file.nbytes} bytes, got {nbytes}."))
 
     async def _compare(self, reader: OpenCheckpoint, manifest: Manifest) -> None:
         """Compare all parts with their digests, several at once."""
@@ -397,7 +397,7 @@ async def _too_long(reader: Reader, file: str, nbytes: int) -> list[Damage]:
     except CheckpointCorruptError:
         # Its records say so, with their tensors.
         return []
-    return [Damage(file, f"it is {found} bytes long and not {nbytes}.")] if found > nbytes else []
+    return [Damage(file, f"expected {nbytes} bytes, got {found}.")] if found > nbytes else []
 
 
 async def _compare_records(

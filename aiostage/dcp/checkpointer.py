@@ -93,7 +93,7 @@ class Checkpointer(BackgroundSaves):
             :class:`~aiostage.dcp.StorageWriter`. All ranks need to reach it.
         stager: Takes the copies. None: one is made for the block.
         keep: How many of the last checkpoints to keep; older ones are removed after each commit. None: all.
-        keep_also: Says of a step whether its checkpoint is kept whatever its age.
+        keep_also: Returns whether the checkpoint of a step is kept independent of its age.
         max_in_flight: How many saves may be under way at once. Each holds its staged copy.
         process_group: Whose ranks save together; None for all.
         no_dist: This process saves alone, as it does if there are no process groups.
@@ -152,7 +152,7 @@ class Checkpointer(BackgroundSaves):
         """Return whether the training is to stop after this step, the same on all ranks.
 
         Call it after every step, with its number. When any rank is preempted, all are told so after the step that
-        follows: then save, and leave the loop. It asks the store by which the ranks met, in a thread, which is a small
+        follows: then save, and leave the loop. It asks the store of the process group, in a thread, with one small
         message; no collective waits. Ranks must not be more than one step apart, as they are not where each step
         reads a value that all have computed, such as the loss. Otherwise they may stop at different steps; saving then
         fails on all of them.
@@ -180,7 +180,7 @@ class Checkpointer(BackgroundSaves):
                 return False
             return step >= int(self._store.get(key))
         except RuntimeError as error:
-            raise OSError(f"the store by which the ranks met does not answer: {error}") from error
+            raise OSError(f"the store of the process group does not answer: {error}") from error
 
     def save(
         self, step: int, state_dict: Mapping[str, Any], *, planner: SavePlanner | None = None
@@ -373,9 +373,9 @@ class Checkpointer(BackgroundSaves):
 
 def _checked(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"a step must be a whole number, not {shown(step)}")
+        raise TypeError(f"a step must be an integer, not {shown(step)}")
     if step < 0:
-        raise ValueError(f"a step is a whole number from 0, not {step}")
+        raise ValueError(f"a step must be an integer of at least 0, not {step}")
     return step
 
 

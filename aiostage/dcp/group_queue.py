@@ -216,7 +216,7 @@ class GroupQueue:
             return self._run_collectives(collectives, barrier, number, timeout)
         except StoreLostError as error:
             self._drop_group()
-            reason = f"the store by which the ranks met, which it usually keeps, does not answer ({error})"
+            reason = f"the store of the process group, which this rank usually serves, does not answer ({error})"
             raise RanksFailedError({self._ranks[0]: reason}, lost=True) from error
 
     def _run_collectives(self, collectives: Callable[[Any], T], barrier: RankBarrier, number: int, timeout: float) -> T:

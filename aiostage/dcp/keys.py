@@ -1,4 +1,4 @@
-"""Keys that are no text, which DCP's own planner turns into text when it loads what is no tensor."""
+"""Keys that are not text, which DCP's own planner turns into text when it loads what is not a tensor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
 
 
 def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the keys that lead to leaves below keys that are no text, by the names that DCP gives the leaves."""
+    """Return the keys that lead to leaves below keys that are not text, by the names that DCP gives the leaves."""
     found: dict[str, tuple[Any, ...]] = {}
     pending: list[tuple[Any, tuple[Any, ...], bool]] = [(state_dict, (), False)]
     while pending:

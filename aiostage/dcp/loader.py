@@ -47,7 +47,7 @@ def load(
         process_group: Whose ranks load together; None for all.
         no_dist: This process loads alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
-        weights_only: Refuse values that are no plain data, as ``torch.load`` does; arrays and numbers of NumPy are
+        weights_only: Refuse values that are not plain data, as ``torch.load`` does; arrays and numbers of NumPy are
             taken, and classes that were passed to ``torch.serialization.add_safe_globals``. False runs whatever code
             the checkpoint names. A ``planner`` of your own decides for itself; DCP's own planners run the code, and
             so do DCP's own readers, whatever this says, for the metadata.

@@ -343,14 +343,14 @@ async def read_index(reader: Reader) -> Metadata:
     path = f"{reader.location}/{METADATA_NAME}"
     found = await reader.size(METADATA_NAME)
     if found != nbytes:
-        raise CheckpointCorruptError(f"it is {found} bytes long and not {nbytes}.", path=path)
+        raise CheckpointCorruptError(f"expected {nbytes} bytes, got {found}.", path=path)
     data = await read_record(reader, Record(METADATA_NAME, 0, nbytes, expected, None, ()))
     try:
         metadata = read_metadata(data, Record)
     except Exception as error:
         raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointCorruptError(f"it is no metadata of DCP but a {type(metadata).__name__}.", path=path)
+        raise CheckpointCorruptError(f"it is not metadata of DCP but a {type(metadata).__name__}.", path=path)
     return metadata
 
 

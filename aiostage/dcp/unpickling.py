@@ -40,7 +40,7 @@ def read_metadata(data: Any, records: type) -> Metadata:
     makers = {made: _maker(names, records) for made, names in unpickler.stand_ins.items()}
     metadata = _Real(makers).of(found)
     if type(metadata) is not Metadata:
-        raise ValueError("it is no Metadata")
+        raise ValueError("it is not Metadata")
     return metadata
 
 
@@ -95,7 +95,7 @@ class _Real:
 
 
 def read_value(file: io.BytesIO, *, weights_only: bool) -> Any:
-    """Unpickle a value that is no tensor.
+    """Unpickle a value that is not a tensor.
 
     Args:
         file: The bytes.
@@ -111,7 +111,7 @@ def read_value(file: io.BytesIO, *, weights_only: bool) -> Any:
             return torch.load(file, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"a value in it is no plain data, and weights_only=True refuses it: {said(error)}.",
+                f"a value in it is not plain data, and weights_only=True refuses it: {said(error)}.",
                 remedy="If you trust the checkpoint, pass weights_only=False; or pass its classes to "
                 "torch.serialization.add_safe_globals() first.",
             ) from error

@@ -154,7 +154,7 @@ class Classes:
             :func:`torch.serialization.add_safe_globals`.
 
     Raises:
-        TypeError: If one is no class.
+        TypeError: If one is not a class.
     """
 
     def __init__(self, classes: Iterable[type] = (), declared: Iterable[type] = ()) -> None:
@@ -185,7 +185,7 @@ def make_enum(cls: type | None, form: Mapping[str, Any], children: Sequence[Any]
     if cls is None:
         return PlainObject(form["type"], "enum", {"name": name, "value": value})
     if not issubclass(cls, enum.Enum):
-        raise _unfit(cls, "is no Enum")
+        raise _unfit(cls, "is not an Enum")
     if name is not None and name in cls.__members__:
         member = cls[name]
         if member.value != value:
@@ -212,7 +212,7 @@ def make_namedtuple(cls: type | None, form: Mapping[str, Any], children: Sequenc
 def make_object(cls: type | None, form: Mapping[str, Any]) -> Any:
     """Make an object whose attributes follow. Nothing of its class is called."""
     if form["of"] not in ("dataclass", "attributes"):
-        raise ValueError("it is not said what an object is made of")
+        raise ValueError("the parts of an object are missing")
     if cls is None:
         return PlainObject(form["type"], form["of"], {})
     if not has_plain_layout(cls):
@@ -268,7 +268,7 @@ def make_wrapper(cls: Any, form: Mapping[str, Any], children: Sequence[Any]) -> 
     if cls is None:
         return PlainObject(form["type"], "wrapper", {"inner": inner, "context": context, "shape": shape})
     if not issubclass(cls, torch.Tensor) or not hasattr(cls, "__tensor_unflatten__"):
-        raise _unfit(cls, "is no tensor with __tensor_unflatten__")
+        raise _unfit(cls, "is not a tensor with __tensor_unflatten__")
     size, stride = shape
     return cls.__tensor_unflatten__(inner, context, torch.Size(size), tuple(stride))
 
@@ -281,7 +281,7 @@ def make_subclass(cls: Any, form: Mapping[str, Any], children: Sequence[Any]) ->
     if cls is None:
         return PlainObject(form["type"], "tensor", {"data": data, "attributes": {}})
     if not issubclass(cls, torch.Tensor):
-        raise _unfit(cls, "is no Tensor")
+        raise _unfit(cls, "is not a Tensor")
     with _private.without_torch_function():
         return data.as_subclass(cls)
 

@@ -288,7 +288,7 @@ def _parts(table: NodeTable, index: int) -> list[int]:
     for child in table.children[index][:count]:
         node = table.node(child)
         if node is None or table.forms[node]["is"] != "tensor":
-            raise ValueError(f"node {index} consists of something that is no tensor")
+            raise ValueError(f"node {index} consists of something that is not a tensor")
         parts.append(node)
     if len(parts) != count:
         raise ValueError(f"node {index} consists of {len(parts)} tensors instead of {count}")

@@ -133,7 +133,7 @@ def _address(node: TreeNode, tensor: torch.Tensor, nbytes: int) -> int:
         address = tensor.data_ptr()
         available = tensor.untyped_storage().nbytes()
     except RuntimeError as error:
-        raise _refused(node, f"its memory cannot be looked at: {error}") from error
+        raise _refused(node, f"its memory cannot be read: {error}") from error
     if address == 0 or tensor.storage_offset() * tensor.element_size() + nbytes > available:
         raise _refused(node, "its storage is smaller than its elements")
     return address

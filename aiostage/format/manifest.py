@@ -170,7 +170,7 @@ def _extend(text: bytearray, lines: Iterable[str], left: float) -> None:
         left -= not line.startswith(_MORE)
         if left < 0:
             raise CheckpointError(
-                f"what is not a tensor consists of more than {_NODES_WITHOUT_FILES:,} objects, or all of it of more "
+                f"the values other than tensors have more than {_NODES_WITHOUT_FILES:,} objects, or all of it of more "
                 f"than {MAX_NODES:,}.",
                 remedy="Put bulk data into tensors.",
             )
@@ -185,7 +185,7 @@ def _extend(text: bytearray, lines: Iterable[str], left: float) -> None:
 def too_large() -> CheckpointError:
     """Return the error for a tree that does not fit a manifest."""
     return CheckpointError(
-        f"what is not a tensor takes more than {MAX_MANIFEST_BYTES >> 20} MiB in the manifest.",
+        f"values other than tensors take more than {MAX_MANIFEST_BYTES >> 20} MiB in the manifest.",
         remedy="Put bulk data into tensors.",
     )
 
@@ -201,7 +201,7 @@ def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object])
         text: The whole file.
         path: Of the file, for errors.
         add_node: Called with the JSON value of each node, in order, which it has to check: it raises
-            a ValueError, say, for what is no node.
+            a ValueError, say, for what is not a node.
 
     Returns:
         What it says.
@@ -284,7 +284,7 @@ def read_head(text: Buffer, *, path: str) -> Manifest:
 
 @contextmanager
 def _damage(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong in reading that the manifest is damaged."""
+    """Turn an error of reading into one that says that the manifest is damaged."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -417,20 +417,20 @@ def _name(value: Any) -> str:
         or value[0] == "."
         or not _NAME_CHARACTERS.issuperset(value)
     ):
-        raise ValueError(f"{shown(value)} is no name of a file")
+        raise ValueError(f"{shown(value)} is not a name of a file")
     return value
 
 
 def _source(value: Any) -> str:
     """Check the name of a checkpoint that others refer to: another step of the same run, and nothing else."""
     if not isinstance(value, str) or not _STEP_NAME.fullmatch(value):
-        raise ValueError(f"{shown(value)} is no name of a step's checkpoint")
+        raise ValueError(f"{shown(value)} is not a name of a step's checkpoint")
     return value
 
 
 def _whole_number(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise ValueError(f"{shown(value)} is no whole number from 0 to {_MAX_NUMBER}")
+        raise ValueError(f"{shown(value)} is not an integer from 0 to {_MAX_NUMBER}")
     return value
 
 
@@ -438,7 +438,7 @@ _WINDOW_BYTES = 64 << 10
 """How much is split at once."""
 
 _SHORT_BYTES = 64 << 10
-"""Lines up to this length are parsed whatever they consist of."""
+"""Lines up to this length are parsed without a count of their values."""
 
 _BYTES_A_VALUE = 12
 """Longer lines consist of at least as many bytes for each value. Those that are written have digests in them, of 16
@@ -474,7 +474,7 @@ def parse_line(line: bytes) -> Any:
     """Return the value that a line of JSON describes.
 
     Raises:
-        ValueError: If it is no JSON, names a member twice, has a number that is none, or consists of too many values.
+        ValueError: If it is not JSON, names a member twice, has a number that is none, or consists of too many values.
         RecursionError: If it is nested too deeply.
     """
     most = len(line) // _BYTES_A_VALUE
@@ -498,7 +498,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 # json.loads would make a decoder for each line.

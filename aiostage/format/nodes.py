@@ -64,7 +64,7 @@ LEFT_OUT = _LeftOut()
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong with the nodes of a manifest that the manifest is wrong.
+    """Turn an error about the nodes of a manifest into one that says that the manifest is wrong.
 
     Not of what no file is to blame for: want of memory, a device that has failed, a kernel that PyTorch does not have.
     """
@@ -114,14 +114,14 @@ class NodeTable:
             ValueError: If it is none. Other exceptions are possible too.
         """
         if type(line) is not dict or self._is_whole:
-            raise ValueError(f"{shown(line)} is no node, or comes after the root")
+            raise ValueError(f"{shown(line)} is not a node, or comes after the root")
         if "root" in line:
             self.root, self.kinds = self._child(line["root"]), line.get("kinds", 0)
             self._is_whole = True
             return
         kind = line.pop("is")
         if type(kind) is not str:
-            raise ValueError(f"{shown(kind)} is no kind of a node")
+            raise ValueError(f"{shown(kind)} is not a kind of a node")
         # Of objects of classes it says what kind of class that is.
         of = line.pop("of") if type(line.get("of", "")) is not str else []
         found: list[Any] = list(map(self._child, _checked(of, list)))
@@ -157,7 +157,7 @@ class NodeTable:
         if kind is int and abs(child) > EXACT_INTEGERS:
             raise ValueError(f"{shown(child)} is larger than numbers in JSON are")
         if kind not in _INLINE:
-            raise ValueError(f"{shown(child)} is no child of a node")
+            raise ValueError(f"{shown(child)} is not a child of a node")
         return child
 
     def complete(self) -> None:
@@ -361,7 +361,7 @@ def strided_layouts(
                 plain.add(form["name"])
     with reading(path):
         if both := plain.intersection(found):
-            raise ValueError(f"leaves look at {shown(both.pop())} in different ways")
+            raise ValueError(f"leaves have different views of {shown(both.pop())}")
     return found
 
 
@@ -372,7 +372,7 @@ def _add_spread(
     nbytes = records[name].stop - records[name].start
     # One layout for each, or a few nodes could ask for any amount of memory.
     if found.setdefault(name, view) != view:
-        raise ValueError(f"leaves look at {shown(name)} in different ways")
+        raise ValueError(f"leaves have different views of {shown(name)}")
     if view.nbytes > MAX_SPREAD * nbytes or (nbytes and not is_injective(view.shape, view.stride)):
         raise ValueError(f"{nbytes} bytes cannot be laid out as {shown(view)}")
     if positions[name] % view.dtype.itemsize:

@@ -75,7 +75,7 @@ def dtype_of(form: Any, depth: int = 0) -> np.dtype[Any]:
     """
     if isinstance(form, str):
         if not _SIMPLE.fullmatch(form):
-            raise ValueError(f"{shown(form)} is no dtype of NumPy")
+            raise ValueError(f"{shown(form)} is not a dtype of NumPy")
         return np.dtype(form)
     if depth > _MAX_DEPTH:
         raise ValueError("a dtype is nested too deeply")
@@ -84,7 +84,7 @@ def dtype_of(form: Any, depth: int = 0) -> np.dtype[Any]:
         nbytes = max(base.itemsize, 1)
         for size in shape:
             if type(size) is not int or not 0 <= size < _MAX_ITEM_BYTES:
-                raise ValueError("a dtype has a size that is none")
+                raise ValueError("the size of a dtype is not an integer of at least 0")
             nbytes *= max(size, 1)
             if nbytes > _MAX_ITEM_BYTES:
                 raise ValueError("an element is too large")
@@ -93,7 +93,7 @@ def dtype_of(form: Any, depth: int = 0) -> np.dtype[Any]:
     if not len(names) == len(formats) == len(offsets) <= _MAX_FIELDS or not all(type(name) is str for name in names):
         raise ValueError("the fields of a dtype do not fit each other")
     if not all(type(number) is int and 0 <= number <= _MAX_ITEM_BYTES for number in (*offsets, form["itemsize"])):
-        raise ValueError("the offsets of a dtype are none")
+        raise ValueError("the offsets of a dtype are not integers of at least 0")
     fields = {
         "names": names,
         "formats": [dtype_of(each, depth + 1) for each in formats],

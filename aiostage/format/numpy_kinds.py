@@ -49,7 +49,7 @@ def _put_array_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.
     (memory,) = children
     dtype, shape = dtype_of(form["dtype"]), form["shape"]
     if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
-        raise ValueError("an array has sizes that are none")
+        raise ValueError("the shape of an array is not a list of integers of at least 0")
     if not isinstance(memory, torch.Tensor) or memory.dtype is not torch.uint8:
         raise ValueError("an array has no memory")
     order: Any = "F" if form.get("fortran") is True else "C"

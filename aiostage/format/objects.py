@@ -87,7 +87,7 @@ def take_object_apart(value: Any) -> tuple[str, Parts]:
         except Exception as error:
             raise NotCarried(
                 f"an object of class {name} could not be flattened: {error!r:.200}",
-                "Mend the function that its class was registered with.",
+                "Correct the function with which its class was registered.",
             ) from error
     kind = _BY_CLASS.get(cls)
     if kind is not None:

@@ -52,13 +52,13 @@ def register(cls: type[T], flatten: Flatten[T] | None = None, unflatten: Unflatt
             is made of its attributes and slots, and its ``__init__`` is not called.
 
     Raises:
-        TypeError: If ``cls`` is no class; if there is one function without the other; or if there is none and objects
-            of the class hold more than attributes, as those of a subclass of ``dict`` do.
+        TypeError: If ``cls`` is not a class; if there is one function without the other; or if there is none and
+            objects of the class hold more than attributes, as those of a subclass of ``dict`` do.
     """
     if not isinstance(cls, type):
         raise TypeError(f"register() takes a class, not {cls!r:.80}")
     if (flatten is None) != (unflatten is None):
-        raise TypeError("register() takes flatten and unflatten together, or neither")
+        raise TypeError("register() takes both flatten and unflatten, or none of the two")
     if flatten is None and not has_plain_layout(cls):
         raise TypeError(f"objects of {full_name(cls)} hold more than attributes; pass flatten and unflatten")
     _registered[full_name(cls)] = Registered(cls, flatten, unflatten)

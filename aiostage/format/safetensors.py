@@ -197,7 +197,7 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
                 end = text.find("}", position, position + _MAX_RECORD)
                 if end < 0 or text.find("{", position + 1, end) >= 0:
                     raise ValueError(
-                        f"what describes {shown(name)} is no tensor, or takes over {_MAX_RECORD} characters"
+                        f"the record of {shown(name)} does not describe a tensor, or has over {_MAX_RECORD} characters"
                     )
             value, position = decoder.raw_decode(text, position)
             yield name, value

@@ -61,7 +61,7 @@ def _text(value: Any) -> str:
 
 def _integers(values: Sequence[Any], count: int) -> Sequence[int]:
     if len(values) != count or not all(type(value) is int for value in values):
-        raise ValueError(f"{count} whole numbers are expected")
+        raise ValueError(f"{count} integers are expected")
     return values
 
 

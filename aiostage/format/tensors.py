@@ -97,7 +97,7 @@ def _put_jagged_together(form: Mapping[str, Any], children: Sequence[Any]) -> An
 def _check_jagged(values: torch.Tensor, offsets: torch.Tensor, lengths: Any, dimension: int) -> None:
     """Refuse rows outside of the values: kernels take offsets as they are."""
     if not 1 <= dimension <= values.dim() or offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError("the offsets of a jagged tensor are none")
+        raise ValueError("the offsets of a jagged tensor are not offsets")
     if values.is_meta or offsets.is_meta:
         return
     stop = values.shape[dimension - 1]

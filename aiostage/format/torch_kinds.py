@@ -94,7 +94,7 @@ def _take_typed_apart(value: torch.TypedStorage) -> Parts:
 def _put_typed_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = getattr(torch, form["dtype"], None)
     if dtype not in _STORAGE_DTYPES:
-        raise ValueError("a storage has a dtype that is none")
+        raise ValueError("the dtype of a storage is unknown")
     return torch.storage.TypedStorage(wrap_storage=_untyped(children), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
@@ -110,7 +110,7 @@ def _take_lazy_apart(value: Any) -> Parts:
 def _put_lazy_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = getattr(torch, form["dtype"], None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError("a lazy parameter has a dtype that is none")
+        raise ValueError("the dtype of a lazy parameter is unknown")
     return _LAZY[form["name"]](requires_grad=False, dtype=dtype)
 
 

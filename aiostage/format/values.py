@@ -90,7 +90,7 @@ def torch_constant(name: str) -> Any:
     # Not looked up in torch, which imports what is asked for.
     value = _CONSTANTS.get(name) if isinstance(name, str) else None
     if value is None:
-        raise ValueError(f"torch.{shown(name)} is no dtype, layout or memory format")
+        raise ValueError(f"torch.{shown(name)} is not a dtype, layout or memory format")
     return value
 
 

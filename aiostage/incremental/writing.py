@@ -122,7 +122,7 @@ class IncrementalSaver:
             What ``write`` returns, and what was written of it; None for the latter if it was not committed.
 
         Raises:
-            Exception: Whatever ``write`` raises.
+            Exception: The error of ``write``.
             OSError: If the storage refuses.
 
         When cancelled, either it was committed, or nothing of it is left.

@@ -60,7 +60,7 @@ class Generators:
         except Exception as error:
             kind = "" if isinstance(saved, Mapping) else f" but a {type(saved).__name__}"
             raise CheckpointCorruptError(
-                f"it is no state of the generators of random numbers{kind}: {said(error)}.", path="generators"
+                f"it is not a state of the generators of random numbers{kind}: {said(error)}.", path="generators"
             ) from error
 
     def set(self) -> None:

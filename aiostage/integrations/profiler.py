@@ -21,7 +21,7 @@ class ProfilerObserver(Observer):
     """
 
     def __init__(self) -> None:
-        # Weak, because a span whose coroutine was dropped may never be told of again. Without a lock, because each
+        # Weak, because a span whose coroutine was dropped may never be reported again. Without a lock, because each
         # method does a single operation on it, which the collector may interrupt but not see half done.
         self._ranges: WeakKeyDictionary[Span, record_function] = WeakKeyDictionary()
 

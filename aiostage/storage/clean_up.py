@@ -88,7 +88,7 @@ async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:
 async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime) -> float | None:
     """Return for how many seconds nothing was written; None if the store does not say, or nothing is there.
 
-    Asks anew, because time has gone by since the listing.
+    Lists again, because time has passed since the last listing.
     """
     times = [entry.modified async for batch in bucket.list("/".join(suspect)) for entry in batch]
     known = [time for time in times if time is not None]

@@ -62,13 +62,13 @@ def check_target(target: str, *, overwrite: bool) -> None:
     """Refuse a target that must not be written to. Blocks.
 
     Raises:
-        CheckpointExistsError: If something is there, and it may not be or is no checkpoint.
+        CheckpointExistsError: If something is there, and it may not be or is not a checkpoint.
     """
     if not os.path.lexists(target) and (overwrite or next(_set_aside(target), None) is None):
         return
     if not overwrite:
         raise CheckpointExistsError(
-            "there is already something.", path=target, remedy="Choose another target or pass overwrite=True."
+            "the target exists already.", path=target, remedy="Choose another target or pass overwrite=True."
         )
     if not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not is_empty_directory(target):
         raise CheckpointExistsError(
@@ -97,12 +97,13 @@ class PendingDirectory:
         for _ in range(_ATTEMPTS):
             self.path = _new_path(target)
             os.mkdir(self.path)
+            # Between mkdir and the lock a clean-up may take the directory for a stale one. Then try again with another.
             lock = self._lock()
             if lock is not None:
                 self._directory = lock
                 register_after_fork(self)
                 return
-        raise CheckpointError("another process keeps removing what is being written.", path=target)
+        raise CheckpointError("another process removed the files during each attempt to write them.", path=target)
 
     def _lock(self) -> Descriptor | None:
         """Lock the new directory; return None if another process took it for stale files before that."""
@@ -128,7 +129,12 @@ class PendingDirectory:
             OSError: If the file system refuses.
         """
         if self._directory.closed:
-            raise CheckpointError("what was written here is not, or no longer, this process's.", path=self.target)
+            raise CheckpointError(
+                "this process does not own the files that were written here, or no longer.", path=self.target
+            )
+        # The order is the promise. Its entries are on the disk before it gets its name; the name is on the disk before
+        # the lock is released and this returns; only then the old checkpoint goes. A crash between two of these steps
+        # leaves the old checkpoint or the new one under the name, and the other as a stale directory without a lock.
         sync(self._directory.fileno())
         old = self._take_place(overwrite)
         sync_directory(os.path.dirname(self.target))
@@ -156,6 +162,8 @@ class PendingDirectory:
             try:
                 if self._exchange(self.path, self.target):
                     return self.path
+                # Without an atomic exchange there is a moment without a checkpoint under the name. Readers look at the
+                # name with this suffix too (`_set_aside`), and a clean-up moves it back if the process dies here.
                 aside = self.path + _ASIDE
                 os.rename(self.target, aside)
             except FileNotFoundError:
@@ -166,7 +174,7 @@ class PendingDirectory:
             except FileExistsError:
                 # Another writer was faster, and its checkpoint is as new as this one.
                 remove(aside)
-        raise CheckpointError("other writers keep replacing it.", path=self.target)
+        raise CheckpointError("other writers replaced it during each attempt.", path=self.target)
 
 
 def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
@@ -189,6 +197,8 @@ def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
                 continue
             if os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
                 return directory
+            # No manifest: it never had one, or a deletion has begun in the directory that was just opened. Compare
+            # before the descriptor is closed, because its inode may be used again then.
             replaced = not is_current(directory, path)
             directory.close()
             if not replaced and path == source:
@@ -199,7 +209,7 @@ def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
             raise CheckpointNotFoundError("there is no checkpoint.", path=source)
         if os.path.lexists(source) and (not os.path.isdir(source) or (os.path.islink(source) and not follow_link)):
             raise CheckpointNotFoundError("it is not a directory, so it is not a checkpoint.", path=source)
-    raise CheckpointError("it keeps being replaced while it is opened.", path=source)
+    raise CheckpointError("another process replaced it during each attempt to open it.", path=source)
 
 
 def delete_committed(target: str) -> None:
@@ -236,7 +246,7 @@ def delete_committed(target: str) -> None:
 
 
 def prune_committed(target: str, keep: Collection[str]) -> None:
-    """Remove files of a checkpoint that are not named. Blocks. What is no checkpoint is left alone.
+    """Remove files of a checkpoint that are not named. Blocks. What is not a checkpoint is left alone.
 
     So is a link to one: its owner may need all of it.
 

@@ -78,7 +78,7 @@ class LocalStorage(MultiWriterStorage):
             Where its files are to be written.
 
         Raises:
-            CheckpointExistsError: If there is something and it may not be, or is no checkpoint.
+            CheckpointExistsError: If there is something and it may not be, or is not a checkpoint.
             ValueError: If the name leads out of the root.
             OSError: If the file system refuses.
 
@@ -161,7 +161,7 @@ class LocalStorage(MultiWriterStorage):
         return await self._workers.run(lambda: pending_below(self._path(".")))
 
     async def delete(self, name: str) -> None:
-        """Remove a checkpoint, out of sight in one step. What is no checkpoint is left alone.
+        """Remove a checkpoint, out of sight in one step. What is not a checkpoint is left alone.
 
         Of a link to a checkpoint the link is removed, and what it leads to stays.
 
@@ -178,7 +178,7 @@ class LocalStorage(MultiWriterStorage):
         await self._workers.run(lambda: delete_committed(self._own_path(name)))
 
     async def prune_files(self, name: str, keep: Collection[str]) -> None:
-        """Remove files of a checkpoint that are not named. What is no checkpoint, or a link to one, is left alone.
+        """Remove files of a checkpoint that are not named. What is not a checkpoint, or a link to one, is left alone.
 
         Args:
             name: Path of the checkpoint, relative to the root.
@@ -413,7 +413,7 @@ def _check(name: str) -> None:
         raise TypeError(f"the name of a checkpoint is a str, not {shown(name)}")
     steps = name.split("/")
     if name != "." and (not name or os.path.isabs(name) or any(step in ("", ".", "..") for step in steps)):
-        raise ValueError(f"{shown(name)} is no name of a checkpoint: it must be a path below the storage's root")
+        raise ValueError(f"{shown(name)} is not a name of a checkpoint: it must be a path below the storage's root")
 
 
 async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:

@@ -115,11 +115,11 @@ def _locate_path(path: str) -> tuple[Storage, str]:
 
 
 def _checked(path: str) -> str:
-    """Refuse what is no path, or is one only by mistake; return it with the home of a user in place of ``~``."""
+    """Refuse what is not a path, or is one only by mistake; return it with the home of a user in place of ``~``."""
     if not path:
         raise ValueError("the path of a checkpoint is empty. Pass '.' for the working directory.")
     if "\0" in path:
-        raise ValueError(f"{shown(path)} is no path: it has a null byte")
+        raise ValueError(f"{shown(path)} is not a path: it has a null byte")
     scheme = _FLATTENED.match(path)
     if scheme is not None:
         raise ValueError(

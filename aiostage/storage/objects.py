@@ -147,7 +147,7 @@ class _ObjectBucket(Bucket):
             meta = result.meta
             if meta["size"] > at_most:
                 raise CheckpointCorruptError(
-                    f"it is {meta['size']} bytes long, and {at_most} are the most.", path=f"{self._location}/{path}"
+                    f"it has {meta['size']} bytes; at most {at_most} were expected.", path=f"{self._location}/{path}"
                 )
             data = await _answered(result.bytes_async())
         return StoredObject(memoryview(data), Version({key: meta[key] for key in ("e_tag", "version") if meta[key]}))
@@ -172,7 +172,7 @@ class _ObjectBucket(Bucket):
         source = np.frombuffer(memoryview(data), np.uint8)
         if source.size > into.nbytes:
             raise StorageError(
-                f"the store was asked for {into.nbytes} bytes and answered with {source.size}.",
+                f"expected {into.nbytes} bytes from the store, got {source.size}.",
                 path=f"{self._location}/{path}",
             )
         target = np.frombuffer(into, np.uint8)[: source.size]

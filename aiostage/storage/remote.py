@@ -327,7 +327,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
                 if isinstance(error, StorageError):
                     raise
                 # Stores also say so of a write that was under way and came to nothing, so it is looked at again.
-        raise CheckpointError("other writers keep replacing it.", path=self.location)
+        raise CheckpointError("other writers replaced it during each attempt.", path=self.location)
 
     async def _create(self, path: str, data: Buffer) -> None:
         """Write the pointer where there is none."""

@@ -113,7 +113,7 @@ class _FsspecBucket(Bucket):
                 return 0
             source = np.frombuffer(fs.cat_file(full, start=offset, end=offset + into.nbytes), np.uint8)
             if source.size > into.nbytes:
-                raise OSError(f"asked for {into.nbytes} bytes, it answered with {source.size}")
+                raise OSError(f"expected {into.nbytes} bytes, got {source.size}")
             np.copyto(np.frombuffer(into, np.uint8)[: source.size], source)
             return int(source.size)
 
@@ -209,7 +209,7 @@ class _FsspecBucket(Bucket):
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
-        """Turn whatever a file system raises into the errors of a bucket."""
+        """Turn the errors of a file system into those of a bucket."""
         try:
             yield
         except (FileNotFoundError, FileExistsError, CheckpointError, ModuleNotFoundError):

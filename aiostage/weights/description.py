@@ -102,7 +102,7 @@ def describe(staged: object) -> Described:
         text += line.encode("ascii") + b"\n"
         if len(text) > MAX_TEXT_BYTES:
             raise StagingError(
-                f"what is not a tensor takes more than {MAX_TEXT_BYTES >> 20} MiB.",
+                f"values other than tensors take more than {MAX_TEXT_BYTES >> 20} MiB.",
                 remedy="Publish the weights alone, or put bulk data into tensors.",
             )
     text += b"\n" * (-len(text) % _ALIGNMENT)
@@ -185,7 +185,7 @@ def open_described(
         message: What was said of it.
         descriptors: That came with it. They stay open.
         classes: Whose objects are made again.
-        path: Of whom it is from, for errors.
+        path: The publisher, for errors.
 
     Returns:
         The tree, and the memory that its tensors are over; None if it has none. Writing to it changes this
@@ -251,7 +251,7 @@ def _tree(
 def _read(descriptor: int, nbytes: int) -> bytearray:
     """Return the contents of a file, which is of that length or an error."""
     if os.fstat(descriptor).st_size != nbytes:
-        raise ValueError(f"its text has {os.fstat(descriptor).st_size} bytes, and not {nbytes}")
+        raise ValueError(f"expected a text of {nbytes} bytes, got {os.fstat(descriptor).st_size}")
     text = bytearray(nbytes)
     view, position = memoryview(text), 0
     while position < nbytes:

@@ -120,7 +120,7 @@ class WeightPublisher:
             TornSnapshotError: If the weights changed before they were captured.
             HostMemoryError: If memory cannot be had.
             StagingError: If more than 64 MiB of the tree are not in shared memory.
-            TypeError: If the version is no whole number.
+            TypeError: If the version is not an integer.
             ValueError: If it is below 0, or not higher than the last.
             OSError: If the storage refuses.
 
@@ -185,9 +185,9 @@ class WeightPublisher:
             return 0 if self._called is None else self._called + 1
         number = require_int("a version", version)
         if number < 0:
-            raise ValueError(f"a version is a whole number from 0, not {number}")
+            raise ValueError(f"a version must be an integer of at least 0, not {number}")
         if self._called is not None and number <= self._called:
-            raise ValueError(f"versions go up: {number} comes after {self._called}")
+            raise ValueError(f"versions must increase: {number} comes after {self._called}")
         return number
 
     async def open(self) -> None:
@@ -270,7 +270,7 @@ def socket_or_storage(target: Root) -> str | Storage:
         text = os.fsdecode(target)
         if "://" not in text:
             if not text or "\0" in text or text.endswith("/"):
-                raise ValueError(f"{shown(text)} is no path of a socket")
+                raise ValueError(f"{shown(text)} is not a path of a socket")
             return os.path.expanduser(text)
     return storage_at(target)
 

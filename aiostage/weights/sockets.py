@@ -55,7 +55,7 @@ MAX_TIMEOUT_SECONDS = 1e6
 
 
 class MalformedError(Exception):
-    """A peer has sent what is no packet of this protocol."""
+    """A peer has sent bytes that are not a packet of this protocol."""
 
 
 class PacketSocket:
@@ -193,9 +193,9 @@ def _parsed(data: bytes) -> dict[str, Any]:
     try:
         message = parse_line(data)
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"a packet that is no JSON: {said(error)}") from error
+        raise MalformedError(f"a packet that is not JSON: {said(error)}") from error
     if type(message) is not dict:
-        raise MalformedError(f"a packet that is no object: {shown(message)}")
+        raise MalformedError(f"a packet that is not an object: {shown(message)}")
     return message
 
 
@@ -207,7 +207,7 @@ def int_in(message: dict[str, Any], key: str) -> int:
     """
     value = message.get(key)
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise MalformedError(f"{key} is {shown(value)}, and no whole number")
+        raise MalformedError(f"{key} is {shown(value)}, and not an integer")
     return value
 
 
@@ -263,16 +263,16 @@ def connect(path: str) -> PacketSocket:
 
 
 class Endpoint:
-    """A socket that this process alone listens at.
+    """A socket on which only this process listens.
 
-    A lock on the file ``PATH.lock`` says whose it is. The kernel drops the lock with the process, so that what a killed
-    one has left is told from what a living one uses.
+    The process holds a lock on the file ``PATH.lock``. The kernel releases the lock when the process ends, so that the
+    files of a killed process are known as stale.
 
     Args:
-        path: Where. Directories that are missing are made, for this user only. Blocks.
+        path: Where. Missing directories are created, for this user only. Blocks.
 
     Raises:
-        WeightsError: If another process listens there, or there is something that is no socket.
+        WeightsError: If another process listens there, or the path exists and is not a socket.
         OSError: If the file system refuses.
     """
 
@@ -311,7 +311,7 @@ class Endpoint:
             except BaseException:
                 os.close(lock)
                 raise
-            # Its last owner has removed it in between.
+            # Its last owner has removed it meanwhile.
             os.close(lock)
         self._close.detach()
         self._lock = lock
@@ -327,7 +327,7 @@ class Endpoint:
         else:
             if not stat.S_ISSOCK(status.st_mode):
                 raise WeightsError(
-                    "there is something that is no socket.", path=self.path, remedy="Choose a path of its own."
+                    "the path exists and is not a socket.", path=self.path, remedy="Choose a path of its own."
                 )
             # Of a process that was killed: a living one would have the lock.
             os.unlink(self._name, dir_fd=self._directory)
@@ -376,7 +376,7 @@ def _open_directory(path: str) -> tuple[int, str]:
 
 
 def _beside(directory: int, name: str) -> str:
-    """Return a path that is short enough for a socket, whatever the directory's."""
+    """Return a path that is short enough for a socket, independent of the directory's length."""
     return f"/proc/self/fd/{directory}/{name}"
 
 

@@ -112,7 +112,7 @@ class StorageSender:
         pointer = await _Pointer.read(self.storage)
         if pointer is not None and pointer.epoch > self.epoch:
             raise WeightsError(
-                f"another publisher has begun there since, and published version {pointer.number}.",
+                f"another publisher has started at this target since, and published version {pointer.number}.",
                 path=self.location,
                 remedy="Give each publisher a target of its own.",
             )
@@ -123,7 +123,7 @@ class StorageSender:
         await self._remove_surplus()
 
     async def _remove_surplus(self) -> None:
-        """Remove old versions. Where that fails the new one is none the worse: it is tried again after the next."""
+        """Remove old versions. If that fails, the new one is valid all the same, and the next save tries again."""
         assert self._newest is not None  # noqa: S101 - called when there is one
         for name in sorted(self._names)[: -self._keep]:
             if name != self._newest.name:

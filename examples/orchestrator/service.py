@@ -235,36 +235,29 @@ async def scores(job: TheJob) -> list[Score]:
     return list(job.scores)
 
 
-@router.post(
-    "/api/jobs/{name}/checkpoint",
-    status_code=status.HTTP_202_ACCEPTED,
-    dependencies=CHANGES,
-    responses=refusals(401, 404, 409),
-)
+ORDER: dict[str, Any] = {
+    "status_code": status.HTTP_202_ACCEPTED,
+    "dependencies": CHANGES,
+    "responses": refusals(401, 404, 409),
+}
+"""How a job is told to do something: the answer comes before it is done."""
+
+
+@router.post("/api/jobs/{name}/checkpoint", **ORDER)
 async def checkpoint(job: TheJob, supervisor: TheSupervisor) -> Asked:
     """Ask for a checkpoint now."""
     _require(job, "running")
     return Asked(id=supervisor.checkpoint(job, "demand").id)
 
 
-@router.post(
-    "/api/jobs/{name}/preempt",
-    status_code=status.HTTP_202_ACCEPTED,
-    dependencies=CHANGES,
-    responses=refusals(401, 404, 409),
-)
+@router.post("/api/jobs/{name}/preempt", **ORDER)
 async def preempt(job: TheJob, supervisor: TheSupervisor) -> Asked:
     """Have the job checkpoint and give its machine back, until it is resumed."""
     _require(job, "running")
     return Asked(id=supervisor.preempt(job).id)
 
 
-@router.post(
-    "/api/jobs/{name}/resume",
-    status_code=status.HTTP_202_ACCEPTED,
-    dependencies=CHANGES,
-    responses=refusals(401, 404, 409),
-)
+@router.post("/api/jobs/{name}/resume", **ORDER)
 async def resume(job: TheJob, supervisor: TheSupervisor) -> Status:
     """Start a preempted job again, from its last checkpoint."""
     _require(job, "preempted")

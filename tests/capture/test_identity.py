@@ -13,7 +13,7 @@ COUNT = 200
 
 
 class Fresh:
-    """Makes its state anew for whoever copies it."""
+    """Makes a new state for each copy."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -55,7 +55,7 @@ def copied(walk: Walk) -> Any:
 
 
 class Counted:
-    """Has a state that nobody but its own code knows."""
+    """Has a state that only its own code knows."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -56,7 +56,7 @@ async def test_nesting_is_bounded_by_memory_only(wrap: Any) -> None:
 
 
 def suspensions(coroutine: Any) -> int:
-    """Run a coroutine that waits for nobody but the loop's next turn, and count its turns."""
+    """Run a coroutine that waits only for the loop's next turn, and count its turns."""
     count = 0
 
     async def drive() -> Any:

@@ -89,7 +89,7 @@ def in_child(call: Callable[[], object]) -> int:
 
 
 def live(target: str, incremental: bool, dice: random.Random) -> int:
-    """Let a child run for a while and kill it; return how many commits it has told of."""
+    """Let a child run for a while and kill it; return how many commits it has reported."""
     reader, writer = os.pipe()
     child = in_child(lambda: asyncio.run(run(target, incremental, writer)))
     os.close(writer)

@@ -36,7 +36,7 @@ class MemoryStorage(Storage):
     async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
         await self.happens("open", name)
         if name in self.checkpoints and not overwrite:
-            raise CheckpointExistsError("there is already something.", path=name)
+            raise CheckpointExistsError("the target exists already.", path=name)
         pending = MemoryCheckpoint(self, name, overwrite)
         self.under_way.append(pending)
         self.most_pending = max(self.most_pending, len(self.under_way))
@@ -96,7 +96,7 @@ class MemoryCheckpoint(PendingCheckpoint):
     async def commit(self, manifest: Buffer) -> None:
         await self.storage.happens("commit", self.name)
         if self.name in self.storage.checkpoints and not self.overwrite:
-            raise CheckpointExistsError("there is already something.", path=self.name)
+            raise CheckpointExistsError("the target exists already.", path=self.name)
         self.storage.checkpoints[self.name] = self.files | {MANIFEST: bytes(manifest)}
         self.storage.under_way.remove(self)
 

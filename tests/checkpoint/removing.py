@@ -1,4 +1,4 @@
-"""Two processes: one saves incrementally, the other removes whatever it finds, and checks what is left.
+"""Two processes: one saves incrementally, the other removes all that it finds, and checks the rest.
 
 Each prints how many checkpoints it has saved or removed.
 """

@@ -21,7 +21,7 @@ STATE = {"a": torch.ones(3), "step": 1}
     [
         ({"overwrite": "false"}, "overwrite must be True or False, not 'false'"),
         ({"overwrite": None}, "overwrite"),
-        ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be a whole number, not '5GB'"),
+        ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be an integer, not '5GB'"),
         ({"max_shard_bytes": 5e9}, "max_shard_bytes"),
     ],
 )
@@ -48,7 +48,7 @@ async def test_load(name: str, tmp_path: Path) -> None:
     ("arguments", "error", "reason"),
     [
         # A run that is meant to keep all would be left with one.
-        ({"keep": True}, TypeError, "keep must be a whole number, not True"),
+        ({"keep": True}, TypeError, "keep must be an integer, not True"),
         ({"max_in_flight": True}, TypeError, "max_in_flight"),
         ({"incremental": "no"}, TypeError, "incremental must be True or False, not 'no'"),
         ({"save_on_signals": signal.SIGTERM}, TypeError, r"a list of signals, such as \[signal.SIGTERM\]"),
@@ -69,7 +69,7 @@ async def test_steps(tmp_path: Path) -> None:
     for call in (checkpoints.restore, checkpoints.delete):
         with pytest.raises(ValueError, match="a step must be an integer of at least 0, not -1"):
             await call(step=-1)
-        with pytest.raises(TypeError, match="a step must be a whole number, not '5'"):
+        with pytest.raises(TypeError, match="a step must be an integer, not '5'"):
             await call(step="5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"restore\(step=5\)"):
         await checkpoints.restore(5)

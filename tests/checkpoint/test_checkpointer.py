@@ -193,7 +193,7 @@ async def test_a_source_that_changes_before_is_torn() -> None:
             release.set()
             with pytest.raises(TornSnapshotError, match="weights"):
                 await saving
-    # It was told of, so leaving the block tells nothing.
+    # The error was reported already, so leaving the block does not raise it again.
     assert await checkpoints.steps() == []
 
 
@@ -513,7 +513,7 @@ async def test_misuse(tmp_path: Path) -> None:
     async with checkpoints:
         with pytest.raises(ValueError, match="-1"):
             checkpoints.save(-1, tree(1))
-        with pytest.raises(TypeError, match=r"a step must be a whole number, not 1\.5"):
+        with pytest.raises(TypeError, match=r"a step must be an integer, not 1\.5"):
             checkpoints.save(1.5, tree(1))  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match="entered before"):
             await checkpoints.__aenter__()

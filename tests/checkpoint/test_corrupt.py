@@ -228,7 +228,7 @@ async def test_names_that_lead_out_of_the_directory(name: Any, tmp_path: Path) -
     text = (directory / MANIFEST).read_text().replace(dump(manifest["files"][0]["name"]), dump(name))
     body = text[: text.rindex('],"digest"')]
     (directory / MANIFEST).write_text(body + f'],"digest":"{digest(body.encode())}"}}\n')
-    assert "no name of a file" in str(await corrupt(directory, MANIFEST))
+    assert "not a name of a file" in str(await corrupt(directory, MANIFEST))
 
 
 @pytest.mark.asyncio

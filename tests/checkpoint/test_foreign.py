@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle": (lambda: pickle.dumps(Evil()), "a pickle, which can run any code.*pickle.load"),
     "script": (lambda: archive_of(["m/constants.pkl", "m/data.pkl", "m/code/x.py"]), "TorchScript.*torch.jit.load"),
     "program": (lambda: archive_of(["m/archive_format"]), "exported program.*torch.export.load"),
-    "zip": (lambda: archive_of(["text.txt"]), "an archive, and none of torch.save"),
+    "zip": (lambda: archive_of(["text.txt"]), "an archive, but not one of torch.save"),
     "half a zip": (lambda: archive_of(["m/data.pkl"])[:-5], "an archive that cannot be opened"),
 }
 
@@ -221,7 +221,7 @@ async def test_damage(tmp_path: Path) -> None:
     index = hub / "model.safetensors.index.json"
     for text in ("[]", "{", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": [1]}}'):
         index.write_text(text)
-        with pytest.raises(aiostage.CheckpointCorruptError, match="no index of shards"):
+        with pytest.raises(aiostage.CheckpointCorruptError, match="not an index of shards"):
             await aiostage.load(index)
 
 

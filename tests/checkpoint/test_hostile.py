@@ -103,7 +103,7 @@ NODES: list[list[str]] = [
     ['{"is":"list","of":[[-1]]}', '{"root":[0]}'],
     ['{"is":"list","of":[[true]]}', '{"root":[0]}'],
     ['{"is":"dict","pairs":[[[1],1]]}', '{"is":"list"}', '{"root":[0]}'],
-    # Mappings that are none.
+    # Values in place of mappings.
     ['{"is":"dict","of":[1]}', '{"root":[0]}'],
     ['{"of":[1]}', '{"root":[0]}'],
     ['{"is":["dict"]}', '{"root":[0]}'],

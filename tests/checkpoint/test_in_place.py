@@ -246,7 +246,7 @@ if where == "anew":
 options = {"device": accelerator.devices[0]} if where == "anew" else {"into": live, "in_place": True}
 
 async def main():
-    # Once, for whatever is allocated only once.
+    # Once, for memory that is allocated only once.
     await aiostage.load(path + "-small", only="0")
     before = peak()
     loaded = await aiostage.load(path, **options, **({"backend": accelerator} if accelerator else {}))

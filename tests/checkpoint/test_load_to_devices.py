@@ -167,7 +167,7 @@ async def test_nothing_is_read_for_the_meta_device(tmp_path: Path) -> None:
         assert (loaded[name].shape, loaded[name].dtype) == (saved[name].shape, saved[name].dtype)
         assert loaded[name].stride() == saved[name].stride()
     assert isinstance(loaded["c"][0], torch.nn.Parameter)
-    # What is no tensor is as it was.
+    # What is not a tensor is as it was.
     assert (await aiostage.load((storage, "checkpoint"), device="meta"))["array"].tolist() == [1, 1, 1]
     half = await aiostage.load(
         (storage, "checkpoint"), device=lambda path, like: "meta" if like.nbytes > 1_000_000 else None
@@ -197,7 +197,7 @@ async def test_what_cannot_be_is_said_before_anything_is_read(tmp_path: Path) ->
     with SimulatedAccelerator(2, seed=1, spontaneous=True) as accelerator:
         device = accelerator.devices[0]
         for options, error, text in [
-            ({"device": "nowhere"}, ValueError, "device='nowhere' is no device"),
+            ({"device": "nowhere"}, ValueError, "device='nowhere' is not a device"),
             ({"device": "xpu:1"}, ValueError, "which is called 'privateuseone'"),
             ({"device": 1.5}, TypeError, r"not 1\.5"),
             ({"device": True}, TypeError, "not True"),
@@ -215,7 +215,7 @@ async def test_what_cannot_be_is_said_before_anything_is_read(tmp_path: Path) ->
                 assert "for state_dict['tied'][0]" in caught.value.__notes__[0]
         assert accelerator.statistics().copies == 0
     assert max(storage.read_bytes.values()) <= 11 * PART
-    with pytest.raises(AcceleratorUnavailableError, match=r"device=.cuda. cannot be had: .*Leave device= out"):
+    with pytest.raises(AcceleratorUnavailableError, match=r"device=.cuda. is not available: .*Leave device= out"):
         await aiostage.load((storage, "checkpoint"), device="cuda")
 
 

@@ -83,7 +83,7 @@ async def test_one_checkpoint_is_opened_and_one_manifest_hashed(
 async def test_a_step_that_is_not_there_is_still_told_with_those_that_are(tmp_path: Path) -> None:
     async with Checkpointer(tmp_path) as checkpoints:
         await checkpoints.save(1, tree(1))
-    # A file of another program is no checkpoint of the run.
+    # A file of another program is not a checkpoint of the run.
     torch.save(tree(3), tmp_path / name_of(3))
     for step in (2, 3):
         with pytest.raises(CheckpointNotFoundError, match=rf"no checkpoint of step {step}\. There is one of 1\."):

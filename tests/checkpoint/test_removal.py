@@ -45,7 +45,7 @@ async def test_what_others_refer_to_stays() -> None:
             await settled(checkpoints)
             model.train()
         assert await checkpoints.steps() == [3, 4]
-        # The first has the tower. What was between had only adapters, which nobody needs any more.
+        # The first has the tower. Those between had only adapters, to which no checkpoint refers any more.
         assert set(storage.checkpoints) == {name_of(0), f"{name_of(0)}.removed", name_of(3), name_of(4)}
         with pytest.raises(CheckpointNotFoundError):
             await checkpoints.restore(step=0)
@@ -142,7 +142,7 @@ async def test_what_others_remove_just_when_it_is_chosen_is_not_referred_to() ->
         assert_same(model.state_dict(3), await checkpoints.restore())
         return {source for source, _, _ in json.loads(storage.checkpoints[name_of(3)][MANIFEST])["sources"]}
 
-    # Of the first, nobody is left to refer to, and everything is written.
+    # No checkpoint refers to the first any more, and everything is written.
     assert [await written_beside(removals) for removals in range(4)] == [{name_of(0)}] * 3 + [{None}]
 
 
@@ -162,7 +162,7 @@ async def test_another_process_removes_what_a_save_refers_to_and_sees_it_in_time
     assert_same(model.state_dict(3), await checkpoints.restore())
 
 
-# --------------------------------------------------------------------------------------------- files that nobody needs
+# --------------------------------------------------------------------------------------------- files without references
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ async def test_removing_killed_at_each_step() -> None:
 @pytest.mark.timeout(120)
 def test_removing_on_a_disk_killed_before_each_operation(tmp_path: Path) -> None:
     output = output_of("tests.checkpoint.dying_removal", str(tmp_path))
-    # So many lives, and so many of them in which files were there that nobody needed any more.
+    # The number of runs, and of those in which files without references were there.
     lives, untidy = map(int, output.split())
     assert lives > 20
     assert untidy > 5
@@ -376,7 +376,7 @@ async def test_removing_beside_a_writer_that_is_about_to_refer(who: str) -> None
         if not interrupted:
             return False
         reader = Checkpointer(storage)
-        # Nobody hinders the other, and what is there can be read.
+        # No process hinders the other, and what is there can be read.
         steps = await reader.steps()
         assert steps == [1, 4]
         for step in steps:

@@ -138,7 +138,7 @@ async def test_what_others_refer_to_is_not(incremental: bool, tmp_path: Path) ->
 @pytest.mark.asyncio
 @pytest.mark.parametrize("incremental", [False, True])
 async def test_what_replaces_one_is_not_referred_to(incremental: bool, tmp_path: Path) -> None:
-    """Whoever has seen the first one remembers that nobody refers to it, and removes it as a whole."""
+    """A process that has seen the first one remembers that no checkpoint refers to it, and removes all of it."""
     async with Checkpointer(tmp_path) as first, Checkpointer(tmp_path, incremental=incremental) as second:
         await (await first.save(1, tree(1))).committed()
         await first.delete(0)
@@ -173,7 +173,7 @@ async def test_what_is_no_checkpoint_is_not(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("behind", ["local", "remote"])
 async def test_two_tiers_that_were_committed_by_halves_go_on(behind: str, tmp_path: Path) -> None:
-    """A run that died between two commits begins anew from what both have, and saves the steps after it again."""
+    """A run that died between two commits starts again from what both have, and saves the steps after it again."""
     tiers = {
         "local": LocalStorage(tmp_path / "local"),
         "remote": ObjectStorage(LocalStore(tmp_path, mkdir=True), "far"),

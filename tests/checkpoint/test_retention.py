@@ -173,7 +173,7 @@ async def test_a_removal_that_fails_is_tried_again(caplog: pytest.LogCaptureFixt
     storage.before = refuse
     async with Checkpointer(storage, keep=1) as checkpoints:
         for step in range(3):
-            # The save is none the worse.
+            # The save is complete all the same.
             await (await checkpoints.save(step, tree(step))).committed()
         await until(lambda: "Permission denied" in caplog.text)
         assert await checkpoints.steps() == [0, 1, 2]

@@ -69,7 +69,7 @@ async def test_a_function_of_a_path(tmp_path: Path) -> None:
     state = OrderedDict(state={0: whole["optimizer"]["state"][0]})
     assert_same({"model": {"layers": layers}, "optimizer": state}, found)
     assert ("model", "layers", 0, "weight") in asked
-    # Below what is wanted nobody is asked.
+    # Below a selected part the function is not called.
     assert ("optimizer", "state", 0, "exp_avg") not in asked
 
 

@@ -125,7 +125,7 @@ class Stage:
         await CheckpointIndex(self.storage).remove([0, 2])
 
     async def close(self, writer: Actor, remover: Actor) -> None:
-        """Check what is left when everybody has ended, and that whoever comes next tidies up."""
+        """Check the files after all processes have ended, and that the next process removes stale ones."""
         storage = self.storage
         storage.before, storage.under_way = None, [] if writer.is_dead or remover.is_dead else storage.under_way
         check(storage)
@@ -136,7 +136,7 @@ class Stage:
         steps = await index.steps()
         assert 1 in steps
         if not writer.is_dead:
-            # Nobody's removing makes a save fail.
+            # A removal by another process does not make a save fail.
             assert NEW in steps
         if not remover.is_dead:
             assert not {0, 2} & set(steps)

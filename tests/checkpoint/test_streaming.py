@@ -291,7 +291,7 @@ class TestBudget:
                 with pytest.raises(HostMemoryError, match="only pass through"):
                     async for _ in snapshot:
                         pass
-                with pytest.raises(StagingError, match="wait for room"):
+                with pytest.raises(StagingError, match="wait for memory"):
                     snapshot.order_before()
                 await aiostage.save(snapshot, (storage, "a"))
                 with pytest.raises(StagingError, match="one consumer"):

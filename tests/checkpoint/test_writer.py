@@ -30,7 +30,7 @@ class Calls:
         sys.setprofile(self._before)
 
     def _note(self, frame: FrameType, event: str, argument: object) -> None:
-        # Generators are entered anew after each yield, and how often they yield is a matter of time.
+        # Generators are entered again after each yield, and how often they yield is a matter of time.
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and frame.f_lasti <= 0:
             self.count += 1
 

@@ -114,7 +114,7 @@ def test_colour_on_a_terminal_only(
 
 
 def completed(words: list[str]) -> list[str]:
-    """Return what bash would complete the last word to."""
+    """Return bash's completions of the last word."""
     program = f"""
         eval "$({sys.executable} {aiostage_command.__file__} completion)"
         COMP_WORDS=({" ".join(words)}) COMP_CWORD={len(words) - 1}

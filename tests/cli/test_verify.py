@@ -98,7 +98,7 @@ def test_a_missing_file_and_a_short_one(large: Path, capsys: Shown) -> None:
     # Longer ones are told, and what counts of them is compared.
     os.truncate(large / files[0], nbytes + 5)
     (report,) = verified(capsys, large, status=1)["checkpoints"]
-    assert f"it is {nbytes + 5} bytes long and not {nbytes}." in {each["reason"] for each in report["damage"]}
+    assert f"expected {nbytes} bytes, got {nbytes + 5}." in {each["reason"] for each in report["damage"]}
 
 
 def test_a_header_that_cannot_be_read_leaves_all_tensors_of_its_file_in_doubt(large: Path, capsys: Shown) -> None:

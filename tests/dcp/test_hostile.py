@@ -51,7 +51,7 @@ def load(state: dict[str, Any], root: Path, **options: Any) -> None:
 def test_code_in_the_metadata_does_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: Callable[[], bool]
 ) -> None:
-    # With its own size and checksum in the manifest, as whoever makes a checkpoint can have it.
+    # With its own size and checksum in the manifest, as the author of a checkpoint can make them.
     with monkeypatch.context() as patch:
         dumps = pickle.dumps
         patch.setattr(pickle, "dumps", lambda value, *rest: dumps(Hostile(), *rest))

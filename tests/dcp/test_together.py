@@ -273,7 +273,7 @@ async def dropped(path: str) -> str:
 
 
 async def absent(path: str) -> list[str]:
-    """Rank 1 does not come in time; when it does it is told why nobody waits any more."""
+    """Rank 1 does not come in time; when it does it gets the reason why the others have stopped waiting."""
     outcomes = []
     if dist.get_rank() == 1:
         dist.barrier()

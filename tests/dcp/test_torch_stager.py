@@ -108,7 +108,7 @@ class TestStage:
         assert stager.statistics().leases == 4
         staged.clear()
         gc.collect()
-        # Of the latest, which the stager keeps for whoever asks.
+        # Of the latest, which the stager keeps for later calls.
         assert stager.statistics().leases == 1
         stager.close()
         gc.collect()

@@ -1,4 +1,4 @@
-"""Closing a stager while a device does not come to an end: everybody is told, and its memory waits for it."""
+"""Closing a stager while a device does not come to an end: all waiters get an error, and its memory waits for it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ STEP_SECONDS = 1e-9
 
 
 class KernelFailedError(RuntimeError):
-    """What PyTorch says at whatever is called next."""
+    """What PyTorch raises at the next call."""
 
 
 class FailsAtACall(SimulatedAccelerator):

@@ -101,7 +101,7 @@ async def wrong(make: Callable[[Accelerator], Any], scene: Any, **options: Any) 
 
 
 async def plays(make: Callable[[Accelerator], Any], scene: Any, seed: int, **options: Any) -> bool:
-    """Return whether the staged bytes are right, and nobody's memory was written to after it was gone."""
+    """Return whether the staged bytes are right, and no memory was written to after it was released."""
     try:
         with Accelerator(devices=2, seed=seed, spontaneous=True, **options) as accelerator:
             stager = make(accelerator)
@@ -222,7 +222,7 @@ async def on_the_second_device(accelerator: Accelerator, stager: Any) -> bool:
 
 
 async def cancelled_under_way(accelerator: Accelerator, stager: Any) -> bool:
-    """Whoever staged is cancelled while the device copies, and drops everything."""
+    """The staging is cancelled while the device copies, and everything is dropped."""
     tensor = accelerator.to_device(torch.full((SIZE,), 1.0))
     task = asyncio.ensure_future(stager.stage({"a": tensor}))
     await asyncio.sleep(0)

@@ -45,7 +45,7 @@ def committed(job: dict[str, Any], reason: str | None = None) -> list[dict[str, 
 
 
 def uninterrupted(steps: int, width: int) -> list[list[float]]:
-    """Return the losses of a run that nobody disturbs, from a process like the workers'."""
+    """Return the losses of an undisturbed run, from a process like the workers'."""
     program = (
         f"import json, sys, torch; torch.set_num_threads(1); sys.path.insert(0, {str(ORCHESTRATOR)!r})\n"
         "from training import Digits, Trainer\n"

@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_a_number_is_null(service: Service) -> None:
         lines = stream.iter_lines()
         kind, data = next(lines), next(lines).removeprefix("data: ")
     assert kind == "event: state"
-    state = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    state = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     (diverging,) = (job for job in state["jobs"] if job["name"] == "diverges")
     assert diverging["losses"][0] == [1, None]
     assert diverging["delays"][0][1] == 0.001

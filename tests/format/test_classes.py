@@ -280,7 +280,7 @@ async def test_a_registered_object_that_contains_itself_is_refused(tmp_path: Pat
 def test_what_cannot_be_registered() -> None:
     with pytest.raises(TypeError, match="takes a class"):
         register(5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="or neither"):
+    with pytest.raises(TypeError, match="or none of the two"):
         register(Pair, lambda pair: (list(pair), None))
     with pytest.raises(TypeError, match="hold more than attributes"):
         register(type("Mine", (dict,), {}))

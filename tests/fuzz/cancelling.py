@@ -132,7 +132,7 @@ async def check_cancelled(operations: Operations, name: str, choices: Choices) -
     try:
         ended = await cancel(operations.all()[name], choices)
         for _ in range(3):
-            # A task and what waits for it are let go of in the next turn of the loop.
+            # A task and its waiters are released in the next turn of the loop.
             await asyncio.sleep(0)
         statistics = stager.statistics()
         if statistics.leases or statistics.waiting:

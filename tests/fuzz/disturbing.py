@@ -329,7 +329,7 @@ async def check_disturbed(stager: CheckpointStager, choices: Choices) -> str:
         over = True
         if task is not None:
             await task
-    # Whatever is changed from now on shows in nothing.
+    # Changes from now on must not show.
     scene.change()
     found = scene.describe(staged)
     versions = [*versions, scene.describe(scene.tree)]
@@ -366,7 +366,7 @@ def make_stager(seed: int) -> CheckpointStager:
 
 
 def main(n: int, seed: int) -> int:
-    """Disturb ``n`` stagings; print what became of them. Return how many were wrong."""
+    """Disturb ``n`` stagings; print the results. Return how many were wrong."""
     warnings.simplefilter("ignore")
     results: Counter[str] = Counter()
     failures = asyncio.run(check_seeds(make_stager, n, seed - seed % 10, results))

@@ -91,7 +91,7 @@ def scribble(tree: Description) -> None:
 
 
 async def check_tree(stager: AsyncStager, choices: Choices) -> str:
-    """Grow one tree, stage it twice and compare; return what became of it.
+    """Grow one tree, stage it twice and compare; return the result.
 
     Raises:
         Mismatch: If a copy is wrong, or there is none and should be one.
@@ -195,7 +195,7 @@ def explain(seed: int) -> str:
 
 
 def main(n: int, seed: int) -> int:
-    """Stage ``n`` random trees; print what became of them, and the seeds that fail. Return how many do."""
+    """Stage ``n`` random trees; print the results, and the seeds that fail. Return how many do."""
     warnings.simplefilter("ignore")
     results: Counter[str] = Counter()
     failures = 0

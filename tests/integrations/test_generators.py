@@ -72,7 +72,7 @@ def test_other_states_are_refused_before_any_is_set(change: dict[str, Any]) -> N
     saved = state_of_generators(all_devices=False)
     before = repr(random.getstate()), torch.get_rng_state()
     numpy_before = np.random.get_state(legacy=False)
-    with pytest.raises(CheckpointCorruptError, match="no state of the generators"):
+    with pytest.raises(CheckpointCorruptError, match="not a state of the generators"):
         Generators(saved | change)
     assert repr(random.getstate()) == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])

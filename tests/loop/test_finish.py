@@ -9,7 +9,7 @@ from aiostage._loop.coroutines import finish, without_locals
 
 
 class Ending:
-    """Something that takes until it is told to end, and counts how often it was waited for."""
+    """A call that takes until it may end, and counts how often it was awaited."""
 
     def __init__(self) -> None:
         self.event = anyio.Event()

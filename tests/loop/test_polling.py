@@ -1,4 +1,4 @@
-"""Events that can only be asked, as awaitables: who asks, how often, and what is left when nobody waits."""
+"""Events that can only be asked, as awaitables: which task polls, how often, and what remains without a waiter."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ class TestClosing:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Whatever happens in whatever order, the budget holds, the order holds and nobody waits for nothing."""
+    """Random operations keep the budget and the order, and no request waits without a reason."""
 
     budget = 12
 

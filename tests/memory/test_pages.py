@@ -1,4 +1,4 @@
-"""Cold memory gets the pages that come faster, whatever the machine is like at the moment."""
+"""Cold memory gets the pages that come faster on this machine at this moment."""
 
 from __future__ import annotations
 

@@ -50,6 +50,20 @@ class Registry:
         assert self.registered.pop(address)[1] == device
 
 
+async def cancelled_in_the_driver(workers: Workers) -> tuple[Registry, Pool]:
+    """Return a pool from which a lease was requested and cancelled, while the driver still registers its memory."""
+    registry = Registry()
+    registry.go.clear()
+    pool = Pool(workers, pinning=Pinning(registry))
+    task = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
+    while not registry.entered.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    return registry, pool
+
+
 @pytest.mark.asyncio
 class TestPools:
     async def test_an_arena_is_registered_once_as_a_whole_in_a_worker(self, workers: Workers):
@@ -134,15 +148,7 @@ class TestPools:
         assert lease.arena.pinned
 
     async def test_cancelled_while_registering(self, workers: Workers):
-        registry = Registry()
-        registry.go.clear()
-        pool = Pool(workers, pinning=Pinning(registry))
-        task = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
-        while not registry.entered.is_set():
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        registry, pool = await cancelled_in_the_driver(workers)
         assert registry.calls == [], "the driver is still at it, and nobody has waited for it"
         assert pool.statistics().leases == 0
         following = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
@@ -154,15 +160,7 @@ class TestPools:
         assert registry.calls == ["register"]
 
     async def test_closed_while_registering(self, workers: Workers):
-        registry = Registry()
-        registry.go.clear()
-        pool = Pool(workers, pinning=Pinning(registry))
-        task = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
-        while not registry.entered.is_set():
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        registry, pool = await cancelled_in_the_driver(workers)
         closing = asyncio.create_task(pool.aclose())
         await asyncio.sleep(0.01)
         assert not closing.done()

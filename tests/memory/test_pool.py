@@ -195,7 +195,7 @@ class TestLeases:
         lease = await pool.acquire(MIB)
         pool.close()
         del lease
-        # Long enough for that thread to have been told, if it is told in this way.
+        # Long enough for that thread to get a notification, if there is one.
         await anyio.sleep(0.05)
         try:
             with anyio.fail_after(SOON / 2):

@@ -33,7 +33,7 @@ def descriptors() -> set[tuple[str, str]]:
 
 
 class Stranger:
-    """A process that is no child of this one's multiprocessing and knows nothing but a handle."""
+    """A process that is not a child of this one's multiprocessing and knows nothing but a handle."""
 
     def __init__(self, handle: SharedHandle) -> None:
         self.process = subprocess.Popen(

@@ -173,7 +173,7 @@ async def _pass_body(
 
 
 async def _wait_for_the_end(reader: asyncio.StreamReader) -> None:
-    """Read on until whoever waits for an answer has had enough, and closes."""
+    """Read on until the client that waits for an answer gives up and closes."""
     while await reader.read(_CHUNK):
         pass
 

@@ -77,7 +77,7 @@ class TestADeviceThatHasFailed:
         live = {"a": torch.ones(5000, device=DEVICE)}
         async with AsyncStager() as stager, stager.snapshot(live) as snapshot:
             torch.simgpu.fail_device(True)  # type: ignore[attr-defined]
-            with pytest.raises(StagingError, match="cannot be told to copy"):
+            with pytest.raises(StagingError, match="did not accept the copy"):
                 snapshot.order_before()
 
     @pytest.mark.parametrize("into", ["load", "restore", "in place"])

@@ -1,4 +1,4 @@
-"""Errors leave no circles behind, whoever catches them."""
+"""Errors leave no reference cycles behind, wherever they are caught."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stagers that nobody closes."""
+"""Stagers that are not closed."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_copy_of_what_was_replaced_is_torn(elements: int, count: int, kind: st
 
 @pytest.mark.parametrize(("elements", "count"), SIZES, ids=["16 MiB", "small"])
 def test_without_detection_it_is_right_all_the_same(elements: int, count: int) -> None:
-    # The copies read the storages that the leaves had, which nobody has written to.
+    # The copies read the storages that the leaves had, which were not written to.
     assert run(["data", "swap", "set"], elements, count, detect=False) == ["data right", "swap right", "set right"]
 
 

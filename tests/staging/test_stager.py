@@ -407,7 +407,7 @@ class TestLoops:
         with copies_held(stager) as release:
             task = loop.create_task(_stage(stager, state()))
             loop.run_until_complete(until_copies_wait(stager))
-            # Nobody cancels: the loop is gone, as after an error in the program around it.
+            # No cancellation comes: the loop is gone, as after an error in the program around it.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             loop.close()
             task.get_coro().close()  # type: ignore[union-attr]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 
 import numpy as np
 
 from aiostage import CheckpointExistsError
-from aiostage.abc import PendingCheckpoint, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Storage
 
 PART = 8 << 20
 
@@ -58,7 +59,7 @@ def strays(paths: Iterable[str], pointers: Mapping[str, bytes]) -> list[str]:
 
 
 async def race(storage: Storage, name: str) -> None:
-    """Let several writers commit one checkpoint at once, and check that one wins and the others are told."""
+    """Let several writers commit one checkpoint at once, and check that one succeeds and the others get an error."""
 
     async def commit(pending: PendingCheckpoint, mine: memoryview) -> bool:
         try:
@@ -76,3 +77,21 @@ async def race(storage: Storage, name: str) -> None:
     assert sum(won) == 1
     winner = data[won.index(True)]
     assert await content(storage, name) == (bytes(winner[:100]), bytes(winner))
+
+
+async def five_bytes() -> AsyncIterator[Buffer]:
+    """The one part of a small file."""
+    yield memoryview(b"12345")
+
+
+async def save_small(storage: Storage, *names: str) -> None:
+    """Save checkpoints of one small file."""
+    for name in names:
+        pending = await storage.open(name)
+        await pending.write("file.bin", 5, five_bytes())
+        await pending.commit(memoryview(b"{}"))
+
+
+def files_below(root: Path) -> list[str]:
+    """Return the paths of all files in a directory."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())

@@ -1,4 +1,4 @@
-"""What goes wrong with object stores on the first day is told in words that help, with what to do about it."""
+"""Errors of a first use of object stores are clear and say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the checkpoints of a run, and is none of its business."""
+"""Other files and directories beside the checkpoints of a run are left alone."""
 
 from __future__ import annotations
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from obstore.store import LocalStore
 
-from aiostage.abc import Buffer
 from aiostage.storage import FsspecStorage, ObjectStorage
 from aiostage.storage.remote import RemoteStorage
+from tests.storage.buckets import files_below, save_small
 
 
 def storage_at(kind: str, root: Path) -> RemoteStorage:
@@ -20,27 +19,13 @@ def storage_at(kind: str, root: Path) -> RemoteStorage:
     return ObjectStorage(LocalStore(root)) if kind == "objects" else FsspecStorage(LocalFileSystem(), str(root))
 
 
-async def made(storage: RemoteStorage, name: str) -> None:
-    pending = await storage.open(name)
-    await pending.write("file.bin", 5, parts())
-    await pending.commit(memoryview(b"{}"))
-
-
-async def parts() -> AsyncIterator[Buffer]:
-    yield memoryview(b"12345")
-
-
-def found(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
-
-
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["objects", "fsspec"])
 async def test_removing_a_link_leaves_what_it_leads_to(kind: str, tmp_path: Path) -> None:
     archive, run = storage_at(kind, tmp_path / "archive"), storage_at(kind, tmp_path / "run")
-    await made(archive, "a")
-    await made(archive, "b")
-    before = found(tmp_path / "archive")
+    await save_small(archive, "a")
+    await save_small(archive, "b")
+    before = files_below(tmp_path / "archive")
     # A checkpoint that is a link, and one whose folder is.
     (tmp_path / "run" / "a").symlink_to("../archive/a")
     (tmp_path / "run" / "b").mkdir()
@@ -54,8 +39,8 @@ async def test_removing_a_link_leaves_what_it_leads_to(kind: str, tmp_path: Path
         await (await run.read(name)).read("file.bin", 0, memoryview(into))
         assert into == b"12345"
         await run.prune_files(name, [])
-        assert found(tmp_path / "archive") == before
+        assert files_below(tmp_path / "archive") == before
         await run.delete(name)
-    assert found(tmp_path / "archive") == before
-    assert found(tmp_path / "run") == []
+    assert files_below(tmp_path / "archive") == before
+    assert files_below(tmp_path / "run") == []
     assert not os.path.lexists(tmp_path / "run" / "a")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import textwrap
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import pytest
 
-from aiostage.abc import Buffer, Storage
+from aiostage.abc import Storage
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalStorage
 from aiostage.testing import StorageSuite
 from tests.forking import run_forking
+from tests.storage.buckets import files_below, save_small
 from tests.warm import PYTHON
 
 KILLED = """
@@ -75,18 +75,18 @@ class TestLargeParts(LocalSuite):
 FORKING = """
 from aiostage import CheckpointError
 from aiostage.storage.commit import PendingDirectory
-from aiostage.storage.files import open_directory, try_lock
+from aiostage.storage.files import open_directory, try_lock_directory
 
 def is_free():
     with open_directory(pending.path) as directory:
-        return try_lock(directory)
+        return try_lock_directory(directory)
 
 def child():
     assert not is_free()
     try:
         pending.publish(overwrite=False)
     except CheckpointError as error:
-        assert "this process's" in str(error)
+        assert "does not own the files" in str(error)
     else:
         raise AssertionError("it was published")
     pending.discard()
@@ -112,46 +112,31 @@ assert free
 """
 
 
-def test_a_draft_is_that_of_the_process_that_has_made_it(tmp_path: Path) -> None:
+def test_a_pending_directory_belongs_to_the_process_that_made_it(tmp_path: Path) -> None:
     run_forking(FORKING.replace("ROOT", str(tmp_path)))
-
-
-async def made(storage: LocalStorage, *names: str) -> None:
-    for name in names:
-        pending = await storage.open(name)
-        await pending.write("file.bin", 5, parts())
-        await pending.commit(memoryview(b"{}"))
-
-
-async def parts() -> AsyncIterator[Buffer]:
-    yield memoryview(b"12345")
-
-
-def found(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
 
 
 @pytest.mark.asyncio
 async def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
     archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
-    await made(archive, "a", "b")
-    await made(run, "c")
+    await save_small(archive, "a", "b")
+    await save_small(run, "c")
     (tmp_path / "run" / "a").symlink_to("../archive/a")
     (tmp_path / "run" / "twice").symlink_to("a")
-    before = found(tmp_path / "archive")
+    before = files_below(tmp_path / "archive")
     assert sorted(await run.list()) == ["a", "c", "twice"]
     await run.prune_files("a", [])
     await run.delete("twice")
     assert sorted(await run.list()) == ["a", "c"]
     await run.delete("a")
     assert await run.list() == ["c"]
-    assert found(tmp_path / "archive") == before
+    assert files_below(tmp_path / "archive") == before
     assert sorted(os.listdir(tmp_path / "run")) == ["c"]
 
 
 @pytest.mark.asyncio
 async def test_removing_through_a_root_that_is_a_link(tmp_path: Path) -> None:
-    await made(LocalStorage(tmp_path / "real"), "a", "b")
+    await save_small(LocalStorage(tmp_path / "real"), "a", "b")
     (tmp_path / "link").symlink_to("real")
     await LocalStorage(tmp_path / "link").delete("a")
     assert await LocalStorage(tmp_path / "real").list() == ["b"]
@@ -161,24 +146,24 @@ async def test_removing_through_a_root_that_is_a_link(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_links_named_like_drafts_are_not_followed(tmp_path: Path) -> None:
     archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
-    await made(archive, "a")
-    await made(run, "c")
-    before = found(tmp_path / "archive")
+    await save_small(archive, "a")
+    await save_small(run, "c")
+    before = files_below(tmp_path / "archive")
     for name in (".c.aiostage-0123456789abcdef", ".c.aiostage-0123456789abcdee.old", ".d.aiostage-0123456789abcdef"):
         (tmp_path / "run" / name).symlink_to("../archive/a")
     await run.clean_up()
-    await made(run, "d")
+    await save_small(run, "d")
     await run.delete("c")
     await run.clean_up()
-    assert found(tmp_path / "archive") == before
+    assert files_below(tmp_path / "archive") == before
 
 
 @pytest.mark.asyncio
 async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: Path) -> None:
     archive, run = LocalStorage(tmp_path / "archive"), LocalStorage(tmp_path / "run")
-    await made(archive, "a")
-    await made(run, "b", "c")
-    before = found(tmp_path / "archive")
+    await save_small(archive, "a")
+    await save_small(run, "b", "c")
+    before = files_below(tmp_path / "archive")
     for name in ("b", "c"):
         (tmp_path / "run" / name / "file").symlink_to("../../archive/a/file.bin")
         (tmp_path / "run" / name / "directory").symlink_to("../../archive/a")
@@ -188,4 +173,4 @@ async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: 
     await run.delete("b")
     await run.delete("c")
     assert os.listdir(tmp_path / "run") == []
-    assert found(tmp_path / "archive") == before
+    assert files_below(tmp_path / "archive") == before

@@ -94,7 +94,7 @@ def test_a_directory_that_is_called_like_a_scheme() -> None:
 async def test_names_that_lead_out(name: str, tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     for operation in (storage.open, storage.read, storage.delete):
-        with pytest.raises(ValueError, match="no name of a checkpoint"):
+        with pytest.raises(ValueError, match="not a name of a checkpoint"):
             await operation(name)
 
 

@@ -51,7 +51,7 @@ def prefix() -> str:
 @pytest.fixture
 def storage(request: pytest.FixtureRequest, s3_server: S3Server, proxy: FaultProxy, prefix: str) -> ObjectStorage:
     options = s3_server.options(port=proxy.port)
-    # Whoever waits for a limit wants a short one; nobody else should come near it, on whatever busy machine.
+    # Short for tests that wait for the limit; long for all others, so that they do not reach it on a busy machine.
     stalls = "stall" in request.node.name
     options["client_options"] |= {"timeout": timedelta(seconds=2 if stalls else 20)}
     retries: Any = {
@@ -248,7 +248,7 @@ async def test_an_answer_to_the_commit_that_is_always_lost(
 async def test_out_of_reach_from_the_commit_on(
     storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody can know then whether the checkpoint is there, so nothing is removed."""
+    """No one knows then whether the checkpoint is there, so nothing is removed."""
     pending = await storage.open("a")
     await write(pending, "data", some_bytes(1000))
     proxy.faults += [Fault("lost", POINTER), Fault("status", "^GET", number=503, spared=1)]

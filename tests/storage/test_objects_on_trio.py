@@ -1,4 +1,4 @@
-"""obstore needs asyncio, and whoever runs trio is told so."""
+"""obstore needs asyncio; on trio the error says so."""
 
 from __future__ import annotations
 

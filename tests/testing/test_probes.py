@@ -172,7 +172,7 @@ class TestLeakProbe:
     async def look(self, path: Path) -> None:
         async with AsyncStager() as stager:
             await stager.stage([torch.ones(1)])
-            # Trio keeps threads of its own for a while, whoever has made it start them.
+            # Trio keeps its own threads for a while.
             probe = LeakProbe(stager, ignore_threads=("aiostage-copy", "Trio thread"))
             await probe.settled()
             staged = await stager.stage([torch.ones(10)])

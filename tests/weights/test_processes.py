@@ -136,7 +136,7 @@ async def test_a_server_that_swaps_weights_between_requests(tmp_path: Path) -> N
         await asyncio.wait([swapping])
     model.load_state_dict({name: tensor.clone() for name, tensor in model.named_buffers()}, assign=True)
     await probe.settled(seconds(10))
-    # What the killed ones have left is in nobody's way.
+    # Files of the killed processes disturb no other process.
     async with WeightPublisher(path):
         pass
     assert os.listdir(tmp_path) == []
@@ -161,7 +161,7 @@ async def test_over_an_object_store_either_side_is_killed(s3_server: S3Server) -
                 number, found = await said(words)
                 assert found == {float(number)}
                 words.send("take")
-                # Both in the middle of what they do, whatever that is.
+                # Both at a random point of their work.
                 os.kill(subscriber.pid, signal.SIGKILL)
             before = len(swaps)
             await until(lambda before=before: len(swaps) > before + 3 or following.done())

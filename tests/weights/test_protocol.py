@@ -336,7 +336,7 @@ class TestEndpoint:
     def test_what_is_no_socket_stays(self, path: str) -> None:
         Path(path).write_text("precious")
         before = descriptors(os.path.dirname(path))
-        with pytest.raises(WeightsError, match="something that is no socket"):
+        with pytest.raises(WeightsError, match="exists and is not a socket"):
             Endpoint(path)
         assert Path(path).read_text() == "precious"
         assert not descriptors(os.path.dirname(path)) - before

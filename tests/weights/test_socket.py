@@ -411,7 +411,7 @@ class TestArguments:
             WeightSubscriber(path, timeout="60")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="interval must be above 0, not 0"):
             WeightSubscriber(path, interval=0)
-        with pytest.raises(ValueError, match="no path of a socket"):
+        with pytest.raises(ValueError, match="not a path of a socket"):
             WeightSubscriber("")
         with pytest.raises(TypeError, match="not below 7"):
             WeightSubscriber(7)
@@ -421,9 +421,9 @@ class TestArguments:
             assert [await publisher.publish(weights(0)) for _ in range(2)] == [0, 1]
             assert await publisher.publish(weights(0), version=10) == 10
             for wrong in (10, 3):
-                with pytest.raises(ValueError, match=f"versions go up: {wrong} comes after 10"):
+                with pytest.raises(ValueError, match=f"versions must increase: {wrong} comes after 10"):
                     publisher.publish(weights(0), version=wrong)
-            with pytest.raises(ValueError, match="from 0, not -1"):
+            with pytest.raises(ValueError, match="of at least 0, not -1"):
                 publisher.publish(weights(0), version=-1)
             with pytest.raises(ValueError, match="version 11 was not published; the last is 10"):
                 await publisher.acknowledged(11)

@@ -133,7 +133,9 @@ class TestFaults:
         async with early, late:
             await early.publish(weights(1))
             await late.publish(weights(7))
-            with pytest.raises(WeightsError, match="another publisher has begun there since, and published version 0"):
+            with pytest.raises(
+                WeightsError, match="another publisher has started at this target since, and published version 0"
+            ):
                 await early.publish(weights(2))
             async with WeightSubscriber(storage, interval=INTERVAL) as subscriber:
                 version = await subscriber.get()

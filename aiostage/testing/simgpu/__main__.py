@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> int:
     try:
         folder = build()
     except UnavailableError as error:
-        print(f"{'skipped' if if_possible else 'error'}: the simulated device cannot be had: {error}", file=sys.stderr)
+        print(
+            f"{'skipped' if if_possible else 'error'}: the simulated device is not available: {error}", file=sys.stderr
+        )
         return 0 if if_possible else 1
     program = shutil.which(command[0])
     if program is not None:
