@@ -194,7 +194,7 @@ class SharedHandle:
         try:
             descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise self._gone(f"process {self.pid} does not let this process open its memory: {error}") from error
+            raise self._gone(f"process {self.pid} cannot be reached for its memory: {error}") from error
         try:
             status = os.fstat(descriptor)
             if (status.st_dev, status.st_ino) != (self.device, self.inode):

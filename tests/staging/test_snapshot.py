@@ -146,7 +146,7 @@ class TestSnapshot:
             async with snapshot:
                 with pytest.raises(StagingError, match="entered before"):
                     await snapshot.__aenter__()
-            with pytest.raises(StagingError, match="left"):
+            with pytest.raises(StagingError, match="context was exited"):
                 await snapshot.result()
 
     async def test_torn_is_told_to_everybody_who_asks(self):
