@@ -38,7 +38,10 @@ _ITEMS_AT_ONCE = 16
 
 
 class Stopped(BaseException):
-    """Work in a thread was cancelled. Like asyncio's own error it is no Exception, so that no code takes it for one."""
+    """Work in a thread was cancelled.
+
+    Not an ``Exception``, as asyncio's own error is not, so that ``except Exception`` does not catch it.
+    """
 
 
 class _Turn(threading.local):

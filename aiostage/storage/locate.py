@@ -244,7 +244,7 @@ def surplus(
     Args:
         steps: All that there are, in any order.
         keep: How many of the last to keep; None keeps all.
-        keep_also: Says of a step whether to keep it whatever its age.
+        keep_also: Returns whether to keep a step independent of its age.
         newest: The one that was saved last. It stays also if there are later steps, as after going back to an earlier
             one.
     """

@@ -70,10 +70,10 @@ def third_copy_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Let the third batch and later ones be copied only when the event that is returned is set."""
     run, started, written = HostCopy.run, iter(range(1000)), threading.Event()
 
-    def held(self: HostCopy, job: Job) -> bool:
+    def held(self: HostCopy, job: Job, *cold: Any) -> bool:
         if next(started) >= 2:
             assert written.wait(seconds(30))
-        return run(self, job)
+        return run(self, job, *cold)
 
     monkeypatch.setattr(HostCopy, "run", held)
     return written
