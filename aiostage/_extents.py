@@ -14,8 +14,8 @@ def extent_of(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Return how many elements lie between the first of a tensor and one past the last.
 
     Args:
-        shape: Of the tensor.
-        stride: Of the tensor, in elements.
+        shape: The shape of the tensor.
+        stride: The stride of the tensor, in elements.
     """
     if 0 in shape:
         return 0

@@ -441,7 +441,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     """Return how many bytes of memory this process may have, by its control groups, or None for no limit of theirs.
 
     Args:
-        root: Of the file system in which to look.
+        root: The root of the file system in which to look.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -39,7 +39,7 @@ def find(name: str) -> Any:
     """Return what a dotted name leads to, or None if there is no such thing.
 
     Args:
-        name: Of a module, and of attributes in it.
+        name: The dotted name of a module and of attributes in it.
     """
     head, *rest = name.split(".")
     try:
@@ -152,7 +152,7 @@ def prepared_by(accelerator: Any, kind: str) -> list[Any]:
     """Return what an accelerate.Accelerator has prepared.
 
     Args:
-        accelerator: Of any kind.
+        accelerator: An accelerator of any kind.
         kind: ``"models"``, ``"optimizers"``, ``"schedulers"``, or ``"custom"`` for what was registered.
 
     Raises:

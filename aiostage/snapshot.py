@@ -139,7 +139,7 @@ class Snapshot(Generic[T]):
         """Wait until bytes of the staged memory have their final values; for addresses elsewhere, do not wait.
 
         Args:
-            address: Of the first byte.
+            address: The address of the first byte.
             nbytes: How many.
 
         Raises:

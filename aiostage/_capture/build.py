@@ -304,7 +304,7 @@ def build_overlap_group(
     Args:
         memory: One-dimensional uint8, the group's slot.
         group: Leaves whose memory overlaps.
-        specs: Of all leaves.
+        specs: The specs of all leaves.
 
     Yields:
         Some leaves' indices, and the tensors for them, tied as the sources are.
@@ -378,7 +378,7 @@ def build_empty(runs: Sequence[LeafRun], staged: list[Any]) -> Generator[None, N
     """Make the leaves that have no elements, yielding now and then.
 
     Args:
-        runs: Of such leaves.
+        runs: The runs of empty leaves.
         staged: Where to put them, by their indices.
     """
     for run in runs:
@@ -395,7 +395,7 @@ def build_batch(
         batch: Whose leaves to make.
         memory: One-dimensional uint8, the whole arena.
         staged: Where to put them, by their indices.
-        specs: Of all leaves.
+        specs: The specs of all leaves.
     """
     for run in batch.runs:
         _place(staged, run.indices, build_run(memory[run.offset : run.offset + run.nbytes], run))

@@ -59,15 +59,15 @@ class Spec:
 
     Attributes:
         cls: The class to rebuild.
-        dtype: Of the source.
-        target: Of the staged copy; differs from ``dtype`` when the leaf is cast.
-        shape: Of both.
-        stride: Of the source, in elements.
-        requires_grad: Of both.
+        dtype: The dtype of the source.
+        target: The dtype of the staged copy; differs from ``dtype`` when the leaf is cast.
+        shape: The shape of source and copy.
+        stride: The stride of the source, in elements.
+        requires_grad: Whether source and copy require gradients.
         device: Where the source is; None for host memory.
         by_value: The memory is not the value (conjugate and negative views), so elements are copied, not bytes.
-        staged_stride: Of the staged copy; those of the source if not given. The values of a conjugate or negative
-            view come out dense.
+        staged_stride: The stride of the staged copy; those of the source if not given. The values of a conjugate or
+            negative view come out dense.
         extent: How many elements of the staged copy's memory lie between the first and one past the last.
         dense: Whether these fill their extent in the order of their indices, and torch can copy them.
         nbytes: Size of the source's extent.
@@ -180,7 +180,7 @@ class SpecTable:
 
         Args:
             tensors: Some of class Tensor or Parameter.
-            storage_sizes: Of their storages, in bytes.
+            storage_sizes: The sizes of their storages, in bytes.
         """
         if any(map(_requires_grad, tensors)) or (self._host_only and not all(map(_is_cpu, tensors))):
             return None
@@ -364,7 +364,7 @@ def composite_of(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | No
     """Take a tensor apart that is not one piece of memory.
 
     Args:
-        tensor: Of any class and layout.
+        tensor: A tensor of any class and layout.
         meaning: What its dispatch keys say, from :meth:`SpecTable.meanings`.
 
     Returns:

@@ -316,7 +316,7 @@ class AttributesNode(Node):
 
     Attributes:
         leaf: The tensor's index.
-        names: Of the attributes; the children are their values.
+        names: The names of the attributes; the children are their values.
         kept: Attributes that are put onto the copy as they are.
     """
 

@@ -71,9 +71,9 @@ class LeafRun:
     """Leaves of one spec in consecutive slots.
 
     Attributes:
-        spec: Of each.
+        spec: The spec of each leaf.
         indices: Which leaves.
-        offset: Of the first slot in the arena, in bytes.
+        offset: The offset of the first slot in the arena, in bytes.
     """
 
     spec: Spec
@@ -107,9 +107,9 @@ class OverlapGroup:
 
     Attributes:
         indices: Which leaves.
-        offsets: Of each leaf in the group, in bytes.
-        offset: Of the group in the arena, in bytes.
-        nbytes: Of the group.
+        offsets: The offset of each leaf in the group, in bytes.
+        offset: The offset of the group in the arena, in bytes.
+        nbytes: The size in bytes of the group.
     """
 
     indices: tuple[int, ...]
@@ -183,7 +183,7 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
 
     Args:
         specs: One for each leaf; None for a leaf without memory of its own.
-        addresses: Of the first element of each leaf.
+        addresses: The address of the first element of each leaf.
 
     Returns:
         The plan.

@@ -32,9 +32,9 @@ class Copies:
     not by several threads.
 
     Args:
-        inspection: Of the source.
+        inspection: The inspection of the source.
         job: For the threads.
-        batches: Of the plan, with their numbers, in the order in which they are copied.
+        batches: The batches of the plan, with their numbers, in the order in which they are copied.
         copied: Where the threads note the numbers of the batches that they have copied.
         span: What the copies are part of, for observers.
         inline: Whether to copy in the calling thread, and at once.
@@ -143,11 +143,11 @@ class CopyProgress:
     """How far the copies of one staging are, for those who wait for some of them.
 
     Args:
-        job: Of the threads that copy from host memory.
+        job: The job of the threads that copy from host memory.
 
     Attributes:
         pending: The copies from devices; None without an accelerator, and once the staging is over.
-        batches: Of the plan.
+        batches: The batches of the plan.
         window: What the copy passes through, if it is larger than the memory for it.
         memory: The addresses of the staged memory.
         copied: The numbers of the batches that were seen to have been copied.

@@ -23,15 +23,15 @@ class DeviceCopy:
     memory while a thread enqueues.
 
     Args:
-        number: Of the batch.
+        number: The number of the batch.
         batch: What to copy.
-        aliases: Of the source leaves by their numbers, without those whose memory has been replaced.
+        aliases: The aliases of the source leaves by their numbers, without those whose memory has been replaced.
         sources: The leaves.
         staged: Their staged copies, built where the batch needs them.
         memory: One-dimensional uint8, the whole arena.
 
     Attributes:
-        number: Of the batch.
+        number: The number of the batch.
         device: Where the sources are.
         nbytes: How many bytes it brings.
         launches: How many operations were enqueued so far.

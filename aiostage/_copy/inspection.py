@@ -28,7 +28,7 @@ class Changes:
 
     Args:
         walk: Which met the leaves and containers.
-        inspection: Of the leaves.
+        inspection: The inspection of the leaves.
     """
 
     def __init__(self, walk: Walk, inspection: Inspection) -> None:
@@ -65,7 +65,7 @@ class SourceInspection:
     """Inspects one state dict: the walk over it, its leaves, and where they are to go.
 
     Args:
-        resources: Of the stager.
+        resources: The resources of the stager.
         timings: Where to note what it takes.
         caller: Whose streams the code of objects follows.
 

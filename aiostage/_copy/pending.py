@@ -63,7 +63,7 @@ class PendingCopy:
         event: Completes when they are done.
         on: The stream that they are on.
         nbytes: How many bytes they bring.
-        number: Of the batch.
+        number: The number of the batch.
         copies: How many copies they are.
         launches: How many operations were enqueued in all.
         keep: Sources, destinations and the arena.
@@ -197,7 +197,7 @@ class PendingCopies:
         """Tell a device to copy; runs in a worker thread.
 
         Args:
-            copy: Of a device that follows the caller already.
+            copy: A copy on a device that follows the caller already.
 
         Returns:
             The copies under way, for :meth:`wait`.
@@ -286,7 +286,7 @@ class StagingCopies(PendingCopies):
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        closing: Of the stager.
+        closing: The state of the stager: open or closed.
     """
 
     def __init__(self, backend: Backend, streams: CopyStreams, caller: CallerStreams, closing: Closing) -> None:

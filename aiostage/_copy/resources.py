@@ -57,7 +57,7 @@ class Resources:
     dropped without a call of ``aclose()``, it warns of that.
 
     Args:
-        options: Of the stager.
+        options: The options of the stager.
         backend: How to reach accelerators; None when there is none to reach.
     """
 

@@ -100,7 +100,7 @@ class Staging:
     whose event loop is gone, can simply be dropped.
 
     Args:
-        resources: Of the stager.
+        resources: The resources of the stager.
         source: The state dict.
         streamed: Whether there will be a consumer, so that the copy may be larger than the memory for it.
 

@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
     Attributes:
         live: Any tensor with memory of its own.
-        value: Of the same shape, and of the same dtype unless it is cast. On the meta device, it
+        value: A value of the same shape, and of the same dtype unless it is cast. On the meta device, it
              stands for elements that have not been read yet.
     """
 

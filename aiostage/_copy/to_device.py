@@ -64,7 +64,7 @@ class HostToDeviceCopier(PendingCopies):
         backend: How to reach the devices.
         streams: Where to copy.
         caller: What the copies follow.
-        closing: Of the stager, after which all waits for them end; None where there is none.
+        closing: The state of the stager. Once it is closed, all waits for them end; None where there is none.
     """
 
     def __init__(

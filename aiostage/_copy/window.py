@@ -37,7 +37,7 @@ class Chunk:
         batches: Their numbers.
         start: First byte in the order of the arena.
         stop: One past the last.
-        memory: Of exactly these bytes, between the filling and the taking.
+        memory: Memory of exactly these bytes, between the filling and the taking.
     """
 
     number: int
@@ -52,7 +52,7 @@ class Window:
     """The chunks of one snapshot, on their way through.
 
     Args:
-        plan: Of the snapshot.
+        plan: The plan of the snapshot.
         max_bytes: How much memory there is.
 
     Attributes:
@@ -104,7 +104,7 @@ class Window:
         Everything before that chunk is given up, so that what is taken has to be taken in order.
 
         Args:
-            address: Of the first byte, in :attr:`addresses`.
+            address: The address of the first byte, in :attr:`addresses`.
             nbytes: How many.
 
         Raises:

@@ -28,7 +28,8 @@ def without_bits(destination: torch.Tensor, source: torch.Tensor) -> tuple[torch
 
     Args:
         destination: A tensor, or a conjugate or negative view.
-        source: Of the same shape. What has to be flipped is computed anew, on its device and the current stream.
+        source: A tensor of the same shape. Bits that have to be flipped are computed on its device and the current
+            stream.
     """
     if not (destination.is_conj() or destination.is_neg() or source.is_conj() or source.is_neg()):
         return destination, source

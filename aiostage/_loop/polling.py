@@ -68,7 +68,7 @@ async def wait_until_done(event: SupportsQuery, closing: Closing | None) -> None
 
     Args:
         event: Which.
-        closing: Of the stager that waits. Once that is closed, all waits end.
+        closing: The state of the stager that waits. Once it is closed, all waits end.
 
     Raises:
         StagingError: If ``query`` raises.

@@ -114,8 +114,9 @@ class Closing:
     def on_close(self, call: Callable[[], object]) -> Iterator[None]:
         """Have something called, in the event loop that is running now, if it is closed while the block runs.
 
-        It comes after whatever the loop does at that moment, so that who looks at :attr:`closed` and then waits,
-        without giving way in between, misses nothing. It may be called once more, or when the block was just left.
+        It comes after whatever the loop does at that moment, so that a caller that checks :attr:`closed` and then
+        waits, without giving way in between, misses nothing. It may be called once more, or when the block was just
+        left.
         """
         key = object()
         self._calls[key] = told = partial(post, current_token().native_token, call)

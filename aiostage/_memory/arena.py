@@ -362,7 +362,7 @@ class Arena:
     def close(self) -> None:
         """Undo the registration and give the memory back; while an exporter lives, leave the latter to its death.
 
-        Blocks. Call it from a worker thread, or not at all: dropping the arena comes to the same.
+        Blocks. Call it from a worker thread, or not at all: dropping the arena has the same effect.
         """
         with self.registering:
             self.closed = True

@@ -118,7 +118,7 @@ class SentMemory:
     mapped there, holds it when this one is closed.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         nbytes: How many bytes to map.
     """
 

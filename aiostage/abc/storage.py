@@ -135,7 +135,7 @@ class Storage(ABC):
         method: this one removes nothing, so that all files stay until the checkpoint is deleted.
 
         Args:
-            name: Of the checkpoint. One that is not there is no error.
+            name: The name of the checkpoint. A missing one is not an error.
             keep: Names of the files that stay.
 
         Raises:
@@ -151,7 +151,7 @@ class Storage(ABC):
         A storage without links may do without this method: this one says that it is none.
 
         Args:
-            name: Of the checkpoint. One that is not there is no link.
+            name: The name of the checkpoint. A missing one is not a link.
 
         Raises:
             OSError: If the storage refuses.
@@ -209,7 +209,7 @@ class PendingCheckpoint(ABC):
         """Write one file.
 
         Args:
-            name: Of the file, a plain name without ``/``.
+            name: The name of the file, a plain name without ``/``.
             nbytes: How long it will be.
             parts: Its contents in order. All but the last are of one size, a multiple of 4096 bytes. The next part is
                 asked for as soon as there is room for it, so that several may be on their way at once, and each is let
@@ -281,7 +281,7 @@ class Reader(ABC):
         """Return how long a file is, in bytes.
 
         Args:
-            name: Of the file.
+            name: The name of the file.
 
         Raises:
             CheckpointCorruptError: If there is no such file.
@@ -293,8 +293,8 @@ class Reader(ABC):
         """Fill a writable buffer with a range of a file.
 
         Args:
-            name: Of the file.
-            offset: Of the first byte.
+            name: The name of the file.
+            offset: The offset of the first byte.
             into: As long as the range. Its contents are undefined if this raises or is cancelled.
 
         Raises:

@@ -91,7 +91,7 @@ class OnBackground:
         Args:
             manager: To be entered.
             background: The loop. None: one is started.
-            name: Of its thread.
+            name: The name of its thread.
         """
         with ExitStack() as stack:
             background = background or stack.enter_context(Background.started(name))

@@ -167,7 +167,7 @@ class Checkpointer(OnBackground):
         return background.call(lambda: restoring)
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint. One that is not there is no error.
+        """Remove a checkpoint. A missing one is not an error.
 
         Raises:
             OSError: If the storage refuses.

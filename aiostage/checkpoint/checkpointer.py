@@ -225,7 +225,7 @@ class Checkpointer(BackgroundSaves):
         )
 
     async def delete(self, step: int) -> None:
-        """Remove a checkpoint. One that is not there is no error.
+        """Remove a checkpoint. A missing one is not an error.
 
         To go back in a run, remove the later ones first: the latest is what a restart begins with.
 

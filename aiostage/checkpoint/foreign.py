@@ -26,7 +26,7 @@ class Read:
 
     Attributes:
         kind: ``"torch"``, ``"safetensors"``, ``"shards"`` for an index of such files, or ``"dcp"``.
-        path: Of the file, or of the directory of a checkpoint of ``torch.distributed.checkpoint``.
+        path: The path of the file, or of the directory of a checkpoint of ``torch.distributed.checkpoint``.
         reads: What reads it.
     """
 

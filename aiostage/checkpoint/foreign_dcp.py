@@ -134,7 +134,7 @@ class DcpDirectory:
     """Reads one directory. All of it blocks.
 
     Args:
-        path: Of the directory.
+        path: The path of the directory.
 
     Attributes:
         entries: By name, what describes a tensor, or a value that was pickled. A tensor's has ``size`` and ``chunks``.

@@ -108,7 +108,7 @@ class CheckpointIndex:
         """Remove checkpoints, and what is not needed any more of those that were removed before.
 
         Args:
-            steps: Of which ones. One that is not there is no error.
+            steps: The steps whose checkpoints to remove. A missing one is not an error.
 
         Raises:
             CheckpointCorruptError: If one that stays is damaged, so that its needs are unknown; nothing is removed.

@@ -42,7 +42,7 @@ class Fit:
     Attributes:
         strict: Whether it needs the same leaves.
         cast: Whether floating-point tensors take values of another floating-point dtype.
-        name: Of the checkpoint, for warnings.
+        name: The name of the checkpoint, for warnings.
     """
 
     strict: StrictOption = True

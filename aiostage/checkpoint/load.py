@@ -174,7 +174,7 @@ class Loading:
         if self._into is None:
             return await self._read_anew(checkpoint, outline, names, spread)
         if self._stateful:
-            # Their states have to be whole before they are told; what they have now need not be like that.
+            # Their states have to be whole before they are informed; what they have now need not be like that.
             tree = await self._read_anew(checkpoint, outline, names, spread)
             return await self._put(tree)
         # What the bytes of files cannot go straight into comes first, into memory of its own.

@@ -120,7 +120,7 @@ class PartReader:
     """Reads parts, compares them with their digests, and brings them to where they belong.
 
     Args:
-        reader: Of the checkpoint.
+        reader: The reader of the checkpoint.
         workers: Run everything that blocks.
         part_bytes: How long a part is at most.
         targets: Where the tensors are that parts are read into.

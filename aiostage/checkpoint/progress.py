@@ -18,7 +18,7 @@ class Progress:
     """How far something has come that moves bytes.
 
     Attributes:
-        name: Of the checkpoint.
+        name: The name of the checkpoint.
         total_bytes: How many bytes there will be in the end; what is small, the manifest for one, is not counted.
     """
 

@@ -44,8 +44,8 @@ class OpenCheckpoint(Reader):
 
     Args:
         storage: Where they are.
-        name: Of the checkpoint.
-        reader: Of the checkpoint; closed with this.
+        name: The name of the checkpoint.
+        reader: The reader of the checkpoint; closed with this.
         refuses_removed: Whether one that was removed, and lies there for others, is not to be found.
     """
 
@@ -228,7 +228,7 @@ class CheckpointReader:
     """Reads one checkpoint.
 
     Args:
-        reader: Of the checkpoint; the caller's to close.
+        reader: The reader of the checkpoint; the caller's to close.
         workers: Read and check.
         run: Runs in them what makes tensors, or calls functions of the caller's.
         targets: Where the tensors are that are read into.

@@ -64,10 +64,10 @@ class Devices:
         """Find out which device gets which tensors of files.
 
         Args:
-            table: Of the nodes, looked through before.
+            table: The table of the nodes, looked through before.
             records: The tensors of files, by name.
             sizes: How much memory those that the tree needs take, in bytes, by name.
-            path: Of the manifest, for errors.
+            path: The path of the manifest, for errors.
 
         Raises:
             ValueError: If tensors that share memory are to go to different devices, or one to where it cannot be.
@@ -91,7 +91,7 @@ class Devices:
             shares: From :meth:`shares`.
             caller: Whose streams will use the memory.
             workers: Allocate.
-            path: Of the manifest, for errors.
+            path: The path of the manifest, for errors.
 
         Returns:
             One-dimensional uint8 memory, uninitialized, by name.
@@ -188,7 +188,7 @@ def host_memory(sizes: Mapping[str, int], *, path: str, device: torch.device | N
 
     Args:
         sizes: How much, in bytes, by name.
-        path: Of the manifest, for errors.
+        path: The path of the manifest, for errors.
         device: None or the meta device.
 
     Raises:
@@ -321,12 +321,12 @@ def plan_reads(
     """Decide where elements that have not been read yet go, and have those copied that do not go straight.
 
     Args:
-        transfer: Of the two trees; gets the copies.
-        memory: Of the loaded tree.
+        transfer: The transfer between the two trees; gets the copies.
+        memory: The memory of the loaded tree.
         positions: Where the data of each tensor begins in its file.
         device_of: Returns the device that a tensor is on, or None for host memory.
         in_place: Whether elements may go straight into live tensors.
-        path: Of the manifest, for errors.
+        path: The path of the manifest, for errors.
 
     Raises:
         HostMemoryError: If there is no memory for what does not go straight.

@@ -362,7 +362,7 @@ class PartWriter:
     """Sends one file. An asynchronous iterator over its parts, for the storage to ask for them.
 
     Args:
-        name: Of the file.
+        name: The name of the file.
         parts: All of them.
         workers: Gather and digest.
         buffers: For parts that are not one piece of memory.

@@ -54,7 +54,7 @@ class Contents(ABC):
         """Return the elements of tensors in host memory, in order.
 
         Args:
-            entries: Of tensors.
+            entries: Entries of tensors.
 
         Raises:
             CheckpointCorruptError: If they are damaged.

@@ -33,8 +33,8 @@ class TreeEntry:
             or ``"reference"`` to another place.
         text: What it is, or what the value is, as a person reads it.
         inner: Whether it is a part of an object, or an attribute, and no key or index leads to it.
-        dtype: Of a tensor.
-        shape: Of a tensor.
+        dtype: The dtype of a tensor.
+        shape: The shape of a tensor.
         nbytes: Size of the elements of a tensor.
         more: What else is known of it, by name.
         source: What leads to its elements: different things for different checkpoints.
@@ -81,7 +81,7 @@ def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> I
     """Iterate over the places of a tree that nodes describe, from the root on.
 
     Args:
-        table: Of the nodes.
+        table: The table of the nodes.
         records: The tensors of files, by name. Of those that are missing only the place and the name are known.
 
     Raises:
@@ -179,7 +179,7 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[TreeEntry
 
     Args:
         tree: Tensors, and what is not a tensor, in dicts, lists and tuples. The entry of a tensor has it as its source.
-        path: Of the tree itself.
+        path: The path of the tree itself.
     """
     pending: list[tuple[tuple[str, ...], Any, bool]] = [(path, tree, False)]
     met: dict[int, tuple[str, ...]] = {}

@@ -45,7 +45,7 @@ class CheckpointRun:
     Attributes:
         source: As the user wrote it.
         storage: Where.
-        names: Of those that are there.
+        names: Names of those that are there.
         removed: Names of those that were removed, and lie there because others refer to them.
         foreign: What reads those of other programs, by name; or why that is not possible.
     """

@@ -35,8 +35,8 @@ class RankBarrier:
 
     Args:
         store: Shared by the ranks; used by one thread at a time.
-        number: Of the operation, the same on all ranks.
-        rank: Of this process, in the group.
+        number: The number of the operation, the same on all ranks.
+        rank: The rank of this process, in the group.
         size: How many ranks the group has.
     """
 

@@ -203,7 +203,7 @@ class Checkpointer(BackgroundSaves):
             Exception: The errors of :meth:`AsyncSaveResponse.captured`.
             ValueError: If the step is below 0.
 
-        That there is a checkpoint of this step already, the handle says.
+        If a checkpoint of this step exists already, the handle reports it.
         """
         opened, name = self._entered(), name_of(_checked(step))
         writer = StorageWriter(self._root)

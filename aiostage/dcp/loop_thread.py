@@ -23,7 +23,7 @@ class LoopThread:
     A daemon, so that a thread that is never closed does not keep the interpreter from exiting.
 
     Args:
-        name: Of the thread.
+        name: The name of the thread.
     """
 
     def __init__(self, name: str) -> None:

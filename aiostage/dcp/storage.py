@@ -61,11 +61,11 @@ class Record:
 
     Attributes:
         file: Its name.
-        offset: Of the first byte in the file.
+        offset: The offset of the first byte in the file.
         nbytes: How many there are.
-        digest: Of them.
-        dtype: Of the elements, or None for what DCP has pickled.
-        shape: Of the shard.
+        digest: The digest of the bytes.
+        dtype: The dtype of the elements, or None for what DCP has pickled.
+        shape: The shape of the shard.
     """
 
     file: str
@@ -333,7 +333,7 @@ async def read_index(reader: Reader) -> Metadata:
     """Read what a checkpoint has, and where: ``storage_data`` has a :class:`Record` for each item.
 
     Args:
-        reader: Of the checkpoint.
+        reader: The reader of the checkpoint.
 
     Raises:
         CheckpointCorruptError: If it is damaged, or not one of DCP's.

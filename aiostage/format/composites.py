@@ -187,9 +187,9 @@ def quantized_over(
     Args:
         memory: One-dimensional uint8.
         dtype: A quantized one.
-        offset: Of the first element, in elements.
-        shape: Of the tensor.
-        stride: Of the tensor, in elements.
+        offset: The offset of the first element, in elements.
+        shape: The shape of the tensor.
+        stride: The stride of the tensor, in elements.
         parameters: Its quantization scheme, and what that needs: scale and zero point, or scales, zero points and axis.
     """
     storage = memory.untyped_storage()

@@ -85,9 +85,9 @@ class TreeDecoder:
     """Builds the tree that a table of nodes describes.
 
     Args:
-        table: Of the nodes, of which those that are reached are wanted.
-        memory: Of the tensors.
-        path: Of the manifest, for errors.
+        table: The table of the nodes, of which those that are reached are wanted.
+        memory: The memory of the tensors.
+        path: The path of the manifest, for errors.
         classes: Whose objects are made again. None: none but those of the standard library, NumPy and PyTorch.
     """
 
@@ -241,8 +241,8 @@ def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
     """Return the names of the tensors of files that sparse tensors of the tree consist of.
 
     Args:
-        table: Of the nodes, looked through before.
-        path: Of the manifest, for errors.
+        table: The table of the nodes, looked through before.
+        path: The path of the manifest, for errors.
 
     Raises:
         CheckpointCorruptError: If a sparse tensor consists of something else.
@@ -260,10 +260,10 @@ def check_sparse(
     """Check that indices lie within the shapes, and what else PyTorch demands. Blocks: run it in a worker thread.
 
     Args:
-        table: Of the nodes, looked through before.
+        table: The table of the nodes, looked through before.
         records: The tensors of files, by name.
         data: Host memory with the bytes of those that :func:`parts_of_sparse` returns.
-        path: Of the manifest, for errors.
+        path: The path of the manifest, for errors.
 
     Raises:
         CheckpointCorruptError: If a sparse tensor is none.

@@ -55,9 +55,9 @@ class Leaf:
     """A tensor of the tree and the memory it looks at.
 
     Attributes:
-        node: Of the tree.
+        node: The node in the tree.
         tensor: In host memory, its elements being what they look like (no conjugate or negative view).
-        address: Of its first element.
+        address: The address of its first element.
         stop: One past the last address.
         contiguous: Whether its elements lie in index order without gaps.
     """

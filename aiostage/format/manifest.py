@@ -90,7 +90,7 @@ class FileRecord:
     Attributes:
         name: In the checkpoint.
         nbytes: How long it is.
-        digests: Of its parts, in order, in hexadecimal.
+        digests: The digests of its parts, in order, in hexadecimal.
     """
 
     name: str
@@ -199,7 +199,7 @@ def read_manifest(text: Buffer, *, path: str, add_node: Callable[[Any], object])
 
     Args:
         text: The whole file.
-        path: Of the file, for errors.
+        path: The path of the file, for errors.
         add_node: Called with the JSON value of each node, in order, which it has to check: it raises
             a ValueError, say, for what is not a node.
 
@@ -218,7 +218,7 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
 
     Args:
         text: What :func:`write_manifest` has made.
-        placement: Of all files that it names.
+        placement: The placement of all files that it names.
 
     Returns:
         The whole file.
@@ -255,7 +255,7 @@ def read_placement(text: Buffer, *, path: str) -> Placement | None:
 
     Args:
         text: The whole file.
-        path: Of the file, for errors.
+        path: The path of the file, for errors.
 
     Returns:
         Where they lie; None if each lies as a whole in the checkpoint.
@@ -273,7 +273,7 @@ def read_head(text: Buffer, *, path: str) -> Manifest:
 
     Args:
         text: The whole file, which may be damaged or hostile.
-        path: Of the file, for errors.
+        path: The path of the file, for errors.
 
     Raises:
         CheckpointCorruptError: If it is anything but a manifest of a version that can be read.

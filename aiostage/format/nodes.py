@@ -264,10 +264,10 @@ class View:
     """How a leaf looks at memory.
 
     Attributes:
-        dtype: Of its elements.
+        dtype: The dtype of its elements.
         shape: As usual.
         stride: As usual.
-        offset: Of its first element, in elements.
+        offset: The offset of its first element, in elements.
     """
 
     dtype: torch.dtype
@@ -312,7 +312,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, TensorRecord]) -> View:
     """Return how a leaf looks at the memory of its file's tensor.
 
     Args:
-        form: Of the node.
+        form: The form of the node.
         records: The tensors of files, by name.
 
     Raises:
@@ -339,10 +339,10 @@ def strided_layouts(
     """Find the tensors that lie in files in index order, but did not in memory.
 
     Args:
-        table: Of the nodes, of which those that are reached count.
+        table: The table of the nodes, of which those that are reached count.
         records: The tensors of files, by name.
         positions: Where the data of each begins in its file.
-        path: Of the manifest, for errors.
+        path: The path of the manifest, for errors.
 
     Returns:
         By name, how all leaves look at its memory.

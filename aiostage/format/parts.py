@@ -87,7 +87,7 @@ class Scattered:
     """Elements of a tensor, in index order, that do not lie in memory like that.
 
     Attributes:
-        tensor: Of any strides.
+        tensor: A tensor of any strides.
         start: First element.
         stop: One past the last element.
     """

@@ -42,7 +42,7 @@ class Extent:
     Attributes:
         source: Name of the checkpoint that has it, or None for the one that the piece belongs to.
         file: Name of a file in there.
-        offset: Of the first byte in it.
+        offset: The offset of the first byte in it.
         nbytes: How many.
     """
 

@@ -148,7 +148,7 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> list[TensorReco
     Args:
         header: The JSON, without the length before it.
         data_bytes: How many bytes of data the file has behind it.
-        path: Of the file, for errors.
+        path: The path of the file, for errors.
 
     Returns:
         The records in the order of their data, which they cover without gaps or overlaps.

@@ -55,7 +55,7 @@ def extra_attributes(tensor: Any, inner: Collection[str] = ()) -> dict[str, Any]
     """Return what hangs on a tensor of a subclass and is not made by its class.
 
     Args:
-        tensor: Of a subclass.
+        tensor: A tensor of a subclass.
         inner: The names of the tensors that it is a wrapper around.
     """
     left_out = set(inner) | _LEFT_OUT.get(full_name(type(tensor)), set())

@@ -29,7 +29,7 @@ class ReferencedFiles:
 
     Args:
         storage: Where they are.
-        reader: Of the checkpoint; closed with this.
+        reader: The reader of the checkpoint; closed with this.
         placement: Where its files lie.
     """
 

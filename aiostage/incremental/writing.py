@@ -381,7 +381,7 @@ class _Changes:
     """The changed blocks of a file, collected into groups.
 
     Args:
-        name: Of the file.
+        name: The name of the file.
         workers: Copy.
         buffers: To copy to.
         may_keep: Whether parts may be kept until they are written. Otherwise blocks are copied, so that the parts can

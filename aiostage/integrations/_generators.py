@@ -20,7 +20,7 @@ def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
     """Return the state of all generators of random numbers, for a checkpoint.
 
     Args:
-        all_devices: Of all CUDA devices, and not of the current one only.
+        all_devices: Whether to include all CUDA devices, and not the current one only.
     """
     version, words, gauss = random.getstate()
     state = {

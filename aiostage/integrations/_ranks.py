@@ -62,7 +62,7 @@ def refuse_sharded(model: torch.nn.Module, state: Mapping[str, Any], name: str) 
     Args:
         model: Without the wrapper of DistributedDataParallel.
         state: Its state dict.
-        name: Of the model, for the error.
+        name: The name of the model, for the error.
 
     Raises:
         UnsupportedLeafError: If a tensor is sharded over ranks.

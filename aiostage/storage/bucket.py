@@ -72,7 +72,7 @@ class Bucket(ABC):
         """Return an object as a whole.
 
         Args:
-            path: Of the object.
+            path: The path of the object.
             at_most: Bytes that it may have.
 
         Raises:
@@ -136,14 +136,14 @@ class Bucket(ABC):
 
     @abstractmethod
     async def delete(self, paths: Sequence[str]) -> None:
-        """Remove objects. One that is not there is no error."""
+        """Remove objects. A missing one is not an error."""
 
     async def is_link(self, path: str) -> bool:
         """Return whether a path is a link to what lies elsewhere. Only stores on a disk have links."""
         return False
 
     async def unlink(self, path: str) -> None:
-        """Remove a link, and nothing of what it leads to. One that is not there is no error."""
+        """Remove a link, and nothing of what it leads to. A missing one is not an error."""
         raise NotImplementedError
 
     @abstractmethod

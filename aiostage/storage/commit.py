@@ -213,9 +213,9 @@ def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
 
 
 def delete_committed(target: str) -> None:
-    """Remove a checkpoint: out of sight in one step, then from the disk. Blocks. What is none is left alone.
+    """Remove a checkpoint: out of sight in one step, then from the disk. Blocks. Anything else is left alone.
 
-    Of a link to a checkpoint the link goes, and the checkpoint stays.
+    If the target is a link to a checkpoint, only the link is removed.
 
     Raises:
         OSError: If the file system refuses.

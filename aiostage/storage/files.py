@@ -187,7 +187,7 @@ class InputFile(Descriptor):
 
     Args:
         directory: The checkpoint's; it stays the same directory even if its path is given to another one.
-        name: Of the file in it.
+        name: The name of the file in it.
         path: For errors.
 
     Raises:
@@ -266,7 +266,7 @@ def open_directory(path: str, *, follow_link: bool = True) -> Descriptor:
     """Open a directory. Blocks.
 
     Args:
-        path: Of the directory.
+        path: The path of the directory.
         follow_link: Whether the path may be a link to one. What is about to be removed or renamed must not be.
 
     Raises:

@@ -61,7 +61,7 @@ class Heartbeat:
     Args:
         beat: Blocks for a moment. What it raises is logged, and it is tried again.
         interval: Seconds between two beats.
-        name: Of the thread.
+        name: The name of the thread.
     """
 
     def __init__(self, beat: Callable[[], None], interval: float, name: str) -> None:

@@ -57,7 +57,7 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
 
     Args:
         read: Fills a buffer from an offset and returns how many bytes there were.
-        offset: Of the first byte.
+        offset: The offset of the first byte.
         into: Writable.
 
     Returns:

@@ -37,10 +37,10 @@ class Scheduler:
 
     Args:
         clock: On which to execute when told to; None executes in a thread and in real time.
-        seed: Of the choice among the streams that could go on; None takes the one that would be done first.
+        seed: The seed of the choice among the streams that could go on; None takes the one that would be done first.
         spontaneous: Execute some operations, chosen by the seed, at each call.
         settle: Called, with the lock held, before anything is executed or enqueued.
-        bus_bandwidth: Of the bus of each device, in bytes a second; None for no bus.
+        bus_bandwidth: The bandwidth of the bus of each device, in bytes a second; None for no bus.
     """
 
     def __init__(

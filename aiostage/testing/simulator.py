@@ -74,10 +74,10 @@ class SimulatedAccelerator(SimulatedBackend):
             that would be done first comes first.
         spontaneous: Execute a few operations, chosen by the seed, whenever anything is enqueued or queried, so that
             the test need not call ``step``. Needs a seed.
-        bandwidth: Of a copy, in bytes a second; each direction of each device has it to itself.
+        bandwidth: The bandwidth of a copy, in bytes a second; each direction of each device has it to itself.
         bus_bandwidth: What all that moves bytes on one device shares, in bytes a second: copies of both directions, of
             which several may then run at once, and kernels that say how much they move. None: there is no bus.
-        latency: Of each copy, in seconds.
+        latency: The latency of each copy, in seconds.
         memory_bytes: Memory of each device.
         max_registered_bytes: How much host memory can be registered at a time. None: any amount.
         poison_freed: Overwrite memory when it is freed, in the order of the stream that it was allocated for: the next
@@ -243,7 +243,8 @@ class SimulatedAccelerator(SimulatedBackend):
         """Execute one operation, on a virtual clock.
 
         Args:
-            stream: Of which stream; None lets the seed choose, or takes the operation that is due first.
+            stream: The stream whose operation to run; None lets the seed choose, or takes the operation that is due
+                first.
 
         Returns:
             Whether there was one.

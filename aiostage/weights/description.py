@@ -52,7 +52,7 @@ class Described:
         nbytes: Size of its tensors' memory, in bytes.
         text: The file with the text, and with the bytes behind it.
         text_bytes: How long the text is.
-        digest: Of the whole file.
+        digest: The digest of the whole file.
         memory: Where the tensors lie; None if there are none.
     """
 

@@ -53,7 +53,7 @@ class SocketReceiver:
     """Receives versions of weights from whichever publisher listens at a socket.
 
     Args:
-        path: Of the socket.
+        path: The path of the socket.
         inbox: Where they go.
         classes: Whose objects are made again.
         timeout: Seconds of silence after which a publisher is taken for dead.

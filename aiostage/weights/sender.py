@@ -85,7 +85,7 @@ class SocketSender:
     publisher waits for none. What is kept are the newest version and those that a subscriber holds.
 
     Args:
-        path: Of the socket.
+        path: The path of the socket.
         max_versions: How many versions may be alive at once.
         timeout: Seconds of silence after which a subscriber is taken for dead.
     """
