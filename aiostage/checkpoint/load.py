@@ -174,7 +174,7 @@ class Loading:
         if self._into is None:
             return await self._read_anew(checkpoint, outline, names, spread)
         if self._stateful:
-            # Their states have to be whole before they are informed; what they have now need not be like that.
+            # load_state_dict needs complete states. Those that the objects have now may differ from the loaded ones.
             tree = await self._read_anew(checkpoint, outline, names, spread)
             return await self._put(tree)
         # What the bytes of files cannot go straight into comes first, into memory of its own.
