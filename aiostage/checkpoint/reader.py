@@ -36,7 +36,7 @@ __all__ = ["CheckpointReader", "FileOutline", "OpenCheckpoint", "Outline", "open
 _SUFFIX = ".safetensors"
 
 
-_REMOVED = "it was removed; what is left of it lies there for others that refer to it."
+_REMOVED = "it was removed; other checkpoints still refer to its files."
 
 
 class OpenCheckpoint(Reader):

@@ -20,9 +20,9 @@ from aiostage.format.manifest import read_head
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import step_of
 
-__all__ = ["disk_usage", "list_found", "list_run"]
+__all__ = ["REMOVED", "disk_usage", "list_found", "list_run"]
 
-_REMOVED = "removed; what is left of it lies there for others that refer to it"
+REMOVED = "removed; other checkpoints still refer to its files"
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ async def list_found(found: Place | CheckpointRun, out: Output) -> None:
             line += f", refers to {', '.join(refers_to)}" if refers_to else ""
         out.line(line)
     for name in removed:
-        out.line(f"  {name:<24} {_REMOVED}")
+        out.line(f"  {name:<24} {REMOVED}")
 
 
 async def disk_usage(source: str, out: Output) -> None:

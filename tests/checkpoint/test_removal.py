@@ -475,11 +475,11 @@ async def test_who_reads_what_is_removed_meanwhile_is_told() -> None:
                 await other.delete(step)
 
     storage.before = remove
-    with pytest.raises(CheckpointNotFoundError, match="it was removed; what is left of it"):
+    with pytest.raises(CheckpointNotFoundError, match="it was removed; other checkpoints still refer"):
         await aiostage.load((storage, name_of(1)))
     assert tombstone_of(name_of(1)) in storage.checkpoints
     # And so is who comes later.
-    with pytest.raises(CheckpointNotFoundError, match="it was removed; what is left of it"):
+    with pytest.raises(CheckpointNotFoundError, match="it was removed; other checkpoints still refer"):
         await aiostage.load((storage, name_of(1)))
     # What is damaged is another matter.
     for file in list(storage.checkpoints[name_of(1)]):

@@ -121,7 +121,7 @@ async def make_run(root: Path) -> None:
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(make_run(tmp_path))
     lora = tmp_path / "lora"
-    removed = "removed; what is left of it lies there for others that refer to it"
+    removed = "removed; other checkpoints still refer to its files"
     assert {path.name for path in lora.iterdir()} == {
         "step-00000000",
         "step-00000000.removed",
@@ -170,9 +170,7 @@ def test_verifying_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["verify", *sorted(str(path) for path in lora.iterdir())]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[2:] == lines
-    assert all(
-        line.endswith("removed; what is left of it lies there for others that refer to it") for line in shown[:2]
-    )
+    assert all(line.endswith("removed; other checkpoints still refer to its files") for line in shown[:2])
     # References are followed.
     damage(lora / "step-00000000", 3_000_000)
     assert main(["verify", str(lora)]) == 1

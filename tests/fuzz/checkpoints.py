@@ -29,10 +29,10 @@ import xxhash
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointMismatchError, HostMemoryError
 from aiostage.checkpoint.verify import outline_of, verify
+from aiostage.cli.checking import check
 from aiostage.cli.finding import place_of
 from aiostage.cli.inspect import inspect
 from aiostage.cli.output import Output
-from aiostage.cli.verify import check
 from aiostage.storage.locate import locate
 
 __all__ = ["main"]
