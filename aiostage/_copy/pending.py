@@ -16,9 +16,8 @@ import torch
 
 from aiostage._copy.device import DeviceCopy
 from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
-from aiostage._loop.coroutines import finish
+from aiostage._loop.coroutines import Closing, finish
 from aiostage._loop.polling import wait_until_done
-from aiostage._loop.threadsafe_event import Closing
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Backend, SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError

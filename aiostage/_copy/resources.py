@@ -17,7 +17,7 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.plan import Plan, compile_plan
 from aiostage._device.streams import CopyStreams
-from aiostage._loop.threadsafe_event import Closing
+from aiostage._loop.coroutines import Closing
 from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool

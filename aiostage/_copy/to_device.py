@@ -11,7 +11,7 @@ import torch
 from aiostage._copy.pending import PendingCopies, PendingCopy
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._device.streams import CallerStreams, CopyStreams
-from aiostage._loop.threadsafe_event import Closing
+from aiostage._loop.coroutines import Closing
 from aiostage.abc import Backend
 
 __all__ = ["HostToDeviceCopier", "TensorCopy"]

@@ -19,7 +19,7 @@ from weakref import ReferenceType, ref
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-from aiostage._loop.threadsafe_event import Closing
+from aiostage._loop.coroutines import Closing
 from aiostage._loop.timer import Timer
 from aiostage.abc import SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError, shown

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._loop.threadsafe_event import post
+from aiostage._loop.coroutines import post
 from aiostage._platform import open_timer, set_timer
 
 __all__ = ["Timer"]

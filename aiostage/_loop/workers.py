@@ -16,8 +16,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TypeVar
 
-from aiostage._loop.coroutines import finish, without_locals
-from aiostage._loop.threadsafe_event import ThreadsafeEvent
+from aiostage._loop.coroutines import ThreadsafeEvent, finish, without_locals
 from aiostage._platform import let_threads_run, register_after_fork
 
 __all__ = ["Job", "Stopped", "Workers", "release_gil", "releasing_gil", "start_thread", "stoppable"]

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from aiostage._loop.threadsafe_event import ThreadsafeEvent
+from aiostage._loop.coroutines import ThreadsafeEvent
 from aiostage._memory.arena import Arena, whole_pages
 from aiostage.errors import HostMemoryError, StagerClosedError, StagingError
 

@@ -14,8 +14,7 @@ from queue import Empty, SimpleQueue
 import anyio
 import torch
 
-from aiostage._loop.coroutines import finish
-from aiostage._loop.threadsafe_event import ThreadsafeEvent
+from aiostage._loop.coroutines import ThreadsafeEvent, finish
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request

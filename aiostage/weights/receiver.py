@@ -12,8 +12,7 @@ from typing import Any
 
 import anyio
 
-from aiostage._loop.coroutines import run_concurrently, without_locals
-from aiostage._loop.threadsafe_event import post
+from aiostage._loop.coroutines import post, run_concurrently, without_locals
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown

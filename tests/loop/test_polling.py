@@ -20,8 +20,8 @@ import uvloop
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop import polling, timer
+from aiostage._loop.coroutines import Closing
 from aiostage._loop.polling import wait_event, wait_until_done
-from aiostage._loop.threadsafe_event import Closing
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.testing import at_every_await
 from tests.descriptors import TIMERS, opened

@@ -12,7 +12,7 @@ import anyio
 import pytest
 import uvloop
 
-from aiostage._loop.threadsafe_event import ThreadsafeEvent
+from aiostage._loop.coroutines import ThreadsafeEvent
 
 
 def in_thread(call) -> None:
