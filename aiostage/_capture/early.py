@@ -1,18 +1,23 @@
-"""Copies of tensors that are needed in the last step of the walk, for objects that copy themselves."""
+"""The last step of the walk: objects copy themselves, and get copies of tensors with their values for that."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 
 from aiostage import _private
-from aiostage._capture.build import of_class
-from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves
+from aiostage._capture.build import Memo, built_now, of_class
+from aiostage._capture.faithful import Refusal, Spec, copies_itself
+from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
+from aiostage._capture.nodes import GivenNode, Node
+from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within, tensors_within
+from aiostage._loop.slices import exhausted
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import format_path
 
-__all__ = ["EarlyCopies", "StorageCopies"]
+__all__ = ["EarlyCopies", "SelfCopies", "StorageCopies"]
 
 
 class StorageCopies(dict[int, torch.UntypedStorage]):
@@ -109,3 +114,134 @@ class EarlyCopies:
                         leaves.given[index] = self._over(copy, index, spec)
                         leaves.specs[index] = None
             yield
+
+
+class SelfCopies:
+    """Objects that copy themselves: what is inside them, and their copies, made in one step.
+
+    Args:
+        leaves: Of the walk.
+        nodes: What the walk has noted, by the identity of the source.
+
+    Attributes:
+        memo: What such objects have made; None before :meth:`make`.
+    """
+
+    def __init__(self, leaves: Leaves, nodes: Table[Node]) -> None:
+        self._leaves = leaves
+        self._nodes = nodes
+        self._early = EarlyCopies(leaves)
+        self._within: dict[int, list[torch.Tensor]] = {}
+        self._reach: dict[int, list[int]] = {}
+        self.memo: Memo | None = None
+
+    def has_looked_into(self, node: GivenNode) -> bool:
+        """Return whether :meth:`look_into` was called for an object."""
+        return id(node) in self._within
+
+    def look_into(self, node: GivenNode) -> list[torch.Tensor]:
+        """Find the tensors inside an object, and return those that the walk has not met."""
+        objects = list(objects_within(node.source))
+        self._reach[id(node)] = list(map(id, objects))
+        found = self._within[id(node)] = [
+            item for item in objects if isinstance(item, torch.Tensor) and not copies_itself(item, type(item))
+        ]
+        exhausted(self._leaves.index())
+        return [tensor for tensor in found if id(tensor) not in self._leaves.positions]
+
+    def make(self, opaque: Sequence[GivenNode], root: Node) -> None:
+        """Let objects copy themselves.
+
+        Args:
+            opaque: All such objects, in the order in which they were met.
+            root: Leads to them.
+
+        Raises:
+            UnsupportedLeafError: If one cannot be copied.
+        """
+        exhausted(self._leaves.index())
+        early = self._early
+        memo = self.memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give)
+        memo.circles = circles_of(opaque, self._leads)
+        if memo.circles:
+            self._copy_around_circles(opaque, root, memo)
+        for node in opaque:
+            if not node.done:
+                self._give(node)
+        for suspended in memo.suspended:
+            if not suspended.done:
+                built_now(suspended, memo)
+
+    def tie(self) -> Generator[None, None, None]:
+        """Give leaves that lie in storages that were copied already copies over these, yielding between small steps."""
+        yield from self._early.tie()
+
+    def release(self) -> None:
+        """Drop all references."""
+        if self.memo is not None:
+            self.memo.forget()
+        self._within.clear()
+        self._reach.clear()
+
+    def _copy_around_circles(self, opaque: Sequence[GivenNode], root: Node, memo: Memo) -> None:
+        """Let objects copy themselves in the order of copy.deepcopy, which enters each circle at the same node.
+
+        What is made of part of a circle, such as an iterator over a list in it, depends on that.
+        """
+        with_code = {memo.circles.get(id(node)) for node in opaque}
+        for node in depth_first(root, _leads_before):
+            circle = memo.circles.get(id(node))
+            if node.done:
+                continue
+            if isinstance(node, GivenNode):
+                self._give(node)
+            elif circle is not None and memo.entries.setdefault(circle, node) is node and circle in with_code:
+                built_now(node, memo)
+
+    def _leads(self, node: Node) -> list[Node]:
+        """Return the nodes that a node leads to."""
+        within = map(self._nodes.find, self._reach.get(id(node), ()))
+        return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
+
+    def _give(self, node: GivenNode) -> None:
+        """Let an object copy itself.
+
+        It may compute with the copies of tensors, so they have their values.
+        """
+        memo, early = self.memo, self._early
+        assert memo is not None  # noqa: S101 - made before the first is copied
+        source = node.source
+        node.active = True
+        try:
+            result = source.__deepcopy__(memo)
+        except Refusal as refusal:
+            raise refusal.at(node.own_path()) from None
+        except Exception as error:
+            raise failed(node, error) from error
+        finally:
+            node.active = False
+        memory = {_memory_of(tensor) for tensor in self._within.get(id(node), ())}
+        for tensor in tensors_within(result):
+            if not early.made(tensor) and (_memory_of(tensor) in memory or tensor.device.type != "cpu"):
+                raise UnsupportedLeafError(
+                    f"the __deepcopy__ of {type(source).__qualname__} returned a tensor that is not a copy in host "
+                    f"memory ({tensor.dtype} {tuple(tensor.shape)} on {tensor.device}).",
+                    path=format_path(node.own_path()),
+                    remedy="In a class of your own, copy tensors with copy.deepcopy(tensor, memo). Of another's class, "
+                    "stage what the object is made of, such as its to_dict(). passthrough leaves the object as it is.",
+                )
+        node.copy, node.done = result, True
+        memo[id(source)] = result
+
+
+def _leads_before(node: Node) -> list[Node]:
+    """Return the nodes that a node leads to, unless it has its copy: then they were dealt with."""
+    return [] if node.done else [child for _, child in node.nested]
+
+
+def _memory_of(tensor: torch.Tensor) -> object:
+    """Return what two tensors have in common exactly when they share a storage."""
+    with _private.without_torch_function():
+        if _private.has_storage(tensor):
+            return _private.storage_identity(tensor.untyped_storage())
+    return id(tensor)

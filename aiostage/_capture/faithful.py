@@ -21,7 +21,17 @@ from aiostage.errors import UnsupportedLeafError
 from aiostage.format.composites import inner_tensors, quantized_over
 from aiostage.leaf import Path, format_path
 
-__all__ = ["PLAIN_CLASSES", "Composite", "Refusal", "Spec", "SpecTable", "composite_of", "finder", "traits_of"]
+__all__ = [
+    "PLAIN_CLASSES",
+    "Composite",
+    "Refusal",
+    "Spec",
+    "SpecTable",
+    "composite_of",
+    "copies_itself",
+    "finder",
+    "traits_of",
+]
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
@@ -358,6 +368,14 @@ _REFUSED: tuple[tuple[Callable[[torch.Tensor], bool], str, str], ...] = (
     ),
 )
 """What means that a tensor cannot be copied, why, and the way out."""
+
+
+def copies_itself(tensor: torch.Tensor, kind: type) -> bool:
+    """Return whether a tensor in host memory is of a class with a __deepcopy__ that is not PyTorch's."""
+    if kind in PLAIN_CLASSES:
+        return False
+    own = getattr(kind, "__deepcopy__", None)
+    return not str(getattr(own, "__module__", "")).startswith("torch") and not _private.is_wrapper(tensor)
 
 
 def composite_of(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | None:

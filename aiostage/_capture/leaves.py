@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, TypeVar
 
@@ -402,7 +402,9 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     # to them. vars() would answer too, but gives every tensor that has none a dictionary to keep.
     if len(gc.get_referents(*tensors)) == len(tensors):
         return False
-    return any(vars(tensor) for tensor in tensors if len(gc.get_referents(tensor)) > 1)
+    # Without a step of Python for each: a tensor that copy.deepcopy has copied once has an empty dictionary.
+    have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
+    return any(map(vars, compress(tensors, have_more)))
 
 
 def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:

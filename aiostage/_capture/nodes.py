@@ -26,6 +26,7 @@ __all__ = [
     "ObjectNode",
     "SetNode",
     "TupleNode",
+    "parent_of",
 ]
 
 
@@ -194,6 +195,12 @@ class Node:
 
     def finish(self) -> None:
         """Complete the copy, once all children have been put."""
+
+
+def parent_of(node: Node) -> Node:
+    """Return where a node was met; the root, which was met nowhere, is not asked."""
+    assert node.parent is not None  # noqa: S101 - only the root has none
+    return node.parent
 
 
 class ListNode(Node):

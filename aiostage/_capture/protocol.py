@@ -13,24 +13,32 @@ import pathlib
 import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.nodes import Node
+from aiostage._capture.nodes import Node, ObjectNode, parent_of
+from aiostage._capture.versions import GONE, ContainerChanges
+from aiostage.errors import UnsupportedLeafError
+from aiostage.leaf import format_path
 
 __all__ = [
     "BUFFERS",
     "IMMUTABLE",
+    "READS_PER_STEP",
     "circles_of",
     "depth_first",
+    "failed",
     "is_comparable",
     "is_safe_to_make",
     "objects_within",
+    "read_iterable",
+    "reduce_object",
     "tensors_within",
 ]
 
@@ -99,6 +107,97 @@ _ATOMS = frozenset((str, bytes, bytearray, int, float, complex, bool, type(None)
 
 _REDUCED = frozenset(("builtins", "collections", "functools"))
 """Where the classes are that show what they hold through what they reduce to: iterators, slices, partials, errors."""
+
+
+READS_PER_STEP = 4096
+"""Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
+
+_SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))
+"""What makes an object without looking at what it is given."""
+
+
+def reduce_object(node: ObjectNode, changes: ContainerChanges) -> Generator[None, None, bool]:
+    """Note what an object reduces to, yielding between parts of a large deque.
+
+    Returns:
+        Whether making the object calls code that may look at what it is given.
+
+    Raises:
+        UnsupportedLeafError: If the object says that it cannot be copied.
+    """
+    source, cls = node.source, type(node.source)
+    if cls is deque and len(source) > READS_PER_STEP and cls not in copyreg.dispatch_table:
+        items = yield from read_iterable(source)
+        # As deque.__reduce_ex__ does, which has nothing else to say of one without attributes.
+        node.set_reduced(deque, ((), source.maxlen) if source.maxlen is not None else (), None, items, [])
+        changes.add_sequence(source, items, parent_of(node), node.slot)
+        return False
+    reductor = copyreg.dispatch_table.get(cls)
+    try:
+        reduced = reductor(source) if reductor is not None else source.__reduce_ex__(4)
+        if isinstance(reduced, str):
+            node.copy, node.done = source, True
+            return False
+        function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        given = list(items) if items is not None else []
+        mapped = list(pairs) if pairs is not None else []
+    except Exception as error:
+        raise failed(node, error) from error
+    node.set_reduced(function, arguments, state, given, mapped)
+    calls_out = not issubclass(cls, IMMUTABLE) and not (function in _SAFE and is_safe_to_make(cls))
+    _record_contents(node, changes)
+    return calls_out
+
+
+def _record_contents(node: ObjectNode, changes: ContainerChanges) -> None:
+    """Note what an object holds, where that can be looked at again."""
+    source, cls = node.source, type(node.source)
+    if not is_comparable(cls) or issubclass(cls, IMMUTABLE) or isinstance(source, np.generic):
+        return
+    parent, slot = parent_of(node), node.slot
+    if isinstance(source, dict):
+        changes.add_mapping(source, list(dict.keys(source)), list(dict.values(source)), parent, slot)
+    elif isinstance(source, (list, deque)):
+        changes.add_sequence(source, list(source), parent, slot)
+    elif isinstance(source, set):
+        changes.add_set(source, list(set.__iter__(source)), parent, slot)
+    noted = {name: getattr(source, name, GONE) for name in _private.slot_names(cls)}
+    if isinstance(source, defaultdict):
+        noted["default_factory"] = source.default_factory
+    if cls.__dictoffset__:
+        noted["__dict__"] = source.__dict__
+        if not source.__dict__:
+            changes.add_attributes(source.__dict__, [], [], parent, slot)
+    if noted:
+        changes.add_slots(source, noted, parent, slot)
+
+
+def read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[None, None, list[Any]]:
+    """Return what is in a container as it is at one moment, yielding between parts of a large one."""
+    if len(source) <= READS_PER_STEP:
+        return list(source)
+    items: list[Any] = []
+    _private.untrack_all((items,))
+    iterator = iter(source)
+    try:
+        while part := list(islice(iterator, READS_PER_STEP)):
+            items += part
+            yield
+    except RuntimeError:
+        # It changed meanwhile: record it again, in one step.
+        items[:] = source
+    return items
+
+
+def failed(node: Node, error: Exception) -> Exception:
+    """Return the error to raise for one that the code of an object has raised."""
+    if isinstance(error, UnsupportedLeafError):
+        return error
+    return UnsupportedLeafError(
+        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400]}.",
+        path=format_path(node.own_path()),
+        remedy="Give it a __deepcopy__ or __reduce__, or leave it out with passthrough.",
+    )
 
 
 def tensors_within(root: object) -> Iterator[torch.Tensor]:

@@ -6,12 +6,11 @@ small steps, so that an event loop can interrupt it. It only notes; :mod:`aiosta
 
 from __future__ import annotations
 
-import copyreg
 import enum
 import types
 import weakref
 from bisect import bisect_left, bisect_right
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -21,9 +20,9 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.build import Memo, build, built_now
-from aiostage._capture.early import EarlyCopies
-from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
+from aiostage._capture.build import build
+from aiostage._capture.early import SelfCopies
+from aiostage._capture.faithful import PLAIN_CLASSES, Refusal, copies_itself
 from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Leaves, Replaced, Table, have_attributes
 from aiostage._capture.nodes import (
     HIDDEN,
@@ -38,20 +37,12 @@ from aiostage._capture.nodes import (
     ObjectNode,
     SetNode,
     TupleNode,
+    parent_of,
 )
-from aiostage._capture.protocol import (
-    BUFFERS,
-    IMMUTABLE,
-    circles_of,
-    depth_first,
-    is_comparable,
-    is_safe_to_make,
-    objects_within,
-    tensors_within,
-)
+from aiostage._capture.protocol import BUFFERS, READS_PER_STEP, failed, is_comparable, read_iterable, reduce_object
 from aiostage._capture.versions import GONE, ContainerChanges, copy_buffer, nbytes_of
 from aiostage._loop.slices import exhausted
-from aiostage.errors import TornSnapshotError, UnsupportedLeafError
+from aiostage.errors import TornSnapshotError
 from aiostage.leaf import Attribute, Path, format_path
 
 __all__ = ["ATOMIC", "Walk"]
@@ -87,9 +78,6 @@ ATOMIC = frozenset(
 
 _CHILDREN_PER_STEP = LEAVES_PER_STEP
 """Children looked at between two yields."""
-
-_READS_PER_STEP = 16 * _CHILDREN_PER_STEP
-"""Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
 
 _ATTRIBUTED_AT_ONCE = 64
 """Tensors with attributes looked at between two yields, at some microseconds each."""
@@ -141,10 +129,7 @@ class Walk:
         self._reduced_last: list[ObjectNode] = []
         self._buffers: list[GivenNode] = []
         self._opaque: list[GivenNode] = []
-        self._within: dict[int, list[torch.Tensor]] = {}
-        self._reach: dict[int, list[int]] = {}
-        self._early: EarlyCopies | None = None
-        self._memo: Memo | None = None
+        self._self_copies: SelfCopies | None = None
         self._bytes_left = _BYTES_LAST
 
     def run(self, state_dict: object, inspection: Inspection | None = None) -> Generator[None, None, None]:
@@ -195,21 +180,22 @@ class Walk:
             UnsupportedLeafError: If something cannot be copied.
             StagingError: If the device has failed.
         """
+        if not (self._opaque or self._reduced_last or self._buffers):
+            return
+        copies = self._self_copies = SelfCopies(self.leaves, self._nodes)
         failure: Exception | None = None
         if self._opaque or self._reduced_last:
             yield from self.leaves.index()
             failure = self._before_code() if self._before_code is not None else None
-        if not (self._opaque or self._reduced_last or self._buffers):
-            return
         while True:
             reduced, self._reduced_last = self._reduced_last, []
             for node in reduced:
-                exhausted(self._reduce(node))
+                self.calls_out |= exhausted(reduce_object(node, self.changes))
                 self._stack.append([node])
                 exhausted(self._note())
-            unknown = self._opaque_unknown()
+            unknown = [given for given in self._opaque if not copies.has_looked_into(given)]
             for given in unknown:
-                self._find_tensors(given)
+                self._note_inside(given, copies.look_into(given))
                 exhausted(self._note())
             if not (reduced or unknown):
                 break
@@ -217,16 +203,21 @@ class Walk:
         if failure is not None and not all(tensor.is_cpu for tensor in self.leaves.tensors):
             raise failure
         if not self._only_leaves:
-            self._copy_last()
+            for given in self._buffers:
+                given.copy, given.done = exhausted(copy_buffer(given.source)), True
+            if self._opaque:
+                assert self._root is not None  # noqa: S101 - nothing is copied before the walk
+                copies.make(self._opaque, self._root)
         yield
-        if self._early is not None:
-            yield from self._early.tie()
+        if copies.memo is not None:
+            yield from copies.tie()
 
     def rebuild(self, staged: list[Any]) -> Generator[None, None, Any]:
         """Build the staged tree around the staged leaves, and return it, yielding between small steps."""
         root = self._root
         assert root is not None  # noqa: S101 - nothing is built before the walk
-        yield from build(root, lambda start, stop: staged[start:stop], self._memo)
+        memo = self._self_copies.memo if self._self_copies is not None else None
+        yield from build(root, lambda start, stop: staged[start:stop], memo)
         return root.copy[0]
 
     def path(self, leaf: int) -> Path:
@@ -240,14 +231,14 @@ class Walk:
             leaf = owner
         node = self._origins[bisect_right(self._origins, leaf, key=attrgetter("first_leaf")) - 1]
         if isinstance(node, GivenNode):
-            return _parent(node), node.slot
+            return parent_of(node), node.slot
         return node, node.leaves[leaf - node.first_leaf]
 
     def releasing(self) -> Generator[None, None, None]:
         """Do the larger part of :meth:`release`, yielding between small steps."""
-        if self._memo is not None:
-            self._memo.forget()
-            self._memo = None
+        if self._self_copies is not None:
+            self._self_copies.release()
+            self._self_copies = None
         yield from self.changes.releasing()
         nodes, every = self._nodes, self._all
         while nodes:
@@ -266,15 +257,12 @@ class Walk:
     def release(self) -> None:
         """Drop the source and the copy; only paths can be asked for from now on."""
         self.leaves.release()
-        self._early = None
         for held in (
             self._fresh,
             self._stack,
             self._reduced_last,
             self._buffers,
             self._opaque,
-            self._within,
-            self._reach,
         ):
             held.clear()
         exhausted(self.releasing())
@@ -350,7 +338,7 @@ class Walk:
                 node.nested.append((slot, met))
             elif self._passthrough is not None and self._passthrough(node.path(slot), child):
                 continue
-            elif issubclass(kind, torch.Tensor) and not _copies_itself(child, kind):
+            elif issubclass(kind, torch.Tensor) and not copies_itself(child, kind):
                 tensors.append(child)
                 slots.append(slot)
                 if kind not in PLAIN_CLASSES or have_attributes((child,)):
@@ -488,24 +476,24 @@ class Walk:
         if isinstance(node, DictNode):
             yield from self._read_mapping(node)
         elif isinstance(node, ListNode):
-            if len(source) <= _READS_PER_STEP:
+            if len(source) <= READS_PER_STEP:
                 node.children = list(source)
             else:
                 _private.untrack_all((node.children,))
-                while part := source[len(node.children) : len(node.children) + _READS_PER_STEP]:
+                while part := source[len(node.children) : len(node.children) + READS_PER_STEP]:
                     node.children += part
                     yield
             node.steps = range(len(node.children))
-            self.changes.add_sequence(source, node.children, _parent(node), node.slot)
+            self.changes.add_sequence(source, node.children, parent_of(node), node.slot)
         elif isinstance(node, TupleNode):
             node.children = source
-            inside = _parent(node).steps[node.slot] is STATE and len(source) == 2
+            inside = parent_of(node).steps[node.slot] is STATE and len(source) == 2
             node.steps = (STATE, STATE) if inside else range(len(source))
         elif isinstance(node, SetNode):
-            node.children = yield from _read_iterable(source)
+            node.children = yield from read_iterable(source)
             node.steps = (HIDDEN,) * len(node.children)
             if type(source) is set:
-                self.changes.add_set(source, node.children, _parent(node), node.slot)
+                self.changes.add_set(source, node.children, parent_of(node), node.slot)
             if not (yield from _all_atomic(node.children)):
                 self.calls_out = True
         elif isinstance(node, MethodNode):
@@ -513,11 +501,11 @@ class Walk:
         elif isinstance(node, AttributesNode) and not node.steps:
             yield from self._read_attributes(node)
         elif isinstance(node, ObjectNode) and not node.steps:
-            yield from self._reduce(node)
+            self.calls_out |= yield from reduce_object(node, self.changes)
 
     def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
         source, keys, values = node.source, node.keys, node.children
-        parent, slot = _parent(node), node.slot
+        parent, slot = parent_of(node), node.slot
         atomic = yield from _read_items(source, keys, values)
         node.steps = keys
         if parent.steps[slot] is STATE:
@@ -542,10 +530,10 @@ class Walk:
         """Note the many attributes of a tensor."""
         attributes, names, values = vars(node.source), node.names, node.children
         yield from _read_items(attributes, names, values)
-        self.changes.add_attributes(attributes, names, values, _parent(node), node.slot)
+        self.changes.add_attributes(attributes, names, values, parent_of(node), node.slot)
         methods = []
-        for start in range(0, len(values), _READS_PER_STEP):
-            part = values[start : start + _READS_PER_STEP]
+        for start in range(0, len(values), READS_PER_STEP):
+            part = values[start : start + READS_PER_STEP]
             if types.MethodType in map(type, part):
                 methods += [slot for slot, value in enumerate(part, start) if type(value) is types.MethodType]
             yield
@@ -555,74 +543,16 @@ class Walk:
             node.children = [attributes[name] for name in node.names]
         node.steps = AttributeSteps(node.names)
 
-    def _reduce(self, node: ObjectNode) -> Generator[None, None, None]:
-        """Note what an object reduces to, yielding between parts of a large deque."""
-        source, cls = node.source, type(node.source)
-        if cls is deque and len(source) > _READS_PER_STEP and cls not in copyreg.dispatch_table:
-            items = yield from _read_iterable(source)
-            # As deque.__reduce_ex__ does, which has nothing else to say of one without attributes.
-            node.set_reduced(deque, ((), source.maxlen) if source.maxlen is not None else (), None, items, [])
-            self.changes.add_sequence(source, items, _parent(node), node.slot)
-            return
-        reductor = copyreg.dispatch_table.get(cls)
-        try:
-            reduced = reductor(source) if reductor is not None else source.__reduce_ex__(4)
-            if isinstance(reduced, str):
-                node.copy, node.done = source, True
-                return
-            function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-            given = list(items) if items is not None else []
-            mapped = list(pairs) if pairs is not None else []
-        except Exception as error:
-            raise failed(node, error) from error
-        node.set_reduced(function, arguments, state, given, mapped)
-        if not issubclass(cls, IMMUTABLE) and not (function in _SAFE and is_safe_to_make(cls)):
-            self.calls_out = True
-        self._record_contents(node, state)
-
-    def _record_contents(self, node: ObjectNode, state: Any) -> None:
-        """Note what an object holds, where that can be looked at again."""
-        source, cls = node.source, type(node.source)
-        if not is_comparable(cls) or issubclass(cls, IMMUTABLE) or isinstance(source, np.generic):
-            return
-        parent, slot, changes = _parent(node), node.slot, self.changes
-        if isinstance(source, dict):
-            changes.add_mapping(source, list(dict.keys(source)), list(dict.values(source)), parent, slot)
-        elif isinstance(source, (list, deque)):
-            changes.add_sequence(source, list(source), parent, slot)
-        elif isinstance(source, set):
-            changes.add_set(source, list(set.__iter__(source)), parent, slot)
-        noted = {name: getattr(source, name, GONE) for name in _private.slot_names(cls)}
-        if isinstance(source, defaultdict):
-            noted["default_factory"] = source.default_factory
-        if cls.__dictoffset__:
-            noted["__dict__"] = source.__dict__
-            if not source.__dict__:
-                changes.add_attributes(source.__dict__, [], [], parent, slot)
-        if noted:
-            changes.add_slots(source, noted, parent, slot)
-
     def _copy_buffer(self, node: GivenNode) -> Generator[None, None, None]:
         """Copy memory in pieces, to be compared with it at capture."""
         copy = yield from copy_buffer(node.source)
         node.copy, node.done = copy, True
-        self.changes.add_buffer(node.source, copy, _parent(node), node.slot)
+        self.changes.add_buffer(node.source, copy, parent_of(node), node.slot)
 
     # The last step
 
-    def _opaque_unknown(self) -> list[GivenNode]:
-        return [node for node in self._opaque if id(node) not in self._within]
-
-    def _find_tensors(self, node: GivenNode) -> None:
-        """Note the tensors inside an object that copies itself, so that its code gets their staged copies."""
-        objects = list(objects_within(node.source))
-        self._reach[id(node)] = list(map(id, objects))
-        found = self._within[id(node)] = [
-            item for item in objects if isinstance(item, torch.Tensor) and not _copies_itself(item, type(item))
-        ]
-        known = self.leaves.positions
-        exhausted(self.leaves.index())
-        new = [tensor for tensor in found if id(tensor) not in known]
+    def _note_inside(self, node: GivenNode, new: list[torch.Tensor]) -> None:
+        """Note tensors that were found inside an object that copies itself, so that its code gets their copies."""
         if not new:
             return
         node.first_leaf = len(self.leaves.tensors)
@@ -631,91 +561,11 @@ class Walk:
         self._origins.append(node)
         for index, tensor in enumerate(new, node.first_leaf):
             if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
-                nested = len(_parent(node).nested)
-                self._attributes(tensor, index, _parent(node), node.slot)
+                nested = len(parent_of(node).nested)
+                self._attributes(tensor, index, parent_of(node), node.slot)
                 # It is reached through the object's own code, and no child of what the object is in.
-                del _parent(node).nested[nested:]
+                del parent_of(node).nested[nested:]
         self._push_fresh()
-
-    def _copy_last(self) -> None:
-        """Copy everything that cannot be compared later."""
-        for node in self._buffers:
-            node.copy, node.done = exhausted(copy_buffer(node.source)), True
-        if not self._opaque:
-            return
-        exhausted(self.leaves.index())
-        early = self._early = EarlyCopies(self.leaves)
-        memo = self._memo = Memo(self._nodes, early.copies, self.leaves.positions, early.storages, self._give)
-        root = self._root
-        assert root is not None  # noqa: S101 - nothing is copied before the walk
-        memo.circles = circles_of(self._opaque, self._leads)
-        if memo.circles:
-            self._copy_around_circles(root, memo)
-        for node in self._opaque:
-            if not node.done:
-                self._give(node)
-        for suspended in memo.suspended:
-            if not suspended.done:
-                built_now(suspended, memo)
-
-    def _copy_around_circles(self, root: Node, memo: Memo) -> None:
-        """Let objects copy themselves in the order of copy.deepcopy, which enters each circle at the same node.
-
-        What is made of part of a circle, such as an iterator over a list in it, depends on that.
-        """
-        with_code = {memo.circles.get(id(node)) for node in self._opaque}
-        for node in depth_first(root, _leads_before):
-            circle = memo.circles.get(id(node))
-            if node.done:
-                continue
-            if isinstance(node, GivenNode):
-                self._give(node)
-            elif circle is not None and memo.entries.setdefault(circle, node) is node and circle in with_code:
-                built_now(node, memo)
-
-    def _leads(self, node: Node) -> list[Node]:
-        """Return the nodes that a node leads to."""
-        within = map(self._nodes.find, self._reach.get(id(node), ()))
-        return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
-
-    def _give(self, node: GivenNode) -> None:
-        """Let an object copy itself.
-
-        It may compute with the copies of tensors, so they have their values.
-        """
-        memo, early = self._memo, self._early
-        assert memo is not None and early is not None  # noqa: S101, PT018 - made before the first is copied
-        source = node.source
-        node.active = True
-        try:
-            result = source.__deepcopy__(memo)
-        except Refusal as refusal:
-            raise refusal.at(node.own_path()) from None
-        except Exception as error:
-            raise failed(node, error) from error
-        finally:
-            node.active = False
-        memory = {_memory_of(tensor) for tensor in self._within.get(id(node), ())}
-        for tensor in tensors_within(result):
-            if not early.made(tensor) and (_memory_of(tensor) in memory or tensor.device.type != "cpu"):
-                raise UnsupportedLeafError(
-                    f"the __deepcopy__ of {type(source).__qualname__} returned a tensor that is not a copy in host "
-                    f"memory ({tensor.dtype} {tuple(tensor.shape)} on {tensor.device}).",
-                    path=format_path(node.own_path()),
-                    remedy="In a class of your own, copy tensors with copy.deepcopy(tensor, memo). Of another's class, "
-                    "stage what the object is made of, such as its to_dict(). passthrough leaves the object as it is.",
-                )
-        node.copy, node.done = result, True
-        memo[id(source)] = result
-
-
-def _leads_before(node: Node) -> list[Node]:
-    """Return the nodes that a node leads to, unless it has its copy: then they were dealt with."""
-    return [] if node.done else [child for _, child in node.nested]
-
-
-_SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))
-"""What makes an object without looking at what it is given."""
 
 
 def _emptying(node: Node) -> Generator[None, None, None]:
@@ -727,8 +577,8 @@ def _emptying(node: Node) -> Generator[None, None, None]:
         del node.nested[-_CHILDREN_PER_STEP:]
         yield
     for held in (node.children, keys):
-        while isinstance(held, list) and len(held) > _READS_PER_STEP:
-            del held[-_READS_PER_STEP:]
+        while isinstance(held, list) and len(held) > READS_PER_STEP:
+            del held[-READS_PER_STEP:]
             yield
 
 
@@ -738,7 +588,7 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     Returns:
         Whether all keys are atoms.
     """
-    if len(source) <= _READS_PER_STEP:
+    if len(source) <= READS_PER_STEP:
         keys += source
         values += source.values()
         return set(map(type, keys)) <= ATOMIC
@@ -746,9 +596,9 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     key_iterator, value_iterator = iter(source), iter(source.values())
     atomic = True
     try:
-        while part := list(islice(key_iterator, _READS_PER_STEP)):
+        while part := list(islice(key_iterator, READS_PER_STEP)):
             keys += part
-            values += islice(value_iterator, _READS_PER_STEP)
+            values += islice(value_iterator, READS_PER_STEP)
             atomic = atomic and set(map(type, part)) <= ATOMIC
             yield
     except RuntimeError:
@@ -758,60 +608,11 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     return atomic
 
 
-def _read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[None, None, list[Any]]:
-    """Return what is in a container as it is at one moment, yielding between parts of a large one."""
-    if len(source) <= _READS_PER_STEP:
-        return list(source)
-    items: list[Any] = []
-    _private.untrack_all((items,))
-    iterator = iter(source)
-    try:
-        while part := list(islice(iterator, _READS_PER_STEP)):
-            items += part
-            yield
-    except RuntimeError:
-        # It changed meanwhile: record it again, in one step.
-        items[:] = source
-    return items
-
-
 def _all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:
     """Return whether all of some values are atoms, yielding between parts of many."""
-    for start in range(0, len(values), _READS_PER_STEP):
+    for start in range(0, len(values), READS_PER_STEP):
         if start:
             yield
-        if not set(map(type, values[start : start + _READS_PER_STEP])) <= ATOMIC:
+        if not set(map(type, values[start : start + READS_PER_STEP])) <= ATOMIC:
             return False
     return True
-
-
-def _parent(node: Node) -> Node:
-    assert node.parent is not None  # noqa: S101 - only the root has none, and it is never asked
-    return node.parent
-
-
-def _copies_itself(tensor: torch.Tensor, kind: type) -> bool:
-    """Return whether a tensor in host memory is of a class with a __deepcopy__ that is not PyTorch's."""
-    if kind in PLAIN_CLASSES:
-        return False
-    own = getattr(kind, "__deepcopy__", None)
-    return not str(getattr(own, "__module__", "")).startswith("torch") and not _private.is_wrapper(tensor)
-
-
-def _memory_of(tensor: torch.Tensor) -> object:
-    """Return what two tensors have in common exactly when they share a storage."""
-    with _private.without_torch_function():
-        if _private.has_storage(tensor):
-            return _private.storage_identity(tensor.untyped_storage())
-    return id(tensor)
-
-
-def failed(node: Node, error: Exception) -> Exception:
-    """Return the error to raise for one that the code of an object has raised."""
-    if isinstance(error, UnsupportedLeafError):
-        return error
-    return UnsupportedLeafError(
-        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400]}.",
-        path=format_path(node.own_path()),
-        remedy="Give it a __deepcopy__ or __reduce__, or leave it out with passthrough.",
-    )
