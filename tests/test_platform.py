@@ -16,8 +16,17 @@ import pytest
 
 from aiostage import _platform
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 ROOT = Path(__file__).parent.parent
+
+ANEW = """
+import sys, warnings
+warnings.simplefilter("error")
+for name in [name for name in sys.modules if name.partition(".")[0] == "aiostage"]:
+    del sys.modules[name]
+"""
+"""What a program begins with that imports aiostage on another system than the process did that it is a fork of."""
 
 ON_A_BARE_SYSTEM = [
     "tests/memory/test_shared.py",
@@ -56,7 +65,7 @@ into = bytearray(4)
 assert p.read_into(number, memoryview(into), p.PAGE_BYTES) == 4 and into == b"kept"
 assert p.read_into(number, memoryview(into), 3 * p.PAGE_BYTES) == 0
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, timeout=seconds(20))
+    subprocess.run([*PYTHON, "-c", ANEW + program], cwd=ROOT, check=True, timeout=seconds(20))
 
 
 def test_pages_of_64_kib(tmp_path: Path) -> None:
@@ -87,7 +96,7 @@ async def main():
 
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, timeout=seconds(30))
+    subprocess.run([*PYTHON, "-c", ANEW + program], cwd=ROOT, check=True, timeout=seconds(30))
 
 
 def test_nothing_that_containers_forbid_is_used() -> None:
@@ -99,7 +108,7 @@ def test_nothing_that_containers_forbid_is_used() -> None:
 def test_windows_is_refused_in_one_sentence() -> None:
     program = "import torch, numpy, anyio, xxhash, asyncio, ctypes, sys; sys.platform = 'win32'; import aiostage"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(20)
+        [*PYTHON, "-c", ANEW + program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(20)
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: aiostage does not support Windows")

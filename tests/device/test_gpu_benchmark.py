@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from tests.device.accelerators import default_stager_stages_again, simulator_only
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "gpu.py"
 
@@ -22,7 +22,7 @@ def test_every_part_of_it_runs(tmp_path: Path) -> None:
     if not default_stager_stages_again():
         pytest.skip("the DefaultStager of this PyTorch, which the benchmark compares with, stages once")
     figures = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARK), "--dry-run", "--gib", "1", "--json", str(figures)]
+    command = [*PYTHON, str(BENCHMARK), "--dry-run", "--gib", "1", "--json", str(figures)]
     subprocess.run(command, check=True, timeout=seconds(55), capture_output=True)
     rows = json.loads(figures.read_text())["rows"]
     work = {row["work"] for row in rows}
@@ -40,8 +40,6 @@ def test_every_part_of_it_runs(tmp_path: Path) -> None:
 def test_without_a_device_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARK)], capture_output=True, text=True, timeout=seconds(55), check=False
-    )
+    result = subprocess.run([*PYTHON, str(BENCHMARK)], capture_output=True, text=True, timeout=seconds(55), check=False)
     assert result.returncode == 2
     assert "--dry-run" in result.stderr
