@@ -35,7 +35,7 @@ class TorchBackend(Backend):
     def __init__(self) -> None:
         # Known since the build; unlike asking whether there is a device, it does not load the driver.
         self._accelerator = torch.accelerator.current_accelerator()
-        self._marks_streams = self._accelerator is not None and _has_record_stream(self._accelerator)
+        self._records_streams = self._accelerator is not None and _has_record_stream(self._accelerator)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._accelerator or 'without an accelerator'}>"
@@ -128,7 +128,7 @@ class TorchBackend(Backend):
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
         """Tell the allocator that a stream uses a tensor, where the device has streams that could outrun it."""
-        if self._marks_streams:
+        if self._records_streams:
             plain_alias(tensor).record_stream(stream)
 
     def register(self, address: int, nbytes: int, device: torch.device) -> None:

@@ -40,9 +40,9 @@ def save(
         background = stager.background()
         return background.wait(async_save(state_dict, target, stager=stager.stager, **options))
     # Called in this thread: its current streams are those that the copies have to follow.
-    saving = async_save(state_dict, target, stager=stager, **options)
+    coroutine = async_save(state_dict, target, stager=stager, **options)
     with Background.started("aiostage-save") as background:
-        return background.wait(saving)
+        return background.wait(coroutine)
 
 
 def load(source: Target, **options: Any) -> Any:

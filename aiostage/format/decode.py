@@ -21,7 +21,7 @@ from aiostage.format.objects import (
     OBJECT_KINDS,
     attach,
     make_first,
-    put_object_together,
+    rebuild_object,
 )
 from aiostage.format.safetensors import TensorRecord
 from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions, read_bytes, read_scalar
@@ -181,7 +181,7 @@ class TreeDecoder:
 
     def _object(self, form: dict[str, Any], parts: list[Any]) -> Any:
         gradient = parts.pop() if form.get("grad") else None
-        made = put_object_together(form, parts, self._classes)
+        made = rebuild_object(form, parts, self._classes)
         if isinstance(made, torch.Tensor):
             made = _with_autograd(made, form, gradient)
         return made

@@ -44,14 +44,14 @@ class Kind:
         name: In the manifest.
         classes: Exact classes of the objects.
         take_apart: Returns the parts of an object; raises :class:`NotCarried` for one that cannot be carried.
-        put_together: Makes the object from its form and its children in order. It must not trust either: for what does
+        rebuild: Makes the object from its form and its children in order. It must not trust either: for what does
             not fit it raises an error, and it runs nothing that a file names.
     """
 
     name: str
     classes: tuple[type, ...]
     take_apart: Callable[[Any], Parts]
-    put_together: Callable[[Mapping[str, Any], Sequence[Any]], Any]
+    rebuild: Callable[[Mapping[str, Any], Sequence[Any]], Any]
 
 
 def table_of(kinds: Iterable[Kind]) -> tuple[dict[type, Kind], dict[str, Kind]]:

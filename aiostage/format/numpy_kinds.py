@@ -45,7 +45,7 @@ def array_parts(array: np.ndarray[Any, Any]) -> Parts:
     return Parts(form, {"array": memory})
 
 
-def _put_array_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.ndarray[Any, Any]:
+def _rebuild_array(form: Mapping[str, Any], children: Sequence[Any]) -> np.ndarray[Any, Any]:
     (memory,) = children
     dtype, shape = dtype_of(form["dtype"]), form["shape"]
     if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
@@ -68,7 +68,7 @@ def _take_scalar_apart(value: Any) -> Parts:
     return Parts({"dtype": dtype, "value": value.tobytes().hex()})
 
 
-def _put_scalar_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_scalar(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = dtype_of(form["dtype"])
     if dtype.subdtype is not None:
         raise ValueError("a scalar has a shape")
@@ -91,7 +91,7 @@ def _take_masked_apart(value: Any) -> Parts:
     )
 
 
-def _put_masked_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_masked(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     data, mask, fill_value = children
     if type(data) is not np.ndarray or not all(each is None or type(each) is np.ndarray for each in (mask, fill_value)):
         raise ValueError("a masked array is made of arrays")
@@ -134,7 +134,7 @@ def _take_generator_apart(value: Any) -> Parts:
     return Parts(children={"bit_generator": value.bit_generator})
 
 
-def _put_generator_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.Generator:
+def _rebuild_generator(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.Generator:
     (bits,) = children
     if type(bits) not in _BIT_GENERATORS.values():
         raise ValueError("a Generator is made of a generator of bits")
@@ -146,7 +146,7 @@ def _take_random_state_apart(value: Any) -> Parts:
     return Parts({"generator": state["bit_generator"]}, {"state": state})
 
 
-def _put_random_state_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.RandomState:
+def _rebuild_random_state(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.RandomState:
     (state,) = children
     bits = bit_generator(form["generator"], {key: value for key, value in state.items() if "gauss" not in key})
     made = np.random.RandomState(bits)
@@ -158,7 +158,7 @@ def _text(value: Any) -> Parts:
     return Parts(children={"text": str(value)})
 
 
-def _put_text_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.str_:
+def _rebuild_text(form: Mapping[str, Any], children: Sequence[Any]) -> np.str_:
     (text,) = children
     if type(text) is not str:
         raise ValueError("a text is expected")
@@ -166,15 +166,15 @@ def _put_text_together(form: Mapping[str, Any], children: Sequence[Any]) -> np.s
 
 
 NUMPY_KINDS: tuple[Kind, ...] = (
-    Kind("array", (), array_parts, _put_array_together),
-    Kind("np.str_", (np.str_,), _text, _put_text_together),
+    Kind("array", (), array_parts, _rebuild_array),
+    Kind("np.str_", (np.str_,), _text, _rebuild_text),
     Kind(
         "np.generic",
         (np.datetime64, np.timedelta64, np.bytes_, np.void),
         _take_scalar_apart,
-        _put_scalar_together,
+        _rebuild_scalar,
     ),
-    Kind("MaskedArray", (np.ma.MaskedArray,), _take_masked_apart, _put_masked_together),
+    Kind("MaskedArray", (np.ma.MaskedArray,), _take_masked_apart, _rebuild_masked),
     Kind(
         "np.dtype",
         (),
@@ -187,6 +187,6 @@ NUMPY_KINDS: tuple[Kind, ...] = (
         _take_bit_generator_apart,
         lambda form, children: bit_generator(form["generator"], *children),
     ),
-    Kind("np.random.Generator", (np.random.Generator,), _take_generator_apart, _put_generator_together),
-    Kind("RandomState", (np.random.RandomState,), _take_random_state_apart, _put_random_state_together),
+    Kind("np.random.Generator", (np.random.Generator,), _take_generator_apart, _rebuild_generator),
+    Kind("RandomState", (np.random.RandomState,), _take_random_state_apart, _rebuild_random_state),
 )

@@ -42,8 +42,8 @@ __all__ = [
     "hint_for",
     "is_flattened",
     "make_first",
-    "put_object_together",
     "reason_for",
+    "rebuild_object",
     "take_object_apart",
 ]
 
@@ -107,11 +107,11 @@ def take_object_apart(value: Any) -> tuple[str, Parts]:
 def make_first(form: Mapping[str, Any], classes: Classes) -> Any:
     """Make an object of one of :data:`MADE_FIRST`, without its attributes."""
     if form["is"] != "object":
-        return _BY_NAME[form["is"]].put_together(form, ())
+        return _BY_NAME[form["is"]].rebuild(form, ())
     return make_object(classes.find(form["type"]) or attributes_registered(form["type"]), form)
 
 
-def put_object_together(form: Mapping[str, Any], children: Sequence[Any], classes: Classes) -> Any:
+def rebuild_object(form: Mapping[str, Any], children: Sequence[Any], classes: Classes) -> Any:
     """Make an object of one of :data:`OBJECT_KINDS` from its parts.
 
     Raises:
@@ -121,7 +121,7 @@ def put_object_together(form: Mapping[str, Any], children: Sequence[Any], classe
     name = form["is"]
     if name not in _OF_CLASSES:
         try:
-            return _BY_NAME[name].put_together(form, children)
+            return _BY_NAME[name].rebuild(form, children)
         except MemoryError:
             raise
         except Exception as error:

@@ -34,7 +34,7 @@ _PATHS: dict[str, type[pathlib.PurePath]] = {
 
 
 def _path(name: str) -> Kind:
-    def put_together(form: Mapping[str, Any], children: Sequence[Any]) -> pathlib.PurePath:
+    def rebuild(form: Mapping[str, Any], children: Sequence[Any]) -> pathlib.PurePath:
         text = _only(children, str)
         cls = _PATHS[name]
         if issubclass(cls, pathlib.Path) and cls is not type(pathlib.Path()):
@@ -42,7 +42,7 @@ def _path(name: str) -> Kind:
             cls = _PATHS[f"Pure{name}"]
         return cls(text)
 
-    return Kind(name, (_PATHS[name],), lambda path: Parts(children={"text": str(path)}), put_together)
+    return Kind(name, (_PATHS[name],), lambda path: Parts(children={"text": str(path)}), rebuild)
 
 
 def _only(children: Sequence[Any], cls: type) -> Any:
@@ -70,7 +70,7 @@ def _take_datetime_apart(value: datetime) -> Parts:
     return Parts({"value": [*numbers, value.fold]}, {"tzinfo": value.tzinfo})
 
 
-def _put_datetime_together(form: Mapping[str, Any], children: Sequence[Any]) -> datetime:
+def _rebuild_datetime(form: Mapping[str, Any], children: Sequence[Any]) -> datetime:
     *numbers, fold = _integers(form["value"], 8)
     return datetime(*numbers, tzinfo=_zone(children), fold=fold)  # type: ignore[misc,arg-type]
 
@@ -80,7 +80,7 @@ def _take_time_apart(value: time) -> Parts:
     return Parts({"value": [*numbers, value.fold]}, {"tzinfo": value.tzinfo})
 
 
-def _put_time_together(form: Mapping[str, Any], children: Sequence[Any]) -> time:
+def _rebuild_time(form: Mapping[str, Any], children: Sequence[Any]) -> time:
     *numbers, fold = _integers(form["value"], 5)
     return time(*numbers, tzinfo=_zone(children), fold=fold)  # type: ignore[misc,arg-type]
 
@@ -99,7 +99,7 @@ def _take_timezone_apart(value: timezone) -> Parts:
     return Parts(children={"offset": offset, "name": None if name == timezone(offset).tzname(None) else name})
 
 
-def _put_timezone_together(form: Mapping[str, Any], children: Sequence[Any]) -> timezone:
+def _rebuild_timezone(form: Mapping[str, Any], children: Sequence[Any]) -> timezone:
     offset, name = children
     if type(offset) is not timedelta or not (name is None or type(name) is str):
         raise ValueError("an offset and a name are expected")
@@ -121,12 +121,12 @@ def read_zones(forms: Iterable[Mapping[str, Any]]) -> None:
     for form in forms:
         if form["is"] == "ZoneInfo":
             try:
-                _put_zone_together(form, ())
+                _rebuild_zone(form, ())
             except (LookupError, OSError) as error:
                 raise ValueError(f"the system has no time zone {shown(form['key'])}") from error
 
 
-def _put_zone_together(form: Mapping[str, Any], children: Sequence[Any]) -> ZoneInfo:
+def _rebuild_zone(form: Mapping[str, Any], children: Sequence[Any]) -> ZoneInfo:
     if type(form["key"]) is not str or not form["key"].isascii() or len(form["key"]) > 100:
         raise ValueError("the key of a time zone is expected")
     return ZoneInfo(form["key"])
@@ -141,14 +141,14 @@ def _take_fraction_apart(value: Fraction) -> Parts:
     return Parts(children={"numerator": value.numerator, "denominator": value.denominator})
 
 
-def _put_fraction_together(form: Mapping[str, Any], children: Sequence[Any]) -> Fraction:
+def _rebuild_fraction(form: Mapping[str, Any], children: Sequence[Any]) -> Fraction:
     numerator, denominator = _integers(children, 2)
     if max(numerator.bit_length(), denominator.bit_length()) > _MAX_FRACTION_BITS:
         raise ValueError(f"a Fraction has more than {_MAX_FRACTION_BITS} bits")
     return Fraction(numerator, denominator)
 
 
-def _put_slice_together(form: Mapping[str, Any], children: Sequence[Any]) -> slice:
+def _rebuild_slice(form: Mapping[str, Any], children: Sequence[Any]) -> slice:
     start, stop, step = children
     return slice(start, stop, step)
 
@@ -161,7 +161,7 @@ def _take_buffer_apart(value: BytesIO) -> Parts:
     return Parts({"position": value.tell()}, {"data": data}, dict(vars(value)))
 
 
-def _put_buffer_together(form: Mapping[str, Any], children: Sequence[Any]) -> BytesIO:
+def _rebuild_buffer(form: Mapping[str, Any], children: Sequence[Any]) -> BytesIO:
     data = _only(children, torch.Tensor)
     (position,) = _integers([form["position"]], 1)
     buffer = BytesIO(data.numpy().tobytes())
@@ -169,7 +169,7 @@ def _put_buffer_together(form: Mapping[str, Any], children: Sequence[Any]) -> By
     return buffer
 
 
-def _put_random_together(form: Mapping[str, Any], children: Sequence[Any]) -> Random:
+def _rebuild_random(form: Mapping[str, Any], children: Sequence[Any]) -> Random:
     made = Random()
     made.setstate(_only(children, tuple))
     return made
@@ -177,22 +177,22 @@ def _put_random_together(form: Mapping[str, Any], children: Sequence[Any]) -> Ra
 
 STANDARD_KINDS: tuple[Kind, ...] = (
     *map(_path, _PATHS),
-    Kind("datetime", (datetime,), _take_datetime_apart, _put_datetime_together),
+    Kind("datetime", (datetime,), _take_datetime_apart, _rebuild_datetime),
     Kind(
         "date",
         (date,),
         lambda value: Parts({"value": [value.year, value.month, value.day]}),
         lambda form, children: date(*_integers(form["value"], 3)),
     ),
-    Kind("time", (time,), _take_time_apart, _put_time_together),
+    Kind("time", (time,), _take_time_apart, _rebuild_time),
     Kind(
         "timedelta",
         (timedelta,),
         lambda value: Parts({"value": [value.days, value.seconds, value.microseconds]}),
         lambda form, children: timedelta(*_integers(form["value"], 3)),
     ),
-    Kind("timezone", (timezone,), _take_timezone_apart, _put_timezone_together),
-    Kind("ZoneInfo", (ZoneInfo,), _take_zone_apart, _put_zone_together),
+    Kind("timezone", (timezone,), _take_timezone_apart, _rebuild_timezone),
+    Kind("ZoneInfo", (ZoneInfo,), _take_zone_apart, _rebuild_zone),
     Kind("UUID", (UUID,), lambda value: Parts({"value": value.hex}), lambda form, children: UUID(hex=form["value"])),
     Kind(
         "Decimal",
@@ -200,7 +200,7 @@ STANDARD_KINDS: tuple[Kind, ...] = (
         lambda value: Parts({"value": str(value)}),
         lambda form, children: Decimal(_text(form["value"])),
     ),
-    Kind("Fraction", (Fraction,), _take_fraction_apart, _put_fraction_together),
+    Kind("Fraction", (Fraction,), _take_fraction_apart, _rebuild_fraction),
     Kind(
         "range",
         (range,),
@@ -211,7 +211,7 @@ STANDARD_KINDS: tuple[Kind, ...] = (
         "slice",
         (slice,),
         lambda value: Parts(children={"start": value.start, "stop": value.stop, "step": value.step}),
-        _put_slice_together,
+        _rebuild_slice,
     ),
     Kind("Namespace", (Namespace,), lambda value: Parts(attributes=vars(value)), lambda form, children: Namespace()),
     Kind(
@@ -220,6 +220,6 @@ STANDARD_KINDS: tuple[Kind, ...] = (
         lambda value: Parts(attributes=vars(value)),
         lambda form, children: SimpleNamespace(),
     ),
-    Kind("BytesIO", (BytesIO,), _take_buffer_apart, _put_buffer_together),
-    Kind("Random", (Random,), lambda value: Parts(children={"state": value.getstate()}), _put_random_together),
+    Kind("BytesIO", (BytesIO,), _take_buffer_apart, _rebuild_buffer),
+    Kind("Random", (Random,), lambda value: Parts(children={"state": value.getstate()}), _rebuild_random),
 )

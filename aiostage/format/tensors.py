@@ -83,7 +83,7 @@ def _take_jagged_apart(tensor: Any) -> Parts:
     return Parts({"dimension": tensor._ragged_idx}, parts)
 
 
-def _put_jagged_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_jagged(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     values, offsets, lengths, shortest, longest = children
     dimension = form["dimension"]
     if type(values) is not torch.Tensor or type(offsets) is not torch.Tensor or type(dimension) is not int:
@@ -108,4 +108,4 @@ def _check_jagged(values: torch.Tensor, offsets: torch.Tensor, lengths: Any, dim
         raise ValueError("the lengths of a jagged tensor lead outside of it")
 
 
-JAGGED = Kind("jagged", (), _take_jagged_apart, _put_jagged_together)
+JAGGED = Kind("jagged", (), _take_jagged_apart, _rebuild_jagged)

@@ -53,7 +53,7 @@ def _take_generator_apart(value: torch.Generator) -> Parts:
     return Parts(children={"state": value.get_state()})
 
 
-def _put_generator_together(form: Mapping[str, Any], children: Sequence[Any]) -> torch.Generator:
+def _rebuild_generator(form: Mapping[str, Any], children: Sequence[Any]) -> torch.Generator:
     (state,) = children
     return torch.Generator(device="cpu").set_state(state)
 
@@ -62,7 +62,7 @@ def _take_returned_apart(value: Any) -> Parts:
     return Parts({"name": type(value).__name__}, {str(index): item for index, item in enumerate(value)})
 
 
-def _put_returned_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_returned(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     return _RETURN_TYPES[form["name"]](children)
 
 
@@ -80,7 +80,7 @@ def _untyped(children: Sequence[Any]) -> torch.UntypedStorage:
     return storage
 
 
-def _put_storage_together(form: Mapping[str, Any], children: Sequence[Any]) -> torch.UntypedStorage:
+def _rebuild_storage(form: Mapping[str, Any], children: Sequence[Any]) -> torch.UntypedStorage:
     return _untyped(children)
 
 
@@ -91,7 +91,7 @@ def _take_typed_apart(value: torch.TypedStorage) -> Parts:
     return Parts({"dtype": dtype}, {"memory": _bytes_over(value._untyped_storage)})
 
 
-def _put_typed_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_typed(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = getattr(torch, form["dtype"], None)
     if dtype not in _STORAGE_DTYPES:
         raise ValueError("the dtype of a storage is unknown")
@@ -107,7 +107,7 @@ def _take_lazy_apart(value: Any) -> Parts:
     return Parts({"name": type(value).__name__, "dtype": dtype}, {}, vars(value))
 
 
-def _put_lazy_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
+def _rebuild_lazy(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = getattr(torch, form["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError("the dtype of a lazy parameter is unknown")
@@ -115,15 +115,15 @@ def _put_lazy_together(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
 
 
 TORCH_KINDS: tuple[Kind, ...] = (
-    Kind("torch.Generator", (torch.Generator,), _take_generator_apart, _put_generator_together),
-    Kind("torch.return_types", tuple(_RETURN_TYPES.values()), _take_returned_apart, _put_returned_together),
+    Kind("torch.Generator", (torch.Generator,), _take_generator_apart, _rebuild_generator),
+    Kind("torch.return_types", tuple(_RETURN_TYPES.values()), _take_returned_apart, _rebuild_returned),
     Kind(
         "UntypedStorage",
         (torch.UntypedStorage,),
         lambda value: Parts(children={"memory": _bytes_over(value)}),
-        _put_storage_together,
+        _rebuild_storage,
     ),
-    Kind("lazy", tuple(_LAZY.values()), _take_lazy_apart, _put_lazy_together),
-    Kind("TypedStorage", (torch.TypedStorage,), _take_typed_apart, _put_typed_together),
+    Kind("lazy", tuple(_LAZY.values()), _take_lazy_apart, _rebuild_lazy),
+    Kind("TypedStorage", (torch.TypedStorage,), _take_typed_apart, _rebuild_typed),
     Kind("qscheme", (torch.qscheme,), _take_scheme_apart, lambda form, children: _SCHEMES[form["value"]]),
 )

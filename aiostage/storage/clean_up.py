@@ -18,7 +18,7 @@ _MAX_LEASE_BYTES = 4096
 _CLOCK = ".aiostage-clock"
 """Below which small objects are written for a moment, to see what time the store says it is."""
 
-_SWEPT = timedelta(days=1)
+_CLEAN_UP_INTERVAL = timedelta(days=1)
 """Longer than reading the clock can take."""
 
 _log = logging.getLogger("aiostage")
@@ -113,7 +113,7 @@ async def _now(bucket: Bucket) -> datetime:
         times = {entry.path: entry.modified async for batch in bucket.list(_CLOCK) for entry in batch}
         now = times.get(path) or datetime.min.replace(tzinfo=UTC)
         # Left by a clean-up whose process was killed here.
-        stale += [path for path, time in times.items() if time is not None and now - time > _SWEPT]
+        stale += [path for path, time in times.items() if time is not None and now - time > _CLEAN_UP_INTERVAL]
     finally:
         await finish(lambda: bucket.delete(stale))
     return now

@@ -49,7 +49,7 @@ MANIFEST_NAME = "manifest.json"
 _log = logging.getLogger("aiostage")
 
 _LONGEST_NAME = 255
-_MARK = ".aiostage-"
+_INFIX = ".aiostage-"
 _TOKEN_BYTES = 8
 _ASIDE = ".old"
 _SHORTENED = "~"
@@ -366,11 +366,11 @@ def _new_path(target: str) -> str:
 def _prefix(target: str) -> str:
     """Return what the paths of all pending checkpoints for a target start with, and nothing else does."""
     parent, name = os.path.split(target)
-    room = _LONGEST_NAME - len(f".{_MARK}{_ASIDE}") - 2 * _TOKEN_BYTES
-    if len(os.fsencode(name)) > room:
+    space = _LONGEST_NAME - len(f".{_INFIX}{_ASIDE}") - 2 * _TOKEN_BYTES
+    if len(os.fsencode(name)) > space:
         # The name is shortened; a digest keeps it apart from other long ones.
         name = _SHORTENED + hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return os.path.join(parent, f".{name}{_MARK}")
+    return os.path.join(parent, f".{name}{_INFIX}")
 
 
 def _target(parent: str, name: str) -> str | None:
@@ -379,8 +379,8 @@ def _target(parent: str, name: str) -> str | None:
     Of a shortened name it is a path with nothing there: pending checkpoints for it are found, but none is brought back
     to it.
     """
-    stem, mark, token = name.removesuffix(_ASIDE).rpartition(_MARK)
-    if not mark or stem[:1] != "." or len(stem) == 1 or len(token) != 2 * _TOKEN_BYTES:
+    stem, infix, token = name.removesuffix(_ASIDE).rpartition(_INFIX)
+    if not infix or stem[:1] != "." or len(stem) == 1 or len(token) != 2 * _TOKEN_BYTES:
         return None
     return os.path.join(parent, stem[1:])
 

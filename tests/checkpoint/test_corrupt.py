@@ -19,7 +19,7 @@ import aiostage
 from aiostage import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.format.classes import Classes
-from aiostage.format.objects import put_object_together
+from aiostage.format.objects import rebuild_object
 from tests.checkpoint.comparing import assert_same, span
 
 MANIFEST = "manifest.json"
@@ -417,6 +417,6 @@ async def test_forms_that_describe_no_object(form: dict[str, Any], tmp_path: Pat
 )
 async def test_states_that_lead_out_of_a_generator(name: str, state: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="generator"):
-        put_object_together({"is": "BitGenerator", "generator": name}, [state], Classes())
+        rebuild_object({"is": "BitGenerator", "generator": name}, [state], Classes())
     with pytest.raises(ValueError, match="generator"):
-        put_object_together({"is": "RandomState", "generator": name}, [state], Classes())
+        rebuild_object({"is": "RandomState", "generator": name}, [state], Classes())

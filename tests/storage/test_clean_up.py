@@ -165,7 +165,7 @@ async def test_a_sweep_that_was_killed_leaves_no_clock(monkeypatch: pytest.Monke
     obstore.put(store, ".aiostage-clock/0123456789abcdef", b".")
     await storage.clean_up()
     assert ".aiostage-clock/0123456789abcdef" in paths(store)
-    monkeypatch.setattr(module, "_SWEPT", timedelta(0))
+    monkeypatch.setattr(module, "_CLEAN_UP_INTERVAL", timedelta(0))
     await storage.clean_up()
     assert len(paths(store)) == 1
     await pending.abort()
