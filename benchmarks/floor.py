@@ -1,12 +1,13 @@
-"""What row 3 cannot do without: a staging of 50,000 tensors of 1 KiB reduced to the calls that its promise takes.
+"""What rows 3 and 4 cannot do without: 50,000 tensors of 1 KiB, staged by the calls alone that the promise takes.
 
     python benchmarks/floor.py --rounds 9
 
 Every way is one plain function, without a walk, a plan, slices, threads or errors. "Copy" makes what a staged copy is:
 a dict of tensors with a storage each over one arena, and the bytes gathered into it. "Versions" reads each tensor's
-version and form before and after it, as aiostage did before it held storages. "Storages" holds each storage as
-well, and compares address, storage and size. CPU time of the process, medians of rounds in which the ways take turns;
-aiostage does the same beside it, by the same clock.
+version and form before and after it, as aiostage did before it held storages. "Storages" holds each storage as well,
+and compares address, storage and size. "First" is that for tensors of which nothing is known, into new memory: it finds
+what each is, and makes the guards that recognize them. CPU time of the process, medians of rounds in which the ways
+take turns; aiostage does the same beside it, by the same clock, with a stager that knows them and with a new one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ CHUNK = 256
 ADDRESS, STORAGE, NBYTES = torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
 MEMORY = torch.UntypedStorage.data_ptr
 VERSION, NESTED, GRAD = attrgetter("_version"), attrgetter("is_nested"), attrgetter("grad")
+DTYPE, SHAPE, STRIDE, OFFSET = (
+    attrgetter("dtype"),
+    attrgetter("shape"),
+    torch.Tensor.stride,
+    torch.Tensor.storage_offset,
+)
+REQUIRES_GRAD, IS_CPU = attrgetter("requires_grad"), attrgetter("is_cpu")
 
 Noted = list[tuple[list[Any], ...]]
 
@@ -50,14 +58,7 @@ class Floor:
         self.shape, self.dtype = tuple(tensors[0].shape), tensors[0].numpy().dtype
         self.nbytes = tensors[0].nbytes
         self.memory = np.zeros(len(tensors) * self.nbytes, dtype=np.uint8)
-        self.guards = [
-            _private.TensorGuards(
-                *chunk,
-                dynamic_dims_sizes=[list(tensor.shape) for tensor in chunk],
-                dynamic_dims_strides=[list(tensor.stride()) for tensor in chunk],
-            )
-            for chunk in chunks(tensors)
-        ]
+        self.guards = list(map(guard, chunks(tensors)))
 
     def form(self, number: int, chunk: Sequence[torch.Tensor]) -> None:
         """Find that tensors have the class, dtype, shape and strides that they had, no attributes and no gradient."""
@@ -66,13 +67,14 @@ class Floor:
         assert self.guards[number].check(*chunk)
         assert not any(map(is_not, map(GRAD, chunk), repeat(None)))
 
-    def copy(self, addresses: list[int]) -> dict[str, torch.Tensor]:
+    def copy(self, addresses: list[int], memory: Any = None) -> dict[str, torch.Tensor]:
         """Make the staged tensors, and copy."""
+        memory = self.memory if memory is None else memory
         with one_thread():
-            gather = Gather.over(addresses, self.nbytes, self.memory)
+            gather = Gather.over(addresses, self.nbytes, memory)
             assert gather is not None
             gather.run(0, len(gather))
-        rows = self.memory.view(self.dtype).reshape(len(addresses), *self.shape)
+        rows = memory.view(self.dtype).reshape(len(addresses), *self.shape)
         return dict(zip(self.tree, map(torch.from_numpy, rows), strict=True))
 
     def only_copy(self) -> dict[str, torch.Tensor]:
@@ -96,6 +98,30 @@ class Floor:
 
     def with_storages(self) -> dict[str, torch.Tensor]:
         """Copy while the storages are held, and compare versions, forms, addresses, storages and sizes."""
+        return self._with_storages(self.form, self.memory)
+
+    def first(self) -> dict[str, torch.Tensor]:
+        """Do the same for tensors of which nothing is known, into new memory."""
+        # So large that malloc maps it anew.
+        return self._with_storages(self._learn, np.empty_like(self.memory))
+
+    def _learn(self, number: int, chunk: Sequence[torch.Tensor]) -> None:
+        """Find that tensors are plain, dense and alike, and make their guard."""
+        assert len(gc.get_referents(*chunk)) == len(chunk)
+        assert _private.dispatch_keys is not None
+        assert _private.raw_repr is not None
+        assert len(set(map(_private.raw_repr, map(_private.dispatch_keys, chunk)))) == 1
+        assert all(map(IS_CPU, chunk))
+        assert not any(map(REQUIRES_GRAD, chunk))
+        forms = list(zip(map(type, chunk), map(DTYPE, chunk), map(SHAPE, chunk), map(STRIDE, chunk), strict=True))
+        assert forms.count(forms[0]) == len(forms)
+        assert max(map(OFFSET, chunk)) == 0
+        assert not any(map(is_not, map(GRAD, chunk), repeat(None)))
+        self.guards[number] = guard(chunk)
+
+    def _with_storages(
+        self, look: Callable[[int, Sequence[torch.Tensor]], None], memory: Any
+    ) -> dict[str, torch.Tensor]:
         noted: Noted = []
         addresses: list[int] = []
         parts = chunks(list(self.tree.values()))
@@ -103,12 +129,12 @@ class Floor:
             begins, storages = list(map(ADDRESS, chunk)), list(map(STORAGE, chunk))
             noted.append((begins, storages, list(map(NBYTES, storages)), list(map(VERSION, chunk))))
             addresses += begins
-            self.form(number, chunk)
+            look(number, chunk)
         for begins, storages, sizes, _ in noted:
             # Before it is read, in the threads that copy.
             assert list(map(MEMORY, storages)) == begins
             assert list(map(NBYTES, storages)) == sizes
-        copied = self.copy(addresses)
+        copied = self.copy(addresses, memory)
         for number, (chunk, (begins, held, sizes, versions)) in enumerate(zip(parts, noted, strict=True)):
             assert list(map(ADDRESS, chunk)) == begins
             storages = list(map(STORAGE, chunk))
@@ -117,6 +143,15 @@ class Floor:
             assert list(map(VERSION, chunk)) == versions
             self.form(number, chunk)
         return copied
+
+
+def guard(chunk: Sequence[torch.Tensor]) -> Any:
+    """Return what recognizes some tensors."""
+    return _private.TensorGuards(
+        *chunk,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in chunk],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in chunk],
+    )
 
 
 def chunks(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -136,6 +171,16 @@ def timed(work: Callable[[], dict[str, torch.Tensor]], tree: dict[str, torch.Ten
     return 1e3 * spent
 
 
+async def staged_in(stager: AsyncStager, tree: dict[str, torch.Tensor]) -> float:
+    """Return how much CPU time a staging takes, in milliseconds."""
+    gc.collect()
+    begin = process_time()
+    staged = await stager.stage(tree)
+    spent = process_time() - begin
+    del staged
+    return 1e3 * spent
+
+
 async def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,8 +192,9 @@ async def main() -> None:
         "copy": floor.only_copy,
         "copy, versions": floor.with_versions,
         "copy, versions, storages": floor.with_storages,
+        "first: copy, versions, storages": floor.first,
     }
-    spent: dict[str, list[float]] = {name: [] for name in (*ways, "aiostage")}
+    spent: dict[str, list[float]] = {name: [] for name in (*ways, "aiostage", "aiostage, first")}
     async with AsyncStager() as stager:
         for _ in range(3):
             await stager.stage(tree)
@@ -158,11 +204,9 @@ async def main() -> None:
         for _ in range(rounds):
             for name, work in ways.items():
                 spent[name].append(timed(work, tree))
-            gc.collect()
-            begin = process_time()
-            staged = await stager.stage(tree)
-            spent["aiostage"].append(1e3 * (process_time() - begin))
-            del staged
+            spent["aiostage"].append(await staged_in(stager, tree))
+            async with AsyncStager() as new:
+                spent["aiostage, first"].append(await staged_in(new, tree))
     print(f"{machine()}\n\n| way | CPU, ms (least-most) |\n| --- | ---: |")
     for name, figures in spent.items():
         print(f"| {name} | {statistics.median(figures):.0f} ({min(figures):.0f}-{max(figures):.0f}) |")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, groupby, repeat
 from typing import TypeAlias
 
 import numpy as np
@@ -195,8 +195,10 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
     builder = _Builder(specs, addresses)
     alone, groups = yield from _separate(specs, addresses)
     for start in range(0, len(alone), LOOKED_AT):
-        for index in alone[start : start + LOOKED_AT]:
-            by_spec.setdefault(builder.spec(index), []).append(index)
+        # Neighbours are often alike: one step of Python for all of them.
+        for _, alike in groupby(alone[start : start + LOOKED_AT], key=specs.__getitem__):
+            members = list(alike)
+            by_spec.setdefault(builder.spec(members[0]), []).extend(members)
         yield
     empty = tuple(LeafRun(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
@@ -227,23 +229,23 @@ def _separate(
     alone: list[int] = []
     sharing: dict[torch.device | None, tuple[list[int], list[int]]] = {}
     for start in range(0, len(specs), LOOKED_AT):
-        for index, spec in enumerate(specs[start : start + LOOKED_AT], start):
+        for spec, alike in groupby(range(start, min(start + LOOKED_AT, len(specs))), key=specs.__getitem__):
             if spec is None:
                 continue
             # A value that is not its memory is copied by itself; copy.deepcopy parts such views from their base too.
             if spec.extent == 0 or spec.by_value:
-                alone.append(index)
+                alone += alike
             else:
                 indices, sizes = sharing.setdefault(spec.device, ([], []))
-                indices.append(index)
-                sizes.append(spec.nbytes)
+                indices += alike
+                sizes += repeat(spec.nbytes, len(indices) - len(sizes))
         yield
     groups: list[Group] = []
     for indices, sizes in sharing.values():
         parts = []
         for first in range(0, len(indices), LOOKED_AT):
             part = slice(first, first + LOOKED_AT)
-            parts.append(np.array([[addresses[index] for index in indices[part]], sizes[part]]))
+            parts.append(np.array([list(map(addresses.__getitem__, indices[part])), sizes[part]]))
             yield
         starts, extents = np.concatenate(parts, axis=1)
         yield
