@@ -14,7 +14,6 @@ import anyio
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from aiostage._arguments import check_flags
 from aiostage._loop.workers import Workers
@@ -22,6 +21,7 @@ from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
+from aiostage.dcp.loader import load_in_group
 from aiostage.dcp.saver import AsyncSaveResponse, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointNotFoundError, shown
@@ -304,14 +304,8 @@ class Checkpointer(BackgroundSaves):
 
         def read(chosen: int | None, group: Any) -> int | None:
             if chosen is not None:
-                torch_load(
-                    into,
-                    checkpoint_id=name_of(chosen),
-                    storage_reader=reader,
-                    planner=used,
-                    process_group=group,
-                    no_dist=group is None,
-                )
+                reader.reset(name_of(chosen))
+                load_in_group(into, reader, used, group)
             return chosen
 
         call = self._call(into)

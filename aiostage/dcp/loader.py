@@ -18,7 +18,7 @@ from aiostage._loop.coroutines import named
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 
-__all__ = ["load"]
+__all__ = ["load", "load_in_group"]
 
 
 def load(
@@ -91,27 +91,19 @@ def _read(
     """Find the reader, and return what needs the other ranks."""
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
 
-    def collectives(group: Any) -> None:
-        try:
-            torch_load(
-                state_dict,
-                storage_reader=reader,
-                planner=planner,
-                process_group=group,
-                no_dist=group is None,
-            )
-        except CheckpointException as error:
-            _explain(error, reader)
-            raise
-
-    return collectives
+    return partial(load_in_group, state_dict, reader, planner)
 
 
-def _explain(error: CheckpointException, reader: Any) -> None:
-    """Say why there is no metadata, which PyTorch 2.11 keeps to itself."""
-    for raised, _ in error.failures.values():
-        if str(raised) == "metadata is None":
-            try:
-                reader.read_metadata()
-            except Exception as reason:
-                raised.args = (f"metadata is None; global metadata read failed: {reason}",)
+def load_in_group(state_dict: dict[str, Any], reader: StorageReader, planner: LoadPlanner, group: Any) -> None:
+    """Load with a reader that has its checkpoint, in collectives of a process group or, with None, alone."""
+    try:
+        torch_load(state_dict, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        for raised, _ in error.failures.values():
+            # PyTorch 2.11 keeps the reason to itself.
+            if str(raised) == "metadata is None":
+                try:
+                    reader.read_metadata()
+                except Exception as reason:
+                    raised.args = (f"metadata is None; global metadata read failed: {reason}",)
+        raise

@@ -215,8 +215,9 @@ async def test_with_pytorchs_stagers(tmp_path: Path, make: Callable[[], Any]) ->
             into = {"w": torch.zeros(100)}
             await dcp.load(into, checkpoint_id=tmp_path / str(number))
             assert into["w"].unique().tolist() == [number]
-        with pytest.raises(TypeError, match="cannot pickle"):
-            await dcp.save({"bad": threading.Lock()}, checkpoint_id=tmp_path / "bad", stager=stager)
+        if again:
+            with pytest.raises(TypeError, match="cannot pickle"):
+                await dcp.save({"bad": threading.Lock()}, checkpoint_id=tmp_path / "bad", stager=stager)
 
 
 @pytest.mark.asyncio

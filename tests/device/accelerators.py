@@ -46,12 +46,14 @@ def default_stager_stages_again() -> bool:
     """Return whether PyTorch's own stager stages a second time. That of 2.11 raises KeyError."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    stager = DefaultStager(StagingOptions(False, False, False, False))
-    stager.stage({})
+    stager = DefaultStager(StagingOptions(False, False, True, False))
     try:
-        stager.stage({})
+        for _ in range(2):
+            stager.stage({}).result()  # type: ignore[union-attr]
     except KeyError:
         return False
+    finally:
+        stager.close()
     return True
 
 

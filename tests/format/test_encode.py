@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import torch
 
@@ -27,7 +28,7 @@ def test_a_tensor_costs_one_object_that_the_collector_follows() -> None:
     finally:
         gc.enable()
     assert len(encoder.tensors) == TENSORS
-    # The node; that of the dict, and what walks it, are a few more.
-    assert TENSORS <= followed < 1.02 * TENSORS
+    # The node; that of the dict, and what walks it, are a few more. Python 3.14 follows empty dicts, too, see below.
+    assert TENSORS <= followed < (1.02 if sys.version_info < (3, 14) else 2.02) * TENSORS
     # What brings the next run nearer: the node, and the dict that a tensor gets when it is asked for its attributes.
     assert allocated < 2.02 * TENSORS
