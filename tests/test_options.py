@@ -12,7 +12,7 @@ from aiostage import AcceleratorUnavailableError, AsyncStager, StagingOptions
 from aiostage.testing import SimulatedAccelerator
 
 
-def test_defaults_are_whatever_the_machine_can_do() -> None:
+def test_defaults_are_what_the_machine_can_do() -> None:
     options = StagingOptions()
     assert (options.use_pinned_memory, options.use_non_blocking_copy) == (None, None)
     assert (options.use_async_staging, options.use_shared_memory, options.detect_torn) == (True, False, True)

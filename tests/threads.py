@@ -11,7 +11,7 @@ from time import monotonic
 from tests.patience import seconds
 
 SOON = seconds(10.0)
-_LOOK_AGAIN = 0.2
+_POLL_AGAIN = 0.2
 
 
 def until_none_of(names: str | tuple[str, ...], *, others: Collection[threading.Thread] = ()) -> None:
@@ -28,4 +28,4 @@ def until_none_of(names: str | tuple[str, ...], *, others: Collection[threading.
         for thread in alive:
             # One that is being started cannot be joined yet.
             with suppress(RuntimeError):
-                thread.join(_LOOK_AGAIN)
+                thread.join(_POLL_AGAIN)

@@ -204,7 +204,7 @@ class Staging:
         self._resources.check_open()
         self.move(State.NOTING)
         try:
-            from_devices = await self._begin()
+            from_devices = await self._start_copies()
             if from_devices:
                 await self._launch(from_devices)
                 # The next step may change what is in host memory without asking any stream.
@@ -325,7 +325,7 @@ class Staging:
 
     # Its parts
 
-    async def _begin(self) -> list[DeviceCopy]:
+    async def _start_copies(self) -> list[DeviceCopy]:
         """Start the copies from host memory, and return those from devices."""
         if self.failure is not None:
             raise self.failure

@@ -113,10 +113,10 @@ class Pool:
         self._make = Arena.shared if shared else Arena.pageable
         self._ledger = Ledger(self._make, max_bytes)
         self._compared = False
-        self._begin()
+        self._reset()
         register_after_fork(self)
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         # Finalizers run whenever the garbage collector likes, also in a thread that holds the lock just now. They
         # only ever put into this queue, whose put() is made to be re-entered, and wake a waiter.
@@ -133,7 +133,7 @@ class Pool:
         ledger, self._ledger = self._ledger, Ledger(self._make, self._max_bytes)
         self._ledger.closed = ledger.closed
         left_behind = (ledger.arenas, self._closings)
-        self._begin()
+        self._reset()
         # Leases that end refer to it. They must neither keep idle arenas nor wake those who wait in the parent.
         for each in (ledger.free, ledger.leased, ledger.closing):
             each.clear()

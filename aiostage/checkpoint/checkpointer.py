@@ -143,7 +143,7 @@ class Checkpointer(BackgroundSaves):
             incremental=self._incremental,
             index=self._index,
         )
-        return named(self._begin(task, replace), "Checkpointer.save")
+        return named(self._start(task, replace), "Checkpointer.save")
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.
@@ -259,7 +259,7 @@ class Checkpointer(BackgroundSaves):
         self._not_removed = None
         return failures
 
-    async def _begin(self, task: SaveTask, replace: bool) -> SaveHandle:
+    async def _start(self, task: SaveTask, replace: bool) -> SaveHandle:
         """Wait for a free slot, then for the capture."""
         name = name_of(task.handle.step)
         try:

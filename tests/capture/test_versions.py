@@ -81,7 +81,7 @@ class TestMappings:
         source["a"] = 1
         assert changed(changes) == []
 
-    def test_growing_between_two_steps_of_the_look(self) -> None:
+    def test_growing_between_two_steps_of_the_comparison(self) -> None:
         source = {number: object() for number in range(3 * versions._CHILDREN_PER_STEP)}
         changes = self.note(source)
         assert changed(changes, lambda step: source.setdefault(-1, object())) == [("at", 0)]

@@ -76,7 +76,7 @@ async def test_what_takes_too_long_to_hash(lines: list[str], how: str, tmp_path:
 
 
 @pytest.mark.asyncio
-async def test_deep_tuples_that_nobody_hashes_come_back(tmp_path: Path) -> None:
+async def test_deep_tuples_that_are_not_hashed_come_back(tmp_path: Path) -> None:
     write(tmp_path, [*nested(20_000), '{"root":[20000]}'])
     loaded, depth = await aiostage.load(tmp_path), 0
     while loaded:

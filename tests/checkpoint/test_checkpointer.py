@@ -254,7 +254,7 @@ async def test_more_than_fits_the_budget(incremental: bool) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_failing_storage_is_told_by_the_handle() -> None:
+async def test_the_handle_reports_a_failing_storage() -> None:
     storage = MemoryStorage()
 
     async def refuse(operation: str, name: str) -> None:
@@ -277,7 +277,7 @@ async def test_a_failing_storage_is_told_by_the_handle() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_failed_save_is_told_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_next_save_reports_a_failed_one(caplog: pytest.LogCaptureFixture) -> None:
     storage = MemoryStorage()
 
     async def refuse(operation: str, name: str) -> None:
@@ -298,7 +298,7 @@ async def test_a_failed_save_is_told_by_the_next(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.asyncio
-async def test_a_failed_save_is_told_once_by_whoever_waits_for_it() -> None:
+async def test_a_failed_save_is_reported_once_to_a_waiter() -> None:
     storage = MemoryStorage()
     gate = Gate(storage)
     gate.refuse = True
@@ -319,7 +319,7 @@ async def test_a_failed_save_is_told_once_by_whoever_waits_for_it() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("failing", [1, 2])
-async def test_a_failing_storage_is_told_when_nobody_asks(failing: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_storage_is_reported_without_a_waiter(failing: int, caplog: pytest.LogCaptureFixture) -> None:
     storage = MemoryStorage()
     gate = Gate(storage)
 
@@ -388,7 +388,7 @@ async def test_an_error_of_the_block_goes_first() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_failing_stager_is_told_by_save() -> None:
+async def test_save_reports_a_failing_stager() -> None:
     class Failing(Copier):
         async def stage(self, state_dict: Any) -> Any:
             await checkpoint()
@@ -733,7 +733,7 @@ async def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_another_event_loop_is_told_so_and_harms_nothing(tmp_path: Path) -> None:
+async def test_another_event_loop_gets_an_error_and_harms_nothing(tmp_path: Path) -> None:
     async with aiostage.Checkpointer(tmp_path) as checkpoints:
 
         async def elsewhere() -> None:

@@ -281,7 +281,7 @@ def test_another_loop_may_not_close_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, lambda coroutine: trio.run(lambda: coroutine)], ids=["asyncio", "trio"])
-def test_a_loop_that_ends_abandons_what_nobody_has_closed(run: Callable[[Any], None]) -> None:
+def test_a_loop_that_ends_abandons_what_is_not_closed(run: Callable[[Any], None]) -> None:
     storage = MemoryStorage()
     left = []
 

@@ -80,7 +80,7 @@ async def test_one_checkpoint_is_opened_and_one_manifest_hashed(
 
 
 @pytest.mark.asyncio
-async def test_a_step_that_is_not_there_is_still_told_with_those_that_are(tmp_path: Path) -> None:
+async def test_a_missing_step_is_reported_with_those_that_are_there(tmp_path: Path) -> None:
     async with Checkpointer(tmp_path) as checkpoints:
         await checkpoints.save(1, tree(1))
     # A file of another program is not a checkpoint of the run.

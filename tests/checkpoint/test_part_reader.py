@@ -67,7 +67,7 @@ async def test_large_tensors_are_read_to_where_they_belong(
 
 
 @pytest.mark.asyncio
-async def test_what_nobody_wants_is_read_only_to_verify_it(
+async def test_unselected_bytes_are_read_only_to_verify_them(
     tmp_path: Path, reads: list[tuple[int, int]], copied: list[int]
 ) -> None:
     saved = tree()

@@ -88,7 +88,7 @@ async def test_more_signals_change_nothing(handlers: list[int]) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", ["error", "cancelled", "cancelled in entering"])
-async def test_the_handlers_come_back_whatever_happens(how: str, handlers: list[int]) -> None:
+async def test_the_handlers_come_back_after_any_outcome(how: str, handlers: list[int]) -> None:
     storage = MemoryStorage()
     checkpoints = Checkpointer(storage, save_on_signals=SIGNALS)
 

@@ -460,7 +460,7 @@ def test_one_process_saves_while_another_removes(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
-async def test_who_reads_what_is_removed_meanwhile_is_told() -> None:
+async def test_a_reader_of_a_checkpoint_that_is_removed_meanwhile_gets_an_error() -> None:
     storage, model = MemoryStorage(), Run()
     async with Checkpointer(storage, incremental=True) as checkpoints:
         for step in range(3):
@@ -490,7 +490,7 @@ async def test_who_reads_what_is_removed_meanwhile_is_told() -> None:
 
 
 @pytest.mark.asyncio
-async def test_what_nobody_can_refer_to_is_not_marked() -> None:
+async def test_what_no_checkpoint_can_refer_to_gets_no_tombstone() -> None:
     storage = MemoryStorage()
     async with Checkpointer(storage, keep=1) as checkpoints:
         for step in range(4):

@@ -21,7 +21,7 @@ def test_names_lead_back_to_steps(step: int) -> None:
 @pytest.mark.parametrize(
     "name", ["step-7", "step-000000007", "step-0000000x", "step--0000007", "a/step-00000007", "step-00000007.old", ""]
 )
-def test_other_names_are_nobodys_steps(name: str) -> None:
+def test_other_names_are_not_steps(name: str) -> None:
     assert step_of(name) is None
 
 
@@ -61,7 +61,7 @@ async def test_old_checkpoints_go_when_a_new_one_is_committed() -> None:
 
 
 @pytest.mark.asyncio
-async def test_what_is_nobodys_step_is_left_alone(tmp_path: Path) -> None:
+async def test_what_is_not_a_step_is_left_alone(tmp_path: Path) -> None:
     for name in ("step-1", "best", "step-00000001"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000002").write_text("text")
@@ -192,7 +192,7 @@ async def test_a_removal_that_fails_is_tried_again(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.asyncio
-async def test_what_the_predicate_raises_is_told() -> None:
+async def test_an_error_of_the_predicate_is_reported() -> None:
     async def run() -> None:
         async with Checkpointer(MemoryStorage(), keep=1, keep_also=lambda step: bool(1 // step)) as checkpoints:
             for step in range(2):

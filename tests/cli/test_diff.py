@@ -49,7 +49,7 @@ def diff(capsys: Shown, first: Path, second: Path, *options: str) -> list[str]:
     return lines
 
 
-def test_everything_that_differs_is_told(tmp_path: Path, capsys: Shown) -> None:
+def test_everything_that_differs_is_reported(tmp_path: Path, capsys: Shown) -> None:
     first, second = tree(), tree()
     second["model"]["w"][1, 1] += 2
     second["model"]["half"] = torch.ones(4)

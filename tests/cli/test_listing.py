@@ -109,7 +109,7 @@ def test_a_directory_with_checkpoints_of_other_programs_is_a_run(tmp_path: Path,
     assert "did not end" in checked["unread"][0]["reason"]
 
 
-def test_a_damaged_checkpoint_is_told_and_the_others_are_listed(tmp_path: Path, capsys: Shown) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_others_are_listed(tmp_path: Path, capsys: Shown) -> None:
     for step in range(2):
         asyncio.run(aiostage.save({"w": torch.zeros(3)}, tmp_path / f"step-0000000{step}"))
     (tmp_path / "step-00000000" / "manifest.json").write_text("{}")

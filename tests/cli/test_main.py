@@ -223,7 +223,7 @@ def run(*arguments: str | Path, encoding: str = "utf-8", **options: Any) -> subp
 
 
 @pytest.mark.slow
-def test_nobody_reads_on(tmp_path: Path) -> None:
+def test_the_reader_of_the_output_is_gone(tmp_path: Path) -> None:
     path = asyncio.run(aiostage.save([f"value {number}" * 5 for number in range(5000)], tmp_path / "many")).path
     reader, writer = os.pipe()
     os.close(reader)

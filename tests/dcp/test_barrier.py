@@ -111,7 +111,7 @@ class TestBlame:
 
         assert together(3, act)[:2] == [{2: "it keeps the others waiting"}] * 2
 
-    def test_nobody_in_particular(self) -> None:
+    def test_no_rank_in_particular(self) -> None:
         def act(call: RankBarrier, rank: int) -> Any:
             if rank == 0:
                 call.leave()
@@ -123,7 +123,7 @@ class TestBlame:
         assert others[0] == others[1]
         assert list(others[0].values()) == ["Connection reset"]
 
-    def test_nobody_asks(self) -> None:
+    def test_no_rank_asks(self) -> None:
         assert not RankBarrier(new_store(), 0, 0, 2).answer()
 
 

@@ -59,7 +59,7 @@ class TestAlone:
             assert await checkpoints.restore(into) == 3
             assert into["step"] == 3
 
-    async def test_a_step_that_is_there_fails_and_is_told_at_the_end(self, tmp_path: Path) -> None:
+    async def test_a_step_that_is_there_fails_and_is_reported_at_the_end(self, tmp_path: Path) -> None:
         async with dcp.Checkpointer(tmp_path) as checkpoints:
             await checkpoints.save(1, state(1))
         with pytest.raises(RankFailedError, match="CheckpointExistsError"):
@@ -141,7 +141,7 @@ async def different_steps(path: str) -> str:
     return str(failed.value)
 
 
-def test_ranks_that_save_different_steps_are_told_so(pair: World, tmp_path: Path) -> None:
+def test_ranks_that_save_different_steps_get_an_error(pair: World, tmp_path: Path) -> None:
     for told in pair.run(different_steps, str(tmp_path)):
         assert "rank 1 failed" in told
         assert "step-00000001" in told

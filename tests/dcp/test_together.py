@@ -342,7 +342,7 @@ class TestOneRankFails:
             ("writer", RanksFailedError, "OSError: [Errno 28] No space left on device"),
         ],
     )
-    def test_every_rank_is_told(
+    def test_every_rank_gets_the_error(
         self, pair: World, tmp_path: Path, how: str, raised: type[Exception], reason: str
     ) -> None:
         others, own = pair.run(failing, str(tmp_path / "a"), how)

@@ -179,7 +179,7 @@ class TestStage:
         assert [found.category for found in caught] == [ResourceWarning]
         assert not thread.is_alive()
 
-    def test_a_stager_that_nobody_closes_keeps_no_interpreter_from_exiting(self) -> None:
+    def test_a_stager_that_is_not_closed_keeps_no_interpreter_from_exiting(self) -> None:
         import subprocess
 
         program = "from aiostage.dcp import TorchStager; s = TorchStager(); print(s.stage({}).result(20))"
@@ -404,5 +404,5 @@ stager.close()
 
 
 @pytest.mark.slow
-def test_a_forked_child_is_told_that_the_thread_is_its_parents() -> None:
+def test_a_forked_child_gets_an_error_that_the_thread_is_its_parents() -> None:
     run_forking(FORKING)

@@ -75,7 +75,7 @@ async def iterate(snapshot: Snapshot[Any]) -> None:
         del leaf
 
 
-async def look_at_the_memory(snapshot: Snapshot[Any]) -> None:
+async def inspect_memory(snapshot: Snapshot[Any]) -> None:
     await snapshot.copied(snapshot.memory.start, len(snapshot.memory))
 
 
@@ -100,7 +100,7 @@ async def test_a_staging(loop: str) -> None:
 
 @pytest.mark.parametrize(
     "action",
-    [Snapshot.captured, Snapshot.result, Snapshot.source_free, iterate, look_at_the_memory],
+    [Snapshot.captured, Snapshot.result, Snapshot.source_free, iterate, inspect_memory],
     ids=["captured", "result", "source_free", "iteration", "completed"],
 )
 @on_every_loop

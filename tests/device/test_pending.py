@@ -293,7 +293,7 @@ async def test_packing_takes_the_device_memory_of_one_batch_and_not_of_all() -> 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("budget", [48 * MIB, 200 * MIB, None])
-async def test_what_has_landed_lets_go_of_memory_that_the_rest_waits_for(budget: int | None, tmp_path: Path) -> None:
+async def test_what_is_copied_releases_memory_that_the_rest_waits_for(budget: int | None, tmp_path: Path) -> None:
     with Accelerator(seed=1, spontaneous=True) as accelerator:
         state = {
             "large": [full(accelerator, n, 6 * MIB) for n in range(3)],

@@ -295,7 +295,7 @@ async def test_classes_that_are_none(classes: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_an_unflatten_that_fails_is_told(tmp_path: Path) -> None:
+async def test_an_unflatten_that_fails_is_reported(tmp_path: Path) -> None:
     class Odd:
         pass
 

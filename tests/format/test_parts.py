@@ -124,7 +124,7 @@ class TestScatter:
             scatter(target, place)
         assert all(map(torch.equal, tensors, again))
 
-    def test_leaves_holes_out(self):
+    def test_leaves_gaps_out(self):
         first, last = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
         (part,) = parts_of([first, Gap(5), last])
         assert single_piece(part) is None
@@ -132,7 +132,7 @@ class TestScatter:
         assert first.tolist() == [0, 1, 2, 3]
         assert last.tolist() == [9, 10, 11, 12]
 
-    def test_a_part_of_nothing_but_holes(self):
+    def test_a_part_of_gaps_only(self):
         first, second = parts_of([Gap(100)])
         assert (first.nbytes, second.nbytes) == (64, 36)
         assert single_piece(first) is None

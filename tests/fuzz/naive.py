@@ -13,20 +13,20 @@ from aiostage.abc import CheckpointStager
 from aiostage.errors import TornSnapshotError
 from tests.fuzz.classes import Marked
 
-__all__ = ["Aliased", "LateVersions", "Unwitnessed"]
+__all__ = ["Aliased", "SkewedVersions", "Unwitnessed"]
 
 
 class _Naive(CheckpointStager):
     """Copies containers while it walks, with a turn of the loop after each, then tensors."""
 
-    versions_late = True
+    versions_skewed = True
 
     async def stage(self, state_dict: Any) -> Any:
         self.memo: dict[int, Any] = {}
         self.tensors: list[torch.Tensor] = []
         self.noted: list[int] = []
         result = await self.walk(state_dict)
-        if self.versions_late:
+        if self.versions_skewed:
             self.noted = [tensor._version for tensor in self.tensors]
         for tensor in self.tensors:
             if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -65,14 +65,14 @@ class _Naive(CheckpointStager):
         return
 
 
-class LateVersions(_Naive):
+class SkewedVersions(_Naive):
     """Reads versions after its walk."""
 
 
 class Unwitnessed(_Naive):
     """Reads versions as it walks, and copies at once what nothing can witness."""
 
-    versions_late = False
+    versions_skewed = False
 
 
 class Aliased(Unwitnessed):

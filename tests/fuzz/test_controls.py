@@ -18,7 +18,7 @@ from tests.fuzz.staging import Mismatch, check_same
 from tests.fuzz.trees import Grower
 
 
-@pytest.mark.parametrize("flawed", [naive.LateVersions, naive.Unwitnessed, naive.Aliased])
+@pytest.mark.parametrize("flawed", [naive.SkewedVersions, naive.Unwitnessed, naive.Aliased])
 def test_flawed_stagers_are_seen_to_mix_moments(flawed: type[CheckpointStager]) -> None:
     failures = asyncio.run(disturbing.check_seeds(lambda seed: flawed(), 60, 0, Counter()))
     assert sum("Disturbed" in failure for failure in failures) >= 5

@@ -94,7 +94,7 @@ def test_old_checkpoints_are_removed_and_the_files_are_ordinary(tmp_path: Path) 
     assert torch.equal(weights["state_dict.net.weight"], module.net.weight)
 
 
-def test_a_failed_save_is_told_at_the_latest_at_the_end(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported_at_the_end_at_the_latest(tmp_path: Path) -> None:
     plugin = AiostageCheckpointIO()
     blocked = tmp_path / "blocked"
     blocked.write_text("not a checkpoint")

@@ -43,5 +43,5 @@ asyncio.run(main())
 """
 
 
-def test_workers_begin_anew_with_threads_of_their_own() -> None:
+def test_workers_start_again_with_their_own_threads() -> None:
     run_forking(WORKERS)

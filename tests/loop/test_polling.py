@@ -224,7 +224,7 @@ class TestWaiting:
 
 class TestLeaving:
     @pytest.mark.asyncio
-    async def test_nobody_asks_when_nobody_waits(self):
+    async def test_no_query_without_a_waiter(self):
         event = Event()
         tasks = [asyncio.ensure_future(wait_event(event)) for _ in range(3)]
         await asked_again(event)
@@ -396,7 +396,7 @@ class TestErrors:
             assert error.__cause__ is original
 
     @pytest.mark.asyncio
-    async def test_at_the_first_look(self):
+    async def test_at_the_first_query(self):
         event = Event()
         event.error = ValueError("out of luck")
         with pytest.raises(StagingError, match="out of luck") as caught:

@@ -176,7 +176,7 @@ class TestLeases:
         gc.collect()
         await until(lambda: not opened(SHARED_MEMORY) - before)
 
-    async def test_an_ended_lease_of_a_closed_pool_counts_for_nobody(self, workers: Workers):
+    async def test_an_ended_lease_of_a_closed_pool_does_not_count(self, workers: Workers):
         """Also when the thread that outlives the leases is stopped as soon as it knows."""
         pool = Pool(workers)
         go = threading.Event()
@@ -366,7 +366,7 @@ class TestClosing:
 
         await until(is_closed)
 
-    async def test_waiters_are_told(self, workers: Workers):
+    async def test_waiters_get_an_error(self, workers: Workers):
         pool = Pool(workers, max_bytes=MIB)
         lease = await pool.acquire(MIB)
         waiting = [asyncio.create_task(pool.acquire(MIB)) for _ in range(3)]
@@ -377,7 +377,7 @@ class TestClosing:
                 await task
         assert lease.buffer.nbytes == MIB
 
-    async def test_whoever_was_granted_but_not_served_too(self, workers: Workers):
+    async def test_a_request_that_was_granted_but_not_served_too(self, workers: Workers):
         # Shared memory has to be reserved before it is handed over.
         pool = Pool(workers, shared=True)
         blocked = threading.Event()

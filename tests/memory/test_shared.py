@@ -78,7 +78,7 @@ class TestHandle:
         exporter[0] = 8
         assert opened[0] == 8, "it is the same memory"
 
-    def test_writing_to_what_was_opened_changes_nobody_elses(self):
+    def test_writing_to_what_was_opened_changes_no_other_process(self):
         arena = Arena.shared(MIB)
         exporter = arena.exporter(MIB)
         handle = arena.share(MIB)

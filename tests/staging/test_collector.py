@@ -29,7 +29,7 @@ def _usual_collector() -> Iterator[None]:
 
 
 @pytest.mark.asyncio
-async def test_nobody_sees_the_collector_off() -> None:
+async def test_the_collector_is_never_off() -> None:
     states = []
 
     def look(path: object, tensor: object) -> None:

@@ -52,7 +52,7 @@ class TestShare:
             "True [3.0, 4.0, 5.0]",
         ]
 
-    async def test_a_handle_is_small_whatever_the_bytes(self):
+    async def test_a_handle_is_small_for_any_number_of_bytes(self):
         async with AsyncStager(SHARED) as stager:
             staged = await stager.stage({"a": torch.ones(2_000_000)})
             assert len(pickle.dumps(await stager.share(staged))) < 1500

@@ -149,7 +149,7 @@ class TestSnapshot:
             with pytest.raises(StagingError, match="context was exited"):
                 await snapshot.result()
 
-    async def test_torn_is_told_to_everybody_who_asks(self):
+    async def test_torn_is_raised_for_every_waiter(self):
         source = tree()
         async with AsyncStager() as stager:
             with copies_held(stager) as release:

@@ -69,11 +69,11 @@ async def race(storage: Storage, name: str) -> None:
             return False
         return True
 
-    drafts = [await storage.open(name) for _ in range(4)]
+    writers = [await storage.open(name) for _ in range(4)]
     data = [some_bytes(1000, seed) for seed in range(4)]
-    for pending, mine in zip(drafts, data, strict=True):
+    for pending, mine in zip(writers, data, strict=True):
         await write(pending, "data", mine)
-    won = await asyncio.gather(*map(commit, drafts, data))
+    won = await asyncio.gather(*map(commit, writers, data))
     assert sum(won) == 1
     winner = data[won.index(True)]
     assert await content(storage, name) == (bytes(winner[:100]), bytes(winner))

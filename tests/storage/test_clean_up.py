@@ -96,7 +96,7 @@ async def test_a_living_writer_renews_its_lease() -> None:
     assert paths(store) == []
 
 
-async def test_whoever_was_taken_for_dead_cannot_commit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_writer_whose_heartbeat_expired_cannot_commit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = ObjectStorage(store, lease_seconds=LEASE)
     pending = await storage.open("a")
     await write(pending, "data", some_bytes(1000))

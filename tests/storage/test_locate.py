@@ -99,7 +99,7 @@ async def test_names_that_lead_out(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_saves_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_saves_at_the_given_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tree = {"a": torch.ones(3)}
     for target in ("a", tmp_path / "b", (tmp_path, "deep/c"), (LocalStorage("."), "d"), f"file://{tmp_path}/e"):

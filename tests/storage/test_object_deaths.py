@@ -87,7 +87,7 @@ def test_killed_in_the_middle(s3_server: S3Server, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_whoever_begins_again_removes_what_the_dead_have_written_and_not_the_living(s3_server: S3Server) -> None:
+def test_a_new_writer_removes_files_of_killed_writers_and_not_of_running_ones(s3_server: S3Server) -> None:
     """With clocks as they are, and leases as short as these clocks allow."""
     # Three seconds where nothing else runs. A busy machine may not give a living writer a turn for as long as that.
     prefix, lease_seconds = f"run-{secrets.token_hex(4)}", seconds(0.75)

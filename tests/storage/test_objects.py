@@ -185,7 +185,7 @@ async def test_deleting(storage: ObjectStorage, store: Any, prefix: str) -> None
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_a_reader_is_told_what_became_of_its_checkpoint(storage: ObjectStorage, replaced: bool) -> None:
+async def test_a_reader_gets_an_error_about_its_checkpoint(storage: ObjectStorage, replaced: bool) -> None:
     await save(storage, "a", some_bytes(1000))
     reader = await storage.read("a")
     if replaced:
@@ -395,5 +395,5 @@ asyncio.run(storage.list())
 
 
 @pytest.mark.one_loop
-async def test_a_forked_process_is_told_instead_of_waiting_forever() -> None:
+async def test_a_forked_process_gets_an_error_instead_of_waiting_forever() -> None:
     await asyncio.to_thread(subprocess.run, [*PYTHON, "-c", FORKING], check=True, timeout=seconds(50))

@@ -10,6 +10,6 @@ from aiostage.storage.objects import ObjectStorage
 
 
 @pytest.mark.anyio
-async def test_trio_is_told() -> None:
+async def test_trio_gets_an_error() -> None:
     with pytest.raises(CheckpointError, match="cannot be awaited on trio"):
         await ObjectStorage(MemoryStore()).list()

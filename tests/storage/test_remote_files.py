@@ -146,7 +146,7 @@ async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage, mon
     assert await storage.list() == ["a"]
 
 
-async def test_where_nobody_may_write(tmp_path: Path) -> None:
+async def test_where_writing_is_not_allowed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     storage = FsspecStorage(LocalFileSystem(), str(tmp_path / "file"))
     with pytest.raises(StorageError, match=f"file://{tmp_path}/file/a/"):

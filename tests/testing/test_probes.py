@@ -90,7 +90,7 @@ class TestLoopProbe:
         assert "numbers.sin_()" in hold.stack
 
     @pytest.mark.asyncio
-    async def test_blames_nobody_for_waiting_or_for_the_work_of_others(self):
+    async def test_blames_no_code_for_waiting_or_for_the_work_of_others(self):
         with LoopProbe(threshold=0.05, inside=in_this_file) as waiting:
             await asyncio.sleep(0.01)
             time.sleep(0.15)
@@ -103,7 +103,7 @@ class TestLoopProbe:
         assert not elsewhere.holds
 
     @pytest.mark.asyncio
-    async def test_blames_nobody_for_the_garbage_collector(self):
+    async def test_blames_no_code_for_the_garbage_collector(self):
         class Slow:
             def __init__(self) -> None:
                 self.circle = self

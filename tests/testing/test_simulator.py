@@ -85,7 +85,7 @@ class TestQueues:
         assert torch.equal(tensor, full(31))
 
     @pytest.mark.parametrize("seed", range(20))
-    def test_a_stream_is_in_order_whatever_the_seed(self, seed: int):
+    def test_a_stream_is_in_order_for_any_seed(self, seed: int):
         accelerator = SimulatedAccelerator(seed=seed)
         device = accelerator.devices[0]
         done: list[tuple[int, int]] = []

@@ -310,7 +310,7 @@ async def test_a_thread_that_is_put_aside_while_it_is_timed_hides_no_hold(monkey
         (Sleeps, "test_the_event_loop_is_not_held"),
         (Hoards, "test_results_are_let_go_of"),
         (MixesMoments, "test_one_moment_or_an_error"),
-        (naive.LateVersions, "test_one_moment_or_an_error"),
+        (naive.SkewedVersions, "test_one_moment_or_an_error"),
         (naive.Unwitnessed, "test_one_moment_or_an_error"),
     ],
 )

@@ -22,7 +22,7 @@ KEYS = {"access_key_id": "k", "secret_access_key": "s"}
 HTTP = {"client_options": {"allow_http": True}}
 
 
-async def complaint(url: str, **options: Any) -> str:
+async def error_text(url: str, **options: Any) -> str:
     """Return what is said when a checkpoint cannot be written."""
     with pytest.raises(StorageError) as caught:
         await ObjectStorage.from_url(url, **ONCE, **options).open("a")
@@ -52,7 +52,7 @@ async def test_before_a_store_is_reached(
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
-    said = await complaint(url, **options)
+    said = await error_text(url, **options)
     assert said.startswith("s3://b/runs/a/checkpoint.json: ")
     assert re.search(expected, said), said
     assert "Debug source" not in said
@@ -63,7 +63,7 @@ async def test_a_request_that_takes_too_long(s3_server: S3Server) -> None:
         proxy.faults.append(Fault("stall", "^GET"))
         options = s3_server.options(port=proxy.port)
         options["client_options"]["timeout"] = "200ms"
-        said = await complaint(f"s3://{BUCKET}/runs", **options)
+        said = await error_text(f"s3://{BUCKET}/runs", **options)
     assert said.endswith('allow more: client_options={"timeout": "5 minutes"}.')
 
 
@@ -71,7 +71,7 @@ async def test_a_request_that_takes_too_long(s3_server: S3Server) -> None:
 async def test_a_bucket_that_is_not_there(s3_server: S3Server, method: str) -> None:
     with running_proxy(s3_server.port) as proxy:
         proxy.faults.append(Fault("status", f"^{method}", number=404))
-        said = await complaint(f"s3://{BUCKET}/{secrets.token_hex(4)}", **s3_server.options(port=proxy.port))
+        said = await error_text(f"s3://{BUCKET}/{secrets.token_hex(4)}", **s3_server.options(port=proxy.port))
         assert said.endswith("NoSuchBucket: as told. Make the bucket, or check its name and the endpoint.")
         if method == "GET":
             storage = ObjectStorage.from_url(f"s3://{BUCKET}/runs", **ONCE, **s3_server.options(port=proxy.port))
@@ -82,11 +82,11 @@ async def test_a_bucket_that_is_not_there(s3_server: S3Server, method: str) -> N
 
 async def test_a_container_that_is_not_there(azure_options: dict[str, Any]) -> None:
     options = {name: value for name, value in azure_options.items() if name != "container_name"}
-    assert "Make the bucket, or check its name and the endpoint." in await complaint("az://nobody/runs", **options)
+    assert "Make the bucket, or check its name and the endpoint." in await error_text("az://nobody/runs", **options)
 
 
-async def test_what_a_server_says_is_told_without_its_markup(s3_server: S3Server) -> None:
-    said = await complaint(f"s3://{BUCKET}/runs", **(s3_server.options() | {"secret_access_key": "?"}))
+async def test_an_answer_of_a_server_is_reported_without_its_markup(s3_server: S3Server) -> None:
+    said = await error_text(f"s3://{BUCKET}/runs", **(s3_server.options() | {"secret_access_key": "?"}))
     assert re.search(
         r"403 Forbidden: SignatureDoesNotMatch: The request signature [^<>]*\. Check the credentials", said
     )
