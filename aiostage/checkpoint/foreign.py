@@ -62,6 +62,11 @@ _OTHERS = (
     (b"\x93NUMPY", "an array of NumPy", "Read it with numpy.load()."),
     (b"\x80", "a pickle, which can run any code", "Read it with pickle.load() if you trust its author."),
 )
+_OTHER_DIRECTORIES = (
+    ("zero_to_fp32.py", "a checkpoint of DeepSpeed", "Make one file of it with zero_to_fp32.py, and load that."),
+    ("_model_states.pt", "a part of a checkpoint of DeepSpeed", "Read it with deepspeed.utils.zero_to_fp32."),
+    (".data-00000-of-00001", "a checkpoint of TensorFlow", "Read it with tensorflow.train.load_checkpoint()."),
+)
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _TORCH_INDEX = ".bin.index.json"
@@ -99,6 +104,9 @@ def _recognize_directory(path: str, names: list[str]) -> Read | None:
         return _recognize_file(os.path.join(path, "pytorch_model.bin"))
     if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
         raise _cannot(path, "a checkpoint of Orbax", "Read it with orbax-checkpoint.")
+    for ending, what, remedy in _OTHER_DIRECTORIES:
+        if any(name.endswith(ending) for name in names):
+            raise _cannot(path, what, remedy)
     if any(name.endswith(".distcp") for name in names):
         raise _cannot(path, "a distributed checkpoint without its .metadata, whose save did not end", None)
     return None
@@ -126,6 +134,8 @@ def _recognize_file(path: str) -> Read | None:
     with open(path, "rb") as file:
         start = file.read(_START_BYTES)
         nbytes = os.fstat(file.fileno()).st_size
+    if not nbytes:
+        raise _cannot(path, "an empty file", None)
     if start.startswith(b"PK"):
         return _recognize_archive(path)
     if start.startswith(_LEGACY_TORCH):

@@ -163,6 +163,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "script": (lambda: archive_of(["m/constants.pkl", "m/data.pkl", "m/code/x.py"]), "TorchScript.*torch.jit.load"),
     "program": (lambda: archive_of(["m/archive_format"]), "exported program.*torch.export.load"),
     "zip": (lambda: archive_of(["text.txt"]), "an archive, but not one of torch.save"),
+    "empty": (lambda: b"", "an empty file"),
     "half a zip": (lambda: archive_of(["m/data.pkl"])[:-5], "an archive that cannot be opened"),
 }
 
@@ -176,6 +177,24 @@ async def test_what_cannot_be_read_is_named(kind: str, tmp_path: Path) -> None:
         await aiostage.load(tmp_path / "file")
     assert caught.value.path == str(tmp_path / "file")
     assert not Evil.ran
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["latest", "zero_to_fp32.py"], "a checkpoint of DeepSpeed.*Make one file of it"),
+        (["mp_rank_00_model_states.pt"], "a part of a checkpoint of DeepSpeed"),
+        (["checkpoint", "model.data-00000-of-00001", "model.index"], "a checkpoint of TensorFlow"),
+        (["_CHECKPOINT_METADATA"], "a checkpoint of Orbax"),
+        (["__0_0.distcp"], "whose save did not end"),
+    ],
+)
+async def test_directories_that_cannot_be_read_are_named(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(aiostage.CheckpointError, match=message):
+        await aiostage.load(tmp_path)
 
 
 @pytest.mark.asyncio
