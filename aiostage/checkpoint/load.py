@@ -18,7 +18,7 @@ from aiostage._copy.host import copy_tensors
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
 from aiostage._loop.coroutines import finish, named
-from aiostage._loop.slices import Slices
+from aiostage._loop.slices import RarerCollections, Slices
 from aiostage._loop.workers import Job, Workers, releasing_gil
 from aiostage._memory.pinned import Pinning
 from aiostage.abc import Backend, Storage
@@ -208,20 +208,19 @@ class Loading:
     ) -> Any:
         """Read into a new tree."""
         path = checkpoint.manifest_path
-        sizes = await self._workers.run(partial(sizes_of, names, outline.records, spread))
-        shares = await self._run(partial(self._devices.shares, outline.table, outline.records, sizes, path=path))
-        data = await self._devices.allocate(shares, self._caller, workers=self._workers, path=path)
-        # Indices are looked at in host memory: on a device that would wait for all that it is given to do.
-        parts_of = {name: sizes[name] for name in parts_of_sparse(outline.table, path) if not data[name].is_meta}
-        beside = {name: nbytes for name, nbytes in parts_of.items() if not data[name].is_cpu}
-        read = data | await self._workers.run(partial(host_memory, beside, path=path))
-        contents = await self._workers.run(partial(contents_of, read, spread))
+        with RarerCollections():
+            sizes = await self._workers.run(partial(sizes_of, names, outline.records, spread))
+            shares = await self._run(partial(self._devices.shares, outline.table, outline.records, sizes, path=path))
+            data = await self._devices.allocate(shares, self._caller, workers=self._workers, path=path)
+            of_sparse, beside = await self._workers.run(partial(_memory_for_sparse, outline, data, path))
+            read = data | beside if beside else data
+            contents = await self._workers.run(partial(contents_of, read, spread))
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
         # The memory may be what was freed on the caller's streams, which still use it.
         self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
         await checkpoint.read(parts)
-        if parts_of:
+        if of_sparse:
             await self._workers.run(partial(check_sparse, outline.table, outline.records, read, path))
             await self._bring({data[name]: read[name] for name in beside})
         tree, _ = await checkpoint.decode(outline, data, self._classes)
@@ -335,6 +334,18 @@ class Loading:
         if self._targets.copier is not None:
             await self._targets.copier.wait_for_all()
         transfer.assign()
+
+
+def _memory_for_sparse(
+    outline: Outline, data: Mapping[str, torch.Tensor], path: str
+) -> tuple[bool, dict[str, torch.Tensor]]:
+    """Return whether there are tensors that sparse ones consist of, and host memory for those on devices. Blocks.
+
+    Indices are looked at in host memory: on a device that would wait for all that it is given to do.
+    """
+    names = [name for name in parts_of_sparse(outline.table, path) if not data[name].is_meta]
+    beside = {name: data[name].numel() for name in names if not data[name].is_cpu}
+    return bool(names), host_memory(beside, path=path)
 
 
 def _host_memory(

@@ -23,7 +23,7 @@ from aiostage.format.objects import (
     make_first,
     rebuild_object,
 )
-from aiostage.format.safetensors import TensorRecord
+from aiostage.format.safetensors import DTYPES, TensorRecord, contiguous_strides
 from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions, read_bytes, read_scalar
 
 __all__ = ["Memory", "TreeDecoder", "check_sparse", "parts_of_sparse"]
@@ -46,6 +46,8 @@ _IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
 _BYTES = ("bytes", "bytearray")
+_PLAIN_FORM = len(("is", "name"))
+"""Items of the form of a tensor that is all of its file's tensor."""
 
 
 class Memory:
@@ -68,7 +70,13 @@ class Memory:
         Raises:
             ValueError: If it does not fit the memory. Other exceptions are possible too.
         """
-        return view_of(form, self._records).over(self._data[form["name"]])
+        name = form["name"]
+        record, data = self._records[name], self._data[name]
+        if len(form) > _PLAIN_FORM or data.numel() != record.stop - record.start:
+            return view_of(form, self._records).over(data)
+        # As most are. That the shape fits the size is known from the header.
+        empty = torch.empty(0, dtype=DTYPES[record.dtype], device=data.device)
+        return empty.set_(data.untyped_storage(), 0, record.shape, contiguous_strides(record.shape))
 
     def origin(self, leaf: torch.Tensor) -> TensorRecord:
         """Return of which tensor of a file a leaf has the elements, in index order.
@@ -125,6 +133,10 @@ class TreeDecoder:
         left: list[int] = []
         for index, how in enumerate(releasing_gil(table.reached)):
             if not how:
+                continue
+            form = table.forms[index]
+            if len(form) == _PLAIN_FORM and form["is"] == "tensor" and not table.children[index]:
+                self._made[index] = self._memory.tensor(form)
                 continue
             if self._made[index] is _NOT_MADE:
                 self._made[index] = self._make(index)
@@ -198,7 +210,9 @@ class TreeDecoder:
         if kind in _MAPPINGS:
             collisions = Collisions()
             for place in releasing_gil(range(0, len(children), 2)):
-                (key,) = collisions.add((self._child(children[place]),))
+                key = children[place]
+                if type(key) is not str:
+                    (key,) = collisions.add((self._child(key),))
                 # Not through Counter.update, which adds.
                 made[key] = self._child(children[place + 1])
         elif kind in _EXTEND:
@@ -215,12 +229,12 @@ class TreeDecoder:
                 vars(made).update(attributes)
 
     def _child(self, child: Any) -> Any:
-        index = self._table.node(child)
-        if index is None:
+        if type(child) is not list:
             return child
-        made = self._made[index]
+        # The table has checked that there is such a node.
+        made = self._made[child[0]]
         if made is _NOT_MADE:
-            raise ValueError(f"a node refers to node {index}, which does not come before it")
+            raise ValueError(f"a node refers to node {child[0]}, which does not come before it")
         return made
 
 

@@ -115,6 +115,11 @@ class NodeTable:
         """
         if type(line) is not dict or self._is_whole:
             raise ValueError(f"{shown(line)} is not a node, or comes after the root")
+        if len(line) == 2 and line.get("is") == "tensor" and "name" in line:
+            # As most are: the elements of a tensor of a file.
+            self.forms.append(line)
+            self.children.append(_NOTHING)
+            return
         if "root" in line:
             self.root, self.kinds = self._child(line["root"]), line.get("kinds", 0)
             self._is_whole = True
@@ -227,7 +232,8 @@ class NodeTable:
                 # A gradient has to be on the device of its tensor: both have elements, or neither.
                 plain = how == 1 and "offset" not in form and "grad" not in form
                 found[name] = found.get(name, True) and plain
-            self._add_children(pending, index, how)
+            if self.children[index] or "attributes" in form:
+                self._add_children(pending, index, how)
             release_gil()
         return found
 

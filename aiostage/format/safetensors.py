@@ -223,7 +223,7 @@ def _record(name: str, value: Any, path: str) -> TensorRecord:
     """Check one member of the header."""
     try:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
-        if set(value) != {"dtype", "shape", "data_offsets"}:
+        if len(value) != len(("dtype", "shape", "data_offsets")):
             raise ValueError("it has unknown members")
         shape, (start, stop) = checked_sizes(shape), checked_sizes([start, stop])
         if dtype == _PACKED:
@@ -252,8 +252,10 @@ def checked_sizes(values: Any) -> tuple[int, ...]:
     """
     if type(values) not in (list, tuple) or len(values) > MAX_RANK:
         raise ValueError(f"{shown(values)} are no sizes")
-    if not all(type(value) is int and 0 <= value < _MAX_SIZE for value in values):
-        raise ValueError(f"{shown(values)} are no sizes")
+    # A generator would cost more than what it does: this is called several times for each tensor.
+    for value in values:
+        if type(value) is not int or not 0 <= value < _MAX_SIZE:
+            raise ValueError(f"{shown(values)} are no sizes")
     return tuple(values)
 
 
