@@ -24,8 +24,8 @@ def save(
         state_dict: As for :func:`aiostage.save`; or an entered :class:`Snapshot`, which is not copied again.
         target: As for :func:`aiostage.save`.
         stager: Takes the copy: an entered :class:`Stager`, or an asynchronous one. None: one is made for this call.
-        **options: More that :func:`aiostage.save` takes: ``overwrite``, ``max_shard_bytes``, ``progress``. Functions
-            are called in the background thread.
+        **options: More that :func:`aiostage.save` takes: ``overwrite``, ``max_shard_bytes``, ``duplicate_tied``,
+            ``progress``. Functions are called in the background thread.
 
     Returns:
         What was saved.
