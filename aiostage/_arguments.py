@@ -12,7 +12,7 @@ from aiostage.errors import shown
 
 __all__ = ["check_flags", "require_int", "stateful_in", "states_of"]
 
-_PLAIN = (torch.Tensor, dict, list, tuple, str, int, float)
+_PLAIN = (torch.Tensor, dict, list, tuple, str, int, float, type)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
 
 
@@ -49,7 +49,7 @@ def states_of(tree: Any) -> Any:
     """
     if _is_stateful(tree):
         return tree.state_dict()
-    found = {key: value for key, value in tree.items() if _is_stateful(value)} if isinstance(tree, dict) else {}
+    found = dict(_stateful_items(tree)) if isinstance(tree, dict) else {}
     if not found:
         return tree
     replaced = copy(tree)
@@ -62,16 +62,21 @@ def stateful_in(tree: Any) -> frozenset[int]:
     """Return the ids of Stateful objects: the tree itself, or values of a dict."""
     if _is_stateful(tree):
         return frozenset({id(tree)})
-    return (
-        frozenset(id(value) for value in tree.values() if _is_stateful(value))
-        if isinstance(tree, dict)
-        else frozenset()
-    )
+    return frozenset(id(value) for _, value in _stateful_items(tree)) if isinstance(tree, dict) else frozenset()
+
+
+def _stateful_items(tree: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return the items of a dict whose values are Stateful."""
+    # A state dict may have a million tensors, and this runs in one step. Few of their types are to be looked at.
+    others = {cls for cls in set(map(type, tree.values())) if not issubclass(cls, _PLAIN)}
+    if not others:
+        return []
+    return [(key, value) for key, value in tree.items() if type(value) in others and _is_stateful(value)]
 
 
 def _is_stateful(value: Any) -> bool:
     """Return whether an object is what PyTorch calls ``Stateful``: it has ``state_dict`` and ``load_state_dict``."""
     # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
-    return not isinstance(value, (*_PLAIN, type)) and all(
+    return not isinstance(value, _PLAIN) and all(
         callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
     )

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import aiostage
+from aiostage._loop import workers
 from aiostage._loop.workers import Stopped, Workers, releasing_gil, stoppable
+from aiostage.checkpoint import writer as writer_module
+from aiostage.checkpoint.reader import CheckpointReader, Outline
+from aiostage.checkpoint.writer import CheckpointWriter
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.encode import TreeEncoder
 from aiostage.format.layout import FileTensor, file_tensors, index_content, measure, tensor_files
@@ -129,3 +137,57 @@ async def test_a_call_in_a_worker_ends_when_its_task_is_cancelled() -> None:
         await task
     assert await workers.run(lambda: 3) == 3
     workers.stop()
+
+
+def die_in(threads: list[str], objects: Iterable[object]) -> None:
+    """Note in which thread objects end."""
+    for each in objects:
+        weakref.finalize(each, lambda: threads.append(threading.current_thread().name))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("steps", [True, False], ids=["in steps", "the control"])
+@pytest.mark.parametrize("way", ["save", "Checkpointer", "load", "load into"])
+async def test_what_a_save_or_a_load_needed_ends_in_a_thread(
+    way: str, steps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the event loop the end of 50,000 tensors and their nodes takes tens of milliseconds in one step."""
+    tree = {f"a.{number}": torch.full((4,), float(number)) for number in range(300)}
+    threads: list[str] = []
+    plan, decode = CheckpointWriter.plan, CheckpointReader.decode
+
+    async def planning(writer: CheckpointWriter, staged: Any, *others: Any) -> None:
+        die_in(threads, staged.values())
+        await plan(writer, staged, *others)
+
+    async def decoding(reader: CheckpointReader, outline: Outline, data: Any, *others: Any) -> Any:
+        die_in(threads, data.values())
+        return await decode(reader, outline, data, *others)
+
+    if not steps:
+        monkeypatch.setattr(sys.modules["aiostage.checkpoint.load"], "empty_in_steps", lambda containers: None)
+        monkeypatch.setattr(writer_module, "empty_in_steps", lambda containers: None)
+    if way == "save":
+        monkeypatch.setattr(CheckpointWriter, "plan", planning)
+        await aiostage.save(tree, tmp_path / "a")
+    elif way == "Checkpointer":
+        monkeypatch.setattr(CheckpointWriter, "plan", planning)
+        async with aiostage.Checkpointer(tmp_path) as checkpoints:
+            await (await checkpoints.save(1, tree)).committed()
+    else:
+        await aiostage.save(tree, tmp_path / "a")
+        monkeypatch.setattr(CheckpointReader, "decode", decoding)
+        loaded = await aiostage.load(tmp_path / "a", into=tree if way == "load into" else None)
+        assert loaded["a.299"].tolist() == [299.0] * 4
+    assert len(threads) == 300
+    assert ("MainThread" not in threads) is steps
+
+
+def test_containers_are_emptied_from_the_last_on_and_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    releases: list[tuple[int, ...]] = []
+    containers: list[list[Any] | dict[Any, Any]] = [dict.fromkeys(range(40)), [], list(range(33))]
+    first, _, last = containers
+    monkeypatch.setattr(workers, "release_gil", lambda: releases.append((len(first), len(last))))
+    workers.empty_in_steps(containers)
+    assert releases == [(40, 17), (40, 1), (40, 0), (24, 0), (8, 0), (0, 0)]
+    assert not containers

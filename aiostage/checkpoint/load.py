@@ -19,7 +19,7 @@ from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
 from aiostage._loop.coroutines import finish, named
 from aiostage._loop.slices import RarerCollections, Slices
-from aiostage._loop.workers import Job, Workers, releasing_gil
+from aiostage._loop.workers import Job, Workers, empty_in_steps, releasing_gil
 from aiostage._memory.pinned import Pinning
 from aiostage.abc import Backend, Storage
 from aiostage.checkpoint.foreign import Read, recognize
@@ -161,25 +161,32 @@ class Loading:
             transfer.add(live, loaded, device)
         return devices
 
-    async def attempt(self, reader: OpenCheckpoint) -> Any:
-        """Read one checkpoint."""
+    async def attempt(self, reader: OpenCheckpoint, leftovers: list[list[Any] | dict[Any, Any]]) -> Any:
+        """Read one checkpoint.
+
+        Args:
+            reader: Of the checkpoint.
+            leftovers: Gets what is large and not needed any more after that.
+        """
         checkpoint = CheckpointReader(
             reader, self._workers, self._run, self._targets, verify=self._verify, progress=self._progressed
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
+        leftovers += (*await self._workers.run(outline.take_apart), names)
         spread = await self._workers.run(
             partial(strided_layouts, outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
         )
         if self._into is None:
-            return await self._read_anew(checkpoint, outline, names, spread)
+            return await self._read_anew(checkpoint, outline, names, spread, leftovers)
         if self._stateful:
             # load_state_dict needs complete states. Those that the objects have now may differ from the loaded ones.
-            tree = await self._read_anew(checkpoint, outline, names, spread)
+            tree = await self._read_anew(checkpoint, outline, names, spread, leftovers)
             return await self._put(tree)
         # What the bytes of files cannot go straight into comes first, into memory of its own.
         data = await self._read_first(checkpoint, outline, names, spread)
         tree, memory = await checkpoint.decode(outline, data, self._classes)
+        leftovers.append(data)
         with span("compare"):
             transfer = await self._compare(tree)
             placement = await self._run(
@@ -194,6 +201,7 @@ class Loading:
                 )
             )
         parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
+        leftovers += (transfer.pairs, transfer.found, placement.contents, parts, *(part.pieces for _, part in parts))
         self._follow_the_caller(await self._run(partial(self._devices_of, placement, transfer)))
         if placement.direct:
             await self._read_in_place(checkpoint, parts, placement.direct)
@@ -203,8 +211,17 @@ class Loading:
             await self._carry_out(transfer)
         return self._into
 
+    async def empty(self, leftovers: list[list[Any] | dict[Any, Any]]) -> None:
+        """Drop the contents of containers in a thread. A cancellation is delivered when that is done."""
+        await finish(partial(self._workers.run, partial(empty_in_steps, leftovers)))
+
     async def _read_anew(
-        self, checkpoint: CheckpointReader, outline: Outline, names: Mapping[str, bool], spread: Mapping[str, View]
+        self,
+        checkpoint: CheckpointReader,
+        outline: Outline,
+        names: Mapping[str, bool],
+        spread: Mapping[str, View],
+        leftovers: list[list[Any] | dict[Any, Any]],
     ) -> Any:
         """Read into a new tree."""
         path = checkpoint.manifest_path
@@ -215,8 +232,10 @@ class Loading:
             of_sparse, beside = await self._workers.run(partial(_memory_for_sparse, outline, data, path))
             read = data | beside if beside else data
             contents = await self._workers.run(partial(contents_of, read, spread))
+        leftovers += (sizes, data, read, contents)
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
+        leftovers += (parts, *(part.pieces for _, part in parts))
         # The memory may be what was freed on the caller's streams, which still use it.
         self._follow_the_caller(device for device in shares if device is not None and device.type != "meta")
         await checkpoint.read(parts)
@@ -541,7 +560,10 @@ async def load_after(
                         ) from None
                     return await loading.adopt(read)
                 try:
-                    tree = await loading.attempt(reader)
+                    # What is large is to end in a thread, and not here with the variables of coroutines.
+                    leftovers: list[list[Any] | dict[Any, Any]] = []
+                    tree = await loading.attempt(reader, leftovers)
+                    await loading.empty(leftovers)
                     _logger.info("loaded %s in %.3f s", reader.location, perf_counter() - begin)
                     return tree
                 except CheckpointNotFoundError:

@@ -202,7 +202,7 @@ class FileOutline:
 
     file: FileRecord
     start: int
-    records: Sequence[TensorRecord]
+    records: list[TensorRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,12 @@ class Outline:
     manifest: Manifest
     table: NodeTable
     files: Sequence[FileOutline]
-    records: Mapping[str, TensorRecord]
-    positions: Mapping[str, int]
+    records: dict[str, TensorRecord]
+    positions: dict[str, int]
+
+    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+        """Return the large containers of an outline that is not needed any more, to be emptied."""
+        return [*self.table.take_apart(), self.records, self.positions, *(file.records for file in self.files)]
 
 
 class CheckpointReader:
@@ -388,10 +392,7 @@ class CheckpointReader:
         if selection is not None:
             await self._run(partial(selection.prune, outline.table, instead))
         with reading(self.manifest_path):
-            names = await self._workers.run(outline.table.tensor_names)
-            for name in names:
-                outline.records[name]
-        return names
+            return await self._workers.run(partial(_names, outline))
 
     def _path(self, name: str) -> str:
         """Return where a file is, for errors."""
@@ -402,6 +403,14 @@ class CheckpointReader:
         self._read_bytes += nbytes
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
+
+
+def _names(outline: Outline) -> dict[str, bool]:
+    """Return the tensors that the tree needs, all of which are in the files. Blocks."""
+    names = outline.table.tensor_names()
+    for name in releasing_gil(names):
+        outline.records[name]
+    return names
 
 
 def _parts_to_read(

@@ -247,6 +247,7 @@ async def _writing(
         with _reporting(progress, name) as report:
             async with _pending(storage, name, overwrite) as pending:
                 yield writer, partial(writer.write, pending, report)
+        await writer.aclose()
     finally:
         writer.close()
 

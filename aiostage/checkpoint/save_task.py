@@ -206,6 +206,9 @@ class SaveTask:
                 if self._abandoned:
                     self._scope.cancel()
                 outcome = await self._write()
+                self._source = None
+                if self._writer is not None:
+                    await self._writer.aclose()
         except Exception as error:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)

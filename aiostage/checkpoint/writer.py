@@ -13,8 +13,9 @@ import torch
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
+from aiostage._loop.coroutines import finish
 from aiostage._loop.slices import RarerCollections
-from aiostage._loop.workers import Workers, releasing_gil
+from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.errors import CheckpointError, HostMemoryError, StagingError
@@ -122,6 +123,7 @@ class CheckpointWriter:
         self._written = self._total = 0
         self._snapshot: Snapshot[Any] | None = None
         self._plan = _FilePlan(0, 0, [], [])
+        self._encoder: TreeEncoder | None = None
 
     async def plan(self, staged: Any, snapshot: Snapshot[Any] | None = None) -> None:
         """Decide what goes into which file. Nothing is written.
@@ -149,6 +151,7 @@ class CheckpointWriter:
             except ValuesNeeded:
                 encoder = TreeEncoder(notes_places=self._duplicate_tied)
                 await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
+            self._encoder = encoder
             self._plan = await self._workers.run(partial(self._planned, encoder))
 
     async def write(
@@ -171,7 +174,7 @@ class CheckpointWriter:
         May be cancelled: then either everything was committed already, or nothing of it can be seen.
         """
         plan, snapshot, self._progress = self._plan, self._snapshot, progress
-        self._total = sum(content.nbytes for _, contents in plan.files for content in contents)
+        self._total = await self._workers.run(partial(_total_bytes, plan))
         records: list[FileRecord] = []
         for name, contents in plan.files:
             file = PartWriter(
@@ -203,10 +206,26 @@ class CheckpointWriter:
             committed=0.0,
         )
 
-    def close(self) -> None:
-        """Let the threads end, and drop the tree."""
-        self._workers.stop()
+    async def aclose(self) -> None:
+        """Drop the tree in a thread, where a large one takes no time of the event loop, and let the threads end.
+
+        A cancellation is delivered when that is done.
+        """
+        files, self._plan = self._plan.files, _FilePlan(0, 0, [], [])
+        encoder, self._encoder = self._encoder, None
         self._snapshot = None
+        containers: list[list[Any] | dict[Any, Any]] = []
+        if encoder is not None:
+            containers += await finish(partial(self._workers.run, encoder.take_apart))
+            del encoder
+        containers += (contents for _, contents in files if isinstance(contents, list))
+        await finish(partial(self._workers.run, partial(empty_in_steps, containers)))
+        self.close()
+
+    def close(self) -> None:
+        """Let the threads end, and drop the tree at once."""
+        self._workers.stop()
+        self._snapshot = self._encoder = None
         self._plan = _FilePlan(0, 0, [], [])
 
     def _planned(self, encoder: TreeEncoder) -> _FilePlan:
@@ -239,6 +258,11 @@ class CheckpointWriter:
                     written_bytes=self._written,
                 )
             )
+
+
+def _total_bytes(plan: _FilePlan) -> int:
+    """Return the size of all files but the manifest. Blocks."""
+    return sum(content.nbytes for _, contents in plan.files for content in releasing_gil(contents))
 
 
 def _walk(encoder: TreeEncoder, staged: Any, caller: CallerStreams) -> None:

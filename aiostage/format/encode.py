@@ -124,6 +124,10 @@ def path_of(node: TreeNode) -> Path:
     return tuple(reversed(steps))
 
 
+_MANY = 1000
+"""Children that take noticeable time to drop."""
+
+
 class TreeEncoder:
     """Encodes one tree, however deep it is. Shared references and cycles are kept.
 
@@ -151,6 +155,15 @@ class TreeEncoder:
         self._ended: list[TreeNode] = []
         self._known: dict[int, TreeNode] = {}
         self._stack: list[TreeNode] = []
+
+    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+        """Return the large containers of an encoder that is not needed any more, to be emptied from the last on."""
+        large = [
+            children
+            for node in releasing_gil(self._ended)
+            if isinstance(children := node.children, list) and len(children) > _MANY
+        ]
+        return [self._known, *large, self._ended, self.tensors]
 
     def walk(self, tree: Any) -> None:
         """Find every node.

@@ -84,6 +84,10 @@ def reading(path: str) -> Iterator[None]:
         raise CheckpointCorruptError(f"its nodes do not describe a tree: {said(error)}.", path=path) from error
 
 
+_MANY = 1000
+"""Children that take noticeable time to drop."""
+
+
 class NodeTable:
     """The nodes of a tree.
 
@@ -144,6 +148,11 @@ class NodeTable:
             line["attributes"] = {name: self._child(child) for name, child in attributes.items()}
         self.forms.append({"is": kind, **line} if line else self._plain.setdefault(kind, {"is": kind}))
         self.children.append(found or _NOTHING)
+
+    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+        """Return the large containers of a table that is not needed any more, to be emptied."""
+        large = [children for children in releasing_gil(self.children) if len(children) > _MANY]
+        return [self.forms, self._references, *large, self.children]
 
     def _extend(self, found: list[Any]) -> None:
         if self.children[-1] is _NOTHING:
