@@ -477,6 +477,7 @@ class Staging:
             raise TornSnapshotError([format_path(path) for path in torn])
         if rebuild:
             yield from self._rebuilding()
+        yield from self._inspection.leaves.releasing()
         yield from self._inspection.walk.releasing()
 
     def _rebuilding(self) -> Generator[None, None, None]:

@@ -219,6 +219,19 @@ class TestCalls:
         assert calls(lambda: exhausted(walk.rebuild(staged))) < LEAVES / 10
         assert calls(lambda: exhausted(walk.releasing())) < LEAVES / 10
 
+    def test_columns_are_emptied_in_steps_and_paths_stay(self) -> None:
+        walk = walked(flat(), Inspection(None))
+        least = LEAVES
+        for _ in walk.leaves.releasing():
+            left = len(walk.leaves.tensors) + len(walk.leaves.versions)
+            least = min(least, max(0, 2 * LEAVES - left))
+        assert least < LEAVES / 5
+        columns = (walk.leaves.tensors, walk.leaves.storages, walk.leaves.versions, walk.leaves.storage_sizes)
+        assert not any(columns)
+        assert len(walk.leaves) == LEAVES
+        walk.release()
+        assert walk.path(LEAVES - 1) == (str(LEAVES - 1),)
+
     def test_a_container_costs_a_few_calls(self) -> None:
         tree = {n: {"step": torch.ones(()), "a": torch.ones(1), "b": torch.ones(1)} for n in range(1000)}
 
