@@ -142,6 +142,9 @@ class _Comparison:
         self.assignments: list[tuple[Any, Any, Any]] = []
         self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
+        self._gradients: dict[int, torch.Tensor] = {}
+        # By container and key.
+        self._assigned: dict[tuple[int, Any], Any] = {}
         self._todo: list[tuple[LinkedPath, Any, Any, tuple[Any, Any] | None]] = []
 
     def run(self, live: Any, loaded: Any) -> Generator[None, None, None]:
@@ -195,7 +198,7 @@ class _Comparison:
                 if merged is None:
                     self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")
                 else:
-                    self.assignments.append((*where, merged))
+                    self._assign(place, where, merged)
             elif (id(live), id(loaded)) not in self._seen:
                 self._seen.add((id(live), id(loaded)))
                 self._find(place, live, where)
@@ -208,7 +211,7 @@ class _Comparison:
                 self._find(place, live, where)
                 yield from self._visit_object(place, live, loaded)
         elif where is not None:
-            self.assignments.append((*where, loaded))
+            self._assign(place, where, loaded)
         elif not _equal(live, loaded):
             self._mismatch(place, f"{_instead(live, loaded)} in what cannot be changed")
 
@@ -271,6 +274,14 @@ class _Comparison:
             elif _has_tensors(theirs[name]) or not _equal(value, theirs[name]):
                 self._mismatch(here, f"{_instead(value, theirs[name])} in a {type(live).__name__}")
 
+    def _assign(self, place: LinkedPath, where: tuple[Any, Any], value: Any) -> None:
+        """Note what is put into the live tree. Of a container in several places all have the same."""
+        container, key = where
+        before = self._assigned.setdefault((id(container), key), value)
+        if before is not value and not (type(before) is type(value) in _SIMPLE and _equal(before, value)):
+            self._mismatch(place, "what it is in is one object in several places, and not so in the checkpoint")
+        self.assignments.append((container, key, value))
+
     def _find(self, place: LinkedPath, live: Any, where: tuple[Any, Any] | None) -> None:
         """Note what has to be in its place still when it is changed. From a tuple nothing can be taken."""
         if where is not None:
@@ -288,9 +299,12 @@ class _Comparison:
         elif live.grad is not None:
             self._todo.append((here, live.grad, gradient, (live, "grad")))
         else:
-            new = torch.empty_like(live, requires_grad=False)
+            # A live tensor in several places gets one.
+            new = self._gradients.get(id(live))
+            if new is None:
+                new = self._gradients[id(live)] = torch.empty_like(live, requires_grad=False)
+                self.assignments.append((live, "grad", new))
             self._todo.append((here, new, gradient, None))
-            self.assignments.append((live, "grad", new))
 
     def _visit_attributes(self, place: LinkedPath, live: Any, loaded: Any, inner: Collection[str] = ()) -> None:
         """Compare what hangs on an object besides its contents, as ``_metadata`` does on a state dict.
@@ -308,14 +322,14 @@ class _Comparison:
                 if _has_tensors(value) and hasattr(live, name):
                     self._todo.append((here, getattr(live, name), value, (live, name)))
                 else:
-                    self.assignments.append((live, name, value))
+                    self._assign(here, (live, name), value)
             elif mine is None:
                 if _has_tensors(value):
                     self._mismatch(here, f"a {type(live).__name__} has no attributes")
             elif name in mine and (_has_tensors(value) or _has_tensors(mine[name])):
                 self._todo.append((here, mine[name], value, (mine, name)))
             else:
-                self.assignments.append((mine, name, value))
+                self._assign(here, (mine, name), value)
 
     def _is_wanted_whole(self, place: LinkedPath) -> bool:
         """Return whether all that is at a place was asked for, and not only some of what it contains."""

@@ -281,3 +281,20 @@ async def test_objects_that_do_not_fit(tmp_path: Path, kind: str) -> None:
         await aiostage.load(tmp_path / "a", into=live, classes=CLASSES)
     assert all(live[key] is before[key] for key in live)
     assert live["b"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("second", [1, 2])
+async def test_one_live_container_in_several_places(tmp_path: Path, second: int) -> None:
+    """It can have one value for a key, not two."""
+    await aiostage.save({"a": {"x": 1}, "b": {"x": second}, "c": [Slots(1), ONE]}, tmp_path / "a")
+    shared = {"x": 0}
+    live = {"a": shared, "b": shared, "c": [Slots(0), ONE * 0]}
+    if second == 1:
+        await aiostage.load(tmp_path / "a", into=live, classes=CLASSES)
+        assert (shared, live["c"]) == ({"x": 1}, [Slots(1), ONE])
+        return
+    with pytest.raises(
+        CheckpointMismatchError, match=r"\['b'\]\['x'\] \(what it is in is one object in several places"
+    ):
+        await aiostage.load(tmp_path / "a", into=live, classes=CLASSES)
+    assert (shared, live["c"]) == ({"x": 0}, [Slots(0), ONE * 0])

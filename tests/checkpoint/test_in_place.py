@@ -421,10 +421,24 @@ async def test_gradients_that_do_not_fit(tmp_path: Path) -> None:
     sparse = torch.zeros(4, requires_grad=True)
     sparse.grad = torch.zeros(4).to_sparse()
     computed = torch.zeros(4, requires_grad=True) * 2
-    for live, reason in ((sparse, "torch.sparse_coo"), (computed, "no leaf of the autograd graph")):
+    for live, reason in ((sparse, "torch.sparse_coo"), (computed, "not a leaf of the autograd graph")):
         with pytest.raises(CheckpointMismatchError, match=rf"\['a'\]\.grad \(the live tensor is {reason}"):
             await aiostage.load(tmp_path / "a", into={"a": live})
         assert not live.any()
+    # One live tensor in several places has one gradient, and two tensors of the checkpoint have two.
+    for second, fits in ((2, True), (3, False)):
+        source = with_gradient(1, 2)
+        await write_checkpoint({"a": source, "b": source if fits else with_gradient(1, second)}, tmp_path / str(second))
+        shared = with_gradient(0, None)
+        loading = aiostage.load(tmp_path / str(second), into={"a": shared, "b": shared})
+        if fits:
+            await loading
+            assert shared.grad is not None
+            assert shared.grad.tolist() == [2.0] * 4
+        else:
+            with pytest.raises(CheckpointMismatchError, match="shares memory with"):
+                await loading
+            assert shared.grad is None
     # Parameters keep theirs in a file no more than in a copy, and take those of tensors; a cast is one of both.
     live = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     await aiostage.load(tmp_path / "a", into={"a": live}, cast=True)
