@@ -14,6 +14,10 @@ with needed_for("the bar of progress=True"):
 
 __all__ = ["ProgressBar"]
 
+# Made here, and not by the first bar on an event loop: it has a lock of multiprocessing in it, and Python 3.14 creates a
+# file to find out how that starts processes.
+tqdm.get_lock()
+
 
 class _Bar(tqdm):  # type: ignore[misc]  # it has no types
     # It is redrawn by every report; tqdm's monitor thread for bars without updates would outlive them all.
