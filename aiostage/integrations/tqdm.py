@@ -11,17 +11,18 @@ from aiostage.errors import shown
 
 with needed_for("the bar of progress=True"):
     from tqdm.auto import tqdm
+    from tqdm.std import TqdmDefaultWriteLock
 
 __all__ = ["ProgressBar"]
-
-# Made here, and not by the first bar on an event loop: it has a lock of multiprocessing in it, and Python 3.14 creates a
-# file to find out how that starts processes.
-tqdm.get_lock()
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # it has no types
     # It is redrawn by every report; tqdm's monitor thread for bars without updates would outlive them all.
     monitor_interval = 0
+
+
+# That of all bars in this process. tqdm's default adds one of multiprocessing, for which Python 3.14 creates a file.
+_Bar.set_lock(TqdmDefaultWriteLock.th_lock)
 
 
 class ProgressBar:

@@ -16,7 +16,6 @@ import aiostage
 from aiostage import dcp
 from aiostage_command import main
 from tests.patience import seconds
-from tests.warm import PYTHON
 
 
 @pytest.fixture
@@ -214,11 +213,8 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
     assert "usage: aiostage" in capsys.readouterr().err
 
 
-def run(*arguments: str | Path, encoding: str = "utf-8", **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run the command with a terminal of that encoding, as PYTHONIOENCODING says it to a new interpreter."""
-    program = "import sys; sys.stdout.reconfigure(encoding=sys.argv.pop(1), errors='strict'); "
-    program += "from aiostage_command import main; sys.exit(main())"
-    command = [*PYTHON, "-c", program, encoding, *map(str, arguments)]
+def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "aiostage", *map(str, arguments)]
     return subprocess.run(command, stderr=subprocess.PIPE, timeout=seconds(60), check=False, **options)
 
 
@@ -243,7 +239,8 @@ def test_output_that_the_shell_has_closed(checkpoint: Path) -> None:
 def test_what_the_terminal_cannot_show(tmp_path: Path) -> None:
     path = asyncio.run(aiostage.save({"Höhe": 1, "\ud800": torch.ones(1)}, tmp_path / "odd")).path
     for encoding, height in (("ascii", b"H\\xf6he"), ("utf-8", "Höhe".encode())):
-        outcome = run("inspect", path, encoding=encoding, stdout=subprocess.PIPE)
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        outcome = run("inspect", path, stdout=subprocess.PIPE, env=environment)
         assert outcome.stdout.splitlines()[-2:] == [height + b" = 1", b"\\ud800: tensor F32 (1,) 4 B"]
         assert outcome.returncode == 0
 

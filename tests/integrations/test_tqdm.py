@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import aiostage
 from aiostage import CheckpointCorruptError
 from aiostage.checkpoint.progress import LoadProgress, Progress, SaveProgress
 from aiostage.integrations.tqdm import ProgressBar
+from tests.patience import seconds
+from tests.warm import PYTHON
 
 
 def tree() -> dict[str, torch.Tensor]:
@@ -72,3 +75,13 @@ def test_what_was_staged_and_not_written(capsys: pytest.CaptureFixture[str]) -> 
         bar.show(Progress(name="step-1", total_bytes=1))
     bar.close()
     assert "4.00k/4.00k" in capsys.readouterr().err
+
+
+def test_a_bar_makes_no_lock_of_multiprocessing() -> None:
+    """On an event loop that would block: from Python 3.14 on, making one creates a file."""
+    program = (
+        "from aiostage.integrations.tqdm import ProgressBar, TqdmDefaultWriteLock\n"
+        "ProgressBar('a save').close()\n"
+        "assert not hasattr(TqdmDefaultWriteLock, 'mp_lock')\n"
+    )
+    subprocess.run([*PYTHON, "-c", program], check=True, timeout=seconds(20), stderr=subprocess.DEVNULL)
