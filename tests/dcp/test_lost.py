@@ -110,5 +110,5 @@ def test_a_rank_that_hangs_and_one_that_is_killed(tmp_path: Path) -> None:
         world.lose_the_store()
         for failures, lost in world.run(without_the_store, path, ranks=[0, 1]):
             assert list(failures) == [0]
-            assert failures[0].startswith("the store by which the ranks met")
+            assert failures[0].startswith("the store of the process group")
             assert lost

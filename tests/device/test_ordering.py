@@ -120,7 +120,7 @@ class TestSourceFree:
 
     async def test_an_unknown_part_is_an_error(self):
         async with AsyncStager() as stager, stager.snapshot({"a": torch.ones(3)}) as snapshot:
-            with pytest.raises(KeyError, match="no tensor"):
+            with pytest.raises(KeyError, match="does not lead to a tensor"):
                 await snapshot.source_free(("b",))
             await snapshot.source_free(("a",))
             await snapshot.captured()
