@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -179,15 +179,19 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
             original = originals.pop(id(node), None)
             if original is not None and original.copy is MISSING:
                 original.copy = node.copy
+        elif id(child) in suspended:
+            assert memo is not None  # noqa: S101 - without one nothing is suspended
+            state = node.nested[node.position][1].copy
+            if not hasattr(node.copy, "__setstate__"):
+                # What there is so far; all of it is put again when it is complete.
+                node.put(upto, [state])
+            _suspend(stack, suspended, memo)
         elif isinstance(child, GivenNode):
             if memo is not None and not child.active:
                 memo.give(child)
             elif node.copy is not MISSING and memo is not None:
                 # The object that is copying itself has asked for what contains it: it sees what there is so far.
-                stack.pop()
-                node.active = False
-                suspended.add(id(node))
-                memo.suspended.append(node)
+                _suspend(stack, suspended, memo)
             else:
                 raise _contains_itself(child)
         elif not child.active:
@@ -219,8 +223,29 @@ def _next(node: Node, memo: Memo | None, suspended: set[int]) -> tuple[Node | No
                 child.done = not child.active
             elif child.copy is MISSING or not (child.active or id(child) in suspended):
                 return child, slot
+        if memo is not None and memo.suspended and node.takes_contents(slot):
+            for unfinished in _unfinished(child):
+                if not unfinished.active:
+                    return unfinished, slot
         node.position += 1
     return None, len(node.children) if limit == len(nested) else nested[limit][0]
+
+
+def _unfinished(state: Node) -> Iterator[Node]:
+    """Yield what a state consists of, itself or the parts of a tuple, as far as it has not all of its contents."""
+    if isinstance(state, TupleNode):
+        for _, part in state.nested:
+            yield from _unfinished(part)
+    elif not state.done:
+        yield state
+
+
+def _suspend(stack: list[Node], suspended: set[int], memo: Memo) -> None:
+    """Leave the last node of a stack as it is, to be built on when what it contains has copied itself."""
+    node = stack.pop()
+    node.active = False
+    suspended.add(id(node))
+    memo.suspended.append(node)
 
 
 def _enter(node: Node, stack: list[Node], fetch: Fetch) -> None:

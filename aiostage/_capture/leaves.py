@@ -34,6 +34,8 @@ _address = torch.Tensor.data_ptr
 _storage = torch.Tensor.untyped_storage
 _storage_nbytes = torch.UntypedStorage.nbytes
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
+_is_leaf = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+_requires_grad = attrgetter("requires_grad")
 _grad = attrgetter("grad")
 
 
@@ -67,13 +69,14 @@ class Replaced(Exception):
 class _Chunk:
     """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed."""
 
-    __slots__ = ("addresses", "check", "sizes", "specs")
+    __slots__ = ("addresses", "check", "requires_grad", "sizes", "specs")
 
     def __init__(self, specs: list[Spec], addresses: list[int], sizes: list[int]) -> None:
         self.specs = specs
         self.addresses = addresses
         self.sizes = sizes
         _private.untrack_all((specs, addresses, sizes))
+        self.requires_grad = any(map(_requires_grad, set(specs)))
         self.check: Callable[..., bool] | None = None
 
     def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -84,6 +87,8 @@ class _Chunk:
             # The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
             and not any(map(_is_nested, tensors))
             and self.check(*tensors)
+            # Nor does the guard see whether one that requires a gradient is a leaf of the autograd graph.
+            and not (self.requires_grad and not all(map(_is_leaf, tensors)))
         )
 
     def guard(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -193,6 +193,10 @@ class Node:
         """Take the copies of children, in order."""
         raise NotImplementedError
 
+    def takes_contents(self, slot: int) -> bool:
+        """Return whether what is put for a child is what its copy contains by then, and not the copy itself."""
+        return False
+
     def finish(self) -> None:
         """Complete the copy, once all children have been put."""
 
@@ -248,6 +252,9 @@ class DictNode(Node):
                     self.copy[copy] = self.keys.pop()
         else:
             self.copy.update(zip(self.keys[start : start + len(copies)], copies, strict=True))
+
+    def takes_contents(self, slot: int) -> bool:
+        return self.attributed and slot == len(self.children) - 1
 
     def release(self) -> None:
         super().release()
@@ -424,6 +431,9 @@ class ObjectNode(Node):
             if self.failed is None:
                 raise
             raise self.failed(self, error) from error
+
+    def takes_contents(self, slot: int) -> bool:
+        return 0 <= slot - self.counts[0] < self.counts[1]
 
     def _make(self) -> None:
         if self.copy is MISSING:

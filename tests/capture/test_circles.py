@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -170,6 +171,39 @@ async def test_an_object_that_notes_its_copy_first_gets_all_of_what_leads_back_t
     assert staged[0].length == copy.deepcopy([source, around])[0].length == 3
     assert staged[0].value is staged[1]
     assert staged[1][1] is staged[0]
+
+
+class Listing(Holder):
+    """Copies itself without a note in the memo."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Listing:
+        return Listing(copy.deepcopy(self.value, memo))
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+
+class Setting(Holder):
+    """Takes its state out of the dict that it gets."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize("kind", [Holder, Slotted, Setting, OrderedDict])
+async def test_what_leads_back_to_an_object_that_copies_itself_has_all_of_its_attributes(kind: Any) -> None:
+    back = kind.__new__(kind)
+    listing = Listing([back])
+    back.value = listing
+    tensor = torch.ones(1)
+    tensor.note = [back]  # type: ignore[attr-defined]
+    async with aiostage.AsyncStager() as stager:
+        for tree in ([listing, back], [Listing([tensor]), listing]):
+            staged = await stager.stage(tree)
+            (copied,) = staged[0].value if tree[1] is back else staged[1].value
+            assert type(copied.value) is Listing
+            assert copied.value.value[0] is copied
 
 
 def grown(numbers: random.Random) -> list[Any]:

@@ -177,6 +177,15 @@ def test_what_changes_between_two_steps_of_an_inspection_is_not_learnt_for_the_n
 
 
 @pytest.mark.asyncio
+async def test_what_is_no_leaf_of_the_autograd_graph_is_not_taken_for_the_one_that_was_there() -> None:
+    tensor = torch.ones(3, requires_grad=True)
+    async with AsyncStager() as stager:
+        for tree, requires_grad in (([tensor], True), ([tensor.view_as(tensor)], False), ([tensor], True)):
+            for _ in range(3):
+                assert [staged.requires_grad for staged in await stager.stage(tree)] == [requires_grad]
+
+
+@pytest.mark.asyncio
 async def test_another_shape_over_the_same_memory_is_torn() -> None:
     tree = {"a": torch.ones(2, 3)}
     async with AsyncStager() as stager:
