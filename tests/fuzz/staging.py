@@ -121,8 +121,20 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
         raise Mismatch(f"staging has changed its source: {changed}")
     scribble(source)
     for staged in (first, second):
-        check_same(source, wanted, describe(staged, bare=True), bare)
+        found = describe(staged, bare=True)
+        if is_joined(difference(wanted, found)):
+            # Anew, as a description uses iterators up.
+            with torch.no_grad():
+                tree = Grower(Choices(values=choices.taken)).tree()
+            compare_with_source(tree, await stager.stage(tree))
+            return "as the source; deepcopy gives an object in a circle through its own constructor two copies"
+        check_same(source, wanted, found, bare)
     return "as deepcopy"
+
+
+def is_joined(found: str | None) -> bool:
+    """Return whether a copy has one object where that of deepcopy has two."""
+    return found is not None and re.search(r": expected \('new', .*, found \('met before', ", found) is not None
 
 
 def compare_with_source(tree: Any, *copies: Any) -> None:

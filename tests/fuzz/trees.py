@@ -10,6 +10,8 @@ import functools
 import random
 import types
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -215,6 +217,16 @@ class Grower:
 
     # NumPy and oddities
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Grow what does not lead back to the rest: NumPy does not show the collector what arrays refer to."""
+        opened, made = self.open, self.made
+        self.open, self.made = [], []
+        try:
+            yield
+        finally:
+            self.open, self.made = opened, made + self.made
+
     def numpy(self, depth: int) -> Any:
         kind = self.choices.below(12)
         number = self.number()
@@ -225,7 +237,8 @@ class Grower:
             made = self.choices.pick(self.arrays)[1:5] if self.arrays else base[2:7]
         elif kind == 2:
             made = numpy.empty(3, dtype=object)
-            made[0], made[2] = self.node(depth + 1), "x"
+            with self.apart():
+                made[0], made[2] = self.node(depth + 1), "x"
         elif kind == 3:
             made = numpy.array([(1, 2.5), (number, 3.5)], dtype=[("a", "i4"), ("b", "f8")])
         elif kind == 4:
@@ -246,7 +259,8 @@ class Grower:
             return [made, base]
         else:
             shared = numpy.empty(2, dtype=object)
-            shared[0] = self.tensor(depth + 1)
+            with self.apart():
+                shared[0] = self.tensor(depth + 1)
             shared[1] = [shared[0]]
             return [shared[0], shared] if self.choices.below(2) else [shared, shared[0]]
         if isinstance(made, numpy.ndarray) and made.ndim == 1 and not made.dtype.hasobject:
