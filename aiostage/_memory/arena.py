@@ -45,8 +45,8 @@ _DISCARD_BYTES = 64 << 20
 _SAMPLE_BYTES = HUGE_PAGE_BYTES
 """How much is written for one measurement."""
 
-_FIRST_BYTES = 16 << 20
-"""After how much the slower pages are tried again for the first time. It doubles from one trial to the next."""
+_FIRST_BYTES = {True: 8 << 20, False: 64 << 20}
+"""After how much huge pages, and ordinary ones, are tried again for the first time. It doubles from trial to trial."""
 
 _MOST_BYTES = {True: 128 << 20, False: 1 << 30}
 """After how much huge pages, and ordinary ones, are tried again at most. Only the speed of huge ones changes much."""
@@ -54,8 +54,8 @@ _MOST_BYTES = {True: 128 << 20, False: 1 << 30}
 _STALE_SECONDS = 1.0
 """How long a measurement is believed. A hypervisor takes freed memory away within seconds of that."""
 
-_WEIGHT = 0.5
-"""Of the newest measurement, in the mean."""
+_WEIGHT = 0.2
+"""Of the newest measurement, in the mean: one huge page that comes slowly decides nothing, a second does."""
 
 
 class PageChoice:
@@ -64,7 +64,7 @@ class PageChoice:
     Memory that the kernel has ready comes six times faster in huge pages: one fault and one run of zeros instead of
     512. Memory that a hypervisor has taken away, or that the kernel has to move pieces of first, comes up to four
     times slower in them. Neither can be asked for, and it changes while a program runs. So both kinds are measured,
-    the faster is used, and the other is tried again now and then: after 16 MiB, then 32, and so on.
+    the faster is used, and the other is tried again now and then, more rarely each time.
 
     Several threads may use it without a lock. A measurement that is lost to a race is made again by a later trial.
 
@@ -80,7 +80,7 @@ class PageChoice:
         self._clock = clock
         self._costs: dict[bool, float] = {}
         self._since_trial = 0
-        self._interval = _FIRST_BYTES
+        self._interval = 0
         self._last_trial = -inf
 
     def next(self) -> bool:
@@ -108,12 +108,14 @@ class PageChoice:
         else:
             now = self._clock()
             stale = now - self._last_trial > _STALE_SECONDS
-            self._interval = _FIRST_BYTES if stale else min(2 * self._interval, _MOST_BYTES[huge])
+            first = stale or not self._interval
+            self._interval = _FIRST_BYTES[huge] if first else min(2 * self._interval, _MOST_BYTES[huge])
             self._since_trial, self._last_trial = 0, now
-            self._costs[huge] = cost
+            # Ordinary pages may seem slow where something else has the core, and never seem fast.
+            self._costs[huge] = cost if huge else min(cost, self._costs.get(huge, cost))
         if self._costs.get(not self.huge, inf) < self._costs.get(self.huge, inf):
             self.huge = not self.huge
-            self._interval = _FIRST_BYTES
+            self._interval = _FIRST_BYTES[not self.huge]
             self._since_trial = 0
 
 
