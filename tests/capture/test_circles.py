@@ -13,6 +13,7 @@ import torch
 import aiostage
 from aiostage._capture.nodes import ListNode, Node
 from aiostage._capture.protocol import circles_of, depth_first
+from tests.fuzz.classes import NewArguments
 
 pytestmark = pytest.mark.asyncio
 
@@ -283,22 +284,10 @@ async def test_an_exception_without_attributes_gets_none_by_being_looked_at() ->
     assert len(source.error.__reduce_ex__(4)) == 2
 
 
-class Made:
-    """Is made with what it holds, which may lead back to it."""
-
-    def __new__(cls, value: Any) -> Made:
-        made = super().__new__(cls)
-        made.value = value  # type: ignore[attr-defined]
-        return made
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.value,)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("first", ["object", "dict"])
 async def test_an_object_in_a_circle_through_its_constructor_is_one(first: str) -> None:
     held: dict[str, Any] = {"t": torch.ones(2)}
-    held["made"] = made = Made(held)
+    held["made"] = made = NewArguments(held)
     tree = [made, held] if first == "object" else [held, made]
     async with aiostage.AsyncStager() as stager:
         staged = await stager.stage(tree)
