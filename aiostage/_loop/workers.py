@@ -9,7 +9,7 @@ import _thread
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from time import perf_counter
@@ -19,7 +19,17 @@ from typing import Any, TypeVar
 from aiostage._loop.coroutines import ThreadsafeEvent, finish, without_locals
 from aiostage._platform import let_threads_run, register_after_fork
 
-__all__ = ["Job", "Stopped", "Workers", "empty_in_steps", "release_gil", "releasing_gil", "start_thread", "stoppable"]
+__all__ = [
+    "Job",
+    "Stopped",
+    "Workers",
+    "empty_in_steps",
+    "large_lists",
+    "release_gil",
+    "releasing_gil",
+    "start_thread",
+    "stoppable",
+]
 
 T = TypeVar("T")
 
@@ -74,6 +84,19 @@ def releasing_gil(items: Iterable[T]) -> Iterator[T]:
         if count % _ITEMS_AT_ONCE == 0:
             release_gil()
         yield item
+
+
+_MANY = 1000
+"""Elements that take noticeable time to drop at once."""
+
+
+def large_lists(containers: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Return the lists among some containers that :func:`empty_in_steps` is worth calling for. Blocks."""
+    found: list[list[Any]] = []
+    for each in releasing_gil(containers):
+        if isinstance(each, list) and len(each) > _MANY:
+            found.append(each)  # noqa: PERF401 - a comprehension would be one more function that a save enters
+    return found
 
 
 def empty_in_steps(containers: list[list[Any] | dict[Any, Any]]) -> None:

@@ -173,7 +173,7 @@ class Loading:
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
-        leftovers += (*await self._workers.run(outline.take_apart), names)
+        leftovers += (*await self._workers.run(outline.containers), names)
         spread = await self._workers.run(
             partial(strided_layouts, outline.table, outline.records, outline.positions, path=checkpoint.manifest_path)
         )

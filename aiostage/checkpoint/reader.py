@@ -223,9 +223,9 @@ class Outline:
     records: dict[str, TensorRecord]
     positions: dict[str, int]
 
-    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+    def containers(self) -> list[list[Any] | dict[Any, Any]]:
         """Return the large containers of an outline that is not needed any more, to be emptied."""
-        return [*self.table.take_apart(), self.records, self.positions, *(file.records for file in self.files)]
+        return [*self.table.containers(), self.records, self.positions, *(file.records for file in self.files)]
 
 
 class CheckpointReader:

@@ -216,7 +216,7 @@ class CheckpointWriter:
         self._snapshot = None
         containers: list[list[Any] | dict[Any, Any]] = []
         if encoder is not None:
-            containers += await finish(partial(self._workers.run, encoder.take_apart))
+            containers += await finish(partial(self._workers.run, encoder.containers))
             del encoder
         containers += (contents for _, contents in files if isinstance(contents, list))
         await finish(partial(self._workers.run, partial(empty_in_steps, containers)))

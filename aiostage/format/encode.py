@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 from weakref import ref
@@ -14,7 +15,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from aiostage._loop.workers import release_gil, releasing_gil
+from aiostage._loop.workers import large_lists, release_gil, releasing_gil
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.format.composites import take_apart
 from aiostage.format.kinds import NotCarried
@@ -124,8 +125,7 @@ def path_of(node: TreeNode) -> Path:
     return tuple(reversed(steps))
 
 
-_MANY = 1000
-"""Children that take noticeable time to drop."""
+_children = attrgetter("children")
 
 
 class TreeEncoder:
@@ -156,14 +156,9 @@ class TreeEncoder:
         self._known: dict[int, TreeNode] = {}
         self._stack: list[TreeNode] = []
 
-    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+    def containers(self) -> list[list[Any] | dict[Any, Any]]:
         """Return the large containers of an encoder that is not needed any more, to be emptied from the last on."""
-        large = [
-            children
-            for node in releasing_gil(self._ended)
-            if isinstance(children := node.children, list) and len(children) > _MANY
-        ]
-        return [self._known, *large, self._ended, self.tensors]
+        return [self._known, *large_lists(map(_children, self._ended)), self._ended, self.tensors]
 
     def walk(self, tree: Any) -> None:
         """Find every node.

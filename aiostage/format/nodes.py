@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aiostage._loop.workers import release_gil, releasing_gil
+from aiostage._loop.workers import large_lists, release_gil, releasing_gil
 from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shown
 from aiostage.format.safetensors import (
     CARRIERS,
@@ -84,10 +84,6 @@ def reading(path: str) -> Iterator[None]:
         raise CheckpointCorruptError(f"its nodes do not describe a tree: {said(error)}.", path=path) from error
 
 
-_MANY = 1000
-"""Children that take noticeable time to drop."""
-
-
 class NodeTable:
     """The nodes of a tree.
 
@@ -149,10 +145,9 @@ class NodeTable:
         self.forms.append({"is": kind, **line} if line else self._plain.setdefault(kind, {"is": kind}))
         self.children.append(found or _NOTHING)
 
-    def take_apart(self) -> list[list[Any] | dict[Any, Any]]:
+    def containers(self) -> list[list[Any] | dict[Any, Any]]:
         """Return the large containers of a table that is not needed any more, to be emptied."""
-        large = [children for children in releasing_gil(self.children) if len(children) > _MANY]
-        return [self.forms, self._references, *large, self.children]
+        return [self.forms, self._references, *large_lists(self.children), self.children]
 
     def _extend(self, found: list[Any]) -> None:
         if self.children[-1] is _NOTHING:
