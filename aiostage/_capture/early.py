@@ -13,7 +13,7 @@ from aiostage._capture.faithful import Refusal, Spec, copies_itself
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
 from aiostage._capture.nodes import GivenNode, Node
 from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within, tensors_within
-from aiostage._loop.slices import exhausted
+from aiostage._loop.coroutines import exhausted
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 

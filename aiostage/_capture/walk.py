@@ -41,7 +41,7 @@ from aiostage._capture.nodes import (
 )
 from aiostage._capture.protocol import BUFFERS, READS_PER_STEP, failed, is_comparable, read_iterable, reduce_object
 from aiostage._capture.versions import GONE, ContainerChanges, copy_buffer, nbytes_of
-from aiostage._loop.slices import exhausted
+from aiostage._loop.coroutines import exhausted
 from aiostage.errors import TornSnapshotError
 from aiostage.leaf import Attribute, Path, format_path
 

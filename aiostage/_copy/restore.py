@@ -18,8 +18,7 @@ from aiostage._copy.resources import Resources
 from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.coroutines import finish
-from aiostage._loop.slices import Slices
+from aiostage._loop.coroutines import Slices, finish
 from aiostage._loop.workers import Job
 from aiostage.errors import CheckpointMismatchError, HostMemoryError
 from aiostage.leaf import Path, format_path

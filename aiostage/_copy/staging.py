@@ -20,8 +20,7 @@ from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Phase, Resources, Timings
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.coroutines import finish, without_locals
-from aiostage._loop.slices import Slices, exhausted
+from aiostage._loop.coroutines import Slices, exhausted, finish, without_locals
 from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError

@@ -17,8 +17,7 @@ from aiostage._arguments import check_flags, stateful_in
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device import CallerStreams, CopyStreams, default_backend, device_errors
-from aiostage._loop.coroutines import finish, named
-from aiostage._loop.slices import RarerCollections, Slices
+from aiostage._loop.coroutines import RarerCollections, Slices, finish, named
 from aiostage._loop.workers import Job, Workers, empty_in_steps, releasing_gil
 from aiostage._memory.pinned import Pinning
 from aiostage.abc import Backend, Storage

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from aiostage._loop.coroutines import run_concurrently
-from aiostage._loop.slices import RarerCollections
+from aiostage._loop.coroutines import RarerCollections, run_concurrently
 from aiostage._loop.workers import Workers, releasing_gil
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.checkpoint.part_reader import PartReader, ReadTargets

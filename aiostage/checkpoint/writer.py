@@ -13,8 +13,7 @@ import torch
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
-from aiostage._loop.coroutines import finish
-from aiostage._loop.slices import RarerCollections
+from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress

@@ -18,7 +18,7 @@ import torch
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
 from aiostage._capture.leaves import Inspection, changed
 from aiostage._capture.walk import Walk
-from aiostage._loop.slices import exhausted
+from aiostage._loop.coroutines import exhausted
 from tests.staging.holding import copies_held
 
 

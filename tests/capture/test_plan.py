@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aiostage._capture import plan as module
 from aiostage._capture.faithful import Spec
 from aiostage._capture.plan import MixedCast, Plan, as_range, compile_plan
-from aiostage._loop.slices import exhausted
+from aiostage._loop.coroutines import exhausted
 
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.uint8, torch.float16, torch.float32, torch.complex64, torch.complex128]

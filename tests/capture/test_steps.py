@@ -22,7 +22,7 @@ from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Table, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk
-from aiostage._loop.slices import exhausted
+from aiostage._loop.coroutines import exhausted
 
 MANY = 40_000
 IN_ONE_STEP = 5000

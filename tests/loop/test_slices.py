@@ -9,7 +9,7 @@ import weakref
 import anyio
 import pytest
 
-from aiostage._loop.slices import Slices
+from aiostage._loop.coroutines import Slices
 from aiostage._loop.workers import Workers
 from aiostage.testing import at_every_await
 

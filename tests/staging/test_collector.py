@@ -150,7 +150,7 @@ async def test_a_staging_that_is_closed() -> None:
 
 FORKING = """
 import gc
-from aiostage._loop.slices import RarerCollections
+from aiostage._loop.coroutines import RarerCollections
 
 usual = gc.get_threshold()
 
