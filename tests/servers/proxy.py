@@ -81,17 +81,25 @@ class FaultProxy:
         self._target = target
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def serve(self, ready: threading.Event) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=1 << 20)
         self.port = server.sockets[0].getsockname()[1]
         ready.set()
         await self._stop.wait()
+        # It accepts no more, but stays open: asyncio takes some turns of the loop to hand over a connection that it has
+        # just accepted, and fails in them once the server is closed. So new tasks may come while the others end, and one
+        # that is cancelled before its first step closes nothing.
+        for listening in server.sockets:
+            self._loop.remove_reader(listening)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task, writer in self._connections.items():
+                task.cancel()
+                writer.transport.abort()
+            await asyncio.wait(tasks)
         server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for the transports, which close in the next turn
 
     def run(self, ready: threading.Event) -> None:
         self._loop.run_until_complete(self.serve(ready))
@@ -99,6 +107,11 @@ class FaultProxy:
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._connection(reader, writer))
+        self._connections[task] = writer
+        task.add_done_callback(self._connections.pop)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
