@@ -88,9 +88,9 @@ class FaultProxy:
         self.port = server.sockets[0].getsockname()[1]
         ready.set()
         await self._stop.wait()
-        # It accepts no more, but stays open: asyncio takes some turns of the loop to hand over a connection that it has
-        # just accepted, and fails in them once the server is closed. So new tasks may come while the others end, and one
-        # that is cancelled before its first step closes nothing.
+        # It accepts no more, but stays open: asyncio takes some turns of the loop to hand over what it just accepted,
+        # and fails in them once the server is closed. So new tasks may come while the others end, and one that is
+        # cancelled before its first step closes nothing.
         for listening in server.sockets:
             self._loop.remove_reader(listening)
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
