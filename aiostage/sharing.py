@@ -81,7 +81,8 @@ class _Pickler(pickle.Pickler):
         super().__init__(stream, protocol=5)
         self._arenas = [arena for arena in arenas if arena.kind == "shared"]
         self.used: list[Arena] = []
-        self._numbers: dict[int, int] = {}
+        # Kept alive: what only code of objects makes for the pickler would leave its identity to the next.
+        self._numbers: dict[int, tuple[int, torch.Tensor]] = {}
 
     def persistent_id(self, item: object) -> object:
         """Return the place of a tensor, or None for what is to be pickled."""
@@ -89,6 +90,9 @@ class _Pickler(pickle.Pickler):
             return None
         tensor: Any = item
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or vars(tensor):
+            return None
+        if tensor.is_conj() or tensor.is_neg():
+            # Only code that the pickler calls makes such a view of a staged tensor. Its memory is not its value.
             return None
         storage = tensor.untyped_storage()
         address, nbytes = storage.data_ptr(), storage.nbytes()
@@ -98,7 +102,7 @@ class _Pickler(pickle.Pickler):
                     self.used.append(arena)
                 place = (self.used.index(arena), address - arena.address, nbytes)
                 view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-                number = self._numbers.setdefault(id(tensor), len(self._numbers))
+                number, _ = self._numbers.setdefault(id(tensor), (len(self._numbers), tensor))
                 return number, place, view, type(tensor) is torch.nn.Parameter, tensor.requires_grad
         return None
 

@@ -132,7 +132,7 @@ class SelfCopies:
         self._nodes = nodes
         self._early = EarlyCopies(leaves)
         self._within: dict[int, list[torch.Tensor]] = {}
-        self._reach: dict[int, list[int]] = {}
+        self._reach: dict[int, list[Any]] = {}
         self.memo: Memo | None = None
 
     def has_looked_into(self, node: GivenNode) -> bool:
@@ -141,8 +141,7 @@ class SelfCopies:
 
     def look_into(self, node: GivenNode) -> list[torch.Tensor]:
         """Find the tensors inside an object, and return those that the walk has not met."""
-        objects = list(objects_within(node.source))
-        self._reach[id(node)] = list(map(id, objects))
+        objects = self._reach[id(node)] = list(objects_within(node.source))
         found = self._within[id(node)] = [
             item for item in objects if isinstance(item, torch.Tensor) and not copies_itself(item, type(item))
         ]
@@ -200,7 +199,7 @@ class SelfCopies:
 
     def _leads(self, node: Node) -> list[Node]:
         """Return the nodes that a node leads to."""
-        within = map(self._nodes.find, self._reach.get(id(node), ()))
+        within = map(self._nodes.find, map(id, self._reach.get(id(node), ())))
         return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
 
     def _give(self, node: GivenNode) -> None:

@@ -207,14 +207,15 @@ def tensors_within(root: object) -> Iterator[torch.Tensor]:
 
 def objects_within(root: object) -> Iterator[Any]:
     """Yield an object and all that its containers, attributes and slots lead to, up to tensors, each once."""
-    seen: set[int] = set()
+    # Kept alive: what is made for being asked, such as what a partial reduces to, would leave its identity to the next.
+    seen: dict[int, Any] = {}
     pending: list[Any] = [root]
     while pending:
         item = pending.pop()
         cls = type(item)
         if cls in _ATOMS or isinstance(item, _NOT_STATE) or id(item) in seen:
             continue
-        seen.add(id(item))
+        seen[id(item)] = item
         yield item
         if isinstance(item, torch.Tensor):
             continue

@@ -404,14 +404,15 @@ def _has_tensors(value: Any) -> bool:
     # Most values are such.
     if type(value) in _SIMPLE:
         return False
-    pending, seen = deque([value]), set[int]()
+    # Kept alive: what is made for being asked would leave its identity to the next.
+    pending, seen = deque([value]), dict[int, Any]()
     while pending:
         item = pending.popleft()
         if isinstance(item, torch.Tensor):
             return True
         if type(item) in _SIMPLE or id(item) in seen:
             continue
-        seen.add(id(item))
+        seen[id(item)] = item
         if isinstance(item, dict):
             pending.extend(item.values())
         elif isinstance(item, (list, tuple, deque, set, frozenset)):

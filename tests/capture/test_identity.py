@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from aiostage import AsyncStager
+from aiostage import AsyncStager, UnsupportedLeafError
 
 COUNT = 200
 
@@ -26,23 +28,23 @@ def naive(tree: Any, memo: dict[int, Any]) -> Any:
     """Copy with a memo that does not keep alive what it knows by identity."""
     if id(tree) not in memo:
         if isinstance(tree, torch.Tensor):
-            copy: Any = tree.clone()
+            made: Any = tree.clone()
         elif isinstance(tree, list):
-            copy = [naive(item, memo) for item in tree]
+            made = [naive(item, memo) for item in tree]
         elif isinstance(tree, Fresh):
             make, arguments, state = tree.__reduce__()
-            copy = make(*arguments)
+            made = make(*arguments)
             for name, value in state.items():
-                setattr(copy, name, naive(value, memo))
+                setattr(made, name, naive(value, memo))
         else:
             return tree
-        memo[id(tree)] = copy
+        memo[id(tree)] = made
     return memo[id(tree)]
 
 
 def wrong(copies: list[Any]) -> int:
     """Count the copies that have the state of another."""
-    return sum(copy.tensor.tolist() != [number] * 2 or copy.more != [number] for number, copy in enumerate(copies))
+    return sum(made.tensor.tolist() != [number] * 2 or made.more != [number] for number, made in enumerate(copies))
 
 
 def test_the_naive_way_mixes_them_up() -> None:
@@ -57,3 +59,21 @@ async def test_each_keeps_its_own_state() -> None:
             staged = await stager.stage(source)
             assert wrong(staged) == 0
             assert len({tensor.data_ptr() for tensor in (it.tensor for it in staged)}) == COUNT  # type: ignore[attr-defined]
+
+
+class CopiesOne:
+    """Copies one of many partials, and keeps the others."""
+
+    def __init__(self, partials: list[Any]) -> None:
+        self.partials = partials
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesOne:
+        return CopiesOne([*self.partials[:-1], copy.deepcopy(self.partials[-1], memo)])
+
+
+@pytest.mark.asyncio
+async def test_tensors_are_found_in_all_of_many_partials() -> None:
+    source = CopiesOne([partial(max, torch.ones(2)) for _ in range(8)])
+    async with AsyncStager() as stager:
+        with pytest.raises(UnsupportedLeafError, match="not a copy in host memory"):
+            await stager.stage([source])

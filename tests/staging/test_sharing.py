@@ -30,6 +30,21 @@ def named_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
+class FirstTwo:
+    """Has a state that is a new view each time."""
+
+    conjugate = False
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getstate__(self) -> torch.Tensor:
+        return self.tensor[:2].conj() if self.conjugate else self.tensor[:2]
+
+    def __setstate__(self, state: torch.Tensor) -> None:
+        self.tensor = state
+
+
 def tree() -> dict[str, object]:
     a, m = torch.arange(1000.0), torch.arange(6.0).reshape(2, 3)
     return {"a": a, "tied": a, "m": m, "row": m[1], "p": torch.nn.Parameter(torch.ones(2)), "n": [1, "x"]}
@@ -70,6 +85,20 @@ class TestShare:
         async with AsyncStager(SHARED) as stager:
             staged = await stager.stage(tree())
             assert float((await stager.share([staged["a"]])).open()[0].sum()) == 499500
+
+    async def test_tensors_made_while_it_is_pickled_are_those_that_were_made(self):
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage([FirstTwo(torch.arange(4.0) + 10 * number) for number in range(8)])
+            opened = (await stager.share(staged)).open()
+        assert [item.tensor.tolist() for item in opened] == [[10.0 * number, 10.0 * number + 1] for number in range(8)]
+
+    async def test_a_conjugate_view_that_is_made_while_it_is_pickled_keeps_its_sign(self):
+        async with AsyncStager(SHARED) as stager:
+            tree = [torch.ones(2), FirstTwo(torch.tensor([1 + 2j, 3 + 4j]))]
+            staged = await stager.stage(tree)
+            staged[1].conjugate = True
+            opened = (await stager.share(staged)).open()
+        assert opened[1].tensor.tolist() == [1 - 2j, 3 - 4j]
 
     async def test_a_handle_of_what_is_gone_is_an_error(self):
         async with AsyncStager(SHARED) as stager:
