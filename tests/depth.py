@@ -1,4 +1,4 @@
-"""How much of the package one stage, one save and one load pass through: `python -m tests.depth`."""
+"""How much of the package a stage, a save, an incremental save and a load pass through: `python -m tests.depth`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import aiostage
-from aiostage import AsyncStager
+from aiostage import AsyncStager, Checkpointer
 
 __all__ = ["Depth", "measure"]
 
@@ -87,7 +87,7 @@ def tree() -> dict[str, Any]:
 
 
 async def measure() -> dict[str, dict[str, Any]]:
-    """Return what a first stage, a save and a load of new objects enter, by its name."""
+    """Return what a first stage, a save and a load of new objects enter, and an incremental save, by its name."""
     depth = Depth()
     depth.install()
     found: dict[str, dict[str, Any]] = {}
@@ -102,6 +102,15 @@ async def measure() -> dict[str, dict[str, Any]]:
             found["stage"] = await depth.count(lambda: stager.stage(state))
         async with AsyncStager() as stager:
             found["save"] = await depth.count(lambda: aiostage.save(state, f"{folder}/a", stager=stager))
+        async with AsyncStager() as stager, Checkpointer(f"{folder}/run", stager, incremental=True, keep=2) as run:
+
+            async def save(step: int) -> None:
+                await (await run.save(step, state)).committed()
+
+            await save(0)
+            await save(1)
+            # Compared with the last one, and followed by a removal.
+            found["incremental save"] = await depth.count(lambda: save(2))
     return found
 
 

@@ -1,4 +1,4 @@
-"""A reader can follow what a stage, a save and a load do: they pass through few files, in stacks that are not deep."""
+"""A reader can follow what a stage, saves and a load do: they pass through few files, in stacks that are not deep."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CEILINGS = {
     # little on who waits for whom, hence a few more than were seen.
     "stage": (24, 268, 47, 15),
     "save": (37, 466, 63, 15),
+    "incremental save": (47, 560, 78, 18),
     "load": (23, 235, 25, 15),
 }
 
@@ -36,4 +37,6 @@ def test_how_much_of_the_package_is_entered() -> None:
         assert depth["frames"] <= frames, f"{name} is as deep as {depth['deepest']}"
     assert {"_capture/walk.py", "_copy/host.py", "_loop/coroutines.py"} <= set(depths["stage"]["files"])
     assert "format/encode.py" in depths["save"]["files"]
+    assert not any(file.startswith("incremental/") for file in depths["save"]["files"])
+    assert {"incremental/writing.py", "incremental/references.py"} <= set(depths["incremental save"]["files"])
     assert "format/decode.py" in depths["load"]["files"]

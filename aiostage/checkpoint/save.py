@@ -245,7 +245,7 @@ async def _writing(
     writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
     try:
         with _reporting(progress, name) as report:
-            async with _pending(storage, name, overwrite) as pending:
+            async with _pending(partial(storage.open, name, overwrite=overwrite)) as pending:
                 yield writer, partial(writer.write, pending, report)
         await writer.aclose()
     finally:
@@ -260,33 +260,37 @@ def _reporting(
 
 async def write_planned(
     writer: CheckpointWriter,
-    target: Target,
+    name: str,
+    opening: Callable[[], Awaitable[PendingCheckpoint]],
     progress: ProgressOption[SaveProgress] = None,
-    *,
-    overwrite: bool = False,
 ) -> CheckpointInfo:
-    """Write what a writer has planned, to a target where there is nothing yet unless it may be overwritten.
+    """Write what a writer has planned.
+
+    Args:
+        writer: Has planned it.
+        name: What the checkpoint is called, for spans and progress.
+        opening: Opens the pending checkpoint.
+        progress: As for :func:`save`.
 
     Returns:
         What was saved, without times.
 
     Raises:
-        CheckpointExistsError: As for :func:`save`.
         TornSnapshotError: If the source changed before it was captured.
+        Exception: What ``opening`` raises.
         OSError: If the storage refuses.
 
     May be cancelled as :func:`save` may.
     """
-    storage, name = locate(target)
     with span("save", target=name), _reporting(progress, name) as report:
-        async with _pending(storage, name, overwrite) as pending:
+        async with _pending(opening) as pending:
             return await writer.write(pending, report)
 
 
 @asynccontextmanager
-async def _pending(storage: Storage, name: str, overwrite: bool) -> AsyncGenerator[PendingCheckpoint, None]:
+async def _pending(opening: Callable[[], Awaitable[PendingCheckpoint]]) -> AsyncGenerator[PendingCheckpoint, None]:
     """Open a pending checkpoint, and abort it after an error."""
-    pending = await storage.open(name, overwrite=overwrite)
+    pending = await opening()
     try:
         yield pending
     except BaseException as error:

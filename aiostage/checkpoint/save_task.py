@@ -264,15 +264,17 @@ class SaveTask:
         return written[0]
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
-        write = partial(write_planned, writer, progress=self._progress, overwrite=self.replaces)
-        name, written = self._target[1], None
+        storage, name = self._target
         if self._incremental is None or self.replaces:
-            info = await write(self._target)
+            opening = partial(storage.open, name, overwrite=self.replaces)
+            info, placement = await write_planned(writer, name, opening, self._progress), None
         else:
-            info, written = await self._incremental.write(name, write)
-            if written is not None:
-                info = replace(info, written_bytes=written.nbytes)
-        self._index.add(name, written.placement if written is not None else None)
+            async with self._incremental.compared() as changes:
+                info = await write_planned(writer, name, partial(changes.open, name), self._progress)
+            written = changes.written
+            assert written is not None  # noqa: S101 - it was committed
+            info, placement = replace(info, written_bytes=written.nbytes), written.placement
+        self._index.add(name, placement)
         return info
 
     def _set_captured(self) -> None:

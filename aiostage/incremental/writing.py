@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import numpy as np
@@ -23,19 +23,17 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.workers import Workers
-from aiostage.abc import Buffer, PendingCheckpoint, Reader, Storage
+from aiostage.abc import Buffer, PendingCheckpoint, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, Placement, SourceFile, append, block_digests
-from aiostage.incremental.reading import is_removed, placement_of
+from aiostage.incremental.reading import placement_of
 from aiostage.incremental.references import locked
 from aiostage.storage.files import PartBuffers
-from aiostage.storage.locate import name_of, present, step_of
+from aiostage.storage.locate import exists, name_of, present, step_of, tombstone_of
 
-__all__ = ["Base", "IncrementalSaver", "IncrementalStorage"]
-
-T = TypeVar("T")
+__all__ = ["Base", "IncrementalSaver", "IncrementalWrite"]
 
 _log = logging.getLogger("aiostage")
 
@@ -111,45 +109,37 @@ class IncrementalSaver:
         self._storage = storage
         self._last: str | None = None
 
-    async def write(self, name: str, write: Callable[[tuple[Storage, str]], Awaitable[T]]) -> tuple[T, Written | None]:
-        """Write a checkpoint.
+    @asynccontextmanager
+    async def compared(self) -> AsyncGenerator[IncrementalWrite, None]:
+        """Choose what to compare a new checkpoint with, and keep it from being removed while the block runs.
 
-        Args:
-            name: What it is called.
-            write: Writes it to a target, all of it.
-
-        Returns:
-            What ``write`` returns, and what was written of it; None for the latter if it was not committed.
+        The block opens the new checkpoint with what it gets, writes all of it and commits it.
 
         Raises:
-            Exception: The error of ``write``.
             OSError: If the storage refuses.
 
-        When cancelled, either it was committed, or nothing of it is left.
+        When cancelled, the lock is removed; the pending checkpoint is aborted by the block.
         """
-        async with self._base() as base:
-            storage = IncrementalStorage(self._storage, base)
-            result = await write((storage, name))
-        if storage.written is not None:
-            self._last = name
-        return result, storage.written
-
-    @asynccontextmanager
-    async def _base(self) -> AsyncGenerator[Base | None, None]:
-        """Choose what to compare a checkpoint with, and keep it from being removed before that is committed."""
         for _ in range(_ATTEMPTS):
-            name = await self._latest()
-            if name is None:
+            base = await self._latest()
+            if base is None:
                 break
-            async with locked(self._storage, name):
+            async with locked(self._storage, base):
                 try:
                     # Not before it is locked: it may just be going, or be another of the same name.
-                    base = await self._open_base(name)
+                    write = IncrementalWrite(self._storage, await self._open_base(base))
                 except CheckpointNotFoundError:
                     continue
-                yield base
-                return
-        yield None
+                yield write
+            self._committed(write)
+            return
+        write = IncrementalWrite(self._storage, None)
+        yield write
+        self._committed(write)
+
+    def _committed(self, write: IncrementalWrite) -> None:
+        if write.written is not None:
+            self._last = write.name
 
     async def _latest(self) -> str | None:
         """Return which checkpoint to compare a new one with: the one that was saved last, or else the highest."""
@@ -166,7 +156,7 @@ class IncrementalSaver:
             CheckpointNotFoundError: If it is not there, or no longer.
             OSError: If the storage refuses.
         """
-        if await is_removed(self._storage, name):
+        if await exists(self._storage, tombstone_of(name)):
             raise CheckpointNotFoundError("it was removed.", path=f"{self._storage.location}/{name}")
         try:
             placement = await placement_of(self._storage, name)
@@ -176,15 +166,19 @@ class IncrementalSaver:
         return Base(name, placement) if placement is not None else None
 
 
-class IncrementalStorage(Storage):
-    """A storage for one save, which writes what has changed.
+class IncrementalWrite:
+    """One save, of which only what has changed is written.
 
     Args:
         storage: Where to.
         base: The checkpoint to compare with, which must stay until the save has ended; None writes everything.
+
+    Attributes:
+        name: What the new checkpoint is called, once it is opened.
     """
 
     def __init__(self, storage: Storage, base: Base | None) -> None:
+        self.name = ""
         self._storage = storage
         self._base = base
         self._pending: _IncrementalCheckpoint | None = None
@@ -194,45 +188,14 @@ class IncrementalStorage(Storage):
         """What was written, once the new checkpoint is committed."""
         return self._pending.written if self._pending is not None else None
 
-    async def open(self, name: str, *, overwrite: bool = False) -> PendingCheckpoint:
-        """Begin a checkpoint. Raises as the storage's."""
+    async def open(self, name: str) -> PendingCheckpoint:
+        """Begin the checkpoint. Raises as :meth:`Storage.open`."""
         workers = Workers(1, "aiostage-blocks")
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
-        pending = await self._storage.open(name, overwrite=overwrite)
+        pending = await self._storage.open(name)
+        self.name = name
         self._pending = _IncrementalCheckpoint(pending, self._base, worthwhile, workers)
         return self._pending
-
-    async def read(self, name: str) -> Reader:
-        """Open a checkpoint. Raises as the storage's."""
-        return await self._storage.read(name)
-
-    async def list(self) -> Sequence[str]:
-        """Return the names of all checkpoints. Raises as the storage's."""
-        return await self._storage.list()
-
-    async def list_level(self) -> Sequence[str]:
-        """Return the names of the checkpoints of the first level. Raises as the storage's."""
-        return await self._storage.list_level()
-
-    async def pending(self) -> Sequence[str]:
-        """Return the names of all checkpoints that are being written. Raises as the storage's."""
-        return await self._storage.pending()
-
-    async def delete(self, name: str) -> None:
-        """Remove a checkpoint. Raises as the storage's."""
-        await self._storage.delete(name)
-
-    async def prune_files(self, name: str, keep: Collection[str]) -> None:
-        """Remove files of a checkpoint. Raises as the storage's."""
-        await self._storage.prune_files(name, keep)
-
-    async def is_link(self, name: str) -> bool:
-        """Return whether a checkpoint lies elsewhere. Raises as the storage's."""
-        return await self._storage.is_link(name)
-
-    async def clean_up(self) -> None:
-        """Remove what dead writers have left. Raises as the storage's."""
-        await self._storage.clean_up()
 
 
 class _IncrementalCheckpoint(PendingCheckpoint):

@@ -15,7 +15,8 @@ import pytest
 
 import aiostage
 from aiostage.checkpoint.index import CheckpointIndex
-from aiostage.checkpoint.save import write_checkpoint
+from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, write_planned
+from aiostage.checkpoint.writer import CheckpointWriter
 from aiostage.incremental import references
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.storage.locate import lock_of, name_of, step_of, tombstone_of
@@ -32,11 +33,11 @@ class Killed(BaseException):
 
 @dataclass
 class Actor:
-    """Somebody who stops before one of their operations, and then goes on or dies.
+    """A process that stops before one of its operations, and then continues or dies.
 
     Attributes:
         stop_at: Which operation; 0 for none.
-        operations: How many they have begun.
+        operations: How many it has begun.
     """
 
     stop_at: int
@@ -93,11 +94,22 @@ def check(storage: MemoryStorage) -> None:
                 assert len(storage.checkpoints[source or name][file]) == nbytes, f"{name} cannot be read"
 
 
+async def write(saver: IncrementalSaver, name: str, tree: object) -> None:
+    writer = CheckpointWriter(name, max_shard_bytes=DEFAULT_SHARD_BYTES)
+    try:
+        await writer.plan(tree)
+        async with saver.compared() as changes:
+            await write_planned(writer, name, partial(changes.open, name))
+        await writer.aclose()
+    finally:
+        writer.close()
+
+
 async def saved() -> dict[str, dict[str, bytes]]:
     storage = MemoryStorage()
     saver = IncrementalSaver(storage)
     for step in range(NEW):
-        await saver.write(name_of(step), partial(write_checkpoint, state(step)))
+        await write(saver, name_of(step), state(step))
     return storage.checkpoints
 
 
@@ -115,11 +127,11 @@ class Stage:
     async def before(self, operation: str, name: str) -> None:
         check(self.storage)
         if lock_of(name_of(NEW - 1)) in [pending.name for pending in self.storage.under_way]:
-            self.seen.add("pinned")
+            self.seen.add("locked")
         await current.get().pass_by()
 
     async def write(self) -> None:
-        await IncrementalSaver(self.storage).write(name_of(NEW), partial(write_checkpoint, self.new))
+        await write(IncrementalSaver(self.storage), name_of(NEW), self.new)
 
     async def remove(self) -> None:
         await CheckpointIndex(self.storage).remove([0, 2])
@@ -147,7 +159,7 @@ class Stage:
 async def in_order(
     whole: dict[str, dict[str, bytes]], first_writes: bool, stop_first: int, stop_second: int, dies: str
 ) -> tuple[Actor, Actor, Stage]:
-    """Let the first go to a point, then the second; then the first goes on to its end, and at last the second."""
+    """Let the first run to a point, then the second; then let the first run to its end, and the second last."""
     stage = Stage(whole)
     first, second = Actor(stop_first), Actor(stop_second)
     does = (stage.write, stage.remove) if first_writes else (stage.remove, stage.write)
@@ -170,8 +182,8 @@ async def in_every_order(first_writes: bool) -> tuple[int, set[str]]:
     while True:
         stop_second = 1
         while True:
-            # Where the second has stopped makes no difference to who comes back to nobody.
-            for dies in ("nobody", "second") if stop_second > 1 else ("nobody", "first", "second"):
+            # Where the second has stopped makes no difference to a first that dies.
+            for dies in ("none", "second") if stop_second > 1 else ("none", "first", "second"):
                 first, second, stage = await in_order(whole, first_writes, stop_first, stop_second, dies)
                 orders += 1
                 seen |= stage.seen
@@ -189,7 +201,7 @@ async def in_every_order(first_writes: bool) -> tuple[int, set[str]]:
 def test_what_is_there_can_be_read_in_every_order(first_writes: bool) -> None:
     orders, seen = asyncio.run(in_every_order(first_writes))
     assert orders > 400
-    assert seen == {"pinned"}
+    assert seen == {"locked"}
 
 
 @pytest.mark.slow
@@ -203,5 +215,5 @@ def test_the_orders_show_what_goes_wrong_without_locks(monkeypatch: pytest.Monke
 async def test_what_is_written_meanwhile_is_right() -> None:
     whole = await saved()
     for stop in (4, 8, 12):
-        _, _, stage = await in_order(whole, True, stop, 1, "nobody")
+        _, _, stage = await in_order(whole, True, stop, 1, "none")
         assert_same(stage.new, await aiostage.load((stage.storage, name_of(NEW))))
