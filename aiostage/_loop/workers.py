@@ -218,8 +218,10 @@ class Job:
         with self._lock:
             if not self._steps:
                 return
-            context, step = self._steps.popleft()
+            # Before the step is taken out: finished() takes no lock, and must not see a moment at which the step is
+            # neither waiting nor running.
             self._running += 1
+            context, step = self._steps.popleft()
         error: BaseException | None = None
         try:
             context.run(step)
@@ -228,13 +230,14 @@ class Job:
         # The step keeps tensors alive; it must be gone before a waiter learns that it is over.
         del context, step
         with self._lock:
-            self._running -= 1
             self._done += 1
             if error is not None:
                 self._error = self._error or error
                 error = None
                 self._open = False
                 self._steps.clear()
+            # Last, for the same reason: a thread that sees that it is over finds its error.
+            self._running -= 1
             waiters = self._take_waiters()
         _wake(waiters)
         # An error's frames lead back to the one that called them, which is this, and that must not lead to the error.
@@ -242,6 +245,8 @@ class Job:
 
     def finished(self) -> bool:
         """Return whether no step runs, none is left and none can be added."""
+        # Without the lock, and in this order: a step goes from waiting to running and counts as both in between, so it
+        # is found in one of the two.
         return not (self._open or self._steps or self._running)
 
     async def progressed(self, seen: int) -> None:

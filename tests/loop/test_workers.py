@@ -3,11 +3,13 @@ from __future__ import annotations
 import _thread
 import asyncio
 import gc
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 
 import anyio
 import pytest
@@ -491,6 +493,37 @@ class TestThreads:
         gate.open.set()
         assert await waiting == "served by the other"
         assert await running == "passed"
+
+
+def test_a_job_is_unfinished_on_every_line_until_its_step_has_ended() -> None:
+    """Another thread may ask at any of them; one that hears too early that it is over takes memory half copied."""
+    ended: list[str] = []
+    answers: list[tuple[bool, bool, bool]] = []
+
+    def step() -> None:
+        ended.append("step")
+        raise LookupError("of the step")
+
+    job = Job(lambda job: None)
+    job.put(step)
+    job.close()
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        if frame.f_code is not Job.run_next.__code__:
+            return None
+        answers.append((job.finished(), bool(ended), job.error is not None))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        job.run_next()
+    finally:
+        sys.settrace(before)
+    assert answers[0] == (False, False, False)
+    assert answers[-1] == (True, True, True)
+    # Once the step has ended and its error is there, and at no line before.
+    assert [(over, failed) for over, done, failed in answers if over and not (done and failed)] == []
 
 
 def test_several_loops_in_threads_share_workers(workers: Workers):
