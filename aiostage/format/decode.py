@@ -63,6 +63,8 @@ class Memory:
         self._records = records
         self._data = data
         self._origins: dict[int, str] = {}
+        # By dtype and shape, which many tensors have in common: the dtype and the strides.
+        self._layouts: dict[tuple[str, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def tensor(self, form: dict[str, Any]) -> torch.Tensor:
         """Return the leaf that a node describes, over the memory of its file's tensor.
@@ -71,12 +73,15 @@ class Memory:
             ValueError: If it does not fit the memory. Other exceptions are possible too.
         """
         name = form["name"]
-        record, data = self._records[name], self._data[name]
-        if len(form) > _PLAIN_FORM or data.numel() != record.stop - record.start:
+        (_, dtype_name, shape, start, stop), data = self._records[name], self._data[name]
+        if len(form) > _PLAIN_FORM or data.numel() != stop - start:
             return view_of(form, self._records).over(data)
         # As most are. That the shape fits the size is known from the header.
-        empty = torch.empty(0, dtype=DTYPES[record.dtype], device=data.device)
-        return empty.set_(data.untyped_storage(), 0, record.shape, contiguous_strides(record.shape))
+        layout = self._layouts.get((dtype_name, shape))
+        if layout is None:
+            layout = self._layouts[dtype_name, shape] = DTYPES[dtype_name], contiguous_strides(shape)
+        dtype, strides = layout
+        return torch.empty(0, dtype=dtype, device=data.device).set_(data.untyped_storage(), 0, shape, strides)
 
     def origin(self, leaf: torch.Tensor) -> TensorRecord:
         """Return of which tensor of a file a leaf has the elements, in index order.

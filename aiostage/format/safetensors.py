@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from json.encoder import encode_basestring
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "header_cost",
     "is_injective",
     "read_header",
+    "unique_members",
     "write_header",
 ]
 
@@ -157,12 +160,10 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> list[TensorReco
         CheckpointCorruptError: If it is anything but a valid header for that much data.
     """
     records: dict[str, TensorRecord] = {}
-    for name, value in releasing_gil(_members(header, path)):
-        if name in records:
-            raise CheckpointCorruptError(f"its header names the tensor {shown(name)} twice.", path=path)
-        if name != "__metadata__":
-            records[name] = _record(name, value, path)
-    ordered = sorted(records.values(), key=lambda record: (record.start, record.stop))
+    for record in releasing_gil(_records(header, path)):
+        if records.setdefault(record.name, record) is not record:
+            raise CheckpointCorruptError(f"its header names the tensor {shown(record.name)} twice.", path=path)
+    ordered = sorted(records.values(), key=attrgetter("start", "stop"))
     position = 0
     for record in ordered:
         if record.start != position:
@@ -177,9 +178,20 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> list[TensorReco
     return ordered
 
 
-def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
-    """Iterate over the members of the top-level object."""
-    decoder = json.JSONDecoder()
+_METADATA_NAME = "__metadata__"
+
+_PLAIN = re.compile(
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([0-9A-Z_]+)","shape":\[([0-9,]{0,64})\],'
+    r'"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}(?:,(?=")|\Z)'
+)
+"""A member as nearly all writers spell it, with the comma before the next. The json module takes four times as long."""
+
+
+def _records(header: bytes, path: str) -> Iterator[TensorRecord]:
+    """Iterate over the tensors that the members of the top-level object describe, and check each."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_members)
+    # Dtypes and shapes as they are spelled, once one tensor of them has been checked: most have them in common.
+    kinds: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
     try:
         text = header.decode().rstrip(_WHITESPACE)
         last = len(text) - 1
@@ -187,20 +199,32 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
             raise ValueError("it is not a JSON object")
         position = _skip(text, 1)
         while position < last:
+            if plain := _PLAIN.match(text, position, last):
+                name, dtype, sizes, first, end = plain.groups()
+                start, stop = int(first), int(end)
+                shape, nbytes = kinds.get((dtype, sizes), ((), -1))
+                if stop - start == nbytes and name != _METADATA_NAME:
+                    yield TensorRecord(name, dtype, shape, start, stop)
+                    position = plain.end()
+                    continue
             name, position = decoder.raw_decode(text, position)
             position = _skip(text, position)
             if not isinstance(name, str) or text[position] != ":":
                 raise ValueError(f"a name and a colon are expected before character {position}")
             position = _skip(text, position + 1)
-            if name != "__metadata__":
+            if name != _METADATA_NAME:
                 # What describes a tensor has no braces inside, so that its end is found before it is parsed.
-                end = text.find("}", position, position + _MAX_RECORD)
-                if end < 0 or text.find("{", position + 1, end) >= 0:
+                closing = text.find("}", position, position + _MAX_RECORD)
+                if closing < 0 or text.find("{", position + 1, closing) >= 0:
                     raise ValueError(
                         f"the record of {shown(name)} does not describe a tensor, or has over {_MAX_RECORD} characters"
                     )
             value, position = decoder.raw_decode(text, position)
-            yield name, value
+            if name != _METADATA_NAME:
+                record = _record(name, value, path)
+                if plain:
+                    kinds[dtype, sizes] = record.shape, record.stop - record.start
+                yield record
             position = _skip(text, position)
             if position != last:
                 if text[position] != ",":
@@ -208,8 +232,22 @@ def _members(header: bytes, path: str) -> Iterable[tuple[str, Any]]:
                 position = _skip(text, position + 1)
                 if position == last:
                     raise ValueError(f"a name is expected at character {position}")
+    except CheckpointCorruptError:
+        raise
     except (ValueError, RecursionError, IndexError) as error:
         raise CheckpointCorruptError(f"its header cannot be read: {said(error)}.", path=path) from error
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, for a decoder's ``object_pairs_hook``.
+
+    Raises:
+        ValueError: If it names a member twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names one of its members twice")
+    return found
 
 
 def _skip(text: str, position: int) -> int:

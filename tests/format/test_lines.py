@@ -84,3 +84,17 @@ def test_long_lines_of_many_values_are_not_parsed(text: bytes) -> None:
 def test_what_is_no_value_is_an_error(text: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own has as many texts as there are mistakes
         parse_line(text)
+
+
+@pytest.mark.parametrize("name", ["", "model.weight", "\u00e9\U0001f600\x7f", 'a"b', "a\\b", "a\x01", "a\n", "\ud800"])
+def test_the_line_of_a_tensor(name: str) -> None:
+    line = json.dumps({"is": "tensor", "name": name}, separators=(",", ":"))
+    assert parse_line(line.encode()) == {"is": "tensor", "name": name}
+    unescaped = f'{{"is":"tensor","name":"{name}"}}'.encode("utf-8", "surrogatepass")
+    try:
+        expected = json.loads(unescaped.decode())
+    except ValueError as error:
+        with pytest.raises(type(error)):
+            parse_line(unescaped)
+    else:
+        assert parse_line(unescaped) == expected

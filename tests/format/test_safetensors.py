@@ -118,6 +118,7 @@ class TestReadHeader:
             json.dumps({"a": entry(offsets=[4, 0])}),
             json.dumps({"a": entry(offsets=[0, 4, 4])}),
             json.dumps({"a": entry() | {"more": 1}}),
+            '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"dtype":"U8"}}',
             json.dumps({"a": entry(shape=[1 << 62, 1 << 62], offsets=[0, 1 << 124])}),
             '{"a":' + json.dumps(entry()) + ',"a":' + json.dumps(entry()) + "}",
             '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
@@ -131,6 +132,39 @@ class TestReadHeader:
         assert caught.value.path == "some/file"
         assert "header" in str(caught.value)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+    @given(st.data())
+    def test_a_member_means_the_same_after_others_of_its_kind(self, data: st.DataObject):
+        # Members of a dtype and a shape that were checked before are read in another way.
+        first = '"first":{"dtype":"U8","shape":[2,2],"data_offsets":[0,4]}'
+        member = list('"a":{"dtype":"U8","shape":[2,2],"data_offsets":[4,8]}')
+        for _ in range(data.draw(st.integers(0, 2))):
+            position = data.draw(st.integers(0, len(member) - 1))
+            member[position : position + data.draw(st.integers(0, 2))] = data.draw(
+                st.text(st.sampled_from('0248é٤ "\\\x01,:{}[]-.eU_'), max_size=3)
+            )
+        alone = "{" + first + ", " + "".join(member) + "}"
+        behind = "{" + first + "," + "".join(member) + "}"
+        try:
+            expected = read(alone, 8)
+        except CheckpointCorruptError:
+            with pytest.raises(CheckpointCorruptError):
+                read(behind, 8)
+        else:
+            assert read(behind, 8) == expected
+
+    @pytest.mark.parametrize("offsets", ["04,8", "4,08", "٤,8", "4,9", "4,8.0", "-4,8", "4,4", "8,4"])
+    def test_refuses_wrong_offsets_after_others_of_a_kind(self, offsets: str):
+        members = [
+            f'"{name}":{{"dtype":"U8","shape":[4],"data_offsets":[{at}]}}'
+            for name, at in (("a", "0,4"), ("b", offsets))
+        ]
+        with pytest.raises(CheckpointCorruptError):
+            read("{" + ",".join(members) + "}", 8)
+
+    def test_metadata_are_no_tensor_whatever_they_look_like(self):
+        member = '{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+        assert [record.name for record in read(f'{{"a":{member},"__metadata__":{member}}}', 4)] == ["a"]
 
     def test_refuses_data_that_nothing_describes(self):
         with pytest.raises(CheckpointCorruptError, match="4 bytes of data, not 5"):
