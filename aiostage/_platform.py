@@ -7,7 +7,8 @@ have. Calls are looked up once, when this is imported; what is missing then is d
 ``memfd_create``       a nameless file in /dev/shm; without /proc memory cannot be shared between processes
 ``posix_fallocate``    each page of shared memory is written to; files grow as they are written
 ``madvise``            memory goes back when it is unmapped, and has ordinary pages
-``O_DIRECT``           writes pass through the page cache
+``O_DIRECT``           reads and writes pass through the page cache
+``mincore``            every file counts as cached
 ``preadv``             ``pread``, and a copy
 ``renameat2``          ``renamex_np`` of macOS, else two renames that readers and later savers can tell from one
 ``timerfd``            the event loop's own clock, in whole milliseconds
@@ -49,6 +50,7 @@ __all__ = [
     "PAGE_BYTES",
     "advise_pages",
     "discard",
+    "is_cached",
     "let_threads_run",
     "lock",
     "locked_memory_limit",
@@ -56,6 +58,7 @@ __all__ = [
     "map_private",
     "memory_file",
     "memory_limit",
+    "open_direct",
     "open_timer",
     "read_into",
     "rename",
@@ -225,6 +228,73 @@ def set_direct(descriptor: int, on: bool) -> bool:
             raise
         return False
     return on
+
+
+def open_direct(name: str, directory: int) -> int | None:
+    """Open a file to read it past the page cache, and return its descriptor; None where that is not possible.
+
+    Args:
+        name: The name of the file. A link is not followed, and a FIFO not waited for.
+        directory: The descriptor of the directory that it is in.
+
+    Raises:
+        OSError: If the file cannot be opened for another reason.
+    """
+    if not _O_DIRECT:
+        return None
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | _O_DIRECT
+        return os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return None
+
+
+_mmap, _munmap, _mincore = (
+    (_find(name, _c_library) for name in ("mmap", "munmap", "mincore")) if _BUILT_FOR_LINUX else (None, None, None)
+)
+_MINCORE_BYTES = os.sysconf("SC_PAGE_SIZE")
+"""What each byte of its answer is about; from the kernel itself, which writes as many."""
+
+_FAILED = ctypes.c_void_p(-1).value
+if _mmap is not None:
+    _mmap.restype = ctypes.c_void_p
+    _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+if _munmap is not None:
+    _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+if _mincore is not None:
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+
+def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Return whether the page cache has half of a range of a file or more. Blocks, without the GIL.
+
+    True also where the system does not say, as Linux does not of a file that the caller may not write to.
+
+    Args:
+        descriptor: Of the file.
+        offset: Where the range begins; a multiple of :data:`PAGE_BYTES`.
+        nbytes: Its length, more than 0.
+    """
+    if _mmap is None or _munmap is None or _mincore is None:
+        return True
+    # Mapped for this question alone: nothing is read through it.
+    address = _mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    if address in (None, _FAILED):
+        return True
+    try:
+        pages = -(-nbytes // _MINCORE_BYTES)
+        answer = ctypes.create_string_buffer(pages)
+        if _mincore(address, nbytes, answer):
+            return True
+        # The lowest bit of each byte counts; the others are 0 today.
+        return 2 * sum(answer.raw.translate(_LOWEST_BIT)) >= pages
+    finally:
+        _munmap(address, nbytes)
+
+
+_LOWEST_BIT = bytes(number & 1 for number in range(256))
 
 
 def reserve_file(descriptor: int, nbytes: int) -> None:

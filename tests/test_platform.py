@@ -186,6 +186,24 @@ class TestMemoryLimit:
         assert _platform.memory_limit(tmp_path) == 500
 
 
+def test_what_the_page_cache_has(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        if _platform.is_cached(file.fileno(), 0, 1 << 20):
+            pytest.skip("this file system is a part of the page cache, or the kernel does not say")
+        # A read of some pages makes half of the first megabyte cached, and nothing of the rest.
+        os.pread(file.fileno(), 512 << 10, 0)
+        assert _platform.is_cached(file.fileno(), 0, 512 << 10)
+        assert not _platform.is_cached(file.fileno(), 512 << 10, 512 << 10)
+        # Nothing that could be asked about counts as cached: it is then read in the usual way.
+        assert _platform.is_cached(file.fileno(), 1, 4096)
+    assert _platform.is_cached(-1, 0, 4096)
+
+
 @pytest.mark.timeout(120)
 def test_a_bare_container(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No HOME, a user without a name, nowhere to write but the target."""

@@ -168,7 +168,13 @@ class Loading:
             leftovers: Gets what is large and not needed any more after that.
         """
         checkpoint = CheckpointReader(
-            reader, self._workers, self._run, self._targets, verify=self._verify, progress=self._progressed
+            reader,
+            self._workers,
+            self._run,
+            self._targets,
+            verify=self._verify,
+            progress=self._progressed,
+            past_cache=self._in_place,
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)

@@ -19,10 +19,21 @@ from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
-from aiostage.format.parts import Gap, Part, PartPiece, Scattered, digest, running_digest, scatter, single_piece
+from aiostage.format.parts import (
+    PART_ALIGNMENT,
+    Gap,
+    Part,
+    PartPiece,
+    Scattered,
+    digest,
+    running_digest,
+    scatter,
+    single_piece,
+)
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
 from aiostage.storage.files import PartBuffers
+from aiostage.storage.local import LocalReader
 
 if TYPE_CHECKING:
     from aiostage.checkpoint.reader import OpenCheckpoint
@@ -125,6 +136,7 @@ class PartReader:
         part_bytes: How long a part is at most.
         targets: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
+        past_cache: Whether to read past the page cache what is not in it.
     """
 
     def __init__(
@@ -135,13 +147,16 @@ class PartReader:
         targets: ReadTargets,
         *,
         verify: bool,
+        past_cache: bool = False,
     ) -> None:
         self._reader = reader
         self._workers = workers
         self._part_bytes = part_bytes
         self._targets = targets
         self._verify = verify
+        self._past_cache = past_cache
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
+        self._cold: dict[tuple[str, int], LocalReader] = {}
 
     @property
     def at_once(self) -> int:
@@ -220,8 +235,30 @@ class PartReader:
         """
         if not parts:
             return
+        if self._past_cache:
+            await self._find_cold(parts)
         queue = iter(parts)
         await run_concurrently(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
+
+    async def _find_cold(self, parts: Sequence[tuple[FileRecord, Part]]) -> None:
+        """Find out which parts are not in the page cache."""
+        local = await self._reader.past_cache()
+        if local is None:
+            return
+        for name in {file.name for file, _ in parts}:
+            async with self._reader.deleted_or_corrupt():
+                cold = await self._workers.run(partial(local.cold_parts_blocking, name, self._part_bytes))
+            self._cold |= dict.fromkeys([(name, index) for index in cold], local)
+
+    async def _read_cold(self, local: LocalReader, file: FileRecord, part: Part) -> None:
+        """Read a part past the page cache. The storage's threads read the next ones while this one is used."""
+        memory = await self._targets.buffer(self._part_bytes)
+        whole = memory.data[: -(-part.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT]
+        async with self._reader.deleted_or_corrupt():
+            await local.read_past_cache(file.name, part.offset, whole)
+        copy = partial(self._copy, part, torch.from_numpy(memory))
+        use = partial(self._use, file, part, memory.data[: part.nbytes], copy)
+        await self._wait_until_copied(await self._workers.run(use))
 
     async def _receive(self, queue: Iterator[tuple[FileRecord, Part]], arrived: Callable[[int], object]) -> None:
         """Take one part after the other, until there is none left."""
@@ -229,10 +266,13 @@ class PartReader:
             head = self._heads.pop(file.name, None) if part.index == 0 else None
             read = await self._reader.blocking(file.name)
             data = single_piece(part)
+            local = self._cold.get((file.name, part.index))
             if head is not None:
                 await self._wait_until_copied(
                     await self._workers.run(partial(self._copy, part, torch.from_numpy(head)))
                 )
+            elif local is not None and self._wants_all(part):
+                await self._read_cold(local, file, part)
             elif read is not None and self._goes_straight(part):
                 async with self._reader.deleted_or_corrupt():
                     await self._workers.run(partial(self._read_straight, read, file, part))
@@ -245,6 +285,10 @@ class PartReader:
                 # It goes to the next part when nothing refers to it any more.
                 del memory, copy
             arrived(part.nbytes)
+
+    def _wants_all(self, part: Part) -> bool:
+        """Return whether every byte of a part is used or verified."""
+        return self._verify or not any(isinstance(piece, Gap) for piece in part.pieces)
 
     def _goes_straight(self, part: Part) -> bool:
         """Return whether a part consists of few pieces, all of them in host memory or without a destination."""

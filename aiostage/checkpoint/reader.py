@@ -138,6 +138,14 @@ class OpenCheckpoint(Reader):
         await self.placement()
         return partial(self._files.read_blocking, name) if isinstance(self._files, LocalReader) else None
 
+    async def past_cache(self) -> LocalReader | None:
+        """Return what reads files past the page cache, to be used within :meth:`deleted_or_corrupt`; None if nothing.
+
+        Raises as :meth:`manifest`.
+        """
+        await self.placement()
+        return self._files if isinstance(self._files, LocalReader) else None
+
     @asynccontextmanager
     async def deleted_or_corrupt(self) -> AsyncGenerator[None, None]:
         """Tell what was removed, with all that no other checkpoint referred to, from what is damaged."""
@@ -237,6 +245,7 @@ class CheckpointReader:
         targets: Where the tensors are that are read into.
         verify: Whether to compare every byte read with the checksums.
         progress: Called on the event loop with how many bytes were read, and how many there are to read.
+        past_cache: Whether to read past the page cache what is not in it.
     """
 
     def __init__(
@@ -248,6 +257,7 @@ class CheckpointReader:
         *,
         verify: bool,
         progress: Callable[[int, int], object] | None = None,
+        past_cache: bool = False,
     ) -> None:
         self._reader = reader
         self._workers = workers
@@ -255,6 +265,7 @@ class CheckpointReader:
         self._targets = targets
         self._verify = verify
         self._progress = progress
+        self._past_cache = past_cache
         self._read_bytes = self._total_bytes = 0
 
     @property
@@ -282,6 +293,7 @@ class CheckpointReader:
             manifest.part_bytes,
             self._targets,
             verify=self._verify,
+            past_cache=self._past_cache,
         )
         found: dict[str, FileOutline] = {}
         queue = iter(manifest.files)

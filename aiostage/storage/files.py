@@ -8,12 +8,24 @@ import os
 import shutil
 import stat
 import weakref
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from aiostage._platform import NOT_SUPPORTED, read_into, reserve_file, set_direct, sync, try_lock
+from aiostage._loop.workers import releasing_gil
+from aiostage._platform import (
+    NOT_SUPPORTED,
+    PAGE_BYTES,
+    is_cached,
+    open_direct,
+    read_into,
+    reserve_file,
+    set_direct,
+    sync,
+    try_lock,
+)
 from aiostage._platform import rename as _rename
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
@@ -221,6 +233,70 @@ class InputFile(Descriptor):
             raise CheckpointCorruptError("it is not a regular file.", path=path)
         self.nbytes = status.st_size
         self.modified = status.st_mtime
+        self._directory = directory
+        self._name = name
+        self._is_same = partial(os.path.samestat, status)
+        self._direct: Descriptor | None = None
+
+    def cold_parts(self, part_bytes: int) -> list[int]:
+        """Return which parts are better read past the page cache, because little of them is in it. Blocks.
+
+        None are where the file system cannot do that, or where another reader of the machine is doing it already: that
+        one and this one would both read all of the file from the disk. Then it is read through the cache, so that
+        however many processes load one checkpoint, the disk is read twice.
+
+        Args:
+            part_bytes: How long each part is, a multiple of :data:`~aiostage.format.parts.PART_ALIGNMENT`.
+        """
+        if part_bytes % PAGE_BYTES or not self._open_direct():
+            return []
+        offsets = enumerate(range(0, self.nbytes, part_bytes))
+        return [
+            index
+            for index, offset in releasing_gil(offsets)
+            if not is_cached(self._number, offset, min(part_bytes, self.nbytes - offset))
+        ]
+
+    def read_past_cache(self, into: Buffer, offset: int) -> None:
+        """Fill a buffer, as far as the file goes, from the disk; with what is not on the disk yet, too.
+
+        Args:
+            into: Aligned to :data:`~aiostage.format.parts.PART_ALIGNMENT`, and as long as a multiple of it.
+            offset: A multiple of it.
+
+        Raises:
+            CheckpointCorruptError: If the file has become shorter.
+            OSError: If the file cannot be read.
+        """
+        stop, done = min(len(into), self.nbytes - offset), 0
+        while done < stop and done % PART_ALIGNMENT == 0 and self._direct is not None:
+            try:
+                count = read_into(self._direct.fileno(), into[done:], offset + done)
+            except OSError as error:
+                if error.errno not in NOT_SUPPORTED:
+                    raise
+                # Some file systems let a file be opened so and then refuse to read it.
+                self._direct = None
+                break
+            if count == 0:
+                break
+            done += count
+        self.read(into[done:stop], offset + done)
+
+    def _open_direct(self) -> bool:
+        """Open the file once more; return whether it is open for this reader alone."""
+        number = open_direct(self._name, self._directory.fileno())
+        if number is None:
+            return False
+        direct = Descriptor(number)
+        try:
+            if not self._is_same(os.fstat(number)) or not try_lock(number):
+                return False
+        except OSError:
+            # Without locks each reader may be one of many.
+            return False
+        self._direct = direct
+        return True
 
     def read(self, into: Buffer, offset: int) -> None:
         """Fill a buffer.

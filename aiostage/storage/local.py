@@ -382,6 +382,21 @@ class LocalReader(Reader):
         with span("read part", offset=offset, nbytes=len(into)):
             self._file(name).read(into, offset)
 
+    def cold_parts_blocking(self, name: str, part_bytes: int) -> list[int]:
+        """Return which parts of a file to read with :meth:`read_past_cache`, in the calling thread; it may be any."""
+        return self._file(name).cold_parts(part_bytes)
+
+    async def read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
+        """Fill a buffer from the disk, as far as the file goes; as :meth:`InputFile.read_past_cache`.
+
+        When cancelled, waits for what is being read.
+        """
+        await self._workers.run(partial(self._read_past_cache, name, offset, into))
+
+    def _read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
+        with span("read part", offset=offset, nbytes=len(into)):
+            self._file(name).read_past_cache(into, offset)
+
     def _file(self, name: str) -> InputFile:
         """Open a file, unless it is open. Several threads may do so at once; then one of the two is dropped."""
         with self._opening:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,12 @@ import pytest
 import torch
 
 import aiostage
+from aiostage._platform import open_direct
 from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
+from aiostage.storage import files
+from aiostage.storage.files import InputFile, aligned_memory, open_directory
+from aiostage.testing import SimulatedAccelerator
 from tests.checkpoint.comparing import assert_same
 
 PARTS = 6
@@ -107,3 +113,129 @@ async def test_damage_in_what_is_read_piece_by_piece(tmp_path: Path, where: floa
         await aiostage.load(tmp_path / "checkpoint")
     with pytest.raises(aiostage.CheckpointCorruptError, match="do not match their checksum"):
         await aiostage.load(tmp_path / "checkpoint", only=str(int(where)))
+
+
+@pytest.fixture
+def direct_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes were read past the page cache, a number for each call; nothing counts as cached."""
+    found: list[int] = []
+    real = os.preadv
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        count = real(number, buffers, offset)
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT:
+            found.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(files, "is_cached", lambda number, offset, nbytes: False)
+    return found
+
+
+async def save_direct(saved: dict[str, Any], path: Path) -> None:
+    """Save a checkpoint whose file can be read past the page cache, or skip the test."""
+    await aiostage.save(saved, path)
+    with open_directory(str(path)) as directory:
+        number = open_direct("model.safetensors", directory.fileno())
+    if number is None:
+        pytest.skip("this file system has no direct I/O")
+    os.close(number)
+
+
+def odd_tree(value: float) -> dict[str, Any]:
+    """Return a tree of several parts whose file does not end at the end of a page."""
+    return tree_of(value) | {
+        "small": [torch.full((3,), value) for _ in range(100)],
+        "turned": torch.full((7, 5), value).t(),
+    }
+
+
+def tree_of(value: float) -> dict[str, Any]:
+    return {str(number): torch.full((PART_BYTES // 4 + 1,), value + number) for number in range(PARTS)}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verify", [True, False])
+async def test_what_is_not_cached_is_read_past_the_cache_in_place(
+    tmp_path: Path, direct_reads: list[int], verify: bool
+) -> None:
+    saved, live = odd_tree(1.0), odd_tree(0.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    assert await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True, verify=verify) is live
+    assert_same(saved, live)
+    # One call a part, but for the first, which was read with the header; unverified it has a gap, too.
+    *whole, last = sorted(direct_reads, reverse=True)
+    assert set(whole) == {PART_BYTES}
+    assert last < PART_BYTES
+    assert (PARTS - 1) * PART_BYTES <= sum(direct_reads) <= PARTS * PART_BYTES
+    direct_reads.clear()
+    await aiostage.load(tmp_path / "checkpoint", verify=verify)
+    assert not direct_reads
+
+
+@pytest.mark.asyncio
+async def test_devices_are_loaded_in_place_past_the_cache(tmp_path: Path, direct_reads: list[int]) -> None:
+    saved = tree_of(1.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        live = {key: accelerator.to_device(value) for key, value in tree_of(0.0).items()}
+        await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True, backend=accelerator)
+        accelerator.synchronize()
+        assert len(direct_reads) >= PARTS - 1
+        assert_same(saved, live)
+
+
+@pytest.mark.asyncio
+async def test_of_two_readers_the_second_reads_through_the_cache(tmp_path: Path, direct_reads: list[int]) -> None:
+    saved, live = tree_of(1.0), tree_of(0.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    with (tmp_path / "checkpoint" / "model.safetensors").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    assert_same(saved, live)
+    assert not direct_reads
+
+
+@pytest.mark.asyncio
+async def test_a_file_system_that_refuses_direct_reads(
+    tmp_path: Path, direct_reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, live = tree_of(1.0), tree_of(0.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    counting = os.preadv
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return counting(number, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    assert_same(saved, live)
+    assert not direct_reads
+
+
+@pytest.mark.asyncio
+async def test_damage_in_what_is_read_past_the_cache(tmp_path: Path, direct_reads: list[int]) -> None:
+    await save_direct(tree_of(1.0), tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(3 * PART_BYTES + 1)
+        opened.write(b"\xff")
+    with pytest.raises(aiostage.CheckpointCorruptError, match="do not match their checksum"):
+        await aiostage.load(tmp_path / "checkpoint", into=tree_of(0.0), in_place=True)
+    assert direct_reads
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_past_the_cache(tmp_path: Path, direct_reads: list[int]) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 48)
+    with open_directory(str(tmp_path)) as directory, InputFile(directory, "file", path=str(path)) as file:
+        if not file.cold_parts(8192):
+            pytest.skip("this file system has no direct I/O")
+        memory = aligned_memory(8192)
+        file.read_past_cache(memory.data, 8192)
+        assert memory[:4096].tobytes() == bytes(range(256)) * 16
+        os.truncate(path, 5000)
+        with pytest.raises(aiostage.CheckpointCorruptError, match="it ends at byte 5000"):
+            file.read_past_cache(memory.data, 0)
