@@ -148,4 +148,8 @@ class Bucket(ABC):
 
     @abstractmethod
     def touch(self, path: str, data: bytes) -> None:
-        """Write a small object. Blocks, and may be called from any thread, also while nothing of this is awaited."""
+        """Write a small object again. Blocks, and may be called from any thread, also while nothing of this is awaited.
+
+        Raises:
+            FileNotFoundError: If there is none any more.
+        """

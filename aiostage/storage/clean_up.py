@@ -43,6 +43,11 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
         if age is None or age <= seconds or age <= await _lease(bucket, suspect) or await _is_used(bucket, suspect):
             continue
         folder = "/".join(suspect)
+        # The lease first: a writer that wakes up now, after it was suspended for longer than its lease, looks for it
+        # before it commits. One that had looked just before is seen by this look.
+        await bucket.delete([f"{folder}/{LEASE_NAME}"])
+        if await _is_used(bucket, suspect):
+            continue
         _log.info("removing %s/%s, left behind by a save that did not end", bucket.location, folder)
         await remove_folder(bucket, folder)
 

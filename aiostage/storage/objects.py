@@ -276,8 +276,11 @@ class _ObjectBucket(Bucket):
         return os.path.join(store.prefix or "/", self._prefix + path) if isinstance(store, LocalStore) else None
 
     def touch(self, path: str, data: bytes) -> None:
+        store = self._store or self._make()
         with self._translated(path):
-            obstore.put(self._store or self._make(), self._prefix + path, data, use_multipart=False)
+            # Not a condition of the write, which not every store knows.
+            obstore.head(store, self._prefix + path)
+            obstore.put(store, self._prefix + path, data, use_multipart=False)
 
     async def _put(self, path: str, data: Buffer, mode: Any) -> None:
         store = await self._connected()

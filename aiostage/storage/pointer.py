@@ -59,7 +59,7 @@ class Heartbeat:
     A thread, because it must go on while an event loop is busy, and while nothing of the writer is being awaited.
 
     Args:
-        beat: Blocks for a moment. What it raises is logged, and it is tried again.
+        beat: Blocks for a moment. What it raises is logged, and it is tried again; FileNotFoundError ends it.
         interval: Seconds between two beats.
         name: The name of the thread.
     """
@@ -80,6 +80,11 @@ def _beat(beat: Callable[[], None], interval: float, stopped: threading.Event) -
     while not stopped.wait(interval):
         try:
             beat()
+        except FileNotFoundError as error:
+            # Another process took this one for dead, say because it was suspended. A new lease would hide that from
+            # the commit, which looks for the lease.
+            _log.warning("the lease was removed because its heartbeat expired, and is not renewed: %s", error)
+            return
         except Exception as error:
             _log.warning("could not renew a lease, and will try again in %.0f s: %s", interval, error)
 

@@ -272,6 +272,8 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
         try:
+            # A clean-up that takes this writer for dead removes the lease first, and no heartbeat makes it again. So a
+            # lease that is there says that all files are.
             await self._bucket.size(f"{self._path}/{LEASE_NAME}")
         except FileNotFoundError as error:
             raise CheckpointError(

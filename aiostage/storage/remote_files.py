@@ -186,8 +186,12 @@ class _FsspecBucket(Bucket):
 
     def touch(self, path: str, data: bytes) -> None:
         fs, root = self._filesystem()
+        full = f"{root.rstrip('/')}/{path}"
         with self._translated(path):
-            _put(fs, f"{root.rstrip('/')}/{path}", data)
+            # What others have removed is still in a listing that was kept.
+            fs.invalidate_cache()
+            fs.info(full)
+            _put(fs, full, data)
 
     async def _run(self, path: str, call: Callable[[Any, str], T]) -> T:
         """Run a call with the file system and a full path in a worker thread."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
+import anyio
 import obstore
 import pytest
 from obstore.store import MemoryStore, S3Store
 
 from aiostage import CheckpointError
+from aiostage.storage import ObjectStorage
 from aiostage.storage import clean_up as module
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage.bucket import Bucket
 from aiostage.storage.pointer import Heartbeat, lease_seconds, write_lease
 from tests.patience import seconds
 from tests.servers.weed import BUCKET
@@ -109,6 +112,53 @@ async def test_a_writer_whose_heartbeat_expired_cannot_commit(store: Any, monkey
     assert paths(store) == []
 
 
+async def test_a_heartbeat_that_comes_after_a_clean_up_does_not_bring_the_lease_back(
+    store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that was suspended for longer than its lease would otherwise commit files that are gone."""
+    storage = ObjectStorage(store, lease_seconds=0.4)
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
+    later(monkeypatch, 60)
+    await storage.clean_up()
+    with anyio.fail_after(seconds(10)):
+        while "the lease was removed because its heartbeat expired" not in caplog.text:
+            await anyio.sleep(0.01)
+    assert paths(store) == []
+    with pytest.raises(CheckpointError, match="deleted by another process because its heartbeat expired"):
+        await pending.commit(memoryview(b"{}"))
+    await pending.abort()
+    assert paths(store) == []
+
+
+async def test_a_clean_up_removes_the_lease_before_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commits in between, having found its lease, is left as it is."""
+    store = MemoryStore()
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
+    later(monkeypatch, LEASE + 5)
+
+    removed: list[list[str]] = []
+
+    class Stopping:
+        """A bucket whose first deletion of files lets the writer go first."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(storage._bucket, name)
+
+        async def delete(self, paths: Sequence[str]) -> None:
+            if not paths[0].startswith(".aiostage-clock"):
+                removed.append([path.rpartition("/")[2] for path in paths])
+                if len(removed) == 1:
+                    await pending.commit(some_bytes(1000)[:100])
+            await storage._bucket.delete(paths)
+
+    await module.clean_up(cast("Bucket", Stopping()), LEASE)
+    assert removed == [["lease.json"]]
+    assert (await content(storage, "a"))[1] == bytes(some_bytes(1000))
+
+
 async def test_a_commit_between_the_listings_of_a_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=LEASE)
@@ -124,7 +174,7 @@ async def test_a_commit_between_the_listings_of_a_clean_up(monkeypatch: pytest.M
     assert (await content(storage, "a"))[1] == bytes(some_bytes(1000))
 
 
-async def test_a_dropped_draft_stops_its_heartbeat() -> None:
+async def test_dropping_a_pending_checkpoint_stops_its_heartbeat() -> None:
     before = set(threading.enumerate())
     pending = await ObjectStorage(MemoryStore()).open("a")
     (thread,) = [
@@ -158,7 +208,7 @@ async def test_leases_that_cannot_be_read(data: bytes) -> None:
     assert lease_seconds(write_lease(5.0)) == 5.0
 
 
-async def test_a_sweep_that_was_killed_leaves_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_clock_of_a_killed_clean_up_is_removed_later(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     storage = ObjectStorage(store, lease_seconds=LEASE)
     pending = await storage.open("a")
