@@ -266,8 +266,10 @@ def _size_of(value: object) -> str:
 
 
 def said(error: BaseException) -> str:
-    """Return the class of an error and what it says, in at most 300 characters."""
-    return f"{type(error).__name__}: {_cut(str(error), 300)}" if len(error.args) <= 1 else _cut(repr(error), 300)
+    """Return the class of an error and what it says, in at most 300 characters and without a full stop at the end."""
+    if len(error.args) > 1:
+        return _cut(repr(error), 300)
+    return f"{type(error).__name__}: {_cut(str(error).rstrip('.'), 300)}"
 
 
 def _cut(text: str, longest: int) -> str:

@@ -140,3 +140,10 @@ def test_a_group_of_them_says_where_each_was() -> None:
     error = UnsupportedLeafError("it is odd.", path="state_dict['x']", remedy="Leave it out.")
     assert repr(error) == """UnsupportedLeafError("state_dict['x']: it is odd. Leave it out.")"""
     assert "state_dict['x']" in repr(ExceptionGroup("two", [error, error]))
+
+
+def test_what_another_error_says_ends_without_a_full_stop() -> None:
+    """Messages put their own behind it."""
+    assert errors.said(ValueError("I/O operation on closed file.")) == "ValueError: I/O operation on closed file"
+    assert errors.said(ValueError("x" * 400)).endswith("xxx...")
+    assert errors.said(OSError(2, "No such file.")) == "FileNotFoundError(2, 'No such file.')"

@@ -194,7 +194,7 @@ def failed(node: Node, error: Exception) -> Exception:
     if isinstance(error, UnsupportedLeafError):
         return error
     return UnsupportedLeafError(
-        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400]}.",
+        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400].rstrip('.')}.",
         path=format_path(node.own_path()),
         remedy="Give it a __deepcopy__ or __reduce__, or leave it out with passthrough.",
     )

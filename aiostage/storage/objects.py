@@ -230,7 +230,7 @@ class _ObjectBucket(Bucket):
                         "bucket aborts it (AbortIncompleteMultipartUpload).",
                         self._location,
                         path,
-                        said(failure).rstrip("."),
+                        said(failure),
                     )
             raise
 
