@@ -10,8 +10,8 @@ import pytest
 from obstore.store import MemoryStore, S3Store
 
 from aiostage import Checkpointer, CheckpointExistsError
+from aiostage.storage import ObjectStorage
 from aiostage.storage.locate import name_of
-from aiostage.storage.objects import ObjectStorage
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.runs import LoRA, copied
 from tests.checkpoint.test_incremental import settled

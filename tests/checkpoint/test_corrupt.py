@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointNotFoundError
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.format.classes import Classes
 from aiostage.format.objects import rebuild_object
 from tests.checkpoint.comparing import assert_same, span
@@ -44,7 +43,7 @@ async def make(parent: Path) -> Path:
     """Make a checkpoint of two shards and an index, written once and copied for each example."""
     target = parent / "checkpoint"
     if not WHOLE:
-        await write_checkpoint(tree(), parent / "whole", max_shard_bytes=200)
+        await aiostage.save(tree(), parent / "whole", max_shard_bytes=200)
         WHOLE.update((file.name, file.read_bytes()) for file in sorted((parent / "whole").iterdir()))
         assert len(WHOLE) == 4
     target.mkdir(exist_ok=True)
@@ -202,7 +201,7 @@ async def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     directory, other = await make(tmp_path), tmp_path / "other"
     changed = tree()
     changed["tied"][0].add_(1)
-    await write_checkpoint(changed, other, max_shard_bytes=200)
+    await aiostage.save(changed, other, max_shard_bytes=200)
     different = [
         file for file in directory.glob("*.safetensors") if file.read_bytes() != (other / file.name).read_bytes()
     ]

@@ -14,7 +14,6 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, CheckpointMismatchError, TornSnapshotError
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.storage import LocalStorage
 from aiostage.testing import SimulatedAccelerator, at_every_await
 from tests.checkpoint.comparing import assert_same
@@ -45,7 +44,7 @@ def large(value: float) -> dict[str, Any]:
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("make", [tree, large])
 async def test_every_kind_of_live_tensor(tmp_path: Path, in_place: bool, make: Callable[[int], Any]) -> None:
-    await write_checkpoint(make(2), tmp_path / "checkpoint")
+    await aiostage.save(make(2), tmp_path / "checkpoint")
     live = make(1)
     addresses = [value.data_ptr() for value in live.values() if isinstance(value, torch.Tensor)]
     assert await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place) is live
@@ -66,7 +65,7 @@ async def test_live_tensors_that_are_laid_out_otherwise(tmp_path: Path, in_place
         "odd": torch.tensor([1, 2, 3], dtype=torch.uint8).view(torch.float8_e8m0fnu),
         "scalar": torch.tensor(4.0),
     }
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     live: dict[str, Any] = {
         "plain": torch.zeros(6, 4).t(),
         "turned": torch.zeros(6, 4),
@@ -88,7 +87,7 @@ async def test_live_tensors_that_are_laid_out_otherwise(tmp_path: Path, in_place
 
 @pytest.mark.asyncio
 async def test_what_does_not_fit_is_said_before_anything_is_read(tmp_path: Path) -> None:
-    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    await aiostage.save(large(2), tmp_path / "checkpoint")
     storage = CountingStorage(LocalStorage(tmp_path))
     for in_place in (False, True):
         storage.read_bytes.clear()
@@ -102,7 +101,7 @@ async def test_what_does_not_fit_is_said_before_anything_is_read(tmp_path: Path)
 
 @pytest.mark.asyncio
 async def test_everything_is_read_once(tmp_path: Path) -> None:
-    info = await write_checkpoint(large(2), tmp_path / "checkpoint")
+    info = await aiostage.save(large(2), tmp_path / "checkpoint")
     size = (info.path / "model.safetensors").stat().st_size
     storage = CountingStorage(LocalStorage(tmp_path))
     for options in ({}, {"into": large(1)}, {"into": large(1), "in_place": True}):
@@ -114,7 +113,7 @@ async def test_everything_is_read_once(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("in_place", [False, True])
 async def test_damage(tmp_path: Path, in_place: bool) -> None:
-    info = await write_checkpoint(large(2), tmp_path / "checkpoint")
+    info = await aiostage.save(large(2), tmp_path / "checkpoint")
     with (info.path / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
@@ -138,7 +137,7 @@ async def test_nothing_to_be_in_place_in(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_cancelled_at_every_await(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
+    await aiostage.save(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
     live = tree(1)
 
     async def load() -> None:
@@ -159,7 +158,7 @@ async def test_cancelled_at_every_await(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_a_staging_meanwhile_notices(tmp_path: Path) -> None:
-    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    await aiostage.save(large(2), tmp_path / "checkpoint")
     live = large(1)
     storage = CountingStorage(LocalStorage(tmp_path))
     async with AsyncStager() as stager, stager.snapshot(live) as snapshot:
@@ -189,7 +188,7 @@ async def test_a_staging_meanwhile_notices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 async def test_devices(tmp_path: Path, in_place: bool) -> None:
     saved = large(2)
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     for seed in range(5):
         with SimulatedAccelerator(2, seed=seed, spontaneous=True) as accelerator:
             first, second = accelerator.devices
@@ -212,7 +211,7 @@ async def test_devices(tmp_path: Path, in_place: bool) -> None:
 
 @pytest.mark.asyncio
 async def test_a_device_that_fails(tmp_path: Path) -> None:
-    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    await aiostage.save(large(2), tmp_path / "checkpoint")
     with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
         live = {name: accelerator.to_device(value) for name, value in large(1).items() if name in "abd"}
         accelerator.fail_next("copy", after=1)
@@ -263,8 +262,8 @@ asyncio.run(main())
 def test_host_memory_is_bounded(tmp_path: Path, where: str) -> None:
     size = 256 << 20
     saved = {n: torch.full((size // 64,), 2.0) for n in "0123456789abcdef"}
-    asyncio.run(write_checkpoint(saved, tmp_path / "checkpoint"))  # type: ignore[arg-type]
-    asyncio.run(write_checkpoint({"0": torch.zeros(3)}, tmp_path / "checkpoint-small"))  # type: ignore[arg-type]
+    asyncio.run(aiostage.save(saved, tmp_path / "checkpoint"))  # type: ignore[arg-type]
+    asyncio.run(aiostage.save({"0": torch.zeros(3)}, tmp_path / "checkpoint-small"))  # type: ignore[arg-type]
     outcome = subprocess.run(
         [sys.executable, "-c", MEMORY, where, str(tmp_path / "checkpoint"), str(size)],
         capture_output=True,
@@ -278,7 +277,7 @@ def test_host_memory_is_bounded(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.anyio
 async def test_on_trio(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint")
+    await aiostage.save(tree(2), tmp_path / "checkpoint")
     live = tree(1)
     with nothing_left():
         await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
@@ -382,7 +381,7 @@ async def test_a_live_tensor_that_others_take_the_place_of_during_a_load(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new one would keep its value, and the old one's is in no tree."""
-    await write_checkpoint(replaceable(1.0), tmp_path / "a")
+    await aiostage.save(replaceable(1.0), tmp_path / "a")
     live = replaceable(0.0)
     before = [live["dict"]["a"], live["gradient"], live["gradient"].grad, live["attribute"].note, live["slot"].scale]
     replace, path = REPLACEMENTS[change]
@@ -397,7 +396,7 @@ async def test_a_live_tensor_that_others_take_the_place_of_during_a_load(
 async def test_gradients_and_slots(tmp_path: Path, in_place: bool) -> None:
     """One that only the live tensor has is left alone, as an attribute is."""
     saved = {"both": with_gradient(1, 2), "new": with_gradient(1, 2), "old": with_gradient(1, None)}
-    await write_checkpoint(saved | {"slot": slotted(3.0)}, tmp_path / "a")
+    await aiostage.save(saved | {"slot": slotted(3.0)}, tmp_path / "a")
     live = {"both": with_gradient(0, 0), "new": with_gradient(0, None), "old": with_gradient(0, 5)}
     kept, scale = live["both"].grad, (slot := slotted(0.0)).scale
     await aiostage.load(tmp_path / "a", into=live | {"slot": slot}, in_place=in_place, classes=[Slotted])
@@ -417,7 +416,7 @@ async def test_gradients_and_slots(tmp_path: Path, in_place: bool) -> None:
 
 @pytest.mark.asyncio
 async def test_gradients_that_do_not_fit(tmp_path: Path) -> None:
-    await write_checkpoint({"a": with_gradient(1, 2)}, tmp_path / "a")
+    await aiostage.save({"a": with_gradient(1, 2)}, tmp_path / "a")
     sparse = torch.zeros(4, requires_grad=True)
     sparse.grad = torch.zeros(4).to_sparse()
     computed = torch.zeros(4, requires_grad=True) * 2
@@ -428,7 +427,7 @@ async def test_gradients_that_do_not_fit(tmp_path: Path) -> None:
     # One live tensor in several places has one gradient, and two tensors of the checkpoint have two.
     for second, fits in ((2, True), (3, False)):
         source = with_gradient(1, 2)
-        await write_checkpoint({"a": source, "b": source if fits else with_gradient(1, second)}, tmp_path / str(second))
+        await aiostage.save({"a": source, "b": source if fits else with_gradient(1, second)}, tmp_path / str(second))
         shared = with_gradient(0, None)
         loading = aiostage.load(tmp_path / str(second), into={"a": shared, "b": shared})
         if fits:
@@ -451,11 +450,11 @@ async def test_gradients_that_do_not_fit(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 async def test_a_live_tensor_that_is_nested(layout: torch.layout, tmp_path: Path) -> None:
     nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
-    await write_checkpoint({"a": torch.ones(2, 3)}, tmp_path / "plain")
+    await aiostage.save({"a": torch.ones(2, 3)}, tmp_path / "plain")
     with pytest.raises(CheckpointMismatchError, match=r"\['a'\] \(the live tensor is nested\)"):
         await aiostage.load(tmp_path / "plain", into={"a": nested})
     if layout is torch.jagged:
-        await write_checkpoint({"a": nested}, tmp_path / "nested")
+        await aiostage.save({"a": nested}, tmp_path / "nested")
         for live, which in ((nested, "live"), (torch.zeros(2, 3), "loaded")):
             with pytest.raises(CheckpointMismatchError, match=rf"\['a'\] \(the {which} tensor is nested\)"):
                 await aiostage.load(tmp_path / "nested", into={"a": live})

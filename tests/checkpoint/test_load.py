@@ -18,7 +18,6 @@ import torch
 import aiostage
 from aiostage import CheckpointMismatchError, CheckpointNotFoundError
 from aiostage.checkpoint import register
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same, data_of
 from tests.checkpoint.leftovers import nothing_left
@@ -49,7 +48,7 @@ def tensors_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.asyncio
 async def test_loaded_memory_is_the_callers(tmp_path: Path) -> None:
-    await write_checkpoint(tree(), tmp_path / "checkpoint")
+    await aiostage.save(tree(), tmp_path / "checkpoint")
     gc.disable()
     try:
         loaded, other = await aiostage.load(tmp_path / "checkpoint"), await aiostage.load(tmp_path / "checkpoint")
@@ -67,7 +66,7 @@ async def test_loaded_memory_is_the_callers(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_into_changes_tensors_in_place(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint")
+    await aiostage.save(tree(2), tmp_path / "checkpoint")
     live = tree(1)
     tensors, group, inside = tensors_of(live), live["groups"][0], live["nested"][0]
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -82,7 +81,7 @@ async def test_into_changes_tensors_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_into_keeps_how_live_tensors_lie_in_memory(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1 + 2j])}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1 + 2j])}, tmp_path / "checkpoint")
     base = torch.zeros(12)
     conjugate = torch.zeros(1, dtype=torch.complex64).conj()
     live = {"a": base[::2].view(3, 2).t(), "b": conjugate}
@@ -124,7 +123,7 @@ async def test_one_error_names_everything_that_does_not_fit(tmp_path: Path) -> N
     saved = tree(2) | {"new": 1, "kind": [1], "deeper": {"a": {"b": torch.ones(1)}}}
     saved["groups"].append({"lr": 3})
     saved["nested"][0]["more"] = torch.ones(1)
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     live = tree(1) | {"old": torch.ones(1), "kind": {"a": 1}, "deeper": {"a": 3}}
     live["turned"] = torch.zeros(5, 3)
     live["complex"] = torch.zeros(2)
@@ -171,7 +170,7 @@ async def test_live_tensors_that_cannot_be_written_to(tmp_path: Path) -> None:
         "fine": torch.zeros(2),
     }
     saved = {name: torch.ones(2) for name in odd} | {"sparse": torch.eye(2)}
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     with pytest.raises(CheckpointMismatchError) as caught:
         await aiostage.load(tmp_path / "checkpoint", into=odd)
     found = {text.split(" (")[0] for text in caught.value.mismatched}
@@ -181,7 +180,7 @@ async def test_live_tensors_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_into_takes_another_kind_of_dict(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.ones(1), "b": 2}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.ones(1), "b": 2}, tmp_path / "checkpoint")
     live = OrderedDict(b=1, a=torch.zeros(1))
     await aiostage.load(tmp_path / "checkpoint", into=live)
     assert list(live.items()) == [("b", 2), ("a", torch.ones(1))]
@@ -194,7 +193,7 @@ async def test_a_live_tree_with_circles(tmp_path: Path) -> None:
         made["list"] = [made]
         return made
 
-    await write_checkpoint(circular(2), tmp_path / "checkpoint")
+    await aiostage.save(circular(2), tmp_path / "checkpoint")
     live = circular(1)
     await aiostage.load(tmp_path / "checkpoint", into=live)
     assert_same(circular(2), live)
@@ -202,7 +201,7 @@ async def test_a_live_tree_with_circles(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_cancelled_at_every_await(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
+    await aiostage.save(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
     live = tree(1)
 
     async def load() -> None:
@@ -224,14 +223,14 @@ async def test_cancelled_at_every_await(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_while_it_is_replaced_again_and_again(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
-    await write_checkpoint({"a": torch.zeros(3000), "b": torch.zeros(3000)}, target)
+    await aiostage.save({"a": torch.zeros(3000), "b": torch.zeros(3000)}, target)
     done = False
 
     async def replace() -> None:
         nonlocal done
         for step in range(1, 31):
             made = torch.full((3000,), float(step))
-            await write_checkpoint({"a": made, "b": made.clone()}, target, overwrite=True, max_shard_bytes=12_000)
+            await aiostage.save({"a": made, "b": made.clone()}, target, overwrite=True, max_shard_bytes=12_000)
         done = True
 
     async def read() -> int:
@@ -251,7 +250,7 @@ async def test_while_it_is_replaced_again_and_again(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_on_trio(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint")
+    await aiostage.save(tree(2), tmp_path / "checkpoint")
     live = tree(1)
     with nothing_left():
         await aiostage.load(tmp_path / "checkpoint", into=live)
@@ -262,7 +261,7 @@ async def test_on_trio(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_through_links_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await write_checkpoint({"a": 1}, tmp_path / "checkpoint")
+    await aiostage.save({"a": 1}, tmp_path / "checkpoint")
     (tmp_path / "latest").symlink_to("checkpoint")
     monkeypatch.chdir(tmp_path)
     for source in ("checkpoint", "./latest/", Path("latest"), tmp_path / "latest"):
@@ -281,7 +280,7 @@ def with_attributes(value: int) -> OrderedDict[str, Any]:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("in_place", [False, True])
 async def test_into_takes_what_hangs_on_mappings_and_tensors(in_place: bool, tmp_path: Path) -> None:
-    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    await aiostage.save({"state": with_attributes(2)}, tmp_path / "checkpoint")
     live: dict[str, Any] = {"state": with_attributes(1)}
     shadow, scale = live["state"].shadow["weight"], live["state"]["weight"].scale
     await aiostage.load(tmp_path / "checkpoint", into=live, in_place=in_place)
@@ -293,7 +292,7 @@ async def test_into_takes_what_hangs_on_mappings_and_tensors(in_place: bool, tmp
 
 @pytest.mark.asyncio
 async def test_into_adds_attributes_and_refuses_what_has_none(tmp_path: Path) -> None:
-    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    await aiostage.save({"state": with_attributes(2)}, tmp_path / "checkpoint")
     live: dict[str, Any] = {"state": OrderedDict(weight=torch.zeros(2))}
     live["state"].own = 5
     await aiostage.load(tmp_path / "checkpoint", into=live)
@@ -306,7 +305,7 @@ async def test_into_adds_attributes_and_refuses_what_has_none(tmp_path: Path) ->
 
 @pytest.mark.asyncio
 async def test_into_leaves_attributes_alone_that_were_not_asked_for(tmp_path: Path) -> None:
-    await write_checkpoint({"state": with_attributes(2)}, tmp_path / "checkpoint")
+    await aiostage.save({"state": with_attributes(2)}, tmp_path / "checkpoint")
     live = {"state": with_attributes(1)}
     await aiostage.load(tmp_path / "checkpoint", into=live, only="state.weight")
     assert live["state"]["weight"].tolist() == [2, 2]

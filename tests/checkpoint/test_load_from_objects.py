@@ -12,10 +12,8 @@ from obstore.store import MemoryStore, S3Store
 import aiostage
 from aiostage import CheckpointCorruptError
 from aiostage.abc import Storage
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.checkpoint.verify import verify
-from aiostage.storage import LocalStorage, storage_at
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import LocalStorage, ObjectStorage, storage_at
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.counting import CountingStorage
 from tests.servers.proxy import running_proxy
@@ -65,7 +63,7 @@ async def test_an_object_that_was_changed() -> None:
 async def test_as_many_requests_at_once_as_hide_their_latency(s3_server: S3Server) -> None:
     saved = {str(n): torch.full((10,), float(n)) for n in range(40)}
     prefix = f"run-{secrets.token_hex(4)}"
-    await write_checkpoint(
+    await aiostage.save(
         saved, (ObjectStorage(S3Store(BUCKET, **s3_server.options()), prefix), "checkpoint"), max_shard_bytes=40
     )
     with running_proxy(s3_server.port) as proxy:
@@ -103,7 +101,7 @@ class Slow(CountingStorage):
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("wanted", "most"), [(1, 2), (7, 7), (100, 16)])
 async def test_how_many_reads_there_are_is_for_the_storage_to_say(wanted: int, most: int, tmp_path: Path) -> None:
-    info = await write_checkpoint({"a": torch.zeros(18 << 20, dtype=torch.int64)}, tmp_path / "checkpoint")
+    info = await aiostage.save({"a": torch.zeros(18 << 20, dtype=torch.int64)}, tmp_path / "checkpoint")
     storage = Slow(LocalStorage(tmp_path), wanted, most)
     await asyncio.wait_for(verify((storage, info.path.name)), 20)
     # However many it likes, no more than 128 MiB are on their way.

@@ -66,7 +66,7 @@ async def until_given_back(accelerator: SimulatedAccelerator) -> None:
 @pytest.mark.parametrize("make", [every_kind, lambda: large(2)])
 async def test_everything_on_a_device(tmp_path: Path, make: Callable[[], Any]) -> None:
     saved = make()
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     for seed in range(5):
         with SimulatedAccelerator(2, seed=seed, spontaneous=True) as accelerator:
             device = accelerator.devices[seed % 2]
@@ -85,7 +85,7 @@ async def test_everything_on_a_device(tmp_path: Path, make: Callable[[], Any]) -
 @pytest.mark.asyncio
 @given(tree=trees())
 async def test_any_tree(tree: Any, tmp_path: Path) -> None:
-    await write_checkpoint(tree, tmp_path / "checkpoint", overwrite=True)
+    await aiostage.save(tree, tmp_path / "checkpoint", overwrite=True)
     with SimulatedAccelerator(seed=1, spontaneous=True, memory_bytes=1 << 20) as accelerator:
 
         def choose(path: tuple[object, ...], like: torch.Tensor) -> torch.device:
@@ -104,7 +104,7 @@ async def test_any_tree(tree: Any, tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_memory_that_the_caller_still_uses(tmp_path: Path) -> None:
     saved = {"a": torch.full((300_000,), 2.0)}
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     for seed in range(10):
         with SimulatedAccelerator(seed=seed, spontaneous=True) as accelerator:
             # Freed, but a kernel that writes to it is still to come: the next allocation gets this memory.
@@ -124,7 +124,7 @@ async def test_memory_that_the_caller_still_uses(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_a_function_is_asked_once_for_each_tensor(tmp_path: Path) -> None:
     saved = every_kind()
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     with SimulatedAccelerator(2, seed=1, spontaneous=True) as accelerator:
         first, second = accelerator.devices
         asked: dict[tuple[object, ...], torch.Tensor] = {}
@@ -156,7 +156,7 @@ async def test_a_function_is_asked_once_for_each_tensor(tmp_path: Path) -> None:
 async def test_nothing_is_read_for_the_meta_device(tmp_path: Path) -> None:
     saved = large(2)
     saved["array"] = np.ones(3)
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     storage = CountingStorage(LocalStorage(tmp_path))
     loaded = await aiostage.load((storage, "checkpoint"), device="meta", only=lambda path: path[0] != "array")
     # The part that the header is in.
@@ -221,7 +221,7 @@ async def test_what_cannot_be_is_said_before_anything_is_read(tmp_path: Path) ->
 
 @pytest.mark.asyncio
 async def test_the_current_device_is_taken_if_none_is_named(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.ones(3)}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.ones(3)}, tmp_path / "checkpoint")
     with SimulatedAccelerator(2, seed=1, spontaneous=True) as accelerator:
         second = accelerator.devices[1]
         with accelerator.guard(second):
@@ -232,7 +232,7 @@ async def test_the_current_device_is_taken_if_none_is_named(tmp_path: Path) -> N
 
 @pytest.mark.asyncio
 async def test_devices_that_fail_or_are_full(tmp_path: Path) -> None:
-    await write_checkpoint(large(2), tmp_path / "checkpoint")
+    await aiostage.save(large(2), tmp_path / "checkpoint")
     with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
         device = accelerator.devices[0]
 
@@ -257,7 +257,7 @@ async def test_devices_that_fail_or_are_full(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_cancelled_at_every_await(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
+    await aiostage.save(tree(2), tmp_path / "checkpoint", max_shard_bytes=60)
     with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
 
         async def load() -> Any:
@@ -275,7 +275,7 @@ async def test_cancelled_at_every_await(tmp_path: Path) -> None:
 @pytest.mark.one_loop
 @pytest.mark.asyncio
 async def test_host_memory_on_the_way_is_bounded_and_pinned_once(tmp_path: Path) -> None:
-    await write_checkpoint({str(n): torch.full((3_000_000,), float(n)) for n in range(20)}, tmp_path / "checkpoint")
+    await aiostage.save({str(n): torch.full((3_000_000,), float(n)) for n in range(20)}, tmp_path / "checkpoint")
     with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
         device = accelerator.devices[0]
         registered: list[int] = []
@@ -312,7 +312,7 @@ def test_by_way_of_a_blocking_checkpointer(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_on_trio(tmp_path: Path) -> None:
-    await write_checkpoint(tree(2), tmp_path / "checkpoint")
+    await aiostage.save(tree(2), tmp_path / "checkpoint")
     with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator, nothing_left():
         loaded = await aiostage.load(tmp_path / "checkpoint", device=accelerator.devices[0], backend=accelerator)
         assert_same(tree(2), loaded)

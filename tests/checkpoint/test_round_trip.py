@@ -12,7 +12,6 @@ from hypothesis import given
 
 import aiostage
 from aiostage import UnsupportedLeafError
-from aiostage.checkpoint.save import write_checkpoint
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.trees import DTYPES, OPAQUE_DTYPES, not_strided, of_bytes, trees
 
@@ -33,7 +32,7 @@ async def test_any_tree(tree: Any, tmp_path: Path) -> None:
 @pytest.mark.asyncio
 @given(tree=trees())
 async def test_any_tree_in_many_files_without_staging(tree: Any, tmp_path: Path) -> None:
-    await write_checkpoint(tree, tmp_path / "checkpoint", overwrite=True, max_shard_bytes=64)
+    await aiostage.save(tree, tmp_path / "checkpoint", overwrite=True, max_shard_bytes=64)
     assert_same(tree, await aiostage.load(tmp_path / "checkpoint"))
 
 
@@ -111,7 +110,7 @@ async def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 async def test_a_view_of_much_memory_saves_what_it_shows(tmp_path: Path) -> None:
     base = torch.arange(1_000_000.0)
     tree = {"few": base[10:20], "wide": base[::100_000], "column": base.view(1000, 1000)[:3, 0]}
-    await write_checkpoint({"few": tree["few"]}, tmp_path / "few")
+    await aiostage.save({"few": tree["few"]}, tmp_path / "few")
     assert sum(file.stat().st_size for file in (tmp_path / "few").iterdir()) < 10_000
     assert_same(tree, await there_and_back(tree, tmp_path / "all"))
 
@@ -188,7 +187,7 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_refuses_what_cannot_be_carried_before_anything_is_written(kind: str, tmp_path: Path) -> None:
     tree = {"fine": torch.ones(3), "some": OrderedDict(where=[0, REFUSED[kind]])}
-    for save in (aiostage.save, write_checkpoint):
+    for save in (aiostage.save, aiostage.save):
         with pytest.raises(UnsupportedLeafError) as caught:
             await save(tree, tmp_path / "new" / "checkpoint")
         assert caught.value.path is not None

@@ -9,7 +9,6 @@ import torch
 
 import aiostage
 from aiostage import CheckpointMismatchError
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.leaf import Path as LeafPath
 from aiostage.storage import LocalStorage
 from tests.checkpoint.comparing import assert_same
@@ -34,7 +33,7 @@ def tree(value: float = 2) -> dict[str, Any]:
 
 
 async def saved(tmp_path: Path) -> Path:
-    return (await write_checkpoint(tree(), tmp_path / "checkpoint")).path
+    return (await aiostage.save(tree(), tmp_path / "checkpoint")).path
 
 
 @pytest.mark.asyncio
@@ -76,7 +75,7 @@ async def test_a_function_of_a_path(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
     parts = {name: torch.full((LARGE,), float(n)) for n, name in enumerate("abcd")}
-    await write_checkpoint({"large": parts, "small": torch.ones(3)}, tmp_path / "checkpoint", max_shard_bytes=4 * LARGE)
+    await aiostage.save({"large": parts, "small": torch.ones(3)}, tmp_path / "checkpoint", max_shard_bytes=4 * LARGE)
     storage = CountingStorage(LocalStorage(tmp_path))
     found = await aiostage.load((storage, "checkpoint"), only="large.b")
     assert_same({"large": {"b": parts["b"]}}, found)
@@ -135,7 +134,7 @@ async def test_what_matches_nothing(tmp_path: Path) -> None:
     for only in ([1], 1):
         with pytest.raises(TypeError, match="patterns or a function"):
             await aiostage.load(path, only=only)  # type: ignore[arg-type]
-    await write_checkpoint(torch.ones(1), tmp_path / "tensor")
+    await aiostage.save(torch.ones(1), tmp_path / "tensor")
     with pytest.raises(ValueError, match="selects parts of dicts"):
         await aiostage.load(tmp_path / "tensor", only="*")
 
@@ -145,7 +144,7 @@ async def test_circles_and_what_is_shared(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"x": torch.ones(1), "y": torch.zeros(1)}
     made: dict[str, Any] = {"first": shared, "second": {"again": shared, "z": torch.zeros(2)}}
     shared["up"] = made
-    await write_checkpoint(made, tmp_path / "checkpoint")
+    await aiostage.save(made, tmp_path / "checkpoint")
     found = await aiostage.load(tmp_path / "checkpoint", only="first.x")
     assert found["first"]["up"] is found
     assert found["second"]["again"] is found["first"]
@@ -154,7 +153,7 @@ async def test_circles_and_what_is_shared(tmp_path: Path) -> None:
     deep: Any = [torch.ones(1)]
     for _ in range(3000):
         deep = [deep]
-    await write_checkpoint({"deep": deep, "flat": 1}, tmp_path / "deep")
+    await aiostage.save({"deep": deep, "flat": 1}, tmp_path / "deep")
     assert await aiostage.load(tmp_path / "deep", only="flat") == {"flat": 1}
 
 

@@ -13,7 +13,6 @@ import torch
 import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions
 from aiostage._copy.pending import in_flight
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.testing.simulator import SimulatedAccelerator
 from tests.device.accelerators import simulator_only
 from tests.staging.holding import until
@@ -166,7 +165,7 @@ async def load_onto(accelerator: FailsAtACall, stager: AsyncStager, live: Live, 
 )
 async def test_is_a_staging_error_at_every_call(entry: Entry, recovers: bool, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    await write_checkpoint({f"t{n}": torch.full((SIZE,), 7.0) for n in range(3)}, path)
+    await aiostage.save({f"t{n}": torch.full((SIZE,), 7.0) for n in range(3)}, path)
 
     async def play(healthy: int) -> tuple[FailsAtACall, StagingError | None]:
         with FailsAtACall(seed=1, spontaneous=True) as accelerator:

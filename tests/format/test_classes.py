@@ -16,7 +16,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import aiostage
 from aiostage.checkpoint import PlainObject, register
-from aiostage.checkpoint.save import write_checkpoint
 
 
 class Color(enum.Enum):
@@ -98,7 +97,7 @@ CLASSES = [Color, Level, Name, Right, Config, Frozen, Slots, Pair, Old, Labelled
 
 async def load_both(tree: Any, tmp_path: Path, **options: Any) -> Any:
     """Save a tree, with a stager's copy and without; and load both."""
-    await write_checkpoint(tree, tmp_path / "plain", overwrite=True)
+    await aiostage.save(tree, tmp_path / "plain", overwrite=True)
     await aiostage.save(tree, tmp_path / "staged", overwrite=True)
     plain = await aiostage.load(tmp_path / "plain", **options)
     staged = await aiostage.load(tmp_path / "staged", **options)
@@ -198,7 +197,7 @@ async def test_tensor_subclasses(tmp_path: Path) -> None:
 async def test_what_was_loaded_without_its_class_is_saved_as_it_was(tmp_path: Path) -> None:
     tree = [Color.RED, Config(1, torch.ones(1)), Slots(1), Pair(1, 2), labelled(), Stack([1], 2)]
     tree.append(TwoTensor(torch.ones(2), torch.zeros(2)))
-    await write_checkpoint(tree, tmp_path / "first")
+    await aiostage.save(tree, tmp_path / "first")
     await aiostage.save(await aiostage.load(tmp_path / "first"), tmp_path / "second")
     first = (tmp_path / "first" / "manifest.json").read_bytes().splitlines()
     second = (tmp_path / "second" / "manifest.json").read_bytes().splitlines()
@@ -209,7 +208,7 @@ async def test_what_was_loaded_without_its_class_is_saved_as_it_was(tmp_path: Pa
 
 @pytest.mark.asyncio
 async def test_classes_declared_to_torch_count_as_passed(tmp_path: Path) -> None:
-    await write_checkpoint([Level.LOW], tmp_path / "checkpoint")
+    await aiostage.save([Level.LOW], tmp_path / "checkpoint")
     with torch.serialization.safe_globals([Level]):
         assert (await aiostage.load(tmp_path / "checkpoint"))[0] is Level.LOW
     assert type((await aiostage.load(tmp_path / "checkpoint"))[0]) is PlainObject
@@ -224,7 +223,7 @@ def renamed(cls: type, **changes: Any) -> Any:
 
 @pytest.mark.asyncio
 async def test_classes_that_have_changed_since(tmp_path: Path) -> None:
-    await write_checkpoint({"frozen": Frozen(1), "level": Level.LOW, "pair": Pair(1, 2)}, tmp_path / "checkpoint")
+    await aiostage.save({"frozen": Frozen(1), "level": Level.LOW, "pair": Pair(1, 2)}, tmp_path / "checkpoint")
     loaded = await aiostage.load(
         tmp_path / "checkpoint", classes=[renamed(Frozen, x=0, new=dataclasses.field(default_factory=list))]
     )
@@ -244,7 +243,7 @@ async def test_classes_that_have_changed_since(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_into_a_live_tree(tmp_path: Path) -> None:
-    await write_checkpoint({"level": Level.LOW, "t": torch.ones(1)}, tmp_path / "checkpoint")
+    await aiostage.save({"level": Level.LOW, "t": torch.ones(1)}, tmp_path / "checkpoint")
     live = {"level": Level.LOW, "t": torch.zeros(1)}
     with pytest.raises(aiostage.CheckpointMismatchError, match=r"pass classes=\[Level\]"):
         await aiostage.load(tmp_path / "checkpoint", into=live)
@@ -256,7 +255,7 @@ async def test_into_a_live_tree(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_into_live_wrappers(tmp_path: Path) -> None:
     saved = TwoTensor(torch.ones(2), torch.full((2,), 2.0))
-    await write_checkpoint({"w": saved}, tmp_path / "checkpoint")
+    await aiostage.save({"w": saved}, tmp_path / "checkpoint")
     live = TwoTensor(torch.zeros(2), torch.zeros(2))
     inner = live.a
     await aiostage.load(tmp_path / "checkpoint", into={"w": live}, classes=[TwoTensor])
@@ -270,7 +269,7 @@ async def test_a_registered_object_that_contains_itself_is_refused(tmp_path: Pat
     inside: list[Any] = [stack]
     stack.items.append({"again": inside})
     with pytest.raises(aiostage.UnsupportedLeafError, match="contains itself"):
-        await write_checkpoint({"stack": stack}, tmp_path / "checkpoint")
+        await aiostage.save({"stack": stack}, tmp_path / "checkpoint")
     # Twice in one tree is no circle.
     twice = Stack([1], 1)
     loaded = await load_both([Stack([twice, [twice]], 2), twice], tmp_path)
@@ -289,7 +288,7 @@ def test_what_cannot_be_registered() -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("classes", [Color, "Color", 5, ["Color"]])
 async def test_classes_that_are_none(classes: Any, tmp_path: Path) -> None:
-    await write_checkpoint([Color.RED], tmp_path / "checkpoint")
+    await aiostage.save([Color.RED], tmp_path / "checkpoint")
     with pytest.raises(TypeError, match="classes must be"):
         await aiostage.load(tmp_path / "checkpoint", classes=classes)
 
@@ -303,7 +302,7 @@ async def test_an_unflatten_that_fails_is_reported(tmp_path: Path) -> None:
         raise KeyError("gone")
 
     register(Odd, lambda odd: ([], None), fail)
-    await write_checkpoint([Odd()], tmp_path / "checkpoint")
+    await aiostage.save([Odd()], tmp_path / "checkpoint")
     with pytest.raises(aiostage.CheckpointError, match=r"Odd could not be made again: KeyError: 'gone'"):
         await aiostage.load(tmp_path / "checkpoint")
 

@@ -22,7 +22,6 @@ import pytest
 import torch
 
 import aiostage
-from aiostage.checkpoint.save import write_checkpoint
 
 
 def record_array() -> np.ndarray[Any, Any]:
@@ -95,7 +94,7 @@ ARRAYS: dict[str, Callable[[], Any]] = {
 
 async def round_trip(value: Any, tmp_path: Path) -> Any:
     """Return what comes back of a value from a stager's copy; what is written without one has to be the same."""
-    await write_checkpoint({"value": value, "same": [value]}, tmp_path / "plain")
+    await aiostage.save({"value": value, "same": [value]}, tmp_path / "plain")
     await aiostage.save({"value": value, "same": [value]}, tmp_path / "staged")
     plain, staged = await aiostage.load(tmp_path / "plain"), await aiostage.load(tmp_path / "staged")
     assert type(plain["value"]) is type(staged["value"])
@@ -220,7 +219,7 @@ async def test_storages_come_back(tmp_path: Path) -> None:
     assert loaded[3].dtype is torch.float32
     assert list(loaded[3]) == [0, 1, 2, 3, 4]
     # A stager copies storages apart from tensors.
-    await write_checkpoint([tensor, tensor.untyped_storage(), tensor[1:], tensor.storage()], tmp_path / "tied")
+    await aiostage.save([tensor, tensor.untyped_storage(), tensor[1:], tensor.storage()], tmp_path / "tied")
     loaded = await aiostage.load(tmp_path / "tied")
     assert loaded[1].data_ptr() == loaded[3].data_ptr() == loaded[0].data_ptr() == loaded[2].data_ptr() - 4
 

@@ -10,7 +10,6 @@ import torch
 
 import aiostage
 from aiostage.checkpoint import PlainObject
-from aiostage.checkpoint.save import write_checkpoint
 
 
 async def round_trip(value: Any, tmp_path: Path, **options: Any) -> Any:
@@ -61,7 +60,7 @@ async def test_tensordict(tmp_path: Path) -> None:
     assert loaded.names == ["time"]
     assert loaded["b", "c"].tolist() == [0, 0, 0]
     # A copy of a locked one is not, as with copy.deepcopy.
-    await write_checkpoint(value.lock_(), tmp_path / "locked")
+    await aiostage.save(value.lock_(), tmp_path / "locked")
     assert (await aiostage.load(tmp_path / "locked")).is_locked
 
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from torch.testing._internal.two_tensor import TwoTensor
 
 import aiostage
-from aiostage.checkpoint.save import write_checkpoint
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.trees import DTYPES, not_strided, of_bytes, trees
 
@@ -76,7 +75,7 @@ async def test_survivors(kind: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         through_torch(tree)
-    await write_checkpoint(tree, tmp_path / "plain")
+    await aiostage.save(tree, tmp_path / "plain")
     await aiostage.save(tree, tmp_path / "staged")
     if kind == "circle":
         loaded = (await aiostage.load(tmp_path / "staged"))["tree"]
@@ -124,5 +123,5 @@ async def test_any_tree(tree: Any, tmp_path: Path) -> None:
         through_torch(tree)
     except Exception:
         return
-    await write_checkpoint(tree, tmp_path / "checkpoint", overwrite=True)
+    await aiostage.save(tree, tmp_path / "checkpoint", overwrite=True)
     assert_same(tree, await aiostage.load(tmp_path / "checkpoint"))

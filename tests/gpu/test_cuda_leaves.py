@@ -9,7 +9,6 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointMismatchError
-from aiostage.checkpoint.save import write_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.asyncio]
 
@@ -71,7 +70,7 @@ async def test_values_on_the_device_are_restored_after_a_late_write(target: str)
 
 @pytest.mark.parametrize("in_place", [False, True])
 async def test_a_load_comes_after_a_late_write_on_the_stream_of_the_call(tmp_path: Path, in_place: bool) -> None:
-    await write_checkpoint({"a": torch.full((SIZE,), 3.0)}, tmp_path / "a")
+    await aiostage.save({"a": torch.full((SIZE,), 3.0)}, tmp_path / "a")
     live = torch.zeros(SIZE, device=DEVICE)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -109,7 +108,7 @@ async def test_sparse_leaves_are_staged_after_a_late_write_and_restored() -> Non
 async def test_sparse_on_a_full_device_is_no_corrupt_checkpoint(tmp_path: Path) -> None:
     values = torch.ones(4 << 20)
     sparse = torch.sparse_coo_tensor(torch.arange(4 << 20)[None], values, (4 << 20,), check_invariants=True)
-    await write_checkpoint({"sparse": sparse}, tmp_path / "a")
+    await aiostage.save({"sparse": sparse}, tmp_path / "a")
     # The limit is on what the allocator asks for, and not on what it has kept of earlier tests.
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.0001)

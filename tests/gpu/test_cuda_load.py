@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import aiostage
-from aiostage.checkpoint.save import write_checkpoint
 from tests.patience import seconds
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +33,7 @@ def tree() -> dict[str, object]:
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0), lambda path, like: "cuda"])
 async def test_a_new_tree(tmp_path: Path, device: object) -> None:
     saved = tree()
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    await aiostage.save(saved, tmp_path / "checkpoint")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         loaded = await aiostage.load(tmp_path / "checkpoint", device=device)  # type: ignore[arg-type]
@@ -50,7 +49,7 @@ async def test_a_new_tree(tmp_path: Path, device: object) -> None:
 
 @pytest.mark.asyncio
 async def test_memory_that_the_callers_stream_still_uses(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.full((4 * MIB,), 2.0)}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.full((4 * MIB,), 2.0)}, tmp_path / "checkpoint")
     before = torch.empty(4 * MIB, device="cuda")
     torch.cuda._sleep(100_000_000)
     before.fill_(9)
@@ -70,14 +69,14 @@ assert bool((loaded["a"] == 1).all())
 
 @pytest.mark.asyncio
 async def test_the_first_use_of_the_device(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.ones(1000)}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.ones(1000)}, tmp_path / "checkpoint")
     program = [sys.executable, "-c", FIRST_USE, str(tmp_path / "checkpoint")]
     assert subprocess.run(program, check=False, timeout=seconds(55)).returncode == 0  # noqa: ASYNC221
 
 
 @pytest.mark.asyncio
 async def test_a_device_without_room(tmp_path: Path) -> None:
-    await write_checkpoint({"a": torch.ones(64 * MIB)}, tmp_path / "checkpoint")
+    await aiostage.save({"a": torch.ones(64 * MIB)}, tmp_path / "checkpoint")
     # The limit is on what the allocator asks for, and not on what it has kept of earlier tests.
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.0001)

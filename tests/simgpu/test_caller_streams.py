@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.staging import StagingOptions as TorchOptions
 import aiostage
 from aiostage import AsyncStager, StagingOptions, adapt, blocking, dcp
 from aiostage.checkpoint import register
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.integrations.lightning import AiostageCheckpointIO
 from aiostage.storage import LocalStorage
 
@@ -398,8 +397,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {"a": torch.full((SIZE,), SAVED)}
 
     async def main() -> None:
-        await write_checkpoint(tree, path / "checkpoint")
-        await write_checkpoint({"model": tree}, path / "stateful")
+        await aiostage.save(tree, path / "checkpoint")
+        await aiostage.save({"model": tree}, path / "stateful")
         await dcp.save(tree, checkpoint_id=path / "dcp", no_dist=True)
         async with (
             aiostage.Checkpointer(path / "run") as run,
@@ -521,7 +520,7 @@ async def test_objects_are_made_again_on_the_callers_stream(tmp_path: Path) -> N
         return Doubled(children[0] * 2)
 
     register(Doubled, lambda doubled: ([doubled.tensor], None), unflatten)
-    await write_checkpoint({"a": Doubled(torch.full((SIZE,), SAVED))}, tmp_path / "a")
+    await aiostage.save({"a": Doubled(torch.full((SIZE,), SAVED))}, tmp_path / "a")
     live()
     stream = torch.Stream("simgpu:0")
     with stream:

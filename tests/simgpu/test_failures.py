@@ -11,7 +11,6 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, StagingError
-from aiostage.checkpoint.save import write_checkpoint
 
 pytestmark = pytest.mark.asyncio
 
@@ -24,7 +23,7 @@ def sparse_tree() -> dict[str, torch.Tensor]:
 
 class TestSparse:
     async def test_no_step_of_the_loop_waits_for_the_device(self, tmp_path: Path) -> None:
-        await write_checkpoint(sparse_tree(), tmp_path / "a")
+        await aiostage.save(sparse_tree(), tmp_path / "a")
         torch.ones(1, device=DEVICE)
         torch.simgpu.copy_delay(2000, 5000)  # type: ignore[attr-defined]
         torch.simgpu.sync_watch(2)  # type: ignore[attr-defined]
@@ -38,12 +37,12 @@ class TestSparse:
     @pytest.mark.parametrize("device", [None, DEVICE])
     async def test_indices_beyond_its_shape_are_corrupt(self, tmp_path: Path, device: str | None) -> None:
         bad = torch.sparse_coo_tensor(torch.tensor([[0, 9]]), torch.ones(2), (3,), check_invariants=False)
-        await write_checkpoint({"sparse": bad}, tmp_path / "a")
+        await aiostage.save({"sparse": bad}, tmp_path / "a")
         with pytest.raises(CheckpointCorruptError):
             await aiostage.load(tmp_path / "a", device=device)
 
     async def test_a_full_device_is_no_corrupt_checkpoint(self, tmp_path: Path) -> None:
-        await write_checkpoint(sparse_tree(), tmp_path / "a")
+        await aiostage.save(sparse_tree(), tmp_path / "a")
         torch.ones(1, device=DEVICE)
         torch.simgpu.memory_limit(0, torch.simgpu.in_use(0))  # type: ignore[attr-defined]
         try:
@@ -53,7 +52,7 @@ class TestSparse:
             torch.simgpu.memory_limit(0, -1)  # type: ignore[attr-defined]
 
     async def test_a_kernel_that_failed_before_is_no_corrupt_checkpoint(self, tmp_path: Path) -> None:
-        await write_checkpoint(sparse_tree(), tmp_path / "a")
+        await aiostage.save(sparse_tree(), tmp_path / "a")
         torch.ones(1, device=DEVICE)
         torch.simgpu.fail_later(3000, 0)  # type: ignore[attr-defined]
         with pytest.raises(StagingError) as caught:
@@ -83,7 +82,7 @@ class TestADeviceThatHasFailed:
     @pytest.mark.parametrize("into", ["load", "restore", "in place"])
     async def test_writing_to_it_is_a_staging_error(self, into: str, tmp_path: Path) -> None:
         live, values = {"a": torch.ones(5000, device=DEVICE)}, {"a": torch.zeros(5000)}
-        await write_checkpoint(values, tmp_path / "a")
+        await aiostage.save(values, tmp_path / "a")
         torch.simgpu.fail_device(True)  # type: ignore[attr-defined]
         async with AsyncStager() as stager:
             loading = aiostage.load(tmp_path / "a", into=live, in_place=into == "in place")

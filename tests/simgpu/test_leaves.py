@@ -12,7 +12,6 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagingOptions
-from aiostage.checkpoint.save import write_checkpoint
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.one_loop]
 
@@ -124,7 +123,7 @@ async def test_are_written_after_what_is_written_before_the_call(way: str, tmp_p
             continue  # cannot be loaded into
         async with AsyncStager() as stager:
             staged = await stager.stage(leaves)
-            await write_checkpoint(staged, tmp_path / kind)
+            await aiostage.save(staged, tmp_path / kind)
             with late_write(leaves):
                 if way == "restore":
                     writing = stager.restore(staged, into=leaves)

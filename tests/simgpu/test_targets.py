@@ -11,7 +11,6 @@ import torch
 import aiostage
 from aiostage import AsyncStager, CheckpointMismatchError
 from aiostage._device import TorchBackend
-from aiostage.checkpoint.save import write_checkpoint
 
 pytestmark = pytest.mark.asyncio
 
@@ -25,12 +24,12 @@ async def restore(saved: Tree, into: Tree, path: Path) -> None:
 
 
 async def load_into(saved: Tree, into: Tree, path: Path) -> None:
-    await write_checkpoint(saved, path / "checkpoint")
+    await aiostage.save(saved, path / "checkpoint")
     await aiostage.load(path / "checkpoint", into=into)
 
 
 async def load_in_place(saved: Tree, into: Tree, path: Path) -> None:
-    await write_checkpoint(saved, path / "checkpoint")
+    await aiostage.save(saved, path / "checkpoint")
     await aiostage.load(path / "checkpoint", into=into, in_place=True)
 
 

@@ -15,8 +15,7 @@ from obstore.store import AzureStore
 import aiostage
 from aiostage import CheckpointExistsError
 from aiostage.abc import Storage
-from aiostage.storage import clean_up
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import ObjectStorage, clean_up
 from aiostage.testing import StorageSuite
 from tests.storage.buckets import PART, race, some_bytes, write
 from tests.storage.test_objects_suite import strays_in

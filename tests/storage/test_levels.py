@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aiostage
-from aiostage.storage.local import LocalStorage
+from aiostage.storage import LocalStorage
 from tests.patience import seconds
 from tests.warm import PYTHON
 

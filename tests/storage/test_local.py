@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from aiostage.abc import Storage
+from aiostage.storage import LocalStorage
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.local import LocalStorage
 from aiostage.testing import StorageSuite
 from tests.forking import run_forking
 from tests.storage.buckets import files_below, save_small

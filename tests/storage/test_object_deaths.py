@@ -14,8 +14,8 @@ import pytest
 from obstore.store import S3Store
 
 from aiostage import Checkpointer
+from aiostage.storage import ObjectStorage
 from aiostage.storage import clean_up as module
-from aiostage.storage.objects import ObjectStorage
 from tests.patience import seconds
 from tests.servers.proxy import Fault, FaultProxy, running_proxy
 from tests.servers.s3 import open_uploads
@@ -30,7 +30,7 @@ POINTER = r"^PUT .*/checkpoint.json$"
 WRITER = """
 import asyncio, sys
 from obstore.store import S3Store
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import ObjectStorage
 from tests.servers.weed import BUCKET, S3Server
 from tests.storage.buckets import PART, save, some_bytes
 port, prefix, name, lease_seconds = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])

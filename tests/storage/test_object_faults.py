@@ -16,7 +16,7 @@ import pytest
 from obstore.store import S3Store
 
 from aiostage import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import ObjectStorage
 from tests.servers.proxy import Fault, FaultProxy, Kind, running_proxy
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server

@@ -6,7 +6,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from aiostage import CheckpointError
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import ObjectStorage
 
 
 @pytest.mark.anyio

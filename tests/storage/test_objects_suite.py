@@ -10,7 +10,7 @@ import pytest
 from obstore.store import MemoryStore, ObjectStore, S3Store
 
 from aiostage.abc import Storage
-from aiostage.storage.objects import ObjectStorage
+from aiostage.storage import ObjectStorage
 from aiostage.testing import StorageSuite, at_every_await
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server

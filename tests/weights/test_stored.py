@@ -11,9 +11,9 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 
+import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, StorageError, WeightsError
 from aiostage.abc import Storage
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.storage import ObjectStorage
 from aiostage.testing.cancelling import at_every_await
 from aiostage.weights import WeightPublisher, WeightSubscriber
@@ -114,7 +114,7 @@ class TestFaults:
     async def test_damage_is_an_error_and_the_next_version_comes(self) -> None:
         storage = MemoryStorage()
         async with WeightPublisher(storage) as publisher, WeightSubscriber(storage, interval=INTERVAL) as subscriber:
-            await write_checkpoint({"epoch": 1}, (storage, "newest"))
+            await aiostage.save({"epoch": 1}, (storage, "newest"))
             with pytest.raises(CheckpointCorruptError, match="newest: it does not point to weights"):
                 await subscriber.get()
             await storage.delete("newest")
