@@ -119,8 +119,8 @@ class Inspection:
     def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self.table = SpecTable(device_of)
         self.chunks: dict[int, _Chunk] = {}
-        self.apart: bool | None = None
-        """Whether no two leaves of all chunks begin at one address; None: not looked at since the last change."""
+        self.apart: tuple[list[_Chunk], bool] = ([], True)
+        """Some chunks, and whether no two leaves of them begin at one address."""
 
 
 class Leaves:
@@ -165,6 +165,7 @@ class Leaves:
         self._indexed = 0
         self._inspected = self._unlike = False
         self._recognized = True
+        self._chunks: list[_Chunk] = []
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
@@ -218,9 +219,10 @@ class Leaves:
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
-            self._recognized, inspection.apart = False, None
+            self._recognized = False
             return False
         self.specs += known.specs
+        self._chunks.append(known)
         return True
 
     def index(self) -> Generator[None, None, None]:
@@ -330,13 +332,16 @@ class Leaves:
 
     def _are_apart(self, inspection: Inspection) -> Generator[None, None, bool]:
         """Return whether the addresses alone, which are last time's, tell that no tensor was met twice."""
-        if inspection.apart is None:
+        chunks, answer = inspection.apart
+        # Compared by what they are: other trees may have had more of them, or some of them and others.
+        if chunks != self._chunks:
             met = {0}
             for start in range(0, len(self.addresses), LEAVES_PER_STEP):
                 met.update(self.addresses[start : start + LEAVES_PER_STEP])
                 yield
-            inspection.apart = len(met) == len(self.addresses) + 1
-        return inspection.apart
+            answer = len(met) == len(self.addresses) + 1
+            inspection.apart = self._chunks, answer
+        return answer
 
     def _inspect_plain(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
         """Fill the specs of a chunk in bulk; return False if some are no plain tensors in one piece."""

@@ -145,3 +145,12 @@ def test_an_iterator_in_a_circle_has_its_position() -> None:
     staged = stage(tree)
     assert staged["plain"].__reduce__()[2] == staged["hidden"][0].__reduce__()[2] == 1
     assert next(staged["plain"]).owner is staged
+
+
+@pytest.mark.asyncio
+async def test_tensors_that_are_met_twice_are_one_after_a_part_of_their_tree_was_staged() -> None:
+    tensors = [torch.full((2,), float(number)) for number in range(512)]
+    async with aiostage.AsyncStager() as stager:
+        for tree in ([*tensors, *tensors[:256]], tensors, [*tensors, *tensors[:256]]):
+            staged = await stager.stage(tree)
+    assert all(one is other for one, other in zip(staged, staged[512:], strict=False))
