@@ -32,7 +32,7 @@ class Model:
         self.serial = 0
         self.base = torch.arange(48.0)
         self.weights: dict[str, Any] = {
-            f"w{n}": torch.full((4,), float(n)) for n in range(choices.pick([3, 12, 3, 12, 12, 300]))
+            f"w{n}": torch.full((4,), float(n)) for n in range(choices.pick([3, 12, 3, 12, 12, 520]))
         }
         self.weights |= {"view": self.base[4:10], "low": self.base[:6], "base": self.base}
         self.tree: dict[str, Any] = {
@@ -43,6 +43,16 @@ class Model:
         if choices.below(2):
             self.tree["parameter"] = torch.nn.Parameter(torch.ones(3))
 
+    def part(self) -> Any:
+        """Return the whole tree, or some of it."""
+        kind = self.choices.below(6)
+        if kind > 2:
+            return self.tree
+        if kind == 2:
+            return [self.tree["state"], self.weights]
+        count = self.choices.pick([2, 255, 256, 257, 512])
+        return dict(list(self.weights.items())[:count])
+
     def change(self) -> str:
         """Make one change; return its name."""
         self.serial += 1
@@ -52,7 +62,7 @@ class Model:
         kinds = [
             "none", "value", "data", "data_shape", "set", "swap", "new", "shape", "dtype", "stride", "tie", "untie",
             "view", "attribute", "unattribute", "grad", "ungrad", "requires", "remove", "add", "parameter", "sparse",
-            "circle", "resize", "order", "atom",
+            "circle", "resize", "order", "atom", "ties", "back",
         ]  # fmt: skip
         kind = self.choices.pick(kinds)
         with torch.no_grad():
@@ -114,6 +124,10 @@ class Model:
                 tensor.resize_(9).fill_(serial)
         elif kind == "order":
             weights[name] = weights.pop(name)
+        elif kind == "ties":
+            self.tree["tied"] = list(weights.values())[: self.choices.pick([3, 200, 256])]
+        elif kind == "back":
+            self.tree.pop("tied", None)
         elif kind == "atom":
             self.tree["step"] = self.serial
 
@@ -130,19 +144,22 @@ async def check_changes(stager: AsyncStager, choices: Choices) -> int:
     for _ in range(3 + choices.below(8)):
         # Structures are learnt in the second staging and recognized from the third on.
         for _ in range(choices.pick([1, 1, 3])):
-            source = describe(model.tree)
+            trees = [model.part() for _ in range(choices.pick([1, 1, 2, 3]))]
+            wanted = []
             with torch.no_grad():
-                try:
-                    expected = copy.deepcopy(model.tree)
-                except RuntimeError:
-                    # A view was written to after its base came to require a gradient.
-                    return len(kept)
+                for tree in trees:
+                    try:
+                        wanted.append((describe(copy.deepcopy(tree), bare=True), describe(tree)))
+                    except RuntimeError:
+                        # A view was written to after its base came to require a gradient.
+                        return len(kept)
             try:
-                staged = await stager.stage(model.tree)
+                copies = await asyncio.gather(*map(stager.stage, trees))
             except Exception as error:
                 raise Mismatch(f"after {done}: {type(error).__name__}: {error}") from error
-            kept.append((staged, describe(expected, bare=True), source, list(done)))
-            check_last(kept[-1:])
+            for staged, (expected, source) in zip(copies, wanted, strict=True):
+                kept.append((staged, expected, source, list(done)))
+                check_last(kept[-1:])
         for _ in range(1 + choices.below(2)):
             done.append(model.change())
     check_last(kept)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import enum
+import functools
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     "HOLDERS",
+    "Cloning",
     "Color",
     "Drifting",
     "Keyed",
@@ -25,6 +29,7 @@ __all__ = [
     "SummingArguments",
     "SummingState",
     "Tagged",
+    "WithoutMemo",
     "Wrapper",
 ]
 
@@ -179,6 +184,92 @@ class Loyal(OwnCopy):
         return self
 
 
+class WithoutMemo(OwnCopy):
+    """Copies what it holds as if nothing else had been copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WithoutMemo:
+        return WithoutMemo(copy.deepcopy(self.value))
+
+
+class Cloning(OwnCopy):
+    """Makes copies of tensors by itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cloning:
+        plain = isinstance(self.value, torch.Tensor) and type(self.value) in (torch.Tensor, torch.nn.Parameter)
+        made = Cloning(self.value.detach().clone() if plain else copy.deepcopy(self.value, memo))
+        memo[id(self)] = made
+        return made
+
+
+def _views(value: Any) -> list[Any]:
+    """Return new views of a tensor."""
+    plain = type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
+    if not plain or not value.dim() or value.device.type != "cpu" or value.is_conj() or value.is_neg():
+        return [value]
+    views = value.detach()
+    return [views[:1], views[1:], views[:1]]
+
+
+class CopiesViews:
+    """Copies views that are made for that, and go at once."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.views = _views(value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesViews:
+        made = CopiesViews(None)
+        memo[id(self)] = made
+        made.views = [copy.deepcopy(view, memo) for view in _views(self.value)]
+        made.value = copy.deepcopy(self.value, memo)
+        return made
+
+
+class ReducedToViews:
+    """Is made of views that are made when it is asked, and go at once."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.items = _views(value)
+
+    @classmethod
+    def bare(cls) -> ReducedToViews:
+        made = cls(None)
+        made.items = []
+        return made
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def __reduce__(self) -> Any:
+        return ReducedToViews.bare, (), {"value": self.value}, (view for view in _views(self.value))
+
+
+class StateOfView(Stateful):
+    """Has new views for its state."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.views = _views(value)
+
+    def __getstate__(self) -> Any:
+        return [self.value, *_views(self.value)]
+
+    def __setstate__(self, state: Any) -> None:
+        self.value, *self.views = state
+
+
+class Registered(Plain):
+    """Is copied by a function that copyreg knows."""
+
+
+def _reduce_registered(item: Registered) -> Any:
+    return Registered, (None,), {"value": item.value}
+
+
+copyreg.pickle(Registered, _reduce_registered)
+
+
 def total(items: Any) -> float:
     """Add up all numbers that lie in a container as such."""
     return float(sum(_sum(item) if isinstance(item, torch.Tensor) else 1.0 for item in items))
@@ -271,6 +362,33 @@ def _dict_kind(value: Any) -> DictKind:
     return made
 
 
+class MappingKind(Mapping[str, Any]):
+    def __init__(self, items: dict[str, Any]) -> None:
+        self.items_within = items
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items_within[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_within)
+
+    def __len__(self) -> int:
+        return len(self.items_within)
+
+
+def _with_attributes(made: Any, value: Any) -> Any:
+    made.note = [value]
+    return made
+
+
+class DequeKind(deque[Any]):
+    pass
+
+
+class DefaultDictKind(defaultdict[Any, Any]):
+    pass
+
+
 HOLDERS: list[Any] = [
     Plain,
     Record,
@@ -297,6 +415,18 @@ HOLDERS: list[Any] = [
     lambda value: UserDict({"a": value}),
     lambda value: UserList([value]),
     lambda value: slice(0, value),
+    WithoutMemo,
+    Cloning,
+    CopiesViews,
+    ReducedToViews,
+    StateOfView,
+    Registered,
+    lambda value: _with_attributes(TupleKind((value,)), value),
+    lambda value: _with_attributes(DequeKind([value], 3), value),
+    lambda value: DefaultDictKind(list, a=value),
+    lambda value: _with_attributes(functools.partial(max, value, key=value), value),
+    lambda value: defaultdict(functools.partial(list, [1]), a=value),
+    lambda value: MappingKind({"a": value}),
 ]
 """Each makes something that holds a value."""
 

@@ -8,7 +8,7 @@ import random
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +154,10 @@ class _Describing:
         elif isinstance(item, types.MethodType):
             self.visit(item.__func__, f"{path}.__func__")
             self.visit(item.__self__, f"{path}.__self__")
+        elif self.as_source and isinstance(item, Iterator) and type(item).__module__ == "builtins":
+            # As in a copy by copy.deepcopy, one over a list in a circle has the place that there was in the list by
+            # the time that it was made.
+            return
         elif type(item).__module__ == "builtins" or type(item).__flags__ & 1 << 9 == 0:
             # Made in C: what it reduces to is what there is to see.
             self.contents(item.__reduce_ex__(4), path)
@@ -231,7 +235,7 @@ class _Describing:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    plain = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     # The bytes of a tensor whose dtype NumPy does not know.
     if not plain.numel() or plain.is_meta:
         return b""

@@ -9,6 +9,7 @@ import decimal
 import functools
 import random
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from tests.fuzz.choices import Choices
 from tests.fuzz.classes import (
     HOLDERS,
+    Cloning,
     Color,
     Keyed,
     Marked,
@@ -31,6 +33,7 @@ from tests.fuzz.classes import (
     SummingArguments,
     SummingState,
     Tagged,
+    WithoutMemo,
     Wrapper,
 )
 
@@ -55,6 +58,10 @@ DTYPES = [
 DEEPEST = 7
 
 
+class ArrayKind(numpy.ndarray[Any, Any]):
+    """A subclass without anything of its own."""
+
+
 class Grower:
     """Grows one tree.
 
@@ -65,13 +72,14 @@ class Grower:
         kinds: Names of what may be refused and is in the tree.
         circular: Whether attributes of tensors may lead back to them, of which deepcopy makes too many or no end.
         circles: Whether containers may lead back to themselves.
+        parting: Whether something in the tree makes copies of its own of what others hold too.
     """
 
     def __init__(self, choices: Choices) -> None:
         self.choices = choices
         self.kinds: set[str] = set()
         self.left = 0
-        self.circular = self.circles = False
+        self.circular = self.circles = self.parting = False
         self.count = 0
         self.made: list[Any] = []
         self.tensors: list[torch.Tensor] = []
@@ -191,6 +199,7 @@ class Grower:
 
     def held(self, depth: int) -> Any:
         holder = self.choices.pick(HOLDERS)
+        self.parting = self.parting or holder in (Cloning, WithoutMemo)
         made = holder(None)
         if type(made).__name__ in ("Plain", "Record", "Slotted") and self.choices.chance(2):
             # A way back through an attribute.
@@ -268,11 +277,21 @@ class Grower:
         return made
 
     def odd(self, depth: int) -> Any:
-        kind = self.choices.below(15)
+        kind = self.choices.below(19)
         if kind == 0:
             return bytearray(b"%d" % self.number())
         if kind == 14:
             return self.base().untyped_storage()
+        if kind == 15:
+            memory = bytearray(range(16))
+            shown = torch.frombuffer(memory, dtype=torch.float32)
+            return [shown[1:], memory, shown] if self.choices.below(2) else [memory, shown]
+        if kind == 16:
+            return weakref.ref(Pair)
+        if kind == 17:
+            return self.base().storage() if self.choices.below(2) else collections.UserString("text")
+        if kind == 18:
+            return numpy.arange(3.0).view(ArrayKind)
         if kind == 1:
             return random.Random(self.number())
         if kind == 2:
