@@ -41,7 +41,8 @@ class StagingOptions:
             step some of the bus. None: no limit. A single copy of at most 32 MiB may be larger.
         low_priority_copies: Copy on streams of low priority, so that kernels of the next step go first.
         dtype: Cast floating-point leaves while they are copied: one dtype for all, or a function of path and
-            tensor that returns the dtype, or None to leave the leaf as it is.
+            tensor that returns the dtype, or None to leave the leaf as it is. The scales of quantized tensors, and
+            what the ``__deepcopy__`` of an object has copied, keep their dtype.
         passthrough: A function of path and object; subtrees for which it returns True are put into the staged tree
             uncopied.
         detect_torn: Compare tensor versions and container contents when captured, and raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,21 +148,62 @@ class SourceInspection:
 
     def _cast(self) -> Generator[None, None, list[Spec | None]]:
         """Return the specs with the dtypes that the options ask for."""
-        rule, table = self._options.dtype, self._resources.inspection.table
+        table, leaves = self._resources.inspection.table, self.leaves
         specs: list[Spec | None] = []
-        for index, spec in enumerate(self.leaves.specs):
-            if spec is not None and spec.dtype.is_floating_point:
-                target = rule if isinstance(rule, torch.dtype) else None
-                if target is None and callable(rule):
-                    path = self.walk.path(index)
-                    target = rule(path, self.leaves.tensors[index])
-                    _check_target(target, path)
+        for index, spec in enumerate(leaves.specs):
+            if spec is not None and spec.dtype.is_floating_point and self._is_value(index, spec.dtype):
+                target = self._target(index)
                 if target is not None and target is not spec.dtype:
+                    if not _can_cast(spec.dtype, target):
+                        raise UnsupportedLeafError(
+                            f"PyTorch cannot cast {spec.dtype} to {target}.",
+                            path=format_path(self.walk.path(index)),
+                            remedy="Return None for it from the dtype function.",
+                        )
                     spec = table.cast(spec, target)
             specs.append(spec)
             if index % 64 == 0:
                 yield
+        # PyTorch lets no gradient have another dtype than its tensor.
+        for index, gradient in leaves.gradients.items():
+            spec, of_gradient = specs[index], specs[gradient]
+            if spec is None or of_gradient is None or spec.target is of_gradient.target:
+                continue
+            if leaves.owners.find(gradient) != index:
+                raise UnsupportedLeafError(
+                    f"it is to be {of_gradient.target}, and is the gradient of a tensor that is to be {spec.target}.",
+                    path=format_path(self.walk.path(gradient)),
+                    remedy="Return the same dtype for both from the dtype function.",
+                )
+            specs[gradient] = table.cast(of_gradient, spec.target)
         return specs
+
+    def _is_value(self, index: int, dtype: torch.dtype) -> bool:
+        """Return whether the elements of a leaf are values: what scales those of a quantized tensor is not."""
+        owner = self.leaves.owners.find(index)
+        if owner is None or owner not in self.leaves.composites or self.leaves.gradients.get(owner) == index:
+            return True
+        with _private.without_torch_function():
+            return self.leaves.tensors[owner].dtype is dtype
+
+    def _target(self, index: int) -> torch.dtype | None:
+        """Return the dtype that the options ask for."""
+        rule = self._options.dtype
+        if rule is None or isinstance(rule, torch.dtype):
+            return rule
+        path = self.walk.path(index)
+        target = rule(path, self.leaves.tensors[index])
+        _check_target(target, path)
+        return target
+
+
+@cache
+def _can_cast(dtype: torch.dtype, target: torch.dtype) -> bool:
+    try:
+        torch.empty(1, dtype=target, device="cpu").copy_(torch.empty(1, dtype=dtype, device="cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def leaves_within(

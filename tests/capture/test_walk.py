@@ -179,6 +179,35 @@ class TestDtype:
                 await stager.stage(tree)
             assert stager.statistics().arenas == 0
 
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore::UserWarning")
+    async def test_the_scales_of_a_quantized_tensor_are_not_cast(self):
+        scales, zeros = torch.tensor([0.1, 0.3]), torch.tensor([1, 2])
+        source = torch.quantize_per_channel(torch.arange(8.0).reshape(2, 4), scales, zeros, 0, torch.qint8)
+        async with AsyncStager(StagingOptions(dtype=torch.bfloat16)) as stager:
+            staged = await stager.stage([source, torch.ones(1)])
+        assert torch.equal(staged[0].dequantize(), source.dequantize())
+        assert staged[1].dtype is torch.bfloat16
+
+    async def test_a_gradient_has_the_dtype_of_its_tensor(self):
+        tensor = torch.ones(2, requires_grad=True)
+        tensor.grad = torch.full((2,), 3.0)
+
+        def rule(path: Any, value: torch.Tensor) -> torch.dtype | None:
+            return torch.float16 if value.requires_grad else None
+
+        async with AsyncStager(StagingOptions(dtype=rule)) as stager:
+            staged = await stager.stage([tensor])
+            assert staged[0].grad.tolist() == [3.0, 3.0]
+            assert staged[0].grad.dtype is staged[0].dtype is torch.float16
+            with pytest.raises(UnsupportedLeafError, match=r"gradient of a tensor that is to be torch\.float16"):
+                await stager.stage([tensor.grad, tensor])
+
+    @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no such dtype")
+    async def test_a_dtype_that_pytorch_cannot_cast_is_refused(self):
+        async with AsyncStager(StagingOptions(dtype=torch.float32)) as stager:
+            with pytest.raises(UnsupportedLeafError, match=r"\['a'\]: PyTorch cannot cast torch\.float4_e2m1fn_x2"):
+                await stager.stage({"a": torch.zeros(2, dtype=torch.float4_e2m1fn_x2)})
+
     async def test_a_rule_that_returns_no_float_is_an_error(self):
         async with AsyncStager(StagingOptions(dtype=lambda path, tensor: torch.int8)) as stager:
             with pytest.raises(TypeError, match=r"\['a'\].*floating-point"):
