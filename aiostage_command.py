@@ -103,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     change.add_argument("source", help="a file of torch.save, Lightning or safetensors, or a directory; also of DCP")
     change.add_argument("target", help=f"the checkpoint to make: {_PLACE}")
     change.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    change.add_argument(
+        "--duplicate-tied",
+        action="store_true",
+        help="write tied tensors under each of their names, for programs that read the safetensors files alone",
+    )
     measure = add("bench", "measure staging on this machine")
     measure.add_argument("--mebibytes", type=_positive, default=512, help="size of the state dict (512)")
     measure.add_argument("--tensors", type=_positive, default=64, help="how many tensors it has (64)")

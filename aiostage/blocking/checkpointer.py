@@ -15,7 +15,7 @@ from aiostage.checkpoint.checkpointer import Checkpointer as AsyncCheckpointer
 from aiostage.checkpoint.preemption import Handlers, catchable
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save_task import SaveHandle as AsyncSaveHandle
-from aiostage.checkpoint.writer import CheckpointInfo
+from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointInfo
 from aiostage.errors import CheckpointError
 from aiostage.storage.locate import Root
 
@@ -71,6 +71,8 @@ class Checkpointer(OnBackground):
         keep_also: As for :class:`aiostage.Checkpointer`; called in the background thread.
         max_in_flight: As for :class:`aiostage.Checkpointer`.
         incremental: As for :class:`aiostage.Checkpointer`.
+        max_shard_bytes: As for :func:`aiostage.save`.
+        duplicate_tied: As for :func:`aiostage.save`.
         progress: As for :class:`aiostage.Checkpointer`; called in the background thread.
         save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
 
@@ -88,6 +90,8 @@ class Checkpointer(OnBackground):
         keep_also: Callable[[int], bool] | None = None,
         max_in_flight: int = 1,
         incremental: bool = False,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        duplicate_tied: bool = False,
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
@@ -100,6 +104,8 @@ class Checkpointer(OnBackground):
             keep_also=keep_also,
             max_in_flight=max_in_flight,
             incremental=incremental,
+            max_shard_bytes=max_shard_bytes,
+            duplicate_tied=duplicate_tied,
             progress=progress,
         )
         self._signals = catchable(save_on_signals)

@@ -20,6 +20,7 @@ from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save_task import SaveHandle, SaveTask
+from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, file_options
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.storage.locate import Root, name_of, storage_at, surplus
@@ -53,6 +54,8 @@ class Checkpointer(BackgroundSaves):
             before it copies anything.
         incremental: Write only what has changed since the last checkpoint, in blocks of 1 MiB, and refer to where the
             rest lies. When a checkpoint is removed, its files stay that others refer to, until none does.
+        max_shard_bytes: As for :func:`save`, for every save.
+        duplicate_tied: As for :func:`save`, for every save.
         progress: As for :func:`save`, for every save.
         save_on_signals: Signals, say ``signal.SIGTERM``, that set :attr:`preempted` instead of ending the process.
 
@@ -70,6 +73,8 @@ class Checkpointer(BackgroundSaves):
         keep_also: Callable[[int], bool] | None = None,
         max_in_flight: int = 1,
         incremental: bool = False,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        duplicate_tied: bool = False,
         progress: ProgressOption[SaveProgress] = None,
         save_on_signals: Sequence[signal.Signals] = (),
     ) -> None:
@@ -80,6 +85,7 @@ class Checkpointer(BackgroundSaves):
         self._storage = storage_at(target)
         self._index = CheckpointIndex(self._storage)
         self._incremental = IncrementalSaver(self._storage) if incremental else None
+        self._files = file_options(max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
         self._progress = progress
         self._numbers = count()
         self._tasks: list[SaveTask] = []
@@ -139,6 +145,7 @@ class Checkpointer(BackgroundSaves):
             state_dict,
             stager=self._entered().stager,
             storage=self._storage,
+            files=self._files,
             progress=self._progress,
             incremental=self._incremental,
             index=self._index,

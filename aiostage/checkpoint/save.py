@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from traceback import clear_frames
 from typing import Any, TypeAlias
 
-from aiostage._arguments import check_flags, require_int, states_of
+from aiostage._arguments import check_flags, states_of
 from aiostage._loop.coroutines import give_up, named, run_concurrently
 from aiostage.abc import CheckpointStager, PendingCheckpoint, Storage
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
-from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
-from aiostage.errors import shown
+from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointInfo, CheckpointWriter, file_options
 from aiostage.observe import OpenSpan, span, start_span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["DEFAULT_SHARD_BYTES", "convert", "save", "source_of", "write_checkpoint", "write_planned"]
+__all__ = ["convert", "save", "source_of", "write_checkpoint", "write_planned"]
 
 _logger = logging.getLogger("aiostage")
 
 _Write: TypeAlias = "Callable[[], Awaitable[CheckpointInfo]]"
 _Writing: TypeAlias = "tuple[CheckpointWriter, _Write]"
 """What plans a checkpoint, and what writes it to its pending checkpoint."""
-
-DEFAULT_SHARD_BYTES = 5 * 10**9
-"""5 GB: what hubs and file systems take without special care."""
 
 
 def save(
@@ -239,23 +235,15 @@ async def _writing(
     progress: ProgressOption[SaveProgress],
 ) -> AsyncGenerator[_Writing, None]:
     """Open a pending checkpoint that is gone afterwards, unless it was committed."""
-    check_flags(overwrite=overwrite, duplicate_tied=duplicate_tied)
-    if require_int("max_shard_bytes", max_shard_bytes) <= 0:
-        raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
-    writer = CheckpointWriter(name, max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
+    check_flags(overwrite=overwrite)
+    writer = CheckpointWriter(name, file_options(max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied))
     try:
-        with _reporting(progress, name) as report:
+        with reporting(progress, f"saving {name}") if progress else nullcontext() as report:
             async with _pending(partial(storage.open, name, overwrite=overwrite)) as pending:
                 yield writer, partial(writer.write, pending, report)
         await writer.aclose()
     finally:
         writer.close()
-
-
-def _reporting(
-    progress: ProgressOption[SaveProgress], name: str
-) -> AbstractContextManager[Callable[[SaveProgress], object] | None]:
-    return reporting(progress, f"saving {name}") if progress else nullcontext()
 
 
 async def write_planned(
@@ -282,7 +270,7 @@ async def write_planned(
 
     May be cancelled as :func:`save` may.
     """
-    with span("save", target=name), _reporting(progress, name) as report:
+    with span("save", target=name), reporting(progress, f"saving {name}") if progress else nullcontext() as report:
         async with _pending(opening) as pending:
             return await writer.write(pending, report)
 

@@ -14,8 +14,8 @@ from aiostage._loop.coroutines import run_concurrently, without_locals
 from aiostage.abc import CheckpointStager, Storage
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, source_of, write_planned
-from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter
+from aiostage.checkpoint.save import source_of, write_planned
+from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter, FileOptions
 from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.snapshot import Snapshot
@@ -126,6 +126,7 @@ class SaveTask:
         state_dict: What to save.
         stager: Takes the copy.
         storage: Where to.
+        files: How the tensors are laid out in files.
         progress: As for :func:`save`.
         incremental: Writes what has changed only; None: all is written.
         index: Gets to know of the checkpoint.
@@ -139,6 +140,7 @@ class SaveTask:
         *,
         stager: CheckpointStager,
         storage: Storage,
+        files: FileOptions,
         progress: ProgressOption[SaveProgress],
         incremental: IncrementalSaver | None,
         index: CheckpointIndex,
@@ -158,6 +160,7 @@ class SaveTask:
         self._scope: anyio.CancelScope | None = None
         self._abandoned = False
         self._target = (storage, name_of(step))
+        self._files = files
         self._progress = progress
         self._incremental = incremental
         self._index = index
@@ -227,7 +230,7 @@ class SaveTask:
         return isinstance(outcome, CheckpointInfo)
 
     async def _write(self) -> CheckpointInfo:
-        writer = self._writer = CheckpointWriter(self._target[1], max_shard_bytes=DEFAULT_SHARD_BYTES)
+        writer = self._writer = CheckpointWriter(self._target[1], self._files)
         if isinstance(self._source, Snapshot):
             async with self._source as snapshot:
                 info = await self._write_snapshot(writer, snapshot)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aiostage._arguments import check_flags, require_int
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._extents import overlapping
@@ -17,7 +18,7 @@ from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
-from aiostage.errors import CheckpointError, HostMemoryError, StagingError
+from aiostage.errors import CheckpointError, HostMemoryError, StagingError, shown
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
 from aiostage.format.layout import INDEX_NAME, file_tensors, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
@@ -40,7 +41,15 @@ from aiostage.snapshot import Snapshot
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.files import PartBuffers
 
-__all__ = ["CheckpointInfo", "CheckpointWriter", "PartWriter", "collect"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "CheckpointInfo",
+    "CheckpointWriter",
+    "FileOptions",
+    "PartWriter",
+    "collect",
+    "file_options",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,19 +112,47 @@ class _FilePlan:
     nodes: list[str]
 
 
+DEFAULT_SHARD_BYTES = 5 * 10**9
+"""5 GB: what hubs and file systems take without special care."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOptions:
+    """How the tensors of a tree are laid out in files.
+
+    Attributes:
+        max_shard_bytes: How many bytes of tensors one file may hold.
+        duplicate_tied: Whether files have tied tensors under each of their names.
+    """
+
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    duplicate_tied: bool = False
+
+
+def file_options(*, max_shard_bytes: int, duplicate_tied: bool) -> FileOptions:
+    """Return options that a caller has given, once they are checked.
+
+    Raises:
+        TypeError: If one has the wrong type.
+        ValueError: If ``max_shard_bytes`` is not above 0.
+    """
+    check_flags(duplicate_tied=duplicate_tied)
+    if require_int("max_shard_bytes", max_shard_bytes) <= 0:
+        raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
+    return FileOptions(max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
+
+
 class CheckpointWriter:
     """Writes one checkpoint: :meth:`plan`, which refuses what files cannot carry, then :meth:`write`.
 
     Args:
         name: What it is called, for reports of the progress.
-        max_shard_bytes: How many bytes of tensors one file may hold.
-        duplicate_tied: Whether files have tied tensors under each of their names.
+        options: How the tensors are laid out in files.
     """
 
-    def __init__(self, name: str, *, max_shard_bytes: int, duplicate_tied: bool = False) -> None:
+    def __init__(self, name: str, options: FileOptions) -> None:
         self._name = name
-        self._duplicate_tied = duplicate_tied
-        self._max_shard_bytes = max_shard_bytes
+        self._options = options
         self._progress: Callable[[SaveProgress], object] | None = None
         self._workers = Workers(_THREADS, "aiostage-save", prepare=torch.get_num_threads)
         self._buffers = PartBuffers(PART_BYTES)
@@ -144,11 +181,11 @@ class CheckpointWriter:
             # Tensors that were staged in inference mode can be changed by functions of registered classes only in it.
             caller = CallerStreams(None)
             there = snapshot is None or snapshot.is_captured
-            encoder = TreeEncoder(values_are_there=there, notes_places=self._duplicate_tied)
+            encoder = TreeEncoder(values_are_there=there, notes_places=self._options.duplicate_tied)
             try:
                 await self._workers.run(partial(_walk, encoder, staged, caller))
             except ValuesNeeded:
-                encoder = TreeEncoder(notes_places=self._duplicate_tied)
+                encoder = TreeEncoder(notes_places=self._options.duplicate_tied)
                 await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
             self._encoder = encoder
             self._plan = await self._workers.run(partial(self._planned, encoder))
@@ -234,7 +271,7 @@ class CheckpointWriter:
         tensors = file_tensors(leaves, overlapping(starts, stops), encoder.other_places)
         shards = tensor_files(
             tensors,
-            self._max_shard_bytes,
+            self._options.max_shard_bytes,
             snapshot.memory if snapshot is not None else None,
             in_order=snapshot is not None and snapshot.window is not None,
         )

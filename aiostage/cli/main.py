@@ -82,7 +82,9 @@ async def _run(options: argparse.Namespace, out: Output) -> None:
 
 async def _convert(options: argparse.Namespace, out: Output) -> None:
     try:
-        info: Any = await convert(options.source, options.target, overwrite=options.overwrite)
+        info: Any = await convert(
+            options.source, options.target, overwrite=options.overwrite, duplicate_tied=options.duplicate_tied
+        )
     except CheckpointExistsError as error:
         if not options.overwrite:
             error.remedy = "Choose another target or pass --overwrite."

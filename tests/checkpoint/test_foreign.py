@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import aiostage
 from aiostage.checkpoint import convert
@@ -268,3 +268,6 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["convert", str(path), str(tmp_path / "new")]) == 3
     assert str(tmp_path / "new") in capsys.readouterr().err
     assert main(["convert", str(path), str(tmp_path / "new"), "--overwrite"]) == 0
+    assert load_file(tmp_path / "new" / "model.safetensors").keys() == {"model.weight", "model.bias"}
+    assert main(["convert", str(path), str(tmp_path / "each"), "--duplicate-tied"]) == 0
+    assert load_file(tmp_path / "each" / "model.safetensors").keys() == {"model.weight", "model.tied", "model.bias"}

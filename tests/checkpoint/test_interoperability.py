@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import aiostage
+import aiostage.blocking
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -154,6 +156,28 @@ async def test_tied_tensors_under_each_of_their_names(tmp_path: Path, max_shard_
     into["embed"].zero_()
     await aiostage.load(info.path, into=into)
     assert_equal(flat(into["head"]), flat(saved["head"]))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_a_run_with_tied_tensors_under_each_of_their_names(incremental: bool, tmp_path: Path) -> None:
+    options: Any = {"max_shard_bytes": 60, "duplicate_tied": True, "incremental": incremental}
+    async with aiostage.Checkpointer(tmp_path, **options) as checkpoints:
+        for step in range(2):
+            await checkpoints.save(step, tied())
+    await asyncio.to_thread(save_blocking, tmp_path / "blocking", options)
+    for path in (tmp_path / "step-00000000", tmp_path / "blocking" / "step-00000000"):
+        files = sorted(path.glob("*.safetensors"))
+        assert len(files) > 1
+        found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert torch.equal(found["head.turned"], found["embed"].t())
+    loaded = await aiostage.load(tmp_path / "step-00000001")
+    assert loaded["embed"] is loaded["head"]["same"]
+
+
+def save_blocking(path: Path, options: Any) -> None:
+    with aiostage.blocking.Checkpointer(path, **options) as checkpoints:
+        checkpoints.save(0, tied())
 
 
 @pytest.mark.asyncio

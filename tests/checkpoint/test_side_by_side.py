@@ -15,8 +15,8 @@ import pytest
 
 import aiostage
 from aiostage.checkpoint.index import CheckpointIndex
-from aiostage.checkpoint.save import DEFAULT_SHARD_BYTES, write_planned
-from aiostage.checkpoint.writer import CheckpointWriter
+from aiostage.checkpoint.save import write_planned
+from aiostage.checkpoint.writer import CheckpointWriter, FileOptions
 from aiostage.incremental import references
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.storage.locate import lock_of, name_of, step_of, tombstone_of
@@ -95,7 +95,7 @@ def check(storage: MemoryStorage) -> None:
 
 
 async def write(saver: IncrementalSaver, name: str, tree: object) -> None:
-    writer = CheckpointWriter(name, max_shard_bytes=DEFAULT_SHARD_BYTES)
+    writer = CheckpointWriter(name, FileOptions())
     try:
         await writer.plan(tree)
         async with saver.compared() as changes:
