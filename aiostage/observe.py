@@ -206,6 +206,7 @@ def add_observer(observer: Observer) -> None:
     """
     _check((observer,))
     global _everywhere
+    # The lock is for those who change it. Those who read it take the tuple as it is, and no other is ever made of it.
     with _adding:
         _everywhere = (*_everywhere, observer)
 

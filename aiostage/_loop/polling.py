@@ -121,6 +121,8 @@ class _Waiter:
 class _Polling(Timer):
     """Those who wait on one event loop."""
 
+    # No lock: all of it runs in the thread of that loop. What other threads want of it, they post there.
+
     def __init__(self) -> None:
         super().__init__()
         self._watches: dict[int, _Watch] = {}
@@ -137,10 +139,12 @@ class _Polling(Timer):
     async def wait(self, event: SupportsQuery, closing: Closing | None) -> None:
         """Wait for an event that was not done a moment ago."""
         waiter = _Waiter()
+        # By identity, for an event need not be hashable. A watch refers to its event, so that no other has its id.
         watch = self._watches.get(id(event))
         if watch is None:
             watch = self._watches[id(event)] = _Watch(event)
             self._plan(watch, watch.began)
+            # Otherwise the timer is set to an earlier time, and ring() sets it anew.
             if len(self._watches) == 1 or self._agenda[0][0] < self._next_poll:
                 self._set_timer()
         watch.waiters.add(waiter)
@@ -193,6 +197,7 @@ class _Polling(Timer):
         self._set_timer()
 
     def _finish(self, watch: _Watch, error: BaseException | None) -> None:
+        # Before they are woken: a caller that waits for the same event again gets a new watch and not this one.
         self._forget(watch)
         for waiter in watch.waiters:
             waiter.error = error

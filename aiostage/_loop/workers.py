@@ -252,6 +252,7 @@ class Job:
     async def progressed(self, seen: int) -> None:
         """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing."""
         with self._lock:
+            # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
             if self._done > seen or not (self._open or self._steps or self._running):
                 return
             event = ThreadsafeEvent()

@@ -68,6 +68,8 @@ class Pinning:
             except OSError as error:
                 self._refused(arena, device, error)
                 return
+            # Only now is it pinned, so that an error above leaves nothing to undo. Not at exit: the driver may be gone
+            # by then, and its registrations with it.
             arena.pinning = weakref.finalize(arena, self._backend.unregister, arena.address, device)
             arena.pinning.atexit = False
             arena.leave_out_of_children()

@@ -180,6 +180,8 @@ class Pool:
             await self._prepare(arena, device)
             if self._ledger.closed:
                 raise StagerClosedError
+            # Nothing is awaited after this. Up to here the request gives the arena back after an error, from here on
+            # the death of the buffer does, and never both.
             return self._lease(arena, nbytes)
         except BaseException as error:
             request.abandoned = True
@@ -239,6 +241,8 @@ class Pool:
             self._ledger.closed = True
         self._advance()
         with self._lock:
+            # A lease that ends before the thread runs is not missed: it has put True into the queue that the thread
+            # reads first.
             self._outliving = bool(self._ledger.leased)
         if self._outliving:
             # Leases end in finalizers, which may neither take locks nor start threads.
@@ -321,10 +325,12 @@ class Pool:
             with self._lock:
                 actions = self._ledger.advance(self._drain())
                 last, self._outliving = self._outliving, self._outliving and bool(self._ledger.leased)
+                # Of all threads that come here, the one that sees the last lease end says so, once.
                 over = last and not self._outliving
             if over:
                 self._ended.put(False)
             again = False
+            # Outside of the lock, as is the closing: waking takes locks of event loops, and unmapping takes long.
             for request in actions.answered:
                 if not request.event.set():
                     # Its event loop has closed, and will never take what it was granted.

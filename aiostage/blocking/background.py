@@ -97,6 +97,7 @@ class OnBackground:
             background = background or stack.enter_context(Background.started(name))
             stack.enter_context(background.wrap(manager))
             yield stack
+            # Only once nothing can fail any more: after an error the stack has left everything again.
             self._background, self._exit = background, stack.pop_all()
 
     def close(self) -> None:
@@ -111,6 +112,7 @@ class OnBackground:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave it, as the asynchronous one does, and end the thread."""
+        # Taken out first, so that a second call, or one from the code that this runs, finds nothing to leave.
         stack, self._exit = self._exit, None
         if stack is not None:
             stack.__exit__(kind, error, traceback)

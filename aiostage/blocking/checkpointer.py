@@ -50,6 +50,7 @@ class SaveHandle:
         Raises:
             Exception: As :meth:`aiostage.SaveHandle.committed` does.
         """
+        # Looked at without a lock, in another thread than sets it: done once means done for ever.
         if self._handle.done():
             # The portal may have ended since.
             return self._handle.outcome()

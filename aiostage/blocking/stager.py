@@ -181,6 +181,7 @@ class Snapshot(Generic[T]):
         """
         entered = self._background.wrap(self._snapshot)
         entered.__enter__()
+        # Not before: what could not be entered must not be left.
         self._exit = entered
         return self
 

@@ -104,6 +104,8 @@ class BackgroundSaves(ABC):
         try:
             await self._removing.acquire()
         finally:
+            # With the lock and before it looks what there is: what is committed from here on is not seen by this
+            # removal, and asks for another.
             self._removal_waits = False
         try:
             await self._remove_surplus()

@@ -237,6 +237,7 @@ class PartReader:
             return
         if self._past_cache:
             await self._find_cold(parts)
+        # One iterator for all readers. They run in one loop, so that none needs a lock to take the next part.
         queue = iter(parts)
         await run_concurrently(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
 

@@ -206,6 +206,7 @@ class SaveTask:
         )
         try:
             with anyio.CancelScope() as self._scope:
+                # Abandoned after the task was asked for and before it got its first turn.
                 if self._abandoned:
                     self._scope.cancel()
                 outcome = await self._write()

@@ -31,6 +31,7 @@ class LoopThread:
         self._loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self.thread.start()
+        # No lock, and it may run in any thread, also as a finalizer: posting to a loop is all that it does.
         self._stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
         self._stop.atexit = False
 

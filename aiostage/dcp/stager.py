@@ -74,6 +74,8 @@ class TorchStager(TorchAsyncStager):
             copied.update(dict.fromkeys(kept))
         # Called in this thread: what has to be waited for is on its streams.
         future = self._loop.submit(_finish(self._stager.stage(copied), kept))
+        # In this order: the callback runs at once for a future that is done, and each is one operation of a set, which
+        # needs no lock.
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
         self._latest = future

@@ -94,6 +94,7 @@ class ReferencedFiles:
     @asynccontextmanager
     async def _other(self, name: str) -> AsyncGenerator[Reader, None]:
         """Lend the reader of another checkpoint, of which only a few stay open."""
+        # One at a time: of two that open the same checkpoint, one reader would never be closed.
         async with self._opening:
             reader = self._others.pop(name, None) or await self._storage.read(name)
             # At the end, as the one that was used last.
@@ -103,7 +104,8 @@ class ReferencedFiles:
             yield reader
         finally:
             self._users[name] -= 1
-        # After an error all are closed soon, with this.
+        # After an error all are closed soon, with this. Without the lock: each is taken out before it is closed, and a
+        # call that needs it again meanwhile opens a new one.
         while len(self._others) > _OPEN_OTHERS:
             idle = next((other for other in self._others if not self._users[other]), None)
             if idle is None:

@@ -271,6 +271,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                             for piece in self._located(old, position + start, position + stop):
                                 append(changes.pieces, piece)
                     blocks.extend(digests)
+                    # Its memory has to be free while the next part is waited for.
                     del part
                 await changes.finish(filled)
 
@@ -281,6 +282,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                         await self._pending.write(group.name, group.nbytes, copies)
                     self._own[None, group.name] = group.nbytes
 
+        # Each writer has an end of the stream of its own, which it closes: the stream is broken once both are closed.
         await run_concurrently(fill, partial(write, full.clone()), partial(write, full))
         return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
 

@@ -133,6 +133,8 @@ class AiostageCheckpointIO(CheckpointIO):
         return self._portal, self._stager
 
     def _in_background(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        # Tasks start in the order of the calls, and anyio's lock is fair, so that a removal never overtakes a save that
+        # was asked for before it.
         async def in_turn() -> None:
             async with self._turn:
                 await call()

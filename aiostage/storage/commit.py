@@ -427,6 +427,8 @@ def _clean_up(target: str) -> None:
             # The pending checkpoint of another user, who will see to it.
             continue
         try:
+            # Locked until it is gone, so that of several clean-ups one removes it. A checkpoint that was moved aside
+            # stays while there is nothing at the target: it is what readers get.
             if try_lock_directory(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
                 _log.info("removing %s, left behind by a save that did not end", path)
                 remove(path)

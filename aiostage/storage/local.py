@@ -247,6 +247,7 @@ class _AttachedCheckpoint(PendingCheckpoint):
         file = await self._workers.run(partial(self._create, name, nbytes))
         with file:
             try:
+                # Returns or raises once no thread writes any more, so that the descriptor is closed after the writes.
                 await self._fill(file, parts)
             except BaseException as error:
                 await _settle(self._workers, [partial(os.unlink, file.path)], error)
@@ -288,6 +289,7 @@ class _LocalCheckpoint(_AttachedCheckpoint, MultiWriterCheckpoint):
 
     def _directory(self) -> PendingDirectory:
         """Return the directory, which is there from the first file on. Blocks."""
+        # Several files may begin at once, in several threads.
         with self._making:
             if self._made is None:
                 self._made = PendingDirectory(self._target)

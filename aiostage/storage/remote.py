@@ -71,6 +71,7 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
     starts = iter(range(0, into.nbytes, _RANGE_BYTES))
     count = 0
 
+    # They share the iterator: each takes the next range when it has time, so that a slow one holds up no other.
     async def reader(starts: Iterator[int]) -> None:
         nonlocal count
         for start in starts:
@@ -293,8 +294,10 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def _clean_up(self) -> None:
         """Remove what no pointer names: what this has replaced if it was committed, else this."""
+        # First, or a beat that is under way would write the lease behind the removal.
         await self._stop_heartbeat()
         try:
+            # Asked for, because a cancelled or failed request may have made the pointer all the same.
             committed = self._committed or await self._is_committed()
             stale = self._replaced if committed else self._folder
             if stale is not None:

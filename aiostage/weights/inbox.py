@@ -64,6 +64,8 @@ class WeightVersion:
 class Inbox:
     """Where a receiver puts versions, one at a time, when they are asked for.
 
+    Used in one event loop only, so that it needs no lock. What other threads say, they post to that loop.
+
     Attributes:
         changed: Set whenever something here has changed.
         wants: Whether a version is asked for.
@@ -138,6 +140,7 @@ class Inbox:
             # A cancelled call had asked for it, and there are newer ones.
             self.drop()
         while True:
+            # Taken before anything is looked at: a change after the look sets this one.
             changed = self.changed.event
             content, self._content = self._content, None
             if isinstance(content, WeightVersion):
@@ -146,6 +149,7 @@ class Inbox:
             if failure is not None:
                 raise failure.with_traceback(None)
             if not self.wants:
+                # It stays set if this is cancelled: the version then comes, and the next call finds it.
                 self.wants = True
                 self.changed.set()
                 changed = self.changed.event

@@ -151,6 +151,7 @@ class WeightPublisher:
                 else:
                     await self._sender.send(number, await (source.result() if isinstance(source, Snapshot) else source))
         finally:
+            # If the coroutine never came to be awaited; otherwise this does nothing.
             if not isinstance(source, Snapshot):
                 source.close()
         return number

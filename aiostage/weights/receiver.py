@@ -156,11 +156,12 @@ class SocketReceiver:
             session.tell(released=number)
             self._inbox.put(without_locals(error), seen=seen)
             return
+        # Not before: a version is wanted until it is in the inbox, and the writer would ask for another one.
         session.requested = False
         if memory is None:
             session.tell(released=number)
         else:
-            # When the last tensor over it is gone, in whichever thread.
+            # When the last tensor over it is gone, in whichever thread, and inside any lock. Posting takes none.
             released = partial(session.tell, released=number)
             weakref.finalize(memory, post, self._inbox.native, released).atexit = False
         acknowledged = partial(session.tell, acknowledged=number)
@@ -173,6 +174,7 @@ class SocketReceiver:
         while True:
             changed = inbox.changed.event
             if inbox.unsent:
+                # Left in the queue until it is sent: flush() waits for the queue to be empty.
                 await peer.send(inbox.unsent[0])
                 inbox.unsent.popleft()
                 inbox.changed.set()

@@ -149,6 +149,7 @@ class SocketSender:
         When cancelled, it has not become the newest.
         """
         described = await self._workers.run(partial(describe, staged))
+        # Looked at after the wait, because another call may have made a later one the newest meanwhile.
         if self._newest is None or number > self._newest.number:
             self._newest = self._versions[number] = _Version(number, staged, described)
             self._drop_unused()
@@ -253,6 +254,7 @@ class SocketSender:
                 number, described = version.number, version.described
                 connection.wants = connection.waits = False
                 connection.seen = connection.sent = connection.told = number
+                # Before it is sent, which may wait: meanwhile the version must not be dropped as held by no subscriber.
                 connection.holds.add(number)
                 del version
                 await peer.send({"version": number} | described.message(), described.descriptors)

@@ -95,6 +95,7 @@ class StorageSender:
     def save(self, number: int, state_dict: Any, stager: AsyncStager) -> Coroutine[Any, Any, object]:
         """Return a coroutine that saves a version, which no subscriber sees yet. The copy is begun at the call."""
         name = _Pointer(self.epoch, number).name
+        # Before it is written: what a cancelled save leaves is then removed with the old versions.
         self._names.add(name)
         return save(state_dict, (self.storage, name), stager=stager)
 
@@ -160,6 +161,7 @@ class StorageReceiver:
                 await changed.wait()
                 continue
             try:
+                # The pointer itself is read only when this has changed.
                 revision = await self._storage.revision(_POINTER)
                 inbox.set_connected(True)
                 if revision is not None and revision != seen and await self._check_pointer():
