@@ -3,86 +3,36 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
-from anyio.to_thread import run_sync
 
 from aiostage._loop.coroutines import run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage.abc import Reader
-from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
-from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.part_reader import THREADS
 from aiostage.checkpoint.progress import LoadProgress, ProgressOption, reporting
 from aiostage.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from aiostage.checkpoint.verify import outline_of
-from aiostage.cli.contents import describing, open_contents
-from aiostage.cli.entries import TreeEntry, entries_of_table, entries_of_tree
+from aiostage.cli.checking_foreign import check_foreign
+from aiostage.cli.contents import describing
+from aiostage.cli.entries import TreeEntry, entries_of_table
 from aiostage.cli.finding import Place
-from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from aiostage.cli.report import Damage, Report
+from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import FileRecord, Manifest
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.parts import PART_BYTES, digest, running_digest
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, TensorRecord, read_header
 from aiostage.storage.commit import MANIFEST_NAME
 
-__all__ = ["Damage", "Report", "check"]
+__all__ = ["check"]
 
 _READS_AT_ONCE = 4
-_NO_CHECKSUMS = "safetensors has no checksums; the headers are well-formed, and the files as long as they say"
-_CRC_ONLY = "PyTorch's format: compared with the CRC-32 of each record of its archives; nothing else has a checksum"
-_NOTHING_TO_COMPARE = "PyTorch's format before archives has no checksums; it can be unpickled"
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Something that is not as it was written.
-
-    Attributes:
-        file: Name of the file.
-        reason: What is wrong with it.
-        start: First byte in the file; None if it is not about some bytes.
-        stop: One past the last byte.
-        tensors: Places of the tensors, or values, that these bytes are part of.
-        stored_in: Files of other checkpoints that the bytes lie in.
-    """
-
-    file: str
-    reason: str
-    start: int | None = None
-    stop: int | None = None
-    tensors: Sequence[str] = ()
-    stored_in: Sequence[str] = ()
-
-
-@dataclass(slots=True)
-class Report:
-    """What was found out about one checkpoint.
-
-    Attributes:
-        source: Where it is, as the user wrote it.
-        kind: Which program has written it, or what its files are.
-        files: How many it has.
-        nbytes: How long they are together.
-        damage: All that is wrong.
-        note: What could not be compared, or None if every byte was.
-    """
-
-    source: str
-    kind: str
-    files: int = 0
-    nbytes: int = 0
-    damage: list[Damage] = field(default_factory=list)
-    note: str | None = None
 
 
 async def check(place: Place, *, progress: bool = False) -> Report:
@@ -97,7 +47,7 @@ async def check(place: Place, *, progress: bool = False) -> Report:
         OSError: If the storage refuses. A disk that cannot read some bytes has damaged them.
     """
     if place.read is not None:
-        return await _check_foreign(place, place.read)
+        return await check_foreign(place, place.read)
     workers = Workers(THREADS, "aiostage-verify")
     bar: ProgressOption[LoadProgress] = progress
     with reporting(bar, f"verifying {place.name}") as report:
@@ -290,7 +240,7 @@ def _stored_in(manifest: Manifest, name: str, start: int, stop: int) -> list[str
 
 async def _check_dcp(place: Place, workers: Workers, progressed: Callable[[int, int], None]) -> Report:
     """Check a checkpoint of :mod:`aiostage.dcp`: each record has a digest."""
-    read_index = import_module("aiostage.dcp.storage").read_index
+    read_index = import_module("aiostage.dcp.records").read_index
     report = Report(place.source, "aiostage.dcp")
     reader = await place.storage.read(place.name)
     try:
@@ -372,119 +322,3 @@ def _missing_shards(metadata: Any) -> list[Damage]:
 def _shard(name: str, offset: Any) -> str:
     """Return the name of a tensor, with where the shard begins unless that is at its beginning."""
     return f"{name}[{', '.join(map(str, offset))}:]" if offset is not None and any(offset) else name
-
-
-async def _check_foreign(place: Place, read: Read) -> Report:
-    """Check what another program has written, as far as it can be."""
-    report = Report(place.source, read.kind)
-    try:
-        if read.kind == "dcp":
-            report.kind, report.note = "torch.distributed.checkpoint", _CRC_ONLY
-            await run_sync(_check_dcp_directory, read.path, report)
-            return report
-        if read.kind == "torch":
-            is_archive = await run_sync(zipfile.is_zipfile, read.path)
-            report.kind, report.note = "torch.save", _CRC_ONLY if is_archive else _NOTHING_TO_COMPARE
-            report.files, report.nbytes = 1, await run_sync(os.path.getsize, read.path)
-            if is_archive:
-                report.damage += await run_sync(_check_archive, read.path)
-                if report.damage:
-                    return report
-        async with open_contents(place, elements=False) as contents:
-            if read.kind != "torch":
-                report.kind, report.note = contents.kind, _NO_CHECKSUMS
-                report.files, report.nbytes = len(contents.files), sum(file["nbytes"] for file in contents.files)
-    except CheckpointCorruptError as error:
-        report.damage.append(Damage(os.path.basename(error.path or read.path), error.reason))
-    except CheckpointError:
-        # It needs code. An archive is whole nevertheless; of others nothing is known then.
-        if report.note != _CRC_ONLY:
-            raise
-    return report
-
-
-def _check_dcp_directory(path: str, report: Report) -> None:
-    """Check the records of a directory of ``torch.distributed.checkpoint``, each of which is an archive. Blocks."""
-    directory = DcpDirectory(path)
-    places = {name: directory.places(name) for name in directory.entries}
-    files = {file for found in places.values() for file, _, _ in found}
-    report.files = len(files) + 1
-    report.nbytes = sum(
-        os.path.getsize(file) for file in {*files, os.path.join(path, ".metadata")} if os.path.exists(file)
-    )
-    for name, found in places.items():
-        wrong = [damage for each in found if (damage := _wrong_record(name, *each)) is not None]
-        report.damage += wrong
-        if not wrong:
-            try:
-                directory.value(name)
-            except CheckpointCorruptError as error:
-                report.damage.append(Damage(os.path.basename(error.path or path), error.reason, tensors=[name]))
-            except CheckpointError:
-                # It needs code, and its bytes are right.
-                continue
-
-
-def _wrong_record(name: str, file: str, start: int, nbytes: int) -> Damage | None:
-    base, stop = os.path.basename(file), start + nbytes
-    try:
-        with open(file, "rb") as opened:
-            opened.seek(start)
-            data = io.BytesIO(opened.read(nbytes))
-    except FileNotFoundError:
-        return Damage(base, "the file is missing.", start, stop, [name])
-    if data.getbuffer().nbytes < nbytes:
-        return Damage(base, f"it ends before byte {stop}.", start, stop, [name])
-    if zipfile.is_zipfile(data) and _wrong_in(data):
-        return Damage(base, f"bytes {start} to {stop} do not match their CRC-32.", start, stop, [name])
-    return None
-
-
-def _check_archive(path: str) -> list[Damage]:
-    """Check a file of ``torch.save``. Blocks."""
-    wrong = _wrong_in(path)
-    tensors = _tensors_in(path, wrong) if wrong else {}
-    return [
-        Damage(os.path.basename(path), f"{name} in it does not match its CRC-32.", start, stop, tensors.get(name, ()))
-        for name, (start, stop) in wrong.items()
-    ]
-
-
-def _wrong_in(file: Any) -> dict[str, tuple[int, int]]:
-    """Return the members of an archive that do not match their CRC-32, with the bytes that they take."""
-    found: dict[str, tuple[int, int]] = {}
-    try:
-        archive = zipfile.ZipFile(file)
-    except DAMAGED_ARCHIVE:
-        return {"the list of what is": (0, 0)}
-    with archive:
-        for info in archive.infolist():
-            try:
-                with archive.open(info) as member:
-                    while member.read(PART_BYTES):
-                        pass
-            except DAMAGED_ARCHIVE as error:
-                if isinstance(error, OSError) and error.errno != errno.EIO:
-                    raise
-                found[info.filename] = (info.header_offset, info.header_offset + info.compress_size)
-    return found
-
-
-def _tensors_in(path: str, wrong: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the tensors over damaged members, if their order tells."""
-    with zipfile.ZipFile(path) as archive:
-        data = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
-    try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        # More is damaged than elements. The members are named.
-        return {}
-    over: dict[int, list[str]] = {}
-    for entry in entries_of_tree(tree):
-        if entry.kind == "tensor" and entry.source.untyped_storage().nbytes():
-            over.setdefault(entry.source.untyped_storage().data_ptr(), []).append(entry.name)
-    # A mapped file: members and memory are in one order.
-    members = sorted(data, key=lambda info: info.header_offset)
-    if len(members) != len(over):
-        return {}
-    return {info.filename: over[at] for info, at in zip(members, sorted(over), strict=True) if info.filename in wrong}

@@ -259,7 +259,7 @@ class _Dcp(Contents):
 
     def __init__(self, reader: Reader) -> None:
         # Imported late: torch.distributed.checkpoint takes long, and few need it.
-        self._dcp = import_module("aiostage.dcp.storage")
+        self._dcp = import_module("aiostage.dcp.records")
         self._reader = reader
         self.entries: list[TreeEntry] = []
         self.files: list[dict[str, Any]] = []

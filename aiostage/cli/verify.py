@@ -6,10 +6,11 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from aiostage.cli.checking import Damage, Report, check
+from aiostage.cli.checking import check
 from aiostage.cli.finding import Place, find_checkpoints
 from aiostage.cli.listing import REMOVED
 from aiostage.cli.output import Output, counted, few
+from aiostage.cli.report import Damage, Report
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 from aiostage.incremental.reading import is_removed
 

@@ -35,45 +35,24 @@ from aiostage._device import CallerStreams, default_backend
 from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader, Storage
 from aiostage.dcp.loop_thread import LoopThread
-from aiostage.dcp.unpickling import read_metadata
-from aiostage.errors import CheckpointCorruptError, said, shown
+from aiostage.dcp.records import (
+    FORMAT,
+    METADATA_NAME,
+    VERSION,
+    Record,
+    memory_of,
+    read_index,
+    read_record,
+    tensor_of,
+)
+from aiostage.errors import shown
 from aiostage.format.parts import PART_BYTES, Part, cut, digest, gather, single_piece
-from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import Root, storage_at
 
-__all__ = ["Record", "StorageReader", "StorageWriter", "read_index", "read_record", "tensor_of"]
-
-METADATA_NAME = ".metadata"
-"""DCP's own name for it."""
-
-FORMAT = "aiostage-dcp"
-VERSION = 1
-
-_MAX_MANIFEST_BYTES = 64 << 10
+__all__ = ["StorageReader", "StorageWriter"]
 
 _RECORDS_AT_ONCE = 4
 """How many records a rank reads at once. A guess: enough to hide the latency of an object store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Where the bytes of one item are.
-
-    Attributes:
-        file: Its name.
-        offset: The offset of the first byte in the file.
-        nbytes: How many there are.
-        digest: The digest of the bytes.
-        dtype: The dtype of the elements, or None for what DCP has pickled.
-        shape: The shape of the shard.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    digest: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +158,7 @@ class StorageWriter(torch_storage.StorageWriter):
                 file=share.file,
                 offset=offset,
                 nbytes=tensor.nbytes,
-                digest=digest(_bytes(tensor)),
+                digest=digest(memory_of(tensor)),
                 dtype=None if pickled else tensor.dtype,
                 shape=tuple(tensor.shape),
             )
@@ -302,6 +281,7 @@ class StorageReader(torch_storage.StorageReader):
         assert self._reader is not None  # noqa: S101 - DCP has called read_metadata
         reader, records = self._reader, iter(wanted)
 
+        # All take from one iterator, so that each record is read by one of them.
         async def work() -> None:
             for record in records:
                 data = await read_record(reader, record)
@@ -327,86 +307,6 @@ class StorageReader(torch_storage.StorageReader):
         if not self._loops:
             self._loops.append(LoopThread("aiostage-dcp-reader"))
         return self._loops[0]
-
-
-async def read_index(reader: Reader) -> Metadata:
-    """Read what a checkpoint has, and where: ``storage_data`` has a :class:`Record` for each item.
-
-    Args:
-        reader: The reader of the checkpoint.
-
-    Raises:
-        CheckpointCorruptError: If it is damaged, or not one of DCP's.
-        OSError: If the storage refuses.
-    """
-    nbytes, expected = _read_manifest(await reader.manifest(), reader.location)
-    path = f"{reader.location}/{METADATA_NAME}"
-    found = await reader.size(METADATA_NAME)
-    if found != nbytes:
-        raise CheckpointCorruptError(f"expected {nbytes} bytes, got {found}.", path=path)
-    data = await read_record(reader, Record(METADATA_NAME, 0, nbytes, expected, None, ()))
-    try:
-        metadata = read_metadata(data, Record)
-    except Exception as error:
-        raise CheckpointCorruptError(f"it cannot be unpickled: {said(error)}.", path=path) from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointCorruptError(f"it is not metadata of DCP but a {type(metadata).__name__}.", path=path)
-    return metadata
-
-
-async def read_record(reader: Reader, record: Record) -> Buffer:
-    """Read the bytes of one item, and compare them with their digest.
-
-    Raises:
-        CheckpointCorruptError: If they are not those that were written.
-        OSError: If the storage refuses.
-    """
-    data = _bytes(torch.empty(record.nbytes, dtype=torch.uint8, device="cpu"))
-    if record.nbytes:
-        await reader.read(record.file, record.offset, data)
-    if digest(data) != record.digest:
-        raise CheckpointCorruptError(
-            f"bytes {record.offset} to {record.offset + record.nbytes} are not those that were written.",
-            path=f"{reader.location}/{record.file}",
-            remedy="Load an older checkpoint.",
-        )
-    return data
-
-
-def tensor_of(record: Record, data: Buffer) -> torch.Tensor:
-    """Return the shard that an item is, over its bytes."""
-    dtype = record.dtype or torch.uint8
-    tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype, device="cpu")
-    return tensor.view(record.shape)
-
-
-def _read_manifest(text: Buffer, location: str) -> tuple[int, str]:
-    """Return how long the metadata is, and its digest, from a manifest that may be damaged or hostile."""
-    try:
-        if len(text) > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"it is {len(text)} bytes long")
-        manifest = json.loads(bytes(text))
-        version = manifest["version"]
-        if manifest["format"] != FORMAT or type(version) is not int or version != VERSION:
-            raise CheckpointCorruptError(
-                "it is not a checkpoint of aiostage.dcp, or of a newer one.",
-                path=location,
-                remedy="Read it with aiostage.load, or with a newer aiostage.",
-            )
-        about = manifest["metadata"]
-        nbytes, expected = about["nbytes"], about["xxh3_64"]
-        if about["name"] != METADATA_NAME or type(nbytes) is not int or nbytes < 0 or type(expected) is not str:
-            raise ValueError("it does not say where the metadata is")
-    except CheckpointCorruptError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # Checkpoints of other kinds have longer ones, of other forms.
-        raise CheckpointCorruptError(
-            f"it is not a manifest of aiostage.dcp: {said(error)}.",
-            path=f"{location}/{MANIFEST_NAME}",
-            remedy="Read checkpoints of aiostage.save with aiostage.load.",
-        ) from error
-    return nbytes, expected
 
 
 def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
@@ -438,12 +338,6 @@ def _tensor(data: bytes) -> torch.Tensor:
     )
 
 
-def _bytes(tensor: torch.Tensor) -> Buffer:
-    """Return the memory of a contiguous tensor."""
-    data: Buffer = tensor.view(-1).view(torch.uint8).numpy().data
-    return data
-
-
 async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
     """Iterate over the bytes of parts: the staged memory itself where that is one piece, and a copy elsewhere."""
     parts.reverse()
@@ -453,6 +347,6 @@ async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
         if memory is None:
             memory = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu")
             gather(part, memory)
-        data = _bytes(memory)
+        data = memory_of(memory)
         del part, memory
         yield data

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 import aiostage.dcp
 from aiostage import CheckpointCorruptError, RankFailedError
 from aiostage.dcp import StorageReader, StorageWriter
-from aiostage.dcp.storage import Record
+from aiostage.dcp.records import Record
 from aiostage.dcp.unpickling import read_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -152,3 +152,10 @@ def test_the_kinds_of_metadata(tmp_path: Path) -> None:
         assert read_metadata(other, Record) == metadata
     with pytest.raises(pickle.UnpicklingError, match=r"it names _io\.BytesIO"):
         read_metadata(pickle.dumps(io.BytesIO()), Record)
+
+
+def test_metadata_names_records_as_older_checkpoints_do() -> None:
+    """The name is part of the format, wherever the class lies."""
+    pickled = pickle.dumps(Record("rank-00000.bin", 0, 0, "", None, ()), protocol=2)
+    assert b"aiostage.dcp.storage\nRecord\n" in pickled
+    assert type(pickle.loads(pickled)) is Record
