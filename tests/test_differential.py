@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import OrderedDict, defaultdict, deque, namedtuple
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,19 +14,9 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingOptions
 
 from aiostage import AsyncStager
+from tests.fuzz.classes import Frozen, Record
 
 Pair = namedtuple("Pair", "first second")
-
-
-@dataclass
-class Record:
-    value: Any
-    items: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    value: Any
 
 
 class Slotted:

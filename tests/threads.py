@@ -1,10 +1,11 @@
-"""Waiting for threads to end."""
+"""Running loops in threads at once, and waiting for threads to end."""
 
 from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from time import monotonic
 
@@ -12,6 +13,13 @@ from tests.patience import seconds
 
 SOON = seconds(10.0)
 _POLL_AGAIN = 0.2
+
+
+def in_two_threads(run: Callable[[int], object]) -> None:
+    """Call a function with 0 and with 1 in two threads at once, and raise what either has raised."""
+    with ThreadPoolExecutor(2) as pool:
+        for outcome in [pool.submit(run, number) for number in range(2)]:
+            outcome.result()
 
 
 def until_none_of(names: str | tuple[str, ...], *, others: Collection[threading.Thread] = ()) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 __all__ = ["RankBarrier", "StoreLostError"]
 
 GRACE = 5.0
-"""Seconds that others get to say something before they are counted as lost. A guess: connections break in
-milliseconds when a process dies, and a busy machine is late by seconds."""
+"""A guess: connections break in milliseconds when a process dies, and a busy machine is late by seconds."""
 
 _POLL = 0.05
 """Seconds between two queries for the keys of other ranks, after a failure only."""
@@ -38,13 +37,15 @@ class RankBarrier:
         number: The number of the operation, the same on all ranks.
         rank: The rank of this process, in the group.
         size: How many ranks the group has.
+        grace: Seconds that others get to say something before they are counted as lost; None for ``GRACE``.
     """
 
-    def __init__(self, store: Any, number: int, rank: int, size: int) -> None:
+    def __init__(self, store: Any, number: int, rank: int, size: int, *, grace: float | None = None) -> None:
         self._store = store
         self._key = f"aiostage/{number}"
         self._rank = rank
         self._size = size
+        self._grace = GRACE if grace is None else grace
 
     def arrive(self, timeout: float) -> Mapping[int, str]:
         """Report that this rank is here, and wait until all ranks are, or until one cannot take part.
@@ -65,7 +66,7 @@ class RankBarrier:
                 return self._settle("verdict", {})
             if self._wait("verdict", timeout):
                 return self._settle("verdict", {})
-            if self._store.add(f"{self._key}/overdue", 1) > 1 and self._wait("verdict", GRACE):
+            if self._store.add(f"{self._key}/overdue", 1) > 1 and self._wait("verdict", self._grace):
                 # Another rank has timed out too and queries the absent ranks. One rank is enough.
                 return self._settle("verdict", {})
             absent = self._without("here")
@@ -135,7 +136,7 @@ class RankBarrier:
         try:
             self._store.set(f"{self._key}/left/{self._rank}", "")
             self._store.set(f"{self._key}/broken", "")
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + self._grace
             while (inside := self._without("left")) and time.monotonic() < deadline:
                 if self._store.check([f"{self._key}/blame"]):
                     break

@@ -28,6 +28,10 @@ from tests.patience import seconds
 from tests.warm import PYTHON
 
 
+class Killed(BaseException):
+    """Ends a process of the test where it is raised."""
+
+
 async def saved_incrementally(steps: int) -> MemoryStorage:
     storage, model = MemoryStorage(), LoRA(2)
     async with Checkpointer(storage, incremental=True) as checkpoints:
@@ -260,7 +264,7 @@ async def test_each_file_is_asked_for_once() -> None:
             await checkpoints.save(step, model.state_dict(0))
             await settled(checkpoints)
         assert storage.operations["prune_files"] == prunes
-        # What a save is compared with is read once it is pinned.
+        # What a save is compared with is read once it is locked.
         assert storage.operations["manifest"] == manifests + 3
 
 
@@ -268,9 +272,6 @@ async def test_each_file_is_asked_for_once() -> None:
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
 async def test_removing_killed_at_each_step() -> None:
-    class Killed(BaseException):
-        pass
-
     whole, model = MemoryStorage(), Run()
     states = []
     async with Checkpointer(whole, incremental=True) as checkpoints:
@@ -396,9 +397,6 @@ async def test_removing_beside_a_writer_that_is_about_to_refer(who: str) -> None
 @pytest.mark.usefixtures("_small_groups")
 async def test_a_writer_that_is_killed_beside_a_removal() -> None:
     """Another process removes what it refers to before one of its operations; before the next one it dies."""
-
-    class Killed(BaseException):
-        pass
 
     whole, model = MemoryStorage(), Run()
     async with Checkpointer(whole, incremental=True) as checkpoints:

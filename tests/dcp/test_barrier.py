@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from aiostage.dcp import barrier
 from aiostage.dcp.barrier import RankBarrier, StoreLostError
 from tests.patience import seconds
 
@@ -26,10 +25,12 @@ def new_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def together(size: int, act: Callable[[RankBarrier, int], Any], store: Any = None) -> list[Any]:
+def together(
+    size: int, act: Callable[[RankBarrier, int], Any], store: Any = None, *, grace: float | None = None
+) -> list[Any]:
     store = store if store is not None else new_store()
     # One after another: of several that connect at once, some do so 5 s later.
-    calls = [RankBarrier(store.clone(), 0, rank, size) for rank in range(size)]
+    calls = [RankBarrier(store.clone(), 0, rank, size, grace=grace) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(act, calls, range(size)))
 
@@ -38,7 +39,7 @@ def test_all_come() -> None:
     assert together(5, lambda call, _: call.arrive(PATIENCE)) == [{}] * 5
 
 
-def test_one_is_late_and_everybody_says_the_same() -> None:
+def test_one_is_late_and_all_say_the_same() -> None:
     given_up = Barrier(4)
 
     def act(call: RankBarrier, rank: int) -> Mapping[int, str]:
@@ -85,8 +86,7 @@ def test_of_two_that_refuse_one_is_named() -> None:
 
 
 class TestBlame:
-    def test_the_one_whose_process_is_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(barrier, "GRACE", 1.0)
+    def test_the_one_whose_process_is_gone(self) -> None:
 
         def act(call: RankBarrier, rank: int) -> Any:
             if rank == 0:
@@ -97,10 +97,9 @@ class TestBlame:
                     time.sleep(0.01)
             return None
 
-        assert together(3, act)[0] == {2: "its process was lost"}
+        assert together(3, act, grace=1.0)[0] == {2: "its process was lost"}
 
-    def test_the_one_that_does_not_come_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(barrier, "GRACE", 1.0)
+    def test_the_one_that_does_not_come_out(self) -> None:
 
         def act(call: RankBarrier, rank: int) -> Any:
             if rank != 2:
@@ -109,7 +108,7 @@ class TestBlame:
                 time.sleep(0.01)
             return None
 
-        assert together(3, act)[:2] == [{2: "it keeps the others waiting"}] * 2
+        assert together(3, act, grace=1.0)[:2] == [{2: "it keeps the others waiting"}] * 2
 
     def test_no_rank_in_particular(self) -> None:
         def act(call: RankBarrier, rank: int) -> Any:

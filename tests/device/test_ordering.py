@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import weakref
 
 import pytest
@@ -16,6 +15,7 @@ from aiostage.testing import at_every_await
 from aiostage.testing.clock import VirtualClock
 from tests.device.accelerators import Accelerator, is_completed, seeds, simulator_only
 from tests.staging.holding import until
+from tests.threads import in_two_threads
 
 SIZE = 64
 MIB = 2**20
@@ -255,7 +255,6 @@ class TestRestore:
 
 
 def test_stagers_of_two_loops_share_a_device() -> None:
-    failures: list[BaseException] = []
     with Accelerator(seed=1, spontaneous=True) as accelerator:
         tensors = [full(accelerator, n, 1000) for n in range(2)]
 
@@ -264,18 +263,7 @@ def test_stagers_of_two_loops_share_a_device() -> None:
                 for _ in range(20):
                     assert float((await stager.stage({"a": tensors[number]}))["a"].mean()) == number
 
-        def run(number: int) -> None:
-            try:
-                asyncio.run(work(number))
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
+        in_two_threads(lambda number: asyncio.run(work(number)))
 
 
 def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from aiostage import AsyncStager, StagerClosedError, StagingOptions, TornSnapsho
 from aiostage._copy.pending import in_flight
 from tests.patience import seconds
 from tests.staging.holding import until
+from tests.threads import in_two_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -143,26 +143,13 @@ class TestUnderWay:
 
 
 def test_two_event_loops_share_a_device() -> None:
-    failures: list[BaseException] = []
-
     async def work(number: int) -> None:
         async with AsyncStager() as stager:
             tensor = torch.full((4 * MIB,), float(number), device=DEVICE)
             for _ in range(20):
                 assert float((await stager.stage({"a": tensor}))["a"].mean()) == number
 
-    def run(number: int) -> None:
-        try:
-            asyncio.run(work(number))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_two_threads(lambda number: asyncio.run(work(number)))
 
 
 def test_a_loop_that_is_closed_leaves_its_copies_to_a_thread() -> None:

@@ -25,6 +25,7 @@ from aiostage._loop.polling import wait_event, wait_until_done
 from aiostage.errors import StagerClosedError, StagingError
 from aiostage.testing import at_every_await
 from tests.descriptors import TIMERS, opened
+from tests.threads import in_two_threads
 
 RUNS: dict[str, Callable[[Callable[[], Awaitable[object]]], object]] = {
     "asyncio": asyncio.run,
@@ -593,7 +594,6 @@ class TestLoops:
         events = [[Event() for _ in range(20)] for _ in range(2)]
         together = threading.Barrier(2)
         threads: list[set[int]] = [set(), set()]
-        failures: list[BaseException] = []
 
         async def main(side: int) -> None:
             async with anyio.create_task_group() as group:
@@ -610,16 +610,5 @@ class TestLoops:
                 for event in events[side]:
                     event.done = True
 
-        def run(side: int) -> None:
-            try:
-                (asyncio.run, uvloop.run)[side](main(side))
-            except BaseException as error:
-                failures.append(error)
-
-        workers = [threading.Thread(target=run, args=(side,)) for side in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert failures == []
+        in_two_threads(lambda side: (asyncio.run, uvloop.run)[side](main(side)))
         assert threads[0].isdisjoint(threads[1])

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import threading
 
-import pytest
-
 from aiostage._loop.workers import start_thread
 from tests.patience import seconds
 
@@ -23,27 +21,26 @@ def test_runs_the_thread_under_its_name():
     assert names == ["test-begun"]
 
 
-def test_does_not_wait_for_its_first_turn(monkeypatch: pytest.MonkeyPatch):
+def test_does_not_wait_for_its_first_turn():
     turn, ran = threading.Event(), threading.Event()
-    start = threading.Thread.start
 
-    def start_late(thread: threading.Thread) -> None:
-        assert turn.wait(SOON)
-        start(thread)
+    class Late(threading.Thread):
+        def start(self) -> None:
+            assert turn.wait(SOON)
+            super().start()
 
-    monkeypatch.setattr(threading.Thread, "start", start_late)
-    start_thread(threading.Thread(target=ran.set, daemon=True))
+    start_thread(Late(target=ran.set, daemon=True))
     assert not ran.is_set()
     turn.set()
     assert ran.wait(SOON)
 
 
-def test_one_thread_is_enough(monkeypatch: pytest.MonkeyPatch):
+def test_one_thread_is_enough():
     ran = threading.Event()
 
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    start_thread(threading.Thread(target=ran.set, daemon=True))
+    start_thread(Refused(target=ran.set, daemon=True))
     assert ran.wait(SOON)
