@@ -143,7 +143,7 @@ class WeightPublisher:
             if self._loop is not current_token().native_token:
                 raise WeightsError("the publisher was opened on another event loop.", path=self._sender.location)
             # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
-            saved = await source if isinstance(self._sender, StorageSender) else None
+            saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
             async with self._lock:
                 self._opened()
                 if isinstance(self._sender, StorageSender):

@@ -94,10 +94,19 @@ class StorageSender:
 
     def save(self, number: int, state_dict: Any, stager: AsyncStager) -> Coroutine[Any, Any, object]:
         """Return a coroutine that saves a version, which no subscriber sees yet. The copy is begun at the call."""
+        return save(state_dict, (self.storage, _Pointer(self.epoch, number).name), stager=stager)
+
+    async def saved(self, number: int, saving: Coroutine[Any, Any, object]) -> object:
+        """Await what :meth:`save` has returned. Raises as that does."""
         name = _Pointer(self.epoch, number).name
-        # Before it is written: what a cancelled save leaves is then removed with the old versions.
+        # Before it is written: a save that is cancelled may be committed, and is then removed with the old versions.
         self._names.add(name)
-        return save(state_dict, (self.storage, name), stager=stager)
+        try:
+            return await saving
+        except Exception:
+            # Nothing of it is left. Counted, it would take the place of a version that subscribers may be loading.
+            self._names.discard(name)
+            raise
 
     async def send(self, number: int, saved: object) -> None:
         """Make a version that was saved the newest, unless a later one already is; remove old ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from obstore.store import MemoryStore
 
 import aiostage
-from aiostage import AsyncStager, CheckpointCorruptError, StorageError, WeightsError
+from aiostage import AsyncStager, CheckpointCorruptError, StorageError, UnsupportedLeafError, WeightsError
 from aiostage.abc import Storage
 from aiostage.storage import ObjectStorage
 from aiostage.testing.cancelling import at_every_await
@@ -72,6 +73,19 @@ async def test_a_look_at_the_pointer_is_one_small_request() -> None:
         assert set(requests) == {"newest/checkpoint.json"}
         waiting.cancel()
         await asyncio.wait([waiting])
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_could_not_be_saved_takes_no_place() -> None:
+    async with WeightPublisher(MemoryStorage(), max_versions=4) as publisher:
+        for number in range(4):
+            await publisher.publish(weights(number))
+        for _ in range(4):
+            with pytest.raises(UnsupportedLeafError):
+                await publisher.publish({"lock": threading.Lock()})
+        assert publisher.versions == (0, 1, 2, 3)
+        await publisher.publish(weights(9), version=9)
+        assert publisher.versions == (1, 2, 3, 9)
 
 
 @pytest.mark.anyio
