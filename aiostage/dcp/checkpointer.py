@@ -176,8 +176,8 @@ class Checkpointer(BackgroundSaves):
                 self._store = self._parent.get_group_store().clone()
             if preempted:
                 # The step after this one. About this step other ranks may have asked before, and been told to go on.
-                # None asks about the next one before this rank has begun it, and this rank begins it once the key is set.
-                # Of several ranks, the first that sets it decides.
+                # None asks about the next one before this rank has begun it, which it does once the key is set. Of
+                # several ranks, the first that sets it decides.
                 self._store.compare_set(key, "", str(step + 1))
             if not self._store.check([key]):
                 return False
