@@ -29,7 +29,17 @@ from aiostage._platform import (
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = ["Arena", "ColdPages", "Exporter", "PageChoice", "pieces", "reserve_addresses", "whole_pages"]
+__all__ = [
+    "SAMPLE_BYTES",
+    "Arena",
+    "ColdPages",
+    "Exporter",
+    "PageChoice",
+    "page_choice_of_loads",
+    "pieces",
+    "reserve_addresses",
+    "whole_pages",
+]
 
 Exporter = numpy.typing.NDArray[numpy.uint8]
 
@@ -42,7 +52,7 @@ _BLOCK_BYTES = 2 << 20
 
 _DISCARD_BYTES = 64 << 20
 
-_SAMPLE_BYTES = HUGE_PAGE_BYTES
+SAMPLE_BYTES = HUGE_PAGE_BYTES
 """How much is written for one measurement."""
 
 _FIRST_BYTES = {True: 8 << 20, False: 64 << 20}
@@ -122,25 +132,29 @@ class PageChoice:
 page_choice = PageChoice()
 """The process's own. The machine is the same for all of its arenas."""
 
+page_choice_of_loads = PageChoice()
+"""The same for what is read from files, of which each byte takes another time."""
+
 
 class ColdPages:
-    """The pages of a mapping that one thread is about to write to for the first time.
+    """The pages of new private memory that one thread is about to write to for the first time.
 
     Args:
-        memory: A private mapping.
-        address: Where it begins.
-        huge: Whether all of it was asked to have huge pages.
+        start: Where the memory begins.
+        stop: Where it ends.
+        huge: Whether all of it was asked to have huge pages; None if it was not asked for anything.
         choice: Where measurements are kept.
     """
 
-    __slots__ = ("_address", "_begun", "_choice", "_default", "_huge", "_memory", "_nbytes")
+    __slots__ = ("_begun", "_choice", "_default", "_huge", "_nbytes", "_start", "_stop")
 
-    def __init__(self, memory: mmap.mmap, address: int, huge: bool, choice: PageChoice) -> None:
-        self._memory = memory
-        self._address = address
+    def __init__(self, start: int, stop: int, huge: bool | None, choice: PageChoice) -> None:
+        # Pages that the memory shares with other memory are left alone.
+        self._start = -(-start // PAGE_BYTES) * PAGE_BYTES
+        self._stop = stop // PAGE_BYTES * PAGE_BYTES
         self._default = huge
         self._choice = choice
-        self._huge = huge
+        self._huge = bool(huge)
         self._nbytes = 0
         self._begun = 0.0
 
@@ -151,17 +165,18 @@ class ColdPages:
             address: Where it begins.
             nbytes: How much; 0 after the last.
         """
-        if self._nbytes >= _SAMPLE_BYTES:
+        if self._nbytes >= SAMPLE_BYTES:
             self._choice.record(self._huge, self._nbytes, thread_time() - self._begun)
             self._nbytes = 0
         if nbytes and not self._nbytes:
             self._huge = self._choice.next()
             if self._huge is not self._default:
                 # Whole huge pages. What has pages already keeps them.
-                stop = address + max(nbytes, _SAMPLE_BYTES)
-                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES - self._address, 0)
-                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES - self._address, len(self._memory))
-                advise_pages(self._memory, huge=self._huge, start=first, nbytes=last - first)
+                stop = address + max(nbytes, SAMPLE_BYTES)
+                first = max(address // SAMPLE_BYTES * SAMPLE_BYTES, self._start)
+                last = min(-(-stop // SAMPLE_BYTES) * SAMPLE_BYTES, self._stop)
+                if first < last:
+                    advise_pages(first, last - first, huge=self._huge)
             self._begun = thread_time()
         self._nbytes += nbytes
 
@@ -212,7 +227,7 @@ class Arena:
         self._chooses_pages = file is None and HAS_HUGE_PAGES
         self._huge = self._chooses_pages and page_choice.huge
         if self._chooses_pages:
-            advise_pages(memory, huge=self._huge)
+            advise_pages(self.address, self.nbytes, huge=self._huge)
 
     @classmethod
     def pageable(cls, nbytes: int) -> Arena:
@@ -332,7 +347,7 @@ class Arena:
         """Return what chooses the pages of a range as it is written to; None if it has pages, or has no choice."""
         if not self._chooses_pages or self._warm.find(0, start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) < 0:
             return None
-        return ColdPages(self._memory, self.address, self._huge, page_choice)
+        return ColdPages(self.address, self.address + self.nbytes, self._huge, page_choice)
 
     def written(self, start: int, stop: int) -> None:
         """Take note that all of a range has been written to. The blocks that it shares with others count as well."""

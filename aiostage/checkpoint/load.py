@@ -174,7 +174,7 @@ class Loading:
             self._targets,
             verify=self._verify,
             progress=self._progressed,
-            past_cache=self._in_place,
+            in_place=self._in_place,
         )
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)

@@ -14,8 +14,10 @@ from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
+from aiostage._memory.arena import SAMPLE_BYTES, ColdPages, page_choice_of_loads, pieces
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
+from aiostage._platform import HAS_HUGE_PAGES
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
@@ -32,7 +34,7 @@ from aiostage.format.parts import (
 )
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
-from aiostage.storage.files import PartBuffers
+from aiostage.storage.files import PartBuffers, address_of
 from aiostage.storage.local import LocalReader
 
 if TYPE_CHECKING:
@@ -136,7 +138,8 @@ class PartReader:
         part_bytes: How long a part is at most.
         targets: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
-        past_cache: Whether to read past the page cache what is not in it.
+        in_place: Whether live tensors are read into. What is not in the page cache is then read past it; otherwise the
+            pages of new memory are chosen.
     """
 
     def __init__(
@@ -147,14 +150,14 @@ class PartReader:
         targets: ReadTargets,
         *,
         verify: bool,
-        past_cache: bool = False,
+        in_place: bool = False,
     ) -> None:
         self._reader = reader
         self._workers = workers
         self._part_bytes = part_bytes
         self._targets = targets
         self._verify = verify
-        self._past_cache = past_cache
+        self._in_place = in_place
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
         self._cold: dict[tuple[str, int], LocalReader] = {}
 
@@ -235,7 +238,7 @@ class PartReader:
         """
         if not parts:
             return
-        if self._past_cache:
+        if self._in_place:
             await self._find_cold(parts)
         # One iterator for all readers. They run in one loop, so that none needs a lock to take the next part.
         queue = iter(parts)
@@ -305,11 +308,16 @@ class PartReader:
             if isinstance(piece, Gap) and not self._verify:
                 offset += piece.nbytes
                 continue
-            for buffer in _buffers(piece):
+            cold = None if self._in_place else _cold_pages(piece)
+            for buffer in _buffers(piece, in_blocks=cold is not None):
+                if cold is not None:
+                    cold.before(address_of(buffer), len(buffer))
                 read(offset, buffer)
                 offset += len(buffer)
                 if self._verify:
                     running.update(buffer)
+            if cold is not None:
+                cold.before()
         if self._verify:
             self._compare(file, part, running.hexdigest())
 
@@ -395,14 +403,31 @@ def _batches(
         yield current, places, values
 
 
-def _buffers(piece: PartPiece) -> Iterator[Buffer]:
-    """Iterate over host memory for a piece; for a gap it is the same again and again."""
+def _buffers(piece: PartPiece, *, in_blocks: bool) -> Iterator[Buffer]:
+    """Iterate over host memory for a piece; for a gap it is the same again and again.
+
+    Args:
+        piece: In host memory.
+        in_blocks: Whether memory is cut where a huge page may end.
+    """
     if isinstance(piece, torch.Tensor):
-        yield piece.numpy().data
+        memory: Buffer = piece.numpy().data
+        begin = piece.data_ptr()
+        end = begin + piece.nbytes
+        for start, stop in pieces(begin, end, SAMPLE_BYTES) if in_blocks else [(begin, end)]:
+            yield memory[start - begin : stop - begin]
     else:
         memory = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8).data
         for start in range(0, piece.nbytes, _GAP_BYTES):
             yield memory[: piece.nbytes - start]
+
+
+def _cold_pages(piece: PartPiece) -> ColdPages | None:
+    """Return what chooses the pages of a piece of new memory; None for one that is too small to measure."""
+    if not HAS_HUGE_PAGES or not isinstance(piece, torch.Tensor) or piece.nbytes < SAMPLE_BYTES:
+        return None
+    storage = piece.untyped_storage()
+    return ColdPages(storage.data_ptr(), storage.data_ptr() + storage.nbytes(), None, page_choice_of_loads)
 
 
 def _nothing() -> None:

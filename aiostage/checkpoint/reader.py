@@ -245,7 +245,7 @@ class CheckpointReader:
         targets: Where the tensors are that are read into.
         verify: Whether to compare every byte read with the checksums.
         progress: Called on the event loop with how many bytes were read, and how many there are to read.
-        past_cache: Whether to read past the page cache what is not in it.
+        in_place: Whether live tensors are read into.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class CheckpointReader:
         *,
         verify: bool,
         progress: Callable[[int, int], object] | None = None,
-        past_cache: bool = False,
+        in_place: bool = False,
     ) -> None:
         self._reader = reader
         self._workers = workers
@@ -265,7 +265,7 @@ class CheckpointReader:
         self._targets = targets
         self._verify = verify
         self._progress = progress
-        self._past_cache = past_cache
+        self._in_place = in_place
         self._read_bytes = self._total_bytes = 0
 
     @property
@@ -293,7 +293,7 @@ class CheckpointReader:
             manifest.part_bytes,
             self._targets,
             verify=self._verify,
-            past_cache=self._past_cache,
+            in_place=self._in_place,
         )
         found: dict[str, FileOutline] = {}
         queue = iter(manifest.files)
