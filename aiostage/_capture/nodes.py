@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -332,24 +332,35 @@ class AttributesNode(Node):
         leaf: The tensor's index.
         names: The names of the attributes; the children are their values.
         kept: Attributes that are put onto the copy as they are.
+        slots: The names of those that its class keeps in slots. The others go into the copy's dictionary, as
+            :func:`copy.deepcopy` puts them there: no code of the class sees them.
     """
 
-    __slots__ = ("kept", "leaf", "names")
+    __slots__ = ("kept", "leaf", "names", "slots")
 
     def __init__(self, source: Any, parent: Node | None, slot: int) -> None:
         super().__init__(source, parent, slot)
         self.leaf = -1
         self.names: list[str] = []
         self.kept: dict[str, Any] = {}
+        self.slots: frozenset[str] = frozenset()
 
     def begin(self, fetch: Fetch) -> None:
         (self.copy,) = fetch(self.leaf, self.leaf + 1)
-        for name, value in self.kept.items():
-            setattr(self.copy, name, value)
+        self._set(self.kept.items())
 
     def put(self, start: int, copies: list[Any]) -> None:
-        for name, value in zip(self.names[start : start + len(copies)], copies, strict=True):
-            setattr(self.copy, name, value)
+        self._set(zip(self.names[start : start + len(copies)], copies, strict=True))
+
+    def _set(self, attributes: Iterable[tuple[str, Any]]) -> None:
+        if not self.slots:
+            vars(self.copy).update(attributes)
+            return
+        for name, value in attributes:
+            if name in self.slots:
+                setattr(self.copy, name, value)
+            else:
+                vars(self.copy)[name] = value
 
     def release(self) -> None:
         super().release()

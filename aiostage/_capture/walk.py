@@ -373,6 +373,7 @@ class Walk:
             attributes = {name: value for name, value in attributes.items() if not composite.owns(name)}
             self.changes.add_names(vars(tensor), list(attributes), composite.owns, node, slot)
             self.changes.add_slots(tensor, dict(attributes), node, slot)
+        names: list[str] = []
         if type(tensor) not in PLAIN_CLASSES:
             names = _private.slot_names(type(tensor))
             self.changes.add_slots(tensor, {name: getattr(tensor, name, GONE) for name in names}, node, slot)
@@ -381,7 +382,7 @@ class Walk:
         if not attributes:
             return
         made = AttributesNode(tensor, node, slot)
-        made.leaf = index
+        made.leaf, made.slots = index, frozenset(names)
         # A bound method on a tensor (a weight loader, say) is code, and the module behind it is no part of the tensor.
         made.kept = {name: value for name, value in attributes.items() if type(value) is types.MethodType}
         made.names = [name for name in attributes if name not in made.kept]

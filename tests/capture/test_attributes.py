@@ -253,3 +253,28 @@ class TestWithoutADictionary:
             tree["a"].late = 1  # type: ignore[union-attr]
             with pytest.raises(TornSnapshotError, match=r"\['a'\]"):
                 await coroutine
+
+
+class Watching(torch.Tensor):
+    """Has a property by the name of an attribute, and code that sees attributes being set."""
+
+    seen: list[str] = []
+
+    @property
+    def shown(self) -> str:
+        return "property"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.seen.append(name)
+        super().__setattr__(name, value)
+
+
+async def test_attributes_are_put_where_they_were_without_code_of_the_class() -> None:
+    watching = marked(torch.ones(2).as_subclass(Watching), shown=[1], other=2)
+    plain = marked(torch.ones(2))
+    vars(plain)[5] = [torch.zeros(1)]  # type: ignore[index]
+    async with AsyncStager() as stager:
+        staged = await stager.stage([watching, plain])
+    assert vars(staged[0]) == {"shown": [1], "other": 2}
+    assert not Watching.seen
+    assert torch.equal(vars(staged[1])[5][0], torch.zeros(1))
