@@ -214,6 +214,17 @@ class TestDtype:
                 await stager.stage({"a": torch.ones(1)})
 
 
+@pytest.mark.asyncio
+async def test_a_frozenset_is_made_only_of_what_has_to_be_copied() -> None:
+    atoms, tensor = frozenset(range(1000)), torch.ones(2)
+    async with AsyncStager() as stager:
+        staged = await stager.stage([atoms, frozenset([tensor]), tensor, frozenset([atoms, (1, 2)])])
+    assert staged[0] is atoms
+    assert staged[1] == {staged[2]}
+    assert staged[2] is not tensor
+    assert staged[3] == {atoms, (1, 2)}
+
+
 class Thing:
     def __init__(self) -> None:
         self.value = [1]
