@@ -51,7 +51,7 @@ def test_the_source_may_change_once_save_has_returned(tmp_path: Path) -> None:
             assert checkpoints.restore(step=number)["weight"].unique().tolist() == [number]
 
 
-def test_leaving_waits_and_tells_of_failures(tmp_path: Path) -> None:
+def test_leaving_waits_and_raises_failures(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state(1))
     assert (tmp_path / "step-00000001" / "manifest.json").is_file()

@@ -24,7 +24,7 @@ LONGEST_MESSAGE = 1000
 
 
 class Tripwire:
-    """Counts how often somebody asks for its repr, which is long."""
+    """Counts how often its repr is asked for, which is long."""
 
     asked = 0
 

@@ -1,4 +1,4 @@
-"""Leaves over an arena's memory: sizes, classes, ties, and what the collector is told of them."""
+"""Leaves over an arena's memory: sizes, classes, ties, and which of them the collector tracks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_block_ties_its_leaves() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_last_leaf_lets_go_of_the_memory(dtype: torch.dtype) -> None:
+def test_dropping_the_last_leaf_frees_the_memory(dtype: torch.dtype) -> None:
     memory = np.zeros(64 * dtype.itemsize, dtype=np.uint8)
     gone = weakref.ref(memory)
     tensors: list[Any] = build_run(memory, LeafRun(spec([16], dtype), list(range(4)), 0))

@@ -76,7 +76,7 @@ async def needed(storage: Storage, steps: list[int]) -> dict[tuple[str, str], in
 
 
 def apart_from_the_small(files: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """Leave out what every checkpoint and every mark has, which is small."""
+    """Leave out what every checkpoint and every tombstone has, which is small."""
     small = {key for key in files if key[1] in (MANIFEST, POINTER_NAME, LEASE_NAME) or removed_by_tombstone(key[0])}
     assert sum(files[key] for key in small) < 100_000
     return {key: nbytes for key, nbytes in files.items() if key not in small}

@@ -437,7 +437,7 @@ async def test_one_checkpoint_for_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("faster", ["open", "copy"])
-async def test_of_a_step_that_another_has_saved_the_handle_tells(faster: str) -> None:
+async def test_the_handle_reports_a_step_that_another_process_has_saved(faster: str) -> None:
     class Slow(Copier):
         async def stage(self, state_dict: Any) -> Any:
             await (turns() if faster == "open" else checkpoint())

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody has made to do harm: refused in little memory and time."""
+"""Checkpoints that an attacker has made: refused in little memory and time."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[list[int]]:
-    """Handlers of somebody else's, which are to come back."""
+    """Handlers that another library has set, and that are to be put back."""
     seen: list[int] = []
     before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in SIGNALS}
     yield seen

@@ -16,7 +16,7 @@ def tree() -> dict[str, Any]:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("verify", [True, False])
-async def test_a_load_tells_how_far_it_is(tmp_path: Path, verify: bool) -> None:
+async def test_a_load_reports_its_progress(tmp_path: Path, verify: bool) -> None:
     saved: list[SaveProgress] = []
     await aiostage.save(tree(), tmp_path / "step-1", max_shard_bytes=1000, progress=saved.append)
     loaded: list[LoadProgress] = []

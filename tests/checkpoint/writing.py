@@ -18,7 +18,7 @@ def tree(step: int, writer: int) -> dict[str, Any]:
 async def main(target: str, writer: int, steps: int) -> None:
     won = []
     async with aiostage.Checkpointer(target, keep=4) as checkpoints:
-        # Everybody begins at once.
+        # All begin at once.
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         for step in range(steps):

@@ -36,7 +36,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         try:
             module, name, arguments = pipe.recv()
         except (EOFError, TypeError):
-            # Told to end, or whoever tells has gone.
+            # Told to end, or the process that tells has gone.
             break
         try:
             outcome = getattr(importlib.import_module(module), name)(*arguments)

@@ -322,7 +322,7 @@ class TestSeveralDevices:
 
 @pytest.mark.asyncio
 class TestFailures:
-    async def test_a_copy_that_fails_reaches_who_awaits_and_the_stager_works_on(self):
+    async def test_a_failed_copy_raises_in_the_awaiting_task_and_the_stager_works_on(self):
         for accelerator in orders():
             tensor = accelerator.to_device(torch.ones(SIZE))
             async with AsyncStager(backend=accelerator) as stager:

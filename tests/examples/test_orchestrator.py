@@ -136,7 +136,7 @@ def test_the_page_shows_it_all_live(service: Service, tmp_path: Path) -> None:
         step = "parseInt(document.getElementById('job-card-job-0').innerText.match(/step (\\d+) of/)[1])"
         before = window.run(f"return {step}")
         window.until(f"return {step} > {before}")
-        # A button without the token is refused, where everybody can see it.
+        # A button without the token is refused, in plain view.
         click = "document.querySelectorAll('#job-card-job-0 button')[1].click()"
         window.run(click)
         window.until("return document.getElementById('notice').innerText.includes('token')")

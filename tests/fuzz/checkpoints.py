@@ -1,4 +1,4 @@
-"""Checkpoints that were changed by somebody who knows the format and makes every digest right again.
+"""Checkpoints that were changed with knowledge of the format, with every digest right again.
 
 Whatever is changed, a reader returns a tree or raises CheckpointCorruptError, within limits of time and memory, and
 its message is short. Each case follows from a seed and its number alone.

@@ -70,7 +70,7 @@ class SkewedVersions(_Naive):
 
 
 class Unwitnessed(_Naive):
-    """Reads versions as it walks, and copies at once what nothing can witness."""
+    """Reads versions as it walks, and copies at once what shows no changes."""
 
     versions_skewed = False
 

@@ -213,7 +213,7 @@ asyncio.run(main())
 """
 
 
-def test_a_failed_kernel_reaches_who_awaits() -> None:
+def test_a_failed_kernel_raises_in_the_awaiting_task() -> None:
     result = subprocess.run(
         [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=seconds(50), check=False
     )

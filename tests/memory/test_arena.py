@@ -36,7 +36,7 @@ def resident_bytes(arena: Arena) -> int:
 
 
 def is_mapped(start: int, nbytes: int) -> bool:
-    """Return whether one mapping covers a whole range. A part of it may have gone to somebody else by now."""
+    """Return whether one mapping covers a whole range. A part of it may belong to other memory by now."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(number, 16) for number in line.split()[0].split("-"))
         if low <= start and start + nbytes <= high:

@@ -77,7 +77,7 @@ class TestGranting:
         assert ledger.leased == {request.arena}
         assert not ledger.waiting
 
-    def test_who_goes_through_the_waiting_sees_them_as_they_were(self):
+    def test_iterating_over_the_waiting_sees_them_as_they_were(self):
         """Finalizers do, in any thread and without a lock."""
         ledger = ledger_of(1)
         granted(ledger, 1)

@@ -149,7 +149,7 @@ class TestPools:
 
     async def test_cancelled_while_registering(self, workers: Workers):
         registry, pool = await cancelled_in_the_driver(workers)
-        assert registry.calls == [], "the driver is still at it, and nobody has waited for it"
+        assert registry.calls == [], "the driver is still registering, and no task has waited for it"
         assert pool.statistics().leases == 0
         following = asyncio.create_task(pool.acquire(MIB, device=DEVICE))
         await asyncio.sleep(0.01)

@@ -319,7 +319,7 @@ except HostMemoryError as error:
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = "mount -t tmpfs -o size=4m tmpfs /mnt"
     if subprocess.run([*command, mount], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this system lets nobody mount a small tmpfs")
+        pytest.skip("this system does not let this user mount a small tmpfs")
     done = subprocess.run(
         [*command, f'{mount} && exec "$0" -c "$1"', sys.executable, script],
         capture_output=True,

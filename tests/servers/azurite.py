@@ -17,7 +17,7 @@ from tests.servers.process import free_ports, running_server
 
 CONTAINER = "ckpt"
 ACCOUNT = "devstoreaccount1"
-# The same for everybody, and public.
+# The same everywhere, and public.
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 

@@ -21,7 +21,7 @@ def tree() -> dict[str, object]:
 
 @pytest.mark.asyncio
 class TestSnapshot:
-    async def test_tells_what_it_holds_once_entered(self):
+    async def test_reports_what_it_holds_once_entered(self):
         async with AsyncStager() as stager:
             snapshot = stager.snapshot(tree())
             assert (snapshot.nbytes, snapshot.leaves) == (0, 0)
@@ -44,7 +44,7 @@ class TestSnapshot:
             assert staged["tied"] is staged["layer"]
             assert staged["row"].untyped_storage().data_ptr() == staged["layer"].untyped_storage().data_ptr()
 
-    async def test_leaving_lets_go_of_the_tree(self):
+    async def test_leaving_drops_the_tree(self):
         async with AsyncStager() as stager:
             async with stager.snapshot(tree()) as snapshot:
                 await snapshot.captured()
@@ -211,7 +211,7 @@ class TestIteration:
                             pass
 
     @pytest.mark.parametrize("use_async_staging", [True, False])
-    async def test_composites_come_whole(self, use_async_staging: bool):
+    async def test_composites_are_yielded_whole(self, use_async_staging: bool):
         sparse = torch.eye(4).to_sparse()
         stager = AsyncStager(StagingOptions(use_async_staging=use_async_staging))
         async with stager, stager.snapshot({"sparse": sparse, "dense": torch.ones(2)}) as snapshot:

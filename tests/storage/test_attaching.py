@@ -48,7 +48,7 @@ async def test_files_of_all_appear_together(storages: Callable[[], MultiWriterSt
     assert await read(first, "a/b", "theirs") == b"theirs"
 
 
-async def test_only_who_has_opened_it_commits(storages: Callable[[], MultiWriterStorage]) -> None:
+async def test_only_the_process_that_has_opened_it_commits(storages: Callable[[], MultiWriterStorage]) -> None:
     pending = await storages().open("a")
     attached = await storages().attach("a", await pending.token())
     with pytest.raises(CheckpointError, match="only the process that has opened it"):

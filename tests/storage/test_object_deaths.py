@@ -73,7 +73,7 @@ def test_killed_in_the_middle(s3_server: S3Server, monkeypatch: pytest.MonkeyPat
         assert await storage.list() == []
         await storage.clean_up()
         left = [meta["path"] for meta in obstore.list(store, prefix).collect()]
-        assert any(path.endswith("/lease.json") for path in left), "the sweep was too early"
+        assert any(path.endswith("/lease.json") for path in left), "the clean-up was too early"
         data = some_bytes(PART)
         await save(storage, "a", data)
         monkeypatch.setattr(module, "_now", later)

@@ -114,7 +114,9 @@ def begun_again(proxy: FaultProxy, kind: Kind, request: str) -> int:
     return begun - sum(Fault("lost", COMPLETE).strikes(line) for line in proxy.lines)
 
 
-async def test_a_good_day(storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+async def test_a_save_without_faults_makes_all_these_requests(
+    storage: ObjectStorage, s3_server: S3Server, proxy: FaultProxy, prefix: str
+) -> None:
     attempt = Attempt(storage)
     await attempt.run()
     assert await content(storage, "a") == (bytes(attempt.data[:100]), bytes(attempt.data))
@@ -287,7 +289,9 @@ async def test_slow_is_no_error(storage: ObjectStorage, proxy: FaultProxy) -> No
 
 
 @pytest.mark.parametrize(("kind", "number"), [("cut", 0), ("lost", 0), ("status", 503)])
-async def test_reading_on_a_bad_day(storage: ObjectStorage, proxy: FaultProxy, kind: Kind, number: int) -> None:
+async def test_reading_with_faults_that_pass(
+    storage: ObjectStorage, proxy: FaultProxy, kind: Kind, number: int
+) -> None:
     data = some_bytes(NBYTES)
     await save(storage, "a", data)
     fault = Fault(kind, r"^GET .*/data$", 2, number)

@@ -59,7 +59,7 @@ class TestLoopProbe:
         await self.look()
 
     @pytest.mark.asyncio
-    async def test_tells_computing_from_waiting(self):
+    async def test_distinguishes_computing_from_waiting(self):
         with LoopProbe(threshold=0.05) as probe:
             await asyncio.sleep(0.01)
             time.sleep(0.1)
@@ -67,7 +67,7 @@ class TestLoopProbe:
         assert all(was_put_aside(hold) for hold in probe.holds)
 
     @pytest.mark.asyncio
-    async def test_names_who_computed(self):
+    async def test_names_the_code_that_computed(self):
         with LoopProbe(threshold=0.1, inside=in_this_file) as probe:
             await asyncio.sleep(0.01)
             compute(0.3)
@@ -77,7 +77,7 @@ class TestLoopProbe:
         assert "in compute" in hold.stack
 
     @pytest.mark.asyncio
-    async def test_names_who_computed_without_the_gil(self):
+    async def test_names_the_code_that_computed_without_the_gil(self):
         numbers = torch.ones(1_000_000)
         with LoopProbe(threshold=0.1, inside=in_this_file) as probe:
             await asyncio.sleep(0.01)

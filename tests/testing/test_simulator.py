@@ -49,7 +49,7 @@ class TestDevices:
         accelerator.to_device(full(1), accelerator.devices[1])
         assert list(accelerator.active_devices()) == [accelerator.devices[1]]
 
-    def test_tensors_are_told_apart_by_where_their_memory_is(self):
+    def test_tensors_are_distinguished_by_their_memory(self):
         accelerator = SimulatedAccelerator(2, clock=VirtualClock())
         for device in accelerator.devices:
             tensor = accelerator.to_device(full(1), device)

@@ -38,7 +38,7 @@ class TestSharing:
         with accelerator() as it:
             assert completed(it, moving(it, 1.0), moving(it, 3.0)) == [2, 4]
 
-    def test_who_comes_later_shares_from_then_on(self):
+    def test_a_later_waiter_shares_from_then_on(self):
         with accelerator() as it:
             first = moving(it, 2.0)
             it.clock.advance(1)

@@ -151,7 +151,7 @@ class TestDevice:
         accelerator.synchronize()
         assert done == []
 
-    def test_in_real_time_it_wakes_who_blocks(self):
+    def test_in_real_time_it_wakes_blocked_threads(self):
         with SimulatedAccelerator() as accelerator:
             stream = accelerator.side_stream(accelerator.devices[0])
             accelerator.launch(lambda: 1 / 0, stream=stream, seconds=0.001)
