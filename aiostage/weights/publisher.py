@@ -9,17 +9,16 @@ from types import TracebackType
 from typing import Any
 
 import anyio
-from anyio.lowlevel import current_token
 
 from aiostage._arguments import require_int, states_of
 from aiostage._loop.coroutines import named
-from aiostage._loop.hosting import HostedContext
 from aiostage.abc import Storage
 from aiostage.errors import WeightsError, shown
 from aiostage.options import StagingOptions
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager
 from aiostage.storage.locate import Root, storage_at
+from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.sender import SocketSender, SubscriberInfo
 from aiostage.weights.sockets import MAX_TIMEOUT_SECONDS, MIN_TIMEOUT_SECONDS
 from aiostage.weights.stored import StorageSender
@@ -29,7 +28,7 @@ __all__ = ["WeightPublisher", "checked_timeout", "socket_or_storage"]
 _FEWEST_VERSIONS = 4
 
 
-class WeightPublisher:
+class WeightPublisher(HostedEnd[AsyncStager]):
     """Publishes versions of a model's weights to other processes.
 
     Over a socket at a path, for processes of the same user on the same machine: weights are staged into shared memory,
@@ -51,6 +50,8 @@ class WeightPublisher:
         ValueError: If the stager has no shared memory for a socket, or a number is out of range.
     """
 
+    _kind = "publisher"
+
     def __init__(
         self,
         target: Root,
@@ -59,6 +60,7 @@ class WeightPublisher:
         max_versions: int = 8,
         timeout: float = 60.0,
     ) -> None:
+        super().__init__()
         if stager is not None and not isinstance(stager, AsyncStager):
             raise TypeError(f"stager must be an AsyncStager, or None, not {shown(stager)}")
         if require_int("max_versions", max_versions) < _FEWEST_VERSIONS:
@@ -81,12 +83,13 @@ class WeightPublisher:
         self._given = stager
         self._called: int | None = None
         self._lock = anyio.Lock()
-        self._stager: AsyncStager | None = None
-        self._host: HostedContext[AsyncStager] | None = None
-        self._loop: object = None
 
     def __repr__(self) -> str:
         return f"<WeightPublisher {self._sender.location!r}, version {self._called}>"
+
+    @property
+    def _location(self) -> str:
+        return self._sender.location
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -140,8 +143,7 @@ class WeightPublisher:
     async def _publish(self, number: int, source: Any) -> int:
         try:
             self._opened()
-            if self._loop is not current_token().native_token:
-                raise WeightsError("the publisher was opened on another event loop.", path=self._sender.location)
+            self._check_loop()
             # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
             saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
             async with self._lock:
@@ -191,25 +193,6 @@ class WeightPublisher:
             raise ValueError(f"versions must increase: {number} comes after {self._called}")
         return number
 
-    async def open(self) -> None:
-        """Begin to serve subscribers, for programs that cannot enter a block: :meth:`aclose` ends it, in any task.
-
-        Raises:
-            WeightsError: If it was opened before; if another process publishes at the path, or there is no socket.
-            OSError: If the file system or the storage refuses.
-
-        When cancelled, nothing has begun, and it may be called again.
-        """
-        if self._host is not None:
-            raise WeightsError("the publisher was opened before.", remedy="Make a new WeightPublisher.")
-        host = self._host = HostedContext(self._serving())
-        self._loop = current_token().native_token
-        try:
-            self._stager = await host.open()
-        except BaseException:
-            self._host = None
-            raise
-
     @asynccontextmanager
     async def _serving(self) -> AsyncGenerator[AsyncStager, None]:
         async with AsyncExitStack() as stack:
@@ -222,40 +205,24 @@ class WeightPublisher:
                 yield stager
             finally:
                 # The loop may end it too.
-                self._stager = None
-
-    def _opened(self) -> AsyncStager:
-        if self._stager is None:
-            raise WeightsError(
-                f"the publisher is {'not open' if self._host is None else 'closed'}.",
-                path=self._sender.location,
-                remedy="Publish inside its `async with` block, or between open() and aclose().",
-            )
-        return self._stager
+                self._content = None
 
     async def aclose(self) -> None:
         """Stop serving, and drop all versions. Subscribers keep what they have, and wait for another publisher.
 
         May be called by any task of the loop, and again. When cancelled, it is closed all the same.
         """
-        self._stager = None
-        if self._host is not None:
-            await self._host.aclose()
-
-    async def __aenter__(self) -> WeightPublisher:
-        """Begin, as :meth:`open` does."""
-        await self.open()
-        return self
+        # At once, so that no version is published while this waits.
+        self._content = None
+        await super().aclose()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop serving, as :meth:`aclose` does."""
         if isinstance(error, GeneratorExit):
-            # A coroutine that is being closed may not wait.
-            self._stager = None
-            if self._host is not None:
-                self._host.abandon()
+            self._content = None
+            self._abandon()
             return
         await self.aclose()
 

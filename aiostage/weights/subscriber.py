@@ -7,12 +7,11 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 
 import anyio
-from anyio.lowlevel import current_token
 
-from aiostage._loop.hosting import HostedContext
 from aiostage.abc import Storage
 from aiostage.errors import WeightsError, shown
 from aiostage.storage.locate import Root
+from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.inbox import Inbox, WeightVersion
 from aiostage.weights.publisher import checked_timeout, socket_or_storage
 from aiostage.weights.receiver import SocketReceiver
@@ -21,7 +20,7 @@ from aiostage.weights.stored import StorageReceiver
 __all__ = ["WeightSubscriber"]
 
 
-class WeightSubscriber:
+class WeightSubscriber(HostedEnd[Inbox]):
     """Receives the versions of weights that a :class:`WeightPublisher` publishes.
 
     Iterate over it with ``async for``: each turn acknowledges the version of the last, and waits for a newer one. Of
@@ -41,9 +40,12 @@ class WeightSubscriber:
         ValueError: If a path can be none, or a number is out of range.
     """
 
+    _kind = "subscriber"
+
     def __init__(
         self, target: Root, *, classes: Iterable[type] = (), timeout: float = 60.0, interval: float = 1.0
     ) -> None:
+        super().__init__()
         self._place = socket_or_storage(target)
         self._classes = tuple(classes)
         self._timeout = checked_timeout(timeout)
@@ -52,8 +54,6 @@ class WeightSubscriber:
         if not interval > 0:
             raise ValueError(f"interval must be above 0, not {shown(interval)}")
         self._interval = float(interval)
-        self._host: HostedContext[Inbox] | None = None
-        self._inbox: Inbox | None = None
         self._last: WeightVersion | None = None
         self._guard = anyio.ResourceGuard("waiting for weights from")
 
@@ -67,12 +67,12 @@ class WeightSubscriber:
     @property
     def connected(self) -> bool:
         """Whether the publisher, or the storage, could be reached the last time that something was exchanged."""
-        return self._inbox is not None and self._inbox.connected
+        return self._content is not None and self._content.connected
 
     @property
     def newest(self) -> int | None:
         """The newest version that is known of; None before there is one. In a storage it is known when asked for."""
-        return self._inbox.newest[1] if self._inbox is not None and self._inbox.newest is not None else None
+        return self._content.newest[1] if self._content is not None and self._content.newest is not None else None
 
     async def get(self) -> WeightVersion:
         """Wait for a version that is newer than the last one, and return it.
@@ -89,7 +89,9 @@ class WeightSubscriber:
         When cancelled, nothing is lost: the next call returns what this one would have, or what is newer.
         """
         with self._guard:
-            self._last = version = await self._opened().take()
+            inbox = self._opened()
+            self._check_loop()
+            self._last = version = await inbox.take()
         return version
 
     def __aiter__(self) -> WeightSubscriber:
@@ -105,25 +107,8 @@ class WeightSubscriber:
             self._last.acknowledge()
             self._last = None
 
-    async def open(self) -> None:
-        """Begin to connect, for programs that cannot enter a block: :meth:`aclose` ends it, in any task.
-
-        Raises:
-            WeightsError: If it was opened before.
-
-        When cancelled, nothing has begun, and it may be called again.
-        """
-        if self._host is not None:
-            raise WeightsError("the subscriber was opened before.", remedy="Make a new WeightSubscriber.")
-        host = self._host = HostedContext(self._receiving())
-        try:
-            self._inbox = await host.open()
-        except BaseException:
-            self._host = None
-            raise
-
     @asynccontextmanager
-    async def _receiving(self) -> AsyncGenerator[Inbox, None]:
+    async def _serving(self) -> AsyncGenerator[Inbox, None]:
         inbox = Inbox()
         receiver: SocketReceiver | StorageReceiver
         if isinstance(self._place, Storage):
@@ -139,42 +124,16 @@ class WeightSubscriber:
                 inbox.drop()
                 group.cancel_scope.cancel()
 
-    def _opened(self) -> Inbox:
-        if self._inbox is None:
-            raise WeightsError(
-                "the subscriber is not open.",
-                path=self._location,
-                remedy="Use it inside its `async with` block, or between open() and aclose().",
-            )
-        if self._inbox.native is not current_token().native_token:
-            raise WeightsError("the subscriber was opened on another event loop.", path=self._location)
-        return self._inbox
-
-    async def aclose(self) -> None:
-        """Disconnect. Versions that were taken stay good. May be called by any task of the loop, and again.
-
-        When cancelled, it is closed all the same.
-        """
-        if self._host is not None:
-            await self._host.aclose()
-
-    async def __aenter__(self) -> WeightSubscriber:
-        """Begin, as :meth:`open` does."""
-        await self.open()
-        return self
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Acknowledge the last version unless the block has failed, and disconnect."""
         if isinstance(error, GeneratorExit):
-            # A coroutine that is being closed may not wait.
-            if self._host is not None:
-                self._host.abandon()
+            self._abandon()
             return
         try:
-            if error is None and self._inbox is not None:
+            if error is None and self._content is not None:
                 self._acknowledge_last()
-                await self._inbox.flush()
+                await self._content.flush()
         finally:
             await self.aclose()
