@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from aiostage.errors import CheckpointCorruptError, CheckpointError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, listed
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, read_header
 
-__all__ = ["DAMAGED_ARCHIVE", "Read", "recognize", "shards_of"]
+__all__ = ["DAMAGED_ARCHIVE", "Read", "merge_shards", "recognize", "refuse_chunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,35 @@ class Read:
         kind: ``"torch"``, ``"safetensors"``, ``"shards"`` for an index of such files, or ``"dcp"``.
         path: The path of the file, or of the directory of a checkpoint of ``torch.distributed.checkpoint``.
         reads: What reads it.
+        left_out: What the directory has besides that may be a part of the checkpoint: an optimizer beside weights, say.
+        reads_all: What reads that too, for a message.
     """
 
     kind: str
     path: str
     reads: Callable[[str, bool], Any]
+    left_out: Sequence[str] = ()
+    reads_all: str = ""
 
     def __call__(self, verify: bool) -> Any:
-        """Read all of it."""
+        """Read all of it.
+
+        Raises:
+            CheckpointError: If something would be left out without a word.
+        """
+        self.refuse_part()
         return self.reads(self.path, verify)
+
+    def refuse_part(self) -> None:
+        """Raise a CheckpointError if this is not all of the checkpoint."""
+        if self.left_out:
+            part = os.path.join(self.path, _METADATA) if self.kind == "dcp" else self.path
+            raise CheckpointError(
+                f"it is a checkpoint of several parts; reading {os.path.basename(part)} would leave out "
+                f"{listed(self.left_out)}.",
+                path=os.path.dirname(part),
+                remedy=f"Pass the path of each part, such as {part}{self.reads_all}.",
+            )
 
 
 DAMAGED_ARCHIVE = (
@@ -66,7 +88,33 @@ _OTHER_DIRECTORIES = (
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed", "Make one file of it with zero_to_fp32.py, and load that."),
     ("_model_states.pt", "a part of a checkpoint of DeepSpeed", "Read it with deepspeed.utils.zero_to_fp32."),
     (".data-00000-of-00001", "a checkpoint of TensorFlow", "Read it with tensorflow.train.load_checkpoint()."),
+    ("model_index.json", "a pipeline of several models of diffusers", "Pass one of its directories, such as its unet."),
+    ("pytorch_model_fsdp_0", "a checkpoint of Accelerate, in parts", "Pass one of them, such as pytorch_model_fsdp_0."),
 )
+_STATES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
+"""How files end that may have a part of a checkpoint in them."""
+
+_DIRECTORIES_OF_STATES = ("global_step*", "optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*", "[0-9]*_*")
+"""Of DeepSpeed, Accelerate (2) and Sentence Transformers, beside the weights of a model or of a part of it."""
+
+_SAME_WEIGHTS = ("pytorch_model*.bin", "consolidated*.safetensors", "consolidated*.pth")
+"""Files that hubs have beside ``model.safetensors``: the same weights for other programs."""
+
+_ARGUMENTS = "training_args.bin"
+
+_READ_ALL = (
+    ("trainer_state.json", "; Trainer.train(resume_from_checkpoint=...) of transformers reads all"),
+    ("random_states_*.pkl", "; Accelerator.load_state() of accelerate reads all"),
+    ("meta.pt", "; Trainer.fit(ckpt_path=...) of Lightning reads all"),
+    ("modules.json", "; SentenceTransformer() reads all"),
+)
+"""By a file that they leave: what reads all parts."""
+
+_CHUNKS = re.compile(rb'"DCP_SHARDING_INFO"|saved_offsets\\": ?\[[0, ]*[1-9]')
+_CHUNKS_FILE = "shard-"
+"""How files of chunks are called by ``HuggingFaceStorageWriter(save_distributed=True)``."""
+
+_METADATA = ".metadata"
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _TORCH_INDEX = ".bin.index.json"
@@ -88,20 +136,9 @@ def recognize(path: str) -> Read | None:
 
 
 def _recognize_directory(path: str, names: list[str]) -> Read | None:
-    if ".metadata" in names:
-        return Read("dcp", path, _read_distributed)
-    if any(_is_ours(os.path.join(path, name)) for name in names if name.endswith(_SAFETENSORS)):
-        # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to report.
-        return None
-    for ending in (_INDEX, _TORCH_INDEX):
-        found = [name for name in names if name.endswith(ending)]
-        if found:
-            return _recognize_file(os.path.join(path, _one(path, found)))
-    found = [name for name in names if name.endswith(_SAFETENSORS)]
-    if found:
-        return _recognize_file(os.path.join(path, _one(path, found)))
-    if "pytorch_model.bin" in names:
-        return _recognize_file(os.path.join(path, "pytorch_model.bin"))
+    read = _recognize_main(path, names)
+    if read is not None:
+        return _with_rest(path, names, read)
     if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
         raise _cannot(path, "a checkpoint of Orbax", "Read it with orbax-checkpoint.")
     for ending, what, remedy in _OTHER_DIRECTORIES:
@@ -110,6 +147,47 @@ def _recognize_directory(path: str, names: list[str]) -> Read | None:
     if any(name.endswith(".distcp") for name in names):
         raise _cannot(path, "a distributed checkpoint without its .metadata, whose save did not end", None)
     return None
+
+
+def _recognize_main(path: str, names: list[str]) -> Read | None:
+    """Find out what is in a directory of what may be several files that can be read."""
+    if _METADATA in names:
+        return Read("dcp", path, _read_distributed)
+    if any(_is_ours(os.path.join(path, name)) for name in names if name.endswith(_SAFETENSORS)):
+        # Its manifest is missing, and with it the checksums and what was not a tensor: that is a loss to report.
+        return None
+    for ending in (_INDEX, _SAFETENSORS, _TORCH_INDEX):
+        found = [name for name in names if name.endswith(ending)]
+        if found:
+            return _recognize_file(os.path.join(path, _one(path, found)))
+    return _recognize_file(os.path.join(path, "pytorch_model.bin")) if "pytorch_model.bin" in names else None
+
+
+def _with_rest(path: str, names: list[str], read: Read) -> Read:
+    """Return what reads one of the parts of a directory, with the others."""
+    main = _METADATA if read.kind == "dcp" else os.path.basename(read.path)
+    stem = main.removesuffix(_INDEX).removesuffix(_TORCH_INDEX).removesuffix(_SAFETENSORS)
+    beside = "*.distcp" if read.kind == "dcp" else f"{stem}*.bin"
+    known = (main, _ARGUMENTS, beside, *(_SAME_WEIGHTS if stem == "model" else ()))
+    shards = shards_of(read.path).values() if read.kind == "shards" else ()
+    rest = [
+        name
+        for name in sorted(set(names).difference(shards))
+        if (name.endswith(_STATES) or _has_states(path, name))
+        and not any(fnmatchcase(name, pattern) for pattern in known)
+    ]
+    programs = (reads for pattern, reads in _READ_ALL if any(fnmatchcase(name, pattern) for name in names))
+    return replace(read, left_out=rest, reads_all=next(programs, "")) if rest else read
+
+
+def _has_states(path: str, name: str) -> bool:
+    """Return whether an entry is a directory with more of the checkpoint."""
+    below = os.path.join(path, name)
+    return (
+        any(fnmatchcase(name, pattern) for pattern in _DIRECTORIES_OF_STATES)
+        and os.path.isdir(below)
+        and any(each.endswith(_STATES) for each in os.listdir(below))
+    )
 
 
 def _is_ours(path: str) -> bool:
@@ -123,12 +201,16 @@ def _one(path: str, names: list[str]) -> str:
     for usual in ("model.safetensors", f"model{_INDEX}", f"pytorch_model{_TORCH_INDEX}"):
         if usual in names:
             return usual
+    if all(name.startswith(_CHUNKS_FILE) for name in names) and len(names) > 1:
+        raise _chunks(path)
     if len(names) > 1:
         raise _cannot(path, f"a directory with {len(names)} such files: {', '.join(names)[:200]}", "Pass one of them.")
     return names[0]
 
 
 def _recognize_file(path: str) -> Read | None:
+    if os.path.basename(path) == _METADATA:
+        return Read("dcp", os.path.dirname(path), _read_distributed)
     if path.endswith((_INDEX, _TORCH_INDEX)):
         return Read("shards", path, _read_shards)
     with open(path, "rb") as file:
@@ -213,7 +295,9 @@ def _read_safetensors(path: str, verify: bool) -> dict[str, torch.Tensor]:
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if length > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
             raise CheckpointCorruptError(f"its header is said to be {length} bytes long.", path=path)
-        records = read_header(file.read(length), nbytes - HEADER_LENGTH_BYTES - length, path=path)
+        header = file.read(length)
+        records = read_header(header, nbytes - HEADER_LENGTH_BYTES - length, path=path)
+        refuse_chunks(header, path)
         found: dict[str, torch.Tensor] = {}
         for record in records:
             memory = bytearray(record.stop - record.start)
@@ -225,6 +309,34 @@ def _read_safetensors(path: str, verify: bool) -> dict[str, torch.Tensor]:
                 tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
             found[record.name] = tensor.view(DTYPES[record.dtype]).view(record.shape)
     return found
+
+
+def refuse_chunks(header: bytes, path: str) -> None:
+    """Refuse a file in which tensors are chunks of others, as ranks write them that have saved together.
+
+    Args:
+        header: The header of a safetensors file.
+        path: The path of the file.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
+    found = set(_CHUNKS.findall(header))
+    if b'"DCP_SHARDING_INFO"' not in found:
+        return
+    directory, name = os.path.split(path)
+    if len(found) > 1 or (
+        name.startswith(_CHUNKS_FILE) and sum(each.startswith(_CHUNKS_FILE) for each in os.listdir(directory)) > 1
+    ):
+        raise _chunks(path)
+
+
+def _chunks(path: str) -> CheckpointError:
+    return _cannot(
+        path,
+        "of chunks of tensors that several ranks have saved together",
+        "Read all of them with torch.distributed.checkpoint.load() and a HuggingFaceStorageReader.",
+    )
 
 
 def shards_of(path: str) -> dict[str, str]:
@@ -247,22 +359,49 @@ def shards_of(path: str) -> dict[str, str]:
     return where
 
 
-def _read_shards(path: str, verify: bool) -> dict[str, torch.Tensor]:
-    """Read the files that an index names, as hubs have them."""
-    directory = os.path.dirname(path)
+def merge_shards(path: str, load: Callable[[str], Any]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Put together what the files have that an index names, as hubs have them. Blocks.
+
+    Args:
+        path: The path of the index.
+        load: Called with the path of each file; returns its tensors by name, or something else if it is no such file.
+
+    Returns:
+        The paths of the files, and the tensors by name.
+
+    Raises:
+        CheckpointCorruptError: If the files do not fit the index.
+        Exception: What ``load`` raises.
+    """
     where = shards_of(path)
     found: dict[str, torch.Tensor] = {}
-    for name in sorted(set(where.values())):
-        shard = os.path.join(directory, name)
+    shards = {name: os.path.join(os.path.dirname(path), name) for name in sorted(set(where.values()))}
+    for shard, file in shards.items():
         try:
-            read = _recognize_file(shard)
+            loaded = load(file)
         except FileNotFoundError:
-            raise CheckpointCorruptError("the index names it, and it is missing.", path=shard) from None
-        loaded = read(verify) if read is not None else None
+            raise CheckpointCorruptError("the index names it, and it is missing.", path=file) from None
         if not isinstance(loaded, dict):
-            raise CheckpointCorruptError("the index names it, and it has no tensors by name.", path=shard)
-        found |= loaded
+            raise CheckpointCorruptError("the index names it, and it has no tensors by name.", path=file)
+        for name, tensor in loaded.items():
+            # Of one that several shards have, the index says which counts.
+            if where.get(name, shard) == shard:
+                if name in found:
+                    raise CheckpointCorruptError(
+                        f"another shard has {name!r:.80} too, and the index does not name it.", path=file
+                    )
+                found[name] = tensor
     missing = [name for name in where if name not in found]
     if missing:
-        raise CheckpointCorruptError(f"it names {missing[0]!r:.80}, which no shard has.", path=path)
-    return found
+        raise CheckpointCorruptError(f"it names {missing[0]!r:.80}, which its shard does not have.", path=path)
+    return list(shards.values()), found
+
+
+def _read_shards(path: str, verify: bool) -> dict[str, torch.Tensor]:
+    """Read the files that an index names."""
+
+    def load(file: str) -> Any:
+        read = _recognize_file(file)
+        return read(verify) if read is not None else None
+
+    return merge_shards(path, load)[1]

@@ -18,7 +18,7 @@ from aiostage.cli.contents import open_contents
 from aiostage.cli.entries import entries_of_tree
 from aiostage.cli.finding import Place
 from aiostage.cli.report import Damage, Report
-from aiostage.errors import CheckpointCorruptError, CheckpointError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, listed
 from aiostage.format.parts import PART_BYTES
 
 __all__ = ["check_foreign"]
@@ -30,6 +30,13 @@ _NOTHING_TO_COMPARE = "PyTorch's format before archives has no checksums; it can
 
 async def check_foreign(place: Place, read: Read) -> Report:
     """Check what another program has written, as far as it can be."""
+    report = await _check_part(place, read)
+    if read.left_out:
+        report.note = f"{report.note}; not looked at: {listed(read.left_out)}"
+    return report
+
+
+async def _check_part(place: Place, read: Read) -> Report:
     report = Report(place.source, read.kind)
     try:
         if read.kind == "dcp":

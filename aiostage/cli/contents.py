@@ -17,7 +17,7 @@ import torch
 from anyio.to_thread import run_sync
 
 from aiostage.abc import Reader
-from aiostage.checkpoint.foreign import Read, recognize, shards_of
+from aiostage.checkpoint.foreign import Read, merge_shards, recognize, refuse_chunks
 from aiostage.checkpoint.foreign_dcp import DcpDirectory
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.verify import opened
@@ -43,11 +43,13 @@ class Contents(ABC):
         kind: Which program has written it, or what its files are.
         entries: All its places, the root first.
         files: Its files, as JSON.
+        left_out: Parts of it that are not among these.
     """
 
     kind: str
     entries: Sequence[TreeEntry]
     files: Sequence[dict[str, Any]]
+    left_out: Sequence[str] = ()
 
     @abstractmethod
     async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
@@ -145,8 +147,10 @@ class _Ours(Contents):
 class _Foreign(Contents):
     """A checkpoint of another program, of which all but the elements of tensors is in memory."""
 
-    def __init__(self, kind: str, entries: Sequence[TreeEntry], files: Sequence[dict[str, Any]]) -> None:
-        self.kind, self.entries, self.files = kind, entries, files
+    def __init__(
+        self, kind: str, entries: Sequence[TreeEntry], files: Sequence[dict[str, Any]], left_out: Sequence[str]
+    ) -> None:
+        self.kind, self.entries, self.files, self.left_out = kind, entries, files, left_out
 
     async def read(self, entries: Sequence[TreeEntry]) -> list[torch.Tensor]:
         return [await run_sync(self._read, each) for each in entries]
@@ -159,34 +163,29 @@ class _Foreign(Contents):
 def _open_foreign(read: Read, elements: bool) -> Contents:
     """Open what another program has written. Blocks."""
     if read.kind == "dcp":
-        return _open_dcp_directory(read.path)
+        return _open_dcp_directory(read.path, read.left_out)
     names = [read.path]
     if read.kind == "torch":
         kind, entries = "torch.save", list(entries_of_tree(_torch_tree(read, elements)))
     else:
         if read.kind == "shards":
-            kind, where = "shards of a hub", shards_of(read.path)
-            names = [os.path.join(os.path.dirname(read.path), name) for name in sorted(set(where.values()))]
-            tree = {name: tensor for file in names for name, tensor in _shard(file, elements).items()}
-            missing = [name for name in where if name not in tree]
-            if missing:
-                raise CheckpointCorruptError(f"it names {shown(missing[0])}, which no shard has.", path=read.path)
+            kind = "shards of a hub"
+            names, tree = merge_shards(read.path, partial(_shard, elements=elements))
         else:
             kind, tree = "safetensors", _map_safetensors(read.path)
         # Which of them were parameters is not known.
         entries = [replace(entry, more=None) for entry in entries_of_tree(tree)]
     files = [{"name": os.path.basename(name), "nbytes": os.path.getsize(name)} for name in names]
-    return _Foreign(kind, entries, files)
+    return _Foreign(kind, entries, files, read.left_out)
 
 
-def _shard(path: str, elements: bool) -> dict[str, torch.Tensor]:
+def _shard(path: str, *, elements: bool) -> Any:
     read = recognize(path)
-    if read is None:
-        raise CheckpointCorruptError("the index names it, and it is missing, or no file of tensors.", path=path)
-    found = _torch_tree(read, elements) if read.kind == "torch" else _map_safetensors(path)
-    if not isinstance(found, dict):
-        raise CheckpointCorruptError("the index names it, and it has no tensors by name.", path=path)
-    return found
+    if read is None and not os.path.lexists(path):
+        raise FileNotFoundError(path)
+    if read is None or read.kind not in ("torch", "safetensors"):
+        return None
+    return _torch_tree(read, elements) if read.kind == "torch" else _map_safetensors(path)
 
 
 def _torch_tree(read: Read, elements: bool) -> Any:
@@ -208,7 +207,9 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
         if length > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
             raise CheckpointCorruptError(f"its header is said to be {length} bytes long.", path=path)
         start = HEADER_LENGTH_BYTES + length
-        records = read_header(file.read(length), nbytes - start, path=path)
+        header = file.read(length)
+        records = read_header(header, nbytes - start, path=path)
+        refuse_chunks(header, path)
         memory = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     found = {}
     for record in records:
@@ -220,7 +221,7 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _open_dcp_directory(path: str) -> Contents:
+def _open_dcp_directory(path: str, left_out: Sequence[str]) -> Contents:
     directory = DcpDirectory(path)
     entries, sizes = [TreeEntry((), "container", f"state dict of {len(directory.entries)}")], {}
     for name, entry in directory.entries.items():
@@ -235,7 +236,7 @@ def _open_dcp_directory(path: str) -> Contents:
         else:
             entries += _value_entries(steps, sum(nbytes for *_, nbytes in places), read)
     files = [{"name": os.path.basename(file), "nbytes": nbytes} for file, nbytes in sorted(sizes.items())]
-    return _Foreign("torch.distributed.checkpoint", entries, files)
+    return _Foreign("torch.distributed.checkpoint", entries, files, left_out)
 
 
 def _value_entries(steps: tuple[str, ...], nbytes: int, read: Any, digest: str | None = None) -> list[TreeEntry]:

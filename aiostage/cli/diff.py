@@ -64,6 +64,9 @@ async def _place(source: str) -> Place:
         raise CheckpointError(
             f"it is a run of {counted(len(found.names), 'checkpoint')}.", path=source, remedy="Name one of them."
         )
+    if found.read is not None:
+        # Others would seem to be equal that differ in what is left out.
+        found.read.refuse_part()
     return found
 
 

@@ -8,7 +8,7 @@ from aiostage.cli.contents import open_contents
 from aiostage.cli.entries import TreeEntry
 from aiostage.cli.finding import CheckpointRun, find_checkpoints
 from aiostage.cli.listing import list_found
-from aiostage.cli.output import Output, counted, size
+from aiostage.cli.output import Output, counted, size, without
 
 __all__ = ["inspect"]
 
@@ -39,7 +39,9 @@ async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
         out.data.update(
             source=source, kind=contents.kind, tensors=len(tensors), nbytes=nbytes, files=list(contents.files)
         )
-        kind = f"  ({contents.kind})" if contents.kind != "aiostage" else ""
+        if contents.left_out:
+            out.data["left_out"] = list(contents.left_out)
+        kind = f"  ({contents.kind}{without(contents.left_out)})" if contents.kind != "aiostage" else ""
         out.line(f"{source}: {counted(len(tensors), 'tensor')}, {size(nbytes)}{kind}", "bold")
         for file in contents.files:
             line = f"  {file['name']:<40} {size(file['nbytes']):>12}"

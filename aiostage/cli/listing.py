@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 from aiostage.checkpoint.reader import open_checkpoint
 from aiostage.cli.contents import open_contents
 from aiostage.cli.finding import CheckpointRun, Place, find_checkpoints
-from aiostage.cli.output import Output, age, counted, size
+from aiostage.cli.output import Output, age, counted, size, without
 from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import read_head
 from aiostage.storage.commit import MANIFEST_NAME
@@ -222,10 +222,20 @@ async def _summary_of_contents(place: Place) -> _Summary:
         index = {"dcp": os.path.join(path, ".metadata"), "shards": path}.get(place.read.kind)
         if index is not None:
             own[os.path.basename(index)] = await run_sync(os.path.getsize, index)
+        folder = path if place.read.kind == "dcp" else os.path.dirname(path)
+        for name in place.read.left_out:
+            own[name] = await run_sync(_size_of, os.path.join(folder, name))
     async with open_contents(place, elements=False) as contents:
         tensors = [entry for entry in contents.entries if entry.kind == "tensor"]
         own |= {file["name"]: file["nbytes"] for file in contents.files}
-        return _Summary(contents.kind, len(tensors), sum(each.nbytes for each in tensors), modified, own)
+        kind = contents.kind + without(contents.left_out)
+        return _Summary(kind, len(tensors), sum(each.nbytes for each in tensors), modified, own)
+
+
+def _size_of(path: str) -> int:
+    """Return the size of a file, or of the files in a directory."""
+    files = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
+    return sum(os.path.getsize(file) for file in files)
 
 
 def _date(seconds: float) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = ["Output", "age", "counted", "escaped", "few", "size"]
@@ -79,6 +79,11 @@ def few(names: Iterable[str]) -> str:
     names = list(names)
     rest = len(names) - _FEW
     return ", ".join(names[:_FEW]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def without(names: Sequence[str]) -> str:
+    """Return what is said behind the kind of a checkpoint of which some parts are not described."""
+    return f", without {few(names)}" if names else ""
 
 
 def size(nbytes: int) -> str:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import aiostage
 from aiostage.checkpoint import convert
@@ -188,12 +190,135 @@ async def test_what_cannot_be_read_is_named(kind: str, tmp_path: Path) -> None:
         (["checkpoint", "model.data-00000-of-00001", "model.index"], "a checkpoint of TensorFlow"),
         (["_CHECKPOINT_METADATA"], "a checkpoint of Orbax"),
         (["__0_0.distcp"], "whose save did not end"),
+        (["model_index.json"], "a pipeline of several models of diffusers.*Pass one of its directories"),
+        (["optimizer_0", "pytorch_model_fsdp_0", "scheduler.bin"], "of Accelerate, in parts.*Pass one of them"),
     ],
 )
 async def test_directories_that_cannot_be_read_are_named(names: list[str], message: str, tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(aiostage.CheckpointError, match=message):
+        await aiostage.load(tmp_path)
+
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("main", "others", "message"),
+    [
+        (
+            WEIGHTS,
+            ["optimizer.bin", "random_states_0.pkl"],
+            r"optimizer.bin, random_s.*Accelerator.load_state",
+        ),
+        (
+            "pytorch_model.bin",
+            ["optimizer.bin", "random_states_0.pkl"],
+            r"pytorch_model.bin would leave out opt",
+        ),
+        (WEIGHTS, ["model_1.safetensors"], r"leave out model_1.safetensors\. Pass the path of each part"),
+        (WEIGHTS, ["trainer_state.json", "optimizer.pt"], r"leave out optimizer.pt\. .*Trainer.train\(resume_from"),
+        (
+            "adapter_model.safetensors",
+            ["scheduler.pt"],
+            r"_model.safetensors would leave out scheduler.pt",
+        ),
+        ("adapter_model.safetensors", ["pytorch_model.bin"], r"leave out pytorch_model.bin\."),
+        (WEIGHTS, ["latest", "zero_to_fp32.py", "global_step5/bf16_optim_states.pt"], r"leave out global_step5\."),
+        (WEIGHTS, ["modules.json", "2_Dense/model.safetensors"], r"leave out 2_Dense\. .*SentenceTransformer\(\)"),
+        (WEIGHTS, ["__0_0.distcp"], r"leave out __0_0.distcp\."),
+        ("model.safetensors.index.json", ["model-00003-of-00003.safetensors"], r"leave out model-00003-of-00003"),
+        (".metadata", ["meta.pt"], r"reading .metadata would leave out meta.pt\. .*Lightning"),
+        (".metadata", [WEIGHTS], r"reading .metadata would leave out model.safetensors\."),
+    ],
+)
+async def test_no_part_is_left_out_silently(main: str, others: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    if main == ".metadata":
+        dcp.save(flat(), checkpoint_id=path, no_dist=True)
+    else:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        if main.endswith(".json"):
+            save_hub(path)
+        elif main.endswith(".bin"):
+            save_hub_torch(path)
+        else:
+            save_file(flat(), path / main)
+    assert_same(flat(), await aiostage.load(path))
+    for name in others:
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"x")
+    with pytest.raises(aiostage.CheckpointError, match=message) as caught:
+        await aiostage.load(path)
+    assert caught.value.path == str(path)
+    assert f"such as {path / main}" in str(caught.value)
+    assert_same(flat(), await aiostage.load(path / main))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["config.json", "tokenizer.json", "README.md", ".gitattributes", "merges.txt", "sentencepiece.bpe.model"],
+        ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "onnx/model.onnx"],
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.safetensors"],
+        ["model.bin", "training_args.bin", "original/consolidated.00.pth", "1_Pooling/config.json"],
+        ["checkpoint-500/model.safetensors", "checkpoint-500/optimizer.pt"],
+    ],
+)
+async def test_what_hubs_have_beside_weights_is_no_part(others: list[str], tmp_path: Path) -> None:
+    save_file(flat(), tmp_path / WEIGHTS)
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert_same(flat(), await aiostage.load(tmp_path))
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+async def test_chunks_of_tensors_are_not_taken_for_tensors(tmp_path: Path) -> None:
+    whole, several = tmp_path / "whole", tmp_path / "several"
+    dcp.save(flat(), storage_writer=HuggingFaceStorageWriter(str(whole), save_distributed=True), no_dist=True)
+    (file,) = whole.glob("shard-*")
+    assert_same(flat(), await aiostage.load(whole))
+    # As another rank has it: it begins behind what the first has.
+    several.mkdir()
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    metadata["DCP_SHARDING_INFO"] = metadata["DCP_SHARDING_INFO"].replace("[0, 0]", "[2, 0]")
+    save_file(flat(), several / "shard-00002-model-00001-of-00001.safetensors", metadata=metadata)
+    message = "chunks of tensors .* HuggingFaceStorageReader"
+    for path in (several, next(several.iterdir())):
+        with pytest.raises(aiostage.CheckpointError, match=message):
+            await aiostage.load(path)
+    first = several / file.name
+    first.write_bytes(file.read_bytes())
+    for path in (several, first):
+        with pytest.raises(aiostage.CheckpointError, match=message):
+            await aiostage.load(path)
+
+
+@pytest.mark.asyncio
+async def test_the_index_says_which_shard_counts(tmp_path: Path) -> None:
+    one, two = {"a": torch.zeros(2), "b": torch.ones(2)}, {"a": torch.full((2,), 2.0)}
+    save_file(one, tmp_path / "model-1.safetensors")
+    save_file(two, tmp_path / "model-2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"b": "model-1.safetensors", "a": "model-1.safetensors"}}))
+    with pytest.raises(aiostage.CheckpointError, match=r"would leave out model-2\.safetensors"):
+        await aiostage.load(tmp_path)
+    where = {"b": "model-1.safetensors", "a": "model-1.safetensors", "c": "model-2.safetensors"}
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(aiostage.CheckpointCorruptError, match="names 'c', which its shard does not have"):
+        await aiostage.load(tmp_path)
+    save_file(two | {"c": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    assert (await aiostage.load(tmp_path))["a"].tolist() == [0, 0]
+    index.write_text(json.dumps({"weight_map": {"b": "model-1.safetensors", "c": "model-2.safetensors"}}))
+    with pytest.raises(aiostage.CheckpointCorruptError, match="another shard has 'a' too"):
         await aiostage.load(tmp_path)
 
 
@@ -271,3 +396,25 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert load_file(tmp_path / "new" / "model.safetensors").keys() == {"model.weight", "model.bias"}
     assert main(["convert", str(path), str(tmp_path / "each"), "--duplicate-tied"]) == 0
     assert load_file(tmp_path / "each" / "model.safetensors").keys() == {"model.weight", "model.tied", "model.bias"}
+
+
+def test_a_shell_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run" / "checkpoint-5"
+    path.mkdir(parents=True)
+    save_file(flat(), path / WEIGHTS)
+    torch.save({"state": {}}, path / "optimizer.pt")
+    (path / "global_step5").mkdir()
+    (path / "global_step5" / "optim_states.pt").write_bytes(b"12345")
+    for command in ("ls", "inspect"):
+        assert main([command, str(path)]) == 0
+        assert "safetensors, without global_step5, optimizer.pt" in capsys.readouterr().out
+    assert main(["verify", str(path)]) == 0
+    assert "not looked at: global_step5, optimizer.pt)" in capsys.readouterr().out
+    assert main(["du", "--json", str(path)]) == 0
+    nbytes = sum((path / name).stat().st_size for name in (WEIGHTS, "optimizer.pt")) + 5
+    assert json.loads(capsys.readouterr().out)["total_bytes"] == nbytes
+    for command in (["diff", str(path), str(path / WEIGHTS)], ["convert", str(path), str(tmp_path / "new")]):
+        assert main(command) == 3
+        assert f"would leave out global_step5, optimizer.pt. Pass the path of each part, such as {path}" in (
+            capsys.readouterr().err
+        )
