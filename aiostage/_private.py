@@ -56,31 +56,51 @@ def find(name: str) -> Any:
     return found
 
 
+# Whether a leaf is plain, conjugate, negative, sparse, quantized or a wrapper, in one number for thousands of leaves at
+# once; the public questions are several calls a leaf.
 dispatch_keys: Callable[[torch.Tensor], Any] | None = find("torch._C._dispatch_keys")
 raw_repr: Callable[[Any], int] | None = find("torch._C.DispatchKeySet.raw_repr")
+# Compares thousands of tensors with what they were like before, in one call.
 TensorGuards: Any = find("torch._C._dynamo.guards.TensorGuards")
+# The only trace that a write in place leaves.
 version_of: Any = find("torch.Tensor._version")
+# Asking a tensor without a storage for it raises an error.
 _has_storage: Any = find("torch._C._has_storage")
+# nn.Parameter() looks at its argument and may call code of its class.
 _make_subclass: Any = find("torch.Tensor._make_subclass")
+# What PyTorch itself unpickles with: no public function makes a quantized tensor over given memory.
 rebuild_qtensor: Any = find("torch._utils._rebuild_qtensor")
+# The public ones refuse tensors that are not coalesced.
 sparse_indices: Any = find("torch.Tensor._indices")
 sparse_values: Any = find("torch.Tensor._values")
+# One call, which gives the GIL away once, for many tensors.
 _foreach_copy: Any = find("torch._foreach_copy_")
+# Inspecting a leaf must not run the code of its subclass.
 _without_torch_function: Any = find("torch._C.DisableTorchFunctionSubclass")
+# To say what kind of tensor it is that has no storage.
 is_zero_tensor: Any = find("torch.Tensor._is_zerotensor")
 is_functorch_wrapped: Any = find("torch._C._functorch.is_functorch_wrapped_tensor")
 is_functional: Any = find("torch._is_functional_tensor")
+# Whether a device has record_stream: calling it to find out raises.
 has_kernel: Any = find("torch._C._dispatch_has_kernel_for_dispatch_key")
 privateuse1_name: Any = find("torch._C._get_privateuse1_backend_name")
+# On which devices this process works already: asking for a stream would create a context on each.
 cuda_has_context: Any = find("torch._C._cuda_hasPrimaryContext")
+# What the copy protocol says of objects that are made before their attributes are there.
 new_object: Any = find("copyreg.__newobj__")
+# The question that PyTorch itself asks of wrapper subclasses.
 is_traceable_wrapper: Any = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
+# The list that copy and pickle use, private names and inherited slots included.
 _slotnames: Any = find("copyreg._slotnames")
+# The stack of a thread that holds the loop, read from another thread.
 current_frames: Any = find("sys._current_frames")
+# Metadata and arrays in checkpoints of DCP name these; they are let through by name, and no others.
 get_layout: Any = find("torch.serialization._get_layout")
 numpy_reconstruct: Any = find("numpy._core.multiarray._reconstruct") or find("numpy.core.multiarray._reconstruct")
 numpy_scalar: Any = find("numpy._core.multiarray.scalar") or find("numpy.core.multiarray.scalar")
+# PyTorch's own way to send storages to other processes, for those that are not ours.
 forking_reducers: Any = find("multiprocessing.reduction.ForkingPickler._extra_reducers")
+# anyio imports it with the first use, on the event loop.
 asyncio_backend: Any = find("anyio._backends._asyncio")
 
 DISTRIBUTED = {

@@ -136,6 +136,8 @@ class Copies:
             if copies.run(self._job, cold):
                 if arena is not None:
                     arena.written(batch.start, batch.stop)
+                # One operation of a set, which needs no lock. It comes before the end of the step: those who wait for
+                # the batch look at the set when a step has ended.
                 self._copied.add(number)
 
 

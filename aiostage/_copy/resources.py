@@ -118,6 +118,7 @@ class Resources:
             return known[2]
         plan = yield from compile_plan(specs, addresses)
         self.counts.plans_compiled += 1
+        # Replaced as a whole, because stagings in other event loops may be comparing with the last one.
         self._known = (specs, addresses, plan)
         return plan
 

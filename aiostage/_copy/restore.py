@@ -92,6 +92,7 @@ def _to_host(located: _Located, copier: HostToDeviceCopier, device: torch.device
 
 async def _copy(batches: list[_RestoreBatch], job: Job, copier: HostToDeviceCopier | None) -> None:
     """Make the copies; may be called again after a cancellation, and then goes on."""
+    # Emptied without an await in between: a second call finds no batch, a closed job, and waits for it.
     while batches:
         batch = batches.pop()
         if batch.device is None or copier is None:

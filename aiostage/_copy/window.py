@@ -81,6 +81,7 @@ class Window:
 
     def filled(self, chunk: Chunk, memory: np.ndarray[Any, Any]) -> None:
         """Take note that the copies into a chunk are under way."""
+        # The consumer may have passed it by meanwhile. The copies refer to its memory, which goes once they are made.
         if chunk.number >= self._passed and not self.closed:
             chunk.memory = memory
         self._filled = chunk.number + 1
@@ -160,6 +161,7 @@ class Window:
         return self.chunks[low]
 
     def _tell(self) -> None:
+        # No lock, here and above: all of it runs on one event loop. Threads know the memory of the chunks alone.
         self._news.set()
         self._news = anyio.Event()
 

@@ -61,6 +61,7 @@ class RankBarrier:
             StoreLostError: If the store does not answer.
         """
         try:
+            # In this order: a rank that is counted has its key, so that one that asks who is absent never names it.
             self._store.set(f"{self._key}/here/{self._rank}", "")
             if self._store.add(f"{self._key}/arrived", 1) == self._size:
                 return self._settle("verdict", {})
@@ -134,6 +135,7 @@ class RankBarrier:
             StoreLostError: If the store does not answer.
         """
         try:
+            # First, so that the ranks that see the second key do not take this one for a rank that is still inside.
             self._store.set(f"{self._key}/left/{self._rank}", "")
             self._store.set(f"{self._key}/broken", "")
             deadline = time.monotonic() + self._grace
