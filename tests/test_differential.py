@@ -14,37 +14,9 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.staging import StagingOptions as TorchStagingOptions
 
 from aiostage import AsyncStager
-from tests.fuzz.classes import Frozen, Record
+from tests.fuzz.classes import Frozen, Record, Reduced, Slotted, Stateful
 
 Pair = namedtuple("Pair", "first second")
-
-
-class Slotted:
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class Reduced:
-    """Is rebuilt from an argument."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __reduce__(self) -> Any:
-        return Reduced, (self.value,)
-
-
-class Stateful:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __getstate__(self) -> Any:
-        return {"kept": self.value}
-
-    def __setstate__(self, state: Any) -> None:
-        self.value = state["kept"]
 
 
 DTYPES = [

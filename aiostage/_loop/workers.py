@@ -34,8 +34,7 @@ __all__ = [
 T = TypeVar("T")
 
 _IDLE_SECONDS = 5.0
-"""How long an idle thread waits for work before it ends. A guess: longer than the pause between two checkpoint
-parts, shorter than anyone would look for it."""
+"""A guess: longer than the pause between two parts of a checkpoint, shorter than a user would look for threads."""
 
 
 _TURN = 0.0003
@@ -341,10 +340,18 @@ class Workers:
         prepare: What each thread calls first, with the GIL; pass ``torch.get_num_threads`` where steps copy tensors.
             PyTorch makes its own threads anew when a thread of a forked child first uses it, without a lock: two
             threads that do so at once end in "Invalid thread pool!". That call does it, and keeps the GIL.
+        idle_seconds: How long an idle thread waits for work before it ends.
     """
 
-    def __init__(self, threads: int, name: str, *, prepare: Callable[[], object] | None = None) -> None:
-        self._state = _WorkerState(threads, name, prepare)
+    def __init__(
+        self,
+        threads: int,
+        name: str,
+        *,
+        prepare: Callable[[], object] | None = None,
+        idle_seconds: float = _IDLE_SECONDS,
+    ) -> None:
+        self._state = _WorkerState(threads, name, prepare, idle_seconds)
         self._finalizer = weakref.finalize(self, self._state.stop)
 
     def job(self) -> Job:
@@ -397,8 +404,9 @@ class Workers:
 class _WorkerState:
     """What the threads share. They refer to this and not to Workers, so that dropping Workers ends them."""
 
-    def __init__(self, threads: int, name: str, prepare: Callable[[], object] | None) -> None:
+    def __init__(self, threads: int, name: str, prepare: Callable[[], object] | None, idle_seconds: float) -> None:
         self.limit = threads
+        self.idle_seconds = idle_seconds
         self.name = name
         self.prepare = prepare
         self.alive = 0
@@ -457,7 +465,7 @@ class _WorkerState:
                         self.alive -= 1
                         return
                     self.idle += 1
-                    woken = self.condition.wait(_IDLE_SECONDS)
+                    woken = self.condition.wait(self.idle_seconds)
                     self.idle -= 1
                     # The queue too: a job may have come after the wait timed out and before this thread got the lock.
                     if not woken and not self.queue:

@@ -14,7 +14,6 @@ from types import FrameType
 import anyio
 import pytest
 
-from aiostage._loop import workers as workers_module
 from aiostage._loop.workers import Job, Workers
 from aiostage.testing import at_every_await
 from tests.patience import seconds
@@ -430,14 +429,13 @@ class TestThreads:
         assert ran == {True}
         assert len(prepared) == len(set(prepared)) == 2
 
-    async def test_idle_threads_end_and_later_work_starts_new_ones(
-        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
-    ):
-        monkeypatch.setattr(workers_module, "_IDLE_SECONDS", 0.01)
+    async def test_idle_threads_end_and_later_work_starts_new_ones(self):
+        workers = Workers(2, "test-workers", idle_seconds=0.01)
         await workers.run(lambda: None)
         until_none_of("test-workers")
         assert workers.threads == 0
         assert await workers.run(lambda: "again") == "again"
+        workers.stop()
 
     async def test_stop_lets_submitted_work_finish(self, workers: Workers):
         gates = [Gate(), Gate()]
