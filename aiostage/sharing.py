@@ -12,7 +12,7 @@ import torch
 
 from aiostage._memory.arena import Arena
 from aiostage._memory.shared import SharedHandle
-from aiostage.errors import StagingError
+from aiostage.errors import StagingError, said
 
 __all__ = ["SharedTree", "share"]
 
@@ -61,9 +61,9 @@ def share(staged: object, arenas: Sequence[Arena]) -> SharedTree:
     pickler = _Pickler(stream, arenas)
     try:
         pickler.dump(staged)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise StagingError(
-            f"the staged tree cannot be described to another process: {error}.",
+            f"the staged tree cannot be described to another process: {said(error)}.",
             remedy="Share the part of it that can be pickled.",
         ) from error
     if not pickler.used:

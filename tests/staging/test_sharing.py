@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,15 @@ class TestShare:
         async with AsyncStager(SHARED) as stager:
             staged = await stager.stage({"a": torch.ones(2), "f": lambda: None})
             with pytest.raises(StagingError, match="cannot be described"):
+                await stager.share(staged)
+
+    async def test_a_tree_that_is_too_deep_for_pickle_is_refused(self):
+        deep: Any = torch.ones(2)
+        for _ in range(5000):
+            deep = [deep]
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage(deep)
+            with pytest.raises(StagingError, match="cannot be described to another process: RecursionError"):
                 await stager.share(staged)
 
     async def test_statistics_tell_shared_bytes(self):

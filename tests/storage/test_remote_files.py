@@ -146,6 +146,18 @@ async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage, mon
     assert await storage.list() == ["a"]
 
 
+async def test_a_lease_that_was_removed_is_not_written_again(storage: FsspecStorage) -> None:
+    pending = await storage.open("a")
+    bucket, (lease,) = storage._bucket, [file for file in files(storage) if file.endswith("lease.json")]
+    path = lease[lease.index("a/data-") :]
+    await anyio.to_thread.run_sync(bucket.touch, path, b"{}")
+    await bucket.delete([path])
+    with pytest.raises(FileNotFoundError):
+        await anyio.to_thread.run_sync(bucket.touch, path, b"{}")
+    assert files(storage) == []
+    await pending.abort()
+
+
 async def test_where_writing_is_not_allowed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     storage = FsspecStorage(LocalFileSystem(), str(tmp_path / "file"))
