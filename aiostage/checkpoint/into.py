@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from aiostage._copy.targets import Pair, shared_unlike, unwritable
 from aiostage.checkpoint.transfer import TensorPair, Transfer
@@ -183,7 +184,11 @@ class _Comparison:
             self._visit_gradient(place, live, loaded)
             self._visit_attributes(place, live, loaded, names)
             return
-        if isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
+        if isinstance(live, torch.Tensor) and isinstance(loaded, torch.Tensor) and is_lazy(live) and is_lazy(loaded):
+            # Neither has a value yet.
+            self._find(place, live, where)
+            self._visit_attributes(place, live, loaded)
+        elif isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
             reason = _why_not(live, loaded, inference=self._inference, cast=self._cast)
             if reason is None:
                 self.pairs.append((place, live, loaded))
@@ -481,6 +486,8 @@ def _why_not(live: Any, loaded: Any, *, inference: bool, cast: bool) -> str | No
     if not isinstance(live, torch.Tensor) or not isinstance(loaded, torch.Tensor):
         return f"a {type(loaded).__name__} into a {type(live).__name__}"
     for tensor, which in ((live, "live"), (loaded, "loaded")):
+        if is_lazy(tensor):
+            return f"the {which} tensor is a {type(tensor).__name__}, which has no shape yet"
         # It has no shape that could be compared.
         if tensor.is_nested:
             return f"the {which} tensor is nested"

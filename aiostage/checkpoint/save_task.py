@@ -216,6 +216,9 @@ class SaveTask:
         except Exception as error:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)
+            if isinstance(error, CheckpointExistsError) and not self.replaces:
+                # The storage knows of other arguments.
+                error.remedy = "Save another step; or pass replace=True, if it is a checkpoint."
             if self.is_accepted or isinstance(error, CheckpointExistsError):
                 _log.error("the checkpoint of step %d failed: %s: %s", self.handle.step, type(error).__name__, error)
         except BaseException as error:

@@ -248,10 +248,12 @@ def _with_autograd(tensor: torch.Tensor, form: dict[str, Any], gradient: Any) ->
     requires_grad = form.get("requires_grad")
     if form.get("class") == "Parameter":
         if isinstance(tensor, torch.nn.Parameter):
-            return tensor.requires_grad_(requires_grad is not False)
+            # Not by requires_grad_(), which lazy ones refuse.
+            tensor.requires_grad = requires_grad is not False
+            return tensor
         return torch.nn.Parameter(tensor, requires_grad is not False)
     if requires_grad is True:
-        tensor.requires_grad_()
+        tensor.requires_grad = True
         tensor.grad = gradient
     return tensor
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from aiostage.format.kinds import Kind, NotCarried, Parts
+from aiostage.format.values import torch_constant
 
 __all__ = ["TORCH_KINDS"]
 
@@ -92,7 +93,7 @@ def _take_typed_apart(value: torch.TypedStorage) -> Parts:
 
 
 def _rebuild_typed(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
-    dtype = getattr(torch, form["dtype"], None)
+    dtype = torch_constant(form["dtype"])
     if dtype not in _STORAGE_DTYPES:
         raise ValueError("the dtype of a storage is unknown")
     return torch.storage.TypedStorage(wrap_storage=_untyped(children), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
@@ -108,7 +109,7 @@ def _take_lazy_apart(value: Any) -> Parts:
 
 
 def _rebuild_lazy(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
-    dtype = getattr(torch, form["dtype"], None)
+    dtype = torch_constant(form["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError("the dtype of a lazy parameter is unknown")
     return _LAZY[form["name"]](requires_grad=False, dtype=dtype)

@@ -66,15 +66,16 @@ def check_target(target: str, *, overwrite: bool) -> None:
     """
     if not os.path.lexists(target) and (overwrite or next(_set_aside(target), None) is None):
         return
-    if not overwrite:
-        raise CheckpointExistsError(
-            "the target exists already.", path=target, remedy="Choose another target or pass overwrite=True."
-        )
-    if not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not is_empty_directory(target):
+    is_there = os.path.lexists(target)
+    if is_there and not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not is_empty_directory(target):
         raise CheckpointExistsError(
             f"it is not a checkpoint (it has no {MANIFEST_NAME}), so it is not replaced.",
             path=target,
             remedy="Choose another target, or remove what is there.",
+        )
+    if not overwrite:
+        raise CheckpointExistsError(
+            "the target exists already.", path=target, remedy="Choose another target or pass overwrite=True."
         )
 
 

@@ -455,7 +455,7 @@ async def test_the_handle_reports_a_step_that_another_process_has_saved(faster: 
                 await theirs.save(step, tree(step))
             storage.before = wait
             handle = await ours.save(step, tree(9))
-            with pytest.raises(CheckpointExistsError):
+            with pytest.raises(CheckpointExistsError, match="Save another step; or pass replace=True"):
                 await handle.committed()
             storage.before = None
             assert_same(tree(step), await ours.restore(step=step))

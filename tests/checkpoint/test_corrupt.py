@@ -404,6 +404,22 @@ async def test_forms_that_describe_no_object(form: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["lazy", "TypedStorage"])
+async def test_a_dtype_is_not_looked_up_in_torch(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which imports what is asked for, a compiler say."""
+    directory, asked = await make(tmp_path), []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+
+    def change(found: list[Any]) -> None:
+        form = {"is": kind, "name": "UninitializedParameter", "dtype": "_dynamo_of_a_file", "of": []}
+        found[:] = [{"is": "tensor", "name": T}, form, {"root": [1]}]
+
+    seal(directory, change)
+    await corrupt(directory, MANIFEST)
+    assert "_dynamo_of_a_file" not in asked
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("name", "state"),
     [

@@ -298,3 +298,40 @@ async def test_one_live_container_in_several_places(tmp_path: Path, second: int)
     ):
         await aiostage.load(tmp_path / "a", into=live, classes=CLASSES)
     assert (shared, live["c"]) == ({"x": 0}, [Slots(0), ONE * 0])
+
+
+def lazy() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyBatchNorm1d())
+
+
+async def test_lazy_parameters(tmp_path: Path) -> None:
+    saved = lazy().state_dict()
+    saved["0.weight"].tag = "a"
+    await aiostage.save(saved, tmp_path / "a")
+    loaded = await aiostage.load(tmp_path / "a")
+    assert {key: type(value) for key, value in loaded.items()} == {key: type(value) for key, value in saved.items()}
+    assert [value.requires_grad for value in loaded.values()] == [value.requires_grad for value in saved.values()]
+    assert loaded["0.weight"].tag == "a"
+    lazy().load_state_dict(loaded)
+    live = lazy().state_dict()
+    weight = live["0.weight"]
+    await aiostage.load(tmp_path / "a", into=live)
+    assert live["0.weight"] is weight
+    assert weight.tag == "a"
+
+
+async def test_lazy_parameters_and_others(tmp_path: Path) -> None:
+    model = lazy()
+    await aiostage.save(model.state_dict(), tmp_path / "lazy")
+    live = lazy().state_dict()
+    model(torch.ones(2, 4))
+    with pytest.raises(CheckpointMismatchError, match="the loaded tensor is a UninitializedParameter, which has no sh"):
+        await aiostage.load(tmp_path / "lazy", into=model.state_dict())
+    await aiostage.save(model.state_dict(), tmp_path / "initialized")
+    with pytest.raises(
+        CheckpointMismatchError, match="the live tensor is a UninitializedParameter, which has no shape"
+    ):
+        await aiostage.load(tmp_path / "initialized", into=live)
+    into = lazy()
+    await aiostage.load(tmp_path / "initialized", into=into)
+    assert torch.equal(into[0].weight, model[0].weight)
