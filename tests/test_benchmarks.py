@@ -59,3 +59,30 @@ def test_one_commit_is_measured_in_a_process_of_its_own(compare: Any, work: str)
     assert measured.keys() == {"time", "CPU time", "worst delay"}
     assert measured["time"] > 0
     assert measured["CPU time"] > 0
+
+
+BUSY = """
+import asyncio, busy
+found = asyncio.run(busy.measure(0.1, 1, 1, ["aiostage"]))
+assert list(found) == ["no staging", "aiostage"]
+assert all(len(each.steps) == 1 and each.slower(found["no staging"]) > 0 for each in found.values())
+"""
+
+STEPS = """
+import asyncio, gc, steps
+from asyncio.events import Handle
+before = Handle._run
+tree = steps.many_small(3000)
+found = asyncio.run(steps.measure(lambda: tree, 2))
+assert Handle._run is before and not gc.callbacks
+assert len(found.seconds) > 4 and sum(found.seconds) > 0
+print(steps.row("small", found))
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("script", [BUSY, STEPS], ids=["busy", "steps"])
+def test_what_is_measured_on_a_busy_machine(script: str):
+    program = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{script}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
