@@ -349,11 +349,14 @@ class Pool:
     def _close_arenas(self, arenas: list[Arena]) -> None:
         if not arenas:
             return
+        # Those that are over. Not by a last step of theirs, which another thread would run beside the step before it.
+        for before in tuple(self._closings):
+            if before.finished():
+                self._closings.discard(before)
         job = self._workers.job()
         self._closings.add(job)
         for arena in arenas:
             job.put(partial(self._close_arena, arena))
-        job.put(partial(self._closings.discard, job))
         job.close()
 
     def _close_arena(self, arena: Arena) -> None:

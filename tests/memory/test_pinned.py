@@ -31,6 +31,7 @@ class Registry:
         self.calls: list[str] = []
         self.threads: set[str] = set()
         self.entered = threading.Event()
+        self.leaving = threading.Event()
         self.go = threading.Event()
         self.go.set()
 
@@ -45,6 +46,8 @@ class Registry:
         self.registered[address] = (nbytes, device)
 
     def unregister(self, address: int, device: torch.device) -> None:
+        self.leaving.set()
+        self.go.wait(seconds(10))
         self.calls.append("unregister")
         self.threads.add(threading.current_thread().name)
         assert self.registered.pop(address)[1] == device
@@ -62,6 +65,28 @@ async def cancelled_in_the_driver(workers: Workers) -> tuple[Registry, Pool]:
     with pytest.raises(asyncio.CancelledError):
         await task
     return registry, pool
+
+
+@pytest.mark.asyncio
+async def test_closing_waits_for_the_driver() -> None:
+    """Also with several threads, of which one has nothing left to do."""
+    workers, registry = Workers(2, "test-memory"), Registry()
+    pool = Pool(workers, pinning=Pinning(registry))
+    lease = await pool.acquire(MIB, device=DEVICE)
+    registry.go.clear()
+    del lease
+    pool.close()
+    await asyncio.to_thread(registry.leaving.wait, seconds(10))
+    # Whatever the other thread was given has been done by now.
+    await workers.run(lambda: None)
+    closing = asyncio.create_task(pool.aclose())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not closing.done()
+    registry.go.set()
+    await closing
+    assert registry.registered == {}
+    workers.stop()
 
 
 @pytest.mark.asyncio
