@@ -33,7 +33,7 @@ class RankBarrier:
     """The keys of one operation in the store. Every method but the constructor blocks.
 
     Args:
-        store: Shared by the ranks; used by one thread at a time.
+        store: Shared by the ranks. :meth:`arrive` blocks all other users of this connection to it.
         number: The number of the operation, the same on all ranks.
         rank: The rank of this process, in the group.
         size: How many ranks the group has.

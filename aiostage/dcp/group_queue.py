@@ -251,7 +251,8 @@ class GroupQueue:
                     return
 
     def _messengers_barrier(self, number: int) -> RankBarrier:
-        # No lock: two threads may both make a connection. One of the two is dropped.
+        # No lock: two threads may both make a connection. One of the two is dropped. They share the other: its requests
+        # take turns by themselves, and neither thread waits in it, which would hold up the other.
         if self._messengers_store is None:
             self._messengers_store = self._parents_store.clone()
         return RankBarrier(self._messengers_store, number, self._rank, len(self._ranks))

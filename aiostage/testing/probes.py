@@ -267,8 +267,8 @@ class LeakProbe:
 
     def __init__(self, *stagers: AsyncStager, ignore_threads: tuple[str, ...] = ()) -> None:
         self._stagers = stagers
-        # The collector's pause has a thread that ends by itself, a second after the last staging.
-        self._ignored = ("aiostage-collection", "aiostage-probe", *ignore_threads)
+        # That of a LoopProbe ends by itself, a moment after it was stopped.
+        self._ignored = ("aiostage-probe", *ignore_threads)
         self._threads = set(threading.enumerate())
         self._descriptors = _descriptors()
         self._leases = self._count_leases()

@@ -53,7 +53,8 @@ class Scheduler:
         bus_bandwidth: float | None,
     ) -> None:
         self.lock = threading.Condition()
-        """Held wherever the state of queues and memory is looked at, and notified when it changes."""
+        """Held wherever the state of queues and memory is looked at, and notified when it changes. The
+        thread that holds it may take it again."""
         self.streams: list[SimulatedStream] = []
         self.queries = 0
         self._current = _Current()
@@ -160,23 +161,27 @@ class Scheduler:
         """
         if self._clock is None:
             raise RuntimeError("a simulated accelerator in real time cannot be stepped; give it a clock or a seed")
+        # Two locks, always in this order. The first lets one operation run at a time, so that they are seen in the
+        # order of their times. The second is free while one runs, because that may ask for it.
         with self._executing:
-            ready = self.ready()
-            if stream is None:
-                if not ready:
-                    return False
-                stream = self._random.choice(ready) if self._random is not None else self._first(ready)
-            elif stream not in ready:
-                raise ValueError(f"{stream!r} has nothing that can be executed now")
+            # From the look to the taking: close() may clear the queues.
             with self.lock:
+                ready = self.ready()
+                if stream is None:
+                    if not ready:
+                        return False
+                    stream = self._random.choice(ready) if self._random is not None else self._first(ready)
+                elif stream not in ready:
+                    raise ValueError(f"{stream!r} has nothing that can be executed now")
                 operation, finish = self._take(stream, ready)
             self._perform(stream, operation, finish)
         return True
 
     def due(self) -> float | None:
         """Return when the operation that is done first would be done, or None if there is none."""
-        ready = self.ready()
-        return self._finishes(ready)[self._first(ready)] if ready else None
+        with self.lock:
+            ready = self.ready()
+            return self._finishes(ready)[self._first(ready)] if ready else None
 
     def happen(self) -> None:
         """Execute the operation that is due first."""
