@@ -10,9 +10,10 @@ import torch
 
 from aiostage.abc import Storage
 from aiostage.incremental.reading import placement_of
-from aiostage.storage.locate import name_of, removed_by_tombstone
+from aiostage.storage.locate import removed_by_tombstone
 from aiostage.storage.pointer import LEASE_NAME, POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST
+from tests.checkpoint.names import name_of
 
 MIB = 1 << 20
 

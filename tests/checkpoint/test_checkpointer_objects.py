@@ -11,8 +11,8 @@ from obstore.store import MemoryStore, S3Store
 
 from aiostage import Checkpointer, CheckpointExistsError
 from aiostage.storage import ObjectStorage
-from aiostage.storage.locate import name_of
 from tests.checkpoint.comparing import assert_same
+from tests.checkpoint.names import name_of
 from tests.checkpoint.runs import LoRA, copied
 from tests.checkpoint.test_incremental import settled
 from tests.servers.s3 import open_uploads

@@ -17,10 +17,10 @@ from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, append
 from aiostage.incremental.writing import _Group
 from aiostage.storage import LocalStorage
 from aiostage.storage.files import PartBuffers
-from aiostage.storage.locate import name_of
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.names import name_of
 from tests.checkpoint.runs import MIB, LoRA, copied, numbers
 from tests.checkpoint.test_checkpointer import Copier, Gate, settled, until
 

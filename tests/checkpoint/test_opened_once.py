@@ -15,9 +15,9 @@ from aiostage import Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Reader, Storage
 from aiostage.format import manifest
 from aiostage.storage import LocalStorage
-from aiostage.storage.locate import name_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.names import name_of
 from tests.checkpoint.test_checkpointer import tree
 
 READS: dict[str, Callable[[Storage], Awaitable[Any]]] = {

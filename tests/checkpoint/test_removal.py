@@ -17,9 +17,9 @@ import aiostage
 from aiostage import CheckpointCorruptError, Checkpointer, CheckpointNotFoundError
 from aiostage.abc import Storage
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
-from aiostage.storage.locate import name_of, tombstone_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.names import name_of, tombstone_of
 from tests.checkpoint.programs import ROOT, output_of
 from tests.checkpoint.runs import MIB, LoRA, Run, apart_from_the_small, copied, in_directory, needed, numbers
 from tests.checkpoint.test_checkpointer import Gate, until

@@ -15,10 +15,10 @@ import aiostage
 from aiostage import Checkpointer, CheckpointExistsError
 from aiostage.abc import Storage
 from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
-from aiostage.storage.locate import name_of
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.names import name_of
 from tests.checkpoint.test_checkpointer import Gate, settled, tree, until
 
 KINDS = ["local", "objects", "fsspec"]

@@ -8,8 +8,9 @@ import torch
 
 import aiostage
 from aiostage import Checkpointer
-from aiostage.storage.locate import name_of, step_of, surplus
+from aiostage.storage.locate import step_of, surplus
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.names import name_of
 from tests.checkpoint.test_checkpointer import Gate, settled, tree, until
 
 

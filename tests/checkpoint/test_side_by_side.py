@@ -18,9 +18,10 @@ from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.save import write_planned
 from aiostage.checkpoint.writer import CheckpointWriter, FileOptions
 from aiostage.incremental.writing import IncrementalSaver
-from aiostage.storage.locate import lock_of, name_of, step_of, tombstone_of
+from aiostage.storage.locate import lock_of, step_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.names import name_of, tombstone_of
 from tests.checkpoint.runs import MIB, apart_from_the_small, needed, numbers
 
 NEW = 3

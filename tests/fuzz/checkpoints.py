@@ -33,7 +33,7 @@ from aiostage.cli.checking import check
 from aiostage.cli.finding import place_of
 from aiostage.cli.inspect import inspect
 from aiostage.cli.output import Output
-from aiostage.storage.locate import locate
+from aiostage.storage import locate
 
 __all__ = ["main"]
 
