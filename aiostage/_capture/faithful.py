@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import repeat
-from operator import attrgetter
+from operator import add, attrgetter, le, mul
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ __all__ = [
     "composite_of",
     "copies_itself",
     "finder",
+    "fit",
+    "keys_tell_leaves_apart",
     "traits_of",
 ]
 
@@ -143,6 +145,8 @@ class Composite:
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 _is_cpu = attrgetter("is_cpu")
+_itemsize = attrgetter("dtype.itemsize")
+_nbytes = attrgetter("nbytes")
 _requires_grad = attrgetter("requires_grad")
 _DENSE = {"dense"}
 
@@ -208,16 +212,8 @@ class SpecTable:
                 except Refusal:
                     # The closer look tells which of them it is.
                     return None
-        offsets = map(torch.Tensor.storage_offset, tensors)
-        if alike:
-            spec = table[keys[0]]
-            fits = not spec.nbytes or max(offsets) * spec.dtype.itemsize + spec.nbytes <= min(storage_sizes)
-            return [spec] * len(keys) if fits else None
-        specs = list(map(table.__getitem__, keys))
-        for spec, offset, nbytes in zip(specs, offsets, storage_sizes, strict=True):
-            if spec.nbytes and offset * spec.dtype.itemsize + spec.nbytes > nbytes:
-                return None
-        return specs
+        specs = [table[keys[0]]] * len(keys) if alike else list(map(table.__getitem__, keys))
+        return specs if fit(specs, tensors, storage_sizes) else None
 
     def spec(self, tensor: torch.Tensor, *, by_value: bool = False) -> Spec:
         """Return the spec of a dense tensor.
@@ -267,6 +263,17 @@ class SpecTable:
                 spec.staged_stride,
             )
         return found
+
+
+def fit(specs: Sequence[Spec], tensors: Sequence[torch.Tensor], storage_sizes: Sequence[int]) -> bool:
+    """Return whether the elements of dense tensors lie within their storages, whose sizes are in bytes."""
+    offsets = map(torch.Tensor.storage_offset, tensors)
+    first = specs[0]
+    if specs.count(first) == len(specs):
+        return not first.nbytes or max(offsets) * first.dtype.itemsize + first.nbytes <= min(storage_sizes)
+    starts = map(mul, offsets, map(_itemsize, specs))
+    # One without elements may begin anywhere: then a closer look tells.
+    return all(map(le, map(add, starts, map(_nbytes, specs)), storage_sizes))
 
 
 def _on_host(tensor: torch.Tensor) -> None:

@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES, Composite, Refusal, Spec, SpecTable, composite_of, traits_of
+from aiostage._capture.faithful import (
+    PLAIN_CLASSES,
+    Composite,
+    Refusal,
+    Spec,
+    SpecTable,
+    composite_of,
+    fit,
+    keys_tell_leaves_apart,
+    traits_of,
+)
 
 __all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
 
@@ -20,6 +30,9 @@ V = TypeVar("V")
 
 LEAVES_PER_STEP = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
+
+_FORMS = 8
+"""How many forms of chunks are compared with the next one. One that is unlike shows it in the first few leaves."""
 
 _RELEASED_PER_STEP = 2048
 """Entries of a column dropped between two yields, at some 20 nanoseconds each."""
@@ -67,39 +80,43 @@ class Replaced(Exception):
 
 
 class _Chunk:
-    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed."""
+    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed.
+
+    Args:
+        specs: Of the leaves.
+        addresses: Where they begin.
+        sizes: Of their storages.
+        tensors: The leaves, in the step in which their specs were found. They make the guard, which costs less than a
+            look at each.
+        like: A chunk of the same form, whose guard does for this one, as it says nothing of addresses.
+    """
 
     __slots__ = ("addresses", "check", "requires_grad", "sizes", "specs")
 
-    def __init__(self, specs: list[Spec], addresses: list[int], sizes: list[int]) -> None:
+    def __init__(
+        self,
+        specs: list[Spec],
+        addresses: list[int],
+        sizes: list[int],
+        tensors: Sequence[torch.Tensor],
+        like: _Chunk | None,
+    ) -> None:
         self.specs = specs
         self.addresses = addresses
         self.sizes = sizes
         _private.untrack_all((specs, addresses, sizes))
         self.requires_grad = any(map(_requires_grad, set(specs)))
         self.check: Callable[..., bool] | None = None
-
-    def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the tensors are like those that the specs are of."""
-        return (
-            self.check is not None
-            and len(tensors) == len(self.specs)
-            # The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
-            and not any(map(_is_nested, tensors))
-            and self.check(*tensors)
-            # Nor does the guard see whether one that requires a gradient is a leaf of the autograd graph.
-            and not (self.requires_grad and not all(map(_is_leaf, tensors)))
-        )
-
-    def guard(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make the guard, in the step in which the specs were found. It costs less than a look at each tensor does."""
-        sizes = {spec: list(spec.shape) for spec in set(self.specs)}
-        strides = {spec: list(spec.stride) for spec in sizes}
+        if like is not None:
+            self.check = like.check
+            return
+        shapes = {spec: list(spec.shape) for spec in set(self.specs)}
+        strides = {spec: list(spec.stride) for spec in shapes}
         # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
         try:
             check = _private.TensorGuards(
                 *tensors,
-                dynamic_dims_sizes=list(map(sizes.__getitem__, self.specs)),
+                dynamic_dims_sizes=list(map(shapes.__getitem__, self.specs)),
                 dynamic_dims_strides=list(map(strides.__getitem__, self.specs)),
             ).check
             # A guard that knows anything is none. One that does not know what it was made from costs time only.
@@ -107,6 +124,19 @@ class _Chunk:
         except Exception:
             usable = False
         self.check = check if usable else None
+
+    def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether tensors, of which none is nested, are like those that the specs are of.
+
+        The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
+        """
+        return (
+            self.check is not None
+            and len(tensors) == len(self.specs)
+            and self.check(*tensors)
+            # Nor does the guard see whether one that requires a gradient is a leaf of the autograd graph.
+            and not (self.requires_grad and not all(map(_is_leaf, tensors)))
+        )
 
 
 class Inspection:
@@ -119,6 +149,8 @@ class Inspection:
     def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self.table = SpecTable(device_of)
         self.chunks: dict[int, _Chunk] = {}
+        self.forms: list[_Chunk] = []
+        """Chunks of different forms, the one met last at the end: layers repeat, so the next is often like one."""
         self.apart: tuple[list[_Chunk], bool] = ([], True)
         """Some chunks, and whether no two leaves of them begin at one address."""
 
@@ -216,6 +248,7 @@ class Leaves:
             known is None
             or self.addresses[start : start + LEAVES_PER_STEP] != known.addresses
             or self.storage_sizes[start : start + LEAVES_PER_STEP] != known.sizes
+            or any(map(_is_nested, chunk))
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
@@ -348,27 +381,37 @@ class Leaves:
         part = slice(start, start + len(chunk))
         if VERSIONS_UNAVAILABLE in self.versions[part] or not set(map(type, chunk)) <= PLAIN_CLASSES:
             return False
-        table = inspection.table
-        specs = table.specs(chunk, self.storage_sizes[part]) if table.are_dense(chunk) else None
+        table, sizes = inspection.table, self.storage_sizes[part]
+        like = _form_of(chunk, inspection)
+        if like is not None:
+            specs = like.specs if fit(like.specs, chunk, sizes) else None
+        else:
+            specs = table.specs(chunk, sizes) if table.are_dense(chunk) else None
         if specs is None or _have_gradients(chunk):
             return False
-        self._remember(chunk, start, inspection, specs)
+        self._remember(chunk, start, inspection, specs, like)
         self.specs += specs
         return True
 
-    def _remember(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection, specs: list[Spec]) -> None:
+    def _remember(
+        self,
+        chunk: Sequence[torch.Tensor],
+        start: int,
+        inspection: Inspection,
+        specs: list[Spec],
+        like: _Chunk | None = None,
+    ) -> None:
         """Keep what a chunk looks like, to be recognized at capture and at the next staging."""
         if _private.TensorGuards is None:
             return
         part = slice(start, start + len(chunk))
         known = inspection.chunks.get(start)
-        # A guard says nothing of addresses, so it stays where these alone have changed.
-        check = known.check if known is not None and known.specs == specs and known.recognizes(chunk) else None
-        made = inspection.chunks[start] = _Chunk(specs, self.addresses[part], self.storage_sizes[part])
-        if check is not None:
-            made.check = check
-        else:
-            made.guard(chunk)
+        if like is None and known is not None and known.specs == specs and known.recognizes(chunk):
+            like = known
+        made = _Chunk(specs, self.addresses[part], self.storage_sizes[part], chunk, like)
+        inspection.chunks[start] = made
+        if like is None and made.check is not None:
+            inspection.forms = [*inspection.forms[1 - _FORMS :], made]
 
     def _inspect_each(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> None:
         """Fill the specs of a chunk, looking at each leaf."""
@@ -427,6 +470,17 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     # Without a step of Python for each: a tensor that copy.deepcopy has copied once has an empty dictionary.
     have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
     return any(map(vars, compress(tensors, have_more)))
+
+
+def _form_of(tensors: Sequence[torch.Tensor], inspection: Inspection) -> _Chunk | None:
+    """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
+    if inspection.forms and keys_tell_leaves_apart() and not any(map(_is_nested, tensors)):
+        for form in reversed(inspection.forms):
+            if form.recognizes(tensors):
+                inspection.forms.remove(form)
+                inspection.forms.append(form)
+                return form
+    return None
 
 
 def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
@@ -512,7 +566,7 @@ def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], ins
     known = inspection.chunks.get(start) if inspection is not None else None
     if known is None or known.specs != leaves.specs[start : start + len(tensors)]:
         return False
-    return known.recognizes(tensors) and not _have_gradients(tensors)
+    return not any(map(_is_nested, tensors)) and known.recognizes(tensors) and not _have_gradients(tensors)
 
 
 def _changed_among(

@@ -15,6 +15,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from aiostage import AsyncStager, UnsupportedLeafError
 from aiostage._capture.faithful import finder
+from aiostage._capture.leaves import Inspection
+from aiostage._capture.walk import Walk
+from aiostage._loop.coroutines import exhausted
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
@@ -292,3 +295,78 @@ def test_what_is_inside_is_not_taken_from_a_tensor_of_another_kind() -> None:
         torch.utils.swap_tensors(sparse, other)
         with pytest.raises(ValueError, match="its kind has changed"):
             find_parts()
+
+
+def nested_tensor() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(1)])
+
+
+def freed() -> Any:
+    tensor = torch.ones(2, dtype=torch.complex64)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def with_gradient() -> Any:
+    tensor = torch.ones(2, dtype=torch.complex64)
+    tensor.grad = torch.full((2,), 3 + 1j)
+    return tensor
+
+
+ODD: dict[str, Any] = {
+    "conjugate": lambda: torch.tensor([1 + 2j, 3 + 4j]).conj(),
+    "imaginary": lambda: torch.tensor([1 + 2j, 3 + 4j]).conj().imag,
+    "strided": lambda: torch.tensor([1 + 2j, 0j, 3 + 4j])[::2],
+    "double": lambda: torch.ones(2, dtype=torch.complex128),
+    "longer": lambda: torch.ones(3, dtype=torch.complex64),
+    "parameter": lambda: torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)),
+    "computed": lambda: torch.ones(2, dtype=torch.complex64, requires_grad=True) * 2,
+    "requires a gradient": lambda: torch.ones(2, dtype=torch.complex64, requires_grad=True),
+    "gradient": with_gradient,
+    "sparse": lambda: torch.ones(2, dtype=torch.complex64).to_sparse(),
+    "of a larger storage": lambda: torch.ones(9, dtype=torch.complex64)[3:5],
+    "nested": nested_tensor,
+    "freed": freed,
+    "meta": lambda: torch.ones(2, dtype=torch.complex64, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_odd_tensor_among_many_that_are_alike(name: str, repeated: bool) -> None:
+    odd = ODD[name]()
+    alike = [torch.full((2,), complex(number, 1)) for number in range(800)]
+    tree = [*alike[:600], odd, *alike[600:], *(alike[:2] if repeated else ())]
+    if name in ("nested", "freed", "meta"):
+        for given, index in ((tree, 600), ([*alike, *tree], 1400)):
+            with pytest.raises(UnsupportedLeafError, match=rf"\[{index}\]"):
+                stage(given)
+        return
+    staged = stage(tree)
+    with torch.no_grad():
+        wanted = [copy.deepcopy(item.detach() if name == "computed" else item) for item in tree[:601]]
+    for one, other in zip(staged, wanted, strict=False):
+        assert (type(one), one.dtype, one.layout, one.requires_grad) == (
+            type(other),
+            other.dtype,
+            other.layout,
+            other.requires_grad,
+        )
+        assert torch.equal(one.detach().to_dense(), other.detach().to_dense())
+    assert (staged[600].grad is None) == (name != "gradient")
+    if repeated:
+        assert staged[-2] is staged[0]
+
+
+def test_chunks_of_one_form_are_looked_at_as_one() -> None:
+    walk, inspection = Walk(), Inspection(None)
+    layers = [
+        [torch.ones(3), torch.ones(2, 2), torch.tensor(1.0), torch.ones(4).to(torch.bfloat16)] for _ in range(512)
+    ]
+    exhausted(walk.run(layers, inspection))
+    exhausted(walk.inspect(inspection))
+    assert len(inspection.chunks) == 8
+    assert len({id(chunk.check) for chunk in inspection.chunks.values()}) == len(inspection.forms) == 1
