@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from aiostage import _private
 from aiostage._capture.strides import stride_of_values
 from aiostage._extents import extent_of
+from aiostage._warnings import without_warnings
 from aiostage.errors import UnsupportedLeafError
 from aiostage.format.composites import inner_tensors, quantized_over
 from aiostage.leaf import Path, format_path
@@ -298,8 +298,7 @@ def _keys_are_proven() -> bool:
     if dispatch_keys is None or raw_repr is None:
         return False
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with without_warnings(), torch.no_grad():
             plain = torch.ones(2, device="cpu")
             conjugate = torch.ones(2, dtype=torch.complex64, device="cpu").conj()
             samples = [
@@ -508,8 +507,7 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         # The layout warns that it is in beta; PyTorch has warned the code that made the source.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with without_warnings():
             result = torch.sparse_compressed_tensor(
                 staged[0], staged[1], staged[2], size, layout=layout, check_invariants=False, device="cpu"
             )
@@ -541,8 +539,7 @@ def _quantized(tensor: torch.Tensor) -> Composite:
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         scheme_and_parameters = affine if len(staged) == 1 else (affine[0], staged[1], staged[2], affine[1])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with without_warnings():
             result = quantized_over(staged[0], dtype, offset, size, stride, scheme_and_parameters)
         return _finished(result, traits)
 

@@ -474,11 +474,12 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
 
 def _form_of(tensors: Sequence[torch.Tensor], inspection: Inspection) -> _Chunk | None:
     """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
-    if inspection.forms and keys_tell_leaves_apart() and not any(map(_is_nested, tensors)):
-        for form in reversed(inspection.forms):
+    # Read once, and replaced as a whole: loops of other threads may use it too.
+    forms = inspection.forms
+    if forms and keys_tell_leaves_apart() and not any(map(_is_nested, tensors)):
+        for form in reversed(forms):
             if form.recognizes(tensors):
-                inspection.forms.remove(form)
-                inspection.forms.append(form)
+                inspection.forms = [*(other for other in forms if other is not form), form]
                 return form
     return None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from aiostage import _private
+from aiostage._warnings import without_warnings
 from aiostage.format.safetensors import checked_sizes
 from aiostage.format.values import torch_constant
 
@@ -137,9 +137,8 @@ def check_invariants(kind: str, parts: Sequence[torch.Tensor], form: dict[str, A
 
 
 def _assemble(kind: str, parts: Sequence[torch.Tensor], form: dict[str, Any], *, check: bool) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Sparse layouts are in beta and quantized ones deprecated; PyTorch has warned the code that made the tensor.
-        warnings.simplefilter("ignore")
+    # Sparse layouts are in beta and quantized ones deprecated; PyTorch has warned the code that made the tensor.
+    with without_warnings():
         shape = checked_sizes(form["shape"])
         if kind == "sparse":
             indices, values = parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from aiostage._loop.workers import large_lists, release_gil, releasing_gil
+from aiostage._warnings import without_warnings
 from aiostage.errors import CheckpointCorruptError, HostMemoryError, StagingError, said, shown
 from aiostage.format.safetensors import (
     CARRIERS,
@@ -303,9 +303,8 @@ class View:
             raise ValueError(f"{shown(self)} exceeds {data.numel()} bytes")
         if self.dtype is not torch.complex32:
             return _over(data, self.dtype, self)
-        with warnings.catch_warnings():
-            # They are called experimental whenever one is made; PyTorch has warned the code that saved it.
-            warnings.simplefilter("ignore", UserWarning)
+        # They are called experimental whenever one is made; PyTorch has warned the code that saved it.
+        with without_warnings():
             return _over(data, self.dtype, self)
 
     def elements_in(self, data: torch.Tensor) -> torch.Tensor:
