@@ -24,7 +24,7 @@ from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.loader import load_in_group
 from aiostage.dcp.saver import AsyncSaveResponse, start_save
 from aiostage.dcp.storage import StorageReader, StorageWriter
-from aiostage.errors import CheckpointNotFoundError, shown
+from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.storage.locate import Root, name_of, step_of, storage_at, surplus
 
 __all__ = ["Checkpointer", "SaveHandle"]
@@ -221,9 +221,20 @@ class Checkpointer(BackgroundSaves):
         return self._capture(opened, SaveHandle(step, response), response)
 
     async def _capture(self, opened: OpenState, handle: SaveHandle, response: AsyncSaveResponse) -> SaveHandle:
-        await opened.slots.acquire()
         try:
-            self._entered()
+            await opened.slots.acquire()
+        except BaseException as error:
+            # The other ranks wait for this one. A coroutine that is being closed may not wait: they are told when the
+            # response is dropped.
+            if not isinstance(error, GeneratorExit):
+                await response.give_up(error)
+            raise
+        try:
+            try:
+                self._entered()
+            except CheckpointError as error:
+                await response.give_up(error)
+                raise
             await response.captured()
             self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
             self._handles.append(handle)

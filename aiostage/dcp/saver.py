@@ -91,12 +91,24 @@ class AsyncSaveResponse:
                 # A coroutine that is being closed may not wait. The other ranks are told when this is dropped.
                 raise
             except BaseException as error:
-                given_up = StagingError("the save was cancelled before the state was captured.", remedy="Save again.")
-                self._failure = error if isinstance(error, Exception) else given_up
-                await self._call.refuse(_reason(self._failure))
+                await self.give_up(error)
                 raise
             self._captured = True
             self._call.hand_over(self._write(staged))
+
+    async def give_up(self, error: BaseException) -> None:
+        """Save nothing, before the state is captured, and report why to the other ranks.
+
+        It is shielded from cancellation.
+
+        Args:
+            error: What has ended the save: an error, or a cancellation.
+        """
+        if self._dropped.detach() is not None:
+            self._staging.close()
+        given_up = StagingError("the save was cancelled before the state was captured.", remedy="Save again.")
+        self._failure = error if isinstance(error, Exception) else given_up
+        await self._call.refuse(_reason(self._failure))
 
     async def committed(self) -> Metadata:
         """Wait until the checkpoint is complete in its storage, on all ranks.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,29 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from aiostage import CheckpointError, CheckpointNotFoundError, RankFailedError, UnsupportedLeafError, dcp
+from aiostage.abc import MultiWriterCheckpoint
+from aiostage.storage import LocalStorage
 from tests.dcp.test_together import sharded
 from tests.dcp.world import World
+from tests.patience import seconds
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 def state(number: int) -> dict[str, Any]:
     return {"w": torch.full((100,), float(number)), "step": number}
+
+
+class Held(LocalStorage):
+    """A storage in which no checkpoint begins before it is told to go."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go = threading.Event()
+
+    async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
+        await asyncio.to_thread(self.go.wait, seconds(30))
+        return await super().open(name, overwrite=overwrite)
 
 
 @pytest.mark.asyncio
@@ -80,6 +97,37 @@ class TestAlone:
             await checkpoints.save(1, state(1))
         assert await checkpoints.steps() == [1]
 
+    async def test_a_save_that_is_cancelled_while_it_waits_for_its_turn(self, tmp_path: Path) -> None:
+        storage = Held(tmp_path)
+        async with dcp.Checkpointer(storage) as checkpoints:
+            await checkpoints.save(1, state(1))
+            waiting = asyncio.create_task(checkpoints.save(2, state(2)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            # It does not warn that it was dropped.
+            del waiting
+            gc.collect()
+            storage.go.set()
+            await (await checkpoints.save(3, state(3))).committed()
+            assert await checkpoints.steps() == [1, 3]
+
+    async def test_a_save_that_waits_for_its_turn_when_the_block_is_left(self, tmp_path: Path) -> None:
+        storage = Held(tmp_path)
+        async with dcp.Checkpointer(storage) as checkpoints:
+            await checkpoints.save(1, state(1))
+            waiting = asyncio.create_task(checkpoints.save(2, state(2)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(0.05, storage.go.set)
+        with pytest.raises(CheckpointError, match="was left"):
+            await waiting
+        del waiting
+        gc.collect()
+        assert await checkpoints.steps() == [1]
+
     async def test_opened_in_one_task_and_closed_in_another(self, tmp_path: Path) -> None:
         checkpoints = dcp.Checkpointer(tmp_path)
         await asyncio.create_task(checkpoints.open())
@@ -130,6 +178,31 @@ async def a_run(path: str) -> tuple[list[int], int, bool]:
 
 def test_on_two_ranks(pair: World, tmp_path: Path) -> None:
     assert pair.run(a_run, str(tmp_path)) == [([2, 3], 3, True)] * 2
+
+
+async def cancelled_on_one(path: str) -> str:
+    storage = Held(Path(path))
+    async with dcp.Checkpointer(storage, timeout=30) as checkpoints:
+        await checkpoints.save(1, {"w": sharded(1)})
+        second = asyncio.create_task(checkpoints.save(2, {"w": sharded(2)}))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        if dist.get_rank() == 1:
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+        storage.go.set()
+        if dist.get_rank() == 1:
+            return ""
+        with pytest.raises(RankFailedError) as failed:
+            await (await second).committed()
+    return str(failed.value)
+
+
+def test_a_save_that_is_cancelled_on_one_rank_while_it_waits_says_so_on_the_other(pair: World, tmp_path: Path) -> None:
+    first, _ = pair.run(cancelled_on_one, str(tmp_path))
+    assert "rank 1 failed: StagingError: the save was cancelled before the state was captured" in first
+    assert [name for name in os.listdir(tmp_path) if name.startswith("step-")] == ["step-00000001"]
 
 
 async def different_steps(path: str) -> str:
