@@ -75,7 +75,8 @@ class AsyncStager(CheckpointStager):
 
         May be cancelled; nothing is then left behind.
         """
-        return named(_prewarm(self.stage(state_dict)), "AsyncStager.prewarm")
+        staging = self.stage(state_dict)
+        return named(_prewarm(staging), "AsyncStager.prewarm", staging)
 
     def stage(self, state_dict: T) -> Coroutine[Any, Any, T]:
         """Return a coroutine that returns a staged copy, captured.

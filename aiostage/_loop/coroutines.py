@@ -10,9 +10,11 @@ import asyncio
 import gc
 import math
 import os
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import CORO_CREATED, getcoroutinestate, iscoroutine
 from time import perf_counter, thread_time
 from traceback import clear_frames
 from typing import Any, Protocol, TypeVar
@@ -41,15 +43,25 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 
-def named(coroutine: Coroutine[Any, Any, T], name: str) -> Coroutine[Any, Any, T]:
+def named(coroutine: Coroutine[Any, Any, T], name: str, inner: object = None) -> Coroutine[Any, Any, T]:
     """Give a coroutine the name of the public function that returns it, by which Python warns if it is never awaited.
 
     Args:
         coroutine: As an ``async def`` function returns it.
         name: Such as ``AsyncStager.stage``.
+        inner: A coroutine that was made at the call too, and is awaited by this one; anything else is ignored.
     """
     coroutine.__qualname__ = name  # type: ignore[attr-defined]
+    if iscoroutine(inner):
+        weakref.finalize(coroutine, _close_unless_begun, inner).atexit = False
     return coroutine
+
+
+def _close_unless_begun(inner: Coroutine[Any, Any, object]) -> None:
+    # A task that is cancelled before its first turn never enters its coroutine, not even the finally clauses. Python
+    # would warn of the inner one, of which the caller has never heard. One that has begun ends as all do.
+    if getcoroutinestate(inner) == CORO_CREATED:
+        inner.close()
 
 
 async def run_concurrently(*calls: Callable[[], Awaitable[object]]) -> None:

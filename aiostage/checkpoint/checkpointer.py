@@ -150,7 +150,7 @@ class Checkpointer(BackgroundSaves):
             incremental=self._incremental,
             index=self._index,
         )
-        return named(self._start(task, replace), "Checkpointer.save")
+        return named(self._start(task, replace), "Checkpointer.save", task.source)
 
     async def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, in ascending order.

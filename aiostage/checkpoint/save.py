@@ -88,7 +88,7 @@ def save(
         # Called before anything is awaited: the moment of the copy is the caller's.
         source = state_dict if stager is None or isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
     writing = _writing(storage, name, overwrite, max_shard_bytes, duplicate_tied, progress)
-    return named(_save(state_dict, source, own, writing, started, opened), "save")
+    return named(_save(state_dict, source, own, writing, started, opened), "save", source)
 
 
 async def _save(

@@ -130,6 +130,9 @@ class SaveTask:
         progress: As for :func:`save`.
         incremental: Writes what has changed only; None: all is written.
         index: Gets to know of the checkpoint.
+
+    Attributes:
+        source: A snapshot, a coroutine that returns a staged tree, or such a tree; None once it was written.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class SaveTask:
         self._incremental = incremental
         self._index = index
         # The caller may exit the snapshot's context before it is written; the tree stays.
-        self._source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
+        self.source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
     async def accepted(self) -> None:
         """Wait until the source is captured and files can carry it, or it will not be. Cancelling changes nothing."""
@@ -192,8 +195,8 @@ class SaveTask:
 
     def drop(self) -> None:
         """Give it up before it was run."""
-        if not isinstance(self._source, Snapshot):
-            self._source.close()
+        if not isinstance(self.source, Snapshot):
+            self.source.close()
 
     async def run(self) -> bool:
         """Copy and write; its handle has the outcome.
@@ -210,7 +213,7 @@ class SaveTask:
                 if self._abandoned:
                     self._scope.cancel()
                 outcome = await self._write()
-                self._source = None
+                self.source = None
                 if self._writer is not None:
                     await self._writer.aclose()
         except Exception as error:
@@ -226,7 +229,7 @@ class SaveTask:
             without_locals(error)
             raise
         finally:
-            self._source = None
+            self.source = None
             if self._writer is not None:
                 self._writer.close()
             self.handle.end(outcome)
@@ -235,11 +238,11 @@ class SaveTask:
 
     async def _write(self) -> CheckpointInfo:
         writer = self._writer = CheckpointWriter(self._target[1], self._files)
-        if isinstance(self._source, Snapshot):
-            async with self._source as snapshot:
+        if isinstance(self.source, Snapshot):
+            async with self.source as snapshot:
                 info = await self._write_snapshot(writer, snapshot)
         else:
-            staged = await self._source
+            staged = await self.source
             self._set_captured()
             await writer.plan(staged)
             self._set_planned()

@@ -16,13 +16,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from aiostage._arguments import check_flags
+from aiostage._loop.coroutines import named
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.loader import load_in_group
-from aiostage.dcp.saver import AsyncSaveResponse, start_save
+from aiostage.dcp.saver import AsyncSaveResponse, begin_save, writing
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
 from aiostage.storage.locate import Root, name_of, step_of, storage_at, surplus
@@ -209,16 +210,10 @@ class Checkpointer(BackgroundSaves):
         If a checkpoint of this step exists already, the handle reports it.
         """
         opened, name = self._entered(), name_of(_checked(step))
-        writer = StorageWriter(self._root)
-        response = start_save(
-            state_dict,
-            checkpoint_id=name,
-            storage_writer=writer,
-            planner=planner,
-            stager=opened.stager,
-            **self._options,
-        )
-        return self._capture(opened, SaveHandle(step, response), response)
+        write = writing(name, StorageWriter(self._root), planner)
+        # Python itself warns of the coroutine if it is never awaited.
+        response = begin_save(state_dict, opened.stager, write, **self._options)
+        return named(self._capture(opened, SaveHandle(step, response), response), "Checkpointer.save")
 
     async def _capture(self, opened: OpenState, handle: SaveHandle, response: AsyncSaveResponse) -> SaveHandle:
         try:
@@ -323,7 +318,8 @@ class Checkpointer(BackgroundSaves):
             return chosen
 
         call = self._call(into)
-        return self._restored(call, self._from_first(call, choose, read))
+        loading = self._from_first(call, choose, read)
+        return named(self._restored(call, loading), "Checkpointer.restore", loading)
 
     async def _restored(self, call: QueuedOperation[int | None], loading: Coroutine[Any, Any, int | None]) -> int:
         try:

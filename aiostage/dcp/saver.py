@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage import _private
+from aiostage._loop.coroutines import named
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.storage import StorageWriter
 from aiostage.errors import StagingError
 from aiostage.stager import AsyncStager, check_stager
 
-__all__ = ["AsyncSaveResponse", "save", "start_save"]
+__all__ = ["AsyncSaveResponse", "begin_save", "save", "start_save", "writing"]
 
 
 class AsyncSaveResponse:
@@ -170,9 +171,8 @@ def start_save(
         ValueError: If there is neither an id nor a writer, or this rank is not in the group, or the timeout is not
             above 0.
     """
-    write = _writing(checkpoint_id, storage_writer, planner)
-    call: QueuedOperation[Metadata] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
-    return AsyncSaveResponse(state_dict, stager, call, write, warn_if_dropped=True)
+    write = writing(checkpoint_id, storage_writer, planner)
+    return begin_save(state_dict, stager, write, process_group, no_dist=no_dist, timeout=timeout, warn_if_dropped=True)
 
 
 def save(
@@ -212,13 +212,37 @@ def save(
     When cancelled before all ranks have come collectives, no rank saves, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
-    write = _writing(checkpoint_id, storage_writer, planner)
+    write = writing(checkpoint_id, storage_writer, planner)
+    response = begin_save(state_dict, stager, write, process_group, no_dist=no_dist, timeout=timeout)
+    return named(response.complete(), "save")
+
+
+def begin_save(
+    state_dict: Mapping[str, Any],
+    stager: CheckpointStager | None,
+    write: Callable[[Any], Action[Metadata]],
+    process_group: Any,
+    *,
+    no_dist: bool,
+    timeout: float,
+    warn_if_dropped: bool = False,
+) -> AsyncSaveResponse:
+    """Begin a save of what :func:`writing` has returned.
+
+    Args:
+        state_dict: As for :func:`start_save`.
+        stager: As for :func:`start_save`.
+        write: Makes an action of a staged state dict.
+        process_group: As for :func:`start_save`.
+        no_dist: As for :func:`start_save`.
+        timeout: As for :func:`start_save`.
+        warn_if_dropped: Whether to warn if nothing is awaited. Where a coroutine awaits it, Python itself warns.
+    """
     call: QueuedOperation[Metadata] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
-    # Python itself warns of the coroutine if it is never awaited.
-    return AsyncSaveResponse(state_dict, stager, call, write, warn_if_dropped=False).complete()
+    return AsyncSaveResponse(state_dict, stager, call, write, warn_if_dropped=warn_if_dropped)
 
 
-def _writing(
+def writing(
     checkpoint_id: str | os.PathLike[str] | None, storage_writer: TorchStorageWriter | None, planner: SavePlanner | None
 ) -> Callable[[Any], Action[Metadata]]:
     """Return what makes an action of a staged state dict."""

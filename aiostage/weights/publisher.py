@@ -138,7 +138,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
             source = state_dict if isinstance(state_dict, Snapshot) else stager.stage(states_of(state_dict))
         # Only once nothing has failed.
         self._called = number
-        return named(self._publish(number, source), "WeightPublisher.publish")
+        return named(self._publish(number, source), "WeightPublisher.publish", source)
 
     async def _publish(self, number: int, source: Any) -> int:
         try:
