@@ -200,4 +200,6 @@ def hint_for(value: Any) -> str:
             return f"{_REGISTER}, or convert it by {base.__name__}(){extra}."
     if hasattr(cls, "state_dict"):
         return "Put its state_dict() into the state dict."
+    if full_name(cls) == "accelerate.state.PartialState":
+        return "TrainingArguments have it in them: put their to_dict() into the state dict."
     return f"{_REGISTER}, or put what it is made of into the state dict."

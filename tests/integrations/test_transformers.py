@@ -12,8 +12,8 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from aiostage import CheckpointExistsError, CheckpointMismatchError, CheckpointNotFoundError
-from aiostage.blocking import Checkpointer
+from aiostage import CheckpointExistsError, CheckpointMismatchError, CheckpointNotFoundError, UnsupportedLeafError
+from aiostage.blocking import Checkpointer, load, save
 from aiostage.integrations.transformers import CheckpointCallback
 from tests.integrations.killed import Program, check_continued, running
 
@@ -146,3 +146,12 @@ def test_the_end_is_not_saved_twice(tmp_path: Path) -> None:
         with callback.resume() as folder:
             trainer.train(resume_from_checkpoint=folder)
         assert checkpoints.steps() == [2, 4]
+
+
+def test_arguments_are_put_into_a_state_dict_by_to_dict(tmp_path: Path) -> None:
+    """They have the state of the process in them, which no file carries."""
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "output"), use_cpu=True, report_to=[])
+    with pytest.raises(UnsupportedLeafError, match=r"distributed_state.*put their to_dict\(\) into the state dict"):
+        save({"arguments": arguments}, tmp_path / "checkpoint")
+    save({"arguments": arguments.to_dict()}, tmp_path / "checkpoint")
+    assert load(tmp_path / "checkpoint") == {"arguments": arguments.to_dict()}
