@@ -38,7 +38,7 @@ class Selection:
     """
 
     def __init__(self, only: Only, where: str = "") -> None:
-        self._where = f" {where}" if where else ""
+        self.where = f" {where}" if where else ""
         self._function: Callable[[Path], bool] | None = None
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._unmatched: set[str] = set()
@@ -58,11 +58,11 @@ class Selection:
 
     def chooses(self, path: Path) -> bool:
         """Return whether what is at a path is wanted, and all below it."""
+        text = ".".join(map(str, path)) if self._patterns or len(self._examples) < _EXAMPLES else ""
+        if len(self._examples) < _EXAMPLES and text not in self._examples:
+            self._examples.append(text)
         if self._function is not None:
             return bool(self._function(path))
-        text = ".".join(map(str, path))
-        if len(self._examples) < _EXAMPLES:
-            self._examples.append(text)
         chosen = False
         for pattern, compiled in self._patterns.items():
             if compiled.match(text):
@@ -101,7 +101,7 @@ class Selection:
         kept = self._kept(tree, (), instead, set())
         self.check_matched()
         if kept is _NOTHING:
-            raise ValueError("only= selects nothing of the checkpoint")
+            raise self.nothing_chosen()
         return kept
 
     def _kept(self, value: Any, path: Path, instead: object, above: set[int]) -> Any:
@@ -131,9 +131,15 @@ class Selection:
         """Raise a ValueError if a pattern has matched nothing so far."""
         if self._unmatched:
             raise ValueError(
-                f"only={listed(sorted(map(shown, self._unmatched)))} matches nothing in the checkpoint{self._where}. "
+                f"only={listed(sorted(map(shown, self._unmatched)))} matches nothing in the checkpoint{self.where}. "
                 f"Its first paths are {', '.join(self._examples)}."
             )
+
+    def nothing_chosen(self) -> ValueError:
+        """Return the error for a function that has chosen nothing."""
+        return ValueError(
+            f"only= selects nothing of the checkpoint{self.where}. Its first paths are {', '.join(self._examples)}."
+        )
 
     def _select_below(self, table: NodeTable) -> None:
         """Match the paths of all that is kept."""
@@ -172,12 +178,15 @@ class _Pruning:
         table = self._table
         root = table.node(table.root)
         if root is None or table.forms[root]["is"] not in LOOKED_INTO:
-            raise ValueError("only= selects parts of dicts, lists and tuples, and the checkpoint is none of these")
+            raise ValueError(
+                "only= selects parts of dicts, lists and tuples, and the checkpoint"
+                f"{self._selection.where} is none of these"
+            )
         self._select_all_below(root)
         partly = self._partly - self._whole
         if root in partly and not self._kept.get(root):
             self._selection.check_matched()
-            raise ValueError("only= selects nothing of the checkpoint")
+            raise self._selection.nothing_chosen()
         for index in releasing_gil(partly):
             self._cut(index)
 

@@ -125,8 +125,17 @@ async def test_what_matches_nothing(tmp_path: Path) -> None:
     path = await saved(tmp_path)
     with pytest.raises(ValueError, match=r"'modle.\*' matches nothing .* step, model"):
         await aiostage.load(path, only=["modle.*", "step"])
-    with pytest.raises(ValueError, match="selects nothing"):
+    with pytest.raises(
+        ValueError, match=f"selects nothing of the checkpoint {path}. Its first paths are step, model, "
+    ):
         await aiostage.load(path, only=lambda at: False)
+    with pytest.raises(ValueError, match="Its first paths are") as caught:
+        await aiostage.load(path, only=["step", "model", "nothing"])
+    examples = str(caught.value).partition("first paths are ")[2].removesuffix(".").split(", ")
+    assert len(examples) == len(set(examples))
+    torch.save({"a": {"b": 1}}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"selects nothing of the checkpoint .*file.pt. Its first paths are a, a.b."):
+        await aiostage.load(tmp_path / "file.pt", only=lambda at: False)
     with pytest.raises(ValueError, match="None selects everything"):
         await aiostage.load(path, only=[])
     with pytest.raises(ValueError, match=r"'modle.\*' matches nothing .* step, model"):
@@ -135,7 +144,7 @@ async def test_what_matches_nothing(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="patterns or a function"):
             await aiostage.load(path, only=only)  # type: ignore[arg-type]
     await aiostage.save(torch.ones(1), tmp_path / "tensor")
-    with pytest.raises(ValueError, match="selects parts of dicts"):
+    with pytest.raises(ValueError, match=r"selects parts of dicts.*tensor is none of these"):
         await aiostage.load(tmp_path / "tensor", only="*")
 
 
