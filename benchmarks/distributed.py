@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from steps import Steps
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
@@ -122,13 +123,18 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         place = folder / f"{name.replace(' ', '-')}-{number}"
         dist.barrier()
         begin = time.perf_counter()
+        steps = Steps()
         async with Loop() as loop:
-            blocked = await action(place)
+            with steps.counted():
+                blocked = await asyncio.create_task(action(place))
             seconds = time.perf_counter() - begin
         # Only now, because it blocks.
         found.setdefault(f"{name}: total, s", []).append(whole_job(seconds))
         found.setdefault(f"{name}: training waits, s", []).append(whole_job(seconds if blocked is None else blocked))
         found.setdefault(f"{name}: loop held, ms", []).append(whole_job(loop.worst))
+        # What holds the loop and is not another process: the CPU time of the longest step, and of it the collector's.
+        longest = 1000 * max(steps.seconds, default=0.0)
+        found.setdefault(f"{name}: longest step, ms of CPU", []).append(whole_job(longest))
         dist.barrier()
         if dist.get_rank() == 0 and place.exists():
             shutil.rmtree(place)

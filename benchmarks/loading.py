@@ -1,10 +1,12 @@
 """Loading beside what else loads, from the page cache or the disk, and over a network that takes its time.
 
-    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 5] [--cold]
+    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 5] [--cold] [--local]
 
 Each row is measured in a process of its own, in turns. Some ways map the file, and read nothing before it is asked for:
 *returned* is when a way says that it is done, *looked at* when one byte of every page has been looked at, too. Ratios
-are medians over the rounds. With ``--cold`` no file is in the page cache, which otherwise all are.
+are medians over the rounds. With ``--cold`` no file is in the page cache, which otherwise all are. *In place* is into
+tensors that are there; what it cannot do without is beside it: reading as many bytes into memory that is there, with
+``preadv`` in one thread, and past the page cache in two. *CPU* is the CPU time of the process until a way returned.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from delays import LoopDelay
@@ -38,6 +42,7 @@ from aiostage.storage import objects
 from aiostage.storage.objects import ObjectStorage
 
 TENSORS = 32
+PIECE_BYTES = 8 << 20
 BUCKET = "bucket"
 OURS = "`aiostage.load`"
 LOCAL = {
@@ -47,16 +52,99 @@ LOCAL = {
     "`torch.load(mmap=True)`, maps": "torch_mapped",
     "`torch.load`": "torch",
     "`dcp.load`": "dcp",
+    **({"RunAI's streamer, copied": "runai"} if find_spec("runai_model_streamer") else {}),
+    **({"fastsafetensors": "fast"} if find_spec("fastsafetensors") else {}),
+    "`aiostage.load(in_place=True)`": "in_place",
+    "`dcp.load` in place": "dcp_in_place",
+    "`preadv` alone": "preadv",
+    "direct reads alone": "direct",
 }
+"""Ways to load from a local disk, by the names of their rows."""
+
 RIVALS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
     "load_file": lambda path: load_file(f"{path}/model.safetensors"),
     "torch_mapped": lambda path: torch.load(f"{path}.pt", mmap=True),
     "torch": lambda path: torch.load(f"{path}.pt"),
-    "dcp": lambda path: load_distributed(f"{path}-dcp"),
+    "dcp": lambda path: load_distributed(f"{path}-dcp", empty_like(f"{path}-dcp")),
+    "runai": lambda path: streamed(f"{path}/model.safetensors"),
+    "fast": lambda path: fast(f"{path}/model.safetensors"),
 }
 """Each runs in a thread, with the path of aiostage's checkpoint, beside which their own are."""
 
 AT_ONCE = (4, 8, 16)
+
+
+IN_PLACE = ("in_place", "dcp_in_place", "preadv", "direct")
+"""These are given memory that was written to before."""
+
+
+def streamed(path: str) -> dict[str, torch.Tensor]:
+    """Load with RunAI's streamer, whose tensors have to be copied to be kept."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(path)
+        return {name: tensor.clone() for name, tensor in streamer.get_tensors()}
+
+
+def fast(path: str) -> dict[str, torch.Tensor]:
+    """Load with fastsafetensors."""
+    from fastsafetensors import fastsafe_open
+
+    with fastsafe_open([path], device="cpu", nogds=True) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def read_all(path: str, tree: dict[str, torch.Tensor]) -> None:
+    """Read the bytes of a file into tensors, in one thread."""
+    with open(path, "rb") as file:
+        offset = os.fstat(file.fileno()).st_size - sum(tensor.nbytes for tensor in tree.values())
+        for tensor in tree.values():
+            memory = tensor.view(torch.uint8).numpy().data
+            while memory:
+                count = os.preadv(file.fileno(), [memory[:PIECE_BYTES]], offset)
+                memory, offset = memory[count:], offset + count
+
+
+def read_direct(path: str, memory: np.ndarray[Any, Any]) -> None:
+    """Read a file past the page cache into memory that is aligned, in two threads."""
+    number = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    offsets = iter(range(0, os.fstat(number).st_size, PIECE_BYTES))
+
+    def read() -> None:
+        for offset in offsets:
+            os.preadv(number, [memory[offset : offset + PIECE_BYTES].data], offset)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(number)
+
+
+def warm_memory(how: str, path: str) -> Any:
+    """Return what is read into in place, each page of it written to."""
+    if how == "direct":
+        size = os.stat(f"{path}/model.safetensors").st_size + 2 * PIECE_BYTES
+        memory = np.zeros(size, np.uint8)
+        memory[::4096] = 1
+        return memory[-memory.ctypes.data % 4096 :]
+    return {name: tensor.fill_(1) for name, tensor in empty_like(f"{path}-dcp").items()}
+
+
+async def load_in_place(how: str, path: str, memory: Any) -> dict[str, torch.Tensor]:
+    """Load into memory of :func:`warm_memory`."""
+    if how == "in_place":
+        await aiostage.load(path, into=memory, in_place=True)
+    elif how == "dcp_in_place":
+        await asyncio.to_thread(load_distributed, f"{path}-dcp", memory)
+    elif how == "preadv":
+        await asyncio.to_thread(read_all, f"{path}/model.safetensors", memory)
+    else:
+        await asyncio.to_thread(read_direct, f"{path}/model.safetensors", memory)
+        return {}
+    return dict(memory)
 
 
 def touch(tree: dict[str, torch.Tensor]) -> None:
@@ -68,35 +156,43 @@ def touch(tree: dict[str, torch.Tensor]) -> None:
 async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, float]:
     """Load once; return seconds, peak memory beyond what there was before, and the loop's worst delay."""
     await aiostage.load(f"{path}-small")
+    memory = warm_memory(how, path) if how in IN_PLACE else None
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     async with LoopDelay() as delay:
-        begin = perf_counter()
-        if how in RIVALS:
+        begin, used = perf_counter(), process_time()
+        if how in IN_PLACE:
+            tree = await load_in_place(how, path, memory)
+        elif how in RIVALS:
             tree = await asyncio.to_thread(RIVALS[how], path)
         elif how == "remote":
             objects._READS_AT_ONCE = at_once
             tree = await aiostage.load((ObjectStorage(store(port), "run"), "checkpoint"))
         else:
             tree = await aiostage.load(path, verify=how == "load")
-        returned = perf_counter() - begin
+        returned, used = perf_counter() - begin, process_time() - used
     # By all cores, which is no delay of anybody's making.
     touch(tree)
     seconds = perf_counter() - begin
     return {
         "returned": returned,
         "seconds": seconds,
+        "cpu": used,
         "peak": resident("VmHWM") - before,
         "delay": max(delay.delays, default=0.0),
     }
 
 
-def load_distributed(path: str) -> dict[str, torch.Tensor]:
-    """Load into new memory."""
-    tree = {
+def empty_like(path: str) -> dict[str, torch.Tensor]:
+    """Return new memory for a checkpoint of DCP's."""
+    return {
         key: torch.empty(entry.size)
         for key, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
     }
+
+
+def load_distributed(path: str, tree: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Load into tensors."""
     dcp.load(tree, checkpoint_id=path, no_dist=True)
     return tree
 
@@ -192,10 +288,11 @@ def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]]
     returned = statistics.median(each["returned"] for each in found)
     ratios = [each["seconds"] / ours["seconds"] for each, ours in zip(found, beside, strict=True)]
     seconds = statistics.median(each["seconds"] for each in found)
+    cpu = statistics.median(each["cpu"] for each in found)
     peak, delay = max(each["peak"] for each in found), max(each["delay"] for each in found)
-    rate = nbytes / seconds / 1e6
+    rate, ratio = nbytes / seconds / 1e6, statistics.median(ratios)
     return (
-        f"| {name} | {returned:.3f} s | {seconds:.3f} s | {statistics.median(ratios):.2f} | {rate:.0f} MB/s "
+        f"| {name} | {returned:.3f} s | {seconds:.3f} s | {ratio:.2f} | {cpu:.3f} s | {rate:.0f} MB/s "
         f"| {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms |"
     )
 
@@ -210,8 +307,8 @@ async def prepare(directory: Path, tree: dict[str, torch.Tensor]) -> None:
     await aiostage.save(tree, (remote, "checkpoint"))
 
 
-def main(mib: int, latency: float, rounds: int, cold: bool) -> None:
-    tree = {str(number): torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
+def main(mib: int, latency: float, rounds: int, cold: bool, local: bool) -> None:
+    tree = {f"{number:02}": torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
     nbytes = sum(tensor.nbytes for tensor in tree.values())
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -220,7 +317,8 @@ def main(mib: int, latency: float, rounds: int, cold: bool) -> None:
         port = serve(directory / "bucket", latency)
         path = str(directory / "local")
         rows: dict[str, tuple[Any, ...]] = {name: (how,) for name, how in LOCAL.items()}
-        rows |= {f"{number} requests at once": ("remote", port, number) for number in AT_ONCE}
+        if not local:
+            rows |= {f"{number} requests at once": ("remote", port, number) for number in AT_ONCE}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
         for _ in range(rounds):
             for each, arguments in rows.items():
@@ -231,7 +329,8 @@ def main(mib: int, latency: float, rounds: int, cold: bool) -> None:
         f"requests take {1e3 * latency:.0f} ms before the first byte\n"
     )
     print(
-        "| way | returned | looked at | by ours | rate | memory at most | worst loop delay |\n| --- |" + " ---: |" * 6
+        "| way | returned | looked at | by ours | CPU | rate | memory at most | worst loop delay |\n| --- |"
+        + " ---: |" * 7
     )
     for each in rows:
         print(row(each, found[each], found[OURS], nbytes))
@@ -247,4 +346,5 @@ if __name__ == "__main__":
     parser.add_argument("--latency", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--local", action="store_true", help="without the network")
     main(**vars(parser.parse_args()))
