@@ -12,7 +12,7 @@ from aiostage._capture.build import Memo, built_now, of_class
 from aiostage._capture.faithful import Refusal, Spec, copies_itself
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
 from aiostage._capture.nodes import GivenNode, Node
-from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within, tensors_within
+from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within
 from aiostage._loop.coroutines import exhausted
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
@@ -131,20 +131,29 @@ class SelfCopies:
         self._leaves = leaves
         self._nodes = nodes
         self._early = EarlyCopies(leaves)
-        self._within: dict[int, list[torch.Tensor]] = {}
-        self._reach: dict[int, list[Any]] = {}
+        self._looked_into: set[int] = set()
+        self._seen: dict[int, list[Any]] = {}
+        self._memory: set[object] = set()
+        self._between: dict[int, Node] = {}
+        self._connecting: set[int] = set()
         self.memo: Memo | None = None
 
     def has_looked_into(self, node: GivenNode) -> bool:
         """Return whether :meth:`look_into` was called for an object."""
-        return id(node) in self._within
+        return id(node) in self._looked_into
 
     def look_into(self, node: GivenNode) -> list[torch.Tensor]:
-        """Find the tensors inside an object, and return those that the walk has not met."""
-        objects = self._reach[id(node)] = list(objects_within(node.source))
-        found = self._within[id(node)] = [
-            item for item in objects if isinstance(item, torch.Tensor) and not copies_itself(item, type(item))
+        """Find the tensors inside an object, and return those that the walk has not met.
+
+        What several objects lead to is looked at once.
+        """
+        self._looked_into.add(id(node))
+        found = [
+            item
+            for item in objects_within(node.source, self._seen)
+            if isinstance(item, torch.Tensor) and not copies_itself(item, type(item))
         ]
+        self._memory.update(map(_memory_of, found))
         exhausted(self._leaves.index())
         return [tensor for tensor in found if id(tensor) not in self._leaves.positions]
 
@@ -161,7 +170,8 @@ class SelfCopies:
         exhausted(self._leaves.index())
         early = self._early
         memo = self.memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give)
-        memo.circles = circles_of(opaque, self._leads)
+        if self._lead_back(opaque):
+            memo.circles = circles_of(opaque, self._leads, self._connecting)
         if memo.circles:
             self._copy_around_circles(opaque, root, memo)
         for node in opaque:
@@ -171,6 +181,32 @@ class SelfCopies:
             if not suspended.done:
                 built_now(suspended, memo)
 
+    def check(self, opaque: Sequence[GivenNode]) -> Generator[None, None, None]:
+        """Look for tensors of the source in the copies, yielding between small steps.
+
+        Raises:
+            UnsupportedLeafError: If there is one, or one on a device.
+        """
+        seen: dict[int, list[Any]] = {}
+        for node in opaque:
+            for number, item in enumerate(objects_within(node.copy, seen), 1):
+                if (
+                    isinstance(item, torch.Tensor)
+                    and not self._early.made(item)
+                    and (_memory_of(item) in self._memory or item.device.type != "cpu")
+                ):
+                    raise UnsupportedLeafError(
+                        f"the __deepcopy__ of {type(node.source).__qualname__} returned a tensor that is not a copy in "
+                        f"host memory ({item.dtype} {tuple(item.shape)} on {item.device}).",
+                        path=format_path(node.own_path()),
+                        remedy="In a class of your own, copy tensors with copy.deepcopy(tensor, memo). Of another's "
+                        "class, stage what the object is made of, such as its to_dict(). passthrough leaves the object "
+                        "as it is.",
+                    )
+                if number % LEAVES_PER_STEP == 0:
+                    yield
+            yield
+
     def tie(self) -> Generator[None, None, None]:
         """Give leaves that lie in storages that were copied already copies over these, yielding between small steps."""
         yield from self._early.tie()
@@ -179,8 +215,9 @@ class SelfCopies:
         """Drop all references."""
         if self.memo is not None:
             self.memo.forget()
-        self._within.clear()
-        self._reach.clear()
+        self._seen.clear()
+        self._memory.clear()
+        self._between.clear()
 
     def _copy_around_circles(self, opaque: Sequence[GivenNode], root: Node, memo: Memo) -> None:
         """Let objects copy themselves in the order of copy.deepcopy, which enters each circle at the same node.
@@ -197,17 +234,31 @@ class SelfCopies:
             elif circle is not None and memo.entries.setdefault(circle, node) is node and circle in with_code:
                 built_now(node, memo)
 
+    def _lead_back(self, opaque: Sequence[GivenNode]) -> bool:
+        """Return whether objects that copy themselves lead to something that the walk has noted."""
+        roots = {id(node.source) for node in opaque}
+        if any(self._nodes.find(number) is not None for number in self._seen if number not in roots):
+            return True
+        return any(id(item) in roots for found in self._seen.values() for item in found[1:])
+
     def _leads(self, node: Node) -> list[Node]:
-        """Return the nodes that a node leads to."""
-        within = map(self._nodes.find, map(id, self._reach.get(id(node), ())))
-        return [child for _, child in node.nested] + [child for child in within if child not in (None, node)]
+        """Return the nodes that a node leads to; what the walk has not noted has one that connects others."""
+        leads = [child for _, child in node.nested]
+        for item in self._seen.get(id(node.source), ())[1:]:
+            if id(item) in self._seen and item is not node.source:
+                met = self._nodes.find(id(item)) or self._between.get(id(item))
+                if met is None:
+                    met = self._between[id(item)] = Node(item, None, 0)
+                    self._connecting.add(id(met))
+                leads.append(met)
+        return leads
 
     def _give(self, node: GivenNode) -> None:
         """Let an object copy itself.
 
         It may compute with the copies of tensors, so they have their values.
         """
-        memo, early = self.memo, self._early
+        memo = self.memo
         assert memo is not None  # noqa: S101 - made before the first is copied
         source = node.source
         node.active = True
@@ -219,16 +270,6 @@ class SelfCopies:
             raise failed(node, error) from error
         finally:
             node.active = False
-        memory = {_memory_of(tensor) for tensor in self._within.get(id(node), ())}
-        for tensor in tensors_within(result):
-            if not early.made(tensor) and (_memory_of(tensor) in memory or tensor.device.type != "cpu"):
-                raise UnsupportedLeafError(
-                    f"the __deepcopy__ of {type(source).__qualname__} returned a tensor that is not a copy in host "
-                    f"memory ({tensor.dtype} {tuple(tensor.shape)} on {tensor.device}).",
-                    path=format_path(node.own_path()),
-                    remedy="In a class of your own, copy tensors with copy.deepcopy(tensor, memo). Of another's class, "
-                    "stage what the object is made of, such as its to_dict(). passthrough leaves the object as it is.",
-                )
         node.copy, node.done = result, True
         memo[id(source)] = result
 

@@ -13,7 +13,7 @@ import pathlib
 import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -39,7 +39,6 @@ __all__ = [
     "objects_within",
     "read_iterable",
     "reduce_object",
-    "tensors_within",
 ]
 
 BUFFERS = frozenset((np.ndarray, bytearray, array.array))
@@ -200,41 +199,43 @@ def failed(node: Node, error: Exception) -> Exception:
     )
 
 
-def tensors_within(root: object) -> Iterator[torch.Tensor]:
-    """Yield every distinct tensor that containers, attributes and slots lead to from an object."""
-    return (item for item in objects_within(root) if isinstance(item, torch.Tensor))
+def objects_within(root: object, seen: dict[int, list[Any]] | None = None) -> Iterator[Any]:
+    """Yield an object and all that its containers, attributes and slots lead to, up to tensors, each once.
 
-
-def objects_within(root: object) -> Iterator[Any]:
-    """Yield an object and all that its containers, attributes and slots lead to, up to tensors, each once."""
+    Args:
+        root: The object.
+        seen: What was yielded before and is not to be yielded again, by its identity: a list of the object and of what
+            it leads to. Added to.
+    """
     # Kept alive: what is made for being asked, such as what a partial reduces to, would leave its identity to the next.
-    seen: dict[int, Any] = {}
+    seen = {} if seen is None else seen
     pending: list[Any] = [root]
     while pending:
         item = pending.pop()
         cls = type(item)
         if cls in _ATOMS or isinstance(item, _NOT_STATE) or id(item) in seen:
             continue
-        seen[id(item)] = item
+        found = seen[id(item)] = [item]
         yield item
         if isinstance(item, torch.Tensor):
             continue
         if isinstance(item, dict):
-            pending += item.keys()
-            pending += item.values()
+            found += item.keys()
+            found += item.values()
         elif isinstance(item, (list, tuple, set, frozenset, deque)):
-            pending += item
+            found += item
         elif isinstance(item, types.MethodType):
-            pending.append(item.__self__)
+            found.append(item.__self__)
         elif isinstance(item, np.ndarray):
-            pending += item.ravel().tolist() if item.dtype == object else ()
+            found += item.ravel().tolist() if item.dtype == object else ()
         elif cls.__module__ in _REDUCED:
-            pending += _reduced(item)
+            found += _reduced(item)
         # Asking an exception that has no attributes for them changes what it reduces to.
         if not isinstance(item, BaseException) or dict in map(type, gc.get_referents(item)):
-            pending += getattr(item, "__dict__", {}).values()
+            found += getattr(item, "__dict__", {}).values()
         slots = _private.slot_names(cls)
-        pending += [getattr(item, name) for name in slots if hasattr(item, name)]
+        found += [getattr(item, name) for name in slots if hasattr(item, name)]
+        pending += found[1:]
 
 
 def _reduced(item: Any) -> list[Any]:
@@ -251,7 +252,7 @@ Leads = Callable[[Node], Sequence[Node]]
 """Returns what a node leads to, in the order of copying."""
 
 
-def circles_of(some: Sequence[Node], leads: Leads) -> dict[int, int]:
+def circles_of(some: Sequence[Node], leads: Leads, between: Container[int] = ()) -> dict[int, int]:
     """Return which circles some nodes lie in or lead to: a number for each node of one, by its identity.
 
     What code sees of a circle depends on where copying began.
@@ -259,11 +260,13 @@ def circles_of(some: Sequence[Node], leads: Leads) -> dict[int, int]:
     Args:
         some: Nodes whose code looks at copies.
         leads: Returns what a node leads to.
+        between: The identities of nodes that stand for objects which only connect others.
     """
     circles: dict[int, int] = {}
     for number, component in enumerate(_components(some, leads)):
-        if len(component) > 1 or component[0] in leads(component[0]):
-            circles.update((id(node), number) for node in component)
+        nodes = [node for node in component if id(node) not in between]
+        if len(nodes) > 1 or (nodes and nodes[0] in leads(nodes[0])):
+            circles.update((id(node), number) for node in nodes)
     return circles
 
 

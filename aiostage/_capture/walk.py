@@ -210,6 +210,7 @@ class Walk:
                 copies.make(self._opaque, self._root)
         yield
         if copies.memo is not None:
+            yield from copies.check(self._opaque)
             yield from copies.tie()
 
     def rebuild(self, staged: list[Any]) -> Generator[None, None, Any]:

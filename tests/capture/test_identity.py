@@ -77,3 +77,36 @@ async def test_tensors_are_found_in_all_of_many_partials() -> None:
     async with AsyncStager() as stager:
         with pytest.raises(UnsupportedLeafError, match="not a copy in host memory"):
             await stager.stage([source])
+
+
+class Looked:
+    """Counts how often its attributes are asked for."""
+
+    times = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__":
+            Looked.times += 1
+        return super().__getattribute__(name)
+
+
+class Holding:
+    """Copies itself and what it holds."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Holding:
+        return Holding(copy.deepcopy(self.value, memo))
+
+
+@pytest.mark.asyncio
+async def test_what_many_objects_lead_to_is_looked_at_once() -> None:
+    counts = []
+    async with AsyncStager() as stager:
+        for number in (2, 50):
+            source, Looked.times = [[Looked()]], 0
+            staged = await stager.stage([Holding(source) for _ in range(number)])
+            assert all(item.value is staged[0].value for item in staged)
+            counts.append(Looked.times)
+    assert counts[0] == counts[1]
