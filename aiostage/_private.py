@@ -9,10 +9,12 @@ names through this module when they use them, so that a test can take each away.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from itertools import compress
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "find",
     "foreach_copy",
     "has_storage",
+    "have_attributes",
     "is_wrapper",
     "make_parameter",
     "narrow_by_index",
@@ -200,6 +203,17 @@ def has_storage(tensor: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether some tensor has attributes of its own."""
+    # An ordinary tensor refers to its class alone, one with attributes also to their dictionary, or from Python 3.14 on
+    # to them. vars() would answer too, but gives every tensor that has none a dictionary to keep.
+    if len(gc.get_referents(*tensors)) == len(tensors):
+        return False
+    # Without a step of Python for each: a tensor that copy.deepcopy has copied once has an empty dictionary.
+    have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
+    return any(map(vars, compress(tensors, have_more)))
 
 
 def storage_identity(storage: torch.UntypedStorage) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aiostage import _private
 from aiostage._memory.arena import Arena
 from aiostage._memory.shared import SharedHandle
 from aiostage.errors import StagingError, said
@@ -89,7 +90,9 @@ class _Pickler(pickle.Pickler):
         if type(item) not in (torch.Tensor, torch.nn.Parameter):
             return None
         tensor: Any = item
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or vars(tensor):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            return None
+        if _private.have_attributes((tensor,)):
             return None
         if tensor.is_conj() or tensor.is_neg():
             # Only code that the pickler calls makes such a view of a staged tensor. Its memory is not its value.

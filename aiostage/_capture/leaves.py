@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from itertools import compress, repeat
+from itertools import repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from aiostage._capture.faithful import (
     traits_of,
 )
 
-__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed", "have_attributes"]
+__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed"]
 
 V = TypeVar("V")
 
@@ -461,17 +460,6 @@ def _check_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
         )
 
 
-def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether some tensor has attributes of its own."""
-    # An ordinary tensor refers to its class alone, one with attributes also to their dictionary, or from Python 3.14 on
-    # to them. vars() would answer too, but gives every tensor that has none a dictionary to keep.
-    if len(gc.get_referents(*tensors)) == len(tensors):
-        return False
-    # Without a step of Python for each: a tensor that copy.deepcopy has copied once has an empty dictionary.
-    have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
-    return any(map(vars, compress(tensors, have_more)))
-
-
 def _form_of(tensors: Sequence[torch.Tensor], inspection: Inspection) -> _Chunk | None:
     """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
     # Read once, and replaced as a whole: loops of other threads may use it too.
@@ -562,7 +550,7 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
 
 def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], inspection: Inspection | None) -> bool:
     """Return whether the leaves of a chunk, whose memory is the same, show it as they did."""
-    if leaves.gradients or have_attributes(tensors):
+    if leaves.gradients or _private.have_attributes(tensors):
         return False
     known = inspection.chunks.get(start) if inspection is not None else None
     if known is None or known.specs != leaves.specs[start : start + len(tensors)]:
@@ -629,7 +617,7 @@ def _has_new_attributes(leaves: Leaves, index: int, tensor: torch.Tensor) -> boo
     """Return whether a leaf that had no attributes has some; those that it had are compared by the walk."""
     if type(tensor) not in PLAIN_CLASSES or leaves.aliases.find(index) is not None or index in leaves.attributed:
         return False
-    return have_attributes((tensor,))
+    return _private.have_attributes((tensor,))
 
 
 def _same_gradient(leaves: Leaves, index: int, tensor: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from aiostage import _private
 from aiostage._capture.build import build
 from aiostage._capture.early import SelfCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Refusal, copies_itself
-from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Leaves, Replaced, Table, have_attributes
+from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Leaves, Replaced, Table
 from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
@@ -322,7 +322,7 @@ class Walk:
         kinds = set(map(type, children))
         if kinds <= ATOMIC:
             return start + len(children)
-        if self._passthrough is None and kinds <= PLAIN_CLASSES and not have_attributes(children):
+        if self._passthrough is None and kinds <= PLAIN_CLASSES and not _private.have_attributes(children):
             self.leaves.append(children)
             node.note_leaves(range(start, start + len(children)))
             return start + len(children)
@@ -342,7 +342,7 @@ class Walk:
             elif issubclass(kind, torch.Tensor) and not copies_itself(child, kind):
                 tensors.append(child)
                 slots.append(slot)
-                if kind not in PLAIN_CLASSES or have_attributes((child,)):
+                if kind not in PLAIN_CLASSES or _private.have_attributes((child,)):
                     index = len(self.leaves.tensors) + len(tensors) - 1
                     self._attributes(child, index, node, slot)
                     attributed += 1
@@ -398,7 +398,7 @@ class Walk:
         for first in range(0, len(owned), _ATTRIBUTED_AT_ONCE):
             for index in owned[first : first + _ATTRIBUTED_AT_ONCE]:
                 tensor = leaves.tensors[index]
-                if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
+                if type(tensor) not in PLAIN_CLASSES or _private.have_attributes((tensor,)):
                     self._note_beside(index, tensor)
             yield
         self._push_fresh()
@@ -562,7 +562,7 @@ class Walk:
         node.leaves = range(len(new))
         self._origins.append(node)
         for index, tensor in enumerate(new, node.first_leaf):
-            if type(tensor) not in PLAIN_CLASSES or have_attributes((tensor,)):
+            if type(tensor) not in PLAIN_CLASSES or _private.have_attributes((tensor,)):
                 nested = len(parent_of(node).nested)
                 self._attributes(tensor, index, parent_of(node), node.slot)
                 # It is reached through the object's own code, and no child of what the object is in.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from gc import get_referents
 from itertools import islice
 from json.encoder import encode_basestring_ascii
 from operator import attrgetter
@@ -15,6 +16,7 @@ from weakref import ref
 import numpy as np
 import torch
 
+from aiostage import _private
 from aiostage._loop.workers import large_lists, release_gil, releasing_gil
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.format.composites import take_apart
@@ -262,7 +264,7 @@ class TreeEncoder:
             self._enter_object(node, found)
             self._stack += reversed(found)
             return
-        if cls is not np.memmap:
+        if cls is not np.memmap and not (cls in _TENSORS and not _private.have_attributes((value,))):
             self._add_attributes(node, getattr(value, "__dict__", {}), found)
         self._stack += reversed(found)
 
@@ -383,7 +385,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and not tensor.is_quantized
-        and not tensor.__dict__
+        and (len(get_referents(tensor)) == 1 or not tensor.__dict__)
         and (not tensor.requires_grad or type(tensor) is torch.nn.Parameter)
     )
 
