@@ -303,6 +303,10 @@ class SimulatedAccelerator(SimulatedBackend):
                 device.error = None
             for stream in self._scheduler.streams:
                 stream.error = None
+                for operation in stream.queue:
+                    # What failed is over. The stream that still waits for it does not fail from it afterwards.
+                    if operation.waits_for is not None and operation.waits_for.error is not None:
+                        operation.waits_for = None
 
     def _stream(self, device: torch.device | None) -> SimulatedStream:
         """Return the thread's current stream of a device, or of its current device."""

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from aiostage import AsyncStager, StagingOptions, TornSnapshotError
-from aiostage._capture import leaves
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError, _private
 from tests.fuzz.classes import DictKind, ListKind, Marked, OwnCopy, Plain, Slotted, SlotTensor, Wrapper
 from tests.fuzz.describing import describe, difference
 
@@ -233,7 +232,7 @@ class TestWithoutADictionary:
                     found += referent.values() if isinstance(referent, dict) else [referent]
             return found
 
-        monkeypatch.setattr(leaves, "gc", SimpleNamespace(get_referents=get_referents))
+        monkeypatch.setattr(_private, "gc", SimpleNamespace(get_referents=get_referents))
 
     async def test_come_out(self) -> None:
         tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))

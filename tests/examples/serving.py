@@ -1,4 +1,7 @@
-"""The orchestrator with children that need no PyTorch. An argument after the root makes the supervision itself fail."""
+"""The orchestrator with children that need no PyTorch.
+
+``--broken FILE`` makes the supervision itself fail once there is such a file.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ sys.path.insert(0, str(ORCHESTRATOR))
 import supervisor  # noqa: E402
 
 if "--broken" in sys.argv:
-    sys.argv.remove("--broken")
+    position = sys.argv.index("--broken")
+    wanted = Path(sys.argv[position + 1])
+    del sys.argv[position : position + 2]
     handle = supervisor.Supervisor._handle
 
     def broken(self: Any, job: Any, event: Any) -> None:
         handle(self, job, event)
-        if job.step == 20:
+        if wanted.exists():
             raise LookupError("a fault of the supervisor")
 
     supervisor.Supervisor._handle = broken

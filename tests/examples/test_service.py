@@ -89,10 +89,12 @@ def test_a_loss_that_is_not_a_number_is_null(service: Service) -> None:
 
 
 def test_a_fault_of_the_supervision_ends_the_process(tmp_path: Path) -> None:
-    with orchestrator(tmp_path, SERVING, "--broken", jobs=2, every=0) as service:
-        pids = [job["pid"] for job in service.get("/api/jobs")]
+    wanted = tmp_path / "wanted"
+    with orchestrator(tmp_path / "root", SERVING, "--broken", str(wanted), jobs=2, every=0) as service:
+        pids = [service.until(lambda job: job["step"] > 0, f"job-{number}")["pid"] for number in range(2)]
+        wanted.touch()
         assert service.process.wait(seconds(30)) == 1
-        assert not [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def test_workers_end_when_the_service_is_killed(tmp_path: Path) -> None:

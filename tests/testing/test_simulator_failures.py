@@ -76,6 +76,22 @@ class TestCopies:
         accelerator.synchronize()
         assert done == [1]
 
+    def test_a_wait_for_what_failed_is_over_too(self, accelerator: SimulatedAccelerator):
+        first, second = (accelerator.side_stream(device) for device in accelerator.devices)
+        accelerator.launch(lambda: 1 / 0, stream=first)
+        event = accelerator.record(first)
+        second.wait_event(event)
+        while not event.completed:
+            accelerator.step(first)
+        accelerator.recover()
+        done: list[int] = []
+        accelerator.launch(lambda: done.append(1), stream=second)
+        accelerator.synchronize()
+        assert done == [1]
+        assert second.query()
+        with pytest.raises(SimulatedDeviceError, match="division by zero"):
+            event.query()
+
 
 class TestEvents:
     def test_fails_alone(self, accelerator: SimulatedAccelerator):
