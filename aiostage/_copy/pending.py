@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 
 from aiostage._copy.device import DeviceCopy
 from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import Closing, finish
 from aiostage._loop.polling import wait_until_done
 from aiostage._loop.workers import Job, Workers
@@ -176,8 +176,7 @@ class PendingCopies:
         self._beside: dict[torch.device, CopyStream] = {}
         self._in_order: list[PendingCopy] = []
         self._lock = threading.Lock()
-        self._abandon = weakref.finalize(self, in_flight.orphan, self._in_order)
-        self._abandon.atexit = False
+        self._abandon = Finalizer(self, in_flight.orphan, self._in_order)
 
     def follow_the_caller(self, device: torch.device) -> None:
         """Make the copies of a device wait for the caller's moment.

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import math
 import os
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint, current_token
 
+from aiostage._finalizer import Finalizer
 from aiostage._platform import let_threads_run
 from aiostage.errors import StagerClosedError
 
@@ -53,7 +53,7 @@ def named(coroutine: Coroutine[Any, Any, T], name: str, inner: object = None) ->
     """
     coroutine.__qualname__ = name  # type: ignore[attr-defined]
     if iscoroutine(inner):
-        weakref.finalize(coroutine, _close_unless_begun, inner).atexit = False
+        Finalizer(coroutine, _close_unless_begun, inner)
     return coroutine
 
 

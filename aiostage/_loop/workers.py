@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _thread
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, TypeVar
 
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import ThreadsafeEvent, finish, without_locals
 from aiostage._platform import let_threads_run, register_after_fork
 
@@ -352,7 +352,7 @@ class Workers:
         idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         self._state = _WorkerState(threads, name, prepare, idle_seconds)
-        self._finalizer = weakref.finalize(self, self._state.stop)
+        Finalizer(self, self._state.stop)
 
     def job(self) -> Job:
         """Return a new job, open and empty."""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import inf
 from time import monotonic, thread_time
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
 import numpy.typing
 
+from aiostage._finalizer import Finalizer
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (
@@ -220,7 +221,7 @@ class Arena:
         self.nbytes = len(memory)
         self.address: int = _over(memory).ctypes.data
         self.reserved = file is None
-        self.pinning: weakref.finalize[..., Any] | None = None
+        self.pinning: Finalizer | None = None
         self.registering = threading.Lock()
         self.closed = False
         # Shared memory has ordinary pages unless the administrator says otherwise.

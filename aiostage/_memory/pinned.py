@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 
 import torch
 
+from aiostage._finalizer import Finalizer
 from aiostage._memory.arena import Arena
 from aiostage._platform import locked_memory_limit, register_after_fork
 from aiostage.abc import Backend
@@ -70,8 +70,7 @@ class Pinning:
                 return
             # Only now is it pinned, so that an error above leaves nothing to undo. Not at exit: the driver may be gone
             # by then, and its registrations with it.
-            arena.pinning = weakref.finalize(arena, self._backend.unregister, arena.address, device)
-            arena.pinning.atexit = False
+            arena.pinning = Finalizer(arena, self._backend.unregister, arena.address, device)
             arena.leave_out_of_children()
 
     def _refused(self, arena: Arena, device: torch.device, error: OSError) -> None:

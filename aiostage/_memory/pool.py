@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from queue import Empty, SimpleQueue
 import anyio
 import torch
 
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import ThreadsafeEvent, finish
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.arena import Arena, Exporter, pieces
@@ -314,8 +314,7 @@ class Pool:
 
     def _lease(self, arena: Arena, nbytes: int) -> Lease:
         buffer = arena.exporter(nbytes)
-        finalizer = weakref.finalize(buffer, _end_lease, self._returned, self._ended, self._ledger, arena)
-        finalizer.atexit = False
+        Finalizer(buffer, _end_lease, self._returned, self._ended, self._ledger, arena)
         return Lease(arena, buffer)
 
     def _advance(self) -> None:

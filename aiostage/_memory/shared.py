@@ -5,12 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import weakref
 from dataclasses import dataclass
 
 import numpy
 import numpy.typing
 
+from aiostage._finalizer import Finalizer
 from aiostage._platform import (
     PAGE_BYTES,
     lock,
@@ -53,8 +53,7 @@ class SharedFile:
         self._generation = 0
         self._sent: dict[int, SentMemory] = {}
         self._descriptor = memory_file("aiostage")
-        self._close = weakref.finalize(self, os.close, self._descriptor)
-        self._close.atexit = False
+        self._close = Finalizer(self, os.close, self._descriptor)
         self._identity = _identity(self._descriptor)
         os.ftruncate(self._descriptor, nbytes + PAGE_BYTES)
 
@@ -127,8 +126,7 @@ class SentMemory:
     def __init__(self, path: str, nbytes: int) -> None:
         self.nbytes = nbytes
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self.descriptor)
-        self._close.atexit = False
+        self._close = Finalizer(self, os.close, self.descriptor)
         lock(self.descriptor)
         register_after_fork(self)
 

@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage._device import CallerStreams, default_backend
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.barrier import RankBarrier, StoreLostError
@@ -56,8 +57,7 @@ class QueuedOperation(Generic[T]):
         self.caller = CallerStreams.record(default_backend(), tree)
         self._action: Action[T] | None = None
         self._results: list[T] = []
-        self._on_drop = weakref.finalize(self, queue.skip, number, self.job)
-        self._on_drop.atexit = False
+        self._on_drop = Finalizer(self, queue.skip, number, self.job)
 
     def hand_over(self, action: Action[T]) -> None:
         """Run it in the queue's thread, after the operations with lower numbers."""
@@ -74,7 +74,7 @@ class QueuedOperation(Generic[T]):
         # An operation that has not started never starts. One that has started ends by itself: the barrier decides how.
         self.job.cancel()
         self._action = None
-        if self._on_drop.detach() is not None:
+        if self._on_drop.detach():
             self._queue.hand_over(self)
 
     async def outcome(self) -> T:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from aiostage._finalizer import Finalizer
 from aiostage.errors import StagingError
 
 __all__ = ["LoopThread"]
@@ -32,8 +32,7 @@ class LoopThread:
         self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self.thread.start()
         # No lock, and it may run in any thread, also as a finalizer: posting to a loop is all that it does.
-        self._stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
-        self._stop.atexit = False
+        self._stop = Finalizer(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     @property
     def running(self) -> bool:

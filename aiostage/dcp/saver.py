@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage import _private
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import named
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
@@ -63,8 +63,7 @@ class AsyncSaveResponse:
             # Raised where other errors of staging are, because the other ranks have to be told.
             self._staging = _raise(error)
         # The coroutine would warn by itself, but of something that the caller has never seen.
-        self._dropped = weakref.finalize(self, _drop, self._staging, warn=warn_if_dropped)
-        self._dropped.atexit = False
+        self._dropped = Finalizer(self, partial(_drop, self._staging, warn=warn_if_dropped))
 
     async def captured(self) -> None:
         """Wait until the state may be changed without changing what is saved.

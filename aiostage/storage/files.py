@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import stat
-import weakref
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from aiostage._finalizer import Finalizer
 from aiostage._loop.workers import releasing_gil
 from aiostage._platform import (
     NOT_SUPPORTED,
@@ -81,8 +81,7 @@ class Descriptor:
 
     def __init__(self, number: int) -> None:
         self._number = number
-        self._finalizer = weakref.finalize(self, os.close, number)
-        self._finalizer.atexit = False
+        self._finalizer = Finalizer(self, os.close, number)
 
     def __enter__(self: D) -> D:
         """Return self."""
@@ -331,7 +330,7 @@ class PartBuffers:
             memory = aligned_memory(self.part_bytes)
         # An array with a base of its own, which everything that is made from it keeps alive.
         lent: np.ndarray[Any, Any] = np.frombuffer(memory.data, np.uint8)
-        weakref.finalize(lent, self._free.append, memory).atexit = False
+        Finalizer(lent, self._free.append, memory)
         return lent
 
 

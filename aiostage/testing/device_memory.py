@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.multiprocessing import reductions
+
+from aiostage._finalizer import Finalizer
 
 __all__ = ["Block", "DeviceMemory", "TensorReference"]
 
@@ -94,7 +95,7 @@ class DeviceMemory:
         """
         block = self._cached_block(nbytes, stream) or self._new_block(nbytes, stream)
         owner = self._bytes[block.offset : block.offset + nbytes]
-        weakref.finalize(owner, self._died.append, block).atexit = False
+        Finalizer(owner, self._died.append, block)
         return torch.from_numpy(owner).untyped_storage()
 
     def block_of(self, tensor: torch.Tensor) -> Block:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
-import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import anyio
 
+from aiostage._finalizer import Finalizer
 from aiostage._loop.coroutines import post, run_concurrently, without_locals
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
@@ -163,7 +163,7 @@ class SocketReceiver:
         else:
             # When the last tensor over it is gone, in whichever thread, and inside any lock. Posting takes none.
             released = partial(session.tell, released=number)
-            weakref.finalize(memory, post, self._inbox.native, released).atexit = False
+            Finalizer(memory, post, self._inbox.native, released)
         acknowledged = partial(session.tell, acknowledged=number)
         version = WeightVersion(number, session.epoch, tree, partial(post, self._inbox.native, acknowledged))
         self._inbox.put(version, seen=seen)
