@@ -186,6 +186,7 @@ class TestMemoryLimit:
         assert _platform.memory_limit(tmp_path) == 500
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system does not say what its page cache has")
 def test_what_the_page_cache_has(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
