@@ -27,10 +27,10 @@ def test_a_tensor_costs_one_object_that_the_collector_follows() -> None:
     finally:
         gc.enable()
     assert len(encoder.tensors) == TENSORS
-    # The node; that of the dict, and what walks it, are a few more.
-    assert TENSORS <= followed < 1.02 * TENSORS
+    # The node; that of the dict, what walks it, and what other threads make meanwhile, are a few more.
+    assert TENSORS <= followed < 1.1 * TENSORS
     # What brings the next run nearer.
-    assert allocated < 1.02 * TENSORS
+    assert allocated < 1.1 * TENSORS
 
 
 def test_no_tensor_gets_a_dict_of_attributes() -> None:
