@@ -78,7 +78,9 @@ def check_same(
     if shared:
         raise Mismatch(f"{staged.mutable[min(shared)]} is the source's own object")
     bare = source if bare is None else bare
-    parameters = {path for path, tensor in bare.tensors if isinstance(tensor, torch.nn.Parameter)}
+    # Code that parts copies moves the place where one is met first.
+    met = (*bare.tensors, *staged.tensors) if parting else bare.tensors
+    parameters = {path for path, tensor in met if isinstance(tensor, torch.nn.Parameter)}
     ties, allowed, kept = staged.overlaps(), expected.overlaps(), bare.overlaps()
     for pair in ties.keys() | allowed.keys() | kept.keys():
         if parting and not parameters.isdisjoint(pair):
