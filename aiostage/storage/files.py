@@ -268,9 +268,11 @@ class InputFile(Descriptor):
             OSError: If the file cannot be read.
         """
         stop, done = min(len(into), self.nbytes - offset), 0
-        while done < stop and done % PART_ALIGNMENT == 0 and self._direct is not None:
+        # Held: another thread may give it up, and the number would then be closed, or another file's, under this read.
+        direct = self._direct
+        while done < stop and done % PART_ALIGNMENT == 0 and direct is not None:
             try:
-                count = read_into(self._direct.fileno(), into[done:], offset + done)
+                count = read_into(direct.fileno(), into[done:], offset + done)
             except OSError as error:
                 if error.errno not in NOT_SUPPORTED:
                     raise

@@ -274,3 +274,31 @@ def test_a_file_that_becomes_shorter_while_it_is_read_past_the_cache(tmp_path: P
         os.truncate(path, 5000)
         with pytest.raises(aiostage.CheckpointCorruptError, match="it ends at byte 5000"):
             file.read_past_cache(memory.data, 0)
+
+
+def test_a_read_keeps_its_descriptor_when_another_thread_gives_up_reading_past_the_cache(
+    tmp_path: Path, direct_reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 48)
+    memory, other = aligned_memory(8192), aligned_memory(8192)
+    real, calls = os.preadv, 0
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            # What another thread may do between the look at the number and the read.
+            file.read_past_cache(other.data, 0)
+            os.fstat(number)
+        elif fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(number, buffers, offset)
+
+    with open_directory(str(tmp_path)) as directory, InputFile(directory, "file", path=str(path)) as file:
+        if not file.cold_parts(8192):
+            pytest.skip("this file system has no direct I/O")
+        monkeypatch.setattr(os, "preadv", preadv)
+        file.read_past_cache(memory.data, 0)
+    assert direct_reads == [8192]
+    assert memory.tobytes() == other.tobytes() == path.read_bytes()[:8192]
