@@ -32,9 +32,10 @@ _MOST_DESCRIPTORS = 64
 def begin() -> None:
     """Start the process that imports, which lives as long as this one, and let `PYTHON` find it.
 
-    Where the kernel does not tell of the end of a process (macOS), programs are new processes.
+    Where the kernel does not tell of the end of a process (macOS), programs are new processes. Tests that a test starts
+    use the process that this one has found.
     """
-    if not hasattr(os, "pidfd_open"):
+    if not hasattr(os, "pidfd_open") or _ADDRESS in os.environ:
         return
     import atexit
 
