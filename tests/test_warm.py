@@ -30,7 +30,8 @@ def test_a_script_has_its_folder_its_arguments_and_the_descriptors_that_are_pass
     (tmp_path / "beside.py").write_text("answer = 42\n")
     read, write = os.pipe()
     # Numbers in an order of their own, and one that the process which forks has open, too.
-    high = os.dup2(write, 40)
+    # Not a number that this process may have given to something else, which dup2() would close.
+    high = fcntl.fcntl(write, fcntl.F_DUPFD, 40)
     try:
         command = [*PYTHON, str(script), "argument", str(high)]
         done = subprocess.run(command, pass_fds=[high, write], capture_output=True, text=True, check=False)
