@@ -56,6 +56,7 @@ class SharedFile:
         self._close = Finalizer(self, os.close, self._descriptor)
         self._identity = _identity(self._descriptor)
         os.ftruncate(self._descriptor, nbytes + PAGE_BYTES)
+        register_after_fork(self)
 
     def map(self) -> mmap.mmap:
         """Map it all, to read and to write."""
@@ -107,6 +108,10 @@ class SharedFile:
     def close(self) -> None:
         """Close the descriptor; mappings stay."""
         self._close()
+        self._sent.clear()
+
+    def after_fork_in_child(self) -> None:
+        """Forget what the parent has sent. It is closed in a child, where its number may be another file's."""
         self._sent.clear()
 
 

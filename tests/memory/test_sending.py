@@ -181,3 +181,36 @@ asyncio.run(main())
 @pytest.mark.slow
 def test_a_forked_child_keeps_no_lock() -> None:
     run_forking(FORKING)
+
+
+FORKED_SENDER = """
+import asyncio, multiprocessing, os, pickle
+from multiprocessing.reduction import ForkingPickler
+import torch
+from aiostage import AsyncStager, StagingOptions
+
+def send(staged):
+    # Another file, of zeros, has the numbers that are free in the child.
+    other = os.memfd_create("other")
+    os.ftruncate(other, 1 << 20)
+    for _ in range(10):
+        os.dup(other)
+    received = pickle.loads(bytes(ForkingPickler.dumps(staged)))
+    assert received["a"].tolist() == [1.0] * 1000
+
+async def main():
+    async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
+        staged = await stager.stage({"a": torch.ones(1000)})
+        pickle.loads(bytes(ForkingPickler.dumps(staged)))
+        child = multiprocessing.get_context("fork").Process(target=send, args=(staged,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_child_sends_what_its_parent_has_sent() -> None:
+    run_forking(FORKED_SENDER)
