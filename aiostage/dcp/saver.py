@@ -104,7 +104,7 @@ class AsyncSaveResponse:
         Args:
             error: What has ended the save: an error, or a cancellation.
         """
-        if self._dropped.detach() is not None:
+        if self._dropped.detach():
             self._staging.close()
         given_up = StagingError("the save was cancelled before the state was captured.", remedy="Save again.")
         self._failure = error if isinstance(error, Exception) else given_up
