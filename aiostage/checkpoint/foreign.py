@@ -100,6 +100,12 @@ _DIRECTORIES_OF_STATES = ("global_step*", "optimizer_[0-9]*", "pytorch_model_fsd
 _SAME_WEIGHTS = ("pytorch_model*.bin", "consolidated*.safetensors", "consolidated*.pth")
 """Files that hubs have beside ``model.safetensors``: the same weights for other programs."""
 
+_OTHER_PROGRAMS = ("openvino_*.bin", "ggml-*.bin", "open_clip_*.bin", "open_clip_*.safetensors")
+"""The same weights, beside those of any name."""
+
+_VARIANTS = ("{}.fp16{}", "{}.bf16{}", "{}.fp16-*-of-*{}", "{}.bf16-*-of-*{}", "{}-*-of-*.fp16{}", "{}-*-of-*.bf16{}")
+"""How ``save_pretrained(variant=...)`` calls the same weights in half precision, by what a file is called otherwise."""
+
 _ARGUMENTS = "training_args.bin"
 
 _READ_ALL = (
@@ -168,7 +174,10 @@ def _with_rest(path: str, names: list[str], read: Read) -> Read:
     main = _METADATA if read.kind == "dcp" else os.path.basename(read.path)
     stem = main.removesuffix(_INDEX).removesuffix(_TORCH_INDEX).removesuffix(_SAFETENSORS)
     beside = "*.distcp" if read.kind == "dcp" else f"{stem}*.bin"
-    known = (main, _ARGUMENTS, beside, *(_SAME_WEIGHTS if stem == "model" else ()))
+    variants = [
+        pattern.format(stem.removesuffix(ending), ending) for pattern in _VARIANTS for ending in (_SAFETENSORS, ".bin")
+    ]
+    known = (main, _ARGUMENTS, beside, *_OTHER_PROGRAMS, *variants, *(_SAME_WEIGHTS if stem == "model" else ()))
     shards = shards_of(read.path).values() if read.kind == "shards" else ()
     rest = [
         name

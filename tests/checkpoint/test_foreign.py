@@ -268,6 +268,9 @@ async def test_no_part_is_left_out_silently(main: str, others: list[str], messag
         ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.safetensors"],
         ["model.bin", "training_args.bin", "original/consolidated.00.pth", "1_Pooling/config.json"],
         ["checkpoint-500/model.safetensors", "checkpoint-500/optimizer.pt"],
+        ["model.fp16.safetensors", "pytorch_model.fp16.bin", "model.onnx", "openvino_model.bin", "openvino_model.xml"],
+        ["model.bf16-00001-of-00002.safetensors", "model-00001-of-00002.fp16.safetensors", "openvino_tokenizer.bin"],
+        ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ggml-model-q4_0.bin"],
     ],
 )
 async def test_what_hubs_have_beside_weights_is_no_part(others: list[str], tmp_path: Path) -> None:
@@ -276,6 +279,17 @@ async def test_what_hubs_have_beside_weights_is_no_part(others: list[str], tmp_p
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert_same(flat(), await aiostage.load(tmp_path))
+
+
+@pytest.mark.asyncio
+async def test_half_precision_beside_weights_of_torch_is_no_part(tmp_path: Path) -> None:
+    torch.save(flat(), tmp_path / "pytorch_model.bin")
+    torch.save({}, tmp_path / "pytorch_model.fp16.bin")
+    assert_same(flat(), await aiostage.load(tmp_path))
+    # A second model of Accelerate's.
+    torch.save({}, tmp_path / "pytorch_model_1.bin")
+    with pytest.raises(aiostage.CheckpointError, match=r"would leave out pytorch_model_1\.bin\."):
+        await aiostage.load(tmp_path)
 
 
 @pytest.mark.asyncio
