@@ -83,8 +83,7 @@ class SharedFile:
 
     def handle(self, nbytes: int) -> SharedHandle:
         """Return the way for another process to what is in the first ``nbytes`` bytes now."""
-        status = os.fstat(self._descriptor)
-        return SharedHandle(os.getpid(), self._descriptor, status.st_dev, status.st_ino, nbytes, self._generation)
+        return SharedHandle(os.getpid(), self._descriptor, *self._identity, nbytes, self._generation)
 
     def send(self) -> SentMemory | None:
         """Return what a message to another process carries of the present contents, or None if this is closed.

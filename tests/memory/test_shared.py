@@ -136,6 +136,13 @@ class TestStaleHandles:
             replace(arena.share(MIB), descriptor=other.share(MIB).descriptor).open()
         assert not descriptors() - before
 
+    def test_of_a_closed_file_whose_number_is_that_of_another(self):
+        file, other = SharedFile(MIB), SharedFile(MIB)
+        file.close()
+        file._descriptor = other.handle(MIB).descriptor
+        with pytest.raises(HostMemoryError, match=f"process {os.getpid()} has closed it"):
+            file.handle(MIB).open()
+
     def test_the_memory_is_in_use_again(self):
         arena = Arena.shared(MIB)
         handle = arena.share(MIB)
