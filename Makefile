@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
+# Some containers set it. Then each of the many programs that the tests start compiles aiostage anew, for two seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-compare bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
