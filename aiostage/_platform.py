@@ -234,6 +234,8 @@ def set_direct(descriptor: int, on: bool) -> bool:
 def open_direct(name: str, directory: int) -> int | None:
     """Open a file to read it past the page cache, and return its descriptor; None where that is not possible.
 
+    That is so as well where no more files can be open: it is open already, and can be read without this.
+
     Args:
         name: The name of the file. A link is not followed, and a FIFO not waited for.
         directory: The descriptor of the directory that it is in.
@@ -247,7 +249,7 @@ def open_direct(name: str, directory: int) -> int | None:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | _O_DIRECT
         return os.open(name, flags, dir_fd=directory)
     except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in (*NOT_SUPPORTED, errno.EMFILE, errno.ENFILE):
             raise
         return None
 

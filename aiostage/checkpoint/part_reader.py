@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import numpy as np
 import torch
 
@@ -159,7 +160,8 @@ class PartReader:
         self._verify = verify
         self._in_place = in_place
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
-        self._cold: dict[tuple[str, int], LocalReader] = {}
+        self._cold: dict[str, frozenset[int]] = {}
+        self._looking = anyio.Lock()
 
     @property
     def at_once(self) -> int:
@@ -238,21 +240,26 @@ class PartReader:
         """
         if not parts:
             return
-        if self._in_place:
-            await self._find_cold(parts)
         # One iterator for all readers. They run in one loop, so that none needs a lock to take the next part.
         queue = iter(parts)
         await run_concurrently(*[partial(self._receive, queue, arrived)] * min(self.at_once, len(parts)))
 
-    async def _find_cold(self, parts: Sequence[tuple[FileRecord, Part]]) -> None:
-        """Find out which parts are not in the page cache."""
-        local = await self._reader.past_cache()
+    async def _past_cache(self, file: FileRecord, part: Part) -> LocalReader | None:
+        """Return what reads a part past the page cache; None if it is better read through it.
+
+        A file is looked at when its first part is due: those that were looked at long before are not open any more.
+        """
+        local = await self._reader.past_cache() if self._in_place and self._wants_all(part) else None
         if local is None:
-            return
-        for name in {file.name for file, _ in parts}:
-            async with self._reader.deleted_or_corrupt():
-                cold = await self._workers.run(partial(local.cold_parts_blocking, name, self._part_bytes))
-            self._cold |= dict.fromkeys([(name, index) for index in cold], local)
+            return None
+        if file.name not in self._cold:
+            # Opened for direct I/O by one step alone; the second would find it locked by the first.
+            async with self._looking:
+                if file.name not in self._cold:
+                    look = partial(local.cold_parts_blocking, file.name, self._part_bytes)
+                    async with self._reader.deleted_or_corrupt():
+                        self._cold[file.name] = frozenset(await self._workers.run(look))
+        return local if part.index in self._cold[file.name] else None
 
     async def _read_cold(self, local: LocalReader, file: FileRecord, part: Part) -> None:
         """Read a part past the page cache. The storage's threads read the next ones while this one is used."""
@@ -270,12 +277,11 @@ class PartReader:
             head = self._heads.pop(file.name, None) if part.index == 0 else None
             read = await self._reader.blocking(file.name)
             data = single_piece(part)
-            local = self._cold.get((file.name, part.index))
             if head is not None:
                 await self._wait_until_copied(
                     await self._workers.run(partial(self._copy, part, torch.from_numpy(head)))
                 )
-            elif local is not None and self._wants_all(part):
+            elif (local := await self._past_cache(file, part)) is not None:
                 await self._read_cold(local, file, part)
             elif read is not None and self._goes_straight(part):
                 async with self._reader.deleted_or_corrupt():

@@ -237,6 +237,11 @@ class InputFile(Descriptor):
         self._is_same = partial(os.path.samestat, status)
         self._direct: Descriptor | None = None
 
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors the file has open."""
+        return 1 if self._direct is None else 2
+
     def cold_parts(self, part_bytes: int) -> list[int]:
         """Return which parts are better read past the page cache, because little of them is in it. Blocks.
 

@@ -36,7 +36,7 @@ _PARTS_AT_ONCE = _IO_THREADS + 1
 """One waits, so that no thread ever does."""
 
 _OPEN_FILES = 16
-"""Of one checkpoint that is read. Processes may have 1,024 in all, and a checkpoint may have more."""
+"""Descriptors of one checkpoint that is read. Processes may have 1,024 in all, and a checkpoint may have more files."""
 
 _DIRECT_FROM = 1 << 20
 """Smaller files go through the page cache: direct I/O saves nothing there."""
@@ -386,7 +386,10 @@ class LocalReader(Reader):
 
     def cold_parts_blocking(self, name: str, part_bytes: int) -> list[int]:
         """Return which parts of a file to read with :meth:`read_past_cache`, in the calling thread; it may be any."""
-        return self._file(name).cold_parts(part_bytes)
+        cold = self._file(name).cold_parts(part_bytes)
+        with self._opening:
+            self._close_some()
+        return cold
 
     async def read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
         """Fill a buffer from the disk, as far as the file goes; as :meth:`InputFile.read_past_cache`.
@@ -418,10 +421,14 @@ class LocalReader(Reader):
             raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
         with self._opening:
             file = self._files.setdefault(name, file)
-            while len(self._files) > _OPEN_FILES:
-                # Closed once the steps that read it have ended.
-                del self._files[next(iter(self._files))]
+            self._close_some()
         return file
+
+    def _close_some(self) -> None:
+        """Close files that were not used for the longest time, if too many are open. Called with the lock held."""
+        while sum(file.descriptors for file in self._files.values()) > _OPEN_FILES:
+            # Closed once the steps that read it have ended.
+            del self._files[next(iter(self._files))]
 
 
 def _check(name: str) -> None:

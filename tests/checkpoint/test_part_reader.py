@@ -19,6 +19,7 @@ from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
 from aiostage.storage import files
 from aiostage.storage.files import InputFile, aligned_memory, open_directory
+from aiostage.storage.local import LocalReader
 from aiostage.testing import SimulatedAccelerator
 from tests.checkpoint.comparing import assert_same
 
@@ -245,6 +246,49 @@ async def test_a_file_system_that_refuses_direct_reads(
         return counting(number, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
+    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    assert_same(saved, live)
+    assert not direct_reads
+
+
+@pytest.mark.asyncio
+async def test_each_of_many_files_is_read_past_the_cache(tmp_path: Path, direct_reads: list[int]) -> None:
+    saved = {str(number): torch.full((1024,), float(number)) for number in range(40)}
+    live = {key: torch.zeros_like(value) for key, value in saved.items()}
+    await save_direct({"0": saved["0"]}, tmp_path / "probe")
+    await aiostage.save(saved, tmp_path / "checkpoint", max_shard_bytes=4096)
+    opened, most = LocalReader._file, 0
+
+    def counted(reader: LocalReader, name: str) -> InputFile:
+        nonlocal most
+        file = opened(reader, name)
+        most = max(most, sum(each.descriptors for each in reader._files.values()))
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalReader, "_file", counted)
+        await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
+    assert_same(saved, live)
+    # The first parts of two were kept after their headers were read, and the index of the shards is verified, too.
+    assert len(direct_reads) == 40 - 2 + 1
+    assert most <= 17
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+async def test_a_load_in_place_needs_no_second_descriptor(
+    tmp_path: Path, direct_reads: list[int], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    saved, live = tree_of(1.0), tree_of(0.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    real = os.open
+
+    def open_few(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_few)
     await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
     assert_same(saved, live)
     assert not direct_reads
