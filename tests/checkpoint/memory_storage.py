@@ -90,7 +90,8 @@ class MemoryCheckpoint(PendingCheckpoint):
             # It has to go when it has been stored.
             del part
         assert len(data) == nbytes
-        self.files[name] = bytes(data)
+        # As it is: a copy of a large file, in one step, would hold the event loop.
+        self.files[name] = data
         self.storage.written_bytes[self.name] += nbytes
 
     async def commit(self, manifest: Buffer) -> None:
