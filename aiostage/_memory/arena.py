@@ -31,12 +31,10 @@ from aiostage._platform import (
 from aiostage.errors import HostMemoryError
 
 __all__ = [
-    "SAMPLE_BYTES",
     "Arena",
     "ColdPages",
     "Exporter",
     "PageChoice",
-    "page_choice_of_loads",
     "pieces",
     "reserve_addresses",
     "whole_pages",
@@ -53,7 +51,7 @@ _BLOCK_BYTES = 2 << 20
 
 _DISCARD_BYTES = 64 << 20
 
-SAMPLE_BYTES = HUGE_PAGE_BYTES
+_SAMPLE_BYTES = HUGE_PAGE_BYTES
 """How much is written for one measurement."""
 
 _FIRST_BYTES = {True: 8 << 20, False: 64 << 20}
@@ -133,9 +131,6 @@ class PageChoice:
 page_choice = PageChoice()
 """The process's own. The machine is the same for all of its arenas."""
 
-page_choice_of_loads = PageChoice()
-"""The same for what is read from files, of which each byte takes another time."""
-
 
 class ColdPages:
     """The pages of new private memory that one thread is about to write to for the first time.
@@ -143,19 +138,19 @@ class ColdPages:
     Args:
         start: Where the memory begins.
         stop: Where it ends.
-        huge: Whether all of it was asked to have huge pages; None if it was not asked for anything.
+        huge: Whether all of it was asked to have huge pages.
         choice: Where measurements are kept.
     """
 
     __slots__ = ("_begun", "_choice", "_default", "_huge", "_nbytes", "_start", "_stop")
 
-    def __init__(self, start: int, stop: int, huge: bool | None, choice: PageChoice) -> None:
+    def __init__(self, start: int, stop: int, huge: bool, choice: PageChoice) -> None:
         # Pages that the memory shares with other memory are left alone.
         self._start = -(-start // PAGE_BYTES) * PAGE_BYTES
         self._stop = stop // PAGE_BYTES * PAGE_BYTES
         self._default = huge
         self._choice = choice
-        self._huge = bool(huge)
+        self._huge = huge
         self._nbytes = 0
         self._begun = 0.0
 
@@ -166,16 +161,16 @@ class ColdPages:
             address: Where it begins.
             nbytes: How much; 0 after the last.
         """
-        if self._nbytes >= SAMPLE_BYTES:
+        if self._nbytes >= _SAMPLE_BYTES:
             self._choice.record(self._huge, self._nbytes, thread_time() - self._begun)
             self._nbytes = 0
         if nbytes and not self._nbytes:
             self._huge = self._choice.next()
             if self._huge is not self._default:
                 # Whole huge pages. What has pages already keeps them.
-                stop = address + max(nbytes, SAMPLE_BYTES)
-                first = max(address // SAMPLE_BYTES * SAMPLE_BYTES, self._start)
-                last = min(-(-stop // SAMPLE_BYTES) * SAMPLE_BYTES, self._stop)
+                stop = address + max(nbytes, _SAMPLE_BYTES)
+                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES, self._start)
+                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES, self._stop)
                 if first < last:
                     advise_pages(first, last - first, huge=self._huge)
             self._begun = thread_time()

@@ -15,10 +15,8 @@ from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
-from aiostage._memory.arena import SAMPLE_BYTES, ColdPages, page_choice_of_loads, pieces
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
-from aiostage._platform import HAS_HUGE_PAGES
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
@@ -35,7 +33,7 @@ from aiostage.format.parts import (
 )
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
-from aiostage.storage.files import PartBuffers, address_of
+from aiostage.storage.files import PartBuffers
 from aiostage.storage.local import LocalReader
 
 if TYPE_CHECKING:
@@ -139,8 +137,7 @@ class PartReader:
         part_bytes: How long a part is at most.
         targets: Where the tensors are that parts are read into.
         verify: Whether to compare parts with their digests.
-        in_place: Whether live tensors are read into. What is not in the page cache is then read past it; otherwise the
-            pages of new memory are chosen.
+        in_place: Whether live tensors are read into. What is not in the page cache is then read past it.
     """
 
     def __init__(
@@ -314,16 +311,11 @@ class PartReader:
             if isinstance(piece, Gap) and not self._verify:
                 offset += piece.nbytes
                 continue
-            cold = None if self._in_place else _cold_pages(piece)
-            for buffer in _buffers(piece, in_blocks=cold is not None):
-                if cold is not None:
-                    cold.before(address_of(buffer), len(buffer))
+            for buffer in _buffers(piece):
                 read(offset, buffer)
                 offset += len(buffer)
                 if self._verify:
                     running.update(buffer)
-            if cold is not None:
-                cold.before()
         if self._verify:
             self._compare(file, part, running.hexdigest())
 
@@ -409,31 +401,14 @@ def _batches(
         yield current, places, values
 
 
-def _buffers(piece: PartPiece, *, in_blocks: bool) -> Iterator[Buffer]:
-    """Iterate over host memory for a piece; for a gap it is the same again and again.
-
-    Args:
-        piece: In host memory.
-        in_blocks: Whether memory is cut where a huge page may end.
-    """
+def _buffers(piece: PartPiece) -> Iterator[Buffer]:
+    """Iterate over host memory for a piece; for a gap it is the same again and again."""
     if isinstance(piece, torch.Tensor):
-        memory: Buffer = piece.numpy().data
-        begin = piece.data_ptr()
-        end = begin + piece.nbytes
-        for start, stop in pieces(begin, end, SAMPLE_BYTES) if in_blocks else [(begin, end)]:
-            yield memory[start - begin : stop - begin]
+        yield piece.numpy().data
     else:
         memory = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8).data
         for start in range(0, piece.nbytes, _GAP_BYTES):
             yield memory[: piece.nbytes - start]
-
-
-def _cold_pages(piece: PartPiece) -> ColdPages | None:
-    """Return what chooses the pages of a piece of new memory; None for one that is too small to measure."""
-    if not HAS_HUGE_PAGES or not isinstance(piece, torch.Tensor) or piece.nbytes < SAMPLE_BYTES:
-        return None
-    storage = piece.untyped_storage()
-    return ColdPages(storage.data_ptr(), storage.data_ptr() + storage.nbytes(), None, page_choice_of_loads)
 
 
 def _nothing() -> None:

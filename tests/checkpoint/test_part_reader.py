@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import aiostage
-from aiostage._memory.arena import SAMPLE_BYTES, PageChoice
-from aiostage._platform import HAS_HUGE_PAGES, open_direct
+from aiostage._platform import open_direct
 from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
 from aiostage.storage import files
@@ -115,38 +114,6 @@ async def test_damage_in_what_is_read_piece_by_piece(tmp_path: Path, where: floa
         await aiostage.load(tmp_path / "checkpoint")
     with pytest.raises(aiostage.CheckpointCorruptError, match="do not match their checksum"):
         await aiostage.load(tmp_path / "checkpoint", only=str(int(where)))
-
-
-class NotedPages(PageChoice):
-    """Takes huge pages always, and notes how much was measured."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.measured: list[int] = []
-
-    def record(self, huge: bool, nbytes: int, seconds: float) -> None:
-        self.measured.append(nbytes)
-
-
-@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="this system has no huge pages to ask for")
-@pytest.mark.one_loop
-@pytest.mark.asyncio
-async def test_the_pages_of_new_memory_are_chosen_as_it_is_read_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choice = NotedPages()
-    monkeypatch.setattr(part_reader, "page_choice_of_loads", choice)
-    saved = tree() | {"small": torch.ones(1000)}
-    await aiostage.save(saved, tmp_path / "checkpoint")
-    assert_same(saved, await aiostage.load(tmp_path / "checkpoint"))
-    # Measured in one huge page at a time, and all but what is less than one.
-    assert SAMPLE_BYTES <= max(choice.measured) < 2 * SAMPLE_BYTES
-    assert sum(choice.measured) >= (PARTS - 2) * PART_BYTES
-    choice.measured.clear()
-    live = {key: torch.zeros_like(value) for key, value in saved.items()}
-    await aiostage.load(tmp_path / "checkpoint", into=live, in_place=True)
-    assert_same(saved, live)
-    assert not choice.measured, "live tensors have their pages"
 
 
 @pytest.fixture

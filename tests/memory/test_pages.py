@@ -171,7 +171,7 @@ def test_pages_that_memory_shares_with_other_memory_are_left_alone(monkeypatch: 
     monkeypatch.setattr(module, "advise_pages", lambda start, nbytes, *, huge: advice.append((start, nbytes)))
     base = 1 << 40
     # As malloc has it: an address within a page, and a size that is none of pages.
-    cold = ColdPages(base + 64, base + 64 + 2 * SAMPLE, None, Asked([True, True, True]))
+    cold = ColdPages(base + 64, base + 64 + 2 * SAMPLE, False, Asked([True, True, True]))
     cold.before(base + 64, SAMPLE)
     cold.before(base + 64 + SAMPLE, SAMPLE)
     assert advice == [(base + PAGE_BYTES, 2 * SAMPLE - PAGE_BYTES), (base + SAMPLE, SAMPLE)]
