@@ -126,11 +126,30 @@ HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and HUGE_PAGE_BYTES <= _LARGEST_
 """Whether there is anything to ask for."""
 
 
+def advise_pages(memory: mmap.mmap, *, huge: bool, start: int = 0, nbytes: int | None = None) -> None:
+    """Ask for huge pages, or for ordinary ones, where a mapping has none yet.
+
+    Args:
+        memory: The mapping.
+        huge: Which.
+        start: Where the range begins, in bytes from the beginning of the mapping; a multiple of :data:`PAGE_BYTES`.
+        nbytes: Its length; None for all that follows.
+    """
+    if HAS_HUGE_PAGES:
+        advice = mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE
+        _advise(memory, advice, start, len(memory) - start if nbytes is None else nbytes)
+
+
 def leave_out_of_children(memory: mmap.mmap) -> None:
     """Leave memory out of forked children, whose accesses to it then end them. For private memory only."""
     if _BUILT_FOR_LINUX:
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_DONTFORK)
+        _advise(memory, mmap.MADV_DONTFORK, 0, len(memory))
+
+
+def _advise(memory: mmap.mmap, advice: int, start: int, nbytes: int) -> None:
+    # Advice only: a kernel built without huge pages refuses it, and ordinary ones do.
+    with suppress(OSError):
+        memory.madvise(advice, start, nbytes)
 
 
 # Python's own madvise() keeps the GIL, which for this advice on this much memory is tens of milliseconds. Other systems
@@ -138,26 +157,6 @@ def leave_out_of_children(memory: mmap.mmap) -> None:
 _madvise = _find("madvise", _c_library) if _BUILT_FOR_LINUX else None
 if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-# What it takes is less than to give the GIL up and to get it back.
-_madvise_with_gil = _find("madvise", _c_library_with_gil) if _BUILT_FOR_LINUX else None
-if _madvise_with_gil is not None:
-    _madvise_with_gil.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def advise_pages(address: int, nbytes: int, *, huge: bool) -> None:
-    """Ask for huge pages, or for ordinary ones, where private memory has none yet.
-
-    Advice only: a kernel built without huge pages refuses it, and memory has ordinary ones then.
-
-    Args:
-        address: Where the memory begins; a multiple of :data:`PAGE_BYTES`.
-        nbytes: How long it is.
-        huge: Which.
-    """
-    if HAS_HUGE_PAGES and _madvise_with_gil is not None:
-        _madvise_with_gil(address, nbytes, mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
 
 
 def discard(address: int, nbytes: int) -> None:

@@ -30,15 +30,7 @@ from aiostage._platform import (
 )
 from aiostage.errors import HostMemoryError
 
-__all__ = [
-    "Arena",
-    "ColdPages",
-    "Exporter",
-    "PageChoice",
-    "pieces",
-    "reserve_addresses",
-    "whole_pages",
-]
+__all__ = ["Arena", "ColdPages", "Exporter", "PageChoice", "pieces", "reserve_addresses", "whole_pages"]
 
 Exporter = numpy.typing.NDArray[numpy.uint8]
 
@@ -133,21 +125,20 @@ page_choice = PageChoice()
 
 
 class ColdPages:
-    """The pages of new private memory that one thread is about to write to for the first time.
+    """The pages of a mapping that one thread is about to write to for the first time.
 
     Args:
-        start: Where the memory begins.
-        stop: Where it ends.
+        memory: A private mapping.
+        address: Where it begins.
         huge: Whether all of it was asked to have huge pages.
         choice: Where measurements are kept.
     """
 
-    __slots__ = ("_begun", "_choice", "_default", "_huge", "_nbytes", "_start", "_stop")
+    __slots__ = ("_address", "_begun", "_choice", "_default", "_huge", "_memory", "_nbytes")
 
-    def __init__(self, start: int, stop: int, huge: bool, choice: PageChoice) -> None:
-        # Pages that the memory shares with other memory are left alone.
-        self._start = -(-start // PAGE_BYTES) * PAGE_BYTES
-        self._stop = stop // PAGE_BYTES * PAGE_BYTES
+    def __init__(self, memory: mmap.mmap, address: int, huge: bool, choice: PageChoice) -> None:
+        self._memory = memory
+        self._address = address
         self._default = huge
         self._choice = choice
         self._huge = huge
@@ -169,10 +160,9 @@ class ColdPages:
             if self._huge is not self._default:
                 # Whole huge pages. What has pages already keeps them.
                 stop = address + max(nbytes, _SAMPLE_BYTES)
-                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES, self._start)
-                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES, self._stop)
-                if first < last:
-                    advise_pages(first, last - first, huge=self._huge)
+                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES - self._address, 0)
+                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES - self._address, len(self._memory))
+                advise_pages(self._memory, huge=self._huge, start=first, nbytes=last - first)
             self._begun = thread_time()
         self._nbytes += nbytes
 
@@ -223,7 +213,7 @@ class Arena:
         self._chooses_pages = file is None and HAS_HUGE_PAGES
         self._huge = self._chooses_pages and page_choice.huge
         if self._chooses_pages:
-            advise_pages(self.address, self.nbytes, huge=self._huge)
+            advise_pages(memory, huge=self._huge)
 
     @classmethod
     def pageable(cls, nbytes: int) -> Arena:
@@ -343,7 +333,7 @@ class Arena:
         """Return what chooses the pages of a range as it is written to; None if it has pages, or has no choice."""
         if not self._chooses_pages or self._warm.find(0, start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) < 0:
             return None
-        return ColdPages(self.address, self.address + self.nbytes, self._huge, page_choice)
+        return ColdPages(self._memory, self.address, self._huge, page_choice)
 
     def written(self, start: int, stop: int) -> None:
         """Take note that all of a range has been written to. The blocks that it shares with others count as well."""

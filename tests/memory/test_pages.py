@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import aiostage
 from aiostage._memory import arena as module
 from aiostage._memory.arena import Arena, ColdPages, PageChoice
-from aiostage._platform import HAS_HUGE_PAGES, PAGE_BYTES
+from aiostage._platform import HAS_HUGE_PAGES
 from aiostage._platform import HUGE_PAGE_BYTES as SAMPLE
 
 MIB = 1 << 20
@@ -114,6 +115,13 @@ def test_a_trial_becomes_rarer_each_time():
     assert gaps[-1] > 4 * gaps[0]
 
 
+@pytest.fixture
+def memory() -> Iterator[mmap.mmap]:
+    mapping = mmap.mmap(-1, 16 * SAMPLE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    yield mapping
+    mapping.close()
+
+
 class Asked(PageChoice):
     """Answers from a list, and notes what is recorded."""
 
@@ -130,16 +138,16 @@ class Asked(PageChoice):
 
 
 @huge_pages
-def test_small_writes_are_measured_together(monkeypatch: pytest.MonkeyPatch):
+def test_small_writes_are_measured_together(memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch):
     advice: list[tuple[bool, int, int]] = []
     monkeypatch.setattr(module, "thread_time", iter(range(100)).__next__)
     monkeypatch.setattr(
-        module, "advise_pages", lambda start, nbytes, *, huge: advice.append((huge, start - base, nbytes))
+        module, "advise_pages", lambda memory, *, huge, start, nbytes: advice.append((huge, start, nbytes))
     )
     # The mapping is taken to begin where a huge page may.
     base = 1 << 40
     choice = Asked([True, False, True])
-    cold = ColdPages(base, base + 16 * SAMPLE, True, choice)
+    cold = ColdPages(memory, base, True, choice)
     for start in range(0, 2 * SAMPLE, SAMPLE // 4):
         cold.before(base + start, SAMPLE // 4)
     cold.before(base + 2 * SAMPLE, 10)
@@ -152,29 +160,17 @@ def test_small_writes_are_measured_together(monkeypatch: pytest.MonkeyPatch):
 
 
 @huge_pages
-def test_a_range_that_is_asked_for_stays_inside_of_the_mapping(monkeypatch: pytest.MonkeyPatch):
+def test_a_range_that_is_asked_for_stays_inside_of_the_mapping(memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch):
     advice: list[tuple[int, int]] = []
-    monkeypatch.setattr(module, "advise_pages", lambda start, nbytes, *, huge: advice.append((start - base, nbytes)))
+    monkeypatch.setattr(module, "advise_pages", lambda memory, *, huge, start, nbytes: advice.append((start, nbytes)))
     base = (1 << 40) + SAMPLE // 2
-    cold = ColdPages(base, base + 16 * SAMPLE, True, Asked([False, False]))
+    cold = ColdPages(memory, base, True, Asked([False, False]))
     cold.before(base, SAMPLE)
-    cold.before(base + 16 * SAMPLE - 8, 8)
+    cold.before(base + len(memory) - 8, 8)
     assert advice == [
         (0, SAMPLE // 2 + SAMPLE),
-        (16 * SAMPLE - SAMPLE // 2, SAMPLE // 2),
+        (len(memory) - SAMPLE // 2, SAMPLE // 2),
     ]
-
-
-@huge_pages
-def test_pages_that_memory_shares_with_other_memory_are_left_alone(monkeypatch: pytest.MonkeyPatch):
-    advice: list[tuple[int, int]] = []
-    monkeypatch.setattr(module, "advise_pages", lambda start, nbytes, *, huge: advice.append((start, nbytes)))
-    base = 1 << 40
-    # As malloc has it: an address within a page, and a size that is none of pages.
-    cold = ColdPages(base + 64, base + 64 + 2 * SAMPLE, False, Asked([True, True, True]))
-    cold.before(base + 64, SAMPLE)
-    cold.before(base + 64 + SAMPLE, SAMPLE)
-    assert advice == [(base + PAGE_BYTES, 2 * SAMPLE - PAGE_BYTES), (base + SAMPLE, SAMPLE)]
 
 
 @pytest.fixture
