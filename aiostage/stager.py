@@ -98,7 +98,7 @@ class AsyncStager(CheckpointStager):
         The coroutine may be cancelled at any await: the copies that run are waited for, nothing stays behind, and the
         stager works on.
         """
-        self._resources.check_open()
+        self._resources.closing.check()
         return stage(self._resources, state_dict)
 
     def snapshot(self, state_dict: T, *, streamed: bool = False) -> Snapshot[T]:
@@ -113,7 +113,7 @@ class AsyncStager(CheckpointStager):
         Raises:
             StagerClosedError: If the stager is closed.
         """
-        self._resources.check_open()
+        self._resources.closing.check()
         return Snapshot(self._resources, state_dict, streamed=streamed)
 
     def restore(self, staged: T, into: T) -> Coroutine[Any, Any, None]:
@@ -138,7 +138,7 @@ class AsyncStager(CheckpointStager):
         May be cancelled: before the first copy nothing is changed; afterwards the copies are finished first, so that
         live tensors are never half restored.
         """
-        self._resources.check_open()
+        self._resources.closing.check()
         caller = CallerStreams.record(self._resources.backend, (into, staged))
         return named(restore(self._resources, caller, staged, into), "AsyncStager.restore")
 
@@ -158,19 +158,20 @@ class AsyncStager(CheckpointStager):
 
         May be cancelled; nothing is then left behind.
         """
-        self._resources.check_open()
+        self._resources.closing.check()
         arenas = self._resources.pool.leased()
         return await self._resources.workers.run(partial(share, staged, arenas))
 
     def statistics(self) -> StagerStatistics:
         """Return what the stager has done and what it holds now."""
-        counts, pool = self._resources.counts, self._resources.pool.statistics()
+        resources = self._resources
+        counts, plans, pool = resources.counts, resources.plans, resources.pool.statistics()
         return StagerStatistics(
             stagings=counts.stagings,
             leaves=counts.leaves,
             nbytes=counts.nbytes,
-            plans_compiled=counts.plans_compiled,
-            plans_replayed=counts.plans_replayed,
+            plans_compiled=plans.compiled,
+            plans_replayed=plans.replayed,
             copies=counts.copies,
             launches=counts.launches,
             arenas=pool.arenas,

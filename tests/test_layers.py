@@ -11,7 +11,7 @@ import aiostage
 from tests.parsing import parse
 
 ROWS = [
-    {"_extras", "errors", "_extents", "_finalizer", "_warnings"},
+    {"_extras", "errors", "_warnings"},
     {"_arguments"},
     {"_private"},
     {"_platform"},

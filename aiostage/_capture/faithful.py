@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from aiostage import _private
 from aiostage._capture.strides import stride_of_values
-from aiostage._extents import extent_of
 from aiostage._warnings import without_warnings
 from aiostage.errors import UnsupportedLeafError
 from aiostage.format.composites import inner_tensors, quantized_over
+from aiostage.format.parts import extent_of
 from aiostage.leaf import Path, format_path
 
 __all__ = [

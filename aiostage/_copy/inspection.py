@@ -1,9 +1,15 @@
-"""What a state dict consists of, found out in steps, what of it has changed since, and the memory that copies read."""
+"""What a state dict consists of, found out in steps, what of it has changed since, and the memory that copies read.
+
+Every phase of a staging notes its time here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,12 +19,72 @@ from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Inspection, Leaves, changed
 from aiostage._capture.plan import Batch, MixedCast, Plan
 from aiostage._capture.walk import Walk
-from aiostage._copy.resources import Phase, Resources, Timings
+from aiostage._copy.resources import Resources
 from aiostage._device.streams import CallerStreams
 from aiostage.errors import UnsupportedLeafError, shown
 from aiostage.leaf import Path, format_path
+from aiostage.observe import OpenSpan
 
-__all__ = ["SourceInspection", "Sources", "detached_alias", "leaves_within"]
+__all__ = ["Phase", "SourceInspection", "Sources", "Timings", "detached_alias", "leaves_within"]
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Where the time of one staging went, in seconds. Phases that overlap count for themselves.
+
+    Attributes:
+        walk: Copying containers and finding the leaves.
+        inspect: Looking at the leaves.
+        plan: Laying out the arena, or recognizing the layout.
+        memory: Waiting for an arena.
+        build: Making the staged leaves, while the copies already run.
+        launch: Telling devices what to copy.
+        copy: Waiting for the copies after everything was built.
+        check: Looking for changes of the source.
+        rebuild: Making the staged tree.
+        yields: How often the event loop got its turn.
+    """
+
+    walk: float = 0.0
+    inspect: float = 0.0
+    plan: float = 0.0
+    memory: float = 0.0
+    build: float = 0.0
+    launch: float = 0.0
+    copy: float = 0.0
+    check: float = 0.0
+    rebuild: float = 0.0
+    yields: int = 0
+
+    def __post_init__(self) -> None:
+        """Start without a span; the caller sets one. It is not a field, because it is not a figure."""
+        self.span: OpenSpan | None = None
+
+
+class Phase:
+    """Adds the time that a section takes to a field of the timings, and tells observers of it.
+
+    A section may be cut into slices and go on in another task, so its span is not the current one of any context.
+    """
+
+    __slots__ = ("_name", "_span", "_start", "_timings")
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings = timings
+        self._name = name
+
+    def __enter__(self) -> None:
+        within = self._timings.span
+        self._span = within.child(self._name) if within is not None else None
+        self._start = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        spent = getattr(self._timings, self._name) + perf_counter() - self._start
+        setattr(self._timings, self._name, spent)
+        if self._span is not None:
+            self._span.end(error)
 
 
 class Changes:
@@ -138,7 +204,7 @@ class SourceInspection:
         """
         with Phase(self._timings, "plan"):
             try:
-                return (yield from self._resources.plan(self.specs, self.leaves.addresses))
+                return (yield from self._resources.plans.plan(self.specs, self.leaves.addresses))
             except MixedCast as mixed:
                 raise UnsupportedLeafError(
                     "it is to be cast, but shares memory with a leaf of another dtype.",

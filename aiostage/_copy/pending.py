@@ -15,8 +15,7 @@ import torch
 
 from aiostage._copy.device import DeviceCopy
 from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import Closing, finish
+from aiostage._loop.coroutines import Closing, Finalizer, finish
 from aiostage._loop.polling import wait_until_done
 from aiostage._loop.workers import Job, Workers
 from aiostage.abc import Backend, SupportsQuery

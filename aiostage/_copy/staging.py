@@ -15,9 +15,9 @@ from aiostage._capture.build import build_empty, finish_leaves, keep_freed_memor
 from aiostage._capture.plan import Batch, Plan
 from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
-from aiostage._copy.inspection import SourceInspection, leaves_within
+from aiostage._copy.inspection import Phase, SourceInspection, Timings, leaves_within
 from aiostage._copy.pending import StagingCopies
-from aiostage._copy.resources import Phase, Resources, Timings
+from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.coroutines import Slices, exhausted, finish, without_locals
@@ -200,7 +200,7 @@ class Staging:
 
         May be cancelled; whatever was begun is then dropped, and the copies that run have ended.
         """
-        self._resources.check_open()
+        self._resources.closing.check()
         self.move(State.NOTING)
         try:
             from_devices = await self._start_copies()
@@ -354,7 +354,7 @@ class Staging:
             with Phase(self.timings, "memory"):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, device=device)
                 copies.arena = self._lease.arena
-        self._resources.check_open()
+        self._resources.closing.check()
         with Phase(self.timings, "build"):
             from_devices = await self._slices.run(self._make(plan, copies.build), self.job)
         self.job.close()
@@ -423,7 +423,7 @@ class Staging:
         """Get memory for a chunk and start the copies into it. Here alone memory is in locals, which end with it."""
         with Phase(self.timings, "memory"):
             memory = await window.lease(chunk, self._resources.pool)
-        self._resources.check_open()
+        self._resources.closing.check()
         from_devices = await self._slices.run(copies.fill(chunk, memory))
         await self._launch(from_devices)
         window.filled(chunk, memory)
@@ -447,7 +447,7 @@ class Staging:
             for number, batch in enumerate(self._batches):
                 if batch.device is not None:
                     await self.progress.batch(number)
-            self._resources.check_open()
+            self._resources.closing.check()
         if self.state is not State.COPYING:
             return
         if self._finishing is None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from aiostage._device.bits import without_bits
-from aiostage._extents import extent_of, overlapping
 from aiostage._private import storage_identity
+from aiostage.format.parts import extent_of, overlapping
 
 __all__ = [
     "Pair",

@@ -1,7 +1,8 @@
 """What coroutines need besides anyio, on asyncio and on trio.
 
-Names, running concurrently, orderly ends, errors that keep no memory, waking (from any thread, and when what they wait
-for is closed), and turns for the event loop while they have much to do.
+Names, running concurrently, orderly ends, errors that keep no memory, functions that are called when objects die,
+waking (from any thread, and when what they wait for is closed), and turns for the event loop while they have much
+to do.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, iscoroutine
 from time import perf_counter, thread_time
 from traceback import clear_frames
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
+from weakref import ref
 
 import anyio
 from anyio.lowlevel import checkpoint, current_token
 
-from aiostage._finalizer import Finalizer
 from aiostage._platform import let_threads_run
 from aiostage.errors import StagerClosedError
 
 __all__ = [
     "Closing",
+    "Finalizer",
     "RarerCollections",
     "Slices",
     "ThreadsafeEvent",
@@ -162,6 +164,43 @@ def without_locals(error: E) -> E:
         clear_frames(cause.__traceback__)
         cause = cause.__cause__
     return error.with_traceback(traceback.tb_next if traceback is not None else None)
+
+
+# Not weakref.finalize: at the end of the interpreter it goes through a dict of all that wait, in Python. If an object
+# dies in another thread meanwhile, that ends in "dictionary changed size during iteration", and no finalizer is called
+# any more, of other packages neither. Much of aiostage dies in daemon threads, which run until then.
+class Finalizer:
+    """Calls a function once: when an object dies, in whichever thread, or before that when it is called. Not at exit.
+
+    Args:
+        owner: The object, which is not kept alive.
+        function: What is called. It must not lead to the owner.
+        arguments: Its arguments; nor must these.
+    """
+
+    __slots__ = ()
+
+    # Changed by single operations of a dict, and gone through by nothing.
+    _waiting: ClassVar[dict[Finalizer, tuple[ref[Any], Callable[..., object], tuple[object, ...]]]] = {}
+
+    def __init__(self, owner: object, function: Callable[..., object], *arguments: object) -> None:
+        self._waiting[self] = ref(owner, self), function, arguments
+
+    def __call__(self, _reference: object = None) -> None:
+        """Call the function, unless it has been called or the owner was detached."""
+        waiting = self._waiting.pop(self, None)
+        if waiting is not None:
+            _, function, arguments = waiting
+            function(*arguments)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the function is still to be called."""
+        return self in self._waiting
+
+    def detach(self) -> bool:
+        """Let the function not be called, and return whether it was still to be."""
+        return self._waiting.pop(self, None) is not None
 
 
 class ThreadsafeEvent:

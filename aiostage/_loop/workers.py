@@ -15,8 +15,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, TypeVar
 
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import ThreadsafeEvent, finish, without_locals
+from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent, finish, without_locals
 from aiostage._platform import let_threads_run, register_after_fork
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy
 import numpy.typing
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
 from aiostage._platform import (

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from aiostage._memory.arena import Arena
 from aiostage._platform import locked_memory_limit, register_after_fork
 from aiostage.abc import Backend

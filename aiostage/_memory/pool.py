@@ -13,8 +13,7 @@ from queue import Empty, SimpleQueue
 import anyio
 import torch
 
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import ThreadsafeEvent, finish
+from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent, finish
 from aiostage._loop.workers import Job, Workers
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from aiostage._platform import (
     PAGE_BYTES,
     lock,

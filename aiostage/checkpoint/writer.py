@@ -13,7 +13,6 @@ import torch
 from aiostage._arguments import check_flags, require_int
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._extents import overlapping
 from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
@@ -34,6 +33,7 @@ from aiostage.format.parts import (
     digest_of_parts,
     gather,
     memory_range,
+    overlapping,
     single_piece,
 )
 from aiostage.observe import span

@@ -24,8 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage._device import CallerStreams, default_backend
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import finish
+from aiostage._loop.coroutines import Finalizer, finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.barrier import RankBarrier, StoreLostError
 from aiostage.dcp.errors import RanksFailedError

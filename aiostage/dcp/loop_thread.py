@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from aiostage.errors import StagingError
 
 __all__ = ["LoopThread"]

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage import _private
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import named
+from aiostage._loop.coroutines import Finalizer, named
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.storage import StorageWriter

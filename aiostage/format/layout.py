@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from aiostage._extents import extent_of
 from aiostage._loop.workers import releasing_gil
 from aiostage.errors import HostMemoryError, UnsupportedLeafError, shown
 from aiostage.format.encode import TreeNode, path_of
-from aiostage.format.parts import Content, memory_of
+from aiostage.format.parts import Content, extent_of, memory_of
 from aiostage.format.safetensors import (
     CARRIERS,
     DTYPE_NAMES,

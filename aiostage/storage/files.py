@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from aiostage._loop.workers import releasing_gil
 from aiostage._platform import (
     NOT_SUPPORTED,

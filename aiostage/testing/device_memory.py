@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.multiprocessing import reductions
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 
 __all__ = ["Block", "DeviceMemory", "TensorReference"]
 

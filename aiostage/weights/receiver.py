@@ -11,8 +11,7 @@ from typing import Any
 
 import anyio
 
-from aiostage._finalizer import Finalizer
-from aiostage._loop.coroutines import post, run_concurrently, without_locals
+from aiostage._loop.coroutines import Finalizer, post, run_concurrently, without_locals
 from aiostage._loop.workers import Workers
 from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aiostage._finalizer import Finalizer
+from aiostage._loop.coroutines import Finalizer
 from tests.patience import seconds
 from tests.warm import PYTHON
 
@@ -108,7 +108,7 @@ weakref.finalize(main, print, "called")
 def test_what_dies_in_a_thread_at_exit_stops_no_other_finalizer() -> None:
     done = subprocess.run(
         [*PYTHON, "-c", AT_EXIT],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=seconds(30),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiostage._extents import extent_of, overlapping
+from aiostage.format.parts import extent_of, overlapping
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=20))
