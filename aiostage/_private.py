@@ -205,13 +205,29 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _tell_attributes() -> frozenset[type]:
+    """Return of which classes the objects are that a tensor refers to, if attributes are always in a dictionary."""
+    probe = torch.empty(0, device="cpu")
+    probe.attribute = {}  # type: ignore[attr-defined]
+    told = len(list(filter(None, gc.get_referents(probe)))) > 1
+    return frozenset((type(torch.Tensor), type(torch.nn.Parameter), dict)) if told else frozenset()
+
+
+_REFERENTS = _tell_attributes()
+
+
 def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether some tensor has attributes of its own."""
     # An ordinary tensor refers to its class alone, one with attributes also to their dictionary, or from Python 3.14 on
     # to them. vars() would answer too, but gives every tensor that has none a dictionary to keep.
-    if len(gc.get_referents(*tensors)) == len(tensors):
+    referents = gc.get_referents(*tensors)
+    if len(referents) == len(tensors):
         return False
-    # Without a step of Python for each: a tensor that copy.deepcopy has copied once has an empty dictionary.
+    # A tensor that copy.deepcopy has copied once has an empty dictionary: asked of all at once, and of no other
+    # objects, whose code that would call.
+    if set(map(type, referents)) <= _REFERENTS and len(list(filter(None, referents))) == len(tensors):
+        return False
+    # Without a step of Python for each.
     have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
     return any(map(vars, compress(tensors, have_more)))
 

@@ -8,6 +8,10 @@ version and form before and after it, as aiostage did before it held storages. "
 and compares address, storage and size. "First" is that for tensors of which nothing is known, into new memory: it finds
 what each is, and makes the guards that recognize them. CPU time of the process, medians of rounds in which the ways
 take turns; aiostage does the same beside it, by the same clock, with a stager that knows them and with a new one.
+
+A second table says what each question costs: "storages" with all questions, less the same without that one. "At once"
+is a way that aiostage does not go: it copies each few tensors in the step in which it meets them, and holds no
+storages. That would be no faster.
 """
 
 from __future__ import annotations
@@ -44,6 +48,9 @@ REQUIRES_GRAD, IS_CPU = attrgetter("requires_grad"), attrgetter("is_cpu")
 
 Noted = list[tuple[list[Any], ...]]
 
+QUESTIONS = ("attributes", "nested", "form", "gradient", "version", "storage again", "storage before the copy")
+"""What is asked of each tensor. The first five are asked twice: when it is met and at capture."""
+
 
 class Floor:
     """One source and one arena.
@@ -59,13 +66,20 @@ class Floor:
         self.nbytes = tensors[0].nbytes
         self.memory = np.zeros(len(tensors) * self.nbytes, dtype=np.uint8)
         self.guards = list(map(guard, chunks(tensors)))
+        self.unasked = ""
+        """The question that is left out, to see what it costs."""
 
     def form(self, number: int, chunk: Sequence[torch.Tensor]) -> None:
         """Find that tensors have the class, dtype, shape and strides that they had, no attributes and no gradient."""
-        assert len(gc.get_referents(*chunk)) == len(chunk)
-        assert not any(map(NESTED, chunk))
-        assert self.guards[number].check(*chunk)
-        assert not any(map(is_not, map(GRAD, chunk), repeat(None)))
+        unasked = self.unasked
+        assert unasked == "attributes" or len(gc.get_referents(*chunk)) == len(chunk)
+        assert unasked == "nested" or not any(map(NESTED, chunk))
+        assert unasked == "form" or self.guards[number].check(*chunk)
+        assert unasked == "gradient" or not any(map(is_not, map(GRAD, chunk), repeat(None)))
+
+    def versions(self, chunk: Sequence[torch.Tensor]) -> list[int]:
+        """Return the versions of tensors."""
+        return [] if self.unasked == "version" else list(map(VERSION, chunk))
 
     def copy(self, addresses: list[int], memory: Any = None) -> dict[str, torch.Tensor]:
         """Make the staged tensors, and copy."""
@@ -88,17 +102,51 @@ class Floor:
         parts = chunks(list(self.tree.values()))
         for number, chunk in enumerate(parts):
             addresses += map(ADDRESS, chunk)
-            noted.append((list(map(VERSION, chunk)),))
+            noted.append((self.versions(chunk),))
             self.form(number, chunk)
         copied = self.copy(addresses)
         for number, chunk in enumerate(parts):
-            assert list(map(VERSION, chunk)) == noted[number][0]
+            assert self.versions(chunk) == noted[number][0]
             self.form(number, chunk)
         return copied
 
     def with_storages(self) -> dict[str, torch.Tensor]:
         """Copy while the storages are held, and compare versions, forms, addresses, storages and sizes."""
         return self._with_storages(self.form, self.memory)
+
+    def at_once(self) -> dict[str, torch.Tensor]:
+        """Copy each few tensors when they are met, hold no storages, and compare versions, forms and addresses."""
+        noted: Noted = []
+        copied: list[torch.Tensor] = []
+        parts = chunks(list(self.tree.values()))
+        rows = self.memory.view(self.dtype).reshape(len(self.tree), *self.shape)
+        with one_thread():
+            for number, chunk in enumerate(parts):
+                begins = list(map(ADDRESS, chunk))
+                noted.append((begins, self.versions(chunk)))
+                self.form(number, chunk)
+                first, last = len(copied), len(copied) + len(chunk)
+                gather = Gather.over(begins, self.nbytes, self.memory[first * self.nbytes : last * self.nbytes])
+                assert gather is not None
+                gather.run(0, len(gather))
+                copied += map(torch.from_numpy, rows[first:last])
+        for number, (chunk, (begins, versions)) in enumerate(zip(parts, noted, strict=True)):
+            assert list(map(ADDRESS, chunk)) == begins
+            assert self.versions(chunk) == versions
+            self.form(number, chunk)
+        return dict(zip(self.tree, copied, strict=True))
+
+    def without(self, question: str) -> Callable[[], dict[str, torch.Tensor]]:
+        """Return the way with storages without a question."""
+
+        def work() -> dict[str, torch.Tensor]:
+            self.unasked = question
+            try:
+                return self.with_storages()
+            finally:
+                self.unasked = ""
+
+        return work
 
     def first(self) -> dict[str, torch.Tensor]:
         """Do the same for tensors of which nothing is known, into new memory."""
@@ -127,20 +175,20 @@ class Floor:
         parts = chunks(list(self.tree.values()))
         for number, chunk in enumerate(parts):
             begins, storages = list(map(ADDRESS, chunk)), list(map(STORAGE, chunk))
-            noted.append((begins, storages, list(map(NBYTES, storages)), list(map(VERSION, chunk))))
+            noted.append((begins, storages, list(map(NBYTES, storages)), self.versions(chunk)))
             addresses += begins
             look(number, chunk)
-        for begins, storages, sizes, _ in noted:
+        for begins, storages, sizes, _ in noted if self.unasked != "storage before the copy" else ():
             # Before it is read, in the threads that copy.
             assert list(map(MEMORY, storages)) == begins
             assert list(map(NBYTES, storages)) == sizes
         copied = self.copy(addresses, memory)
         for number, (chunk, (begins, held, sizes, versions)) in enumerate(zip(parts, noted, strict=True)):
             assert list(map(ADDRESS, chunk)) == begins
-            storages = list(map(STORAGE, chunk))
+            storages = held if self.unasked == "storage again" else list(map(STORAGE, chunk))
             assert all(map(is_, storages, held))
             assert list(map(NBYTES, storages)) == sizes
-            assert list(map(VERSION, chunk)) == versions
+            assert self.versions(chunk) == versions
             self.form(number, chunk)
         return copied
 
@@ -192,9 +240,12 @@ async def main() -> None:
         "copy": floor.only_copy,
         "copy, versions": floor.with_versions,
         "copy, versions, storages": floor.with_storages,
+        "at once: copy, versions": floor.at_once,
         "first: copy, versions, storages": floor.first,
     }
+    unasked = {question: floor.without(question) for question in QUESTIONS}
     spent: dict[str, list[float]] = {name: [] for name in (*ways, "aiostage", "aiostage, first")}
+    saved: dict[str, list[float]] = {question: [] for question in QUESTIONS}
     async with AsyncStager() as stager:
         for _ in range(3):
             await stager.stage(tree)
@@ -207,9 +258,14 @@ async def main() -> None:
             spent["aiostage"].append(await staged_in(stager, tree))
             async with AsyncStager() as new:
                 spent["aiostage, first"].append(await staged_in(new, tree))
+            for question, work in unasked.items():
+                saved[question].append(timed(floor.with_storages, tree) - timed(work, tree))
     print(f"{machine()}\n\n| way | CPU, ms (least-most) |\n| --- | ---: |")
     for name, figures in spent.items():
         print(f"| {name} | {statistics.median(figures):.0f} ({min(figures):.0f}-{max(figures):.0f}) |")
+    print("\n| question | CPU, ms |\n| --- | ---: |")
+    for question, differences in saved.items():
+        print(f"| {question} | {statistics.median(differences):.0f} |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import inspect
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -182,3 +185,54 @@ def test_no_other_module_uses_private_names() -> None:
         if pattern.search(line.split("#")[0]) and "``" not in line and "full_name(" not in line
     ]
     assert found == []
+
+
+def deepcopied(count: int) -> list[torch.Tensor]:
+    tensors = [torch.zeros(1) for _ in range(count)]
+    # It leaves an empty dictionary of attributes on each tensor that it copies.
+    copy.deepcopy(tensors)
+    return tensors
+
+
+def test_attributes_are_looked_for_in_many_tensors_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    find = gc.get_referents
+
+    def counting(*tensors: object) -> list[Any]:
+        asked.append(len(tensors))
+        return find(*tensors)
+
+    tensors = deepcopied(256)
+    tensors[5] = torch.nn.Parameter(tensors[5])
+    monkeypatch.setattr(gc, "get_referents", counting)
+    assert not _private.have_attributes(tensors)
+    assert asked == [256] or sys.version_info >= (3, 14)
+
+
+@pytest.mark.parametrize("value", [None, 0, "", {}, [], ()])
+def test_an_attribute_of_any_value_is_found(value: object) -> None:
+    tensors = deepcopied(3)
+    tensors[1].attribute = value  # type: ignore[attr-defined]
+    assert _private.have_attributes(tensors)
+    fresh = torch.zeros(1)
+    fresh.attribute = value  # type: ignore[attr-defined]
+    assert _private.have_attributes((fresh,))
+
+
+def test_what_else_a_tensor_refers_to_is_no_attribute() -> None:
+    tensors = deepcopied(3)
+    tensors[1].requires_grad_().register_hook(lambda gradient: None)
+    assert not _private.have_attributes(tensors)
+
+
+def test_no_code_of_objects_in_slots_is_called() -> None:
+    class Unasked:
+        def __bool__(self) -> bool:
+            raise AssertionError("asked whether it is true")
+
+    class WithSlot(torch.Tensor):
+        __slots__ = ("kept",)
+
+    tensor = torch.zeros(1).as_subclass(WithSlot)
+    tensor.kept = Unasked()
+    assert not _private.have_attributes((*deepcopied(3), tensor))
