@@ -277,7 +277,9 @@ class Job:
         When cancelled, drops the steps not yet begun, waits for those that run, and only then is cancelled.
         """
         try:
-            await self.settled()
+            # As in settled(). It is not called, because nearly all that waits in a thread stands on this frame.
+            while not self.finished():
+                await self.progressed(self._done)
         except BaseException as error:
             await self._give_up(error)
             raise

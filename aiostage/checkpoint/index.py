@@ -8,8 +8,7 @@ from aiostage.abc import Storage
 from aiostage.checkpoint.save import write_checkpoint
 from aiostage.errors import CheckpointCorruptError, CheckpointExistsError, CheckpointNotFoundError
 from aiostage.format.placement import Placement
-from aiostage.incremental.reading import placement_of
-from aiostage.incremental.references import References
+from aiostage.incremental.references import References, placement_of
 from aiostage.storage.locate import exists, name_of, present, removed_by_tombstone, step_of, tombstone_of
 
 __all__ = ["CheckpointIndex"]

@@ -24,7 +24,8 @@ from aiostage.format.parts import Content, Gap, Part, cut
 from aiostage.format.placement import Placement
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, TensorRecord, read_header
 from aiostage.format.standard_kinds import read_zones
-from aiostage.incremental.reading import ReferencedFiles, is_removed, placement_in
+from aiostage.incremental.reading import ReferencedFiles, is_removed
+from aiostage.incremental.references import placement_in
 from aiostage.observe import span
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader

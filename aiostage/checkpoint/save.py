@@ -22,7 +22,7 @@ from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
 from aiostage.storage.locate import Target, locate
 
-__all__ = ["convert", "save", "source_of", "write_checkpoint", "write_planned"]
+__all__ = ["convert", "pending_checkpoint", "save", "source_of", "write_checkpoint"]
 
 _logger = logging.getLogger("aiostage")
 
@@ -238,52 +238,35 @@ async def _writing(
     check_flags(overwrite=overwrite)
     writer = CheckpointWriter(name, file_options(max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied))
     try:
-        with reporting(progress, f"saving {name}") if progress else nullcontext() as report:
-            async with _pending(partial(storage.open, name, overwrite=overwrite)) as pending:
-                yield writer, partial(writer.write, pending, report)
+        opening = partial(storage.open, name, overwrite=overwrite)
+        async with pending_checkpoint(name, opening, progress) as (pending, report):
+            yield writer, partial(writer.write, pending, report)
         await writer.aclose()
     finally:
         writer.close()
 
 
-async def write_planned(
-    writer: CheckpointWriter,
-    name: str,
-    opening: Callable[[], Awaitable[PendingCheckpoint]],
-    progress: ProgressOption[SaveProgress] = None,
-) -> CheckpointInfo:
-    """Write what a writer has planned.
+@asynccontextmanager
+async def pending_checkpoint(
+    name: str, opening: Callable[[], Awaitable[PendingCheckpoint]], progress: ProgressOption[SaveProgress] = None
+) -> AsyncGenerator[tuple[PendingCheckpoint, Callable[[SaveProgress], object] | None], None]:
+    """Open a pending checkpoint, which is aborted if the block raises, and what its progress is reported to.
 
     Args:
-        writer: Has planned it.
-        name: What the checkpoint is called, for spans and progress.
-        opening: Opens the pending checkpoint.
+        name: What the checkpoint is called, for reports of the progress.
+        opening: Opens it.
         progress: As for :func:`save`.
 
-    Returns:
-        What was saved, without times.
-
     Raises:
-        TornSnapshotError: If the source changed before it was captured.
         Exception: What ``opening`` raises.
-        OSError: If the storage refuses.
-
-    May be cancelled as :func:`save` may.
     """
-    with span("save", target=name), reporting(progress, f"saving {name}") if progress else nullcontext() as report:
-        async with _pending(opening) as pending:
-            return await writer.write(pending, report)
-
-
-@asynccontextmanager
-async def _pending(opening: Callable[[], Awaitable[PendingCheckpoint]]) -> AsyncGenerator[PendingCheckpoint, None]:
-    """Open a pending checkpoint, and abort it after an error."""
-    pending = await opening()
-    try:
-        yield pending
-    except BaseException as error:
-        await give_up(pending.abort(), error)
-        raise
+    with reporting(progress, f"saving {name}") if progress else nullcontext() as report:
+        pending = await opening()
+        try:
+            yield pending, report
+        except BaseException as error:
+            await give_up(pending.abort(), error)
+            raise
 
 
 def _timed(info: CheckpointInfo, captured: float, committed: float) -> CheckpointInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -14,10 +15,11 @@ from aiostage._loop.coroutines import run_concurrently, without_locals
 from aiostage.abc import CheckpointStager, Storage
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress
-from aiostage.checkpoint.save import source_of, write_planned
+from aiostage.checkpoint.save import pending_checkpoint, source_of
 from aiostage.checkpoint.writer import CheckpointInfo, CheckpointWriter, FileOptions
 from aiostage.errors import CheckpointError, CheckpointExistsError
 from aiostage.incremental.writing import IncrementalSaver
+from aiostage.observe import span
 from aiostage.snapshot import Snapshot
 from aiostage.storage.locate import name_of
 
@@ -239,8 +241,17 @@ class SaveTask:
     async def _write(self) -> CheckpointInfo:
         writer = self._writer = CheckpointWriter(self._target[1], self._files)
         if isinstance(self.source, Snapshot):
+            written: list[CheckpointInfo] = []
+
+            async def write(snapshot: Snapshot[Any]) -> None:
+                await writer.plan(await snapshot.outline(), snapshot)
+                self._set_planned()
+                written.append(await self._send(writer))
+
+            # Leaves are written as they are copied, while the other coroutine waits for the last of them.
             async with self.source as snapshot:
-                info = await self._write_snapshot(writer, snapshot)
+                await run_concurrently(partial(self._notice_capture, snapshot), partial(write, snapshot))
+            info = written[0]
         else:
             staged = await self.source
             self._set_captured()
@@ -252,35 +263,27 @@ class SaveTask:
             info, captured=committed if self._captured_after is None else self._captured_after, committed=committed
         )
 
-    async def _write_snapshot(self, writer: CheckpointWriter, snapshot: Snapshot[Any]) -> CheckpointInfo:
-        """Write leaves as they are copied, and record when the last one is."""
-        written: list[CheckpointInfo] = []
-
-        async def write() -> None:
-            await writer.plan(await snapshot.outline(), snapshot)
-            self._set_planned()
-            written.append(await self._send(writer))
-
-        async def notice() -> None:
-            try:
-                await snapshot.fill()
-                await snapshot.captured()
-            except Exception:
-                # The writer waits for the same capture, and tells of it, or of what has brought it about.
-                return
-            self._set_captured()
-
-        await run_concurrently(notice, write)
-        return written[0]
+    async def _notice_capture(self, snapshot: Snapshot[Any]) -> None:
+        try:
+            await snapshot.fill()
+            await snapshot.captured()
+        except Exception:
+            # The writer waits for the same capture, and tells of it, or of what has brought it about.
+            return
+        self._set_captured()
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
         storage, name = self._target
-        if self._incremental is None or self.replaces:
-            opening = partial(storage.open, name, overwrite=self.replaces)
-            info, placement = await write_planned(writer, name, opening, self._progress), None
-        else:
-            async with self._incremental.compared() as changes:
-                info = await write_planned(writer, name, partial(changes.open, name), self._progress)
+        opening, placement = partial(storage.open, name, overwrite=self.replaces), None
+        # What replaces a checkpoint is written whole: other processes may remember that nothing refers to it.
+        incremental = None if self.replaces else self._incremental
+        async with nullcontext() if incremental is None else incremental.compared() as changes:
+            if changes is not None:
+                opening = partial(changes.open, name)
+            with span("save", target=name):
+                async with pending_checkpoint(name, opening, self._progress) as (pending, report):
+                    info = await writer.write(pending, report)
+        if changes is not None:
             written = changes.written
             assert written is not None  # noqa: S101 - it was committed
             info, placement = replace(info, written_bytes=written.nbytes), written.placement

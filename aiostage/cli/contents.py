@@ -28,7 +28,7 @@ from aiostage.format.nodes import reading, view_of
 from aiostage.format.parts import DIGEST_NAME, digest_of_parts
 from aiostage.format.placement import Placement
 from aiostage.format.safetensors import DTYPES, HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, read_header
-from aiostage.incremental.reading import placement_of
+from aiostage.incremental.references import placement_of
 
 __all__ = ["Contents", "describing", "open_contents"]
 

@@ -1,6 +1,6 @@
 """Checkpoints that refer to one another: each new one writes what has changed, and names where the rest lies.
 
-A save or load that does not use it imports nothing from here. Its words:
+A save or load that does not use it calls nothing of this. Its words:
 
 - A *reference* names bytes of a file of another checkpoint of the same run: always where they really lie.
 - The *base* is the checkpoint that a new one is compared with, block by block.

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import anyio
 
 from aiostage._loop.coroutines import finish
-from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
-from aiostage.format.manifest import read_placement
 from aiostage.format.placement import Extent, PlacedFile, Placement
-from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import exists, removed_by_tombstone, step_of, tombstone_of
 
-__all__ = ["ReferencedFiles", "is_removed", "placement_in", "placement_of"]
+__all__ = ["ReferencedFiles", "is_removed"]
 
 _OPEN_OTHERS = 8
 """Checkpoints that one refers to and that stay open while it is read; a run may have thousands."""
@@ -111,31 +107,6 @@ class ReferencedFiles:
             if idle is None:
                 break
             await finish(self._others.pop(idle).aclose)
-
-
-async def placement_of(storage: Storage, name: str) -> Placement | None:
-    """Return where the files of a checkpoint lie; None if each lies as a whole in the checkpoint.
-
-    Raises:
-        CheckpointNotFoundError: If there is no checkpoint.
-        CheckpointCorruptError: If its manifest is damaged.
-        OSError: If the storage refuses.
-    """
-    reader = await storage.read(name)
-    try:
-        return await placement_in(reader)
-    finally:
-        await reader.aclose()
-
-
-async def placement_in(reader: Reader) -> Placement | None:
-    """Return where the files lie that a manifest names, as :func:`placement_of` does."""
-    text = await reader.manifest()
-    workers = Workers(1, "aiostage-load")
-    try:
-        return await workers.run(partial(read_placement, text, path=f"{reader.location}/{MANIFEST_NAME}"))
-    finally:
-        workers.stop()
 
 
 async def is_removed(storage: Storage, name: str) -> bool:

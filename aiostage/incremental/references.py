@@ -22,15 +22,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 from aiostage._loop.coroutines import give_up
-from aiostage.abc import Buffer, Storage
+from aiostage._loop.workers import Workers
+from aiostage.abc import Buffer, Reader, Storage
 from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.format.manifest import read_placement
 from aiostage.format.placement import Placement
-from aiostage.incremental.reading import placement_of
+from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.locate import lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
 
-__all__ = ["References", "locked"]
+__all__ = ["References", "locked", "placement_in", "placement_of"]
 
 _LOCK_FILE = "pin"
 _LOCK_CONTENT = memoryview(b"A checkpoint that refers to this one is being written.\n")
@@ -183,3 +186,31 @@ class References:
         if name not in self._needs:
             self.add(name, await placement_of(self._storage, name))
         return self._needs[name]
+
+
+async def placement_of(storage: Storage, name: str) -> Placement | None:
+    """Return where the files of a checkpoint lie; None if each lies as a whole in the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointCorruptError: If its manifest is damaged.
+        OSError: If the storage refuses.
+    """
+    reader = await storage.read(name)
+    try:
+        return await _placement(reader.location, await reader.manifest())
+    finally:
+        await reader.aclose()
+
+
+async def placement_in(reader: Reader) -> Placement | None:
+    """Return where the files of an open checkpoint lie, as :func:`placement_of` does."""
+    return await _placement(reader.location, await reader.manifest())
+
+
+async def _placement(location: str, manifest: Buffer) -> Placement | None:
+    workers = Workers(1, "aiostage-load")
+    try:
+        return await workers.run(partial(read_placement, manifest, path=f"{location}/{MANIFEST_NAME}"))
+    finally:
+        workers.stop()

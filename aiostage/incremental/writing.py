@@ -28,8 +28,7 @@ from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, Placement, SourceFile, append, block_digests
-from aiostage.incremental.reading import placement_of
-from aiostage.incremental.references import locked
+from aiostage.incremental.references import locked, placement_of
 from aiostage.storage.files import PartBuffers
 from aiostage.storage.locate import exists, name_of, present, step_of, tombstone_of
 
@@ -125,11 +124,19 @@ class IncrementalSaver:
             if base is None:
                 break
             async with locked(self._storage, base):
+                # Not before it is locked: it may just be going, or be another of the same name. One that was removed
+                # may still have its manifest, beside its tombstone.
+                if await exists(self._storage, tombstone_of(base)):
+                    continue
                 try:
-                    # Not before it is locked: it may just be going, or be another of the same name.
-                    write = IncrementalWrite(self._storage, await self._open_base(base))
+                    placement = await placement_of(self._storage, base)
                 except CheckpointNotFoundError:
                     continue
+                except CheckpointCorruptError as error:
+                    _log.warning("nothing can be compared with the checkpoint %s: %s", base, error)
+                    placement = None
+                # None too if it was not saved incrementally: its blocks have no digests, and others may replace it.
+                write = IncrementalWrite(self._storage, Base(base, placement) if placement is not None else None)
                 yield write
             self._committed(write)
             return
@@ -148,22 +155,6 @@ class IncrementalSaver:
             return self._last
         latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
         return name_of(latest) if latest is not None else None
-
-    async def _open_base(self, name: str) -> Base | None:
-        """Return a checkpoint to compare a new one with; None if it was not saved incrementally, or is damaged.
-
-        Raises:
-            CheckpointNotFoundError: If it is not there, or no longer.
-            OSError: If the storage refuses.
-        """
-        if await exists(self._storage, tombstone_of(name)):
-            raise CheckpointNotFoundError("it was removed.", path=f"{self._storage.location}/{name}")
-        try:
-            placement = await placement_of(self._storage, name)
-        except CheckpointCorruptError as error:
-            _log.warning("nothing can be compared with the checkpoint %s: %s", name, error)
-            return None
-        return Base(name, placement) if placement is not None else None
 
 
 class IncrementalWrite:
@@ -223,10 +214,11 @@ class _IncrementalCheckpoint(PendingCheckpoint):
             blocks: list[str] = []
             async with aclosing(self._digested(parts, blocks)) as digested:
                 await self._pending.write(name, nbytes, digested)
-            self._files[name] = PlacedFile.of(blocks, [Extent(None, name, 0, nbytes)])
+            pieces = [Extent(None, name, 0, nbytes)]
             self._own[None, name] = nbytes
         else:
-            self._files[name] = await self._write_changed(name, old, parts)
+            blocks, pieces = await self._write_changed(name, old, parts)
+        self._files[name] = await self._workers.run(partial(PlacedFile.of, blocks, pieces))
 
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
@@ -253,8 +245,10 @@ class _IncrementalCheckpoint(PendingCheckpoint):
             # It has to go when it has been written.
             del part
 
-    async def _write_changed(self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]) -> PlacedFile:
-        """Write the blocks of a file that have changed."""
+    async def _write_changed(
+        self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]
+    ) -> tuple[list[str], list[Extent]]:
+        """Write the blocks of a file that have changed, and return the digests of all, and where they lie."""
         filled, full = anyio.create_memory_object_stream[_Group](0)
         changes = _Changes(name, self._workers, self._buffers, may_keep=getattr(parts, "may_be_kept", False))
         blocks: list[str] = []
@@ -284,7 +278,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
 
         # Each writer has an end of the stream of its own, which it closes: the stream is broken once both are closed.
         await run_concurrently(fill, partial(write, full.clone()), partial(write, full))
-        return await self._workers.run(partial(PlacedFile.of, blocks, changes.pieces))
+        return blocks, changes.pieces
 
     def _runs(
         self, old: PlacedFile, before: Sequence[str], digests: Sequence[str], nbytes: int

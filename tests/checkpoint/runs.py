@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aiostage.abc import Storage
-from aiostage.incremental.reading import placement_of
+from aiostage.incremental.references import placement_of
 from aiostage.storage.locate import removed_by_tombstone
 from aiostage.storage.pointer import LEASE_NAME, POINTER_NAME
 from tests.checkpoint.memory_storage import MANIFEST

@@ -15,7 +15,7 @@ import pytest
 
 import aiostage
 from aiostage.checkpoint.index import CheckpointIndex
-from aiostage.checkpoint.save import write_planned
+from aiostage.checkpoint.save import pending_checkpoint
 from aiostage.checkpoint.writer import CheckpointWriter, FileOptions
 from aiostage.incremental.writing import IncrementalSaver
 from aiostage.storage.locate import lock_of, step_of
@@ -98,8 +98,8 @@ async def write(saver: IncrementalSaver, name: str, tree: object) -> None:
     writer = CheckpointWriter(name, FileOptions())
     try:
         await writer.plan(tree)
-        async with saver.compared() as changes:
-            await write_planned(writer, name, partial(changes.open, name))
+        async with saver.compared() as changes, pending_checkpoint(name, partial(changes.open, name)) as (pending, _):
+            await writer.write(pending)
         await writer.aclose()
     finally:
         writer.close()
