@@ -17,7 +17,7 @@ from aiostage._copy.device import DeviceCopy
 from aiostage._device.streams import CallerStreams, CopyStream, CopyStreams, device_errors
 from aiostage._loop.coroutines import Closing, Finalizer, finish
 from aiostage._loop.polling import wait_until_done
-from aiostage._loop.workers import Job, Workers
+from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage.abc import Backend, SupportsQuery
 from aiostage.errors import StagerClosedError, StagingError
 
@@ -117,7 +117,7 @@ class _InFlight:
         # The lock says that a watching thread exists. It is taken here and released by that thread, never waited for.
         if not self._orphans.empty() and self._watching.acquire(blocking=False):
             try:
-                threading.Thread(target=self._watch_all, name="aiostage-orphans", daemon=True).start()
+                start_thread(threading.Thread(target=self._watch_all, name="aiostage-orphans", daemon=True))
             except RuntimeError:
                 # No thread can be had. Memory stays referred to until the next copy is orphaned.
                 self._watching.release()

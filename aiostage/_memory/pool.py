@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -14,7 +15,7 @@ import anyio
 import torch
 
 from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent, finish
-from aiostage._loop.workers import Job, Workers
+from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request
 from aiostage._memory.pinned import Pinning
@@ -244,8 +245,10 @@ class Pool:
             # reads first.
             self._outliving = bool(self._ledger.leased)
         if self._outliving:
-            # Leases end in finalizers, which may neither take locks nor start threads.
-            threading.Thread(target=self._outlive_leases, name="aiostage-leases", daemon=True).start()
+            # Leases end in finalizers, which may neither take locks nor start threads. Where no thread can be had, the
+            # leased arenas go with the pool instead.
+            with suppress(RuntimeError):
+                start_thread(threading.Thread(target=self._outlive_leases, name="aiostage-leases", daemon=True))
 
     async def aclose(self) -> None:
         """Close, and wait until the idle arenas have been given back. Closes also when cancelled."""

@@ -8,10 +8,10 @@ import os
 import re
 import socket
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aiostage._loop.coroutines import Finalizer
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, said
 from aiostage.storage.bucket import Bucket, Version
@@ -66,7 +66,7 @@ class Heartbeat:
 
     def __init__(self, beat: Callable[[], None], interval: float, name: str) -> None:
         stopped = threading.Event()
-        self._stop = weakref.finalize(self, stopped.set)
+        self._stop = Finalizer(self, stopped.set)
         self._thread = threading.Thread(target=_beat, args=(beat, interval, stopped), name=name, daemon=True)
         self._thread.start()
 

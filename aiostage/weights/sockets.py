@@ -9,7 +9,6 @@ import select
 import socket
 import stat
 import struct
-import weakref
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -18,6 +17,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import checkpoint
 
+from aiostage._loop.coroutines import Finalizer
 from aiostage._platform import register_after_fork, try_lock
 from aiostage.errors import WeightsError, said, shown
 from aiostage.format.manifest import parse_line
@@ -74,7 +74,7 @@ class PacketSocket:
         self._socket = connection
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
-        self._close = weakref.finalize(self, connection.close)
+        self._close = Finalizer(self, connection.close)
         register_after_fork(self)
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class Endpoint:
         self._lock = -1
         self._socket = _new_socket()
         self._inode = -1
-        self._close = weakref.finalize(self, _close_all, self._socket, self._directory)
+        self._close = Finalizer(self, _close_all, self._socket, self._directory)
         try:
             self._take()
             self._listen()
@@ -315,7 +315,7 @@ class Endpoint:
             os.close(lock)
         self._close.detach()
         self._lock = lock
-        self._close = weakref.finalize(self, _close_all, self._socket, self._directory, lock)
+        self._close = Finalizer(self, _close_all, self._socket, self._directory, lock)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagingError, StagingOptions, TornSnapshotError
-from aiostage._copy.pending import PendingCopies, in_flight
+from aiostage._copy.pending import PendingCopies, PendingCopy, in_flight
 from aiostage._device import CallerStreams, CopyStreams
 from aiostage.testing.clock import VirtualClock
 from tests.device.accelerators import ON_A_DEVICE, Accelerator, DeviceError, seeds, simulator_only
@@ -366,3 +367,27 @@ class Raises:
 
     def query(self) -> bool:
         raise ValueError("out of luck")
+
+
+class Done:
+    """An event that is done."""
+
+    def query(self) -> bool:
+        return True
+
+
+@simulator_only
+@pytest.mark.asyncio
+async def test_copies_are_watched_though_the_system_grants_one_more_thread_only(monkeypatch: pytest.MonkeyPatch):
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Accelerator(clock=VirtualClock()) as accelerator:
+        accelerator.to_device(torch.ones(1))
+        on = CopyStreams(accelerator).of(accelerator.devices[0])
+        copy = PendingCopy(Done(), on, nbytes=1, number=0, copies=1, launches=1, keep=[torch.ones(1)])
+        in_flight.add(copy)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        in_flight.orphan([copy])
+        await until(lambda: not copy.keep)
+        await until(lambda: len(in_flight) == 0)

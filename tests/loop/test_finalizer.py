@@ -73,8 +73,9 @@ def test_one_that_fails_is_called_once(capsys: pytest.CaptureFixture[str]) -> No
 
 
 AT_EXIT = """
-import asyncio, threading, weakref
+import asyncio, socket, sys, threading, weakref
 import torch, aiostage
+from aiostage.storage.pointer import Heartbeat
 from aiostage.testing import SimulatedAccelerator
 
 class Slow(dict):
@@ -93,6 +94,11 @@ async def main():
         return await stager.stage({"a": accelerator.to_device(torch.ones(1 << 20))})
 
 staged = [asyncio.run(main())]
+if sys.platform == "linux":
+    from aiostage.weights.sockets import PacketSocket
+
+    staged += map(PacketSocket, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+staged.append(Heartbeat(print, 1000, "aiostage-heartbeat"))
 
 def drop():
     exiting.wait()

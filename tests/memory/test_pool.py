@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import logging
@@ -30,6 +31,11 @@ async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(SOON):
         while not condition():
             await anyio.sleep(0.001)
+
+
+def refuse(*_: object) -> None:
+    """Start no thread."""
+    raise RuntimeError("can't start new thread")
 
 
 async def settle() -> None:
@@ -365,6 +371,28 @@ class TestClosing:
                 return True
 
         await until(is_closed)
+
+    async def test_though_the_system_grants_one_more_thread_only(
+        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    ):
+        pool = Pool(workers)
+        leases = [await pool.acquire(MIB), await pool.acquire(MIB)]
+        leases.pop()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        await pool.aclose()
+        leases.clear()
+        await until(lambda: pool.statistics().arenas == 0)
+
+    async def test_though_the_system_grants_no_thread(self, workers: Workers, monkeypatch: pytest.MonkeyPatch):
+        pool = Pool(workers)
+        lease = await pool.acquire(MIB)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(_thread, "start_new_thread", refuse)
+            await pool.aclose()
+        with pytest.raises(StagerClosedError):
+            await pool.acquire(MIB)
+        del lease
 
     async def test_waiters_get_an_error(self, workers: Workers):
         pool = Pool(workers, max_bytes=MIB)
