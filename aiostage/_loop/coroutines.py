@@ -55,6 +55,8 @@ def named(coroutine: Coroutine[Any, Any, T], name: str, inner: object = None) ->
     """
     coroutine.__qualname__ = name  # type: ignore[attr-defined]
     if iscoroutine(inner):
+        # A finalizer, and not a coroutine around both: that would be one frame more in every wait, and would itself be
+        # one that can be dropped before it has begun.
         Finalizer(coroutine, _close_unless_begun, inner)
     return coroutine
 
@@ -85,6 +87,8 @@ async def run_concurrently(*calls: Callable[[], Awaitable[object]]) -> None:
             await call()
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             # Ctrl-C too: Trio raises it in whichever task runs, and a group of it is nothing that programs catch.
+            # Kept, and not raised: the task group would raise a group of it. Cancelling the scope ends the others as
+            # raising would. The first in the list is the first that failed, because all of them run in one thread.
             failures.append(error)
             group.cancel_scope.cancel()
         except BaseException as error:
@@ -98,6 +102,8 @@ async def run_concurrently(*calls: Callable[[], Awaitable[object]]) -> None:
     async with anyio.create_task_group() as group:
         for call in calls[:-1]:
             group.start_soon(run, call)
+        # Inside the block, so that the failure of another call cancels this one too; through run(), so that its own
+        # error is not put into a group either.
         await run(calls[-1])
     if failures:
         try:
@@ -126,6 +132,9 @@ async def finish(wait: Callable[[], Awaitable[T]]) -> T:
     with anyio.CancelScope(shield=True):
         while True:
             try:
+                # asyncio delivers each cancel() once, so the wait after it is undisturbed until the next one. The
+                # cancellation of an anyio scope does not come in here at all, and is delivered at the caller's next
+                # await.
                 result = await wait()
                 break
             except anyio.get_cancelled_exc_class() as error:
@@ -140,6 +149,8 @@ async def give_up(aborting: Coroutine[Any, Any, object], error: BaseException) -
 
     A coroutine that is being closed may not wait; the abort then gets as far as it gets without waiting.
     """
+    # A coroutine that yields while it is being closed ends in RuntimeError, and nothing would resume it. All that
+    # handle GeneratorExit apart, here and in other files, do so for this.
     if not isinstance(error, GeneratorExit):
         await aborting
         return
@@ -161,6 +172,7 @@ def without_locals(error: E) -> E:
     seen: set[int] = set()
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
+        # Frames that still run are left alone, so this may be called while the callers' frames are in use.
         clear_frames(cause.__traceback__)
         cause = cause.__cause__
     return error.with_traceback(traceback.tb_next if traceback is not None else None)
@@ -223,6 +235,8 @@ class ThreadsafeEvent:
         Returns:
             Whether there is a loop to wake them in. False once it has closed, and its coroutines with it.
         """
+        # Before posting: what wakes in the loop has to find it set. The loop's own event is set there, since anyio's
+        # may be set by no other thread.
         self._set = True
         return post(self._native, self._event.set)
 
@@ -241,6 +255,8 @@ class ThreadsafeEvent:
         elif _is_asyncio(self._native):
             # Not a cancel scope: leaving one needs its running loop, which a coroutine that the collector closes
             # after its loop has gone does not have. Trio leaves no coroutine behind.
+            # The timer sets the same event as set() does, so it cannot be waited for a second time: callers take a new
+            # one for each turn. is_set() still says which of the two it was.
             timer = self._native.call_later(at_most, self._event.set)
             try:
                 await self._event.wait()
@@ -293,6 +309,9 @@ class Closing:
     def close(self) -> None:
         """Tell all. From any thread, and more than once."""
         self.closed = True
+        # closed is set before the calls are read, and on_close() enters its call before it looks at closed: one of the
+        # two always sees the other. The list is made in one operation, so no thread changes the dict meanwhile; a call
+        # that has been taken out since is posted for nothing.
         for call in list(self._calls.values()):
             call()
 
@@ -397,6 +416,8 @@ class Slices:
         yields: How often the loop had a turn.
     """
 
+    # _used and _computed: what has gone by since the loop had its last turn, in seconds of the clock and of the
+    # thread's CPU time. They outlive a generator, so that several short ones in a row count as one hold.
     __slots__ = ("_computed", "_used", "longest_elapsed", "longest_hold", "max_hold", "yields")
 
     def __init__(self, max_hold: float) -> None:
@@ -433,6 +454,8 @@ class Slices:
         Cancellation is delivered between slices; the generator is then closed where it stands, unless resumable.
         """
         try:
+            # What take(), or an earlier generator, has used of this turn counts. Otherwise a staging of many small
+            # steps would never give way.
             if self._used and self._used >= self.max_hold * _SHARE:
                 await self._turn(beside)
             try:
@@ -455,6 +478,8 @@ class Slices:
     async def _turn(self, beside: _Busy | None) -> None:
         """Let others run."""
         self.yields += 1
+        # Where nothing else is due the loop gives the GIL away for an instant only, too short for another thread to
+        # wake up and take it.
         if beside is not None and beside.busy:
             let_threads_run()
         await checkpoint()
@@ -469,6 +494,7 @@ class Slices:
             while perf_counter() < deadline:
                 next(work)
         finally:
+            # Also for the slice that ends the generator, or fails: its time was used all the same.
             self._used += perf_counter() - begin
             self._computed += thread_time() - computed
             self.longest_elapsed = max(self.longest_elapsed, self._used)

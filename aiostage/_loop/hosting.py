@@ -41,10 +41,13 @@ class HostedContext(Generic[T]):
 
         When cancelled, it has been left again.
         """
+        # Made here and not in the constructor, which may run without an event loop.
         self._scope = anyio.CancelScope()
         self._opened, self._closing, self._ended = anyio.Event(), anyio.Event(), anyio.Event()
         self._task = _start(self._run())
         try:
+            # Shielded, because the task has begun: a cancellation that came in between would leave a context of which
+            # the caller does not know. It is delivered once it is known what there is to leave.
             await finish(self._opened.wait)
         except BaseException as error:
             self.abandon()
@@ -68,6 +71,8 @@ class HostedContext(Generic[T]):
 
         When cancelled, the context is too, and has been left then.
         """
+        # Set before the wait and never reset, so that several callers, and one that was cancelled and calls again, all
+        # mean the same end.
         self._closing.set()
         try:
             await self._ended.wait()
@@ -92,6 +97,7 @@ class HostedContext(Generic[T]):
             # For the caller: here it would end a trio loop, and asyncio's would only log it.
             self._error = error
         finally:
+            # Both events, also if entering failed: open() and aclose() wait for nothing else.
             self.has_ended = True
             self._opened.set()
             self._ended.set()

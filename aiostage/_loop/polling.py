@@ -78,6 +78,8 @@ async def wait_until_done(event: SupportsQuery, closing: Closing | None) -> None
         closing.check()
     current = _polling.get()
     polling = current() if current is not None else None
+    # An event that is watched already was asked a moment ago, and will be soon; all who wait for it share that
+    # question.
     if polling is None or not polling.watches(event):
         done, error = _ask(event)
         if error is not None:
@@ -162,10 +164,13 @@ class _Polling(Timer):
             raise waiter.error
 
     def _plan(self, watch: _Watch, now: float) -> None:
+        # The counter makes entries of one time comparable, and keeps them in order: watches have no order of their own.
         heapq.heappush(self._agenda, (now + watch.interval(now), next(self._order), watch))
 
     def _set_timer(self) -> None:
         """Set the timer to what is due next, if anything is."""
+        # Entries of forgotten watches are taken out when they come to the front, because a heap cannot remove from its
+        # middle. Each watch has one entry at most, so they are not many.
         while self._agenda and self._agenda[0][2].event is None:
             heapq.heappop(self._agenda)
         if self._agenda:
@@ -175,6 +180,7 @@ class _Polling(Timer):
     def ring(self) -> None:
         """Ask about what is due, in the order in which it is, and wake those whose events are done."""
         began = now = monotonic()
+        # Planned again only after the loop: an entry that is due at once would otherwise be asked twice in one ring.
         asked: list[_Watch] = []
         while self._agenda and now - began < _LONGEST_POLL_SECONDS:
             due, _, watch = self._agenda[0]
@@ -207,6 +213,7 @@ class _Polling(Timer):
         if watch.event is not None:
             del self._watches[id(watch.event)]
             watch.event = None
+        # Without watches nothing may ring: the timer keeps this object alive, and a descriptor open.
         if not self._watches:
             self._agenda.clear()
             self.stop()

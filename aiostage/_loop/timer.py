@@ -64,6 +64,8 @@ class Timer:
     def stop(self) -> None:
         """Do not ring, and give the descriptor back unless it is set again by the loop's next turn."""
         self._is_set = False
+        # Posted, and not closed now: a wait that begins in the same turn finds the timer open, so that a row of short
+        # waits opens one descriptor and not one each.
         if self._is_open and not post(self._native, self._close_unless_set):
             # The loop has been closed.
             self._close()
@@ -75,6 +77,8 @@ class Timer:
             import trio
 
             self._scope = trio.CancelScope()
+            # A system task, because no nursery of the user's lasts as long as the timer. An error in one ends the whole
+            # run, hence the rule that ring() raises nothing.
             trio.lowlevel.spawn_system_task(self._serve, self._descriptor, self._scope, name="aiostage timer")
         elif self._descriptor >= 0:
             # Not anyio.wait_readable: it notes the waiting in a table of its own that keeps a loop which is closed
@@ -99,6 +103,8 @@ class Timer:
                     self._asyncio.remove_reader(descriptor)
             os.close(descriptor)
 
+    # The loop may have collected this call before the reader was removed in the same turn; then there is no descriptor
+    # any more.
     def _read_and_ring(self) -> None:
         if self._descriptor >= 0:
             _read(self._descriptor)
@@ -113,6 +119,7 @@ class Timer:
                         await anyio.wait_readable(descriptor)
                         _read(descriptor)
                     else:
+                        # No descriptor could be had. The sleep is short enough to notice a time that was set meanwhile.
                         await anyio.sleep(min(max(self._when - monotonic(), _COARSE_SECONDS), _BLIND_SECONDS))
                     self.ring()
         finally:

@@ -69,6 +69,8 @@ def release_gil() -> None:
     Raises:
         Stopped: If the work was begun by :func:`stoppable` and is cancelled.
     """
+    # The cancellation is looked at only when a turn is due: a call of it costs more than the look at the clock, and 0.3
+    # ms later is soon enough.
     if perf_counter() - _turn.given > _TURN:
         if _turn.is_cancelled is not None and _turn.is_cancelled():
             raise Stopped
@@ -104,6 +106,8 @@ def empty_in_steps(containers: list[list[Any] | dict[Any, Any]]) -> None:
     ms for each 50,000 of them. The last container is emptied first.
     """
     while containers:
+        # Taken out of the list, so that this frame holds the only reference and each element dies where it is deleted,
+        # not all of them at the end.
         container = containers.pop()
         if isinstance(container, dict):
             while container:
@@ -119,6 +123,7 @@ def empty_in_steps(containers: list[list[Any] | dict[Any, Any]]) -> None:
 @contextmanager
 def stoppable(is_cancelled: Callable[[], bool]) -> Iterator[None]:
     """Have :func:`release_gil` end the work of the block once it is cancelled."""
+    # Restored, because the thread goes on to steps of other jobs, which the cancellation of this one must not end.
     before, _turn.is_cancelled = _turn.is_cancelled, is_cancelled
     try:
         yield
@@ -185,6 +190,8 @@ class Job:
 
     def put(self, step: Callable[[], object]) -> None:
         """Add a step. After a failure or a cancellation it is dropped."""
+        # Taken in the caller's thread: it is the caller's span and context variables that the step belongs to. A copy
+        # for each step, since two threads cannot be in one context at once.
         context = copy_context()
         with self._lock:
             if not self._open:
@@ -206,6 +213,8 @@ class Job:
         """Drop the steps not yet begun, and take no more."""
         with self._lock:
             self._open = False
+            # With the lock, like _open: a step that put() adds at the same time is either dropped here or refused
+            # there.
             self._cancelled = True
             self._steps.clear()
             waiters = self._take_waiters()
@@ -259,6 +268,8 @@ class Job:
             await event.wait()
         finally:
             with self._lock:
+                # Gone already if a thread has taken the waiters in order to wake them; the event is then set for
+                # nothing.
                 if event in self._waiters:
                     self._waiters.remove(event)
 
@@ -389,6 +400,7 @@ class Workers:
             await job.join()
         finally:
             # The traceback of the call's error will have this frame in it, which leads here.
+            # A job is used by this call only, so no other waiter loses the error by it.
             job._error = None
         return results[0]
 
@@ -427,6 +439,8 @@ class _WorkerState:
 
     def submit(self, job: Job) -> None:
         with self.condition:
+            # New work takes back an earlier stop(). Threads that have not ended by then go on, so nothing is started
+            # twice.
             self.stopping = False
             self.queue.append(job)
             # Enough idle threads for all that is queued, this job included: one that was woken for an earlier job still
@@ -454,9 +468,11 @@ class _WorkerState:
     def stop(self) -> None:
         with self.condition:
             self.stopping = True
+            # Only idle threads are woken. One that runs a step sees the mark when it finds the queue empty.
             self.condition.notify_all()
 
     def _serve(self) -> None:
+        # Outside of the lock and before the first step: it may take long the first time in a process.
         if self.prepare is not None:
             self.prepare()
         while True:
@@ -490,6 +506,7 @@ def start_thread(thread: threading.Thread) -> None:
     Raises:
         RuntimeError: If no thread can be had.
     """
+    # The internal thread is not known to the threading module, and is not waited for at exit.
     _thread.start_new_thread(_start_thread, (thread,))
 
 
