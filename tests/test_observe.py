@@ -239,6 +239,17 @@ def test_a_coroutine_that_is_closed_from_elsewhere() -> None:
     assert isinstance(recorder.errors["forever"], GeneratorExit)
 
 
+@pytest.mark.asyncio
+async def test_without_async_staging_no_thread_copies() -> None:
+    recorder = Recorder()
+    async with AsyncStager(StagingOptions(use_async_staging=False)) as stager:
+        with observing(recorder):
+            await stager.stage(tree())
+        # A thread would take a step now and then, and wait for more.
+        assert stager._resources.workers.threads == 0
+    assert [batch.thread for batch in recorder.spans("batch")] == [threading.current_thread().name]
+
+
 @pytest.mark.anyio
 async def test_on_trio() -> None:
     recorder = Recorder()

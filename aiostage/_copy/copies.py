@@ -72,6 +72,8 @@ class Copies:
         Returns:
             The copies from devices.
         """
+        # Two passes. The first starts every copy that needs the arena alone, so that threads are busy while the second
+        # makes the leaves.
         waiting: dict[int, HostCopy] = {}
         for number, batch in self._batches:
             if batch.device is None:
@@ -86,6 +88,7 @@ class Copies:
         for number, batch in self._batches:
             yield from build_batch(batch, memory, staged, self._inspection.specs)
             if batch.device is not None:
+                # After their leaves, because copies of whole leaves go into these and not to addresses.
                 from_devices.append((yield from DeviceCopy.of(number, batch, self.sources, staged, memory)))
             elif number in waiting:
                 self._start(number, batch, waiting.pop(number))
@@ -109,6 +112,7 @@ class Copies:
         """
         from_devices: list[DeviceCopy] = []
         for number, placed in self._batches[chunk.batches.start : chunk.batches.stop]:
+            # The plan counts from the beginning of the arena, this memory from that of the chunk.
             batch = placed.moved(-chunk.start)
             destinations = build_destinations(batch, memory)
             if batch.device is not None:
@@ -123,6 +127,7 @@ class Copies:
     def _start(self, number: int, batch: Batch, copies: HostCopy) -> None:
         step: Callable[[], None] = partial(self._copy, number, batch, copies)
         self._job.put(step)
+        # The job has no threads then.
         if self._inline:
             self._job.run_next()
 
@@ -133,6 +138,7 @@ class Copies:
         arena = self.arena
         cold = arena.cold(batch.start, batch.stop) if arena is not None else None
         with inside(self._span, "batch", number=number, nbytes=batch.stop - batch.start):
+            # Not if it was cancelled half-way: then neither the pages are all there nor the bytes.
             if copies.run(self._job, cold):
                 if arena is not None:
                     arena.written(batch.start, batch.stop)
@@ -175,11 +181,13 @@ class CopyProgress:
         Cancelling changes nothing.
         """
         if self.window is not None:
+            # Before that the batch has no memory, and no copy that could be waited for.
             await self.window.launched(number)
         if self.batches[number].device is not None and self.pending is not None:
             await self.pending.wait_for_batch(number)
             self.copied.add(number)
         while number not in self.copied and not self._job.finished():
+            # The count is read before the wait, so a step that ends in between ends the wait at once.
             await self._job.progressed(self._job.done)
         return number in self.copied
 
@@ -196,6 +204,8 @@ class CopyProgress:
         """
         start = max(address - self.memory.start, 0)
         stop = min(address + nbytes, self.memory.stop) - self.memory.start
+        # Batches lie in the arena in the order of their numbers, without overlap: the first one that ends behind the
+        # start, and those after it until one begins behind the stop.
         for number in range(bisect_right(self.batches, start, key=_stop), len(self.batches)):
             if self.batches[number].start >= stop:
                 break
@@ -213,6 +223,7 @@ class CopyProgress:
         Raises:
             StagingError: If copies from host memory are under way, for which no stream can wait.
         """
+        # Its later copies do not exist yet, so there is no event that a stream could wait for.
         if self.window is not None and not self._job.finished():
             raise StagingError(
                 "the copy passes through memory smaller than itself, so some of its copies wait for memory.",

@@ -57,6 +57,8 @@ class DeviceCopy:
             (piece, sources.spec(piece.index), aliases[piece.index]) for piece in batch.pieces if piece.index in aliases
         ]
         self._memory = memory
+        # Kept apart from what is enqueued: take_memory() drops the packed sources, while the leaves must outlive the
+        # copies.
         self._leaves = list(aliases.values())
         self._destinations: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
@@ -89,6 +91,7 @@ class DeviceCopy:
         with torch.no_grad():
             self._take_whole(backend, stream)
             self._take_pieces()
+            # Before the copies: if one of them fails, the allocator knows of the reads that were enqueued before it.
             for source in self._leaves:
                 backend.keep(source, stream)
             self.launches += backend.copy(self._destinations, self._sources, stream)
@@ -117,6 +120,7 @@ class DeviceCopy:
                 self._sources.append(source)
                 continue
             address = staged.data_ptr() - base
+            # A gap in the arena, or another dtype: one copy cannot bring both.
             if pack and (address != end or spec.dtype is not dtype):
                 self._take_pack(pack, begin, backend, stream)
                 pack = []
@@ -154,6 +158,8 @@ class DeviceCopy:
                 size = spec.dtype.itemsize
                 begin = (tensor.storage_offset() + piece.start) * size
                 source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                # A piece is a range of memory in the order of the storage. set_ makes a flat view of it even where the
+                # leaf is not contiguous, and launches nothing on the device.
                 source.set_(tensor.untyped_storage(), begin, (piece.length * size,), (1,))
             else:
                 for part, source in pairs_of_values(tensor, spec, piece.start, destination.view(spec.target)):

@@ -90,6 +90,8 @@ class HostCopy:
                 # A thread that has just been woken, the event loop's for one, would otherwise wait until the scheduler
                 # takes this one's core away: up to 4 ms where all cores are busy, measured on Linux 6.18.
                 yield_core()
+                # Asked after the generator has said where it will write and before it does: nothing is written behind a
+                # cancellation, and at most one piece is under way when it comes.
                 if job.cancelled:
                     return False
                 if cold is not None and place is not None:
@@ -180,6 +182,8 @@ class ByteCopies:
                 yield destination + start, at_once
                 if not self._sources.is_there(index):
                     break
+                # ctypes releases the GIL for the call. Both ends are kept alive: the source by sources, the destination
+                # by the array that HostCopy has.
                 ctypes.memmove(destination + start, source + start, at_once)
                 start += at_once
 
@@ -276,6 +280,7 @@ class Gather:
         first, last = int(indices.min()), int(indices.max())
         indices -= first
         # The largest power of two that divides all: the allocator's alignment, as a rule.
+        # The lowest bit that any distance has. Rows then are multiples of it apart, and the indices small.
         bits = int(np.bitwise_or.reduce(indices))
         step = bits & -bits or 1
         indices //= step
@@ -298,6 +303,8 @@ class Gather:
 
     def run(self, start: int, stop: int) -> None:
         """Write some of the rows. Blocks, without the GIL; the caller keeps what lies at the addresses alive."""
+        # It checks that each index is below the count, and reads nothing but the rows: the memory between them, which
+        # may belong to no one, is described but never touched.
         torch.index_select(self._rows, 0, self._indices[start:stop], out=self.destination[start:stop])
 
 
@@ -344,6 +351,8 @@ class Conversions:
     def pieces(self) -> Iterator[None]:
         """Copy a piece after each yield, all of them in one thread. Blocks; the GIL is released meanwhile."""
         with one_thread():
+            # A generator, so that a lot is looked up after the caller was asked whether to go on, and right before it
+            # is copied.
             lots = self._lots()
             while True:
                 # Where it goes is not known before it is known that its sources are still there, which must be last.

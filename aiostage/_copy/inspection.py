@@ -81,6 +81,7 @@ class Phase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Added and not set: a phase that is cut in two, or repeated for each chunk, is the sum.
         spent = getattr(self._timings, self._name) + perf_counter() - self._start
         setattr(self._timings, self._name, spent)
         if self._span is not None:
@@ -116,9 +117,11 @@ class Changes:
         Args:
             leaves: Where to look, by their numbers; None for all of them and for the containers.
         """
+        # The last comparison has been made: the source may change since.
         if self._over:
             return
         for index in (yield from changed(self._walk.leaves, self._inspection)):
+            # A leaf that has been settled may have been changed since by work that waits for its copy.
             if index not in self._settled and (leaves is None or index in leaves):
                 self._torn[self._walk.path(index)] = None
         if leaves is not None:
@@ -228,6 +231,7 @@ class SourceInspection:
                         )
                     spec = table.cast(spec, target)
             specs.append(spec)
+            # A call of the user's function each, of unknown length: some dozens between two turns.
             if index % 64 == 0:
                 yield
         # PyTorch lets no gradient have another dtype than its tensor.
@@ -302,6 +306,8 @@ def leaves_within(
                 numbers.add(number)
             yield
     for number in tuple(numbers):
+        # A large leaf is cut into several batches, and only the last of them completes it. The part is free once the
+        # earlier ones are copied too.
         while batches[number].continues:
             number -= 1
             numbers.add(number)
@@ -344,6 +350,8 @@ class Sources:
     """
 
     def __init__(self, leaves: Leaves, specs: Sequence[Spec | None]) -> None:
+        # The lists of the leaves themselves, without a copy. A staging that is dropped while threads still copy
+        # replaces them (Leaves.release) and does not empty them; they are emptied once no copy runs (Leaves.releasing).
         self.addresses = leaves.addresses
         self.lost: set[int] = set()
         self._specs = specs
@@ -389,6 +397,8 @@ class Sources:
 
     def is_there(self, index: int) -> bool:
         """Return whether a leaf's storage still has the memory that was noted; if not, note that it is lost."""
+        # Called in threads right before each piece is read. Between this and the read Python code may still resize the
+        # storage; that is the rest of which the class speaks.
         storage, size = self._storages[index], self._sizes[index]
         # Memory can go away, or move, only together with the storage's pointer or size.
         if storage is not None and storage.nbytes() == size and 0 <= self.addresses[index] - storage.data_ptr() <= size:

@@ -53,6 +53,7 @@ class Enqueueable(Protocol):
         """Return what must outlive the copies."""
 
 
+# Compared by identity: two copies with equal figures are two, and a set must tell them apart.
 @dataclass(eq=False, slots=True)
 class PendingCopy:
     """Copies that a device has been told to make, and everything that must outlive them.
@@ -109,6 +110,8 @@ class _InFlight:
     def orphan(self, copies: Sequence[PendingCopy]) -> None:
         """Watch copies without a waiter, from a thread. Takes no lock for long: finalizers call it."""
         for copy in copies:
+            # Others may finish a copy at the same time. It is then put into the queue for nothing, and the thread
+            # forgets it.
             if copy in self._pending:
                 self._orphans.put(copy)
         self._watch()
@@ -125,6 +128,7 @@ class _InFlight:
     def _watch_all(self) -> None:
         watched: list[PendingCopy] = []
         while True:
+            # Only this thread takes out of the queue, so what is seen in it is still there.
             while not self._orphans.empty():
                 watched.append(self._orphans.get())
             watched = self._not_over(watched)
@@ -175,6 +179,8 @@ class PendingCopies:
         self._beside: dict[torch.device, CopyStream] = {}
         self._in_order: list[PendingCopy] = []
         self._lock = threading.Lock()
+        # The list itself, which goes on growing: the finalizer must not lead to this object, and is to see the copies
+        # that come later.
         self._abandon = Finalizer(self, in_flight.orphan, self._in_order)
 
     def follow_the_caller(self, device: torch.device) -> None:
@@ -220,6 +226,7 @@ class PendingCopies:
     def _record(self, copy: Enqueueable, on: CopyStream) -> PendingCopy:
         event = self._backend.record(on.stream)
         pending = PendingCopy(event, on, copy.nbytes, copy.number, copy.copies, copy.launches, copy.take_memory())
+        # Before anything else refers to it: from here on its memory outlives whatever happens to the caller.
         in_flight.add(pending)
         with self._lock:
             # With the lock of abandon(): either that sees this copy in the list, or this sees that it was abandoned.
@@ -242,6 +249,8 @@ class PendingCopies:
 
         Cancelling changes nothing.
         """
+        # Several tasks may wait for one copy. No lock: all of them are on one event loop, and what follows the wait is
+        # done twice without harm.
         if copy.is_made:
             return
         _check(copy)
@@ -250,6 +259,8 @@ class PendingCopies:
         except StagerClosedError:
             raise
         except StagingError as error:
+            # For all who use the stream: what lies behind a failed copy is not to be relied on, and the next staging
+            # gets another stream.
             self._streams.forget(copy.on, error.__cause__)
             raise
         # The event may have completed because an earlier copy on its stream failed while this one was waited for.
@@ -327,6 +338,7 @@ class StagingCopies(PendingCopies):
 
     async def _enqueue_all(self, copies: Sequence[DeviceCopy], launcher: Workers) -> None:
         job = launcher.job()
+        # All steps of one round in one thread, which takes them in order: the order of the plan is that of the stream.
         for step in [partial(self.enqueue, copy) for copy in copies]:
             job.put(step)
         job.close()
@@ -364,6 +376,8 @@ class StagingCopies(PendingCopies):
             numbers: The batches to wait for; None for all.
         """
         copies = [copy for copy in self if numbers is None or copy.number in numbers]
+        # A stream runs in order, so behind the last copy of each device lie all of them. Dicts keep the last value of a
+        # key.
         last: dict[torch.device, PendingCopy] = {copy.on.device: copy for copy in copies}
         with device_errors():
             for device, copy in last.items():

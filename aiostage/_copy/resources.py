@@ -51,6 +51,7 @@ class Resources:
     """
 
     def __init__(self, options: StagingOptions, backend: Backend | None) -> None:
+        # Nothing here starts a thread or maps memory before it is used.
         self.options = options
         self.backend = backend
         self.workers = Workers(_COPY_THREADS, "aiostage-copy", prepare=torch.get_num_threads)

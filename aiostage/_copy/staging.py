@@ -80,6 +80,8 @@ class _Turns:
         self._taken: anyio.Event | None = None
 
     async def __aenter__(self) -> None:
+        # A loop: all who wait are woken at once, and the first to run takes the turn. A waiter that is cancelled has
+        # taken nothing, so there is no turn to hand on.
         while self._taken is not None:
             await self._taken.wait()
         self._taken = anyio.Event()
@@ -114,6 +116,7 @@ class Staging:
         self._resources = resources
         self._streamed = streamed
         self._options = resources.options
+        # One for the whole staging: what the first slice has used of the caller's turn counts for the slices after it.
         self._slices = Slices(resources.options.max_loop_hold)
         self.state = State.NEW
         self.failure: BaseException | None = None
@@ -123,7 +126,7 @@ class Staging:
         self.tree: Any = _NOT_BUILT
         self.plan: Plan | None = None
         self.staged: list[Any] = []
-        self.job: Job = resources.workers.job()
+        self.job: Job = resources.workers.job(inline=not resources.options.use_async_staging)
         self.progress = CopyProgress(self.job)
         self.timings = Timings()
         self.timings.span = start_span("stage")
@@ -156,15 +159,23 @@ class Staging:
             to: The next state.
             error: What has ended it. It is kept for those who wait while it is copying.
         """
+        # No lock: all of this runs on one event loop, or once none runs it any more, and nothing below awaits. Two ends
+        # that meet (a failure, and the exit of the context) come one after the other; the second finds no way from here
+        # and changes nothing.
         if to not in _TRANSITIONS[self.state]:
             return
+        # Before that start() raises the error to its caller, and no other task has a handle to ask by.
         waited_for = self.state is State.COPYING
         self.state = to
         if to is State.NOTING:
+            # For aclose(), which has to wait for the copies of every staging. It is taken out when it is captured, or
+            # in _end() once its steps are over.
             self._resources.running.add(self.job)
         if to in (State.NOTING, State.COPYING):
             return
         # The source, the plan's copies and the lease; the staged tensors hold what they need.
+        # Closed and not only dropped: their frames hold the source. One that is running right now cannot be closed, and
+        # is not met here, because a slice has no await in it.
         for work in (self._inspecting, self._finishing):
             if work is not None:
                 work.close()
@@ -179,6 +190,7 @@ class Staging:
             if self.progress.window is not None:
                 self.progress.window.close()
             if self.progress.pending is not None:
+                # Copies that a device was told to make go on; a thread keeps their memory until they are over.
                 self.progress.pending.abandon()
         self.progress.pending = None
         counts = self._resources.counts
@@ -224,10 +236,14 @@ class Staging:
         May be cancelled. A waiter that is cancelled leaves the rest to the others; with the last one the staging is
         dropped, and the copies that run have ended.
         """
+        # Counted before the first await, so that of two waiters that are cancelled in one turn the second knows that it
+        # is the last.
         self._waiters += 1
         try:
             return await self._complete()
         except BaseException as error:
+            # An error is one for all who wait. A cancellation is this task's own, and another waiter goes on from where
+            # it stands.
             if self.state is not State.CAPTURED and (isinstance(error, Exception) or self._waiters == 1):
                 await self._end(error)
             raise
@@ -252,6 +268,8 @@ class Staging:
             if not isinstance(error, GeneratorExit):
                 await self._slices.run(_dropping(staged))
         finally:
+            # Cancelled or closed in the middle of it: the rest goes at once, because this frame may be kept by the
+            # traceback.
             staged.clear()
 
     async def _end(self, error: BaseException | None, to: State | None = None) -> None:
@@ -260,6 +278,8 @@ class Staging:
         Copies that devices are making cannot be stopped; their memory is kept until they are done.
         """
         # A failure stays, for those who ask later.
+        # It may have been ended by another task while this one waited; move() then changes nothing, and the wait below
+        # is for the same steps.
         if self.state is not State.FAILED:
             self.move(to or (State.FAILED if isinstance(error, Exception) else State.DROPPED), error)
         try:
@@ -281,6 +301,8 @@ class Staging:
         """
         if not self._is_early:
             return False
+        # Of a consumer that asks for the outline and the capture itself, one builds and the other finds it built. A
+        # build that was cancelled has kept nothing of its own and begins again.
         async with self._building:
             if self.state is State.COPYING and self.tree is _NOT_BUILT:
                 await self._slices.run(self._rebuilding(), self.job)
@@ -302,6 +324,8 @@ class Staging:
             leaves, numbers = exhausted(leaves_within(parts, self._inspection.walk, self._batches))
         self.progress.order_before(stream, numbers)
         if self._options.detect_torn:
+            # At once and not in slices: what is ordered behind the copies may change the source as soon as this
+            # returns, so the comparison has to be over by then.
             exhausted(self._inspection.changes.compare(leaves))
 
     async def parts_free(self, parts: Collection[Path]) -> bool:
@@ -386,6 +410,8 @@ class Staging:
     ) -> Generator[None, None, T]:
         """Make the staged leaves, those that have memory in one way or another."""
         staged = self.staged = [None] * len(self._inspection.leaves.tensors)
+        # Thousands of tensors are put into this list while the collector may run; untracked, it is not gone through
+        # each time.
         _private.untrack_all((staged,))
         keep_freed_memory()
         yield from build_empty(plan.empty, staged)
@@ -413,6 +439,8 @@ class Staging:
             for chunk in window.chunks:
                 if self.state is not State.COPYING:
                     raise self.failure or StagingError(_ABANDONED)
+                # One after the other: the next chunk's memory is asked for only when the copies into this one are under
+                # way, so a staging never waits with memory in hand that nothing fills.
                 await self._fill_chunk(copies, window, chunk)
             self.job.close()
         except BaseException as error:
@@ -426,6 +454,7 @@ class Staging:
         self._resources.closing.check()
         from_devices = await self._slices.run(copies.fill(chunk, memory))
         await self._launch(from_devices)
+        # After the launch: who waits for a batch of the chunk finds its copy.
         window.filled(chunk, memory)
 
     async def _complete(self) -> Any:
@@ -442,6 +471,7 @@ class Staging:
         with Phase(self.timings, "copy"):
             # Joining would end the job when this is cancelled, and another may go on here.
             await self.job.settled()
+            # Joined only for its error, which join() raises; the job has settled, so this does not wait.
             if self.job.error is not None:
                 await self.job.join()
             for number, batch in enumerate(self._batches):
@@ -451,11 +481,14 @@ class Staging:
         if self.state is not State.COPYING:
             return
         if self._finishing is None:
+            # Kept across cancellations: each comparison is for the last time, so a second waiter goes on in the same
+            # generator and does not start it anew.
             self._finishing = self._finish(rebuild=not early)
         await self._slices.run(self._finishing, self.job, resumable=True)
         if self.state is not State.COPYING:
             return
         counts = self._resources.counts
+        # Before the state changes, which drops the copies that are counted here.
         counts.stagings += 1
         counts.leaves += len(self._inspection.specs)
         counts.nbytes += self.nbytes
@@ -471,11 +504,13 @@ class Staging:
         if self._options.detect_torn:
             with Phase(self.timings, "check"):
                 yield from self._inspection.changes.compare()
+        # Lost leaves last: threads add to that set while they copy, and all of them have ended by now.
         torn = self._inspection.torn(self._copies.sources.lost if self._copies is not None else ())
         if torn:
             raise TornSnapshotError([format_path(path) for path in torn])
         if rebuild:
             yield from self._rebuilding()
+        # In steps, while the source is still referred to: destructors of many leaves in one go would hold the loop.
         yield from self._inspection.leaves.releasing()
         yield from self._inspection.walk.releasing()
 

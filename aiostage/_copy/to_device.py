@@ -89,6 +89,8 @@ class HostToDeviceCopier(PendingCopies):
         Cancelling changes nothing.
         """
         self._order()
+        # Ordered before the wait and not after it: a caller that is cancelled while it waits goes on, and its next step
+        # must come behind the copies all the same.
         await super().wait(copy)
         # A load has thousands.
         with self._lock, suppress(ValueError):
@@ -108,5 +110,7 @@ class HostToDeviceCopier(PendingCopies):
     def _order(self) -> None:
         while self._not_ordered:
             copy = self._not_ordered[0]
+            # Taken out of the list only afterwards: if the device refuses, abandon() tries again. On the event loop
+            # only; threads append at the other end, which is one operation of a list.
             self._caller.order_after(copy.event, copy.on.device)
             self._not_ordered.remove(copy)

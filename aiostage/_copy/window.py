@@ -68,12 +68,15 @@ class Window:
         self.addresses = reserve_addresses(plan.nbytes)
         self.closed = False
         self._base = self.addresses.ctypes.data
+        # Chunks below _filled have their copies under way; chunks below _passed are given up. A chunk has its memory
+        # between the two. Both only grow.
         self._filled = 0
         self._passed = 0
         self._news = anyio.Event()
 
     async def lease(self, chunk: Chunk, pool: Pool) -> np.ndarray[Any, Any]:
         """Return memory for a chunk, once there is some, at the same distance from a page's start as in the arena."""
+        # Views keep their alignment: what lies on a boundary in the addresses does so in the chunk's memory.
         lead = chunk.start % PAGE_BYTES
         # All of one size, so that each can take the place of any other.
         lease = await pool.acquire(self._chunk_bytes + PAGE_BYTES, device=chunk.device)
@@ -121,6 +124,7 @@ class Window:
                 f"a leaf of {nbytes} bytes that is not contiguous does not fit a chunk of {self._chunk_bytes} bytes.",
                 remedy="Make it contiguous, or raise max_host_bytes so that the whole copy fits twice.",
             )
+        # Before the wait: the memory of what lies before may be what the filling of this chunk waits for.
         self.pass_by(chunk.number)
         while self._filled <= chunk.number and not self.closed:
             await self._news.wait()
@@ -162,6 +166,8 @@ class Window:
 
     def _tell(self) -> None:
         # No lock, here and above: all of it runs on one event loop. Threads know the memory of the chunks alone.
+        # One event for each piece of news, because anyio's cannot be reset. Who waits holds the old one and looks
+        # again.
         self._news.set()
         self._news = anyio.Event()
 

@@ -336,6 +336,10 @@ class Job:
         return waiters
 
 
+def _submit_nothing(_: Job) -> None:
+    """Leave the steps of a job to the caller."""
+
+
 def _wake(waiters: list[ThreadsafeEvent]) -> None:
     for waiter in waiters:
         waiter.set()
@@ -366,9 +370,13 @@ class Workers:
         self._state = _WorkerState(threads, name, prepare, idle_seconds)
         Finalizer(self, self._state.stop)
 
-    def job(self) -> Job:
-        """Return a new job, open and empty."""
-        return Job(self._state.submit)
+    def job(self, *, inline: bool = False) -> Job:
+        """Return a new job, open and empty.
+
+        Args:
+            inline: No thread takes its steps; the caller of :meth:`Job.put` calls :meth:`Job.run_next`.
+        """
+        return Job(_submit_nothing if inline else self._state.submit)
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run one blocking call in a worker thread.
