@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aiostage
-from aiostage import AsyncStager, UnsupportedLeafError, _private
+from aiostage import AsyncStager, StagingOptions, UnsupportedLeafError, _private
 from aiostage._capture import faithful
 from aiostage.format.composites import assemble, take_apart
 
@@ -81,14 +81,19 @@ def check_same(source: dict[str, Any], result: dict[str, Any]) -> None:
         assert torch.equal(result[key].to_dense(), tensor.to_dense()), key
 
 
-def staged(tree: Any) -> Any:
+def staged(tree: Any, options: StagingOptions | None = None) -> Any:
     async def run() -> Any:
-        async with AsyncStager() as stager:
+        async with AsyncStager(options) as stager:
             for _ in range(3):
                 result = await stager.stage(tree)
             return result
 
     return asyncio.run(run())
+
+
+async def restored(copy: Any, live: Any) -> None:
+    async with AsyncStager() as stager:
+        await stager.restore(copy, into=live)
 
 
 @pytest.mark.parametrize("name", sorted(_private.CONSEQUENCES))
@@ -105,6 +110,12 @@ def test_without_it_nothing_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch)
     if name == "version_of":
         with pytest.raises(UnsupportedLeafError, match="detect_torn=False"):
             staged(source)
+        copy = staged(source, StagingOptions(detect_torn=False))
+        check_same(source, copy)
+        live = odd_leaves()
+        live["parameter"].data.zero_()
+        asyncio.run(restored(copy, live))
+        check_same(source, live)
         return
     result = staged(source)
     check_same(source, result)

@@ -143,9 +143,14 @@ class Inspection:
 
     Args:
         device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
+        needs_versions: Whether leaves are compared with what was noted of them, so that a PyTorch that counts no
+            versions will not do.
     """
 
-    def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
+    def __init__(
+        self, device_of: Callable[[torch.Tensor], torch.device | None] | None, *, needs_versions: bool = True
+    ) -> None:
+        self.needs_versions = needs_versions
         self.table = SpecTable(device_of)
         self.chunks: dict[int, _Chunk] = {}
         self.forms: list[_Chunk] = []
@@ -378,7 +383,9 @@ class Leaves:
     def _inspect_plain(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> bool:
         """Fill the specs of a chunk in bulk; return False if some are no plain tensors in one piece."""
         part = slice(start, start + len(chunk))
-        if VERSIONS_UNAVAILABLE in self.versions[part] or not set(map(type, chunk)) <= PLAIN_CLASSES:
+        if inspection.needs_versions and VERSIONS_UNAVAILABLE in self.versions[part]:
+            return False
+        if not set(map(type, chunk)) <= PLAIN_CLASSES:
             return False
         table, sizes = inspection.table, self.storage_sizes[part]
         like = _form_of(chunk, inspection)
@@ -416,7 +423,7 @@ class Leaves:
         """Fill the specs of a chunk, looking at each leaf."""
         table = inspection.table
         meanings = table.meanings(chunk)
-        if VERSIONS_UNAVAILABLE in self.versions[start : start + len(chunk)]:
+        if inspection.needs_versions and VERSIONS_UNAVAILABLE in self.versions[start : start + len(chunk)]:
             raise Refusal(
                 "this PyTorch counts no versions, so a change to it during the staging could not be noticed.",
                 "Use StagingOptions(detect_torn=False), and leave the source alone until it is captured.",

@@ -64,7 +64,9 @@ class Resources:
             shared=options.use_shared_memory,
             pinning=_pinning(options, backend),
         )
-        self.inspection = Inspection(backend.device_of if backend is not None else None)
+        self.inspection = Inspection(
+            backend.device_of if backend is not None else None, needs_versions=options.detect_torn
+        )
         self.plans = PlanCache()
         self.counts = Counts()
         self.running: set[Job] = set()

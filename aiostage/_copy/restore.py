@@ -144,7 +144,7 @@ class _Leaves:
     async def of(cls, slices: Slices, tree: Any, resources: Resources) -> _Leaves:
         """Find the leaves of a tree, taking composites apart."""
         device_of = resources.backend.device_of if resources.backend is not None else None
-        walk, inspection = Walk(only_leaves=True), Inspection(device_of)
+        walk, inspection = Walk(only_leaves=True), Inspection(device_of, needs_versions=False)
         await slices.run(walk.run(tree))
         await slices.run(walk.inspect(inspection))
         await slices.run(walk.settle(inspection))
