@@ -77,6 +77,8 @@ class Memo(dict[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return the copy of what has an identity, made now if need be."""
+        # Code of objects goes through this class, aiostage through dict's own methods: looking something up must not
+        # build it.
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
         # Code of objects may ask for keys of its own, which are no identities.
@@ -147,6 +149,8 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
     Raises:
         UnsupportedLeafError: If an object contains itself in what it is made of.
     """
+    # Its own stack and not recursion, as in the walk. originals: of a node that was entered again, the first one, which
+    # gets the copy of the second. suspended: identities of nodes that wait for an object that is copying itself.
     stack: list[Node] = []
     originals: dict[int, Node] = {}
     suspended: set[int] = set()
@@ -174,6 +178,8 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
                 # Code that was called for something inside has copied it.
                 node.copy = dict.__getitem__(memo, id(node.source))
             node.finish()
+            # active: it is on a stack, this one or one further out that called an object's code. done: its copy has all
+            # of its contents. A copy that is there and not done can be referred to, and not be looked into.
             node.done, node.active = True, False
             stack.pop()
             original = originals.pop(id(node), None)
@@ -195,6 +201,7 @@ def build(root: Node, fetch: Fetch, memo: Memo | None) -> Generator[None, None, 
             else:
                 raise _contains_itself(child)
         elif not child.active:
+            # copy.deepcopy enters a circle where the tree leads to it first, and what is made on the way depends on it.
             entry = memo.entry_before(child) if memo is not None else None
             _enter(entry or child, stack, fetch)
         elif child.entered_again:
@@ -244,6 +251,7 @@ def _suspend(stack: list[Node], suspended: set[int], memo: Memo) -> None:
     """Leave the last node of a stack as it is, to be built on when what it contains has copied itself."""
     node = stack.pop()
     node.active = False
+    # The node is in memo.suspended as well, which keeps it, and so its identity.
     suspended.add(id(node))
     memo.suspended.append(node)
 

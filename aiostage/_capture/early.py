@@ -35,6 +35,8 @@ class StorageCopies(dict[int, torch.UntypedStorage]):
                 "Keep the tensors of that storage in attributes or containers of the object, or use passthrough for "
                 "the object.",
             )
+        # PyTorch's code puts it here while an object copies itself, so the Refusal comes out of that object's own
+        # __deepcopy__, and gets its path there.
         super().__setitem__(identity, copy)
 
 
@@ -85,6 +87,8 @@ class EarlyCopies:
         if spec.by_value:
             copy = torch.empty_strided(spec.shape, spec.staged_stride, dtype=spec.dtype, device="cpu")
             return of_class([copy.copy_(leaves.tensors[index].detach())], spec)[0]
+        # The whole storage, as copy.deepcopy does it: other leaves and the object's own tensors may lie in the same
+        # one.
         identity = _private.storage_identity(storage)
         if identity not in self.storages:
             made = storage.clone() if storage.device.type == "cpu" else storage.cpu()  # type: ignore[no-untyped-call]
@@ -95,6 +99,7 @@ class EarlyCopies:
         """Return a tensor like a leaf over the copy of its storage."""
         storage = self._leaves.storages[index]
         assert storage is not None  # noqa: S101 - of which there is a copy
+        # From the noted address, not the tensor's offset: the tensor may have got other memory since it was met.
         distance = self._leaves.addresses[index] - storage.data_ptr() if spec.extent else 0
         tensor = torch.empty(0, dtype=spec.dtype, device="cpu")
         tensor.set_(copy, distance // spec.dtype.itemsize, spec.shape, spec.stride)
@@ -103,6 +108,7 @@ class EarlyCopies:
     def tie(self) -> Generator[None, None, None]:
         """Give every leaf in a storage that was copied a copy over the same one, yielding between small steps."""
         leaves = self._leaves
+        # A leaf without a spec is not planned. Its copy is there, and finish_leaves() puts it in its place.
         for start in range(0, len(leaves.specs), LEAVES_PER_STEP):
             for index in range(start, min(start + LEAVES_PER_STEP, len(leaves.specs))):
                 spec, storage = leaves.specs[index], leaves.storages[index]
@@ -177,6 +183,7 @@ class SelfCopies:
         for node in opaque:
             if not node.done:
                 self._give(node)
+        # The list may grow meanwhile; a for loop over a list sees what is appended.
         for suspended in memo.suspended:
             if not suspended.done:
                 built_now(suspended, memo)
@@ -271,6 +278,7 @@ class SelfCopies:
         finally:
             node.active = False
         node.copy, node.done = result, True
+        # Last, and over what the object's code may have put there itself: copy.deepcopy does so too.
         memo[id(source)] = result
 
 

@@ -230,6 +230,7 @@ class Leaves:
             Whether there were some.
         """
         start = len(self.specs)
+        # Whole chunks only: they are what is recognized the next time. The rest is left to inspect().
         if self._unlike or len(self.tensors) - start < LEAVES_PER_STEP:
             return False
         chunk = self.tensors[start : start + LEAVES_PER_STEP]
@@ -238,6 +239,7 @@ class Leaves:
         if only_known:
             return False
         with _private.without_torch_function():
+            # Leaves that were noted in an earlier step may have got other memory in between; those of this step cannot.
             before = chunk[: max(0, since - start)]
             self._unlike = self._replaced(start, before) is not None or not self._inspect_plain(
                 chunk, start, inspection
@@ -258,6 +260,7 @@ class Leaves:
         ):
             self._recognized = False
             return False
+        # All that a spec says was the same at the last staging, and the guard has found nothing else by now.
         self.specs += known.specs
         self._chunks.append(known)
         return True
@@ -268,6 +271,7 @@ class Leaves:
             start = self._indexed
             chunk = self.tensors[start : start + LEAVES_PER_STEP]
             # Without a step of Python for each, where none was met before.
+            # An id stays with its tensor as long as self.tensors refers to it, which is until the staging is over.
             identities = dict(zip(map(id, chunk), range(start, start + len(chunk)), strict=True))
             if len(identities) == len(chunk) and self.positions.keys().isdisjoint(identities):
                 self.positions |= identities
@@ -286,6 +290,7 @@ class Leaves:
 
     def add(self, tensor: torch.Tensor, owner: int) -> int:
         """Return the index of a tensor that belongs to a leaf; it is added unless it was met before."""
+        # At once: the caller is inside a step and needs the answer. What was indexed before is not looked at again.
         for _ in self.index():
             pass
         found = self.positions.get(id(tensor))
@@ -335,6 +340,8 @@ class Leaves:
             Replaced: If a leaf has got other memory since it was met.
         """
         start = len(self.specs)
+        # Only of the first call: what later calls add has owners, and whether it was met before is not told by
+        # addresses.
         self._recognized = self._recognized and not self._inspected
         self._inspected = True
         while start < len(self.tensors):
@@ -348,6 +355,8 @@ class Leaves:
                         self._inspect_each(chunk, start, inspection)
             start += len(chunk)
             yield
+        # The index finds tensors that were met twice. Where all leaves begin at different addresses there can be none,
+        # and an index of 50,000 takes some milliseconds.
         if not (self._recognized and (yield from self._are_apart(inspection))):
             yield from self.index()
 
@@ -374,6 +383,7 @@ class Leaves:
         if chunks != self._chunks:
             met = {0}
             for start in range(0, len(self.addresses), LEAVES_PER_STEP):
+                # Zero counts as met: leaves without memory all have that address, and may be the same tensor.
                 met.update(self.addresses[start : start + LEAVES_PER_STEP])
                 yield
             answer = len(met) == len(self.addresses) + 1
@@ -388,6 +398,8 @@ class Leaves:
         if not set(map(type, chunk)) <= PLAIN_CLASSES:
             return False
         table, sizes = inspection.table, self.storage_sizes[part]
+        # Layers repeat: a chunk of the same form as an earlier one has its specs, and only the sizes of its storages
+        # are left to check.
         like = _form_of(chunk, inspection)
         if like is not None:
             specs = like.specs if fit(like.specs, chunk, sizes) else None
@@ -430,6 +442,7 @@ class Leaves:
             )
         simple = True
         for index, (tensor, meaning) in enumerate(zip(chunk, meanings, strict=True), start):
+            # Taken apart already if the walk has looked at its attributes; a second time could give other parts.
             composite = self._apart.get(index) or composite_of(tensor, meaning)
             spec = None
             if composite is not None:
@@ -516,6 +529,8 @@ def _columns_of_each(tensors: Sequence[torch.Tensor]) -> Columns:
             number = VERSIONS_UNAVAILABLE
             if version is not None:
                 number = NO_VERSION if tensor.is_inference() else version.__get__(tensor)
+            # One row after the other: what a tensor lacks is noted as 0 or None, and its parts are leaves with columns
+            # of their own.
             row = (number, _address_or_none(tensor), storage.nbytes() if storage is not None else 0, storage)
             for column, value in zip(columns, row, strict=True):
                 column.append(value)  # type: ignore[attr-defined]
@@ -542,6 +557,7 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
     for start in range(0, len(leaves.versions), LEAVES_PER_STEP):
         part = slice(start, start + LEAVES_PER_STEP)
         tensors = leaves.tensors[part]
+        # In bulk first. Only a chunk in which something differs is looked at leaf by leaf.
         now = versions, addresses, sizes, storages = _columns_of(tensors)
         if not (
             versions == leaves.versions[part]

@@ -207,6 +207,8 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
         yield
     empty = tuple(LeafRun(spec, indices, 0) for spec, indices in by_spec.items() if spec.extent == 0)
     full = [(spec, indices) for spec, indices in by_spec.items() if spec.extent]
+    # Stable, so that specs of one device and size stay in the order in which the tree has them: the same tree gives the
+    # same layout.
     full.sort(key=lambda entry: (str(entry[0].device or ""), not _is_small(entry[0])))
     sizes: list[int] = []
     for number, (_, members) in enumerate(groups):
@@ -216,6 +218,8 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
             if start or number % LOOKED_AT == 0:
                 yield
         sizes.append(size)
+    # Larger elements first: each run then begins at a multiple of its own element size, as every larger size is a
+    # multiple of it.
     for itemsize in sorted({*sizes, *(spec.target.itemsize for spec, _ in full)}, reverse=True):
         for spec, indices in full:
             if spec.target.itemsize == itemsize:
@@ -338,6 +342,7 @@ def _base_of(
         sizes.update(spec.dtype.itemsize for index in members[start : start + LOOKED_AT] if (spec := specs[index]))
         yield
     first = addresses[members[0]]
+    # Members come sorted by address, so the first begins the group.
     base = first if len(sizes) == 1 else first - first % max(sizes)
     for start in range(0, len(members), LOOKED_AT):
         for index in members[start : start + LOOKED_AT]:
@@ -389,7 +394,10 @@ class _Builder:
                 self.device, self.start, self.offset, runs, groups, self.whole, pieces, self.completes, self._continues
             )
             self.batches.append(batch)
+            # False sorts before True: host memory first, then what is small on devices.
             rank = (self.device is not None, not self.small, self.first or 0)
+            # A batch that continues a leaf has the rank of the one before it, and the sort is stable: it is copied
+            # right behind that.
             self._ranks.append(self._ranks[-1] if batch.continues else rank)
             self._continues = self.inside
         self._reset()
@@ -439,6 +447,8 @@ class _Builder:
 
     def add_range(self, spec: Spec, index: int, start: int, length: int, *, small: bool) -> None:
         """Add elements of a leaf as pieces, cut where a batch is full."""
+        # In elements, by the larger of the two sizes: neither what is read nor what is written by one piece exceeds a
+        # batch.
         step = max(1, BATCH_BYTES // max(spec.dtype.itemsize, spec.target.itemsize))
         inside = self.inside
         for first in range(start, start + length, step):

@@ -60,6 +60,8 @@ class ContainerChanges:
     """
 
     def __init__(self) -> None:
+        # Views of the containers, which show what these hold when they are compared; beside each what it held when it
+        # was met, and the node and slot that give its path.
         self._keys: list[tuple[Collection[Any] | _AttributeNames, Sequence[Any], _HasPath, int]] = []
         self._contents: list[tuple[Collection[Any], Sequence[Any], Sequence[object], _HasPath, int]] = []
         self._sets: list[tuple[set[Any], Sequence[Any], _HasPath, int]] = []
@@ -140,6 +142,8 @@ class ContainerChanges:
                 and (path := frame.path(slot)) not in paths
             ):
                 for step, now, then in zip(steps, source, before, strict=False):
+                    # By identity everywhere: equality could call code of the values, and says of two tensors nothing at
+                    # all.
                     if now is not then:
                         paths[(*path, step)] = None
             looked_at += len(before) + _CONTAINER_COST
@@ -148,12 +152,14 @@ class ContainerChanges:
                 looked_at = 0
         for source, before, frame, slot in self._sets:
             # What was taken out and put back may stand elsewhere.
+            # Iterating over a set that has not changed gives its members in one order, which is the cheap comparison.
             same = len(source) == len(before) and (yield from _same(source, before))
             if not (same or (yield from _same_members(source, before))):
                 paths[frame.path(slot)] = None
             yield
         for item, slots, frame, slot in self._slots:
             for name, value in slots.items():
+                # A slot may be a descriptor with code of its own; an error in it is the caller's to see.
                 if getattr(item, name, GONE) is not value:
                     place = frame.path(slot)
                     paths[place if name.startswith("__") else (*place, Attribute(name))] = None
@@ -254,6 +260,7 @@ def same_buffer(source: Any, copy: Any) -> Generator[None, None, bool]:
         if (source.shape, source.dtype) != (copy.shape, copy.dtype):
             return False
         for there, here in _pieces(copy, source):
+            # As bytes and not by ==: a NaN is the same as before, and 0.0 is not -0.0.
             if there.tobytes() != here.tobytes():
                 return False
             yield

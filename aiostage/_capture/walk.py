@@ -121,8 +121,14 @@ class Walk:
         self._before_code = before_code
         self._inspection: Inspection | None = None
         self._root: Node | None = None
+        # By identity of the source. An identity stays its object's own because each node refers to its source, and all
+        # nodes are in _all until the walk is released.
         self._nodes: Table[Node] = Table(dict)
+        # Nodes with leaves, in the order of their first leaf: where a leaf comes from is found by bisection, and no
+        # leaf has to keep its path.
         self._origins: list[Node] = []
+        # What the node that is read now has led to. It goes to the stack as one list, reversed, so that the first is
+        # taken first.
         self._fresh: list[Node] = []
         self._stack: list[list[Node]] = []
         self._all: list[Node] = []
@@ -142,6 +148,7 @@ class Walk:
         Raises:
             UnsupportedLeafError: If something in the tree cannot be copied.
         """
+        # A list around the tree, so that the tree itself is the child of something, a tensor too.
         root = self._root = ListNode(None, None, 0)
         root.children, root.steps = [state_dict], (HIDDEN,)
         self._all.append(root)
@@ -158,6 +165,8 @@ class Walk:
             TornSnapshotError: If a leaf has got other memory since it was met.
         """
         while True:
+            # Gradients and parts are leaves that the tree does not lead to. They may have attributes, those lead to
+            # tensors, and these have gradients: until none is found.
             known = len(self.leaves.specs)
             try:
                 yield from self.leaves.inspect(inspection)
@@ -189,6 +198,8 @@ class Walk:
             failure = self._before_code() if self._before_code is not None else None
         while True:
             reduced, self._reduced_last = self._reduced_last, []
+            # Each reads the object and what it leads to without giving way: what has no version is read at the one
+            # moment M at which all of it is copied.
             for node in reduced:
                 self.calls_out |= exhausted(reduce_object(node, self.changes))
                 self._stack.append([node])
@@ -200,15 +211,19 @@ class Walk:
             if not (reduced or unknown):
                 break
             exhausted(self.inspect(inspection))
+        # Kept until here: code of objects may not follow the caller's stream, which matters only if it can meet a
+        # tensor on a device.
         if failure is not None and not all(tensor.is_cpu for tensor in self.leaves.tensors):
             raise failure
         if not self._only_leaves:
+            # The moment. Nothing has yielded since index() above, and nothing does until the one yield below.
             for given in self._buffers:
                 given.copy, given.done = exhausted(copy_buffer(given.source)), True
             if self._opaque:
                 assert self._root is not None  # noqa: S101 - nothing is copied before the walk
                 copies.make(self._opaque, self._root)
         yield
+        # After the moment: the copies are private by now, so looking into them may take its time.
         if copies.memo is not None:
             yield from copies.check(self._opaque)
             yield from copies.tie()
@@ -293,6 +308,7 @@ class Walk:
                     yield
                     cost, since = 0, len(self.leaves.tensors)
                 before, start = start, self._take(node, start)
+                # A part that is smaller than a step counts as one, so that what it cost is never taken for less.
                 cost += _CHILDREN_PER_STEP if start - before < _CHILDREN_PER_STEP else start - before
                 while self._inspection is not None and self.leaves.inspect_some(
                     self._inspection, since, only_known=self.at_call
@@ -334,6 +350,8 @@ class Walk:
             kind = type(child)
             if kind in ATOMIC:
                 continue
+            # Met before, by another path: both lead to one node, and so to one copy. Plain tensors are told apart at
+            # their inspection instead, where it costs less.
             met = self._nodes.find(id(child))
             if met is not None:
                 node.nested.append((slot, met))
@@ -346,6 +364,7 @@ class Walk:
                     index = len(self.leaves.tensors) + len(tensors) - 1
                     self._attributes(child, index, node, slot)
                     attributed += 1
+                    # The rest of the children come in the next step; _note() counts this one as full.
                     if attributed == _ATTRIBUTED_AT_ONCE:
                         break
             else:
@@ -372,6 +391,8 @@ class Walk:
             self.changes.add_attributes(vars(tensor), list(attributes), list(attributes.values()), node, slot)
         else:
             attributes = {name: value for name, value in attributes.items() if not composite.owns(name)}
+            # What the class keeps for itself is made anew by its own code and may be other objects each time; only the
+            # names of the rest are compared, and the values as slots.
             self.changes.add_names(vars(tensor), list(attributes), composite.owns, node, slot)
             self.changes.add_slots(tensor, dict(attributes), node, slot)
         names: list[str] = []
@@ -414,6 +435,7 @@ class Walk:
         holder.children, holder.steps = holder.source, (Attribute("grad") if is_gradient else HIDDEN,)
         self._attributes(tensor, index, holder, 0)
         if holder.nested:
+            # A further child of the root, hidden from paths: it is built with the tree and is no part of it.
             root.nested.append((len(root.children), holder))
             root.children.append(tensor)
             root.steps = (*root.steps, HIDDEN)
@@ -446,6 +468,7 @@ class Walk:
         elif kind in BUFFERS and not (kind is np.ndarray and child.dtype.hasobject):
             made = GivenNode(child, node, slot)
             size = max(_SMALLEST_BUFFER, nbytes_of(child))
+            # Small ones are copied in the last step, which needs no comparison; the first that are met have that room.
             if size <= self._bytes_left:
                 self._bytes_left -= size
                 self._buffers.append(made)
@@ -453,6 +476,7 @@ class Walk:
                 self._all.append(made)
                 node.nested.append((slot, made))
                 return
+        # Asked of the instance, as copy.deepcopy does.
         elif getattr(child, "__deepcopy__", None) is not None:
             made = GivenNode(child, node, slot)
             self._opaque.append(made)
@@ -464,6 +488,8 @@ class Walk:
         else:
             made = ObjectNode(child, node, slot)
             made.failed = failed
+            # Its state comes from code that may answer otherwise each time, so no later comparison could tell. It is
+            # reduced in the last step instead.
             if not is_comparable(kind):
                 self._reduced_last.append(made)
                 self._nodes.put(id(child), made)
@@ -487,6 +513,7 @@ class Walk:
                     yield
             node.steps = range(len(node.children))
             self.changes.add_sequence(source, node.children, parent_of(node), node.slot)
+        # Tuples cannot change, so nothing is noted for a comparison; nor of frozensets and methods below.
         elif isinstance(node, TupleNode):
             node.children = source
             inside = parent_of(node).steps[node.slot] is STATE and len(source) == 2
@@ -496,6 +523,7 @@ class Walk:
             node.steps = (HIDDEN,) * len(node.children)
             if type(source) is set:
                 self.changes.add_set(source, node.children, parent_of(node), node.slot)
+            # Putting a member into a set calls its __hash__ and __eq__.
             if not (yield from _all_atomic(node.children)):
                 self.calls_out = True
         elif isinstance(node, MethodNode):
@@ -510,6 +538,7 @@ class Walk:
         parent, slot = parent_of(node), node.slot
         atomic = yield from _read_items(source, keys, values)
         node.steps = keys
+        # The __dict__ of an object, which the path leads through by attribute names.
         if parent.steps[slot] is STATE:
             node.steps = AttributeSteps(keys)
             self.changes.add_attributes(source, keys, values, parent, slot)
@@ -525,6 +554,7 @@ class Walk:
             node.attributed = True
             node.children = [*node.children, vars(source)]
             node.steps = [*node.steps, STATE]
+        # It has none now. One that is hung on it before capture changes the tree all the same.
         elif type(source) is OrderedDict:
             self.changes.add_attributes(vars(source), [], [], parent, slot)
 
@@ -559,6 +589,7 @@ class Walk:
             return
         node.first_leaf = len(self.leaves.tensors)
         self.leaves.append(new)
+        # Their path is that of the object, because the walk cannot name what only the object's code leads to.
         node.leaves = range(len(new))
         self._origins.append(node)
         for index, tensor in enumerate(new, node.first_leaf):
@@ -598,6 +629,8 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
     key_iterator, value_iterator = iter(source), iter(source.values())
     atomic = True
     try:
+        # Two iterators over one dict: both raise if it changes size between two steps. A change that keeps the size may
+        # mix two moments here; the keys and values are compared at capture, which then differ.
         while part := list(islice(key_iterator, READS_PER_STEP)):
             keys += part
             values += islice(value_iterator, READS_PER_STEP)
