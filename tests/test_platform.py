@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -206,31 +207,33 @@ def test_what_the_page_cache_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_bare_container(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_bare_container() -> None:
     """No HOME, a user without a name, nowhere to write but the target."""
-    program = f"""
-import asyncio, os, aiostage, torch
+    program = """
+import asyncio, os, sys, aiostage, torch
 # The interpreter may lie where only its owner can read it.
 os.setgid(54321), os.setuid(54321)
 
 async def main():
     async with aiostage.AsyncStager() as stager:
-        staged = await stager.stage({{"a": torch.arange(3)}})
-    await aiostage.save(staged, {str(tmp_path / "target" / "a")!r})
-    return await aiostage.load({str(tmp_path / "target" / "a")!r})
+        staged = await stager.stage({"a": torch.arange(3)})
+    await aiostage.save(staged, sys.argv[1])
+    return await aiostage.load(sys.argv[1])
 
 assert asyncio.run(main())["a"].tolist() == [0, 1, 2]
 """
     if os.getuid() != 0:
         pytest.skip("only root can become a user without a name")
-    (tmp_path / "target").mkdir()
-    # pytest's own directories, which only its user may enter. With several workers, or --basetemp, others lie above.
-    base = tmp_path_factory.getbasetemp()
-    above = [base, *(directory for directory in tmp_path.parents if "pytest-of" in str(directory))]
-    for directory in (tmp_path / "target", tmp_path, *above):
-        directory.chmod(0o777)
     environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TMPDIR": "/nonexistent"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, timeout=seconds(30)
-    )
+    # Not in pytest's own directories: each run of pytest takes all rights to them from other users.
+    with tempfile.TemporaryDirectory() as target:
+        os.chmod(target, 0o777)
+        done = subprocess.run(
+            [sys.executable, "-c", program, target + "/a"],
+            cwd="/",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds(30),
+        )
     assert done.returncode == 0, done.stderr
