@@ -22,8 +22,10 @@ __all__ = ["StorageSuite"]
 
 def _content(nbytes: int, seed: int = 1) -> bytes:
     """Return bytes that differ from place to place and from seed to seed."""
-    places = numpy.arange(nbytes)
-    return ((seed * 37 + places * 11 + places // 251) % 256).astype(numpy.uint8).tobytes()
+    # The bytes repeat after this many, so one period is computed and the rest copied.
+    places = numpy.arange(min(nbytes, 251 * 256))
+    period = ((seed * 37 + places * 11 + places // 251) % 256).astype(numpy.uint8)
+    return numpy.resize(period, nbytes).tobytes()
 
 
 class StorageSuite(ABC):
