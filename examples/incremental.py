@@ -1,7 +1,7 @@
 """A large tower that is frozen and small adapters that learn: checkpoints that write what has changed.
 
 The same run is saved whole and incrementally; every checkpoint is restored and compared. AIOSTAGE_EXAMPLE_QUICK=1
-shrinks the tower from 1 GiB to 64 MiB. It exits with 1 if anything comes back otherwise than it was.
+shrinks the tower from 1 GiB to 16 MiB. It exits with 1 if anything comes back otherwise than it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 import aiostage
 
-WIDTH = 512 if os.environ.get("AIOSTAGE_EXAMPLE_QUICK") else 2048
+WIDTH = 256 if os.environ.get("AIOSTAGE_EXAMPLE_QUICK") else 2048
 LAYERS = 64
 RANK = 4
 SAVES = 6

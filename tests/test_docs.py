@@ -7,9 +7,11 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,7 @@ import aiostage.errors
 from aiostage_command import __version__
 from tests.parsing import parse
 from tests.patience import seconds
-from tests.warm import PYTHON
+from tests.warm import PYTHON, imported
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -348,22 +350,43 @@ def test_an_example_uses_every_public_name(name: str) -> None:
 
 
 AS_A_SCRIPT = """
-import os, runpy, sys, warnings
+import multiprocessing, os, runpy, sys, warnings
 warnings.simplefilter("error", RuntimeWarning)
-del sys.argv[0]
+sys.executable = sys.argv[1]
+multiprocessing.set_executable(sys.executable)
+del sys.argv[:2]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What the examples find as ``sys.executable``: their processes begin with what most of them import."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} "$@"\n')
+    path.chmod(0o700)
+    # The first optimizer imports torch._dynamo, in more than a second.
+    with imported("sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.launcher"):
+        yield str(path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_runs(example: Path, tmp_path: Path) -> None:
+def test_every_example_runs(example: Path, python: str, tmp_path: Path) -> None:
+    changed = {
+        "AIOSTAGE_EXAMPLE_QUICK": "1",
+        "OMP_NUM_THREADS": "1",
+        # What lies beside the interpreter, such as a server.
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        # What torchrun starts.
+        "PYTHON_EXEC": python,
+    }
     outcome = subprocess.run(
-        [*PYTHON, "-c", AS_A_SCRIPT, str(example)],
+        [*PYTHON, "-c", AS_A_SCRIPT, python, str(example)],
         cwd=tmp_path,
-        env=os.environ | {"AIOSTAGE_EXAMPLE_QUICK": "1"},
+        env=os.environ | changed,
         capture_output=True,
         text=True,
         timeout=seconds(170),

@@ -60,6 +60,34 @@ def test_a_program_ends_when_its_command_is_killed() -> None:
     os.close(read)
 
 
+def test_a_program_that_was_killed_has_ended_before_the_next_one_begins(tmp_path: Path) -> None:
+    program = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("locked", flush=True)
+time.sleep(600)
+"""
+    for _ in range(5):
+        with subprocess.Popen(
+            [*PYTHON, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "locked\n"
+            running.kill()
+
+
+def test_what_python_and_pytorch_take_at_their_start(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    # Without -u, what is printed would be lost.
+    script.write_text("import os, torch; print(torch.get_num_threads()); os._exit(0)")
+    for threads in (1, 3):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [*PYTHON, "-u", str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{threads}\n"
+
+
 def test_descriptors_have_the_numbers_of_those_that_the_process_which_forks_has_itself() -> None:
     numbers = range(3, 60)
     crowded = f"import os, sys; [os.dup2(1, number) for number in {numbers}]; os.execv(sys.argv[1], sys.argv[1:])"

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 __all__ = ["PYTHON", "begin", "imported"]
 
 PYTHON = [sys.executable, "-I", "-S", __file__]
-"""Takes the place of ``sys.executable`` in a command. Of its options, only ``-c`` and ``-m`` are for it."""
+"""Takes the place of ``sys.executable`` in a command. Of its options, ``-c``, ``-m`` and ``-u`` are for it."""
 
 _ADDRESS = "AIOSTAGE_TESTS_WARM"
 _STREAMS = (0, 1, 2)
@@ -139,7 +139,8 @@ def _serve(listener: socket.socket) -> _Request | None:
     connections: dict[int, tuple[socket.socket, int]] = {}
     children: dict[int, int] = {}
     while True:
-        for descriptor, _ in poll.poll():
+        # Ends come before what begins.
+        for descriptor, _ in sorted(poll.poll(), key=lambda found: found[0] == listener.fileno()):
             if descriptor == 0:
                 for _, child in connections.values():
                     os.kill(child, signal.SIGKILL)
@@ -173,7 +174,10 @@ def _serve(listener: socket.socket) -> _Request | None:
                     connection.sendall(b"%d" % status)
                 connection.close()
             elif descriptor in connections:
-                os.kill(connections[descriptor][1], signal.SIGKILL)
+                # Ended before the next program begins: whoever killed the command counts on that.
+                child = connections[descriptor][1]
+                os.kill(child, signal.SIGKILL)
+                os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
                 poll.unregister(descriptor)
 
 
@@ -211,6 +215,13 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, _: list
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if "OMP_NUM_THREADS" in environment:
+        # It is read when PyTorch is imported, which was before.
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if arguments[0] == "-u":
+        del arguments[0]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     if arguments[0] not in ("-c", "-m"):
         sys.argv[:] = arguments
         sys.path[0] = os.path.dirname(arguments[0])
