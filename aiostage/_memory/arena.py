@@ -317,6 +317,7 @@ class Arena:
                 cold.before(self.address + first, last - first)
                 _over(self._memory)[first:last:PAGE_BYTES] = 0
             cold.before()
+        # Only blocks that lie wholly inside: for one that is half cold, faulting in is still worth a call.
         last = len(self._warm) if stop == self.nbytes else stop // _BLOCK_BYTES
         first = min(-(-start // _BLOCK_BYTES), last)
         self._warm[first:last] = b"\1" * (last - first)
@@ -337,6 +338,7 @@ class Arena:
 
     def written(self, start: int, stop: int) -> None:
         """Take note that all of a range has been written to. The blocks that it shares with others count as well."""
+        # One assignment of equal length to a bytearray, so threads that write to neighbouring ranges need no lock.
         first, last = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
         self._warm[first:last] = b"\1" * (last - first)
 
@@ -348,6 +350,7 @@ class Arena:
         death therefore is the death of all that was made from it.
         """
         exporter: Exporter = numpy.frombuffer(self._memory, numpy.uint8, count=nbytes)
+        # Weakly, for close() to ask whether anything of it lives. An arena is leased once at a time, so there is one.
         self._exporter = weakref.ref(exporter)
         return exporter
 
@@ -368,6 +371,8 @@ class Arena:
         Blocks. Call it from a worker thread, or not at all: dropping the arena has the same effect.
         """
         with self.registering:
+            # With the lock: a registration that has not begun looks at it there, and does not register memory that is
+            # about to be unmapped.
             self.closed = True
             try:
                 if self.pinning is not None:

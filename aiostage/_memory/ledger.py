@@ -120,11 +120,13 @@ class Ledger:
         """
         actions = LedgerActions()
         self.held_elsewhere = False
+        # First, so that what has come back can be granted in the same move.
         for item in returned:
             self._take_back(item, actions)
         if self.closed:
             self._refuse_all(actions)
             self._evict(self.free, actions)
+        # Up to the first that cannot be answered: those behind it wait, however little they need.
         while self.waiting:
             request = self.waiting[0]
             if not request.abandoned:
@@ -147,6 +149,7 @@ class Ledger:
                 return
         else:
             arena = item
+        # Raises if it is not leased: an arena that came back twice would be granted twice.
         self.leased.remove(arena)
         self.free.append(arena)
         if not arena.reserved:
@@ -159,6 +162,8 @@ class Ledger:
         shortage = self._shortage(request.size)
         if shortage <= 0:
             self._allocate(request, actions)
+        # Over the budget an arena that is far too large is better than waiting; only if there is none, idle ones go to
+        # make room.
         elif not self._reuse(request, None):
             self._evict_for(shortage, actions)
 
@@ -183,6 +188,7 @@ class Ledger:
         except HostMemoryError as error:
             # The kernel may have enough once the idle arenas are gone.
             self._evict([arena for arena in self.free if arena.claim()], actions)
+            # While some are being closed there is hope: the move after that tries again.
             if not self.closing:
                 request.error = error
             return
@@ -191,6 +197,7 @@ class Ledger:
     def _grant(self, request: Request, arena: Arena) -> None:
         self.leased.add(arena)
         request.arena = arena
+        # Idle arenas that another process still maps count as needed, because they cannot be used for anything else.
         self._needs.append(_total(self.leased) + _total(arena for arena in self.free if not arena.claim()))
 
     def _evict_for(self, shortage: int, actions: LedgerActions) -> None:

@@ -263,6 +263,8 @@ class Pool:
             # Renewed before looking, so that what comes back after the look sets the one that is waited for.
             request.event = event = ThreadsafeEvent()
             self._advance()
+            # Each move of the ledger answers all requests that it can; this may have been answered by another thread
+            # between the two lines.
             if request.answered:
                 return request.take()
             if anyio.current_time() >= patience:
@@ -285,12 +287,15 @@ class Pool:
 
     async def _prepare(self, arena: Arena, device: torch.device | None) -> None:
         """Do in worker threads what an arena needs before it is handed out."""
+        # Not part of making it, because it blocks. An arena whose reservation was broken off is not used again, see
+        # Ledger.advance.
         if not arena.reserved:
             await self._each(arena.reserve, pieces(0, arena.nbytes, _RESERVED_BYTES))
             arena.reserved = True
         pinning = self._pinning
         if pinning is not None and device is not None and pinning.wants(arena):
             # The driver takes an arena as a whole.
+            # Faulted in first, in threads and in pieces: the driver would do it in one call that cannot be broken off.
             await self._each(arena.populate, (cold for cold in pieces(0, arena.nbytes) if not arena.is_warm(*cold)))
             await self._register(pinning, arena, device)
 
@@ -316,6 +321,8 @@ class Pool:
 
     def _lease(self, arena: Arena, nbytes: int) -> Lease:
         buffer = arena.exporter(nbytes)
+        # None of these leads to the pool, which may be dropped while tensors live on. The arena is kept by this, and so
+        # by the buffer's life alone.
         Finalizer(buffer, _end_lease, self._returned, self._ended, self._ledger, arena)
         return Lease(arena, buffer)
 
@@ -324,6 +331,8 @@ class Pool:
         again = True
         while again:
             with self._lock:
+                # What finalizers have put into the queue is taken with the lock held, so that one thread alone sees
+                # each of it.
                 actions = self._ledger.advance(self._drain())
                 last, self._outliving = self._outliving, self._outliving and bool(self._ledger.leased)
                 # Of all threads that come here, the one that sees the last lease end says so, once.
@@ -355,6 +364,7 @@ class Pool:
             if before.finished():
                 self._closings.discard(before)
         job = self._workers.job()
+        # Before its first step can end: aclose() waits for the jobs in the set, and finds it there.
         self._closings.add(job)
         for arena in arenas:
             job.put(partial(self._close_arena, arena))
@@ -368,6 +378,7 @@ class Pool:
             _logger.exception("%r could not be given back properly", arena)
         finally:
             with self._lock:
+                # Its bytes count until here: memory that is not yet given back must not be granted twice.
                 self._ledger.closing.remove(arena)
             self._advance()
 
@@ -387,6 +398,7 @@ def _end_lease(returned: SimpleQueue[Arena | Request], ended: SimpleQueue[bool],
 
 def _nudge(ledger: Ledger) -> None:
     """Wake the first waiter that can still be woken; it will look again, on behalf of all."""
+    # A tuple that is replaced and never changed, so it may be gone through without a lock.
     for request in ledger.waiting:
         if not request.abandoned and request.event.set():
             return

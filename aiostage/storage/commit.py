@@ -64,6 +64,7 @@ def check_target(target: str, *, overwrite: bool) -> None:
     Raises:
         CheckpointExistsError: If something is there, and it may not be or is not a checkpoint.
     """
+    # A checkpoint that was moved aside counts as there: its writer may have died before the new one got the name.
     if not os.path.lexists(target) and (overwrite or next(_set_aside(target), None) is None):
         return
     is_there = os.path.lexists(target)
@@ -96,6 +97,7 @@ class PendingDirectory:
         make_parents(os.path.dirname(target))
         _clean_up(target)
         for _ in range(_ATTEMPTS):
+            # A new name for each attempt: the old one may be a directory that a clean-up is removing right now.
             self.path = _new_path(target)
             os.mkdir(self.path)
             # Between mkdir and the lock a clean-up may take the directory for a stale one. Then try again with another.
@@ -112,6 +114,8 @@ class PendingDirectory:
             directory = open_directory(self.path, follow_link=False)
         except FileNotFoundError:
             return None
+        # A lock that could be had says nothing about the path: a clean-up that held it before may have removed the
+        # directory in between. None, no locks here, is good enough: then no clean-up removes anything.
         if try_lock_directory(directory) is False or not is_current(directory, self.path):
             directory.close()
             return None
@@ -140,6 +144,8 @@ class PendingDirectory:
         old = self._take_place(overwrite)
         sync_directory(os.path.dirname(self.target))
         self._directory.close()
+        # After the lock is released: the old directory has no lock of this writer, and if this process dies here it is
+        # a stale one like any other.
         if old is not None:
             remove(old)
 
@@ -159,6 +165,8 @@ class PendingDirectory:
                 move(self.path, self.target)
                 return None
             except FileExistsError:
+                # Asked again at each attempt: what is at the target may be another writer's, which came since the save
+                # began.
                 check_target(self.target, overwrite=overwrite)
             try:
                 if self._exchange(self.path, self.target):
@@ -191,6 +199,8 @@ def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
         CheckpointNotFoundError: If there is no checkpoint.
     """
     for _ in range(_ATTEMPTS):
+        # In this order: while a writer without an atomic exchange is between its two moves, the name is missing and the
+        # old checkpoint is beside it.
         for path in (source, *_set_aside(source)):
             try:
                 directory = open_directory(path, follow_link=follow_link and path == source)
@@ -239,6 +249,8 @@ def delete_committed(target: str) -> None:
         try_lock_directory(directory)
         path = _new_path(target)
         try:
+            # The manifest goes out of sight with the directory, in one step; from here on it is a stale directory,
+            # which the next clean-up finishes if this process dies.
             os.rename(target, path)
         except FileNotFoundError:
             return
@@ -281,6 +293,7 @@ def committed_below(root: str, *, deep: bool = True) -> list[str]:
             target = _target(path, name)
             if target is None:
                 target = os.path.join(path, name)
+            # What was moved aside counts under its own name, as long as nothing has that name.
             elif not name.endswith(_ASIDE) or os.path.lexists(target):
                 continue
             if os.path.lexists(os.path.join(path, name, MANIFEST_NAME)):

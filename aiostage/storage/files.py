@@ -81,6 +81,8 @@ class Descriptor:
 
     def __init__(self, number: int) -> None:
         self._number = number
+        # The number itself and not this object, which it must not keep alive. It is closed once, by the first of the
+        # two: close() or the death of this.
         self._finalizer = Finalizer(self, os.close, number)
 
     def __enter__(self: D) -> D:
@@ -124,6 +126,7 @@ class OutputFile(Descriptor):
     """
 
     def __init__(self, path: str, nbytes: int, *, direct: bool) -> None:
+        # O_EXCL: two writers of one file name are a fault, and neither may write into the other's file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self.path = path
         self.nbytes = nbytes
@@ -150,6 +153,8 @@ class OutputFile(Descriptor):
         for start in range(0, len(rest), _BOUNCE_BYTES):
             piece = rest[start : start + _BOUNCE_BYTES]
             padded = -(-len(piece) // PART_ALIGNMENT) * PART_ALIGNMENT
+            # Memory that is not aligned goes through a buffer that is. The last block is filled up with zeros, which
+            # finish() cuts off again.
             bounce[: len(piece)] = piece
             bounce[len(piece) : padded] = 0
             self._write(bounce.data[:padded], offset + start)
@@ -169,6 +174,7 @@ class OutputFile(Descriptor):
     def finish(self) -> None:
         """Cut the padding off, wait until everything is on the disk, and close. Called once, after every write."""
         try:
+            # Before the sync, so that the length is on the disk too.
             os.ftruncate(self._number, self.nbytes)
             sync(self._number)
         except OSError as error:
@@ -226,6 +232,7 @@ class InputFile(Descriptor):
                 raise CheckpointCorruptError("it is not a regular file.", path=path) from error
             raise
         super().__init__(number)
+        # Asked of the descriptor and not of the path, which may name another file by now.
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -287,6 +294,8 @@ class InputFile(Descriptor):
             if count == 0:
                 break
             done += count
+        # The rest, if direct reads have stopped at the unaligned end of the file, were refused, or came up short;
+        # read() says whether the file is too short.
         self.read(into[done:stop], offset + done)
 
     def _open_direct(self) -> bool:
@@ -296,6 +305,8 @@ class InputFile(Descriptor):
             return False
         direct = Descriptor(number)
         try:
+            # Opened by name a second time, so it may be another file. The lock is for readers among each other, and
+            # goes with the descriptor.
             if not self._is_same(os.fstat(number)) or not try_lock(number):
                 return False
         except OSError:
@@ -337,6 +348,8 @@ class PartBuffers:
             memory = aligned_memory(self.part_bytes)
         # An array with a base of its own, which everything that is made from it keeps alive.
         lent: np.ndarray[Any, Any] = np.frombuffer(memory.data, np.uint8)
+        # append() of a list is one operation, in whichever thread the last reference goes. What is free again stays
+        # until this object goes.
         Finalizer(lent, self._free.append, memory)
         return lent
 
@@ -388,6 +401,7 @@ def make_parents(path: str) -> None:
         missing.append(path)
         path = os.path.dirname(path)
     for new in reversed(missing):
+        # Another process may be making the same ones.
         os.makedirs(new, exist_ok=True)
         sync_directory(os.path.dirname(new))
 

@@ -264,10 +264,12 @@ class _AttachedCheckpoint(PendingCheckpoint):
                 submitted += 1
                 # It has to go when it has been written.
                 del part
+                # So that no more than that many parts are held: the next is asked for when one has been written.
                 while submitted - job.done >= _PARTS_AT_ONCE and not job.error:
                     await job.progressed(job.done)
                 if job.error:
                     break
+        # After the job has ended, whose own error comes first.
         if offset != file.nbytes:
             raise CheckpointError(f"expected {file.nbytes} bytes, got {offset}.", path=file.path)
 
@@ -308,6 +310,8 @@ class _LocalCheckpoint(_AttachedCheckpoint, MultiWriterCheckpoint):
         with OutputFile(os.path.join(self._directory().path, MANIFEST_NAME), len(manifest), direct=False) as file:
             file.write(manifest, 0)
             file.finish()
+        # The manifest is on the disk by then, as all files are: each is synced when it is finished, and publish() syncs
+        # the names.
         self._directory().publish(overwrite=self._overwrite)
 
     async def abort(self) -> None:
@@ -410,6 +414,8 @@ class LocalReader(Reader):
                 self._files[name] = file
                 return file
         path = os.path.join(self._path, name)
+        # Read once: aclose() may set it to None in another thread's middle of this. The local keeps the descriptor
+        # open.
         directory = self._directory
         if directory is None:
             raise CheckpointError("the reader is closed.", path=path, remedy="Read before aclose().")
@@ -420,6 +426,8 @@ class LocalReader(Reader):
                 raise
             raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
         with self._opening:
+            # Outside of the lock until here, because opening may block. The other one, of two that were opened, closes
+            # with its last reference.
             file = self._files.setdefault(name, file)
             self._close_some()
         return file
@@ -442,6 +450,8 @@ def _check(name: str) -> None:
 
 async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:
     """Run steps that clean up, to the end also when cancelled meanwhile."""
+    # A job and not run(): its steps are not dropped when the caller is cancelled, and their errors are not raised over
+    # the one that is being handled.
     job = workers.job()
     for step in steps:
         job.put(step)

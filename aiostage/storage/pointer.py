@@ -68,11 +68,14 @@ class Heartbeat:
         stopped = threading.Event()
         self._stop = Finalizer(self, stopped.set)
         self._thread = threading.Thread(target=_beat, args=(beat, interval, stopped), name=name, daemon=True)
+        # This waits for the thread's first turn, once in a save. The thread refers to the event and the beat, not to
+        # this object, so that dropping this ends it.
         self._thread.start()
 
     def stop(self) -> None:
         """Stop, and wait for a beat that is under way. Blocks. May be called more than once."""
         self._stop()
+        # A beat that is under way would otherwise write the lease again after the caller has removed it.
         self._thread.join()
 
 
