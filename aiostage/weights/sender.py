@@ -103,11 +103,12 @@ class SocketSender:
         self._versions: dict[int, _Version] = {}
         self._connections: set[_Connection] = set()
         self._newest: _Version | None = None
+        self._closed = False
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None, None]:
         """Listen, and serve subscribers. What is alive afterwards is dropped."""
-        self.changed = Signal()
+        self.changed, self._closed = Signal(), False
         endpoints: list[Endpoint] = []
         try:
             # Kept where it is made: a cancelled call loses its result.
@@ -119,6 +120,7 @@ class SocketSender:
                 finally:
                     group.cancel_scope.cancel()
         finally:
+            self._closed = True
             self._versions.clear()
             self._newest = None
             self.changed.set()
@@ -303,5 +305,6 @@ class SocketSender:
             if sum(each is not None and each >= number for each in have) >= count:
                 return
             await changed.wait()
-            if self._newest is None:
+            # Not by the newest version: the one that is waited for may still be staged.
+            if self._closed:
                 raise WeightsError("the publisher was closed.", path=self.location)

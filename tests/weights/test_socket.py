@@ -230,6 +230,18 @@ class TestSubscribers:
             assert seen[1].acknowledged == 1
             waiting.cancel()
 
+    async def test_acknowledged_waits_for_a_version_that_is_still_staged(self, path: str) -> None:
+        async with WeightPublisher(path) as publisher, WeightSubscriber(path) as subscriber:
+            publishing = publisher.publish(weights(1), version=1)
+            waiting = asyncio.create_task(publisher.acknowledged(1))
+            # It asks for a version, which wakes all that wait for news of subscribers.
+            getting = asyncio.create_task(subscriber.get())
+            await until(lambda: any(each.wants for each in publisher._sender._connections))
+            assert not waiting.done()
+            await publishing
+            (await getting).acknowledge()
+            await waiting
+
     async def test_acknowledged_waits_for_as_many_as_it_says(self, path: str) -> None:
         async with WeightPublisher(path) as publisher:
             await publisher.publish(weights(1), version=1)
