@@ -184,6 +184,7 @@ class PartReader:
                 memory = await self._read_part(file, index)
             start = 0 if index else HEADER_LENGTH_BYTES
             pieces.append(await self._workers.run(memory[start : stop - offset].tobytes))
+        # The first part has tensors behind the header; kept, it is not read a second time.
         if len(self._heads) < _HEADS:
             self._heads[file.name] = first
         return await self._workers.run(partial(b"".join, pieces))
@@ -291,12 +292,15 @@ class PartReader:
                 await self._wait_until_copied(await self._read(file, part, memory.data[: part.nbytes], copy))
                 # It goes to the next part when nothing refers to it any more.
                 del memory, copy
+            # After the copy too, so that what is reported is in its place.
             arrived(part.nbytes)
 
     def _wants_all(self, part: Part) -> bool:
         """Return whether every byte of a part is used or verified."""
         return self._verify or not any(isinstance(piece, Gap) for piece in part.pieces)
 
+    # Bytes go to their places before their digest is known. That is allowed because places of a load that fails are
+    # undefined; a live tree is read into only with in_place.
     def _goes_straight(self, part: Part) -> bool:
         """Return whether a part consists of few pieces, all of them in host memory or without a destination."""
         return len(part.pieces) <= _STRAIGHT and all(

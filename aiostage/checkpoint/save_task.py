@@ -68,6 +68,7 @@ class SaveHandle:
 
         Several tasks may wait. May be cancelled; the save goes on.
         """
+        # While a task waits, the error is that task's: the next save must not raise it too.
         self._waiting += 1
         try:
             await self.ended()
@@ -100,6 +101,7 @@ class SaveHandle:
     def end(self, outcome: CheckpointInfo | Exception) -> None:
         """Say what became of it. Called once, by the checkpointer."""
         if isinstance(outcome, Exception):
+            # Before the event: who is woken finds the outcome.
             self._error = outcome
         else:
             self._info = outcome
@@ -234,6 +236,8 @@ class SaveTask:
             self.source = None
             if self._writer is not None:
                 self._writer.close()
+            # Before the task ends in any way, a cancellation included: who waits for the handle or for the capture must
+            # not wait for ever.
             self.handle.end(outcome)
             self._accepted.set()
         return isinstance(outcome, CheckpointInfo)

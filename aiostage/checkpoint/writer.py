@@ -184,6 +184,8 @@ class CheckpointWriter:
             encoder = TreeEncoder(values_are_there=there, notes_places=self._options.duplicate_tied)
             try:
                 await self._workers.run(partial(_walk, encoder, staged, caller))
+            # An object whose registered function looks at values: the outline has none yet, so the walk is made again
+            # over the captured tree.
             except ValuesNeeded:
                 encoder = TreeEncoder(notes_places=self._options.duplicate_tied)
                 await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
@@ -221,6 +223,7 @@ class CheckpointWriter:
                 snapshot=snapshot,
                 sent=self._sent,
             )
+            # One file after the other, in the order of the window; within a file several parts are under way.
             records.append(await file.send(pending))
         manifest, digests = await self._workers.run(partial(_manifest, plan, records))
         if snapshot is not None:
@@ -228,6 +231,7 @@ class CheckpointWriter:
                 # No other writer will take what no file has asked for.
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
+        # After the capture, which is where a change of the source shows: a torn copy is never committed.
         with span("commit"):
             await pending.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
@@ -499,6 +503,7 @@ class PartWriter:
             memory = single_piece(part)
             # Nothing is copied that lies in one piece.
             data = memory.numpy().data if memory is not None else await self._workers.run(partial(self._gather, part))
+        # Counted when it is handed over. The storage may ask for the next while it still writes this one.
         self._next += 1
         # While the bytes are hot, but not before they leave: the storage has threads of its own.
         self._digesting.put(partial(self._digest, part.index, data))

@@ -167,6 +167,7 @@ class RankBarrier:
 
     def _settle(self, name: str, failures: Mapping[int, str]) -> dict[int, str]:
         """Decide a question unless it has been decided, and return what was decided."""
+        # The store compares and sets in one step, so the first rank's answer is that of all.
         decided = self._store.compare_set(f"{self._key}/{name}", "", json.dumps(failures))
         return {int(rank): reason for rank, reason in json.loads(decided).items()}
 

@@ -231,6 +231,8 @@ class Checkpointer(BackgroundSaves):
                 await response.give_up(error)
                 raise
             await response.captured()
+            # Those that have ended well, or whose error was asked for, are forgotten; the errors of the rest are raised
+            # when the block is left.
             self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
             self._handles.append(handle)
             opened.group.start_soon(self._finish, opened, handle, name=f"save step {handle.step}")

@@ -56,6 +56,7 @@ class QueuedOperation(Generic[T]):
         self.caller = CallerStreams.record(default_backend(), tree)
         self._action: Action[T] | None = None
         self._results: list[T] = []
+        # Its number has been given: without a word of this rank the others would wait for it until their timeout.
         self._on_drop = Finalizer(self, queue.skip, number, self.job)
 
     def hand_over(self, action: Action[T]) -> None:
@@ -73,6 +74,7 @@ class QueuedOperation(Generic[T]):
         # An operation that has not started never starts. One that has started ends by itself: the barrier decides how.
         self.job.cancel()
         self._action = None
+        # Not handed over yet: its number is, so that the operations behind it get their turn.
         if self._on_drop.detach():
             self._queue.hand_over(self)
 
@@ -150,6 +152,8 @@ class GroupQueue:
 
     def call(self, timeout: float, tree: Any) -> QueuedOperation[Any]:
         """Return the operation with the next number. All ranks must make the same calls in the same order."""
+        # At the call, in the caller's thread. Ranks make their calls in one order, so the numbers agree although the
+        # threads do not.
         number, self._calls = self._calls, self._calls + 1
         return QueuedOperation(self, number, timeout, tree)
 
@@ -185,6 +189,7 @@ class GroupQueue:
         while self._handed:
             number, call = self._handed.popleft()
             self._waiting[number] = call
+        # A number that has not been handed over holds up all behind it: the other ranks run them in this order too.
         while self._turn in self._waiting:
             call = self._waiting.pop(self._turn)
             self._turn += 1
@@ -209,6 +214,7 @@ class GroupQueue:
             failures = barrier.arrive(timeout)
             if failures:
                 raise RanksFailedError(self._named(failures))
+            # All ranks have arrived at this operation, so none looks at the keys of the one before.
             if self._met is not None:
                 self._met.forget()
             self._met = barrier
@@ -236,6 +242,7 @@ class GroupQueue:
             _leave(barrier)
             return result
         finally:
+            # Ends the thread that answers, which waits for this.
             over.set()
         self._drop_group()
         reason = f"{type(broken).__name__}: {broken}"
@@ -292,6 +299,7 @@ class GroupQueue:
             closing.close()
 
         self._arranging.put(self._take_turns)
+        # Behind the turns: what was handed over by now is in the queue before the step that drops the group.
         self._arranging.put(after_those_before)
         await finish(closing.settled)
 

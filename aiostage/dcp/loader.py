@@ -61,7 +61,7 @@ def load(
         ValueError: If there is neither an id nor a reader, or this rank is not in the group, or the timeout is not
             above 0.
 
-    When cancelled before all ranks have come collectives, nothing is loaded, and the others raise
+    When cancelled before all ranks have entered the collectives, nothing is loaded, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
     if storage_reader is None and checkpoint_id is None:

@@ -28,6 +28,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._process = os.getpid()
+        # Made here, so that it is there when the thread has begun; it runs in the thread alone.
         self._loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self.thread.start()

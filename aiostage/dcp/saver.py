@@ -77,6 +77,7 @@ class AsyncSaveResponse:
         When it raises, no rank saves, and each of the others raises :class:`~aiostage.RankFailedError` that names this
         one. The same if it is cancelled once it has begun to stage.
         """
+        # Several tasks may wait for either moment; one stages, and the others find what has come of it.
         async with self._capturing:
             if self._failure is not None:
                 raise self._failure
@@ -92,6 +93,7 @@ class AsyncSaveResponse:
             except BaseException as error:
                 await self.give_up(error)
                 raise
+            # No await comes between the staging and the hand-over: from here on the save goes on without any task.
             self._captured = True
             self._call.hand_over(self._write(staged))
 
@@ -207,7 +209,7 @@ def save(
         Exception: The errors of :meth:`AsyncSaveResponse.captured`, if this rank cannot stage.
         ValueError: As for :func:`start_save`.
 
-    When cancelled before all ranks have come collectives, no rank saves, and the others raise
+    When cancelled before all ranks have entered the collectives, no rank saves, and the others raise
     :class:`~aiostage.RankFailedError` that names this one. Later it is completed first.
     """
     write = writing(checkpoint_id, storage_writer, planner)

@@ -58,6 +58,8 @@ class ReferencedFiles:
                 f"it ends at byte {file.nbytes}; more was expected.", path=f"{self._reader.location}/{name}"
             )
         position = 0
+        # One after the other. Pieces are few where blocks have changed little, and the caller reads several parts at
+        # once.
         for piece in file.located(offset, offset + len(into)):
             await self._read_piece(piece, into[position : position + piece.nbytes])
             position += piece.nbytes

@@ -113,6 +113,7 @@ class References:
             CheckpointCorruptError: If one is damaged.
             OSError: If the storage refuses.
         """
+        # What is not listed any more may come again as another checkpoint of the same name.
         self._needs = {name: needs for name, needs in self._needs.items() if name in names}
         needed: dict[str, frozenset[str]] = {}
         for name in names:
@@ -143,6 +144,7 @@ class References:
         await self.needed(present(names) - set(going))
         for name in sorted(set(going).difference(referred)):
             await self._storage.delete(name)
+        # All tombstones before any of their files goes: from here on no reader and no writer begins with one of them.
         for name in sorted(referred):
             await self._write_tombstone(name)
         await self._clear(
@@ -165,6 +167,8 @@ class References:
             files = needed.get(name)
             if files is None:
                 await self._storage.delete(name)
+                # After the checkpoint: a process that dies in between leaves a tombstone without one, which the next
+                # removal takes away.
                 await self._storage.delete(tombstone_of(name))
             elif self._left.get(name) != files:
                 await self._storage.prune_files(name, files)

@@ -145,12 +145,15 @@ class IncrementalSaver:
         self._committed(write)
 
     def _committed(self, write: IncrementalWrite) -> None:
+        # Not after a block that did not commit.
         if write.written is not None:
             self._last = write.name
 
     async def _latest(self) -> str | None:
         """Return which checkpoint to compare a new one with: the one that was saved last, or else the highest."""
         there = present(await self._storage.list_level())
+        # The one that this saver has written is preferred: what it has committed last is what the next tree is most
+        # like.
         if self._last in there:
             return self._last
         latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
@@ -182,6 +185,7 @@ class IncrementalWrite:
     async def open(self, name: str) -> PendingCheckpoint:
         """Begin the checkpoint. Raises as :meth:`Storage.open`."""
         workers = Workers(1, "aiostage-blocks")
+        # Looked up once for each save, in a thread: a manifest may refer to a million extents.
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
         pending = await self._storage.open(name)
         self.name = name
@@ -209,6 +213,8 @@ class _IncrementalCheckpoint(PendingCheckpoint):
         return self._pending.location
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
+        # Compared by name and size only. A file that changed its size is another one: its blocks would be at other
+        # offsets.
         old = self._base.file(name, nbytes) if self._base is not None else None
         if old is None:
             blocks: list[str] = []
@@ -230,6 +236,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
 
     def _placed(self, manifest: Buffer) -> tuple[Placement, bytearray]:
         """Return where everything lies, and a manifest that says so. Blocks."""
+        # Which files were written here, and how long; those of the base that are referred to come to them.
         sizes = dict(self._own)
         for place in dict.fromkeys(piece.place for file in self._files.values() for piece in file.pieces):
             if self._base is not None and place not in sizes:
@@ -249,6 +256,8 @@ class _IncrementalCheckpoint(PendingCheckpoint):
         self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]
     ) -> tuple[list[str], list[Extent]]:
         """Write the blocks of a file that have changed, and return the digests of all, and where they lie."""
+        # No room between the two sides: a group is handed over when a writer is free, so that no more of them exist
+        # than _GROUP_BYTES says.
         filled, full = anyio.create_memory_object_stream[_Group](0)
         changes = _Changes(name, self._workers, self._buffers, may_keep=getattr(parts, "may_be_kept", False))
         blocks: list[str] = []
@@ -262,8 +271,11 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                             await changes.add(part[start:stop], filled)
                         else:
                             position = len(blocks) * BLOCK_BYTES
+                            # Copied from the base's placement: references name where the bytes really lie, not the
+                            # base, so that chains never grow.
                             for piece in self._located(old, position + start, position + stop):
                                 append(changes.pieces, piece)
+                    # After the runs, which count blocks before this part by the length of the list.
                     blocks.extend(digests)
                     # Its memory has to be free while the next part is waited for.
                     del part

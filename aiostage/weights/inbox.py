@@ -89,6 +89,7 @@ class Inbox:
 
     def put(self, content: WeightVersion | Exception, *, seen: tuple[str, int] | None) -> None:
         """Put in a version, or why one cannot be opened."""
+        # At most one: the receiver puts in what was asked for, and nothing is asked for while something lies here.
         self._content = content
         self.wants = False
         if seen is not None:
@@ -147,6 +148,7 @@ class Inbox:
                 return content
             failure = content if content is not None else self.failure
             if failure is not None:
+                # It may be raised by several calls; each begins its own traceback.
                 raise failure.with_traceback(None)
             if not self.wants:
                 # It stays set if this is cancelled: the version then comes, and the next call finds it.

@@ -146,6 +146,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
             self._check_loop()
             # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
             saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
+            # In the order of the lock and not of the calls; send() leaves a later version the newest.
             async with self._lock:
                 self._opened()
                 if isinstance(self._sender, StorageSender):

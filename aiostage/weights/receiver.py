@@ -42,6 +42,8 @@ class _Session:
 
     def tell(self, **message: object) -> None:
         """Send a message soon. What is said after the end is lost: the publisher has dropped everything then."""
+        # A finalizer may call this long after the connection, posted to the loop. Numbers of a session that has ended
+        # must not reach the next one, which counts anew.
         if not self.ended:
             self._inbox.unsent.append(message)
             self._inbox.changed.set()
@@ -74,6 +76,7 @@ class SocketReceiver:
             while True:
                 peer: PacketSocket | None = None
                 try:
+                    # A cancelled call loses the socket that it made, which closes when it is dropped.
                     peer = await workers.run(partial(connect, self._path))
                     session = await self._greet(peer)
                     wait = _FIRST_WAIT_SECONDS
@@ -117,6 +120,7 @@ class SocketReceiver:
 
     async def _serve(self, session: _Session, workers: Workers) -> None:
         inbox = self._inbox
+        # Said to another session, and of no use to this one.
         inbox.unsent.clear()
         inbox.set_connected(True)
         try:
@@ -131,6 +135,7 @@ class SocketReceiver:
             try:
                 match message:
                     case {"version": _} if session.requested:
+                        # The descriptors are closed below; what was mapped from them stays mapped.
                         await self._open(session, message, descriptors, workers)
                     case {"newest": _} if not descriptors:
                         self._inbox.set_newest(session.epoch, int_in(message, "newest"))
@@ -178,6 +183,7 @@ class SocketReceiver:
                 inbox.unsent.popleft()
                 inbox.changed.set()
             elif inbox.wants and not session.requested:
+                # Before the send, which may wait: the reader must know that an answer is wanted when it comes.
                 session.requested = True
                 await peer.send({"next": None})
             else:

@@ -108,6 +108,8 @@ class SocketSender:
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None, None]:
         """Listen, and serve subscribers. What is alive afterwards is dropped."""
+        # All below runs on one event loop and needs no lock: between two awaits nothing else looks at the versions or
+        # the connections.
         self.changed, self._closed = Signal(), False
         endpoints: list[Endpoint] = []
         try:
@@ -118,6 +120,8 @@ class SocketSender:
                 try:
                     yield
                 finally:
+                    # Ends _accept and every _serve; the group waits for them, so no connection is left when the socket
+                    # goes.
                     group.cancel_scope.cancel()
         finally:
             self._closed = True
@@ -160,6 +164,7 @@ class SocketSender:
         held = self._held()
         for number in list(self._versions):
             if number not in held and self._versions[number] is not self._newest:
+                # With it goes the staged tree, and the memory is free for the next staging.
                 del self._versions[number]
         self.changed.set()
 
@@ -183,6 +188,7 @@ class SocketSender:
         connection: _Connection | None = None
         try:
             connection = await self._greet(peer)
+            # Only now: one that has not said hello counts for nothing, and holds nothing.
             self._connections.add(connection)
             await run_concurrently(partial(self._read, connection), partial(self._write, connection))
         except (EOFError, OSError) as error:
@@ -199,6 +205,7 @@ class SocketSender:
 
     async def _greet(self, peer: PacketSocket) -> _Connection:
         message = await self._receive(peer)
+        # After the first packet, so that the refusal is read: a peer that is still sending would see an error instead.
         if peer.uid != os.geteuid():
             raise MalformedError(f"a request as user {peer.uid}; the publisher is user {os.geteuid()}")
         if len(self._connections) >= _MAX_CONNECTIONS:
@@ -209,6 +216,7 @@ class SocketSender:
             if type(have) is not list or len(have) != 2 or type(have[0]) is not str:
                 raise MalformedError(f"have is {shown(have)}")
             number = int_in({"version": have[1]}, "version")
+            # Numbers of another publisher say nothing about this one's versions.
             seen = number if have[0] == self.epoch else -1
         hello = {"aiostage": "weights", "protocol": PROTOCOL, "timeout": self._timeout, "epoch": self.epoch}
         await peer.send(hello)
@@ -226,6 +234,7 @@ class SocketSender:
         while True:
             message = await self._receive(connection.peer)
             match message:
+                # A second request before the first is answered is malformed: it falls to the last case.
                 case {"next": None} if not connection.wants:
                     connection.wants = True
                     self.changed.set()
@@ -239,6 +248,7 @@ class SocketSender:
                     number = int_in(message, "released")
                     if number not in connection.holds:
                         raise MalformedError(f"a release of version {number}, which it does not hold")
+                    # The subscriber has unmapped it. What no subscriber holds and is not the newest goes now.
                     connection.holds.remove(number)
                     self._drop_unused()
                 case {"alive": True}:
@@ -247,10 +257,12 @@ class SocketSender:
                     raise MalformedError(f"a packet with {shown(' '.join(message))}")
 
     async def _write(self, connection: _Connection) -> None:
+        # Often enough for the more impatient of the two ends.
         beat = min(self._timeout, connection.timeout) / _BEATS_PER_TIMEOUT
         peer = connection.peer
         while True:
             changed = self.changed.event
+            # After the event was taken: a change during the look sets that one, and the wait below ends at once.
             version = self._choose(connection)
             if version is not None:
                 number, described = version.number, version.described
@@ -280,6 +292,7 @@ class SocketSender:
         if not connection.wants or newest is None or newest.number <= connection.seen:
             return None
         held = self._held()
+        # Giving out the newest adds one version to those held, unless another subscriber holds it already.
         if newest.number in held or len(held) < self._max_held:
             return newest
         number = max((each for each in held if each > connection.seen), default=None)

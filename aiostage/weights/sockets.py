@@ -113,6 +113,7 @@ class PacketSocket:
         """
         await checkpoint()
         while not self.send_nowait(message, descriptors):
+            # A packet goes as a whole or not at all, so trying again sends nothing twice.
             await anyio.wait_writable(self._socket)
 
     async def receive(self) -> tuple[dict[str, Any], list[int]]:
@@ -148,6 +149,7 @@ class PacketSocket:
         """
         with anyio.move_on_after(seconds):
             return await self.receive()
+        # The time may have passed because this process computed, or was suspended, while the packet lay there.
         if self._is_readable():
             return await self.receive()
         raise TimeoutError(f"silent for {seconds} seconds")

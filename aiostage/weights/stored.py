@@ -128,6 +128,7 @@ class StorageSender:
             )
         mine = _Pointer(self.epoch, number)
         content = {"epoch": mine.epoch, "version": mine.number}
+        # After the version itself is committed: a subscriber that reads the pointer finds it.
         await write_checkpoint(content, (self.storage, _POINTER), overwrite=True)
         self._newest = mine
         await self._remove_surplus()
@@ -135,6 +136,7 @@ class StorageSender:
     async def _remove_surplus(self) -> None:
         """Remove old versions. If that fails, the new one is valid all the same, and the next save tries again."""
         assert self._newest is not None  # noqa: S101 - called when there is one
+        # Names sort by publisher, which sort by time, and then by number.
         for name in sorted(self._names)[: -self._keep]:
             if name != self._newest.name:
                 try:
@@ -173,6 +175,8 @@ class StorageReceiver:
                 # The pointer itself is read only when this has changed.
                 revision = await self._storage.revision(_POINTER)
                 inbox.set_connected(True)
+                # seen is changed only when the version was taken in or known: after a failure the same pointer is read
+                # again.
                 if revision is not None and revision != seen and await self._check_pointer():
                     seen = revision
                 failures = 0
