@@ -97,6 +97,7 @@ class Snapshot(Generic[T]):
         self._check_entered()
         if self.is_captured:
             return
+        # It will not be free by a copy: completing raises why.
         if not await self._staging.parts_free([tuple(path_prefix)]):
             await self._complete()
 
@@ -132,6 +133,7 @@ class Snapshot(Generic[T]):
         """
         if not self.is_captured:
             self._check_entered()
+            # One that cannot be built early is waited for: its objects look at values.
             if await self._staging.build_early():
                 return self._staging.tree  # type: ignore[no-any-return]
         return await self._complete()

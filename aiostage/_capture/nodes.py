@@ -131,6 +131,7 @@ class Node:
         steps: list[object] = []
         node: Node | None = self
         while node is not None:
+            # Only steps and slots are read, so that paths can be asked for after release().
             step = node.steps[slot]
             if not isinstance(step, _Inside):
                 steps.append(step)
@@ -172,6 +173,7 @@ class Node:
                 for slot, copy in zip(leaves[begin:end], fetch(first + begin, first + end), strict=True):
                     copies[slot - start] = copy
         number = self.position
+        # From the back: what lies before start was taken by earlier calls.
         while number and self.nested[number - 1][0] >= start:
             number -= 1
             slot, node = self.nested[number]
@@ -244,6 +246,8 @@ class DictNode(Node):
     def put(self, start: int, copies: list[Any]) -> None:
         if self.attributed and start + len(copies) == len(self.children):
             vars(self.copy).update(copies.pop())
+        # A key is copied after its value, as copy.deepcopy does, and only then can the pair be put in. keys holds the
+        # value until then.
         if self.interleaved:
             for slot, copy in enumerate(copies, start):
                 if slot % 2 == 0:
@@ -310,6 +314,7 @@ class SetNode(_Collected):
     def put(self, start: int, copies: list[Any]) -> None:
         if self.nested or self.leaves:
             super().put(start, copies)
+        # Members that need no copy have hashes without code of the user, so the set may be there before it is complete.
         elif type(self.source) is set:
             if self.copy is MISSING:
                 self.copy = set()
@@ -351,6 +356,7 @@ class AttributesNode(Node):
         self.slots: frozenset[str] = frozenset()
 
     def begin(self, fetch: Fetch) -> None:
+        # The staged leaf is the copy. Its attributes are put on when it is built with the tree.
         (self.copy,) = fetch(self.leaf, self.leaf + 1)
         self._set(self.kept.items())
 
@@ -414,6 +420,7 @@ class ObjectNode(Node):
         """Take over what the object reduces to."""
         self.function = function
         self.counts = (len(arguments), int(state is not None), len(items), len(pairs))
+        # A list of many items, say: no second list of as many, and steps that are a range.
         if items and not (arguments or state is not None or pairs):
             self.children, self.steps = list(items), range(len(items))
             return
@@ -453,6 +460,7 @@ class ObjectNode(Node):
 
     def _make(self) -> None:
         if self.copy is MISSING:
+            # Once. A cycle may have led back here, and made it from what there was.
             self.copy = self.function(*self.arguments)
         self.arguments = []
 

@@ -126,6 +126,7 @@ def reduce_object(node: ObjectNode, changes: ContainerChanges) -> Generator[None
     """
     source, cls = node.source, type(node.source)
     if cls is deque and len(source) > READS_PER_STEP and cls not in copyreg.dispatch_table:
+        # In parts: what __reduce_ex__ gives of a deque is an iterator, and a list of a million items would be one step.
         items = yield from read_iterable(source)
         # As deque.__reduce_ex__ does, which has nothing else to say of one without attributes.
         node.set_reduced(deque, ((), source.maxlen) if source.maxlen is not None else (), None, items, [])
@@ -135,6 +136,7 @@ def reduce_object(node: ObjectNode, changes: ContainerChanges) -> Generator[None
     try:
         reduced = reductor(source) if reductor is not None else source.__reduce_ex__(4)
         if isinstance(reduced, str):
+            # A name of a global, which is its own copy.
             node.copy, node.done = source, True
             return False
         function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
@@ -144,6 +146,7 @@ def reduce_object(node: ObjectNode, changes: ContainerChanges) -> Generator[None
         raise failed(node, error) from error
     node.set_reduced(function, arguments, state, given, mapped)
     calls_out = not issubclass(cls, IMMUTABLE) and not (function in _SAFE and is_safe_to_make(cls))
+    # In the step in which it was reduced, so that both are of one moment.
     _record_contents(node, changes)
     return calls_out
 
@@ -165,6 +168,7 @@ def _record_contents(node: ObjectNode, changes: ContainerChanges) -> None:
         noted["default_factory"] = source.default_factory
     if cls.__dictoffset__:
         noted["__dict__"] = source.__dict__
+        # Not among the children while it is empty, so it is compared here: an attribute that comes later is a change.
         if not source.__dict__:
             changes.add_attributes(source.__dict__, [], [], parent, slot)
     if noted:
@@ -308,6 +312,8 @@ def _components(roots: Sequence[Node], leads: Leads) -> Iterator[list[Node]]:
             node, children = stack[-1]
             for child in children:
                 if id(child) not in index:
+                    # Tarjan's recursion on a stack of its own: circles may be as deep as memory is large. The iterator
+                    # goes on behind this child.
                     following = child
                     break
                 if id(child) in is_open:

@@ -123,6 +123,8 @@ class TorchBackend(Backend):
     def pack(self, sources: Sequence[torch.Tensor], stream: Any) -> tuple[torch.Tensor, int]:
         """Enqueue the gathering of tensors into a flat one, which belongs to the stream."""
         with self.on(stream), torch.no_grad():
+            # Allocated while the stream is current, so that the allocator gives its memory to later work of that stream
+            # only.
             flat = torch.cat(list(sources))
         return flat, math.ceil(len(sources) / _GATHERED_AT_ONCE)
 

@@ -35,6 +35,8 @@ class CallerStreams:
 
     def __init__(self, backend: Backend | None) -> None:
         self._backend = backend
+        # For each device the streams that were current at the call or at a later record, each with the event that was
+        # recorded on it last.
         self._recorded: dict[torch.device, list[tuple[Any, SupportsQuery]]] = {}
         self._current: torch.device | None = None
         self._failure: StagingError | None = None
@@ -55,12 +57,16 @@ class CallerStreams:
         caller = cls(backend if backend is None or backend.unavailable_reason is None else None)
         if caller._backend is not None:
             try:
+                # A process may have tensors on a device that its module does not call initialized; without a look at
+                # the tree their stream would be recorded too late.
                 if not caller._backend.active_devices():
                     _notice_device(tree, caller._backend)
                 caller._record()
                 if caller._recorded:
                     caller._current = caller._backend.current_device()
             except Exception as error:
+                # Kept for those who need the record. A tree without tensors on a device is staged although the device
+                # has failed.
                 caller._failure = _device_error(error)
         return caller
 
@@ -132,6 +138,7 @@ class CallerStreams:
         assert self._backend is not None  # noqa: S101 - a caller that asks for a stream has a device
         recorded = self._recorded.get(device)
         with device_errors():
+            # The first is the one that was current at the call; later records only add to the list.
             return recorded[0][0] if recorded else self._backend.current_stream(device)
 
     def order_before(self, stream: Any, device: torch.device) -> None:
@@ -152,6 +159,7 @@ class CallerStreams:
                 remedy="Its is_initialized() said so. Use the device once before, or report it to its PyTorch module.",
             )
         with device_errors():
+            # On the device: the calling thread does not wait.
             for event in events:
                 self._backend.wait(stream, event)
 
@@ -167,6 +175,7 @@ class CallerStreams:
         with device_errors():
             streams = [stream for stream, _ in self._recorded.get(device, ())]
             current = self._backend.current_stream(device)
+            # The current stream too, because this may run in a later step, in which the caller works on another one.
             for stream in streams if current in streams else [*streams, current]:
                 self._backend.wait(stream, event)
 
@@ -178,6 +187,7 @@ class CallerStreams:
             for device, recorded in self._recorded.items():
                 current = self._backend.current_stream(device)
                 for stream, _ in recorded:
+                    # A stream runs in order, and needs no event to follow itself.
                     if stream != current:
                         self._backend.wait(current, self._backend.record(stream))
 

@@ -82,6 +82,7 @@ class Loading:
             self._targets = ReadTargets(self._workers)
             return
         with device_errors():
+            # To register memory with. No device is begun to be used for that.
             first_device = next(iter(backend.active_devices()), None)
         pinning = Pinning(backend) if backend.pinned_memory_reason is None else None
         self._targets = ReadTargets(
@@ -100,6 +101,8 @@ class Loading:
     ) -> None:
         """Give memory back and let the threads end. What devices may still be copying is watched over."""
         if self._targets.copier is not None:
+            # Nothing is left after a load that has ended well. After an error a thread keeps the memory of what devices
+            # still copy.
             self._targets.copier.abandon()
         self._targets.close()
         # A coroutine that is being closed may not wait.
@@ -131,6 +134,8 @@ class Loading:
             await self._carry_out(transfer)
         if transfer.states:
             try:
+                # On the event loop, because the user's code runs, but on the streams of the call: the copies above were
+                # ordered before these.
                 with self._caller.entered():
                     for live, state in transfer.states:
                         live.load_state_dict(state)
@@ -176,6 +181,7 @@ class Loading:
             progress=self._progressed,
             in_place=self._in_place,
         )
+        # Headers only. Everything that can be refused is refused before tensors are read.
         outline = await checkpoint.open()
         names = await checkpoint.names(outline, self._selection, None if self._into is None else LEFT_OUT)
         leftovers += (*await self._workers.run(outline.containers), names)
@@ -208,6 +214,7 @@ class Loading:
         parts = await checkpoint.plan(outline, placement.contents, everything=self._reads_everything)
         leftovers += (transfer.pairs, transfer.found, placement.contents, parts, *(part.pieces for _, part in parts))
         self._follow_the_caller(await self._run(partial(self._devices_of, placement, transfer)))
+        # Live tensors that bytes of files go straight into; only with in_place.
         if placement.direct:
             await self._read_in_place(checkpoint, parts, placement.direct)
         else:
@@ -238,6 +245,7 @@ class Loading:
             read = data | beside if beside else data
             contents = await self._workers.run(partial(contents_of, read, spread))
         leftovers += (sizes, data, read, contents)
+        # Bytes without a destination are read too then, so that every digest of the files is compared.
         everything = self._reads_everything and len(contents) == len(data)
         parts = await checkpoint.plan(outline, contents, everything=everything)
         leftovers += (parts, *(part.pieces for _, part in parts))
@@ -282,6 +290,8 @@ class Loading:
         async def count() -> None:
             await self._workers.run(partial(_count_changes, live))
 
+        # Before the first byte: a staging that is under way must be torn even if this load fails half-way. And after
+        # the last, for one that began in between.
         await count()
         try:
             await checkpoint.read(parts)
@@ -336,6 +346,8 @@ class Loading:
 
     async def _carry_out(self, transfer: Transfer) -> None:
         """Change the live tree. Shielded from cancellation: half a load would be a mixture of two states."""
+        # The last look at the live tree. From here on it is changed, and nothing may break off between two of its
+        # tensors.
         await self._workers.run(partial(transfer.check_live, cast=self._fit.cast))
         job = self._workers.job()
         for device, live, loaded in transfer.batches():
@@ -357,6 +369,7 @@ class Loading:
             raise job.error
         if self._targets.copier is not None:
             await self._targets.copier.wait_for_all()
+        # Last, on the event loop: what is not a tensor changes in one step, when all tensors have their values.
         transfer.assign()
 
 
