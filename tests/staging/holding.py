@@ -73,8 +73,8 @@ def copies_slowed(stager: AsyncStager, seconds: float = 0.002) -> Iterator[None]
     workers = stager._resources.workers
     make = workers.job
 
-    def job() -> Job:
-        return SlowJob(make()._submit, seconds)
+    def job(*, inline: bool = False) -> Job:
+        return SlowJob(make(inline=inline)._submit, seconds)
 
     workers.job = job  # type: ignore[method-assign]
     try:
