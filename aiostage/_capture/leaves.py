@@ -11,17 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import (
-    PLAIN_CLASSES,
-    Composite,
-    Refusal,
-    Spec,
-    SpecTable,
-    composite_of,
-    fit,
-    keys_tell_leaves_apart,
-    traits_of,
-)
+from aiostage._capture.composites import Composite, composite_of, traits_of
+from aiostage._capture.faithful import PLAIN_CLASSES, Refusal, Spec, SpecTable, fit, keys_tell_leaves_apart
 
 __all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed"]
 

@@ -6,7 +6,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import inf
 from time import monotonic, thread_time
 from typing import Literal
@@ -226,10 +226,8 @@ class Arena:
             HostMemoryError: If the kernel refuses.
         """
         size = whole_pages(nbytes)
-        try:
+        with _refusals(size):
             return cls(map_private(size))
-        except (OSError, MemoryError, OverflowError) as error:
-            raise refused(size, error) from error
 
     @classmethod
     def shared(cls, nbytes: int) -> Arena:
@@ -242,11 +240,9 @@ class Arena:
             HostMemoryError: If the kernel refuses.
         """
         size = whole_pages(nbytes)
-        try:
+        with _refusals(size):
             file = SharedFile(size)
             arena = cls(file.map(), file)
-        except (OSError, MemoryError, OverflowError) as error:
-            raise refused(size, error) from error
         offer(arena)
         return arena
 
@@ -435,6 +431,15 @@ def refused(nbytes: int, error: BaseException) -> HostMemoryError:
     )
 
 
+@contextmanager
+def _refusals(nbytes: int) -> Iterator[None]:
+    """Raise what the system says of a mapping as a HostMemoryError."""
+    try:
+        yield
+    except (OSError, MemoryError, OverflowError) as error:
+        raise refused(nbytes, error) from error
+
+
 def _over(memory: mmap.mmap) -> Exporter:
     view: Exporter = numpy.frombuffer(memory, numpy.uint8)
     return view
@@ -450,8 +455,6 @@ def reserve_addresses(nbytes: int) -> Exporter:
         HostMemoryError: If the kernel has no such range of addresses.
     """
     size = whole_pages(max(nbytes, 1))
-    try:
+    with _refusals(size):
         memory = map_addresses(size)
-    except (OSError, MemoryError, OverflowError) as error:
-        raise refused(size, error) from error
     return numpy.frombuffer(memory, numpy.uint8, count=nbytes)

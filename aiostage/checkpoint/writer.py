@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from aiostage._arguments import check_flags, require_int
-from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
-from aiostage.errors import CheckpointError, HostMemoryError, StagingError, shown
+from aiostage.checkpoint.window_parts import collect
+from aiostage.errors import CheckpointError, HostMemoryError, shown
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
 from aiostage.format.layout import INDEX_NAME, file_tensors, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
@@ -26,8 +26,6 @@ from aiostage.format.parts import (
     PART_BYTES,
     Content,
     Part,
-    PartPiece,
-    Scattered,
     cut,
     digest,
     digest_of_parts,
@@ -47,7 +45,6 @@ __all__ = [
     "CheckpointWriter",
     "FileOptions",
     "PartWriter",
-    "collect",
     "file_options",
 ]
 
@@ -341,85 +338,6 @@ def _manifest(plan: _FilePlan, files: Sequence[FileRecord]) -> tuple[memoryview,
     )
     starts = range(0, max(len(data), 1), PART_BYTES)
     return data, tuple(digest(data[start : start + PART_BYTES]) for start in starts)
-
-
-async def collect(
-    part: Part, snapshot: Snapshot[Any], window: Window, *, buffers: PartBuffers, workers: Workers
-) -> Buffer:
-    """Return the contents of a part of a file, taking its bytes from a window as they come.
-
-    No chunk is held while the next one is waited for, so that saves which share a budget cannot wait for each other.
-
-    Args:
-        part: The parts of a file have to be asked for in order.
-        snapshot: Whose bytes they are.
-        window: That they pass through.
-        buffers: For parts that are not in one chunk.
-        workers: Gather.
-
-    Returns:
-        The chunk's own memory where all of it lies in one, in order; else a copy.
-
-    Raises:
-        The errors of :meth:`Snapshot.copied` and :meth:`Window.take`.
-
-    May be cancelled; nothing is held then.
-    """
-    steps = [step for piece in part.pieces for step in _split(piece, window)]
-    if len(steps) == 1 and isinstance(steps[0], torch.Tensor):
-        arrived = await _arrive(steps[0], snapshot, window)
-        assert isinstance(arrived, torch.Tensor)  # noqa: S101 - it stays what it was
-        return arrived.numpy().data
-    lent = buffers.take()
-    memory = torch.from_numpy(lent)
-    pieces: list[PartPiece] = []
-    position = 0
-    chunk: Chunk | None = None
-    for step in steps:
-        needed = window.chunk_of(memory_range(step)[0]) or chunk
-        if pieces and needed is not chunk:
-            position += await _gather(pieces, memory[position:], workers)
-            pieces = []
-        chunk = needed
-        pieces.append(await _arrive(step, snapshot, window))
-    await _gather(pieces, memory[position:], workers)
-    return lent.data[: part.nbytes]
-
-
-async def _gather(pieces: list[PartPiece], memory: torch.Tensor, workers: Workers) -> int:
-    """Copy pieces one after the other, and return how many bytes they are."""
-    nbytes = sum(piece.nbytes for piece in pieces)
-    await workers.run(partial(gather, Part(0, 0, nbytes, pieces), memory))
-    return nbytes
-
-
-async def _arrive(piece: PartPiece, snapshot: Snapshot[Any], window: Window) -> PartPiece:
-    """Return a piece at the addresses where its bytes are, once they are there."""
-    address, nbytes = memory_range(piece)
-    if window.chunk_of(address) is None:
-        return piece
-    try:
-        memory = torch.from_numpy(await window.take(address, nbytes))
-    except StagingError:
-        if window.closed:
-            # The staging was given up; this raises the reason, which its owner may not have raised yet.
-            await snapshot.captured()
-        raise
-    await snapshot.copied(address, nbytes)
-    if not isinstance(piece, Scattered):
-        return memory
-    tensor = torch.empty(0, dtype=piece.tensor.dtype, device="cpu")
-    tensor.set_(memory.untyped_storage(), 0, piece.tensor.shape, piece.tensor.stride())
-    return Scattered(tensor, piece.start, piece.stop)
-
-
-def _split(piece: PartPiece, window: Window) -> list[PartPiece]:
-    """Cut flat memory where chunks end; nothing else can be cut."""
-    address, nbytes = memory_range(piece)
-    if not isinstance(piece, torch.Tensor) or window.chunk_of(address) is None:
-        return [piece]
-    cuts = window.split(address, nbytes)
-    return [piece[start - address : start - address + length] for start, length in cuts]
 
 
 class PartWriter:

@@ -14,7 +14,7 @@ import torch.distributed
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aiostage import AsyncStager, UnsupportedLeafError
-from aiostage._capture.faithful import finder
+from aiostage._capture.composites import finder
 from aiostage._capture.leaves import Inspection
 from aiostage._capture.walk import Walk
 from aiostage._loop.coroutines import exhausted

@@ -40,6 +40,15 @@ async def saved_incrementally(steps: int) -> MemoryStorage:
     return storage
 
 
+async def saved_between_steps(steps: int, model: Run) -> MemoryStorage:
+    storage = MemoryStorage()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(steps):
+            await checkpoints.save(step, model.state_dict(step))
+            model.train(step)
+    return storage
+
+
 @pytest.mark.asyncio
 async def test_what_others_refer_to_stays() -> None:
     storage, model = MemoryStorage(), LoRA()
@@ -398,11 +407,8 @@ async def test_removing_beside_a_writer_that_is_about_to_refer(who: str) -> None
 async def test_a_writer_that_is_killed_beside_a_removal() -> None:
     """Another process removes what it refers to before one of its operations; before the next one it dies."""
 
-    whole, model = MemoryStorage(), Run()
-    async with Checkpointer(whole, incremental=True) as checkpoints:
-        for step in range(4):
-            await checkpoints.save(step, model.state_dict(step))
-            model.train(step)
+    model = Run()
+    whole = await saved_between_steps(4, model)
 
     async def run(at: int) -> bool:
         storage = MemoryStorage()
@@ -459,11 +465,8 @@ def test_one_process_saves_while_another_removes(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 @pytest.mark.usefixtures("_small_groups")
 async def test_a_reader_of_a_checkpoint_that_is_removed_meanwhile_gets_an_error() -> None:
-    storage, model = MemoryStorage(), Run()
-    async with Checkpointer(storage, incremental=True) as checkpoints:
-        for step in range(3):
-            await checkpoints.save(step, model.state_dict(step))
-            model.train(step)
+    model = Run()
+    storage = await saved_between_steps(3, model)
 
     async def remove(operation: str, name: str) -> None:
         if operation == "read file":
