@@ -7,9 +7,10 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from importlib import import_module
 from pickle import UnpicklingError
 from typing import Any
@@ -94,17 +95,32 @@ _OTHER_DIRECTORIES = (
 _STATES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
 """How files end that may have a part of a checkpoint in them."""
 
-_DIRECTORIES_OF_STATES = ("global_step*", "optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*", "[0-9]*_*")
-"""Of DeepSpeed, Accelerate (2) and Sentence Transformers, beside the weights of a model or of a part of it."""
+_NO_PARTS = (
+    *(".*", "__pycache__", "runs", "logs", "wandb"),
+    *("checkpoint*", "step[-_0-9]*", "epoch[-_0-9]*", "iter[-_0-9]*"),
+    *("original", "onnx*", "openvino*", "coreml*", "*.mlpackage", "metal", "mlx*", "gguf*", "ggml*", "tflite*"),
+)
+"""Directories beside weights that are none of their parts: caches and logs, checkpoints of their own, and the same
+weights for other programs. Any other directory with such files is one: no list can name the parts of all programs."""
+
+_LEVELS = 2
+"""How deep files of a part are looked for. A hub's deepest are those of modules of Sentence Transformers."""
 
 _SAME_WEIGHTS = ("pytorch_model*.bin", "consolidated*.safetensors", "consolidated*.pth")
 """Files that hubs have beside ``model.safetensors``: the same weights for other programs."""
 
+_TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
+"""Files of ``torch.save`` that ``save_pretrained`` of transformers, diffusers and PEFT left before safetensors."""
+
 _OTHER_PROGRAMS = ("openvino_*.bin", "ggml-*.bin", "open_clip_*.bin", "open_clip_*.safetensors")
 """The same weights, beside those of any name."""
 
-_VARIANTS = ("{}.fp16{}", "{}.bf16{}", "{}.fp16-*-of-*{}", "{}.bf16-*-of-*{}", "{}-*-of-*.fp16{}", "{}-*-of-*.bf16{}")
-"""How ``save_pretrained(variant=...)`` calls the same weights in half precision, by what a file is called otherwise."""
+_VARIANTS = [
+    name.replace("VARIANT", variant)
+    for variant in ("fp16", "bf16", "fp32")
+    for name in ("{}.VARIANT{}", "{}.VARIANT-*-of-*{}", "{}-*-of-*.VARIANT{}")
+]
+"""How ``save_pretrained(variant=...)`` calls the same weights in another precision, by a file's usual name."""
 
 _ARGUMENTS = "training_args.bin"
 
@@ -166,41 +182,56 @@ def _recognize_main(path: str, names: list[str]) -> Read | None:
         found = [name for name in names if name.endswith(ending)]
         if found:
             return _recognize_file(os.path.join(path, _one(path, found)))
-    return _recognize_file(os.path.join(path, "pytorch_model.bin")) if "pytorch_model.bin" in names else None
+    found = [name for name in _TORCH_WEIGHTS if name in names]
+    return _recognize_file(os.path.join(path, found[0])) if found else None
 
 
 def _with_rest(path: str, names: list[str], read: Read) -> Read:
     """Return what reads one of the parts of a directory, with the others."""
     main = _METADATA if read.kind == "dcp" else os.path.basename(read.path)
     stem = main.removesuffix(_INDEX).removesuffix(_TORCH_INDEX).removesuffix(_SAFETENSORS)
-    beside = "*.distcp" if read.kind == "dcp" else f"{stem}*.bin"
-    variants = [
-        pattern.format(stem.removesuffix(ending), ending) for pattern in _VARIANTS for ending in (_SAFETENSORS, ".bin")
-    ]
-    known = (main, _ARGUMENTS, beside, *_OTHER_PROGRAMS, *variants, *(_SAME_WEIGHTS if stem == "model" else ()))
+    beside = "*.distcp" if read.kind == "dcp" else f"{escape(stem)}*.bin"
+    variants = _variants(stem.removesuffix(_SAFETENSORS).removesuffix(".bin"))
+    known = (escape(main), _ARGUMENTS, beside, *_OTHER_PROGRAMS, *variants, *(_SAME_WEIGHTS if stem == "model" else ()))
     shards = shards_of(read.path).values() if read.kind == "shards" else ()
     rest = [
         name
         for name in sorted(set(names).difference(shards))
-        if (name.endswith(_STATES) or _has_states(path, name))
-        and not any(fnmatchcase(name, pattern) for pattern in known)
+        if (name.endswith(_STATES) or _has_states(os.path.join(path, name), name)) and not _matches(name, known)
     ]
     programs = (reads for pattern, reads in _READ_ALL if any(fnmatchcase(name, pattern) for name in names))
     return replace(read, left_out=rest, reads_all=next(programs, "")) if rest else read
 
 
-def _has_states(path: str, name: str) -> bool:
+def _variants(stem: str) -> list[str]:
+    """Return patterns of the files with the same weights in another precision."""
+    return [pattern.format(escape(stem), ending) for pattern in _VARIANTS for ending in (_SAFETENSORS, ".bin")]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _has_states(path: str, name: str, levels: int = _LEVELS) -> bool:
     """Return whether an entry is a directory with more of the checkpoint."""
-    below = os.path.join(path, name)
-    return (
-        any(fnmatchcase(name, pattern) for pattern in _DIRECTORIES_OF_STATES)
-        and os.path.isdir(below)
-        and any(each.endswith(_STATES) for each in os.listdir(below))
+    if levels == 0 or _matches(name, _NO_PARTS) or not os.path.isdir(path):
+        return False
+    try:
+        names = os.listdir(path)
+    except PermissionError:
+        # Such as lost+found.
+        return False
+    return any(
+        (each.endswith(_STATES) and not _matches(each, _OTHER_PROGRAMS))
+        or _has_states(os.path.join(path, each), each, levels - 1)
+        for each in names
     )
 
 
 def _is_ours(path: str) -> bool:
     """Return whether a file was written as a part of a checkpoint of aiostage."""
+    if not os.path.isfile(path):
+        return False
     with open(path, "rb") as file:
         return file.read(HEADER_LENGTH_BYTES + len(METADATA))[HEADER_LENGTH_BYTES:] == METADATA
 
@@ -210,6 +241,9 @@ def _one(path: str, names: list[str]) -> str:
     for usual in ("model.safetensors", f"model{_INDEX}", f"pytorch_model{_TORCH_INDEX}"):
         if usual in names:
             return usual
+    if len(names) > 1:
+        others = [pattern for name in names for pattern in _variants(name.removesuffix(_SAFETENSORS))]
+        names = [name for name in names if not _matches(name, others)]
     if all(name.startswith(_CHUNKS_FILE) for name in names) and len(names) > 1:
         raise _chunks(path)
     if len(names) > 1:
@@ -220,6 +254,10 @@ def _one(path: str, names: list[str]) -> str:
 def _recognize_file(path: str) -> Read | None:
     if os.path.basename(path) == _METADATA:
         return Read("dcp", os.path.dirname(path), _read_distributed)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        # A FIFO would be waited for.
+        link = f"a link to {os.readlink(path)}, which is not there" if _dangles(path) else "not a regular file"
+        raise CheckpointCorruptError(f"it is {link}.", path=path)
     if path.endswith((_INDEX, _TORCH_INDEX)):
         return Read("shards", path, _read_shards)
     with open(path, "rb") as file:
@@ -238,6 +276,10 @@ def _recognize_file(path: str) -> Read | None:
         if start.startswith(magic):
             raise _cannot(path, what, remedy)
     return None
+
+
+def _dangles(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _recognize_archive(path: str) -> Read:

@@ -234,8 +234,10 @@ async def _summary_of_contents(place: Place) -> _Summary:
 
 def _size_of(path: str) -> int:
     """Return the size of a file, or of the files in a directory."""
-    files = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in os.listdir(path)]
-    return sum(os.path.getsize(file) for file in files)
+    below = [os.path.join(at, name) for at, _, names in os.walk(path) for name in names]
+    files = below if os.path.isdir(path) else [path]
+    # A link that leads nowhere has no size.
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
 def _date(seconds: float) -> str:

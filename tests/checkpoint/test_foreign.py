@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from argparse import Namespace
@@ -230,6 +231,12 @@ WEIGHTS = "model.safetensors"
         (WEIGHTS, ["latest", "zero_to_fp32.py", "global_step5/bf16_optim_states.pt"], r"leave out global_step5\."),
         (WEIGHTS, ["modules.json", "2_Dense/model.safetensors"], r"leave out 2_Dense\. .*SentenceTransformer\(\)"),
         (WEIGHTS, ["__0_0.distcp"], r"leave out __0_0.distcp\."),
+        (WEIGHTS, ["optimizer/rank_0.pt"], r"leave out optimizer\."),
+        (WEIGHTS, ["optimizer/.metadata", "optimizer/__0_0.distcp"], r"leave out optimizer\."),
+        (WEIGHTS, ["unet_ema/diffusion_pytorch_model.safetensors"], r"leave out unet_ema\."),
+        (WEIGHTS, ["state/ranks/0.pt", "images/cat.png"], r"leave out state\."),
+        ("adapter_model.safetensors", ["reference/adapter_model.safetensors"], r"leave out reference\."),
+        (".metadata", ["dataloader/rank_0.pt"], r"leave out dataloader\."),
         ("model.safetensors.index.json", ["model-00003-of-00003.safetensors"], r"leave out model-00003-of-00003"),
         (".metadata", ["meta.pt"], r"reading .metadata would leave out meta.pt\. .*Lightning"),
         (".metadata", [WEIGHTS], r"reading .metadata would leave out model.safetensors\."),
@@ -250,7 +257,7 @@ async def test_no_part_is_left_out_silently(main: str, others: list[str], messag
             save_file(flat(), path / main)
     assert_same(flat(), await aiostage.load(path))
     for name in others:
-        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"x")
     with pytest.raises(aiostage.CheckpointError, match=message) as caught:
         await aiostage.load(path)
@@ -271,14 +278,76 @@ async def test_no_part_is_left_out_silently(main: str, others: list[str], messag
         ["model.fp16.safetensors", "pytorch_model.fp16.bin", "model.onnx", "openvino_model.bin", "openvino_model.xml"],
         ["model.bf16-00001-of-00002.safetensors", "model-00001-of-00002.fp16.safetensors", "openvino_tokenizer.bin"],
         ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ggml-model-q4_0.bin"],
+        ["model.fp32-00001-of-00002.safetensors", "pytorch_model.fp32-00001-of-00002.bin", "flax_model.msgpack"],
+        ["openvino/openvino_model.bin", "onnx/model.bin", "metal/model.bin", "original/model.safetensors"],
+        ["coreml/model.mlpackage/weights/weight.bin", "images/cat.png", ".cache/huggingface/x.bin", "gguf/q4.bin"],
+        ["tokenizer/vocab.json", "tokenizer/images/a.png", "runs/events.pt", "voices/one.wav", "step-5/optimizer.pt"],
     ],
 )
 async def test_what_hubs_have_beside_weights_is_no_part(others: list[str], tmp_path: Path) -> None:
     save_file(flat(), tmp_path / WEIGHTS)
     for name in others:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert_same(flat(), await aiostage.load(tmp_path))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "a [1]"])
+@pytest.mark.parametrize("variant", ["{}.fp16", "{}.bf16", "{}.fp16-00001-of-00001", "{}-00001-of-00001.fp16"])
+async def test_of_two_precisions_the_usual_one_is_loaded(stem: str, variant: str, tmp_path: Path) -> None:
+    save_file(flat(), tmp_path / f"{stem}.safetensors")
+    save_file({"half": torch.ones(1)}, tmp_path / f"{variant.format(stem)}.safetensors")
+    (tmp_path / f"{stem}.safetensors.index.fp16.json").write_text("{}")
+    assert_same(flat(), await aiostage.load(tmp_path))
+    # Other weights, not the same ones in another precision.
+    save_file({}, tmp_path / f"{stem}.non_ema.safetensors")
+    with pytest.raises(aiostage.CheckpointError, match=r"a directory with 2 such files: .*non_ema.*Pass one of them"):
+        await aiostage.load(tmp_path)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "adapter_model.bin"])
+async def test_files_of_torch_of_other_names(name: str, tmp_path: Path) -> None:
+    torch.save(flat(), tmp_path / name)
+    torch.save({}, tmp_path / name.replace(".bin", ".fp16.bin"))
+    assert_same(flat(), await aiostage.load(tmp_path))
+
+
+@pytest.mark.asyncio
+async def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """As a download leaves them that did not end, or a cache of which a part was removed."""
+    save_file(flat(), tmp_path / WEIGHTS)
+    for name in ("other.safetensors", "optimizer.pt"):
+        (tmp_path / name).symlink_to("../blobs/0123")
+    with pytest.raises(aiostage.CheckpointError, match=r"would leave out optimizer.pt, other.safetensors\."):
+        await aiostage.load(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / WEIGHTS).symlink_to("../blobs/4567")
+    message = r"it is a link to \.\./blobs/4567, which is not there"
+    with pytest.raises(aiostage.CheckpointCorruptError, match=message) as caught:
+        await aiostage.load(tmp_path)
+    assert caught.value.path == str(tmp_path / WEIGHTS)
+    where = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(where))
+    (tmp_path / "model-00001-of-00001.safetensors").symlink_to("../blobs/4567")
+    with pytest.raises(aiostage.CheckpointCorruptError, match=message):
+        await aiostage.load(tmp_path / f"{WEIGHTS}.index.json")
+    (tmp_path / f"{WEIGHTS}.index.json").unlink()
+    (tmp_path / f"{WEIGHTS}.index.json").symlink_to("../blobs/4567")
+    with pytest.raises(aiostage.CheckpointCorruptError, match=message):
+        await aiostage.load(tmp_path)
+
+
+@pytest.mark.asyncio
+async def test_no_fifo_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(aiostage.CheckpointCorruptError, match="not a regular file"):
+        await aiostage.load(tmp_path)
+    os.mkfifo(tmp_path / "x.safetensors.index.json")
+    with pytest.raises(aiostage.CheckpointCorruptError, match="not a regular file"):
+        await aiostage.load(tmp_path)
 
 
 @pytest.mark.asyncio
@@ -418,7 +487,10 @@ def test_a_shell_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     save_file(flat(), path / WEIGHTS)
     torch.save({"state": {}}, path / "optimizer.pt")
     (path / "global_step5").mkdir()
-    (path / "global_step5" / "optim_states.pt").write_bytes(b"12345")
+    (path / "global_step5" / "optim_states.pt").write_bytes(b"1234")
+    (path / "global_step5" / "rank").mkdir()
+    (path / "global_step5" / "rank" / "0.pt").write_bytes(b"5")
+    (path / "global_step5" / "nowhere.pt").symlink_to("nowhere")
     for command in ("ls", "inspect"):
         assert main([command, str(path)]) == 0
         assert "safetensors, without global_step5, optimizer.pt" in capsys.readouterr().out
