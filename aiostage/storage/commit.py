@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
@@ -68,7 +69,7 @@ def check_target(target: str, *, overwrite: bool) -> None:
     if not os.path.lexists(target) and (overwrite or next(_set_aside(target), None) is None):
         return
     is_there = os.path.lexists(target)
-    if is_there and not os.path.lexists(os.path.join(target, MANIFEST_NAME)) and not is_empty_directory(target):
+    if is_there and not _has_manifest(target) and not is_empty_directory(target):
         raise CheckpointExistsError(
             f"it is not a checkpoint (it has no {MANIFEST_NAME}), so it is not replaced.",
             path=target,
@@ -206,7 +207,7 @@ def open_committed(source: str, *, follow_link: bool = True) -> Descriptor:
                 directory = open_directory(path, follow_link=follow_link and path == source)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            if os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
+            if _has_manifest(directory=directory):
                 return directory
             # No manifest: it never had one, or a deletion has begun in the directory that was just opened. Compare
             # before the descriptor is closed, because its inode may be used again then.
@@ -237,13 +238,13 @@ def delete_committed(target: str) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError:
-        if os.path.islink(target) and os.path.lexists(os.path.join(target, MANIFEST_NAME)):
+        if os.path.islink(target) and _has_manifest(target):
             with suppress(FileNotFoundError):
                 os.unlink(target)
             sync_directory(os.path.dirname(target))
         return
     with directory:
-        if not os.access(MANIFEST_NAME, os.F_OK, dir_fd=directory.fileno()):
+        if not _has_manifest(directory=directory):
             return
         # Locked, so that no clean-up takes what is left for stale files before it is gone.
         try_lock_directory(directory)
@@ -296,7 +297,7 @@ def committed_below(root: str, *, deep: bool = True) -> list[str]:
             # What was moved aside counts under its own name, as long as nothing has that name.
             elif not name.endswith(_ASIDE) or os.path.lexists(target):
                 continue
-            if os.path.lexists(os.path.join(path, name, MANIFEST_NAME)):
+            if _has_manifest(os.path.join(path, name)):
                 found.add(os.path.relpath(target, root))
     return sorted(found)
 
@@ -336,6 +337,18 @@ def attached_path(target: str, token: str) -> str:
     return path
 
 
+def _has_manifest(path: str = "", *, directory: Descriptor | None = None) -> bool:
+    """Return whether a directory, by its path or open, is a checkpoint: it has a manifest, which is no directory.
+
+    Of a link in its place, or another odd file, the readers say what is wrong.
+    """
+    try:
+        descriptor = directory.fileno() if directory is not None else None
+        return not stat.S_ISDIR(os.lstat(os.path.join(path, MANIFEST_NAME), dir_fd=descriptor).st_mode)
+    except OSError:
+        return False
+
+
 def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[str]]]:
     """Iterate over directories that are not checkpoints, each with the names of the directories in it.
 
@@ -360,7 +373,7 @@ def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[st
         yield path, names + links
         for name in names if deep else ():
             below = os.path.join(path, name)
-            if _target(path, name) is None and not os.path.lexists(os.path.join(below, MANIFEST_NAME)):
+            if _target(path, name) is None and not _has_manifest(below):
                 pending.append(below)
 
 

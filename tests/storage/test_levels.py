@@ -79,6 +79,39 @@ async def test_the_steps_own_level_only(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.asyncio
+async def test_a_directory_called_as_a_manifest_makes_no_checkpoint(tmp_path: Path) -> None:
+    await aiostage.save({"step": 1}, tmp_path / "step-00000001")
+    odd = tmp_path / "step-00000009"
+    (odd / "manifest.json").mkdir(parents=True)
+    await aiostage.save({"step": 3}, odd / "below" / "step-00000003")
+    async with aiostage.Checkpointer(tmp_path, keep=1) as checkpoints:
+        assert (await checkpoints.steps(), await checkpoints.latest()) == ([1], 1)
+        assert await checkpoints.restore() == {"step": 1}
+        with pytest.raises(aiostage.CheckpointExistsError, match="it is not a checkpoint"):
+            await aiostage.save({"step": 9}, odd, overwrite=True)
+        with pytest.raises(aiostage.CheckpointNotFoundError):
+            await aiostage.load(odd)
+        await checkpoints.delete(9)
+        await checkpoints.save(10, {"step": 10})
+    assert await checkpoints.steps() == [10]
+    assert (odd / "manifest.json").is_dir()
+    assert sorted(await LocalStorage(tmp_path).list()) == ["step-00000009/below/step-00000003", "step-00000010"]
+
+
+@pytest.mark.asyncio
+async def test_a_linked_manifest_is_said_to_be_one(tmp_path: Path) -> None:
+    await aiostage.save({"step": 1}, tmp_path / "step-00000001")
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    manifest.rename(tmp_path / "elsewhere")
+    for target in ("../elsewhere", "../nowhere"):
+        manifest.symlink_to(target)
+        assert await aiostage.Checkpointer(tmp_path).latest() == 1
+        with pytest.raises(aiostage.CheckpointCorruptError, match="links in a checkpoint are not followed"):
+            await aiostage.load(tmp_path / "step-00000001")
+        manifest.unlink()
+
+
+@pytest.mark.asyncio
 async def test_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
