@@ -44,10 +44,12 @@ class ObjectMeta:
     Attributes:
         path: Its whole name.
         modified: When it was last written, by the store's clock; None if the store does not say.
+        nbytes: How long it is.
     """
 
     path: str
     modified: datetime | None
+    nbytes: int
 
 
 class Bucket(ABC):
@@ -147,9 +149,9 @@ class Bucket(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def touch(self, path: str, data: bytes) -> None:
-        """Write a small object again. Blocks, and may be called from any thread, also while nothing of this is awaited.
+    def touch(self, path: str, data: bytes, *, beside: str) -> None:
+        """Write a small object beside another one. Blocks, in any thread, also while nothing of this is awaited.
 
         Raises:
-            FileNotFoundError: If there is none any more.
+            FileNotFoundError: If the other one was gone before. It may go before the object is written.
         """

@@ -9,7 +9,15 @@ from datetime import UTC, datetime, timedelta
 
 from aiostage._loop.coroutines import finish
 from aiostage.storage.bucket import Bucket
-from aiostage.storage.pointer import FOLDER, LEASE_NAME, POINTER_NAME, find_pointer, lease_seconds, remove_folder
+from aiostage.storage.pointer import (
+    FOLDER,
+    LEASE_NAME,
+    POINTER_NAME,
+    WITHDRAWN,
+    find_folder,
+    lease_seconds,
+    remove_folder,
+)
 
 __all__ = ["clean_up", "pending"]
 
@@ -44,7 +52,7 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
             continue
         folder = "/".join(suspect)
         # The lease first: a writer that wakes up now, after it was suspended for longer than its lease, looks for it
-        # before it commits. One that had looked just before is seen by this look.
+        # when it has written its pointer. One that had looked before is seen by this look.
         await bucket.delete([f"{folder}/{LEASE_NAME}"])
         if await _is_used(bucket, suspect):
             continue
@@ -71,7 +79,7 @@ async def _suspects(bucket: Bucket) -> Sequence[tuple[str, str]]:
     async for entries in bucket.list(""):
         for entry in entries:
             above, _, last = entry.path.rpartition("/")
-            if last == POINTER_NAME:
+            if last == POINTER_NAME and entry.nbytes != len(WITHDRAWN):
                 pointers.add(above)
             name, _, folder = above.rpartition("/")
             if name and FOLDER.fullmatch(folder):
@@ -86,8 +94,7 @@ async def _suspects(bucket: Bucket) -> Sequence[tuple[str, str]]:
 
 async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:
     name, folder = suspect
-    pointer = await find_pointer(bucket, name)
-    return pointer is not None and pointer.folder == folder
+    return await find_folder(bucket, name) == folder
 
 
 async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime) -> float | None:

@@ -244,7 +244,10 @@ class _ObjectBucket(Bucket):
                     metas = await _answered(anext(batches))
                 except StopAsyncIteration:
                     return
-            yield [ObjectMeta(meta["path"].removeprefix(self._prefix), meta["last_modified"]) for meta in metas]
+            yield [
+                ObjectMeta(meta["path"].removeprefix(self._prefix), meta["last_modified"], meta["size"])
+                for meta in metas
+            ]
 
     async def delete(self, paths: Sequence[str]) -> None:
         store = await self._connected()
@@ -275,11 +278,10 @@ class _ObjectBucket(Bucket):
         store = await self._connected()
         return os.path.join(store.prefix or "/", self._prefix + path) if isinstance(store, LocalStore) else None
 
-    def touch(self, path: str, data: bytes) -> None:
+    def touch(self, path: str, data: bytes, *, beside: str) -> None:
         store = self._store or self._make()
         with self._translated(path):
-            # Not a condition of the write, which not every store knows.
-            obstore.head(store, self._prefix + path)
+            obstore.head(store, self._prefix + beside)
             obstore.put(store, self._prefix + path, data, use_multipart=False)
 
     async def _put(self, path: str, data: Buffer, mode: Any) -> None:

@@ -1,4 +1,11 @@
-"""The pointer that makes a folder of objects a checkpoint, the folder that it names, and the lease of its writer."""
+"""The pointer that makes a folder of objects a checkpoint, the folder that it names, and the lease of its writer.
+
+A writer, and a clean-up that takes it for dead, settle with two objects which of them wins, because a store changes one
+at a time. The writer writes the pointer and then looks for its lease; the clean-up removes the lease and then looks at
+the pointer. At least one of them sees what the other has done: a writer without a lease withdraws its pointer, and a
+clean-up leaves a folder that a pointer names. So a lease is written once, at the beginning, and is the first object
+that is removed; heartbeats are another object.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +26,13 @@ from aiostage.storage.bucket import Bucket, Version
 __all__ = [
     "BEATS_PER_LEASE",
     "FOLDER",
+    "HEARTBEAT_NAME",
     "LEASE_NAME",
     "POINTER_NAME",
+    "WITHDRAWN",
     "Heartbeat",
     "Pointer",
+    "find_folder",
     "find_pointer",
     "lease_seconds",
     "remove_folder",
@@ -31,7 +41,10 @@ __all__ = [
 ]
 
 LEASE_NAME = "lease.json"
-"""An object beside the files of a checkpoint. Its age is the time since the last heartbeat of its writer."""
+"""An object beside the files of a checkpoint: while it is there, no clean-up has removed any of them."""
+
+HEARTBEAT_NAME = "heartbeat.json"
+"""An object beside the files of a checkpoint, written again at each heartbeat of its writer."""
 
 BEATS_PER_LEASE = 4
 """How often a lease is renewed before it would run out, so that a few failures in a row do no harm."""
@@ -84,8 +97,7 @@ def _beat(beat: Callable[[], None], interval: float, stopped: threading.Event) -
         try:
             beat()
         except FileNotFoundError as error:
-            # Another process took this one for dead, say because it was suspended. A new lease would hide that from
-            # the commit, which looks for the lease.
+            # Another process took this one for dead, say because it was suspended.
             _log.warning("the lease was removed because its heartbeat expired, and is not renewed: %s", error)
             return
         except Exception as error:
@@ -102,22 +114,37 @@ _FORMAT = "aiostage"
 _VERSION = 1
 _MAX_BYTES = 4096
 
+WITHDRAWN = json.dumps({"format": _FORMAT, "version": _VERSION, "data": None}).encode()
+"""What a pointer says whose writer had lost its files. It stays: stores remove no object on a condition, and without
+one the pointer of a faster writer might go. Its length tells it apart from others in a listing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
     """What a checkpoint's pointer says.
 
     Attributes:
-        folder: Name of the folder with its files.
+        folder: Name of the folder with its files; None if the pointer is withdrawn, and there is no checkpoint.
         version: Which state of the pointer that is.
     """
 
-    folder: str
+    folder: str | None
     version: Version
 
 
+async def find_folder(bucket: Bucket, name: str) -> str | None:
+    """Return the name of the folder with the files of a checkpoint, or None if there is no such checkpoint.
+
+    Raises:
+        CheckpointCorruptError: If its pointer is something else.
+        StorageError: If the store refuses.
+    """
+    pointer = await find_pointer(bucket, name)
+    return pointer.folder if pointer is not None else None
+
+
 async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
-    """Return the pointer of a checkpoint, or None if there is no such checkpoint.
+    """Return the pointer of a checkpoint, be it withdrawn, or None if there is none.
 
     Raises:
         CheckpointCorruptError: If it is something else.
@@ -128,6 +155,8 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
         found = await bucket.get(path, at_most=_MAX_BYTES)
     except FileNotFoundError:
         return None
+    if bytes(found.data) == WITHDRAWN:
+        return Pointer(None, found.version)
     try:
         content = json.loads(bytes(found.data))
         version = content["version"]
@@ -148,7 +177,7 @@ def write_pointer(folder: str) -> Buffer:
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
-    """Remove all objects below a path, the lease last: its age tells when the writer of the rest was last alive.
+    """Remove all objects below a path, the lease first: a folder that has one is whole.
 
     A link itself is removed; its target stays.
     """
@@ -157,6 +186,6 @@ async def remove_folder(bucket: Bucket, folder: str) -> None:
         return
     paths = [entry.path async for batch in bucket.list(folder) for entry in batch]
     lease = f"{folder}/{LEASE_NAME}"
-    await bucket.delete([path for path in paths if path != lease])
     if lease in paths:
         await bucket.delete([lease])
+    await bucket.delete([path for path in paths if path != lease])

@@ -4,7 +4,8 @@ A checkpoint NAME is ``NAME/checkpoint.json``, a pointer of a few bytes, and a f
 pointer names and that looks like a checkpoint on a disk. Every pending checkpoint has a folder of its own, so that
 writers never touch each other's files, dead or alive. Writing the pointer is what commits: where there must be none
 before, with a condition that the store checks, so that of two writers one wins. Replacing a checkpoint replaces the
-pointer in one step, and removes the old folder afterwards.
+pointer in one step, and removes the old folder afterwards. A pointer to files that a clean-up has removed meanwhile is
+withdrawn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import re
 import secrets
 from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -35,9 +37,12 @@ from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.pointer import (
     BEATS_PER_LEASE,
     FOLDER,
+    HEARTBEAT_NAME,
     LEASE_NAME,
     POINTER_NAME,
+    WITHDRAWN,
     Heartbeat,
+    find_folder,
     find_pointer,
     remove_folder,
     write_lease,
@@ -129,14 +134,14 @@ class RemoteStorage(MultiWriterStorage):
         _check_name(name)
         location = f"{self._bucket.location}/{name}"
         try:
-            pointer = await find_pointer(self._bucket, name)
+            folder = await find_folder(self._bucket, name)
         except CheckpointCorruptError as error:
             raise CheckpointExistsError(
                 f"{error} It is not replaced.",
                 path=location,
                 remedy="Choose another target, or remove what is there.",
             ) from error
-        if pointer is not None and not overwrite:
+        if folder is not None and not overwrite:
             raise _exists(location)
         pending = _RemoteCheckpoint(self._bucket, name, overwrite=overwrite, lease_seconds=self._lease_seconds)
         try:
@@ -157,25 +162,24 @@ class RemoteStorage(MultiWriterStorage):
     async def read(self, name: str) -> Reader:
         """Open a committed checkpoint; see :meth:`aiostage.Storage.read`."""
         _check_name(name)
-        pointer = await find_pointer(self._bucket, name)
-        if pointer is None:
+        folder = await find_folder(self._bucket, name)
+        if folder is None:
             raise CheckpointNotFoundError("there is no checkpoint.", path=f"{self._bucket.location}/{name}")
-        return _RemoteReader(self._bucket, name, pointer.folder)
+        return _RemoteReader(self._bucket, name, folder)
 
     async def revision(self, name: str) -> str | None:
         """Tell whether a checkpoint was replaced, by one small request; see :meth:`aiostage.Storage.revision`."""
         _check_name(name)
-        pointer = await find_pointer(self._bucket, name)
-        return pointer.folder if pointer is not None else None
+        return await find_folder(self._bucket, name)
 
     async def list(self) -> Sequence[str]:
         """Return the names of all committed checkpoints; see :meth:`aiostage.Storage.list`."""
         end = f"/{POINTER_NAME}"
+        pointers = [entry async for batch in self._bucket.list("") for entry in batch if entry.path.endswith(end)]
         return [
-            entry.path.removesuffix(end)
-            async for batch in self._bucket.list("")
-            for entry in batch
-            if entry.path.endswith(end)
+            name
+            for name, nbytes in ((entry.path.removesuffix(end), entry.nbytes) for entry in pointers)
+            if nbytes != len(WITHDRAWN) or await find_folder(self._bucket, name) is not None
         ]
 
     async def pending(self) -> Sequence[str]:
@@ -190,22 +194,22 @@ class RemoteStorage(MultiWriterStorage):
     async def delete(self, name: str) -> None:
         """Remove a checkpoint; see :meth:`aiostage.Storage.delete`. Of a link to one, the link is removed."""
         _check_name(name)
-        pointer = await find_pointer(self._bucket, name)
-        if pointer is None:
+        found = await find_folder(self._bucket, name)
+        if found is None:
             return
         if await self._bucket.is_link(name):
             await self._bucket.unlink(name)
             return
         await self._bucket.delete([f"{name}/{POINTER_NAME}"])
-        await remove_folder(self._bucket, f"{name}/{pointer.folder}")
+        await remove_folder(self._bucket, f"{name}/{found}")
 
     async def prune_files(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that are not named; see :meth:`aiostage.Storage.prune_files`."""
         _check_name(name)
-        pointer = await find_pointer(self._bucket, name)
-        if pointer is None:
+        pointed = await find_folder(self._bucket, name)
+        if pointed is None:
             return
-        folder = f"{name}/{pointer.folder}"
+        folder = f"{name}/{pointed}"
         if await self._bucket.is_link(name) or await self._bucket.is_link(folder):
             # Its owner may need all of it.
             return
@@ -257,12 +261,14 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
     async def start(self) -> None:
         """Send the first heartbeat."""
         await self._bucket.put(f"{self._path}/{LEASE_NAME}", memoryview(self._lease))
-        beat = partial(self._bucket.touch, f"{self._path}/{LEASE_NAME}", self._lease)
+        beat = partial(
+            self._bucket.touch, f"{self._path}/{HEARTBEAT_NAME}", self._lease, beside=f"{self._path}/{LEASE_NAME}"
+        )
         self._heartbeat = Heartbeat(beat, self._interval, "aiostage-heartbeat")
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write one file; see :meth:`aiostage.PendingCheckpoint.write`."""
-        if not name or "/" in name or name in (".", "..", LEASE_NAME):
+        if not name or "/" in name or name in (".", "..", LEASE_NAME, HEARTBEAT_NAME):
             raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
             await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
@@ -272,17 +278,13 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         if self._attached:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
-        try:
-            # A clean-up that takes this writer for dead removes the lease first, and no heartbeat makes it again. So a
-            # lease that is there says that all files are.
-            await self._bucket.size(f"{self._path}/{LEASE_NAME}")
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                "its files were deleted by another process because its heartbeat expired.",
-                path=self.location,
-                remedy="Give all who write here the same, longer lease_seconds.",
-            ) from error
+        # Before, so that no reader finds a checkpoint without files; after, so that none stays (see pointer.py).
+        if not await self._has_lease(self._folder):
+            raise self._expired()
         await self._point()
+        if not await self._has_lease(self._folder):
+            await finish(self._withdraw)
+            raise self._expired()
         self._committed = True
         await finish(self._clean_up)
 
@@ -299,6 +301,9 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         try:
             # Asked for, because a cancelled or failed request may have made the pointer all the same.
             committed = self._committed or await self._is_committed()
+            if committed and not self._committed and not await self._has_lease(self._folder):
+                await self._withdraw()
+                committed = False
             stale = self._replaced if committed else self._folder
             if stale is not None:
                 await remove_folder(self._bucket, f"{self._name}/{stale}")
@@ -316,7 +321,9 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         data = write_pointer(self._folder)
         for _ in range(_ATTEMPTS):
             old = await find_pointer(self._bucket, self._name)
-            if old is not None and not self._overwrite:
+            if old is not None and old.folder == self._folder:
+                return
+            if old is not None and old.folder is not None and not self._overwrite:
                 raise _exists(self.location)
             self._replaced = old.folder if old is not None else None
             try:
@@ -349,8 +356,35 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def _is_committed(self) -> bool:
         """Return whether the pointer is this pending checkpoint's."""
-        pointer = await find_pointer(self._bucket, self._name)
-        return pointer is not None and pointer.folder == self._folder
+        return await find_folder(self._bucket, self._name) == self._folder
+
+    async def _has_lease(self, folder: str) -> bool:
+        """Return whether the lease of a folder is there. If so, all files are: it is removed before them."""
+        try:
+            await self._bucket.size(f"{self._name}/{folder}/{LEASE_NAME}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def _withdraw(self) -> None:
+        """Let the pointer say what it said before, unless those files are gone too; leave that of another writer."""
+        for folder, instead in ((self._folder, self._replaced), (self._replaced, None)):
+            pointer = await find_pointer(self._bucket, self._name)
+            if pointer is None or pointer.folder != folder:
+                return
+            data = write_pointer(instead) if instead is not None else memoryview(WITHDRAWN)
+            # Another writer may be faster.
+            with suppress(FileExistsError):
+                await self._bucket.replace(f"{self._name}/{POINTER_NAME}", data, pointer.version)
+            if instead is None or await self._has_lease(instead):
+                return
+
+    def _expired(self) -> CheckpointError:
+        return CheckpointError(
+            "its files were deleted by another process because its heartbeat expired.",
+            path=self.location,
+            remedy="Give all who write here the same, longer lease_seconds.",
+        )
 
 
 class _RemoteReader(Reader):
@@ -419,10 +453,10 @@ class _RemoteReader(Reader):
 
     async def _missing(self, name: str) -> CheckpointError:
         """Return the error that says why a file is not there."""
-        pointer = await find_pointer(self._bucket, self._name)
-        if pointer is None:
+        folder = await find_folder(self._bucket, self._name)
+        if folder is None:
             return CheckpointNotFoundError("it was deleted while it was being read.", path=self.location)
-        if pointer.folder != self._folder:
+        if folder != self._folder:
             return CheckpointNotFoundError("it was replaced while it was being read.", path=self.location)
         return CheckpointCorruptError("the file is missing.", path=f"{self._bucket.location}/{self._path(name)}")
 

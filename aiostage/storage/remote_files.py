@@ -161,7 +161,8 @@ class _FsspecBucket(Bucket):
         def find(fs: Any, full: str) -> list[Sequence[ObjectMeta]]:
             _, root = self._filesystem()
             start = len(root.rstrip("/")) + 1
-            entries = [ObjectMeta(name[start:], _modified(info)) for name, info in fs.find(full, detail=True).items()]
+            found = fs.find(full, detail=True).items()
+            entries = [ObjectMeta(name[start:], _modified(info), info["size"]) for name, info in found]
             return [entries[first : first + _PATHS_PER_PAGE] for first in range(0, len(entries), _PATHS_PER_PAGE)]
 
         try:
@@ -184,14 +185,14 @@ class _FsspecBucket(Bucket):
         with suppress(FileNotFoundError):
             await self._run(path, lambda _, full: os.unlink(full))
 
-    def touch(self, path: str, data: bytes) -> None:
+    def touch(self, path: str, data: bytes, *, beside: str) -> None:
         fs, root = self._filesystem()
-        full = f"{root.rstrip('/')}/{path}"
+        root = root.rstrip("/")
         with self._translated(path):
             # What others have removed is still in a listing that was kept.
             fs.invalidate_cache()
-            fs.info(full)
-            _put(fs, full, data)
+            fs.info(f"{root}/{beside}")
+            _put(fs, f"{root}/{path}", data)
 
     async def _run(self, path: str, call: Callable[[Any, str], T]) -> T:
         """Run a call with the file system and a full path in a worker thread."""

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,16 @@ async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage, mon
     assert await storage.list() == ["a"]
 
 
-async def test_a_lease_that_was_removed_is_not_written_again(storage: FsspecStorage) -> None:
+async def test_without_a_lease_there_is_no_heartbeat(storage: FsspecStorage) -> None:
     pending = await storage.open("a")
     bucket, (lease,) = storage._bucket, [file for file in files(storage) if file.endswith("lease.json")]
     path = lease[lease.index("a/data-") :]
-    await anyio.to_thread.run_sync(bucket.touch, path, b"{}")
-    await bucket.delete([path])
+    beat = partial(bucket.touch, path.replace("lease", "heartbeat"), b"{}", beside=path)
+    await anyio.to_thread.run_sync(beat)
+    assert len(files(storage)) == 2
+    await bucket.delete([path, path.replace("lease", "heartbeat")])
     with pytest.raises(FileNotFoundError):
-        await anyio.to_thread.run_sync(bucket.touch, path, b"{}")
+        await anyio.to_thread.run_sync(beat)
     assert files(storage) == []
     await pending.abort()
 
