@@ -53,6 +53,7 @@ class Memo(dict[Any, Any]):
         give: Makes the copy of an object that copies itself.
 
     Attributes:
+        overwritten: Keys whose copy was replaced by another since they were asked for last.
         suspended: What was built only in part, because it contains an object that was copying itself.
         circles: The number of the circle that a node lies in, by its identity.
         entries: Where copying enters a circle, by its number, if that is before what copies itself now.
@@ -71,6 +72,7 @@ class Memo(dict[Any, Any]):
         self.fetch = fetch
         self.leaf_of = leaf_of
         self.give = give
+        self.overwritten: list[Any] = []
         self.suspended: list[Node] = []
         self.circles: dict[int, int] = {}
         self.entries: dict[int, Node] = {}
@@ -96,6 +98,11 @@ class Memo(dict[Any, Any]):
             return default if node.copy is MISSING else node.copy
         leaf = self.leaf_of.get(key)
         return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
+
+    def __setitem__(self, key: Any, copy: Any) -> None:
+        if dict.__contains__(self, key):
+            self.overwritten.append(key)
+        super().__setitem__(key, copy)
 
     def noted(self, node: Node) -> Any:
         """Return the copy of a node that code has put in here."""
@@ -388,6 +395,8 @@ def finish_leaves(leaves: Leaves, staged: list[Any]) -> Generator[None, None, No
             staged[index] = staged[first]
             if number % _LEAVES_AT_ONCE == 0:
                 yield
+    for index, tensor in leaves.replaced.items():
+        staged[index] = tensor
 
 
 _NOTHING = np.empty(0, dtype=np.uint8)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from heapq import merge
+from itertools import count, islice
+from math import inf
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from aiostage import _private
 from aiostage._capture.build import Memo, built_now, of_class
 from aiostage._capture.faithful import Refusal, Spec, copies_itself
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
-from aiostage._capture.nodes import GivenNode, Node
+from aiostage._capture.nodes import MISSING, GivenNode, Node, TupleNode
 from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within
 from aiostage._loop.coroutines import exhausted
 from aiostage.errors import UnsupportedLeafError
@@ -53,6 +57,10 @@ class EarlyCopies:
     def __init__(self, leaves: Leaves) -> None:
         self._leaves = leaves
         self.storages = StorageCopies()
+        self.memo: Memo | None = None
+        """What code has put in the place of such copies."""
+        self.replaced: set[int] = set()
+        """The indices of the leaves that have got what code has put there."""
         self._made: set[int] = set()
 
     def made(self, tensor: torch.Tensor) -> bool:
@@ -61,8 +69,15 @@ class EarlyCopies:
 
     def copies(self, start: int, stop: int) -> list[Any]:
         """Return copies of the leaves with some indices, with their values."""
-        owners, aliases = self._leaves.positions, self._leaves.tensors
-        return [self._copy(owners[id(aliases[index])]) for index in range(start, stop)]
+        found: list[Any] = []
+        for index in range(start, stop):
+            identity = id(self._leaves.tensors[index])
+            if self.memo is not None and dict.__contains__(self.memo, identity):
+                found.append(dict.__getitem__(self.memo, identity))
+                self.replaced.add(index)
+            else:
+                found.append(self._copy(self._leaves.positions[identity]))
+        return found
 
     def _copy(self, index: int) -> torch.Tensor:
         leaves = self._leaves
@@ -142,6 +157,10 @@ class SelfCopies:
         self._memory: set[object] = set()
         self._between: dict[int, Node] = {}
         self._connecting: set[int] = set()
+        self._giving = False
+        self._announced: set[int] = set()
+        self._order: dict[int, int] = {}
+        self._replaced: dict[int, dict[int, Any]] = {}
         self.memo: Memo | None = None
 
     def has_looked_into(self, node: GivenNode) -> bool:
@@ -163,6 +182,18 @@ class SelfCopies:
         exhausted(self._leaves.index())
         return [tensor for tensor in found if id(tensor) not in self._leaves.positions]
 
+    def order(self, root: Node) -> Generator[None, None, None]:
+        """Find the order in which copy.deepcopy comes to the objects noted so far, yielding between small steps.
+
+        Args:
+            root: Leads to them.
+        """
+        for number, node in enumerate(depth_first(root, _leads_before)):
+            if isinstance(node, GivenNode):
+                self._order[id(node)] = number
+            if number % LEAVES_PER_STEP == 0:
+                yield
+
     def make(self, opaque: Sequence[GivenNode], root: Node) -> None:
         """Let objects copy themselves.
 
@@ -175,12 +206,13 @@ class SelfCopies:
         """
         exhausted(self._leaves.index())
         early = self._early
-        memo = self.memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give)
+        memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give)
+        self.memo = early.memo = memo
         if self._lead_back(opaque):
             memo.circles = circles_of(opaque, self._leads, self._connecting)
         if memo.circles:
             self._copy_around_circles(opaque, root, memo)
-        for node in opaque:
+        for node in sorted(opaque, key=lambda node: self._order.get(id(node), inf)):
             if not node.done:
                 self._give(node)
         # The list may grow meanwhile; a for loop over a list sees what is appended.
@@ -196,7 +228,8 @@ class SelfCopies:
         """
         seen: dict[int, list[Any]] = {}
         for node in opaque:
-            for number, item in enumerate(objects_within(node.copy, seen), 1):
+            made = [node.copy, *self._replaced.get(id(node), {}).values()]
+            for number, item in enumerate(objects_within(made, seen), 1):
                 if (
                     isinstance(item, torch.Tensor)
                     and not self._early.made(item)
@@ -225,6 +258,8 @@ class SelfCopies:
         self._seen.clear()
         self._memory.clear()
         self._between.clear()
+        self._replaced.clear()
+        self._early.memo = None
 
     def _copy_around_circles(self, opaque: Sequence[GivenNode], root: Node, memo: Memo) -> None:
         """Let objects copy themselves in the order of copy.deepcopy, which enters each circle at the same node.
@@ -268,6 +303,12 @@ class SelfCopies:
         memo = self.memo
         assert memo is not None  # noqa: S101 - made before the first is copied
         source = node.source
+        if dict.__contains__(memo, id(source)):
+            # Code that came before has put its copy there.
+            node.copy, node.done = dict.__getitem__(memo, id(source)), True
+            self._announced.add(id(node))
+            return
+        outermost, self._giving, known = not self._giving, True, len(memo)
         node.active = True
         try:
             result = source.__deepcopy__(memo)
@@ -277,9 +318,126 @@ class SelfCopies:
             raise failed(node, error) from error
         finally:
             node.active = False
+            self._giving = not outermost
         node.copy, node.done = result, True
         # Last, and over what the object's code may have put there itself: copy.deepcopy does so too.
         memo[id(source)] = result
+        if outermost:
+            self._note_replaced(node, memo, islice(reversed(memo), max(0, len(memo) - known)))
+
+    def _note_replaced(self, giver: GivenNode, memo: Memo, new: Iterator[Any]) -> None:
+        """Note which objects of the tree have another copy in the memo than the walk would give them."""
+        before = {identity: copy for replaced in self._replaced.values() for identity, copy in replaced.items()}
+        for identity in (*new, *before, *memo.overwritten):
+            copy = dict.get(memo, identity, MISSING)
+            if copy is MISSING or copy is before.get(identity, MISSING):
+                continue
+            # Code of objects may have keys of its own, which are no identities.
+            node = self._nodes.find(identity) if isinstance(identity, int) else None
+            if node is not None:
+                # A tuple has the copy that code inside it makes.
+                replaced = node.copy is not copy and not isinstance(node, TupleNode)
+            else:
+                index = self._leaves.positions.get(identity)
+                replaced = index is not None and self._leaves.given.get(index) is not copy
+            if replaced:
+                self._replaced.setdefault(id(giver), {})[identity] = copy
+        memo.overwritten.clear()
+
+    def replace(self, root: Node, buffers: Collection[Node]) -> Generator[None, None, None]:
+        """Give what comes after the code of an object, in the order of copy.deepcopy, the copies that it put into memo.
+
+        Yields between small steps.
+
+        Args:
+            root: Of the tree.
+            buffers: Those that were copied because nothing tells of their changes, and not by code of their own.
+
+        Raises:
+            UnsupportedLeafError: If copy.deepcopy would give one object two copies, or a tensor something else.
+        """
+        memo, leaves = self.memo, self._leaves
+        if memo is None or not self._replaced:
+            return
+        now: dict[int, Any] = dict.fromkeys((key for found in self._replaced.values() for key in found), MISSING)
+        wanted: dict[int, Any] = {}
+        unordered: tuple[Node, int, object] | None = None
+        in_pieces = {*leaves.gradients, *leaves.gradients.values(), *leaves.composites}
+        for number, (node, slot, child) in enumerate(_in_order(root)):
+            identity = id(child.source if isinstance(child, Node) else leaves.tensors[child])
+            if identity in now and node.done:
+                got = id(child) in self._announced if isinstance(child, Node) else child in self._early.replaced
+                if got and now[identity] is MISSING:
+                    raise _replaced(
+                        node, slot, child.source if isinstance(child, Node) else leaves.tensors[child], _LATE
+                    )
+            elif identity in now:
+                copy = now[identity]
+                first = wanted.setdefault(identity, copy)
+                if isinstance(child, Node):
+                    unfit = child.copy is not MISSING and child.copy is not copy and child not in buffers
+                    if first is not copy or (unfit and (copy is not MISSING or id(child) in self._announced)):
+                        raise _replaced(node, slot, child.source, _LATE)
+                    if child in buffers and copy is not MISSING:
+                        child.copy = copy
+                elif copy is not MISSING:
+                    index = leaves.positions[identity]
+                    plain = self._nodes.find(identity) is None and index not in in_pieces
+                    if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
+                        raise _replaced(node, slot, leaves.tensors[child], "where only another plain tensor can be.")
+                    # What is staged of the leaf itself is what comes first in the tree.
+                    (leaves.given if child == index else leaves.replaced)[child] = copy
+            if isinstance(child, GivenNode):
+                replaced = self._replaced.pop(id(child), {})
+                now |= replaced
+                if replaced and unordered is not None:
+                    raise _replaced(*unordered, _LATE)
+                if id(child) not in self._order and child not in buffers:
+                    # It was met in the last step, and so copied after all others.
+                    unordered = (node, slot, child.source)
+            if number % LEAVES_PER_STEP == 0:
+                yield
+        for identity, copy in wanted.items():
+            if identity in leaves.positions and copy is not MISSING:
+                leaves.given[leaves.positions[identity]] = copy
+            if copy is MISSING:
+                # All of it comes before that code.
+                dict.pop(memo, identity, None)
+            else:
+                dict.__setitem__(memo, identity, copy)
+
+
+def _in_order(root: Node) -> Iterator[tuple[Node, int, Node | int]]:
+    """Yield what is in a tree in the order of copy.deepcopy: where it is, and a node, or the index of a leaf."""
+    seen: set[int] = {id(root)}
+    stack = [_children(root)]
+    while stack:
+        for node, slot, child in stack[-1]:
+            yield node, slot, child
+            if isinstance(child, Node) and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(_children(child))
+                break
+        else:
+            stack.pop()
+
+
+def _children(node: Node) -> Iterator[tuple[Node, int, Node | int]]:
+    # What is inside an object that copies itself is a matter of its code.
+    leaves = () if isinstance(node, GivenNode) else zip(node.leaves, count(node.first_leaf), strict=False)
+    children: Iterator[tuple[int, Node | int]] = merge(leaves, node.nested, key=itemgetter(0))
+    return ((node, slot, child) for slot, child in children)
+
+
+_LATE = "after copy.deepcopy would have copied it."
+
+
+def _replaced(node: Node, slot: int, source: object, reason: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        f"the code of an object puts another copy of this {type(source).__qualname__} into memo, {reason}",
+        path=format_path(node.path(slot)),
+        remedy="In a __deepcopy__ of your own, put only the copy of the object itself into memo.",
+    )
 
 
 def _leads_before(node: Node) -> list[Node]:

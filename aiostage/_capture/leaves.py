@@ -162,6 +162,7 @@ class Leaves:
         composites: How leaves are taken apart, and the indices of their parts.
         gradients: The index of its gradient for each leaf that has one.
         given: Copies that were made already.
+        replaced: Copies for tensors met again that are not those of the tensors.
         owners: For a part, a gradient, and a tensor met again: the leaf that it belongs to.
         owned: The parts and gradients that the tree itself does not lead to, in order.
         aliases: For a tensor met again: the index that it was met at first.
@@ -179,6 +180,7 @@ class Leaves:
         self.composites: dict[int, tuple[Composite, tuple[int, ...]]] = {}
         self.gradients: dict[int, int] = {}
         self.given: dict[int, torch.Tensor] = {}
+        self.replaced: dict[int, torch.Tensor] = {}
         self.owners: Table[int] = Table(dict)
         self.owned: list[int] = []
         self.aliases: Table[int] = Table(dict)
@@ -308,7 +310,7 @@ class Leaves:
         # Copies that run still hold the lists of those that they read.
         self.tensors = []
         self.storages = []
-        for held in (self.composites, self.given, self.gradients, self._apart, self.positions):
+        for held in (self.composites, self.given, self.replaced, self.gradients, self._apart, self.positions):
             held.clear()
 
     def composite_of(self, index: int, tensor: torch.Tensor) -> Composite | None:

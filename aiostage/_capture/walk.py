@@ -195,6 +195,8 @@ class Walk:
         failure: Exception | None = None
         if self._opaque or self._reduced_last:
             yield from self.leaves.index()
+            assert self._root is not None  # noqa: S101 - nothing is copied before the walk
+            yield from copies.order(self._root)
             failure = self._before_code() if self._before_code is not None else None
         while True:
             reduced, self._reduced_last = self._reduced_last, []
@@ -225,7 +227,9 @@ class Walk:
         yield
         # After the moment: the copies are private by now, so looking into them may take its time.
         if copies.memo is not None:
+            assert self._root is not None  # noqa: S101 - nothing is copied before the walk
             yield from copies.check(self._opaque)
+            yield from copies.replace(self._root, self._buffers)
             yield from copies.tie()
 
     def rebuild(self, staged: list[Any]) -> Generator[None, None, Any]:

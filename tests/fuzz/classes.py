@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     "HOLDERS",
+    "Announcing",
     "Cloning",
     "Color",
     "Drifting",
@@ -198,6 +199,19 @@ class Cloning(OwnCopy):
         plain = isinstance(self.value, torch.Tensor) and type(self.value) in (torch.Tensor, torch.nn.Parameter)
         made = Cloning(self.value.detach().clone() if plain else copy.deepcopy(self.value, memo))
         memo[id(self)] = made
+        return made
+
+
+class Announcing(OwnCopy):
+    """Makes a copy of what it holds by itself, and puts it into memo for all that come after."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Announcing:
+        made = Announcing(None)
+        memo[id(self)] = made
+        plain = type(self.value) in (torch.Tensor, torch.nn.Parameter)
+        made.value = self.value.detach().clone() if plain else copy.deepcopy(self.value)
+        if not isinstance(self.value, (torch.UntypedStorage, torch.TypedStorage)):
+            memo[id(self.value)] = made.value
         return made
 
 
@@ -417,6 +431,7 @@ HOLDERS: list[Any] = [
     lambda value: slice(0, value),
     WithoutMemo,
     Cloning,
+    Announcing,
     CopiesViews,
     ReducedToViews,
     StateOfView,

@@ -26,6 +26,7 @@ __all__ = ["Mismatch", "check_tree", "main"]
 MAY_BE_REFUSED = {
     "meta": r"meta tensor",
     "mkldnn": r"mkldnn",
+    "memo": r"another copy of this \S+ into memo",
 }
 """What may be refused, and what the refusal says. Anything else has to be staged."""
 

@@ -21,6 +21,7 @@ import torch
 from tests.fuzz.choices import Choices
 from tests.fuzz.classes import (
     HOLDERS,
+    Announcing,
     Cloning,
     Color,
     Keyed,
@@ -199,7 +200,9 @@ class Grower:
 
     def held(self, depth: int) -> Any:
         holder = self.choices.pick(HOLDERS)
-        self.parting = self.parting or holder in (Cloning, WithoutMemo)
+        self.parting = self.parting or holder in (Announcing, Cloning, WithoutMemo)
+        if holder is Announcing:
+            self.kinds.add("memo")
         made = holder(None)
         if type(made).__name__ in ("Plain", "Record", "Slotted") and self.choices.chance(2):
             # A way back through an attribute.
