@@ -160,6 +160,7 @@ class SelfCopies:
         self._giving = False
         self._announced: set[int] = set()
         self._order: dict[int, int] = {}
+        self._turns: dict[int, int] = {}
         self._replaced: dict[int, dict[int, Any]] = {}
         self.memo: Memo | None = None
 
@@ -309,6 +310,8 @@ class SelfCopies:
             self._announced.add(id(node))
             return
         outermost, self._giving, known = not self._giving, True, len(memo)
+        if outermost:
+            self._turns[id(node)] = len(self._turns)
         node.active = True
         try:
             result = source.__deepcopy__(memo)
@@ -361,7 +364,7 @@ class SelfCopies:
             return
         now: dict[int, Any] = dict.fromkeys((key for found in self._replaced.values() for key in found), MISSING)
         wanted: dict[int, Any] = {}
-        unordered: tuple[Node, int, object] | None = None
+        latest = newest = -1
         in_pieces = {*leaves.gradients, *leaves.gradients.values(), *leaves.composites}
         for number, (node, slot, child) in enumerate(_in_order(root)):
             identity = id(child.source if isinstance(child, Node) else leaves.tensors[child])
@@ -389,12 +392,12 @@ class SelfCopies:
                     (leaves.given if child == index else leaves.replaced)[child] = copy
             if isinstance(child, GivenNode):
                 replaced = self._replaced.pop(id(child), {})
+                turn = self._turns.pop(id(child), newest)
+                # What is met in the last step only, such as by an iterator, may have copied itself out of order.
+                if turn < newest or (replaced and turn < latest):
+                    raise _replaced(node, slot, child.source, _LATE)
                 now |= replaced
-                if replaced and unordered is not None:
-                    raise _replaced(*unordered, _LATE)
-                if id(child) not in self._order and child not in buffers:
-                    # It was met in the last step, and so copied after all others.
-                    unordered = (node, slot, child.source)
+                latest, newest = max(latest, turn), turn if replaced else newest
             if number % LEAVES_PER_STEP == 0:
                 yield
         for identity, copy in wanted.items():
