@@ -15,7 +15,16 @@ from aiostage._capture.walk import Walk
 from aiostage._copy.host import copy_tensors
 from aiostage._copy.pending import PendingCopy
 from aiostage._copy.resources import Resources
-from aiostage._copy.targets import Pair, agree, is_itself, read_and_written, shared_unlike, unexpanded, unwritable
+from aiostage._copy.targets import (
+    Pair,
+    agree,
+    copyable,
+    is_itself,
+    read_and_written,
+    shared_unlike,
+    unexpanded,
+    unwritable,
+)
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.coroutines import Slices, finish
@@ -86,7 +95,7 @@ def _to_host(located: _Located, copier: HostToDeviceCopier, device: torch.device
         raise HostMemoryError(
             f"no memory for {value.nbytes} bytes of a value on {device}: {error}", path=format_path(located.path)
         ) from error
-    destination, source = unexpanded(host, value)
+    destination, source = unexpanded(copyable(host), copyable(value))
     return copier.enqueue(TensorCopy([destination], [source], device)), host
 
 
@@ -258,7 +267,7 @@ def _batches(
             if batch is None or batch.nbytes >= BATCH_BYTES or len(batch.values) >= BATCH_LEAVES:
                 batch = open_batches[device] = _RestoreBatch(device)
                 batches.append(batch)
-            destination, source = unexpanded(live, value)
+            destination, source = unexpanded(copyable(live), copyable(value))
             batch.destinations.append(destination)
             batch.values.append(source)
             batch.nbytes += destination.nbytes

@@ -11,10 +11,12 @@ import torch
 from aiostage._device.bits import without_bits
 from aiostage._private import storage_identity
 from aiostage.format.parts import extent_of, overlapping
+from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
 
 __all__ = [
     "Pair",
     "agree",
+    "copyable",
     "is_expanded",
     "is_itself",
     "reach",
@@ -62,6 +64,14 @@ def unwritable(live: torch.Tensor, value: torch.Tensor, *, inference: bool) -> s
             return "the live tensor is expanded, the new value is not"
         return "elements of the live tensor share memory, those of the new value do not"
     return None
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory of a dtype that torch can copy."""
+    if (tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex) and tensor.dtype is not torch.float4_e2m1fn_x2:
+        return tensor.detach()
+    carrier = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
+    return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def unexpanded(live: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +128,7 @@ def agree(pairs: Sequence[Pair]) -> bool:
     written = []
     with torch.no_grad():
         for live, value in pairs:
-            plain, wanted = without_bits(live.detach(), value.detach())
+            plain, wanted = without_bits(copyable(live), copyable(value))
             at, rest = divmod(live.data_ptr() - base, live.element_size())
             if rest:
                 return False

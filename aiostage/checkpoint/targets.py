@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from aiostage._copy.targets import copyable
 from aiostage._device.streams import CallerStreams, device_errors
 from aiostage._loop.workers import Workers, release_gil, releasing_gil
 from aiostage.abc import Backend
-from aiostage.checkpoint.transfer import Transfer, copyable
+from aiostage.checkpoint.transfer import Transfer
 from aiostage.errors import AcceleratorUnavailableError, HostMemoryError, StagingError, said, shown
 from aiostage.format.composites import COMPOSITES
 from aiostage.format.decode import Memory

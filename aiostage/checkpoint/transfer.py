@@ -8,13 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from aiostage._copy.targets import unexpanded
+from aiostage._copy.targets import copyable, unexpanded
 from aiostage._loop.workers import releasing_gil
 from aiostage.errors import CheckpointMismatchError
-from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
 from aiostage.leaf import LinkedPath, format_path, unlinked
 
-__all__ = ["TensorPair", "Transfer", "copyable"]
+__all__ = ["TensorPair", "Transfer"]
 
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
@@ -130,11 +129,3 @@ class _InPlaceBatch:
         self.live.append(live)
         self.loaded.append(loaded)
         self._budget -= live.nbytes
-
-
-def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor over the same memory of a dtype that torch can copy."""
-    if (tensor.dtype in DTYPE_NAMES or tensor.dtype.is_complex) and tensor.dtype is not torch.float4_e2m1fn_x2:
-        return tensor.detach()
-    carrier = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
-    return carrier.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())

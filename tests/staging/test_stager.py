@@ -31,6 +31,15 @@ from aiostage.testing import SimulatedAccelerator
 from tests.staging.holding import copies_held, until, until_copies_wait
 
 MIB = 2**20
+# Not those of quantized tensors, which consist of others.
+DTYPES = sorted(
+    {value for value in vars(torch).values() if isinstance(value, torch.dtype) and "torch.q" not in str(value)}, key=str
+)
+
+
+def memory_of(tensor: torch.Tensor) -> list[int]:
+    """Return the first bytes of a tensor's storage: four elements."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[: 4 * tensor.dtype.itemsize].tolist()
 
 
 def state(value: float = 1.0, count: int = 4, size: int = 1000) -> dict[str, object]:
@@ -254,6 +263,21 @@ class TestRestore:
         assert caught.value.unexpected == ("state_dict['d']",)  # type: ignore[attr-defined]
         assert "['a']" in str(caught.value)
         assert all(float(tensor.sum()) == len(tensor) for tensor in live.values())
+
+    @pytest.mark.filterwarnings("ignore:.*support is experimental")
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    async def test_every_dtype_that_is_staged(self, dtype: torch.dtype):
+        def tree(seed: int) -> dict[str, torch.Tensor]:
+            memory = torch.arange(64, dtype=torch.uint8) * seed % (2 if dtype is torch.bool else 251)
+            base = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, (64 // dtype.itemsize,))
+            # Of the second, neighbours in memory are no neighbours in the tensor; the third shares memory with it.
+            return {"flat": base[:2], "strided": base[2:4].view(2, 1).t(), "tied": base[2:3]}
+
+        live, other = tree(37), tree(1)
+        async with AsyncStager() as stager:
+            staged = await stager.stage(live)
+            await stager.restore(staged, into=other)
+        assert memory_of(other["flat"]) == memory_of(live["flat"])
 
     async def test_parameters_that_require_gradients(self):
         module = torch.nn.Linear(3, 2)
