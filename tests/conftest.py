@@ -138,11 +138,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector pass over what imports have made: many tests collect, and that would be most of the work."""
+    """Start what the programs of tests are forks of, if a test that was collected runs programs."""
     warm = sys.modules.get("tests.warm")
     if warm is not None:
-        # A test that was collected runs programs.
         warm.begin()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collects_little() -> None:
+    """Let the collector pass over what imports and earlier files have made.
+
+    Many tests collect. In a long run each of them would look at a million objects, and that would be most of its work.
+    """
     gc.collect()
     gc.freeze()
 
