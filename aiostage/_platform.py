@@ -291,7 +291,7 @@ def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
         if _mincore(address, nbytes, answer):
             return True
         # The lowest bit of each byte counts; the others are 0 today.
-        return 2 * sum(answer.raw.translate(_LOWEST_BIT)) >= pages
+        return 2 * answer.raw.translate(_LOWEST_BIT).count(1) >= pages
     finally:
         _munmap(address, nbytes)
 

@@ -6,6 +6,7 @@ Long work in them gives other threads the GIL now and then, and ends once it is 
 from __future__ import annotations
 
 import _thread
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,7 +167,8 @@ class Job:
         self._open = True
         self._cancelled = False
         self._error: BaseException | None = None
-        self._waiters: list[ThreadsafeEvent] = []
+        # Each with how many steps it has seen completed; infinitely many to wait for the end.
+        self._waiters: dict[ThreadsafeEvent, float] = {}
 
     @property
     def done(self) -> int:
@@ -256,28 +258,25 @@ class Job:
         # is found in one of the two.
         return not (self._open or self._steps or self._running)
 
-    async def progressed(self, seen: int) -> None:
+    async def progressed(self, seen: float) -> None:
         """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing."""
         with self._lock:
             # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
             if self._done > seen or not (self._open or self._steps or self._running):
                 return
             event = ThreadsafeEvent()
-            self._waiters.append(event)
+            self._waiters[event] = seen
         try:
             await event.wait()
         finally:
             with self._lock:
                 # Gone already if a thread has taken the waiters in order to wake them; the event is then set for
                 # nothing.
-                if event in self._waiters:
-                    self._waiters.remove(event)
+                self._waiters.pop(event, None)
 
     async def settled(self) -> None:
         """Wait until the job is finished, without raising a step's error. Cancelling changes nothing."""
-        # A loop, because a step may end between the two calls: progressed() then returns at once.
-        while not self.finished():
-            await self.progressed(self._done)
+        await self.progressed(math.inf)
 
     async def join(self) -> None:
         """Wait until the job is finished.
@@ -289,8 +288,7 @@ class Job:
         """
         try:
             # As in settled(). It is not called, because nearly all that waits in a thread stands on this frame.
-            while not self.finished():
-                await self.progressed(self._done)
+            await self.progressed(math.inf)
         except BaseException as error:
             await self._give_up(error)
             raise
@@ -332,8 +330,16 @@ class Job:
             await finish(self.settled)
 
     def _take_waiters(self) -> list[ThreadsafeEvent]:
-        waiters, self._waiters = self._waiters, []
-        return waiters
+        """Return those to wake now. A step that is not the last wakes none that waits for the end, nor its loop."""
+        # Exchanged first: the collector may close a coroutine that waits at any moment, and that takes its event out.
+        waiters, self._waiters = self._waiters, {}
+        finished, woken = self.finished(), []
+        for event, seen in waiters.items():
+            if finished or self._done > seen:
+                woken.append(event)
+            else:
+                self._waiters[event] = seen
+        return woken
 
 
 def _submit_nothing(_: Job) -> None:

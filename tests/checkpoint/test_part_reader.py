@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aiostage
+from aiostage._loop.workers import Job, Workers
 from aiostage._platform import open_direct
 from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
@@ -69,8 +70,41 @@ async def test_large_tensors_are_read_to_where_they_belong(
     assert_same(saved, await aiostage.load(tmp_path / "checkpoint"))
     # The header is read together with what is behind it.
     assert copied == [PART_BYTES]
-    # So that a kernel that does not preempt what runs inside it lets the event loop run soon.
+    # A core still has in its cache what is verified. A kernel that does not preempt lets the event loop run soon.
     assert max(nbytes for _, nbytes in reads) <= 512 << 10
+
+
+@pytest.mark.one_loop
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [False, True])
+async def test_the_event_loop_has_a_turn_for_several_parts_at_a_time(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[object] = []
+    real = Workers.job
+
+    def job(self: Workers, **options: bool) -> Job:
+        jobs.append(self)
+        return real(self, **options)
+
+    monkeypatch.setattr(Workers, "job", job)
+
+    async def jobs_for(parts: int) -> int:
+        saved = {"0": torch.randn(parts * PART_BYTES // 4)}
+        path = tmp_path / str(parts)
+        await aiostage.save(saved, path)
+        jobs.clear()
+        if in_place:
+            live = {"0": torch.zeros_like(saved["0"])}
+            await aiostage.load(path, into=live, in_place=True)
+        else:
+            live = await aiostage.load(path)
+        assert_same(saved, live)
+        return len(jobs)
+
+    monkeypatch.setattr(files, "is_cached", lambda number, offset, nbytes: True)
+    # Those that find out about a file are as many for 4 parts as for 24.
+    assert await jobs_for(24) - await jobs_for(4) <= 5 + 8 * in_place
 
 
 @pytest.mark.asyncio

@@ -14,6 +14,7 @@ from types import FrameType
 import anyio
 import pytest
 
+from aiostage._loop.coroutines import ThreadsafeEvent
 from aiostage._loop.workers import Job, Workers
 from aiostage.testing import at_every_await
 from tests.patience import seconds
@@ -227,6 +228,28 @@ class TestJob:
         await job.progressed(1)
         await job.progressed(100)
         assert job.done == 2
+
+    async def test_what_waits_for_the_end_is_not_woken_before(self, workers: Workers, monkeypatch: pytest.MonkeyPatch):
+        woken: list[object] = []
+
+        class Counted(ThreadsafeEvent):
+            def set(self) -> bool:
+                woken.append(self)
+                return super().set()
+
+        monkeypatch.setattr("aiostage._loop.workers.ThreadsafeEvent", Counted)
+        job = workers.job()
+        gates = [Gate(), Gate(), Gate()]
+        for gate in gates:
+            job.put(gate)
+        job.close()
+        async with anyio.create_task_group() as group:
+            group.start_soon(job.settled)
+            await anyio.lowlevel.checkpoint()
+            for number, gate in enumerate(gates):
+                gate.open.set()
+                await job.progressed(number)
+        assert len(woken) <= 4, "what waits for progress three times, and what waits for the end once"
 
     async def test_cancel_drops_what_has_not_begun_and_wakes_join(self, workers: Workers):
         gates = [Gate(), Gate()]
