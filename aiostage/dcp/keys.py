@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from aiostage.dcp.unpickling import read_value
 
-__all__ = ["KeyedLoadPlanner"]
+__all__ = ["KeyedLoadPlanner", "load_value", "paths_of"]
 
 
 class KeyedLoadPlanner(DefaultLoadPlanner):
@@ -42,11 +42,29 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
         found = read_value(value, weights_only=self._weights_only)
         name = read_item.dest_index.fqn
         # The live state dict was taken apart for this load, so all that leads to the value is there.
-        path = self._paths.get(name) or self.mappings[name]
-        at: Any = self.original_state_dict
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = found
+        _put(self.original_state_dict, self._paths.get(name) or self.mappings[name], found)
+
+
+def paths_of(planner: LoadPlanner) -> dict[str, tuple[Any, ...]]:
+    """Return where values go that a planner of DCP would put under keys of text, by the names that DCP gives them.
+
+    None of a planner with code of its own for them.
+    """
+    if not isinstance(planner, DefaultLoadPlanner) or not planner.flatten_state_dict:
+        return {}
+    is_its_own = type(planner).load_bytes is not DefaultLoadPlanner.load_bytes
+    return {} if is_its_own else _paths(planner.original_state_dict)
+
+
+def load_value(planner: LoadPlanner, path: tuple[Any, ...], value: io.BytesIO) -> None:
+    """Put a value under its own keys, for one of the planners of :func:`paths_of`: it is read as they do, as code."""
+    _put(planner.original_state_dict, path, read_value(value, weights_only=False))  # type: ignore[attr-defined]
+
+
+def _put(state_dict: Any, path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        state_dict = state_dict[key]
+    state_dict[path[-1]] = value
 
 
 def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:

@@ -12,8 +12,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch.futures import Future
 from aiostage._device import CallerStreams, default_backend
 from aiostage._private import narrow_by_index
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader, Storage
+from aiostage.dcp.keys import load_value, paths_of
 from aiostage.dcp.loop_thread import LoopThread
 from aiostage.dcp.records import (
     FORMAT,
@@ -217,9 +219,10 @@ class StorageWriter(torch_storage.StorageWriter):
 class StorageReader(torch_storage.StorageReader):
     """DCP's reader of what :class:`StorageWriter` has written, on any number of ranks. Every record is verified.
 
-    Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``. The metadata is unpickled
-    without running code. Values that are no tensors are unpickled by the planner; in the latter that is DCP's, which
-    runs the code that they name.
+    Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``. In both, values come back under
+    their own keys, also where these are not text; DCP's planner alone would put them under the text beside these. The
+    metadata is unpickled without running code. Values that are no tensors are unpickled by the planner; in the latter
+    that is DCP's, which runs the code that they name.
 
     Args:
         root: As for the writer; any :class:`~aiostage.abc.Storage` will do.
@@ -270,13 +273,18 @@ class StorageReader(torch_storage.StorageReader):
         wanted: dict[Record, list[ReadItem]] = {}
         for item in plan.items:
             wanted.setdefault(self._records[item.storage_index], []).append(item)
-        self._loop().run(self._read_all(wanted, planner, CallerStreams.record(default_backend())))
+        has_values = any(item.type == LoadItemType.BYTE_IO for item in plan.items)
+        deliver = partial(_deliver, planner, paths_of(planner) if has_values else {})
+        self._loop().run(self._read_all(wanted, deliver, CallerStreams.record(default_backend())))
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     async def _read_all(
-        self, wanted: dict[Record, list[ReadItem]], planner: LoadPlanner, caller: CallerStreams
+        self,
+        wanted: dict[Record, list[ReadItem]],
+        deliver: Callable[[ReadItem, Record, Buffer], None],
+        caller: CallerStreams,
     ) -> None:
         assert self._reader is not None  # noqa: S101 - DCP has called read_metadata
         reader, records = self._reader, iter(wanted)
@@ -287,7 +295,7 @@ class StorageReader(torch_storage.StorageReader):
                 data = await read_record(reader, record)
                 with caller.entered():
                     for item in wanted[record]:
-                        _deliver(item, record, data, planner)
+                        deliver(item, record, data)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -318,9 +326,15 @@ def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def _deliver(item: ReadItem, record: Record, data: Buffer, planner: LoadPlanner) -> None:
+def _deliver(
+    planner: LoadPlanner, paths: Mapping[str, tuple[Any, ...]], item: ReadItem, record: Record, data: Buffer
+) -> None:
     if item.type == LoadItemType.BYTE_IO:
-        planner.load_bytes(item, io.BytesIO(data))
+        path = paths.get(item.dest_index.fqn)
+        if path is None:
+            planner.load_bytes(item, io.BytesIO(data))
+        else:
+            load_value(planner, path, io.BytesIO(data))
         return
     part = narrow_by_index(tensor_of(record, data), item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import secrets
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import obstore
 import pytest
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from obstore.store import S3Store
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import ReadItem
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, RankFailedError, dcp
@@ -40,6 +43,13 @@ EVERYTHING = {
     "float8": torch.randn(5).to(torch.float8_e4m3fn),
     "nested": {"step": 3, "name": "a", "list": [1, torch.arange(5)]},
 }
+
+
+@dataclass
+class Odd:
+    """A value that takes code to be made."""
+
+    number: int
 
 
 def empty_like(tree: Any) -> Any:
@@ -68,6 +78,34 @@ class TestAlone:
         plainly = partial(checkpoint.load, checkpoint_id="a", storage_reader=dcp.StorageReader(root), no_dist=True)
         await asyncio.to_thread(plainly, plain)
         assert not list(models.compare(EVERYTHING, plain, ""))
+
+    async def test_keys_that_are_no_text(self, tmp_path: Path) -> None:
+        """Also with PyTorch's own load and planner, which put values under the text of their keys."""
+        values = {"a": {3: {"x": [1, {7: "seven"}], 4: torch.ones(2)}, "b": 5, (1, 2): None}, "n": Odd(3)}
+        await dcp.save(values, checkpoint_id="a", storage_writer=dcp.StorageWriter(tmp_path))
+
+        class Own(DefaultLoadPlanner):
+            names: ClassVar[list[str]] = []
+
+            def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+                self.names.append(read_item.dest_index.fqn)
+                super().load_bytes(read_item, value)
+
+        for planner in (None, DefaultLoadPlanner(), Own()):
+            live = {"a": {3: {"x": [0, {7: ""}], 4: torch.zeros(2)}, "b": 0, (1, 2): 0}, "n": Odd(0)}
+            reader = dcp.StorageReader(tmp_path)
+            plainly = partial(checkpoint.load, checkpoint_id="a", storage_reader=reader, planner=planner, no_dist=True)
+            await asyncio.to_thread(plainly, live)
+            nested = live["a"]
+            assert nested[3][4].tolist() == [1, 1]  # type: ignore[index]
+            if isinstance(planner, Own):
+                # One with code of its own decides for itself.
+                assert "a.3.x.1.7" in planner.names
+                continue
+            assert nested == {3: {"x": [1, {7: "seven"}], 4: nested[3][4]}, "b": 5, (1, 2): None}  # type: ignore[index]
+            # As DCP's planner does, it runs the code that values name.
+            assert live["n"] == Odd(3)
+            await dcp.save(live, checkpoint_id="b", storage_writer=dcp.StorageWriter(tmp_path, overwrite=True))
 
     async def test_appears_whole_and_replaces_in_one_step(self, tmp_path: Path) -> None:
         for number in range(3):
