@@ -18,7 +18,7 @@ DEMO_READY := $(VENV)/.demo-ready
 # Some containers set it. Then each of the many programs that the tests start compiles aiostage anew, for two seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-compare bench-pipeline bench-distributed orchestrator docs clean
+.PHONY: demo test test-all test-simgpu test-cuda gpu test-matrix test-oldest lint bench bench-all bench-compare bench-pipeline bench-distributed orchestrator docs clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python examples/async_trainer.py demo.svg
@@ -78,9 +78,19 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict aiostage aiostage_command.py
 
+# JSON, tables and a picture of staging, in one folder.
+BENCH_RESULTS ?= bench-results
+bench: SHELL := /bin/bash -o pipefail
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
-	$(BIN)/python benchmarks/staging.py
+	mkdir -p $(BENCH_RESULTS)
+	$(BIN)/python benchmarks/staging.py --json $(BENCH_RESULTS)/staging.json | tee $(BENCH_RESULTS)/staging.md
+	$(BIN)/python benchmarks/plot.py $(BENCH_RESULTS)/staging.json $(BENCH_RESULTS)/staging.svg
+
+# Every benchmark once; then docs/ has its tables and pictures. Some twenty-five minutes and 20 GiB.
+bench-all: $(READY)
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/everything.py --results $(BENCH_RESULTS) --publish
 
 # What the working tree does faster or slower than another commit: make bench-compare OLD=v0.1.0
 bench-compare: $(READY)

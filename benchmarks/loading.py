@@ -55,6 +55,7 @@ LOCAL = {
     **({"RunAI's streamer, copied": "runai"} if find_spec("runai_model_streamer") else {}),
     **({"fastsafetensors": "fast"} if find_spec("fastsafetensors") else {}),
     "`aiostage.load(in_place=True)`": "in_place",
+    "`aiostage.load(in_place=True, verify=False)`": "in_place_unverified",
     "`dcp.load` in place": "dcp_in_place",
     "`preadv` alone": "preadv",
     "direct reads alone": "direct",
@@ -74,7 +75,7 @@ RIVALS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
 AT_ONCE = (4, 8, 16)
 
 
-IN_PLACE = ("in_place", "dcp_in_place", "preadv", "direct")
+IN_PLACE = ("in_place", "in_place_unverified", "dcp_in_place", "preadv", "direct")
 """These are given memory that was written to before."""
 
 
@@ -135,8 +136,8 @@ def warm_memory(how: str, path: str) -> Any:
 
 async def load_in_place(how: str, path: str, memory: Any) -> dict[str, torch.Tensor]:
     """Load into memory of :func:`warm_memory`."""
-    if how == "in_place":
-        await aiostage.load(path, into=memory, in_place=True)
+    if how in ("in_place", "in_place_unverified"):
+        await aiostage.load(path, into=memory, in_place=True, verify=how == "in_place")
     elif how == "dcp_in_place":
         await asyncio.to_thread(load_distributed, f"{path}-dcp", memory)
     elif how == "preadv":
@@ -297,28 +298,32 @@ def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]]
     )
 
 
-async def prepare(directory: Path, tree: dict[str, torch.Tensor]) -> None:
+async def prepare(directory: Path, tree: dict[str, torch.Tensor], *, only_in_place: bool) -> None:
+    (directory / "bucket").mkdir()
     await aiostage.save({"a": torch.zeros(1)}, directory / "local-small")
     await aiostage.save(tree, directory / "local")
-    torch.save(tree, directory / "local.pt")
     dcp.save(tree, checkpoint_id=directory / "local-dcp", no_dist=True)
-    (directory / "bucket").mkdir()
+    if only_in_place:
+        return
+    torch.save(tree, directory / "local.pt")
     remote = ObjectStorage(LocalStore(directory / "bucket"), "run")
     await aiostage.save(tree, (remote, "checkpoint"))
 
 
-def main(mib: int, latency: float, rounds: int, cold: bool, local: bool) -> None:
+def main(mib: int, latency: float, rounds: int, cold: bool, local: bool, only_in_place: bool) -> None:
     tree = {f"{number:02}": torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
     nbytes = sum(tensor.nbytes for tensor in tree.values())
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        asyncio.run(prepare(directory, tree))
+        asyncio.run(prepare(directory, tree, only_in_place=only_in_place))
         tree.clear()
         port = serve(directory / "bucket", latency)
         path = str(directory / "local")
         rows: dict[str, tuple[Any, ...]] = {name: (how,) for name, how in LOCAL.items()}
         if not local:
             rows |= {f"{number} requests at once": ("remote", port, number) for number in AT_ONCE}
+        if only_in_place:
+            rows = {name: (how,) for name, how in LOCAL.items() if how in IN_PLACE}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
         for _ in range(rounds):
             for each, arguments in rows.items():
@@ -333,7 +338,7 @@ def main(mib: int, latency: float, rounds: int, cold: bool, local: bool) -> None
         + " ---: |" * 7
     )
     for each in rows:
-        print(row(each, found[each], found[OURS], nbytes))
+        print(row(each, found[each], found["`aiostage.load(in_place=True)`" if only_in_place else OURS], nbytes))
 
 
 if __name__ == "__main__":
@@ -347,4 +352,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--local", action="store_true", help="without the network")
+    parser.add_argument("--only-in-place", action="store_true", help="only into tensors that are there")
     main(**vars(parser.parse_args()))

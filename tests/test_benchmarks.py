@@ -61,6 +61,79 @@ def test_one_commit_is_measured_in_a_process_of_its_own(compare: Any, work: str)
     assert measured["CPU time"] > 0
 
 
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A copy of what figures are put into."""
+    for name in ("docs/performance.md", "docs/measurements.md", "benchmarks/figures/staging.json"):
+        copy = tmp_path / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((BENCHMARKS.parent / name).read_bytes())
+    return tmp_path
+
+
+def staging_figures(seconds: float) -> dict[str, Any]:
+    """Return figures as staging.py writes them."""
+
+    def samples(seconds: float, failure: str = "") -> dict[str, Any]:
+        found = [] if failure else [3 * seconds, seconds, 2 * seconds]
+        return {"seconds": found, "delay_p99": 0.001, "delay_worst": 0.002, "timings": {}, "failure": failure}
+
+    check = {"what": "aiostage / _foreach_copy_", "figure": 0.5, "limit": 1.1, "at_least": False, "met": True}
+    kept = {"aiostage": samples(seconds), "_foreach_copy_": samples(2 * seconds)}
+    failed = {"aiostage": samples(seconds), "DefaultStager, shared": samples(0, "too many files")}
+    return {
+        "machine": "a machine",
+        "rows": [
+            {"row": 1, "work": "large", "samples": kept, "checks": [check], "notes": []},
+            {"row": 5, "work": "shared", "samples": failed, "checks": [], "notes": ["Too little memory."]},
+        ],
+    }
+
+
+def test_figures_go_where_the_documents_show_them(
+    documents: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import publish
+
+    results = tmp_path_factory.mktemp("results")
+    (results / "busy.md").write_text("## 2. steps\n\n| peer | step |\n| --- | ---: |\n| aiostage | 50 ms |\n")
+    (results / "steps.md.part").write_text("not to its end")
+    (results / "staging.md").write_text("the tables of staging are made from its figures")
+    (results / "staging.json").write_text(json.dumps(staging_figures(0.123)))
+    before = (documents / "docs" / "measurements.md").read_text()
+    assert publish.publish(results, documents, "On a day.") == ["busy", "staging"]
+    once = (documents / "docs" / "measurements.md").read_text()
+    assert "On a day.\n\nRow 2. steps\n\n| peer | step |" in once
+    assert "not to its end" not in once
+    assert "| 1 | large | aiostage | 246 ms (123-369) | 1.0 | 2.0 |" in once
+    assert '| | | DefaultStager, shared | fails: "too many files" | | |' in once
+    assert "| 1 | aiostage / _foreach_copy_ | 0.5 | at most 1.1 | met |" in once
+    short = (documents / "docs" / "performance.md").read_text()
+    assert "| large | 246 ms |  |  | 492 ms |" in short
+    assert "| shared |" not in short
+    [row] = json.loads((documents / "benchmarks" / "figures" / "staging.json").read_text())["rows"]
+    assert row["samples"]["aiostage"]["seconds"] == [0.123, 0.246, 0.369]
+    # What comes before and after the marks stays, and a second time changes nothing.
+    assert once.startswith(before.partition("<!-- staging -->")[0])
+    publish.publish(results, documents, "On a day.")
+    assert (documents / "docs" / "measurements.md").read_text() == once
+
+
+def test_every_benchmark_has_its_place_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import everything
+    import publish
+
+    text = (BENCHMARKS.parent / "docs" / "measurements.md").read_text()
+    for name, programs in everything.PROGRAMS.items():
+        assert publish.replaced(text, name, "this") != text
+        for script, *_ in programs:
+            assert (BENCHMARKS / script).is_file()
+    with pytest.raises(ValueError, match="expected one <!-- nothing -->"):
+        publish.replaced(text, "nothing", "")
+
+
 BUSY = """
 import asyncio, busy
 found = asyncio.run(busy.measure(0.1, 1, 1, ["aiostage"]))
