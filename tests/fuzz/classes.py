@@ -21,6 +21,8 @@ __all__ = [
     "Color",
     "Drifting",
     "Keyed",
+    "Loyal",
+    "LoyalTensor",
     "Marked",
     "MarkedParameter",
     "OwnCopy",
@@ -182,6 +184,13 @@ class Loyal(OwnCopy):
     """Copies to itself."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loyal:
+        return self
+
+
+class LoyalTensor(torch.Tensor):
+    """Copies to itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoyalTensor:
         return self
 
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.fuzz.classes import Wrapper
 
-__all__ = ["Description", "describe", "difference"]
+__all__ = ["Description", "describe", "difference", "difference_of_cast"]
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size)
 _SAME = (
@@ -86,6 +86,32 @@ def difference(expected: Description, found: Description, computed: Collection[s
     if len(expected.facts) != len(found.facts):
         return f"expected {len(expected.facts)} facts, found {len(found.facts)}"
     return None
+
+
+def difference_of_cast(expected: Description, found: Description, computed: Collection[str] = ()) -> str | None:
+    """Return the first difference in words, or None, where floating-point tensors may have been cast.
+
+    What is in one piece of memory has the dtype that it had, or another one and the values that casting gives.
+    """
+    originals, cast = dict(expected.tensors), set()
+    for path, tensor in found.tensors:
+        original = originals.get(path)
+        floating = original is not None and original.dtype.is_floating_point and tensor.dtype.is_floating_point
+        if original is not None and floating and original.dtype is not tensor.dtype:
+            if _bytes(original.detach().to(tensor.dtype)) != _bytes(tensor.detach()):
+                return f"{path}: the values are not those of the source, cast to {tensor.dtype}"
+            cast.add(path)
+    return difference(_without_dtypes(expected, cast), _without_dtypes(found, cast), computed)
+
+
+def _without_dtypes(description: Description, cast: Collection[str]) -> Description:
+    """Return a description without what casting changes of some tensors."""
+    facts = [
+        (path, fact[1:] if path in cast and isinstance(fact[0], torch.dtype) else fact)
+        for path, fact in description.facts
+        if path not in cast or fact[0] not in ("strides", "bytes")
+    ]
+    return Description(facts)
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 
 from aiostage import AsyncStager, StagingOptions, UnsupportedLeafError
 from tests.fuzz.choices import Choices, shrink
-from tests.fuzz.describing import Description, describe, difference
+from tests.fuzz.classes import Loyal, LoyalTensor
+from tests.fuzz.describing import Description, describe, difference, difference_of_cast
 from tests.fuzz.trees import Grower
 
 __all__ = ["Mismatch", "check_tree", "main"]
@@ -26,9 +27,24 @@ __all__ = ["Mismatch", "check_tree", "main"]
 MAY_BE_REFUSED = {
     "meta": r"meta tensor",
     "mkldnn": r"mkldnn",
+    "loyal": r"not a copy in host memory",
     "memo": r"another copy of this \S+ into memo",
 }
 """What may be refused, and what the refusal says. Anything else has to be staged."""
+
+REFUSED_CAST = r"shares memory with a leaf of another dtype|PyTorch cannot cast|is the gradient of a tensor"
+"""What a refusal may say where leaves are cast."""
+
+
+def is_loyal(path: Any, item: object) -> bool:
+    """Return whether something is to be passed through."""
+    return isinstance(item, (Loyal, LoyalTensor))
+
+
+def to_half(path: Any, tensor: torch.Tensor) -> torch.dtype | None:
+    """Cast some leaves."""
+    return torch.float16 if len(path) % 2 else None
+
 
 PROFILES = (
     StagingOptions(),
@@ -36,6 +52,11 @@ PROFILES = (
     StagingOptions(max_loop_hold=math.inf),
     StagingOptions(use_shared_memory=True),
     StagingOptions(use_async_staging=False),
+    StagingOptions(detect_torn=False),
+    StagingOptions(passthrough=is_loyal),
+    StagingOptions(passthrough=is_loyal, detect_torn=False, max_loop_hold=1e-9),
+    StagingOptions(dtype=torch.bfloat16),
+    StagingOptions(dtype=to_half, passthrough=is_loyal),
 )
 
 
@@ -78,6 +99,9 @@ def check_same(
     shared = staged.mutable.keys() & source.mutable.keys() - expected.mutable.keys()
     if shared:
         raise Mismatch(f"{staged.mutable[min(shared)]} is the source's own object")
+    copied = expected.mutable.keys() & source.mutable.keys() - staged.mutable.keys()
+    if copied:
+        raise Mismatch(f"{expected.mutable[min(copied)]} is a copy, and not the source's own object")
     bare = source if bare is None else bare
     # Code that parts copies moves the place where one is met first.
     met = (*bare.tensors, *staged.tensors) if parting else bare.tensors
@@ -92,22 +116,34 @@ def check_same(
             raise Mismatch(f"bytes shared by {pair} at a distance of {ties.get(pair)}, expected {wanted}")
 
 
-def scribble(tree: Description) -> None:
-    """Write over the memory of the tensors of a tree."""
+def scribble(tree: Description, passed: Collection[torch.Tensor]) -> None:
+    """Write over the memory of the tensors of a tree, without that of those that are passed through."""
+    kept = {tensor.data_ptr() for tensor in passed}
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         for _, tensor in tree.tensors:
-            if tensor.numel() and tensor.device.type == "cpu" and not tensor.is_inference():
+            spared = not tensor.numel() or tensor.is_inference() or tensor.device.type != "cpu"
+            if not spared and tensor.data_ptr() not in kept:
                 memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 memory.fill_(0x5A)
 
 
-async def check_tree(stager: AsyncStager, choices: Choices) -> str:
+def grower_for(choices: Choices, options: StagingOptions) -> Grower:
+    """Return what grows a tree that a stager with some options is to stage."""
+    return Grower(choices, loyal=options.passthrough is not None, plain=options.dtype is not None)
+
+
+async def check_tree(stager: AsyncStager, choices: Choices, options: StagingOptions) -> str:
     """Grow one tree, stage it twice and compare; return the result.
+
+    Args:
+        stager: The stager.
+        choices: What is random about the tree.
+        options: Those of the stager.
 
     Raises:
         Mismatch: If a copy is wrong, or there is none and should be one.
     """
-    grower = Grower(choices)
+    grower = grower_for(choices, options)
     with torch.no_grad():
         tree = grower.tree()
     expected = reference(tree)
@@ -115,6 +151,8 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
         first, second = await stager.stage(tree), await stager.stage(tree)
     except UnsupportedLeafError as refusal:
         kinds = [kind for kind in grower.kinds if re.search(MAY_BE_REFUSED[kind], str(refusal))]
+        if not kinds and options.dtype is not None and re.search(REFUSED_CAST, str(refusal)):
+            return "refused: cast"
         if not kinds and not isinstance(expected, Exception):
             raise Mismatch(f"refused without need: {refusal}") from None
         return f"refused: {kinds[0]}" if kinds else f"refused, as by deepcopy: {type(expected).__name__}"
@@ -123,7 +161,7 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
     if isinstance(expected, Exception) or grower.circular:
         if grower.parting:
             return "nothing to compare with"
-        compare_with_source(tree, first, second)
+        compare_with_source(tree, first, second, options=options)
         return "as the source; deepcopy gives " + (
             type(expected).__name__ if isinstance(expected, Exception) else "a tensor in a circle two copies"
         )
@@ -132,17 +170,22 @@ async def check_tree(stager: AsyncStager, choices: Choices) -> str:
     changed = difference(wanted, describe(again, bare=True))
     if changed is not None:
         raise Mismatch(f"staging has changed its source: {changed}")
-    scribble(source)
+    scribble(source, grower.passed)
     for staged in (first, second):
         found = describe(staged, bare=True)
         if is_joined(difference(wanted, found)) and not grower.parting:
             # Anew, as a description uses iterators up.
             with torch.no_grad():
-                tree = Grower(Choices(values=choices.taken)).tree()
-            compare_with_source(tree, await stager.stage(tree))
+                tree = grower_for(Choices(values=choices.taken), options).tree()
+            compare_with_source(tree, await stager.stage(tree), options=options)
             return "as the source; deepcopy gives an object in a circle through its own constructor two copies"
-        check_same(source, wanted, found, bare, parting=grower.parting)
-    return "as deepcopy"
+        if options.dtype is None:
+            check_same(source, wanted, found, bare, parting=grower.parting)
+        else:
+            wrong = difference_of_cast(wanted, found)
+            if wrong is not None:
+                raise Mismatch(wrong)
+    return "as deepcopy" if options.dtype is None else "as deepcopy, cast"
 
 
 def is_joined(found: str | None) -> bool:
@@ -150,11 +193,12 @@ def is_joined(found: str | None) -> bool:
     return found is not None and re.search(r": expected \('new', .*, found \('met before', ", found) is not None
 
 
-def compare_with_source(tree: Any, *copies: Any) -> None:
+def compare_with_source(tree: Any, *copies: Any, options: StagingOptions) -> None:
     """Compare where deepcopy gives nothing to compare with: its own faults are with tensors in circles."""
     source = describe(tree, bare=True, as_source=True)
     for staged in copies:
-        found = difference(source, describe(staged, bare=True, as_source=True), source.computed)
+        compare = difference if options.dtype is None else difference_of_cast
+        found = compare(source, describe(staged, bare=True, as_source=True), source.computed)
         if found is not None:
             raise Mismatch(found)
 
@@ -166,11 +210,12 @@ async def check_seeds(seeds: Sequence[int], results: Counter[str]) -> None:
         Mismatch: At the first that is wrong, with its seed and the smallest tree like it that was found.
     """
     for start in range(0, len(seeds), 20):
-        async with AsyncStager(PROFILES[seeds[start] % len(PROFILES)]) as stager:
+        options = PROFILES[seeds[start] // 20 % len(PROFILES)]
+        async with AsyncStager(options) as stager:
             for seed in seeds[start : start + 20]:
                 choices = Choices(seed)
                 try:
-                    results[await check_tree(stager, choices)] += 1
+                    results[await check_tree(stager, choices, options)] += 1
                 except Mismatch as error:
                     raise Mismatch(f"seed {seed}: {error}\n{choices.taken}") from error
             gc.collect()
@@ -185,7 +230,7 @@ def failing(values: Sequence[int], options: StagingOptions) -> str | None:
     async def run() -> str | None:
         async with AsyncStager(options) as stager:
             try:
-                await check_tree(stager, Choices(values=values))
+                await check_tree(stager, Choices(values=values), options)
             except Mismatch as error:
                 return str(error)
         return None
@@ -207,13 +252,13 @@ def explain(seed: int) -> str:
     for options in PROFILES:
         choices = Choices(seed)
         with torch.no_grad():
-            Grower(choices).tree()
+            grower_for(choices, options).tree()
         error = failing(choices.taken, options)
         if error is None:
             continue
         small = shrink(choices.taken, partial(_fails_alike, options=options, kind=_kind(error)))
         with torch.no_grad():
-            tree = Grower(Choices(values=small)).tree()
+            tree = grower_for(Choices(values=small), options).tree()
         facts = "\n".join(f"{path}: {str(fact)[:100]}" for path, fact in describe(tree).facts)
         return f"{options}\nchoices {small}\n{facts}\n{failing(small, options)}"
     return "does not fail alone"

@@ -13,7 +13,7 @@ import torch
 from aiostage.abc import CheckpointStager
 from tests.fuzz import disturbing, naive
 from tests.fuzz.choices import Choices, shrink
-from tests.fuzz.describing import describe, difference
+from tests.fuzz.describing import describe, difference, difference_of_cast
 from tests.fuzz.staging import Mismatch, check_same
 from tests.fuzz.trees import Grower
 
@@ -60,6 +60,21 @@ LIST = [1]
 def test_differences_are_seen(expected: Any, found: Any) -> None:
     assert difference(describe(expected), describe(expected)) is None
     assert difference(describe(expected), describe(found)) is not None
+
+
+def test_what_is_passed_through_and_was_copied_is_seen() -> None:
+    source = [[1]]
+    with pytest.raises(Mismatch, match="is a copy"):
+        check_same(describe(source), describe(source), describe([[1]]))
+
+
+def test_values_are_compared_after_a_cast() -> None:
+    source = describe([torch.tensor([1.0, 1.001])])
+    assert difference_of_cast(source, describe([torch.tensor([1.0, 1.0], dtype=torch.bfloat16)])) is None
+    assert difference_of_cast(source, source) is None
+    for wrong in (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.tensor([1, 1]), torch.tensor([1.0])):
+        assert difference_of_cast(source, describe([wrong])) is not None
+    assert difference_of_cast(describe([torch.tensor([1])]), describe([torch.tensor([1.0])])) is not None
 
 
 def test_attributes_and_gradients_are_seen() -> None:

@@ -25,6 +25,8 @@ from tests.fuzz.classes import (
     Cloning,
     Color,
     Keyed,
+    Loyal,
+    LoyalTensor,
     Marked,
     MarkedParameter,
     OwnCopyTensor,
@@ -68,6 +70,8 @@ class Grower:
 
     Args:
         choices: What is random about it.
+        loyal: Whether there is something in it that copies to itself, and is to be passed through.
+        plain: Whether each tensor is one piece of memory, of which any part may be cast.
 
     Attributes:
         kinds: Names of what may be refused and is in the tree.
@@ -76,8 +80,11 @@ class Grower:
         parting: Whether something in the tree makes copies of its own of what others hold too.
     """
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choices: Choices, *, loyal: bool = False, plain: bool = False) -> None:
         self.choices = choices
+        self.loyal = loyal
+        self.plain = plain
+        self.passed: list[torch.Tensor] = []
         self.kinds: set[str] = set()
         self.left = 0
         self.circular = self.circles = self.parting = False
@@ -198,7 +205,18 @@ class Grower:
         self.made.append(shared)
         return Keyed(shared)
 
+    def passed_through(self) -> Any:
+        """Return something that copies to itself, with memory that nothing else has."""
+        # Code of objects does not ask what is to be passed through, and copies to the same.
+        self.kinds.add("loyal")
+        self.passed.append(torch.arange(4.0) + self.number())
+        if self.choices.below(2):
+            return self.passed[-1].as_subclass(LoyalTensor)
+        return Loyal([self.passed[-1], self.number()])
+
     def held(self, depth: int) -> Any:
+        if self.loyal and self.choices.chance(4):
+            return self.passed_through()
         holder = self.choices.pick(HOLDERS)
         self.parting = self.parting or holder in (Announcing, Cloning, WithoutMemo)
         if holder is Announcing:
@@ -327,7 +345,7 @@ class Grower:
         """Return a tensor, new or met before."""
         if self.tensors and self.choices.chance(6):
             return self.choices.pick(self.tensors)
-        kind = self.choices.below(16)
+        kind = self.choices.below(11 if self.plain else 16)
         if kind < 9:
             made = self.view()
         elif kind < 11:
