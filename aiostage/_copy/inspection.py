@@ -237,15 +237,21 @@ class SourceInspection:
         # PyTorch lets no gradient have another dtype than its tensor.
         for index, gradient in leaves.gradients.items():
             spec, of_gradient = specs[index], specs[gradient]
-            if spec is None or of_gradient is None or spec.target is of_gradient.target:
+            target = spec.target if spec is not None else None
+            if index in leaves.given:
+                target = leaves.given[index].dtype
+            if gradient in leaves.given and spec is not None:
+                # What code of objects has copied keeps its dtype, and what belongs to it.
+                specs[index] = leaves.specs[index]
+            if target is None or of_gradient is None or target is of_gradient.target:
                 continue
             if leaves.owners.find(gradient) != index:
                 raise UnsupportedLeafError(
-                    f"it is to be {of_gradient.target}, and is the gradient of a tensor that is to be {spec.target}.",
+                    f"it is to be {of_gradient.target}, and is the gradient of a tensor that is to be {target}.",
                     path=format_path(self.walk.path(gradient)),
                     remedy="Return the same dtype for both from the dtype function.",
                 )
-            specs[gradient] = table.cast(of_gradient, spec.target)
+            specs[gradient] = table.cast(of_gradient, target)
         return specs
 
     def _is_value(self, index: int, dtype: torch.dtype) -> bool:

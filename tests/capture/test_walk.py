@@ -203,6 +203,26 @@ class TestDtype:
                 await stager.stage([tensor.grad, tensor])
 
     @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no such dtype")
+    @pytest.mark.parametrize("of", ["tensor", "gradient"])
+    async def test_what_lies_in_memory_that_the_code_of_an_object_has_copied_keeps_its_dtype(self, of: str):
+        class Holding:
+            def __init__(self, value: torch.Tensor) -> None:
+                self.value = value
+
+            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+                return Holding(copy.deepcopy(self.value, memo))
+
+        base = torch.arange(8.0)
+        tensor = base[2:4] if of == "tensor" else torch.ones(2)
+        tensor.grad = torch.full((2,), 3.0) if of == "tensor" else base[2:4]
+        async with AsyncStager(StagingOptions(dtype=torch.float16)) as stager:
+            staged = await stager.stage({"a": tensor, "b": Holding(base), "c": torch.ones(1)})
+        assert staged["a"].dtype is staged["a"].grad.dtype is torch.float32
+        assert staged["a"].tolist() == tensor.tolist()
+        assert staged["a"].grad.tolist() == tensor.grad.tolist()
+        assert staged["c"].dtype is torch.float16
+
+    @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no such dtype")
     async def test_a_dtype_that_pytorch_cannot_cast_is_refused(self):
         async with AsyncStager(StagingOptions(dtype=torch.float32)) as stager:
             with pytest.raises(UnsupportedLeafError, match=r"\['a'\]: PyTorch cannot cast torch\.float4_e2m1fn_x2"):
