@@ -36,7 +36,7 @@ class StorageSuite(ABC):
             file of three parts to be written in pieces.
         names: Names that checkpoints are written under.
         longest_hold: For how long the storage may keep the event loop from its other tasks, in seconds.
-        trims: Whether :meth:`~aiostage.abc.Storage.prune_files` removes anything.
+        prunes: Whether :meth:`~aiostage.abc.Storage.prune_files` removes anything.
     """
 
     part_bytes = 8192
