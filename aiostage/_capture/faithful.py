@@ -133,6 +133,9 @@ class SpecTable:
         self._plain_specs: dict[object, Spec] = {}
         self._meanings: dict[int, str | Refusal] = {}
 
+    def __len__(self) -> int:
+        return len(self._specs)
+
     def meanings(self, tensors: Sequence[torch.Tensor]) -> list[str | Refusal]:
         """Return for each tensor how it is handled: "dense", "value", "sparse", ..., or why it is refused."""
         if not keys_tell_leaves_apart():

@@ -189,6 +189,7 @@ class SourceInspection:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
         """
         walk, inspection = self.walk, self._resources.inspection
+        inspection.forget_surplus()
         with Phase(self._timings, "walk"):
             yield from walk.run(source, inspection)
         with Phase(self._timings, "inspect"):
