@@ -62,6 +62,7 @@ def composite_of(tensor: torch.Tensor, meaning: str | Refusal) -> Composite | No
         _refuse_by_class(tensor)
         if _private.is_wrapper(tensor):
             return _wrapper(tensor)
+    # After the classes: a wrapper's own dispatch keys say that it cannot be copied, and its parts can.
     if isinstance(meaning, Refusal):
         raise meaning
     if meaning == "sparse":
@@ -116,6 +117,7 @@ def _wrapper(tensor: Any) -> Composite:
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:
         made = dict(zip(names, staged, strict=True))
+        # Nested tensors that had one ragged size between them have one again, or PyTorch refuses to add them.
         if ragged in made:
             _private.share_ragged_size(inner[ragged], made[ragged])
         result = cls.__tensor_unflatten__(made | kept, context, size, stride)
@@ -143,6 +145,7 @@ def finder(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
 
 
 def _sparse(tensor: torch.Tensor) -> Composite:
+    # Read now and not when it is put together: by then the source may be another.
     size, coalesced, traits = tensor.size(), tensor.is_coalesced(), traits_of(tensor)
 
     def assemble(staged: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -102,6 +102,7 @@ class Spec:
         for size, stride in zip(reversed(self.shape), reversed(staged_stride), strict=True):
             ordered = ordered and (size == 1 or stride == expected)
             expected *= size
+        # Frozen, because specs are shared by all leaves that are alike; these fields follow from the others, once.
         put = object.__setattr__
         put(self, "staged_stride", staged_stride)
         put(self, "extent", staged_extent)
@@ -145,6 +146,7 @@ class SpecTable:
         numbers = list(map(raw_repr, map(dispatch_keys, tensors)))
         known = self._meanings
         if not known.keys() >= set(numbers):
+            # One of each kind is asked, and its answer remembered: the keys say all that the questions are about.
             for number, tensor in zip(numbers, tensors, strict=True):
                 if number not in known:
                     known[number] = _meaning(tensor)
@@ -155,6 +157,7 @@ class SpecTable:
         dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
         if dispatch_keys is None or raw_repr is None or not keys_tell_leaves_apart():
             return set(self.meanings(tensors)) == _DENSE
+        # In bulk: for plain tensors this is all that is asked of each, and the calls are C's.
         numbers = set(map(raw_repr, map(dispatch_keys, tensors)))
         if not self._meanings.keys() >= numbers:
             return set(self.meanings(tensors)) == _DENSE
@@ -175,6 +178,7 @@ class SpecTable:
         keys = list(zip(classes, dtypes, shapes, strides, devices, strict=True))
         # Comparing is cheaper than hashing, and neighbours are often alike.
         alike = keys.count(keys[0]) == len(keys)
+        # Read once: keys that are put in below are found there, also if another event loop puts in the same.
         table = self._plain_specs
         for key, tensor in zip(keys[:1] if alike else keys, tensors, strict=False):
             if key not in table:
@@ -208,6 +212,7 @@ class SpecTable:
             shape = tuple(tensor.shape)
             spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value, staged_stride)
             self._specs[key] = spec
+        # Not part of the spec, so it is asked of each leaf: two that are alike may lie in storages of different sizes.
         nbytes = tensor.untyped_storage().nbytes()
         if spec.nbytes and nbytes < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
             raise Refusal(
@@ -281,6 +286,8 @@ def _keys_are_proven() -> bool:
                 torch.quantize_per_tensor(plain, 1.0, 0, torch.quint8),
                 torch.empty(2, device="meta"),
             ]
+            # If all samples differ, and a second plain tensor has the key of the first, keys are taken to tell. A
+            # PyTorch that changes this is asked tensor by tensor instead.
             numbers = [raw_repr(dispatch_keys(sample)) for sample in samples]
             same = raw_repr(dispatch_keys(torch.zeros(3, 4, device="cpu")))
             return len(set(numbers)) == len(samples) and numbers[0] == same and same == int(same)

@@ -26,6 +26,8 @@ def stride_of_values(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _stride_of_negative(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    # The order in which PyTorch's element-wise kernels look: a contiguous tensor, then channels last, then any other
+    # without gaps, which all keep their strides; else sorted.
     inner_first = tuple(reversed(range(len(shape))))
     for order in (inner_first, _CHANNELS_LAST):
         if len(order) == len(shape) and _fills(shape, stride, order):
@@ -65,6 +67,8 @@ def _sorted(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
     order = list(reversed(range(len(shape))))
     for last in range(1, len(order)):
         here = last
+        # PyTorch's own insertion sort, step by step: with a comparison that is not transitive another sort gives
+        # another order.
         for before in reversed(range(last)):
             one, other = order[before], order[here]
             if 0 in (stride[one], stride[other]):

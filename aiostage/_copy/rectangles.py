@@ -38,6 +38,8 @@ def _rectangles(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.T
     if (start, stop) == (0, tensor.numel()):
         yield tensor
         return
+    # Elements of one index of the first dimension. A range is the end of a row, whole rows, and the beginning of
+    # another; the first and the last are cut in the same way, one dimension down.
     row = tensor.numel() // len(tensor)
     first, last = start // row, (stop - 1) // row
     if first == last:

@@ -46,6 +46,7 @@ async def restore(resources: Resources, caller: CallerStreams, staged: Any, into
     slices = Slices(resources.options.max_loop_hold)
     source, target = await _Leaves.of(slices, staged, resources), await _Leaves.of(slices, into, resources)
     try:
+        # Every question that can refuse comes before the first write, also those that read values.
         await slices.run(_check(source, target))
         pairs = await slices.run(_pairs(source, target))
         await slices.run(_check_memory(pairs, caller.inference))
@@ -62,6 +63,7 @@ async def restore(resources: Resources, caller: CallerStreams, staged: Any, into
     finally:
         if copier is not None:
             copier.abandon()
+        # The walks refer to both trees; released by hand, because this frame stays in the traceback of an error.
         source.walk.release()
         target.walk.release()
 

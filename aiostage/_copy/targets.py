@@ -77,6 +77,8 @@ def copyable(tensor: torch.Tensor) -> torch.Tensor:
 def unexpanded(live: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is copied into what, without history, and with one element for all that share its memory."""
     live, value = live.detach(), value.detach()
+    # All elements along such a dimension are one; it is written once, since PyTorch refuses to write to the same memory
+    # twice.
     for dimension, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
         if size > 1 and stride == 0:
             # The two were found to be laid out alike.
@@ -122,6 +124,7 @@ def agree(pairs: Sequence[Pair]) -> bool:
     """
     if not all(value.is_cpu for _, value in pairs):
         return False
+    # Tried out in memory of its own, as the live tensors lie: all values are put in, and then each is looked for.
     base = min(live.data_ptr() for live, _ in pairs)
     nbytes = max(live.data_ptr() + reach(live) for live, _ in pairs) - base
     memory = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")

@@ -33,6 +33,7 @@ _reduce_otherwise: Any = (_private.forking_reducers or {}).get(torch.UntypedStor
 def offer(arena: Arena) -> None:
     """Have multiprocessing send the storages of a shared arena as places in it."""
     number = id(arena)
+    # The callback goes through the number and not through the arena, which is gone by then.
     _offered[number] = ref(arena, lambda gone: _offered.pop(number, None))
     if _reduce_otherwise is None:
         return
@@ -52,6 +53,7 @@ def _reduce_storage(storage: torch.UntypedStorage) -> Any:
         address = storage.data_ptr()
         for arena in offered():
             if arena.address <= address and address + nbytes <= arena.address + arena.nbytes:
+                # None if it has just been closed: the bytes are sent then, as for any other storage.
                 sent = arena.send()
                 if sent is not None:
                     return _storage, (sent, address - arena.address, nbytes)

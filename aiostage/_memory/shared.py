@@ -50,6 +50,8 @@ class SharedFile:
         if reason is not None:
             raise HostMemoryError(f"{reason}.", remedy="Stage with use_shared_memory=False.")
         self.nbytes = nbytes
+        # Written behind the data for processes that open a handle: a handle of an earlier generation then fails, and
+        # does not show later contents.
         self._generation = 0
         self._sent: dict[int, SentMemory] = {}
         self._descriptor = memory_file("aiostage")
@@ -77,6 +79,7 @@ class SharedFile:
         if not try_lock(self._descriptor):
             return False
         self._generation += 1
+        # With the exclusive lock: a process that is opening a handle waits for it, and reads the new number then.
         os.pwrite(self._descriptor, _GENERATION.pack(self._generation), self.nbytes)
         unlock(self._descriptor)
         return True
@@ -102,6 +105,7 @@ class SharedFile:
             # This was closed, and its number is that of another file now.
             made.close()
             return None
+        # Of two threads that make one at once, the first stays; the other is closed when it is dropped.
         return self._sent.setdefault(self._generation, made)
 
     def close(self) -> None:
@@ -130,6 +134,7 @@ class SentMemory:
     def __init__(self, path: str, nbytes: int) -> None:
         self.nbytes = nbytes
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Before the lock is asked for, so that an error there leaves nothing open.
         self._close = Finalizer(self, os.close, self.descriptor)
         lock(self.descriptor)
         register_after_fork(self)

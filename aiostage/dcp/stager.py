@@ -117,6 +117,7 @@ class TorchStager(TorchAsyncStager):
         self._closing = True
         self._latest = None
         if self._loop.running:
+            # A copy: each removes itself from the set when it is done, in the loop's thread.
             wait(tuple(self._under_way))
             self._loop.run(self._stager.aclose())
             self._loop.stop()

@@ -121,6 +121,8 @@ class StorageWriter(torch_storage.StorageWriter):
         name = str(self._name)
 
         async def begin() -> None:
+            # The coordinator opens it and alone commits it; the others attach by the token, which travels with the
+            # plans.
             self._pending = await self._storage.open(name, overwrite=self._overwrite)
             self._token = await self._pending.token()
 
@@ -153,6 +155,7 @@ class StorageWriter(torch_storage.StorageWriter):
     ) -> list[torch_storage.WriteResult]:
         # Wide elements first, so that each record begins at a multiple of its elements' size.
         contents.sort(key=lambda pair: -pair[1].element_size() if pair[0].type != WriteItemType.BYTE_IO else 0)
+        # The order in the file is this rank's own: every record says where it lies.
         results, offset = [], 0
         for item, tensor in contents:
             pickled = item.type == WriteItemType.BYTE_IO
@@ -167,8 +170,11 @@ class StorageWriter(torch_storage.StorageWriter):
             results.append(torch_storage.WriteResult(item.index, tensor.nbytes, (share.token, record)))
             offset += tensor.nbytes
         if offset:
+            # On the coordinator it is there; what attach() returns may only write, so a rank can neither commit nor
+            # remove what others write.
             pending: PendingCheckpoint = self._pending or await self._storage.attach(share.name, share.token)
             parts = cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES)
+            # The parts refer to the tensors now, and let each go when it has been written.
             contents.clear()
             await pending.write(share.file, offset, _buffers(parts))
         return results
@@ -181,6 +187,8 @@ class StorageWriter(torch_storage.StorageWriter):
             CheckpointExistsError: If another writer was faster and must not be replaced.
         """
         records = {result.index: result.storage_data for written in results for result in written}
+        # A cached plan leads to another pending checkpoint, or to an earlier commit; its records would be in no file of
+        # this one.
         if any(token != self._token for token, _ in records.values()):
             raise ValueError("a rank has followed a cached plan: use a planner with enable_plan_caching=False")
         metadata.storage_data = {index: record for index, (_, record) in records.items()}
@@ -201,6 +209,7 @@ class StorageWriter(torch_storage.StorageWriter):
 
     def abandon(self) -> None:
         """Remove what was written of a checkpoint that was not finished; :func:`aiostage.dcp.save` does it."""
+        # Taken out first, so that a second call finds nothing to abort.
         pending, self._pending = self._pending, None
         if pending is not None:
             self._loop().run(pending.abort())
@@ -272,6 +281,7 @@ class StorageReader(torch_storage.StorageReader):
         """Read what this rank needs, each record once. Tensors on devices are copied to on the current streams."""
         wanted: dict[Record, list[ReadItem]] = {}
         for item in plan.items:
+            # Several items may want parts of one record, after resharding, say: it is read and verified once.
             wanted.setdefault(self._records[item.storage_index], []).append(item)
         has_values = any(item.type == LoadItemType.BYTE_IO for item in plan.items)
         deliver = partial(_deliver, planner, paths_of(planner) if has_values else {})
@@ -302,6 +312,7 @@ class StorageReader(torch_storage.StorageReader):
                 for _ in range(_RECORDS_AT_ONCE):
                     group.create_task(work())
         except BaseExceptionGroup as failures:
+            # The first; the others are cancellations, or failed for the same reason.
             raise failures.exceptions[0] from None
         self._reader = None
         await reader.aclose()

@@ -131,6 +131,7 @@ class _Places:
         """Say in the node of a tensor where that lies."""
         tensor: torch.Tensor = node.value
         storage = tensor.untyped_storage()
+        # Tied leaves have one storage, and so one number: they come out tied.
         key = (storage.data_ptr(), storage.nbytes())
         number = self._numbers.get(key)
         if number is None:
@@ -147,6 +148,7 @@ class _Places:
 
     def _place(self, storage: torch.UntypedStorage, address: int, nbytes: int) -> tuple[int, int, int]:
         self.nbytes += nbytes
+        # All tensors of one staging lie in one arena, so there is one descriptor to send.
         arenas = self._arenas if self.arena is None else [self.arena]
         for arena in arenas:
             if nbytes and arena.address <= address and address + nbytes <= arena.address + arena.nbytes:
@@ -199,6 +201,8 @@ def open_described(
         text_bytes, file_bytes, memory_bytes = checked_sizes(
             [message.get(key) for key in ("text_bytes", "file_bytes", "memory_bytes")]
         )
+        # Everything that is said is checked before it is used: the other end is of the same user, but perhaps of
+        # another version.
         if len(descriptors) != (2 if memory_bytes else 1):
             raise ValueError(f"it came with {len(descriptors)} descriptors")
         if not text_bytes <= file_bytes <= MAX_TEXT_BYTES + MAX_EXTRA_BYTES + _ALIGNMENT:
@@ -206,6 +210,8 @@ def open_described(
         text = _read(descriptors[0], file_bytes)
         if xxhash.xxh3_64_hexdigest(text) != message.get("digest"):
             raise ValueError("its text does not match its digest")
+        # Its own contents are not compared with a digest, which would read all of it; the lock on the file keeps them
+        # as they were sent.
         shared = map_memory(descriptors[1], memory_bytes) if memory_bytes else None
         tree = _tree(text, text_bytes, shared, Classes(classes, declared_safe()), path)
     return tree, shared
@@ -243,6 +249,7 @@ def _tree(
                 data[name] = torch.from_numpy(memory[start : start + nbytes])
         else:
             table.add(value)
+    # Before a tensor is made: a node that names what is not there, or itself, is refused here.
     table.complete()
     table.tensor_names()
     return TreeDecoder(table, Memory(records, data), path=path, classes=classes).build()
