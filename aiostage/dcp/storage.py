@@ -312,7 +312,7 @@ class StorageReader(torch_storage.StorageReader):
                 for _ in range(_RECORDS_AT_ONCE):
                     group.create_task(work())
         except BaseExceptionGroup as failures:
-            # The first; the others are cancellations, or failed for the same reason.
+            # The first; the others have failed beside it, for the same reason as a rule.
             raise failures.exceptions[0] from None
         self._reader = None
         await reader.aclose()
