@@ -125,17 +125,17 @@ class SpecTable:
 
     Args:
         device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
+
+    Attributes:
+        known: The specs, by what makes them.
     """
 
     def __init__(self, device_of: Callable[[torch.Tensor], torch.device | None] | None) -> None:
         self._device_of = device_of or _on_host
         self._host_only = device_of is None
-        self._specs: dict[object, Spec] = {}
+        self.known: dict[object, Spec] = {}
         self._plain_specs: dict[object, Spec] = {}
         self._meanings: dict[int, str | Refusal] = {}
-
-    def __len__(self) -> int:
-        return len(self._specs)
 
     def meanings(self, tensors: Sequence[torch.Tensor]) -> list[str | Refusal]:
         """Return for each tensor how it is handled: "dense", "value", "sparse", ..., or why it is refused."""
@@ -207,11 +207,11 @@ class SpecTable:
         requires_grad = tensor.requires_grad and tensor.is_leaf
         staged_stride = stride_of_values(tensor) if by_value else stride
         key = (type(tensor), dtype, tensor.shape, stride, requires_grad, device, by_value, staged_stride)
-        spec = self._specs.get(key)
+        spec = self.known.get(key)
         if spec is None:
             shape = tuple(tensor.shape)
             spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value, staged_stride)
-            self._specs[key] = spec
+            self.known[key] = spec
         # Not part of the spec, so it is asked of each leaf: two that are alike may lie in storages of different sizes.
         nbytes = tensor.untyped_storage().nbytes()
         if spec.nbytes and nbytes < tensor.storage_offset() * dtype.itemsize + spec.nbytes:
@@ -225,9 +225,9 @@ class SpecTable:
     def cast(self, spec: Spec, target: torch.dtype) -> Spec:
         """Return the spec of the same leaf, cast while copied."""
         key = (spec, target)
-        found = self._specs.get(key)
+        found = self.known.get(key)
         if found is None:
-            found = self._specs[key] = Spec(
+            found = self.known[key] = Spec(
                 spec.cls,
                 spec.dtype,
                 target,

@@ -24,9 +24,6 @@ LEAVES_PER_STEP = 256
 _FORMS = 8
 """How many forms of chunks are compared with the next one. One that is unlike shows it in the first few leaves."""
 
-_MOST_SPECS = 1 << 14
-"""Kinds of leaves that are remembered, at about a kilobyte each. A tree of more is never recognized."""
-
 _RELEASED_PER_STEP = 2048
 """Entries of a column dropped between two yields, at some 20 nanoseconds each."""
 
@@ -153,12 +150,11 @@ class Inspection:
         self.apart: tuple[list[_Chunk], bool] = ([], True)
         """Some chunks, and whether no two leaves of them begin at one address."""
 
-    def forget_surplus(self) -> None:
-        """Begin anew if specs of very many kinds are remembered, as when tensors have other shapes at each staging."""
-        if len(self.table) > _MOST_SPECS:
-            # New ones, and nothing is emptied: stagings that are under way, in other event loops too, go on with what
-            # they have. That two of their leaves which are alike may then have two specs costs them a run of their own.
-            self.table, self.chunks, self.forms, self.apart = SpecTable(self._device_of), {}, [], ([], True)
+    def forget(self) -> None:
+        """Begin anew, as when tensors have had other shapes at each of very many stagings."""
+        # New ones, and nothing is emptied: stagings that are under way, in other event loops too, go on with what they
+        # have. That two of their leaves which are alike may then have two specs costs them a run of their own.
+        self.table, self.chunks, self.forms, self.apart = SpecTable(self._device_of), {}, [], ([], True)
 
 
 class Leaves:

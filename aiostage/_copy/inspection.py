@@ -88,6 +88,10 @@ class Phase:
             self._span.end(error)
 
 
+_MOST_SPECS = 1 << 14
+"""Kinds of leaves that are remembered, at about a kilobyte each. A tree of more is never recognized."""
+
+
 class Changes:
     """The changes that make a capture torn.
 
@@ -189,7 +193,8 @@ class SourceInspection:
             UnsupportedLeafError: If a leaf cannot be staged faithfully.
         """
         walk, inspection = self.walk, self._resources.inspection
-        inspection.forget_surplus()
+        if len(inspection.table.known) > _MOST_SPECS:
+            inspection.forget()
         with Phase(self._timings, "walk"):
             yield from walk.run(source, inspection)
         with Phase(self._timings, "inspect"):
