@@ -317,10 +317,13 @@ def build_run(memory: np.ndarray[Any, Any], run: LeafRun) -> list[torch.Tensor]:
         ]
     elif spec.dense and spec.shape and dtype is not None:
         # One array of all slots, whose rows become the leaves without a Python step for each.
+        # Each row is an array with memory as its base, which the tensor keeps, and its storage is exactly the row:
+        # saved alone it writes that and no more.
         tensors = list(map(torch.from_numpy, memory.view(dtype).reshape(count, *spec.shape)))
         if tensors[0].stride() != spec.staged_stride:
             # NumPy has strides of its own for dimensions of size 1, by which a memory format is told.
             tensors = [tensor.as_strided(spec.shape, spec.staged_stride) for tensor in tensors]
+    # Scalars have no row in a reshaped array, so an array of no dimensions is made for each.
     elif not spec.shape and dtype is not None:
         size = spec.staged_nbytes
         scalars = (np.ndarray((), dtype, memory, start) for start in range(0, count * size, size))
@@ -329,7 +332,12 @@ def build_run(memory: np.ndarray[Any, Any], run: LeafRun) -> list[torch.Tensor]:
         size = spec.staged_nbytes
         tensors = [
             torch.empty(0, dtype=spec.target, device="cpu").set_(
-                torch.from_numpy(memory[start : start + size]).untyped_storage(), 0, spec.shape, spec.staged_stride
+                # The same for dtypes and strides that NumPy does not have: a storage of the leaf's size, and the tensor
+                # set over it.
+                torch.from_numpy(memory[start : start + size]).untyped_storage(),
+                0,
+                spec.shape,
+                spec.staged_stride,
             )
             for start in range(0, count * size, size)
         ]
@@ -356,6 +364,7 @@ def build_overlap_group(
             spec = specs[index]
             assert spec is not None  # noqa: S101 - a plan places leaves with memory only
             tensor = torch.empty(0, dtype=spec.target, device="cpu")
+            # One storage for the group: its leaves are tied in the copy as they are in the source.
             tensor.set_(storage, offset // spec.target.itemsize, spec.shape, spec.staged_stride)
             tensors += of_class([tensor], spec)
         yield indices, tensors
@@ -413,6 +422,7 @@ def keep_freed_memory() -> None:
     that building the next one takes 5,000 page faults, a tenth of its time. Once a process has freed a block of this
     size it keeps up to twice as much: the dynamic threshold of mallopt(3). Other allocators just free the block.
     """
+    # Freed at once, which is all that it is for. No page of it is touched.
     np.empty(_LARGEST_BLOCK, dtype=np.uint8)
 
 
@@ -454,6 +464,7 @@ def build_destinations(batch: Batch, memory: np.ndarray[Any, Any]) -> dict[int, 
     made: dict[int, torch.Tensor] = {}
     for run in batch.runs:
         if run.is_whole:
+            # Leaves in pieces are written as flat memory, and need none.
             leaves = build_run(memory[run.offset : run.offset + run.nbytes], run)
             made.update(zip(run.indices, leaves, strict=True))
     return made

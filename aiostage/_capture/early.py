@@ -269,6 +269,8 @@ class SelfCopies:
         """
         with_code = {memo.circles.get(id(node)) for node in opaque}
         for node in depth_first(root, _leads_before):
+            # Copying enters a circle at the first of its nodes that the tree leads to; that one is built first, which
+            # copies the rest on the way.
             circle = memo.circles.get(id(node))
             if node.done:
                 continue
@@ -280,6 +282,8 @@ class SelfCopies:
     def _lead_back(self, opaque: Sequence[GivenNode]) -> bool:
         """Return whether objects that copy themselves lead to something that the walk has noted."""
         roots = {id(node.source) for node in opaque}
+        # Otherwise no circle leads through such an object, and the search for circles, which goes through all of the
+        # tree, is spared.
         if any(self._nodes.find(number) is not None for number in self._seen if number not in roots):
             return True
         return any(id(item) in roots for found in self._seen.values() for item in found[1:])
@@ -289,6 +293,8 @@ class SelfCopies:
         leads = [child for _, child in node.nested]
         for item in self._seen.get(id(node.source), ())[1:]:
             if id(item) in self._seen and item is not node.source:
+                # What the walk has not noted is made a node of its own for the search, kept so that it is one however
+                # often it is met.
                 met = self._nodes.find(id(item)) or self._between.get(id(item))
                 if met is None:
                     met = self._between[id(item)] = Node(item, None, 0)

@@ -95,6 +95,7 @@ class _Chunk:
         self.addresses = addresses
         self.sizes = sizes
         _private.untrack_all((specs, addresses, sizes))
+        # Once for the chunk, and not asked of each tensor each time.
         self.requires_grad = any(map(_requires_grad, set(specs)))
         self.check: Callable[..., bool] | None = None
         if like is not None:
@@ -110,6 +111,7 @@ class _Chunk:
                 dynamic_dims_strides=list(map(strides.__getitem__, self.specs)),
             ).check
             # A guard that knows anything is none. One that does not know what it was made from costs time only.
+            # Tried on a tensor that it must refuse.
             usable = check(torch.empty(0, device="meta"), *tensors[1:]) is False
         except Exception:
             usable = False
@@ -281,8 +283,10 @@ class Leaves:
             for index, tensor in enumerate(chunk, start):
                 first = self.positions.setdefault(id(tensor), index)
                 if first != index:
+                    # The leaf that was met first is staged; this one gets the same tensor when the tree is built.
                     self.aliases.put(index, first)
                     self.owners.put(index, first)
+                    # It may have been inspected before the index got here.
                     if index < len(self.specs):
                         self.specs[index] = None
             self._indexed = min(start + LEAVES_PER_STEP, len(self.tensors))
@@ -450,6 +454,7 @@ class Leaves:
             else:
                 spec = table.spec(tensor, by_value=meaning == "value")
             # A Parameter's gradient is not copied, as copy.deepcopy does not.
+            # Asked only of leaves of the graph: for others PyTorch warns, and keeps none as a rule.
             gradient = tensor.grad if tensor.is_leaf and type(tensor) is not torch.nn.Parameter else None
             if gradient is not None:
                 _check_gradient(tensor, gradient)
@@ -566,6 +571,7 @@ def changed(leaves: Leaves, inspection: Inspection | None = None) -> Generator[N
             and all(map(is_, storages, leaves.storages[part]))
             and _same_forms(leaves, start, tensors, inspection)
         ):
+            # With the columns as read above: all questions about one chunk are answered in one step.
             found += _changed_among(leaves, start, tensors, now)
         yield
     return found
@@ -621,6 +627,7 @@ def _same_parts(leaves: Leaves, index: int) -> bool:
     if index not in leaves.composites:
         return True
     composite, numbers = leaves.composites[index]
+    # The class can change without a trace in the parts: __class__ may be assigned.
     if traits_of(leaves.tensors[index]) != composite.traits:
         return False
     try:

@@ -222,6 +222,7 @@ def compile_plan(specs: Sequence[Spec | None], addresses: Sequence[int]) -> Gene
     # multiple of it.
     for itemsize in sorted({*sizes, *(spec.target.itemsize for spec, _ in full)}, reverse=True):
         for spec, indices in full:
+            # For each size once through all specs; there are five sizes at most.
             if spec.target.itemsize == itemsize:
                 yield from builder.add_leaves(spec, indices)
         for (base, members), size in zip(groups, sizes, strict=True):
@@ -410,6 +411,7 @@ class _Builder:
         self, device: torch.device | None, nbytes: int, leaves: int, first: int, *, small: bool
     ) -> None:
         """End the batch under way if what comes next, of which ``first`` is the first leaf, does not belong in it."""
+        # Also by number: a batch of very many tiny leaves would be one long step of a thread.
         full = self.offset + nbytes - self.start > BATCH_BYTES or len(self.whole) + leaves > BATCH_LEAVES
         if full or device != self.device or small != self.small:
             self.cut()
@@ -424,11 +426,13 @@ class _Builder:
             self.offset = self.start = _congruent(self.offset, 0)
             self.aligned = True
         size = spec.staged_nbytes
+        # Within a device sizes only fall, so a run ends where the next may begin.
         padding = -self.offset % spec.target.itemsize
         if padding:
             # Another device begins, and with it the largest elements.
             self.cut()
             self.start = self.offset = self.offset + padding
+        # A run never exceeds a batch; a leaf that does is cut by add_range().
         at_once = max(1, min(RUN_LEAVES, BATCH_BYTES // size))
         for first in range(0, len(indices), at_once):
             members = indices[first : first + at_once]
@@ -478,6 +482,7 @@ class _Builder:
                 mixed = mixed or (spec.dtype, spec.target) != (first.dtype, first.target)
                 reach = max(reach, self.addresses[index] + spec.nbytes)
             yield
+        # Elements of two sizes over the same bytes: cast, they would lie at places that no view of one block can have.
         if casts and mixed:
             raise MixedCast(casts[0])
         # In bytes of the staged copy for each byte of the source: other than 1 only when the whole block is cast.
@@ -485,16 +490,21 @@ class _Builder:
         if not casts:
             numerator = denominator = 1
         self.cut()
+        # As far from a boundary as in the source, so that views of wider elements stay aligned. Cast, the distances are
+        # others, and it begins on one.
         origin = self.start = self.offset = _congruent(self.offset, 0 if casts else base)
         small = first.device is not None and reach - base <= SMALL_BYTES
+        # Bytes of the source that are in a piece already. Members come by address, so each adds only what lies beyond.
         covered = base
         for index in members:
             spec, begin = self.spec(index), self.addresses[index]
             if begin + spec.nbytes > covered:
+                # In whole elements: one that is half covered is copied again, to the same place with the same value.
                 skip = max(0, covered - begin) // spec.dtype.itemsize
                 self.offset = origin + (begin - base + skip * spec.dtype.itemsize) * numerator // denominator
                 self.add_range(spec, index, skip, spec.extent - skip, small=small)
                 self.inside = True
+                # A batch that is cut from here on goes on in the next: the group is complete with its last piece only.
                 covered = begin + spec.nbytes
             yield
         offsets: list[int] = []
@@ -506,6 +516,7 @@ class _Builder:
         self.completes += members
         self.inside = False
         self.cut()
+        # A group may end anywhere; the next leaf begins at a boundary.
         self.aligned = False
 
 

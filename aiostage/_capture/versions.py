@@ -81,6 +81,7 @@ class ContainerChanges:
         self, source: dict[str, Any], names: Sequence[str], values: Sequence[Any], frame: _HasPath, slot: int
     ) -> None:
         """Note the attributes of an object, which is what the path leads to."""
+        # Views and not copies: what they show later is what is compared.
         self._keys.append((source.keys(), names, frame, slot))
         self._contents.append((source.values(), values, AttributeSteps(names), frame, slot))
 
@@ -241,6 +242,8 @@ def copy_buffer(source: Any) -> Generator[None, None, Any]:
         _resize(copy, len(source))
         stop = 0
         for start in range(0, len(copy), step):
+            # A slice is a copy, made in one operation: the source may change its length between two steps, not within
+            # one.
             part = source[start : start + step]
             copy[stop : stop + len(part)] = part
             stop += len(part)

@@ -65,11 +65,13 @@ class RankBarrier:
             self._store.set(f"{self._key}/here/{self._rank}", "")
             if self._store.add(f"{self._key}/arrived", 1) == self._size:
                 return self._settle("verdict", {})
+            # In the store and not by asking again and again: one request waits, however many ranks there are.
             if self._wait("verdict", timeout):
                 return self._settle("verdict", {})
             if self._store.add(f"{self._key}/overdue", 1) > 1 and self._wait("verdict", self._grace):
                 # Another rank has timed out too and queries the absent ranks. One rank is enough.
                 return self._settle("verdict", {})
+            # Only the one rank that decides asks for each, so a large job that waits does not flood the store.
             absent = self._without("here")
             overdue = dict.fromkeys(absent, f"it did not arrive within {timeout:g} seconds")
             return self._settle("verdict", overdue)
@@ -143,6 +145,8 @@ class RankBarrier:
                 if self._store.check([f"{self._key}/blame"]):
                     break
                 time.sleep(_POLL)
+            # A thread beside the collectives answers for each process that lives; one that does not answer is gone or
+            # suspended.
             silent = self._without("alive", inside)
             lost = dict.fromkeys(silent, "its process was lost")
             lost = lost or dict.fromkeys(inside, "it keeps the others waiting")

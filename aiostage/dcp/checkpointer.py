@@ -135,6 +135,8 @@ class Checkpointer(BackgroundSaves):
             operation_for, process_group, no_dist=no_dist, timeout=timeout
         )
         self._options = {"process_group": process_group, "no_dist": no_dist, "timeout": timeout}
+        # The same on all ranks, because all make their checkpointers in one order: their keys in the store must not
+        # meet.
         self._number = 0 if self._alone else next(_numbers.setdefault(self._parent, count()))
         self._store: Any = None
         self._workers = Workers(1, "aiostage-dcp-stop")
@@ -356,6 +358,7 @@ class Checkpointer(BackgroundSaves):
                 except Exception as error:
                     await call.refuse(f"{type(error).__name__}: {error}")
                     raise
+            # All ranks hand it over, also those that found nothing out: the answer comes to them by the broadcast.
             call.hand_over(lambda: lambda group: act(_broadcast(found, group), group))
 
         return await call.complete(ready)

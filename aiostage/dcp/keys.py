@@ -77,6 +77,7 @@ def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:
             pending += [(child, (*path, key), odd or type(key) is not str) for key, child in value.items()]
         elif isinstance(value, list) and _is_entered(value):
             pending += [(child, (*path, place), odd) for place, child in enumerate(value)]
+        # Only leaves below such a key: for all others DCP's own way is right.
         elif odd:
             found[".".join(map(str, path))] = path
     return found

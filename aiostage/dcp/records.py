@@ -82,6 +82,7 @@ async def read_record(reader: Reader, record: Record) -> Buffer:
         CheckpointCorruptError: If they are not those that were written.
         OSError: If the storage refuses.
     """
+    # Read whole, because its digest is that of all of it; a reader of a part of a shard pays for the shard.
     data = memory_of(torch.empty(record.nbytes, dtype=torch.uint8, device="cpu"))
     if record.nbytes:
         await reader.read(record.file, record.offset, data)

@@ -54,6 +54,7 @@ class AsyncSaveResponse:
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"DCP saves a dict of names, not {type(state_dict).__qualname__}; put it into one")
             # Called now, for the moment of the copy is the caller's.
+            # One level, as DCP does it.
             now = {key: item.state_dict() if _is_stateful(item) else item for key, item in state_dict.items()}
             if stager is None:
                 stager = self._own = AsyncStager()

@@ -37,6 +37,7 @@ def read_metadata(data: Any, records: type) -> Metadata:
     """
     unpickler = MetadataUnpickler(data, {records.__module__: (records.__qualname__,)})
     found = unpickler.load()
+    # Real classes only now, when the pickle is over: nothing that it says can have called them.
     makers = {made: _maker(names, records) for made, names in unpickler.stand_ins.items()}
     metadata = _Real(makers).of(found)
     if type(metadata) is not Metadata:
@@ -86,6 +87,7 @@ class _Real:
         maker = self._makers[kind]
         if not isinstance(maker, type) or issubclass(maker, (Enum, PurePath)):
             return maker(*map(self.of, found.arguments))
+        # Not by calling the class: what DCP's own unpickling would restore is the state, and __init__ may ask for more.
         made: Any = object.__new__(maker)
         if hasattr(maker, "__setstate__"):
             made.__setstate__(self.of(found.state))

@@ -130,6 +130,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
         The coroutine may be cancelled: then it is the newest version, or no subscriber sees it.
         """
         stager = self._opened()
+        # Before anything is staged: a number that is refused costs nothing.
         number = self._numbered(version)
         source: Any
         if isinstance(self._sender, StorageSender):
@@ -145,8 +146,11 @@ class WeightPublisher(HostedEnd[AsyncStager]):
             self._opened()
             self._check_loop()
             # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
+            # Before the lock: several saves may be under way, and become the newest in turn.
             saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
             # In the order of the lock and not of the calls; send() leaves a later version the newest.
+            # In the order in which they come here. send() leaves a later version the newest, so that order decides
+            # nothing.
             async with self._lock:
                 self._opened()
                 if isinstance(self._sender, StorageSender):

@@ -78,6 +78,8 @@ class SocketReceiver:
                 try:
                     # A cancelled call loses the socket that it made, which closes when it is dropped.
                     peer = await workers.run(partial(connect, self._path))
+                    # Only a publisher that has answered counts as one: a socket that accepts and says nothing is tried
+                    # again after longer and longer.
                     session = await self._greet(peer)
                     wait = _FIRST_WAIT_SECONDS
                     await self._serve(session, workers)
@@ -158,6 +160,7 @@ class SocketReceiver:
         except Exception as error:
             session.requested = False
             session.tell(released=number)
+            # Seen, so that the same version is not asked for again; the next one may be one that can be opened.
             self._inbox.put(without_locals(error), seen=seen)
             return
         # Not before: a version is wanted until it is in the inbox, and the writer would ask for another one.

@@ -73,6 +73,7 @@ class PacketSocket:
         connection.setblocking(False)
         self._socket = connection
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        # As the kernel noted them when the connection was made; the peer cannot say otherwise.
         self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
         self._close = Finalizer(self, connection.close)
         register_after_fork(self)
@@ -91,6 +92,7 @@ class PacketSocket:
         Raises:
             OSError: If the other end is gone.
         """
+        # A packet keeps its boundaries and its descriptors together, so neither end has to put pieces together.
         data = json.dumps(message, separators=(",", ":")).encode()
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         try:
@@ -180,6 +182,7 @@ class PacketSocket:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) // descriptors.itemsize * descriptors.itemsize])
         try:
+            # An empty packet is how the end of the connection looks; peers never send one.
             if not data:
                 raise EOFError
             if flags & _TRUNCATED or len(data) > MAX_PACKET_BYTES:
@@ -253,6 +256,7 @@ def connect(path: str) -> PacketSocket:
                     remedy="Publisher and subscribers have to run as one user.",
                 ) from error
             raise
+        # A duplicate, so that leaving the stack closes the first whatever happens here.
         peer = PacketSocket(connection.dup())
     if peer.uid != os.geteuid():
         peer.close()
@@ -301,6 +305,7 @@ class Endpoint:
         while True:
             lock = os.open(name, flags, 0o600, dir_fd=self._directory)
             try:
+                # The lock says who owns the path, and not the socket's file, which the dead leave behind.
                 if not try_lock(lock):
                     owner = os.pread(lock, 20, 0).decode("ascii", "replace") or "another one"
                     raise WeightsError(
@@ -308,6 +313,7 @@ class Endpoint:
                         path=self.path,
                         remedy="End it, or publish at another path. One publisher serves any number of subscribers.",
                     )
+                # A lock on a file that its last owner has removed meanwhile locks out no other process.
                 if os.fstat(lock).st_ino == _inode_of(name, self._directory):
                     break
             except BaseException:
@@ -315,6 +321,7 @@ class Endpoint:
                 raise
             # Its last owner has removed it meanwhile.
             os.close(lock)
+        # Replaced by one that closes the lock too; without the detaching both would close the socket.
         self._close.detach()
         self._lock = lock
         self._close = Finalizer(self, _close_all, self._socket, self._directory, lock)
@@ -357,6 +364,7 @@ class Endpoint:
     def close(self) -> None:
         """Stop listening, and remove the files. Blocks, briefly."""
         if self._close.alive:
+            # Only its own file: another process may have put its socket there.
             if _inode_of(self._name, self._directory) == self._inode:
                 os.unlink(self._name, dir_fd=self._directory)
             if _inode_of(f"{self._name}.lock", self._directory) == os.fstat(self._lock).st_ino:

@@ -120,6 +120,7 @@ class StorageSender:
         if self._newest is not None and number < self._newest.number:
             return
         pointer = await _Pointer.read(self.storage)
+        # Epochs begin with the time, so a later publisher has the larger one, and the earlier gives way.
         if pointer is not None and pointer.epoch > self.epoch:
             raise WeightsError(
                 f"another publisher has started at this target since, and published version {pointer.number}.",

@@ -120,6 +120,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
             try:
                 yield inbox
             finally:
+                # Before the receiver is cancelled: a task that waits in get() then learns why.
                 inbox.fail(WeightsError("the subscriber was closed.", path=self._location))
                 inbox.drop()
                 group.cancel_scope.cancel()
@@ -134,6 +135,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
         try:
             if error is None and self._content is not None:
                 self._acknowledge_last()
+                # The acknowledgement would otherwise be lost with the connection, and the publisher might wait for it.
                 await self._content.flush()
         finally:
             await self.aclose()
