@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.warm import PYTHON
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -51,9 +52,7 @@ def test_one_commit_is_measured_in_a_process_of_its_own(compare: Any, work: str)
         "import sys, asyncio, json; sys.path.insert(0, sys.argv[1]); import compare\n"
         "print(json.dumps(asyncio.run(compare.WORK[sys.argv[2]](compare.many_small(10)))))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(BENCHMARKS), work], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*PYTHON, "-c", script, str(BENCHMARKS), work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured.keys() == {"time", "CPU time", "worst delay"}
@@ -157,5 +156,5 @@ print(steps.row("small", found))
 @pytest.mark.parametrize("script", [BUSY, STEPS], ids=["busy", "steps"])
 def test_what_is_measured_on_a_busy_machine(script: str):
     program = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{script}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([*PYTHON, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

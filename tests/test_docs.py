@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import warnings
@@ -26,7 +25,7 @@ import aiostage.errors
 from aiostage_command import __version__
 from tests.parsing import parse
 from tests.patience import seconds
-from tests.warm import PYTHON, imported
+from tests.warm import PYTHON, executable, imported
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -361,14 +360,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def python() -> Iterator[str]:
     """What the examples find as ``sys.executable``: their processes begin with what most of them import."""
-    path = tmp_path_factory.mktemp("bin") / "python"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} "$@"\n')
-    path.chmod(0o700)
     # The first optimizer imports torch._dynamo, in more than a second.
     with imported("sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.launcher"):
-        yield str(path)
+        yield executable()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 
 from aiostage import _platform
 from tests.patience import seconds
-from tests.warm import PYTHON
+from tests.warm import PYTEST, PYTHON
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,9 +40,15 @@ ON_A_BARE_SYSTEM = [
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_all_works_where_linux_calls_are_missing() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.bare_system", "-p", "no:cacheprovider"]
+    program = ANEW + "import pytest\nsys.exit(pytest.main())"
+    options = [*PYTEST[2:], "-q", "-p", "tests.bare_system", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, *ON_A_BARE_SYSTEM], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds(200)
+        [*PYTHON, "-c", program, *options, *ON_A_BARE_SYSTEM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds(200),
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 

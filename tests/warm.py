@@ -5,6 +5,9 @@ Importing takes two seconds of a processor, and a hundred tests start programs. 
 status, and it ends when what was started is killed. It is a fork, though: what is about a new interpreter, its imports,
 options or memory, takes ``sys.executable``.
 
+What takes the path of an interpreter gets that of `executable`. `multiprocessing` has it: the processes that it spawns,
+and its fork server, begin in the same way.
+
 The command starts a small process without imports. It sends its arguments and descriptors to the process that has
 imported everything, which forks, and waits for the exit status that comes back.
 """
@@ -19,10 +22,15 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 
-__all__ = ["PYTHON", "begin", "imported"]
+__all__ = ["PYTEST", "PYTHON", "begin", "executable", "imported"]
 
 PYTHON = [sys.executable, "-I", "-S", __file__]
-"""Takes the place of ``sys.executable`` in a command. Of its options, ``-c``, ``-m`` and ``-u`` are for it."""
+"""Takes the place of ``sys.executable`` in a command. With options that are not for it, it starts a new process."""
+
+_OPTIONS = ("-B", "-c", "-m", "-u")
+
+PYTEST = ["-m", "pytest", "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+"""What follows `PYTHON` to run tests: pytest cannot rewrite the assertions of plugins that are imported before it."""
 
 _ADDRESS = "AIOSTAGE_TESTS_WARM"
 _STREAMS = (0, 1, 2)
@@ -38,9 +46,17 @@ def begin() -> None:
     if not hasattr(os, "pidfd_open") or _ADDRESS in os.environ:
         return
     import atexit
+    import multiprocessing
 
     os.environ[_ADDRESS], end = _start()
     atexit.register(end)
+    multiprocessing.set_executable(executable())
+
+
+def executable() -> str:
+    """Return the path of a program that does what `PYTHON` does, for what is given the path of an interpreter."""
+    address = os.environ.get(_ADDRESS)
+    return sys.executable if address is None else os.path.join(os.path.dirname(address), "python")
 
 
 @contextlib.contextmanager
@@ -62,12 +78,16 @@ def imported(*modules: str) -> Iterator[None]:
 
 def _start(*modules: str) -> tuple[str, Callable[[], None]]:
     """Start a process that imports, and return where it listens and what ends it."""
+    import shlex
     import subprocess
     import tempfile
     from pathlib import Path
 
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     address = os.path.join(folder.name, "socket")
+    program = Path(folder.name, "python")
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} "$@"\n')
+    program.chmod(0o700)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
@@ -87,6 +107,8 @@ def _start(*modules: str) -> tuple[str, Callable[[], None]]:
 
 def _launch() -> int:
     """Have the arguments run, and return how that ended."""
+    if sys.argv[1].startswith("-") and sys.argv[1] not in _OPTIONS:
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     given = _open_descriptors()
     with socket.socket(socket.AF_UNIX) as connection:
         try:
@@ -218,10 +240,10 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, _: list
     if "OMP_NUM_THREADS" in environment:
         # It is read when PyTorch is imported, which was before.
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    if arguments[0] == "-u":
-        del arguments[0]
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    while arguments[0] in ("-B", "-u"):
+        if arguments.pop(0) == "-u":
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     if arguments[0] not in ("-c", "-m"):
         sys.argv[:] = arguments
         sys.path[0] = os.path.dirname(arguments[0])

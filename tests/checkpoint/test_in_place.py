@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.checkpoint.counting import CountingStorage
 from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.test_load import tree
 from tests.patience import seconds
+from tests.warm import PYTHON
 
 PART = 8 << 20
 
@@ -265,7 +265,7 @@ def test_host_memory_is_bounded(tmp_path: Path, where: str) -> None:
     asyncio.run(aiostage.save(saved, tmp_path / "checkpoint"))  # type: ignore[arg-type]
     asyncio.run(aiostage.save({"0": torch.zeros(3)}, tmp_path / "checkpoint-small"))  # type: ignore[arg-type]
     outcome = subprocess.run(
-        [sys.executable, "-c", MEMORY, where, str(tmp_path / "checkpoint"), str(size)],
+        [*PYTHON, "-c", MEMORY, where, str(tmp_path / "checkpoint"), str(size)],
         capture_output=True,
         text=True,
         timeout=seconds(60),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+
+from tests.warm import PYTHON
 
 CHECK_WITHOUT_MEMORY = """
 import resource, sys
@@ -30,7 +31,7 @@ except HostMemoryError as error:
 
 def test_a_check_that_gets_no_memory_is_no_corrupt_checkpoint() -> None:
     """Whether indices are in order is found out with as many numbers of 8 bytes more."""
-    done = subprocess.run([sys.executable, "-c", CHECK_WITHOUT_MEMORY], capture_output=True, text=True, check=False)
+    done = subprocess.run([*PYTHON, "-c", CHECK_WITHOUT_MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no memory for a tensor" in done.stdout
     assert "manifest.json" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import pickle
 import threading
@@ -29,7 +30,7 @@ from tests.dcp.test_together import sharded
 from tests.dcp.world import World
 from tests.forking import run_forking
 from tests.patience import seconds
-from tests.warm import PYTHON
+from tests.warm import PYTHON, executable
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -313,6 +314,8 @@ class TestPickling:
 
 def in_another_process(path: str, options: StagingOptions | None, tensors: int) -> tuple[bool, int]:
     """Save by PyTorch's process executor, thrice with one stager."""
+    # What PyTorch starts for it imports most of PyTorch otherwise.
+    multiprocessing.set_executable(executable())
     stager = TorchStager(options)
     descriptors = 0
     for number in range(3):

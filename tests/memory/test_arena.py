@@ -15,6 +15,7 @@ import torch
 from aiostage._memory.arena import Arena, pieces, whole_pages
 from aiostage._platform import PAGE_BYTES
 from aiostage.errors import HostMemoryError
+from tests.warm import PYTHON
 
 MIB = 1 << 20
 
@@ -198,6 +199,7 @@ def test_the_kernel_refusing_a_mapping_is_an_error_with_the_number():
 import resource
 from aiostage._memory.arena import Arena
 from aiostage.errors import HostMemoryError
+from tests.warm import PYTHON
 limit = 64 << 30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
@@ -206,7 +208,7 @@ except HostMemoryError as error:
     assert isinstance(error, MemoryError)
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True, check=True)
     assert str(128 << 30) in done.stdout
     assert "Cannot allocate memory" in done.stdout
 

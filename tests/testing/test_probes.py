@@ -4,7 +4,6 @@ import asyncio
 import gc
 import os
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -17,6 +16,7 @@ import torch
 from aiostage import AsyncStager
 from aiostage.testing import LeakProbe, Leftovers, LoopHold, LoopProbe
 from tests.patience import seconds
+from tests.warm import PYTEST, PYTHON
 
 THIS = __file__
 
@@ -280,7 +280,7 @@ def test_the_policy_fails_a_test_in_which_aiostage_holds_the_loop(tmp_path: Path
     (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
     (tmp_path / "test_policy.py").write_text(POLICY)
     outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml", str(tmp_path)],
+        [*PYTHON, *PYTEST, "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml", str(tmp_path)],
         cwd=root,
         capture_output=True,
         text=True,
