@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -41,15 +42,19 @@ def require_int(name: str, number: object) -> int:
         raise TypeError(f"{name} must be an integer, not {shown(number)}") from None
 
 
-def states_of(tree: Any) -> Any:
+def states_of(tree: Any, is_value: Callable[[type], bool] = lambda cls: False) -> Any:
     """Return a tree with the states of Stateful objects in their places: of the tree itself, or of values of a dict.
+
+    Args:
+        tree: The tree.
+        is_value: Says of which classes objects stand for themselves, and not for their states.
 
     Raises:
         Exception: What a ``state_dict`` method raises.
     """
-    if _is_stateful(tree):
+    if _is_stateful(tree, is_value):
         return tree.state_dict()
-    found = dict(_stateful_items(tree)) if isinstance(tree, dict) else {}
+    found = dict(_stateful_items(tree, is_value)) if isinstance(tree, dict) else {}
     if not found:
         return tree
     replaced = copy(tree)
@@ -58,25 +63,31 @@ def states_of(tree: Any) -> Any:
     return replaced
 
 
-def stateful_in(tree: Any) -> frozenset[int]:
-    """Return the ids of Stateful objects: the tree itself, or values of a dict."""
-    if _is_stateful(tree):
+def stateful_in(tree: Any, is_value: Callable[[type], bool]) -> frozenset[int]:
+    """Return the ids of Stateful objects: the tree itself, or values of a dict; as :func:`states_of`."""
+    if _is_stateful(tree, is_value):
         return frozenset({id(tree)})
-    return frozenset(id(value) for _, value in _stateful_items(tree)) if isinstance(tree, dict) else frozenset()
+    items = _stateful_items(tree, is_value) if isinstance(tree, dict) else ()
+    return frozenset(id(value) for _, value in items)
 
 
-def _stateful_items(tree: dict[Any, Any]) -> list[tuple[Any, Any]]:
+def _stateful_items(tree: dict[Any, Any], is_value: Callable[[type], bool]) -> list[tuple[Any, Any]]:
     """Return the items of a dict whose values are Stateful."""
     # A state dict may have a million tensors, and this runs in one step. Few of their types are to be looked at.
     others = {cls for cls in set(map(type, tree.values())) if not issubclass(cls, _PLAIN)}
     if not others:
         return []
-    return [(key, value) for key, value in tree.items() if type(value) in others and _is_stateful(value)]
+    return [(key, value) for key, value in tree.items() if type(value) in others and _is_stateful(value, is_value)]
 
 
-def _is_stateful(value: Any) -> bool:
+def _is_stateful(value: Any, is_value: Callable[[type], bool]) -> bool:
     """Return whether an object is what PyTorch calls ``Stateful``: it has ``state_dict`` and ``load_state_dict``."""
     # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
-    return not isinstance(value, _PLAIN) and all(
-        callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
-    )
+    if isinstance(value, _PLAIN):
+        return False
+    try:
+        has_both = all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
+    except Exception:
+        # A __getattr__ may raise anything for names that it does not know, as that of PyG's HeteroData does.
+        return False
+    return has_both and not is_value(type(value))

@@ -35,6 +35,7 @@ from aiostage.format.decode import check_sparse, parts_of_sparse
 from aiostage.format.manifest import FileRecord
 from aiostage.format.nodes import LEFT_OUT, View, contents_of, sizes_of, strided_layouts
 from aiostage.format.parts import Part
+from aiostage.format.registry import is_value
 from aiostage.incremental.reading import is_removed
 from aiostage.observe import span
 from aiostage.storage.local import LocalStorage
@@ -76,7 +77,7 @@ class Loading:
         self._name = name
         self._report = report
         self._fit = fit
-        self._stateful = stateful_in(into)
+        self._stateful = stateful_in(into, is_value)
         self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads)
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
@@ -537,7 +538,7 @@ async def load_after(
         raise TypeError(f"strict must be True, False or a function of two lists of paths, not {shown(strict)}")
     if into is None and (cast or strict is not True):
         raise ValueError("strict= and cast= are for a live tree: pass into=")
-    if in_place and stateful_in(into):
+    if in_place and stateful_in(into, is_value):
         raise ValueError("in_place=True reads into tensors, and into= has objects that take whole state dicts")
     if in_place and into is None:
         raise ValueError("in_place=True needs a live tree to load into: pass into=")

@@ -17,6 +17,7 @@ from aiostage.abc import CheckpointStager, PendingCheckpoint, Storage
 from aiostage.checkpoint.load import load
 from aiostage.checkpoint.progress import ProgressOption, SaveProgress, reporting
 from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointInfo, CheckpointWriter, file_options
+from aiostage.format.registry import is_value
 from aiostage.observe import OpenSpan, span, start_span, within
 from aiostage.snapshot import Snapshot
 from aiostage.stager import AsyncStager, check_stager
@@ -131,7 +132,7 @@ def source_of(state_dict: Any, stager: CheckpointStager) -> Snapshot[Any] | Coro
         A snapshot to be entered, whose bytes can be written as they are copied, or a coroutine that returns a staged
         tree.
     """
-    state_dict = states_of(state_dict)
+    state_dict = states_of(state_dict, is_value)
     return stager.snapshot(state_dict, streamed=True) if isinstance(stager, AsyncStager) else stager.stage(state_dict)
 
 

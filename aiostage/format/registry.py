@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from aiostage.format.classes import full_name, has_plain_layout
 from aiostage.format.packages import PACKAGES
 
-__all__ = ["attributes_registered", "flattening_of", "register", "unflatten_of"]
+__all__ = ["attributes_registered", "flattening_of", "is_value", "register", "unflatten_of"]
 
 T = TypeVar("T")
 
@@ -87,6 +87,12 @@ def flattening_of(cls: type) -> ClassHandler | None:
         if known is not None and (base is cls or known.subclasses):
             return ClassHandler(name, known.flatten)
     return None
+
+
+def is_value(cls: type) -> bool:
+    """Return whether objects of a class stand for themselves: it is registered or known, and not only a base of it."""
+    name = full_name(cls)
+    return name in PACKAGES or (name in _registered and _registered[name].cls is cls)
 
 
 def unflatten_of(name: str, base: str | None, cls: type | None) -> Callable[[Sequence[Any], Any], Any] | None:

@@ -76,6 +76,46 @@ async def test_objects_with_a_state(tmp_path: Path) -> None:
     assert live["counter"].count == 0
 
 
+class Registered(Counter):
+    """Stands for itself, because it is registered."""
+
+
+class Raising:
+    """Has whatever is asked for, and raises for what it does not know, as PyG's HeteroData does."""
+
+    def __init__(self) -> None:
+        self.x = torch.ones(2)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("__") else KeyError(f"there is no {name}")
+
+
+async def test_objects_that_stand_for_themselves(tmp_path: Path) -> None:
+    register(Registered)
+    value = Registered()
+    value.count = 7
+    await aiostage.save({"a": value, "b": [value]}, tmp_path / "a")
+    loaded = await aiostage.load(tmp_path / "a")
+    assert type(loaded["a"]) is Registered
+    assert loaded["a"] is loaded["b"][0]
+    assert loaded["a"].count == 7
+    live = {"a": Registered(), "b": [0]}
+    await aiostage.load(tmp_path / "a", into=live, only="a")
+    assert live["a"].count == 7  # type: ignore[attr-defined]
+
+
+async def test_objects_that_raise_when_asked_for_a_state(tmp_path: Path) -> None:
+    register(Raising, lambda value: ([value.x], None), lambda children, _: Raising())
+    await aiostage.save({"a": Raising()}, tmp_path / "a")
+    assert (await aiostage.load(tmp_path / "a"))["a"].x.tolist() == [1, 1]
+    with pytest.raises(aiostage.UnsupportedLeafError, match=r"state_dict\['a'\]"):
+        await aiostage.save({"a": Unregistered()}, tmp_path / "b")
+
+
+class Unregistered(Raising):
+    """Like that, and of no kind that can be saved."""
+
+
 async def test_a_model_itself(tmp_path: Path) -> None:
     model, _ = trained()
     await aiostage.save(model, tmp_path / "a")

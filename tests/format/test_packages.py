@@ -10,6 +10,7 @@ import torch
 
 import aiostage
 from aiostage.checkpoint import PlainObject
+from aiostage.checkpoint.save import write_checkpoint
 
 
 async def round_trip(value: Any, tmp_path: Path, **options: Any) -> Any:
@@ -59,8 +60,16 @@ async def test_tensordict(tmp_path: Path) -> None:
     assert loaded.batch_size == torch.Size([3])
     assert loaded.names == ["time"]
     assert loaded["b", "c"].tolist() == [0, 0, 0]
-    # A copy of a locked one is not, as with copy.deepcopy.
-    await aiostage.save(value.lock_(), tmp_path / "locked")
+    # It stands for itself as a value of a dict, too, and not for its state_dict().
+    live = {"x": tensordict.TensorDict({"a": torch.zeros(3, 2), "b": {"c": torch.ones(3)}}, [3], names=["time"])}
+    tensor = live["x"]["a"]
+    await aiostage.save({"x": value}, tmp_path / "value")
+    assert type((await aiostage.load(tmp_path / "value"))["x"]) is tensordict.TensorDict
+    await aiostage.load(tmp_path / "value", into=live)
+    assert live["x"]["a"] is tensor
+    assert tensor.sum() == 6
+    # A copy of a locked one is not, as with copy.deepcopy, so this is written without one.
+    await write_checkpoint(value.lock_(), tmp_path / "locked")
     assert (await aiostage.load(tmp_path / "locked")).is_locked
 
 
