@@ -14,8 +14,9 @@ import torch.distributed
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aiostage import AsyncStager, UnsupportedLeafError
+from aiostage._capture import walk as walk_module
 from aiostage._capture.composites import finder
-from aiostage._capture.leaves import Inspection
+from aiostage._capture.leaves import Inspection, Leaves
 from aiostage._capture.walk import Walk
 from aiostage._loop.coroutines import exhausted
 
@@ -276,6 +277,48 @@ class TestDTensor:
         assert torch.equal(staged["d"].full_tensor(), torch.arange(6.0).reshape(3, 2))
         source.to_local().zero_()
         assert staged["d"].to_local().sum() == 15
+
+    def test_many_are_looked_into_in_small_steps(self, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        count = 100
+        tree = [DTensor.from_local(torch.ones(2), mesh, [Shard(0)]) for _ in range(count)]
+        looked_into: list[object] = []
+        reduced: list[object] = []
+        real_composite, real_reduce = Leaves.composite_of, walk_module.reduce_object
+
+        def composite_of(self: Leaves, index: int, tensor: torch.Tensor) -> Any:
+            looked_into.append(tensor)
+            return real_composite(self, index, tensor)
+
+        def reduce_object(node: Any, changes: Any) -> Any:
+            reduced.append(node.source)
+            return real_reduce(node, changes)
+
+        monkeypatch.setattr(Leaves, "composite_of", composite_of)
+        monkeypatch.setattr(walk_module, "reduce_object", reduce_object)
+        walk, inspection = Walk(), Inspection(None)
+        seen = 0
+        for _ in walk.run(tree):
+            assert len(looked_into) - seen <= 4
+            seen = len(looked_into)
+        assert seen == count
+        exhausted(walk.inspect(inspection))
+        assert sum(type(each) is Shard for each in reduced) == count
+        # The mesh, which all of them have, is read in the last step.
+        reduced.clear()
+        exhausted(walk.settle(inspection))
+        assert len(reduced) < 10
+
+    def test_what_is_set_on_a_placement_is_no_part_of_it(self, mesh: Any) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        placement = Shard(0)
+        placement.note = "mine"  # type: ignore[attr-defined]
+        source = DTensor.from_local(torch.ones(2), mesh, [placement])
+        [staged] = stage([source])
+        assert hasattr(staged.placements[0], "note") == hasattr(copy.deepcopy(placement), "note")
+        assert staged.placements[0] is not placement
 
     def test_a_partial_one_is_refused(self, mesh: Any) -> None:
         from torch.distributed.tensor import DTensor, Partial
