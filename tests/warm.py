@@ -196,7 +196,7 @@ def _serve(listener: socket.socket) -> _Request | None:
                     connection.sendall(b"%d" % status)
                 connection.close()
             elif descriptor in connections:
-                # Ended before the next program begins: whoever killed the command counts on that.
+                # Ended before the next program begins: the process that killed the command relies on that.
                 child = connections[descriptor][1]
                 os.kill(child, signal.SIGKILL)
                 os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
