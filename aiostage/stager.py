@@ -12,7 +12,7 @@ from aiostage._copy.restore import restore
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish, named
 from aiostage._loop.polling import wait_event
-from aiostage._loop.workers import Workers
+from aiostage._loop.workers import Workers, all_settled
 from aiostage.abc import Backend, CheckpointStager
 from aiostage.errors import AcceleratorUnavailableError, StagerClosedError, shown
 from aiostage.options import StagerStatistics, StagingOptions
@@ -198,8 +198,7 @@ class AsyncStager(CheckpointStager):
         for job in jobs:
             job.cancel()
         try:
-            for job in jobs:
-                await finish(job.settled)
+            await all_settled(jobs)
         finally:
             resources.stop()
 

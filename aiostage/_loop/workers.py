@@ -23,6 +23,7 @@ __all__ = [
     "Job",
     "Stopped",
     "Workers",
+    "all_settled",
     "empty_in_steps",
     "large_lists",
     "release_gil",
@@ -340,6 +341,20 @@ class Job:
             else:
                 self._waiters[event] = seen
         return woken
+
+
+async def all_settled(jobs: Iterable[Job]) -> None:
+    """Wait until jobs are finished, without raising the errors of their steps. Shielded from cancellation.
+
+    A cancellation is delivered when all of them are, and not when the first is.
+    """
+    waited_for = tuple(jobs)
+
+    async def settled() -> None:
+        for job in waited_for:
+            await job.settled()
+
+    await finish(settled)
 
 
 def _submit_nothing(_: Job) -> None:

@@ -14,8 +14,8 @@ from queue import Empty, SimpleQueue
 import anyio
 import torch
 
-from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent, finish
-from aiostage._loop.workers import Job, Workers, start_thread
+from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent
+from aiostage._loop.workers import Job, Workers, all_settled, start_thread
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request
 from aiostage._memory.pinned import Pinning
@@ -253,8 +253,7 @@ class Pool:
     async def aclose(self) -> None:
         """Close, and wait until the idle arenas have been given back. Closes also when cancelled."""
         self.close()
-        for job in tuple(self._closings):
-            await finish(job.settled)
+        await all_settled(self._closings)
 
     async def _turn(self, request: Request) -> Arena:
         """Wait until a request is answered, and return what it was granted."""

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 
 import anyio
@@ -371,6 +372,27 @@ class TestClosing:
                 return True
 
         await until(is_closed)
+
+    async def test_cancelled_waits_for_all_that_is_given_back(self, workers: Workers):
+        pool = Pool(workers)
+        gates = {workers.job(): threading.Event() for _ in range(2)}
+        for job, gate in gates.items():
+            job.put(partial(gate.wait, SOON))
+            job.close()
+            pool._closings.add(job)
+        closing = asyncio.create_task(pool.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        # In the order in which they are waited for.
+        first, second = pool._closings
+        gates[first].set()
+        await until(first.finished)
+        await settle()
+        assert not closing.done()
+        gates[second].set()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert second.finished()
 
     async def test_though_the_system_grants_one_more_thread_only(
         self, workers: Workers, monkeypatch: pytest.MonkeyPatch

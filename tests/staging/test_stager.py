@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import anyio
@@ -28,6 +29,7 @@ from aiostage import (
     UnsupportedLeafError,
 )
 from aiostage.testing import SimulatedAccelerator
+from tests.patience import seconds
 from tests.staging.holding import copies_held, until, until_copies_wait
 
 MIB = 2**20
@@ -355,6 +357,30 @@ class TestClose:
             with pytest.raises(StagerClosedError):
                 await task
         assert stager.statistics().leases == 0
+
+    async def test_cancelled_waits_for_the_copies_of_all_stagings(self):
+        stager = AsyncStager()
+        gates = {stager._resources.workers.job(): threading.Event() for _ in range(2)}
+        for job, gate in gates.items():
+            job.put(partial(gate.wait, seconds(10)))
+            stager._resources.running.add(job)
+        await until(lambda: all(job._running for job in gates))
+        for job in gates:
+            job.close()
+        closing = asyncio.ensure_future(stager.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        # In the order in which they are waited for.
+        first, second = stager._resources.running
+        gates[first].set()
+        await until(first.finished)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        gates[second].set()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert second.finished()
 
     async def test_waiters_for_the_budget_end_with_an_error(self):
         stager = AsyncStager(StagingOptions(max_host_bytes=6 * MIB))
