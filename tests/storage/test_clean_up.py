@@ -138,6 +138,40 @@ async def test_a_heartbeat_that_comes_after_a_clean_up_ends(
     assert paths(store) == []
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_a_pointer_to_files_that_are_gone_is_withdrawn(
+    store: Any, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a writer that was suspended between its look for the lease and its pointer."""
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    old, new = some_bytes(1000), some_bytes(1000, 1)
+    if overwrite:
+        await save(storage, "a", old)
+    pending: Any = await storage.open("a", overwrite=overwrite)
+    await write(pending, "data", new)
+    point = pending._point
+
+    async def suspended() -> None:
+        with monkeypatch.context() as patch:
+            later(patch, LEASE + 5)
+            await storage.clean_up()
+        await point()
+
+    monkeypatch.setattr(pending, "_point", suspended)
+    with pytest.raises(CheckpointError, match="deleted by another process because its heartbeat expired"):
+        await pending.commit(new[:100])
+    await pending.abort()
+    if overwrite:
+        assert await content(storage, "a") == (bytes(old[:100]), bytes(old))
+        assert len(paths(store)) == 4
+        return
+    assert await storage.list() == []
+    assert paths(store) == ["a/checkpoint.json"]
+    await save(storage, "a", new)
+    assert await content(storage, "a") == (bytes(new[:100]), bytes(new))
+    assert await storage.list() == ["a"]
+
+
 async def test_a_clean_up_removes_the_lease_before_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """What commits in between, having found its lease, is left as it is."""
     store = MemoryStore()
