@@ -374,10 +374,16 @@ class PartReader:
             )
 
     async def _wait_until_copied(self, pending: Sequence[PendingCopy]) -> None:
-        if self._targets.copier is not None:
+        copier = self._targets.copier
+        if copier is None:
+            return
+
+        async def wait() -> None:
             for copy in pending:
-                # Live tensors must not change any more once this has returned.
-                await finish(partial(self._targets.copier.wait, copy))
+                await copier.wait(copy)
+
+        # Live tensors must not change any more once this has returned or raised: a cancellation waits for all of them.
+        await finish(wait)
 
     def _device_of(self, piece: object) -> torch.device | None:
         if isinstance(piece, Scattered):

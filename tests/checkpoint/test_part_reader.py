@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -347,3 +348,31 @@ def test_a_read_keeps_its_descriptor_when_another_thread_gives_up_reading_past_t
         file.read_past_cache(memory.data, 0)
     assert direct_reads == [8192]
     assert memory.tobytes() == other.tobytes() == path.read_bytes()[:8192]
+
+
+class Copier:
+    """Copies that are over when a test says so."""
+
+    def __init__(self) -> None:
+        self.over = [asyncio.Event(), asyncio.Event()]
+
+    async def wait(self, number: int) -> None:
+        await self.over[number].wait()
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_read_waits_for_all_copies_to_devices() -> None:
+    copier = Copier()
+    workers = Workers(1, "test")
+    targets = part_reader.ReadTargets(workers, copier=copier)  # type: ignore[arg-type]
+    reader = part_reader.PartReader(None, workers, PART_BYTES, targets, verify=True)  # type: ignore[arg-type]
+    waiting = asyncio.create_task(reader._wait_until_copied([0, 1]))  # type: ignore[list-item]
+    await asyncio.sleep(0)
+    waiting.cancel()
+    copier.over[0].set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not waiting.done(), "the second is still being made"
+    copier.over[1].set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
