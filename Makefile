@@ -28,6 +28,9 @@ demo: $(DEMO_READY)
 # tests/conftest.py: the longest files first, and not those with the most tests.
 IN_PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
+# Threads of PyTorch that have nothing to do would spin, beside the other worker's, and take a tenth of the processors.
+test test-all test-simgpu: export OMP_WAIT_POLICY := passive
+
 test: $(READY)
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 	$(MAKE) test-simgpu
