@@ -37,7 +37,8 @@ class Check:
 
 def machine() -> str:
     """Say what it runs on."""
+    kernel = ".".join(platform.release().split(".")[:2])
     return (
-        f"{platform.machine()}, {torch.get_num_threads()} cores, {platform.system()} {platform.release()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} cores, {platform.system()} {kernel}, "
         f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     )
