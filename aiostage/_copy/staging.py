@@ -180,8 +180,8 @@ class Staging:
             if work is not None:
                 work.close()
         self._inspecting = self._finishing = self._copies = self._lease = None
-        self._inspection.walk.release()
         if to is State.CAPTURED:
+            self._inspection.walk.release()
             self._resources.running.discard(self.job)
         else:
             self.failure = error if to is State.FAILED and waited_for else None
@@ -280,16 +280,29 @@ class Staging:
         # A failure stays, for those who ask later.
         # It may have been ended by another task while this one waited; move() then changes nothing, and the wait below
         # is for the same steps.
+        staged = self.staged
         if self.state is not State.FAILED:
             self.move(to or (State.FAILED if isinstance(error, Exception) else State.DROPPED), error)
         try:
             # A coroutine that is being closed may not wait; what runs keeps its memory.
             if not isinstance(error, GeneratorExit):
                 await finish(self.job.settled)
+                # Destructors of 50,000 leaves take 20 ms, and those of a million nodes 0.3 s.
+                await finish(lambda: self._slices.run(self._releasing(staged)))
         finally:
+            self._inspection.walk.release()
+            staged.clear()
             # A second cancellation is raised from that wait, once it is over.
             self._resources.running.discard(self.job)
             self._report(error)
+
+    def _releasing(self, staged: list[Any]) -> Generator[None, None, None]:
+        """Let go of the source and of staged leaves, yielding between small steps."""
+        # Copies that devices are making read the columns of leaves still.
+        if all(batch.device is None for batch in self._batches):
+            yield from self._inspection.leaves.releasing()
+        yield from self._inspection.walk.releasing()
+        yield from _dropping(staged)
 
     async def build_early(self) -> bool:
         """Build the staged tree, :attr:`tree`, although its bytes may not have been copied.
