@@ -366,7 +366,12 @@ class Pool:
         # Before its first step can end: aclose() waits for the jobs in the set, and finds it there.
         self._closings.add(job)
         for arena in arenas:
-            job.put(partial(self._close_arena, arena))
+            try:
+                job.put(partial(self._close_arena, arena))
+            except RuntimeError:
+                # No thread can be started: too many run, or the interpreter ends. This thread gives the memory back, so
+                # that no arena is forgotten, and the one that outlives the leases goes on.
+                job.run_next()
         job.close()
 
     def _close_arena(self, arena: Arena) -> None:

@@ -416,6 +416,20 @@ class TestClosing:
             await pool.acquire(MIB)
         del lease
 
+    async def test_arenas_are_given_back_though_the_system_grants_no_thread(
+        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    ):
+        pool = Pool(workers)
+        leases = [await pool.acquire(MIB), await pool.acquire(MIB)]
+        last = await pool.acquire(MIB)
+        leases.clear()
+        monkeypatch.setattr(_thread, "start_new_thread", refuse)
+        assert workers.threads == 0
+        await pool.aclose()
+        assert pool.statistics().arenas == 1
+        del last
+        assert pool.statistics().arenas == 0
+
     async def test_waiters_get_an_error(self, workers: Workers):
         pool = Pool(workers, max_bytes=MIB)
         lease = await pool.acquire(MIB)
