@@ -224,8 +224,9 @@ class ListNode(Node):
 class DictNode(Node):
     """A dict or OrderedDict, or a defaultdict whose factory is an atom.
 
-    Keys that are atoms stay what they are; if some are not, the children are values and keys in turn, as
-    :func:`copy.deepcopy` copies them. What hangs on an OrderedDict is one more child.
+    Keys that are atoms stay what they are; if some are not, the children are values and keys in turn. The children are
+    in the order in which :func:`copy.deepcopy` copies them: of a dict the value comes before its key, of its subclasses
+    the key before the value, and what hangs on an OrderedDict before all of them.
     """
 
     __slots__ = ("attributed", "interleaved", "keys")
@@ -244,21 +245,26 @@ class DictNode(Node):
         self.copy = defaultdict(self.source.default_factory) if cls is defaultdict else cls()
 
     def put(self, start: int, copies: list[Any]) -> None:
-        if self.attributed and start + len(copies) == len(self.children):
-            vars(self.copy).update(copies.pop())
-        # A key is copied after its value, as copy.deepcopy does, and only then can the pair be put in. keys holds the
-        # value until then.
+        if self.attributed:
+            if start == 0:
+                vars(self.copy).update(copies.pop(0))
+            else:
+                start -= 1
+        # keys holds the first of a pair until the second is copied too.
         if self.interleaved:
+            key_first = type(self.source) is not dict
             for slot, copy in enumerate(copies, start):
                 if slot % 2 == 0:
                     self.keys.append(copy)
+                elif key_first:
+                    self.copy[self.keys.pop()] = copy
                 else:
                     self.copy[copy] = self.keys.pop()
         else:
             self.copy.update(zip(self.keys[start : start + len(copies)], copies, strict=True))
 
     def takes_contents(self, slot: int) -> bool:
-        return self.attributed and slot == len(self.children) - 1
+        return self.attributed and slot == 0
 
     def release(self) -> None:
         super().release()

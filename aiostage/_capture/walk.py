@@ -556,14 +556,15 @@ class Walk:
             self.changes.add_mapping(source, keys, values, parent, slot)
         if not atomic:
             self.calls_out = node.interleaved = True
-            node.children = [part for pair in zip(values, keys, strict=True) for part in pair]
+            pairs = zip(values, keys, strict=True) if type(source) is dict else zip(keys, values, strict=True)
+            node.children = [part for pair in pairs for part in pair]
             node.steps = [step for step in node.steps for _ in range(2)]
             node.keys = []
         if type(source) is OrderedDict and vars(source):
             # Module.state_dict() hangs _metadata there.
             node.attributed = True
-            node.children = [*node.children, vars(source)]
-            node.steps = [*node.steps, STATE]
+            node.children = [vars(source), *node.children]
+            node.steps = [STATE, *node.steps]
         # It has none now. One that is hung on it before capture changes the tree all the same.
         elif type(source) is OrderedDict:
             self.changes.add_attributes(vars(source), [], [], parent, slot)
