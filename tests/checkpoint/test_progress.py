@@ -18,7 +18,9 @@ def tree() -> dict[str, Any]:
 @pytest.mark.parametrize("verify", [True, False])
 async def test_a_load_reports_its_progress(tmp_path: Path, verify: bool) -> None:
     saved: list[SaveProgress] = []
-    await aiostage.save(tree(), tmp_path / "step-1", max_shard_bytes=1000, progress=saved.append)
+    # In two files, because a load reads up to 32 MiB of one before it reports.
+    large = {"second": torch.arange(3_000_000.0)}
+    await aiostage.save(tree() | large, tmp_path / "step-1", max_shard_bytes=1000, progress=saved.append)
     loaded: list[LoadProgress] = []
     await aiostage.load(tmp_path / "step-1", verify=verify, progress=loaded.append)
     read = [event.read_bytes for event in loaded]
