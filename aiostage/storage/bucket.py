@@ -44,12 +44,12 @@ class ObjectMeta:
     Attributes:
         path: Its whole name.
         modified: When it was last written, by the store's clock; None if the store does not say.
-        nbytes: How long it is.
+        nbytes: How long it is; None if the store does not say.
     """
 
     path: str
     modified: datetime | None
-    nbytes: int
+    nbytes: int | None
 
 
 class Bucket(ABC):

@@ -34,6 +34,7 @@ __all__ = [
     "Pointer",
     "find_folder",
     "find_pointer",
+    "is_withdrawn",
     "lease_seconds",
     "remove_folder",
     "write_lease",
@@ -141,6 +142,20 @@ async def find_folder(bucket: Bucket, name: str) -> str | None:
     """
     pointer = await find_pointer(bucket, name)
     return pointer.folder if pointer is not None else None
+
+
+async def is_withdrawn(bucket: Bucket, name: str) -> bool:
+    """Return whether a name that a listing shows has no checkpoint: its pointer was withdrawn, or is gone since.
+
+    Of a pointer that is something else, those who open it say so.
+
+    Raises:
+        StorageError: If the store refuses.
+    """
+    try:
+        return await find_folder(bucket, name) is None
+    except CheckpointCorruptError:
+        return False
 
 
 async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:

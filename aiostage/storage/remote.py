@@ -44,6 +44,7 @@ from aiostage.storage.pointer import (
     Heartbeat,
     find_folder,
     find_pointer,
+    is_withdrawn,
     remove_folder,
     write_lease,
     write_pointer,
@@ -179,7 +180,7 @@ class RemoteStorage(MultiWriterStorage):
         return [
             name
             for name, nbytes in ((entry.path.removesuffix(end), entry.nbytes) for entry in pointers)
-            if nbytes != len(WITHDRAWN) or await find_folder(self._bucket, name) is not None
+            if nbytes not in (None, len(WITHDRAWN)) or not await is_withdrawn(self._bucket, name)
         ]
 
     async def pending(self) -> Sequence[str]:
@@ -282,7 +283,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         if not await self._has_lease(self._folder):
             raise self._expired()
         await self._point()
-        if not await self._has_lease(self._folder):
+        if not await self._has_lease(self._folder) and not await self._is_succeeded():
             await finish(self._withdraw)
             raise self._expired()
         self._committed = True
@@ -357,6 +358,14 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
     async def _is_committed(self) -> bool:
         """Return whether the pointer is this pending checkpoint's."""
         return await find_folder(self._bucket, self._name) == self._folder
+
+    async def _is_succeeded(self) -> bool:
+        """Return whether this was replaced or deleted since its pointer was written, which removes the lease too.
+
+        It was committed then.
+        """
+        pointer = await find_pointer(self._bucket, self._name)
+        return pointer is None or pointer.folder not in (None, self._folder)
 
     async def _has_lease(self, folder: str) -> bool:
         """Return whether the lease of a folder is there. If so, all files are: it is removed before them."""

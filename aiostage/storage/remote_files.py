@@ -162,7 +162,7 @@ class _FsspecBucket(Bucket):
             _, root = self._filesystem()
             start = len(root.rstrip("/")) + 1
             found = fs.find(full, detail=True).items()
-            entries = [ObjectMeta(name[start:], _modified(info), info["size"]) for name, info in found]
+            entries = [ObjectMeta(name[start:], _modified(info), info.get("size")) for name, info in found]
             return [entries[first : first + _PATHS_PER_PAGE] for first in range(0, len(entries), _PATHS_PER_PAGE)]
 
         try:

@@ -243,6 +243,7 @@ async def explore(
     overwrite: bool = False,
     heartbeat: str | None = None,
     cancelling: bool = False,
+    cleaning: bool = True,
     samples: int | None = None,
 ) -> Found:
     """Try all orders, or some by chance."""
@@ -263,7 +264,8 @@ async def explore(
             await pending.write(DATA, 5, five_bytes())
             actors[name] = outcome.commit(pending)
             folder = f"a/data-{await pending.token()}"
-        actors["clean-up"] = clean_up(bucket, LEASE)
+        if cleaning:
+            actors["clean-up"] = clean_up(bucket, LEASE)
         if heartbeat is not None:
             actors["heart"] = bucket.beat(folder, heartbeat)
         await orders.run(actors, cancelling="one" if cancelling else None)
@@ -310,6 +312,27 @@ async def test_of_two_writers_one_wins(overwrite: bool) -> None:
     assert not found.wrong, found.wrong[:3]
     assert {committed for committed, _ in found.outcomes} >= {(), ("one",), ("two",)}
     assert all(committed for committed, refused in found.outcomes if not refused)
+
+
+async def test_two_writers_that_replace_both_commit() -> None:
+    """The second removes the files of the first, and its lease, maybe before the first has looked for it."""
+    found = await explore(writers=("one", "two"), overwrite=True, cleaning=False, samples=500)
+    assert not found.wrong, found.wrong[:3]
+    assert found.outcomes == {(("one", "two"), ())}
+
+
+async def test_a_checkpoint_that_is_deleted_at_once_was_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = RemoteStorage(FakeBucket(Orders([])), lease_seconds=LEASE)
+    pending: Any = await storage.open("a")
+    point = pending._point
+
+    async def deleted() -> None:
+        await point()
+        await storage.delete("a")
+
+    monkeypatch.setattr(pending, "_point", deleted)
+    await pending.commit(memoryview(b"{}"))
+    assert list(await storage.list()) == []
 
 
 async def test_the_search_finds_a_writer_that_looks_only_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,3 +384,12 @@ async def test_a_withdrawn_checkpoint_is_none_and_can_be_written_again() -> None
     assert sorted(await storage.list()) == ["a", "b"]
     with pytest.raises(CheckpointExistsError):
         await storage.open("a")
+
+
+@pytest.mark.parametrize("nbytes", [len(WITHDRAWN), len(WITHDRAWN) + 1])
+async def test_an_odd_pointer_hides_no_others_from_a_listing(nbytes: int) -> None:
+    """One of the length of a withdrawn pointer is read to tell the two apart."""
+    storage = RemoteStorage(FakeBucket(Orders([])), lease_seconds=LEASE)
+    await save_small(storage, "a")
+    await storage._bucket.put(f"odd/{POINTER}", memoryview(bytes(nbytes)))
+    assert sorted(await storage.list()) == ["a", "odd"]

@@ -26,6 +26,7 @@ from aiostage import (
 )
 from aiostage.storage import FsspecStorage, locate
 from aiostage.storage import clean_up as module
+from aiostage.storage.pointer import WITHDRAWN
 from aiostage.storage.remote_files import _modified
 from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
 
@@ -42,6 +43,21 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> FsspecStorage:
 def files(storage: Any) -> list[str]:
     fs, root = storage._bucket._filesystem()
     return sorted(path.removeprefix(root) for path in fs.find(root)) if fs.exists(root) else []
+
+
+async def test_a_file_system_need_not_say_how_long_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FsspecStorage(MemoryFileSystem(), f"/{secrets.token_hex(4)}")
+    find = MemoryFileSystem.find
+
+    def without_sizes(*arguments: Any, **options: Any) -> Any:
+        found = find(*arguments, **options)
+        return {name: {key: value for key, value in info.items() if key != "size"} for name, info in found.items()}
+
+    monkeypatch.setattr(MemoryFileSystem, "find", without_sizes)
+    await save(storage, "a", some_bytes(10))
+    await save(storage, "b", some_bytes(10))
+    await storage._bucket.put("b/checkpoint.json", memoryview(WITHDRAWN))
+    assert await storage.list() == ["a"]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 3 * PART + 5])
