@@ -106,7 +106,7 @@ weights for other programs. Any other directory with such files is one: no list 
 _LEVELS = 2
 """How deep files of a part are looked for. A hub's deepest are those of modules of Sentence Transformers."""
 
-_SAME_WEIGHTS = ("pytorch_model*.bin", "consolidated*.safetensors", "consolidated*.pth")
+_SAME_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "consolidated*.safetensors", "consolidated*.pth")
 """Files that hubs have beside ``model.safetensors``: the same weights for other programs."""
 
 _TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
@@ -131,6 +131,9 @@ _READ_ALL = (
     ("modules.json", "; SentenceTransformer() reads all"),
 )
 """By a file that they leave: what reads all parts."""
+
+_SHARD = re.compile(r"-(\d+)-of-0*([2-9]|[1-9]\d+)\b")
+"""What the name of one of several files has that are one set of weights."""
 
 _CHUNKS = re.compile(rb'"DCP_SHARDING_INFO"|saved_offsets\\": ?\[[0, ]*[1-9]')
 _CHUNKS_FILE = "shard-"
@@ -190,9 +193,11 @@ def _with_rest(path: str, names: list[str], read: Read) -> Read:
     """Return what reads one of the parts of a directory, with the others."""
     main = _METADATA if read.kind == "dcp" else os.path.basename(read.path)
     stem = main.removesuffix(_INDEX).removesuffix(_TORCH_INDEX).removesuffix(_SAFETENSORS)
-    beside = "*.distcp" if read.kind == "dcp" else f"{escape(stem)}*.bin"
-    variants = _variants(stem.removesuffix(_SAFETENSORS).removesuffix(".bin"))
-    known = (escape(main), _ARGUMENTS, beside, *_OTHER_PROGRAMS, *variants, *(_SAME_WEIGHTS if stem == "model" else ()))
+    beside = ["*.distcp"] if read.kind == "dcp" else [f"{escape(stem)}.bin", f"{escape(stem)}-*-of-*.bin"]
+    beside += _variants(stem.removesuffix(_SAFETENSORS).removesuffix(".bin"))
+    if stem == "model":
+        beside += (*_SAME_WEIGHTS, *_variants("pytorch_model"))
+    known = (escape(main), _ARGUMENTS, *beside, *_OTHER_PROGRAMS)
     shards = shards_of(read.path).values() if read.kind == "shards" else ()
     rest = [
         name
@@ -248,6 +253,9 @@ def _one(path: str, names: list[str]) -> str:
         raise _chunks(path)
     if len(names) > 1:
         raise _cannot(path, f"a directory with {len(names)} such files: {', '.join(names)[:200]}", "Pass one of them.")
+    if names[0].endswith(_SAFETENSORS) and (shard := _SHARD.search(names[0])):
+        what = f"a directory with file {int(shard[1])} of {shard[2]} of some weights, without their index ({_INDEX})"
+        raise _cannot(path, what, f"Fetch the others, or pass {os.path.join(path, names[0])} to read what it has.")
     return names[0]
 
 

@@ -221,6 +221,8 @@ WEIGHTS = "model.safetensors"
             r"pytorch_model.bin would leave out opt",
         ),
         (WEIGHTS, ["model_1.safetensors"], r"leave out model_1.safetensors\. Pass the path of each part"),
+        (WEIGHTS, ["model_ema.bin"], r"leave out model_ema.bin\."),
+        (WEIGHTS, ["pytorch_model_1.bin"], r"leave out pytorch_model_1.bin\."),
         (WEIGHTS, ["trainer_state.json", "optimizer.pt"], r"leave out optimizer.pt\. .*Trainer.train\(resume_from"),
         (
             "adapter_model.safetensors",
@@ -264,6 +266,17 @@ async def test_no_part_is_left_out_silently(main: str, others: list[str], messag
     assert caught.value.path == str(path)
     assert f"such as {path / main}" in str(caught.value)
     assert_same(flat(), await aiostage.load(path / main))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["model-00001-of-00002", "model-00002-of-00010.fp16", "a.bf16-00001-of-00003"])
+async def test_one_of_several_files_is_not_taken_for_all(name: str, tmp_path: Path) -> None:
+    """As an interrupted download leaves them."""
+    path = tmp_path / f"{name}.safetensors"
+    save_file(flat(), path)
+    with pytest.raises(aiostage.CheckpointError, match=r"file \d of \d+ of some weights, without .* Fetch the others"):
+        await aiostage.load(tmp_path)
+    assert_same(flat(), await aiostage.load(path))
 
 
 @pytest.mark.asyncio
