@@ -69,6 +69,8 @@ def run_page(document: Path, package: str | None = None) -> None:
     anyio.run(main)
 
 
+# Said by the profiler of PyTorch 2.11.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
