@@ -10,8 +10,9 @@ to a checkpoint first locks it, and then checks that it exists without a tombsto
 process that removes a checkpoint first writes the tombstone, and then looks for locks. If there is one, the checkpoint
 is left for later, with all that it refers to. In either order one of the two sees the other. The lock is removed after
 the commit of the checkpoint that it was made for, so a process that reads first the locks and then the checkpoints
-finds one of the two. The lock of a dead writer is removed like all pending checkpoints of the dead, and that writer can
-commit nothing afterwards.
+finds one of the two. The lock of a dead writer is removed like all pending checkpoints of the dead. One that was only
+suspended may have lost its lock and not the checkpoint that it writes, which was written to later. So a writer looks
+after its commit whether what it refers to is still kept, and removes what it has committed if not.
 
 All this holds if a listing shows what was there throughout it. (What refers to a file could still be missed if during
 one listing another checkpoint came to refer to it too and the first was removed, with a name that had been passed.
@@ -31,9 +32,9 @@ from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
 from aiostage.format.manifest import read_placement
 from aiostage.format.placement import Placement
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.locate import lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
+from aiostage.storage.locate import exists, lock_of, locked_by, present, removed_by_tombstone, step_of, tombstone_of
 
-__all__ = ["References", "locked", "placement_in", "placement_of"]
+__all__ = ["References", "is_kept", "locked", "placement_in", "placement_of"]
 
 _LOCK_FILE = "pin"
 _LOCK_CONTENT = memoryview(b"A checkpoint that refers to this one is being written.\n")
@@ -65,6 +66,20 @@ async def locked(storage: Storage, name: str) -> AsyncGenerator[None, None]:
         await give_up(pending.abort(), error)
         raise
     await pending.abort()
+
+
+async def is_kept(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint stays, which was locked and to which another one refers that is committed.
+
+    Raises:
+        OSError: If the storage refuses.
+    """
+    # In this order: a removal ends with the tombstone, and one that begins after this look sees the other checkpoint.
+    going = await exists(storage, tombstone_of(name))
+    if not await exists(storage, name):
+        return False
+    # A removal that finds the lock, now or before, leaves the checkpoint.
+    return not going or name in locked_by(await storage.pending())
 
 
 async def _lock_parts() -> AsyncGenerator[Buffer, None]:

@@ -21,14 +21,14 @@ import anyio
 import numpy as np
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
-from aiostage._loop.coroutines import run_concurrently
+from aiostage._loop.coroutines import finish, give_up, run_concurrently
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, PendingCheckpoint, Storage
-from aiostage.errors import CheckpointCorruptError, CheckpointNotFoundError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from aiostage.format.manifest import with_placement
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, Placement, SourceFile, append, block_digests
-from aiostage.incremental.references import locked, placement_of
+from aiostage.incremental.references import is_kept, locked, placement_of
 from aiostage.storage.files import PartBuffers
 from aiostage.storage.locate import exists, name_of, present, step_of, tombstone_of
 
@@ -115,6 +115,7 @@ class IncrementalSaver:
         The block opens the new checkpoint with what it gets, writes all of it and commits it.
 
         Raises:
+            CheckpointError: If the lock was lost and the other was removed. The new checkpoint is removed then.
             OSError: If the storage refuses.
 
         When cancelled, the lock is removed; the pending checkpoint is aborted by the block.
@@ -138,11 +139,40 @@ class IncrementalSaver:
                 # None too if it was not saved incrementally: its blocks have no digests, and others may replace it.
                 write = IncrementalWrite(self._storage, Base(base, placement) if placement is not None else None)
                 yield write
+                if placement is not None and write.written is not None:
+                    try:
+                        # In this order, as is_kept() says; it tells more, and is seldom needed.
+                        kept = not await exists(self._storage, tombstone_of(base)) and await exists(self._storage, base)
+                    except BaseException as error:
+                        # It is there all the same, so the answer matters.
+                        await give_up(self._remove_unless_kept(write, base), error)
+                        raise
+                    if not kept and not await self._remove_unless_kept(write, base):
+                        raise CheckpointError(
+                            f"the checkpoint {base}, whose files it refers to, was removed by another process because "
+                            "the heartbeat of this one expired.",
+                            path=write.location,
+                            remedy="Save it again.",
+                        )
             self._committed(write)
             return
         write = IncrementalWrite(self._storage, None)
         yield write
         self._committed(write)
+
+    async def _remove_unless_kept(self, write: IncrementalWrite, base: str) -> bool:
+        """Remove what was committed again if another process has removed what it refers to, and return whether not.
+
+        A cancellation is delivered when that is done.
+        """
+
+        async def look() -> bool:
+            kept = await is_kept(self._storage, base)
+            if not kept:
+                await self._storage.delete(write.name)
+            return kept
+
+        return await finish(look)
 
     def _committed(self, write: IncrementalWrite) -> None:
         # Not after a block that did not commit.
@@ -176,6 +206,11 @@ class IncrementalWrite:
         self._storage = storage
         self._base = base
         self._pending: _IncrementalCheckpoint | None = None
+
+    @property
+    def location(self) -> str:
+        """Where the new checkpoint is, once it is opened."""
+        return self._pending.location if self._pending is not None else self._storage.location
 
     @property
     def written(self) -> Written | None:

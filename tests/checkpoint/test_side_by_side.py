@@ -225,3 +225,68 @@ async def test_what_is_written_meanwhile_is_right() -> None:
     for stop in (4, 8, 12):
         _, _, stage = await in_order(whole, True, stop, 1, "none")
         assert_same(stage.new, await aiostage.load((stage.storage, name_of(NEW))))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("dies_before", ["", "prune_files"])
+async def test_a_writer_that_lost_its_lock_commits_nothing_that_refers_to_what_goes(dies_before: str) -> None:
+    """It was suspended for longer than the lease of its lock, and not than that of the checkpoint that it writes."""
+    storage = MemoryStorage()
+    storage.checkpoints = {name: dict(files) for name, files in (await saved()).items()}
+    looked: list[str] = []
+
+    async def meanwhile(operation: str, name: str) -> None:
+        if operation == dies_before:
+            raise Killed
+        if (operation, name) != ("commit", name_of(NEW)) or looked:
+            return
+        looked.append(name)
+        storage.under_way = [pending for pending in storage.under_way if pending.name == name]
+        with suppress(Killed):
+            await CheckpointIndex(storage).remove([0, 1, 2])
+
+    storage.before = meanwhile
+    with pytest.raises(aiostage.CheckpointError, match="whose files it refers to, was removed by another process"):
+        await write(IncrementalSaver(storage), name_of(NEW), state(NEW - 1))
+    assert looked
+    assert name_of(NEW) not in storage.checkpoints
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_writer_that_lost_its_lock_leaves_nothing_that_refers_to_what_goes() -> None:
+    storage = MemoryStorage()
+    storage.checkpoints = {name: dict(files) for name, files in (await saved()).items()}
+    committed: list[str] = []
+
+    async def meanwhile(operation: str, name: str) -> None:
+        if (operation, name) == ("commit", name_of(NEW)):
+            committed.append(name)
+            storage.under_way = [pending for pending in storage.under_way if pending.name == name]
+            storage.before = None
+            await CheckpointIndex(storage).remove([0, 1, 2])
+            storage.before = meanwhile
+        elif committed and len(committed) == 1:
+            committed.append(operation)
+            task.cancel()
+
+    storage.before = meanwhile
+    task = asyncio.ensure_future(write(IncrementalSaver(storage), name_of(NEW), state(NEW - 1)))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(committed) == 2
+    assert name_of(NEW) not in storage.checkpoints
+
+
+@pytest.mark.asyncio
+async def test_a_lock_that_is_lost_does_no_harm_where_nothing_is_removed() -> None:
+    storage = MemoryStorage()
+    storage.checkpoints = {name: dict(files) for name, files in (await saved()).items()}
+
+    async def lose(operation: str, name: str) -> None:
+        if operation == "commit":
+            storage.under_way = [pending for pending in storage.under_way if pending.name == name]
+
+    storage.before = lose
+    await write(IncrementalSaver(storage), name_of(NEW), state(NEW - 1))
+    storage.before = None
+    assert_same(state(NEW - 1), await aiostage.load((storage, name_of(NEW))))
