@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import Spec
+from aiostage._capture.faithful import Refusal, Spec
 from aiostage._capture.leaves import Leaves, Table
 from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
 from aiostage._capture.plan import Batch, LeafRun, OverlapGroup
@@ -51,9 +51,12 @@ class Memo(dict[Any, Any]):
         leaf_of: Indices of noted tensors by their identity.
         storages: Copies of storages by the identity of the source, where PyTorch's code looks for them and puts them.
         give: Makes the copy of an object that copies itself.
+        given: Copies of tensors that were made, by their indices.
 
     Attributes:
-        overwritten: Keys whose copy was replaced by another since they were asked for last.
+        announced: Keys of containers and plain objects, and the copies that code has put in for them.
+        defaulted: Keys whose copy was put in as a default, for what had none by then.
+        touched: Keys of tensors and of objects that copy themselves that a copy was put in for.
         suspended: What was built only in part, because it contains an object that was copying itself.
         circles: The number of the circle that a node lies in, by its identity.
         entries: Where copying enters a circle, by its number, if that is before what copies itself now.
@@ -66,13 +69,17 @@ class Memo(dict[Any, Any]):
         leaf_of: dict[int, int],
         storages: dict[int, Any],
         give: Callable[[GivenNode], None],
+        given: dict[int, torch.Tensor],
     ) -> None:
         super().__init__(torch=storages)
         self.nodes = nodes
         self.fetch = fetch
         self.leaf_of = leaf_of
         self.give = give
-        self.overwritten: list[Any] = []
+        self.given = given
+        self.announced: list[tuple[int, Any]] = []
+        self.defaulted: set[int] = set()
+        self.touched: list[int] = []
         self.suspended: list[Node] = []
         self.circles: dict[int, int] = {}
         self.entries: dict[int, Node] = {}
@@ -100,9 +107,54 @@ class Memo(dict[Any, Any]):
         return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
 
     def __setitem__(self, key: Any, copy: Any) -> None:
-        if dict.__contains__(self, key):
-            self.overwritten.append(key)
+        if dict.get(self, key, MISSING) is not copy:
+            node = self.nodes.find(key) if isinstance(key, int) else None
+            # Of what copies itself and of tensors, the end of the code that is running tells which copy they have.
+            if isinstance(node, GivenNode) or key in self.leaf_of:
+                self.touched.append(key)
+            elif node is not None and node.copy is not copy:
+                self.announced.append((key, copy))
         super().__setitem__(key, copy)
+
+    # A dict's own of these know only what is in here by now.
+
+    def update(self, *others: Any, **named: Any) -> None:
+        """Put copies in, as one by one."""
+        for key, copy in dict(*others, **named).items():
+            self[key] = copy
+
+    def __ior__(self, others: Any) -> Memo:  # type: ignore[misc]
+        """Put copies in, as one by one."""
+        self.update(others)
+        return self
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Return the copy of what has an identity, if it was made; else put one in."""
+        if dict.__contains__(self, key):
+            return dict.__getitem__(self, key)
+        node = self.nodes.find(key) if isinstance(key, int) else None
+        if self.leaf_of.get(key) in self.given or (node is not None and node.copy is not MISSING):
+            return self.get(key)
+        self[key] = default
+        self.defaulted.add(key)
+        return default
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Take something out that is no copy of what the walk has met."""
+        self._check_removable(key)
+        return super().pop(key, *default)
+
+    def __delitem__(self, key: Any) -> None:
+        self._check_removable(key)
+        super().__delitem__(key)
+
+    def _check_removable(self, key: Any) -> None:
+        node = self.nodes.find(key) if isinstance(key, int) else None
+        if key in self.leaf_of or (node is not None and not node.active):
+            raise Refusal(
+                "its code takes the copy of another object out of memo, which would get a second one.",
+                "In a __deepcopy__ of your own, leave in memo what is there.",
+            )
 
     def noted(self, node: Node) -> Any:
         """Return the copy of a node that code has put in here."""
@@ -117,8 +169,9 @@ class Memo(dict[Any, Any]):
         """Drop all references; the memo may live on in objects that keep theirs."""
         self.clear()
         self.suspended.clear()
+        self.announced.clear()
         self.circles, self.entries = {}, {}
-        self.nodes, self.leaf_of = Table(dict), {}
+        self.nodes, self.leaf_of, self.given = Table(dict), {}, {}
         self.fetch, self.give = _nothing, _no_copy
 
     def __contains__(self, key: object) -> bool:

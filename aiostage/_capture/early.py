@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from heapq import merge
-from itertools import count, islice
+from itertools import chain, count, repeat
 from math import inf
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class EarlyCopies:
         self.storages = StorageCopies()
         self.memo: Memo | None = None
         """What code has put in the place of such copies."""
-        self.replaced: set[int] = set()
-        """The indices of the leaves that have got what code has put there."""
+        self.replaced: dict[int, Any] = {}
+        """What leaves have got of it, by their indices."""
         self._made: set[int] = set()
 
     def made(self, tensor: torch.Tensor) -> bool:
@@ -73,8 +73,8 @@ class EarlyCopies:
         for index in range(start, stop):
             identity = id(self._leaves.tensors[index])
             if self.memo is not None and dict.__contains__(self.memo, identity):
-                found.append(dict.__getitem__(self.memo, identity))
-                self.replaced.add(index)
+                self.replaced[index] = dict.__getitem__(self.memo, identity)
+                found.append(self.replaced[index])
             else:
                 found.append(self._copy(self._leaves.positions[identity]))
         return found
@@ -158,10 +158,10 @@ class SelfCopies:
         self._between: dict[int, Node] = {}
         self._connecting: set[int] = set()
         self._giving = False
-        self._announced: set[int] = set()
         self._order: dict[int, int] = {}
         self._turns: dict[int, int] = {}
-        self._replaced: dict[int, dict[int, Any]] = {}
+        self._replaced: dict[GivenNode, dict[int, Any]] = {}
+        self._announced: list[tuple[int, Any]] = []
         self.memo: Memo | None = None
 
     def has_looked_into(self, node: GivenNode) -> bool:
@@ -207,7 +207,7 @@ class SelfCopies:
         """
         exhausted(self._leaves.index())
         early = self._early
-        memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give)
+        memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give, self._leaves.given)
         self.memo = early.memo = memo
         if self._lead_back(opaque):
             memo.circles = circles_of(opaque, self._leads, self._connecting)
@@ -229,7 +229,7 @@ class SelfCopies:
         """
         seen: dict[int, list[Any]] = {}
         for node in opaque:
-            made = [node.copy, *self._replaced.get(id(node), {}).values()]
+            made = [node.copy, *self._replaced.get(node, {}).values()]
             for number, item in enumerate(objects_within(made, seen), 1):
                 if (
                     isinstance(item, torch.Tensor)
@@ -260,6 +260,7 @@ class SelfCopies:
         self._memory.clear()
         self._between.clear()
         self._replaced.clear()
+        self._announced.clear()
         self._early.memo = None
 
     def _copy_around_circles(self, opaque: Sequence[GivenNode], root: Node, memo: Memo) -> None:
@@ -313,9 +314,8 @@ class SelfCopies:
         if dict.__contains__(memo, id(source)):
             # Code that came before has put its copy there.
             node.copy, node.done = dict.__getitem__(memo, id(source)), True
-            self._announced.add(id(node))
             return
-        outermost, self._giving, known = not self._giving, True, len(memo)
+        outermost, self._giving = not self._giving, True
         if outermost:
             self._turns[id(node)] = len(self._turns)
         node.active = True
@@ -332,26 +332,20 @@ class SelfCopies:
         # Last, and over what the object's code may have put there itself: copy.deepcopy does so too.
         memo[id(source)] = result
         if outermost:
-            self._note_replaced(node, memo, islice(reversed(memo), max(0, len(memo) - known)))
+            self._note_replaced(node, memo)
 
-    def _note_replaced(self, giver: GivenNode, memo: Memo, new: Iterator[Any]) -> None:
+    def _note_replaced(self, giver: GivenNode, memo: Memo) -> None:
         """Note which objects of the tree have another copy in the memo than the walk would give them."""
-        before = {identity: copy for replaced in self._replaced.values() for identity, copy in replaced.items()}
-        for identity in (*new, *before, *memo.overwritten):
-            copy = dict.get(memo, identity, MISSING)
-            if copy is MISSING or copy is before.get(identity, MISSING):
-                continue
-            # Code of objects may have keys of its own, which are no identities.
-            node = self._nodes.find(identity) if isinstance(identity, int) else None
-            if node is not None:
-                # A tuple has the copy that code inside it makes.
-                replaced = node.copy is not copy and not isinstance(node, TupleNode)
-            else:
-                index = self._leaves.positions.get(identity)
-                replaced = index is not None and self._leaves.given.get(index) is not copy
-            if replaced:
-                self._replaced.setdefault(id(giver), {})[identity] = copy
-        memo.overwritten.clear()
+        for identity in memo.touched:
+            node, copy = self._nodes.find(identity), dict.get(memo, identity, MISSING)
+            own = node.copy if node is not None else self._leaves.given.get(self._leaves.positions[identity])
+            if copy is not MISSING and copy is not own:
+                self._replaced.setdefault(giver, {})[identity] = copy
+        if memo.announced:
+            self._replaced.setdefault(giver, {}).update(memo.announced)
+            self._announced += memo.announced
+        memo.touched.clear()
+        memo.announced.clear()
 
     def replace(self, root: Node, buffers: Collection[Node]) -> Generator[None, None, None]:
         """Give what comes after the code of an object, in the order of copy.deepcopy, the copies that it put into memo.
@@ -368,44 +362,64 @@ class SelfCopies:
         memo, leaves = self.memo, self._leaves
         if memo is None or not self._replaced:
             return
-        now: dict[int, Any] = dict.fromkeys((key for found in self._replaced.values() for key in found), MISSING)
+        announced: dict[int, list[Any]] = {}
+        for identity, copy in chain(self._announced, *(found.items() for found in self._replaced.values())):
+            announced.setdefault(identity, []).append(copy)
+        now: dict[int, Any] = dict.fromkeys(announced, MISSING)
         wanted: dict[int, Any] = {}
+        met: set[int] = set()
         latest = newest = -1
         in_pieces = {*leaves.gradients, *leaves.gradients.values(), *leaves.composites}
-        for number, (node, slot, child) in enumerate(_in_order(root)):
-            identity = id(child.source if isinstance(child, Node) else leaves.tensors[child])
-            if identity in now and node.done:
-                got = id(child) in self._announced if isinstance(child, Node) else child in self._early.replaced
-                if got and now[identity] is MISSING:
-                    raise _replaced(
-                        node, slot, child.source if isinstance(child, Node) else leaves.tensors[child], _LATE
-                    )
-            elif identity in now:
-                copy = now[identity]
-                first = wanted.setdefault(identity, copy)
-                if isinstance(child, Node):
-                    unfit = child.copy is not MISSING and child.copy is not copy and child not in buffers
-                    if first is not copy or (unfit and (copy is not MISSING or id(child) in self._announced)):
-                        raise _replaced(node, slot, child.source, _LATE)
-                    if child in buffers and copy is not MISSING:
-                        child.copy = copy
-                elif copy is not MISSING:
-                    index = leaves.positions[identity]
-                    plain = self._nodes.find(identity) is None and index not in in_pieces
+        for number, (node, slot, child) in enumerate(_in_order(root, now)):
+            source = child.source if isinstance(child, Node) else leaves.tensors[child]
+            copy = now.get(id(source), MISSING)
+            if id(source) in now:
+                met.add(id(source))
+            if id(source) not in now:
+                pass
+            elif isinstance(child, Node):
+                made = child.copy is not MISSING and child.copy is not copy
+                if made and child in buffers and not node.done:
+                    child.copy = child.copy if copy is MISSING else copy
+                elif made and (copy is not MISSING or any(map(is_, announced[id(source)], repeat(child.copy)))):
+                    raise _replaced(node, slot, source, _LATE)
+                if wanted.setdefault(id(source), copy) is not copy:
+                    raise _replaced(node, slot, source, _LATE)
+            elif node.done:
+                if self._early.replaced.get(child, MISSING) is not copy:
+                    raise _replaced(node, slot, source, _LATE)
+            else:
+                first = wanted.setdefault(id(source), copy)
+                index = leaves.positions[id(source)]
+                if copy is not MISSING:
+                    plain = self._nodes.find(id(source)) is None and index not in in_pieces
                     if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
-                        raise _replaced(node, slot, leaves.tensors[child], "where only another plain tensor can be.")
+                        raise _replaced(node, slot, source, "where only another plain tensor can be.")
                     # What is staged of the leaf itself is what comes first in the tree.
                     (leaves.given if child == index else leaves.replaced)[child] = copy
             if isinstance(child, GivenNode):
-                replaced = self._replaced.pop(id(child), {})
+                replaced = self._replaced.pop(child, {})
                 turn = self._turns.pop(id(child), newest)
                 # What is met in the last step only, such as by an iterator, may have copied itself out of order.
-                if turn < newest or (replaced and turn < latest):
+                # A default is none for what copy.deepcopy has copied by then.
+                if (
+                    turn < newest
+                    or (replaced and turn < latest)
+                    or not met.isdisjoint(replaced.keys() & memo.defaulted)
+                ):
                     raise _replaced(node, slot, child.source, _LATE)
                 now |= replaced
                 latest, newest = max(latest, turn), turn if replaced else newest
             if number % LEAVES_PER_STEP == 0:
                 yield
+        for giver in self._replaced:
+            # It is inside something that has another copy, where copy.deepcopy does not come.
+            raise UnsupportedLeafError(
+                f"the code of this {type(giver.source).__qualname__} puts copies of other objects into memo, and it "
+                "lies in an object that has a copy by other code.",
+                path=format_path(giver.own_path()),
+                remedy=_REMEDY,
+            )
         for identity, copy in wanted.items():
             if identity in leaves.positions and copy is not MISSING:
                 leaves.given[leaves.positions[identity]] = copy
@@ -416,19 +430,36 @@ class SelfCopies:
                 dict.__setitem__(memo, identity, copy)
 
 
-def _in_order(root: Node) -> Iterator[tuple[Node, int, Node | int]]:
-    """Yield what is in a tree in the order of copy.deepcopy: where it is, and a node, or the index of a leaf."""
+def _in_order(root: Node, replaced: Mapping[int, Any]) -> Iterator[tuple[Node, int, Node | int]]:
+    """Yield what is in a tree in the order of copy.deepcopy: where it is, and a node, or the index of a leaf.
+
+    A tuple comes after what is in it, because only then does copy.deepcopy look for the copy that code may have made.
+
+    Args:
+        root: Of the tree.
+        replaced: The copies that code has made of some objects so far, by their identity. It does not look into these.
+    """
     seen: set[int] = {id(root)}
-    stack = [_children(root)]
+    stack: list[tuple[Iterator[tuple[Node, int, Node | int]], tuple[Node, int, Node] | None]]
+    stack = [(_children(root), None)]
     while stack:
-        for node, slot, child in stack[-1]:
-            yield node, slot, child
-            if isinstance(child, Node) and id(child) not in seen:
+        children, last = stack[-1]
+        for node, slot, child in children:
+            new = isinstance(child, Node) and id(child) not in seen
+            late = new and isinstance(child, TupleNode) and replaced.get(id(child.source), MISSING) is MISSING
+            if not late:
+                yield node, slot, child
+            if new and isinstance(child, Node) and replaced.get(id(child.source), MISSING) is MISSING:
                 seen.add(id(child))
-                stack.append(_children(child))
+                stack.append((_children(child), (node, slot, child)))
                 break
         else:
             stack.pop()
+            if last is not None and isinstance(last[2], TupleNode):
+                yield last
+            elif last is not None and replaced.get(id(last[2].source), MISSING) is not MISSING:
+                # copy.deepcopy puts its own copy back, and what came in between has the other.
+                raise _replaced(*last[:2], last[2].source, "where its own is not complete.")
 
 
 def _children(node: Node) -> Iterator[tuple[Node, int, Node | int]]:
@@ -438,6 +469,7 @@ def _children(node: Node) -> Iterator[tuple[Node, int, Node | int]]:
     return ((node, slot, child) for slot, child in children)
 
 
+_REMEDY = "In a __deepcopy__ of your own, put only the copy of the object itself into memo."
 _LATE = "after copy.deepcopy would have copied it."
 
 
@@ -445,7 +477,7 @@ def _replaced(node: Node, slot: int, source: object, reason: str) -> Unsupported
     return UnsupportedLeafError(
         f"the code of an object puts another copy of this {type(source).__qualname__} into memo, {reason}",
         path=format_path(node.path(slot)),
-        remedy="In a __deepcopy__ of your own, put only the copy of the object itself into memo.",
+        remedy=_REMEDY,
     )
 
 

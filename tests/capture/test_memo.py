@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -134,6 +135,106 @@ async def test_code_that_would_see_the_announced_copy_in_what_came_before_is_ref
     items = [tensor]
     with pytest.raises(UnsupportedLeafError, match=r"state_dict\[0\]\[0\]"):
         await staged([items, Announcing(tensor, lambda: torch.ones(2)), Summing(items)])
+
+
+class Scripted:
+    """Does something with memo and other objects."""
+
+    def __init__(self, act: Callable[[dict[int, Any]], Any] | None) -> None:
+        self.act = act
+        self.result: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
+        made = Scripted(None)
+        assert self.act is not None
+        made.result = self.act(memo)
+        return made
+
+
+def putting(value: Any, copy: Any) -> Scripted:
+    return Scripted(lambda memo: memo.__setitem__(id(value), copy))
+
+
+async def test_a_tuple_before_has_a_copy_of_its_own_and_one_after_the_announced_one() -> None:
+    items = ([1], 2)
+    assert (await staged([items, putting(items, "another")]))[0] == ([1], 2)
+    assert (await staged([putting(items, "another"), items]))[1] == "another"
+    with pytest.raises(UnsupportedLeafError, match=r"state_dict\[2\]: .*another copy of this tuple"):
+        await staged([items, putting(items, "another"), items])
+
+
+async def test_a_tuple_has_the_copy_that_code_inside_it_announces() -> None:
+    inside = Scripted(lambda memo: memo.__setitem__(id(items), "another"))
+    items = (inside, [1])
+    assert copy.deepcopy([items, items]) == await staged([items, items]) == ["another", "another"]
+
+
+async def test_code_inside_what_has_an_announced_copy_is_refused_if_it_announces_too() -> None:
+    tensor = torch.zeros(2)
+    items = [putting(tensor, torch.ones(2))]
+    tree = [putting(items, [7]), items, tensor]
+    assert copy.deepcopy(tree)[2].tolist() == [0, 0]
+    with pytest.raises(UnsupportedLeafError, match=r"state_dict\[1\]\[0\]: .*puts copies of other objects into memo"):
+        await staged(tree)
+
+
+async def test_code_that_copies_what_came_before_with_the_announced_copy_in_it_is_refused() -> None:
+    inner: list[Any] = []
+    outer = [inner]
+
+    def act(memo: dict[int, Any]) -> Any:
+        memo[id(inner)] = [7]
+        return copy.deepcopy(outer, memo)
+
+    with pytest.raises(UnsupportedLeafError, match=r"state_dict\[0\]\[0\]: .*another copy of this list"):
+        await staged([outer, Scripted(act)])
+    found = await staged([Scripted(act), outer, inner])
+    assert found[0].result is found[1]
+    assert found[1][0] is found[2]
+    assert found[2] == [7]
+
+
+@pytest.mark.parametrize("merge", [dict.update, operator.ior], ids=["update", "|="])
+async def test_copies_put_in_together_are_announced(merge: Callable[..., Any]) -> None:
+    tensor, items = torch.zeros(2), ([1],)
+    act = Scripted(lambda memo: type(memo).update(memo, {id(items): 1, id(tensor): torch.ones(2)}) and None)
+    if merge is operator.ior:
+        act = Scripted(lambda memo: operator.ior(memo, {id(items): 1, id(tensor): torch.ones(2)}) and None)
+    tree = [tensor, items, act, tensor]
+    found = await staged(tree)
+    assert shown(found[:2]) == [[0, 0], [[1]]]
+    assert found[3].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(2), lambda: [0], lambda: Summing([torch.zeros(2)])])
+async def test_a_default_is_the_copy_of_what_has_none_yet(make: Callable[[], Any]) -> None:
+    value, default = make(), torch.ones(2)
+    defaulting = Scripted(lambda memo: memo.setdefault(id(value), default))
+    copying = Scripted(lambda memo: copy.deepcopy(value, memo))
+    found = await staged([defaulting, value])
+    assert found[0].result is found[1] is default
+    found = await staged([copying, defaulting, value])
+    assert found[0].result is found[1].result is found[2]
+    assert found[2] is not default
+    # What came before is copied only now, so that the code has got the default.
+    if not isinstance(value, Summing):
+        with pytest.raises(UnsupportedLeafError, match=r"state_dict\[1\]"):
+            await staged([value, defaulting])
+
+
+@pytest.mark.parametrize("take", [lambda memo, key: memo.pop(key, None), lambda memo, key: memo.__delitem__(key)])
+async def test_no_code_takes_the_copy_of_another_object_out_of_memo(take: Callable[..., Any]) -> None:
+    for value in (torch.zeros(2), [0], Summing([])):
+        taking = Scripted(lambda memo, value=value: take(memo, id(value)))  # type: ignore[misc]
+        with pytest.raises(UnsupportedLeafError, match=r"state_dict\[1\]: .*takes the copy of another object out"):
+            await staged([value, taking, value])
+
+    def own(memo: dict[int, Any]) -> str:
+        memo[id(own)] = "kept"
+        take(memo, id(own))
+        return "fine"
+
+    assert (await staged([Scripted(own)]))[0].result == "fine"
 
 
 async def test_memory_of_the_source_is_refused() -> None:
