@@ -318,8 +318,17 @@ class Staging:
         # build that was cancelled has kept nothing of its own and begins again.
         async with self._building:
             if self.state is State.COPYING and self.tree is _NOT_BUILT:
-                await self._slices.run(self._rebuilding(), self.job)
-        return self.state in (State.COPYING, State.CAPTURED)
+                try:
+                    await self._slices.run(self._rebuilding(), self.job)
+                except Exception:
+                    # The end of a staging takes leaves away that are being built. What ended it is the error to raise.
+                    if self.state in (State.COPYING, State.CAPTURED):
+                        raise
+            is_there = self.state in (State.COPYING, State.CAPTURED)
+            if not is_there:
+                # Built in spite of the end, it would keep memory.
+                self.tree = _NOT_BUILT
+        return is_there
 
     def order_before(self, stream: Any | None, parts: Collection[Path] | None) -> None:
         """Make later work of a stream wait, on the device, for the copies, and look for changes up to now.

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 import aiostage
 from aiostage import AsyncStager, HostMemoryError, StagingError, StagingOptions, TornSnapshotError
 from aiostage._capture import plan
-from aiostage._copy import window
+from aiostage._copy import staging, window
 from aiostage._copy.host import HostCopy
 from aiostage._loop.workers import Job
 from aiostage.checkpoint import writer
@@ -367,3 +367,27 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     found = json.loads(output_of("tests.checkpoint.measuring", str(tmp_path / "checkpoint")))
     assert found["nbytes"] > 3 * found["budget"]
     assert found["peak"] <= found["budget"] + 64 * (1 << 20)
+
+
+@pytest.mark.asyncio
+async def test_a_tree_that_is_being_built_when_the_copy_fails_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = staging.Staging._rebuilding
+    ended: list[staging.State] = []
+
+    def late(self: staging.Staging[Any]) -> Iterator[None]:
+        while self.state is staging.State.COPYING:
+            yield
+        ended.append(self.state)
+        yield from build(self)
+
+    monkeypatch.setattr(staging.Staging, "_rebuilding", late)
+    shared = torch.zeros(1 << 20)
+    tree = {"a": torch.zeros(1 << 20), "b": shared, "c": shared}
+    async with AsyncStager(StagingOptions(max_host_bytes=1 << 20)) as stager:
+        with pytest.raises(HostMemoryError, match="of host memory are needed, but max_host_bytes is"):
+            await aiostage.save(tree, tmp_path / "checkpoint", stager=stager)
+        assert stager.statistics().leases == 0
+    assert ended == [staging.State.FAILED]
+    assert list(tmp_path.iterdir()) == []
