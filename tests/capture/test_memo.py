@@ -76,6 +76,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "tensor": (lambda: torch.zeros(2), lambda: torch.full((2,), 7.0)),
     "Parameter": (lambda: torch.nn.Parameter(torch.zeros(2)), lambda: torch.full((3,), 7.0)),
     "list": (lambda: [0], lambda: [7]),
+    "tuple": (lambda: (torch.zeros(2), 0), lambda: (7,)),
     "array": (lambda: np.zeros(2), lambda: np.ones(2)),
     "what copies itself": (lambda: Summing([torch.zeros(2)]), lambda: "another"),
 }
@@ -91,6 +92,8 @@ async def test_what_comes_after_has_the_announced_copy(kind: str, place: str) ->
     if place == "after":
         assert found[1] is found[2]
         assert found[0].value is found[1]
+    if place == "before":
+        assert found[0] is not found[1].value
 
 
 async def test_a_tensor_has_its_own_copy_before_and_the_announced_one_after() -> None:

@@ -164,7 +164,7 @@ class _Describing:
             self.note(path, len(item))
             for place, (key, value) in enumerate(list(item.items())):
                 self.visit(key, f"{path}.key{place}")
-                self.visit(value, f"{path}[{str(key)[:20] if type(key) in _VALUES else place}]")
+                self.visit(value, f"{path}[{str(key)[:20]}]" if type(key) in _VALUES else f"{path}.value{place}")
         elif isinstance(item, (list, tuple, deque)):
             self.note(path, len(item), getattr(item, "maxlen", None))
             for place, value in enumerate(list(item)):
