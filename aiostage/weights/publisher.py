@@ -148,9 +148,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
             # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
             # Before the lock: several saves may be under way, and become the newest in turn.
             saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
-            # In the order of the lock and not of the calls; send() leaves a later version the newest.
-            # In the order in which they come here. send() leaves a later version the newest, so that order decides
-            # nothing.
+            # In the order in which they come here, which decides nothing: send() leaves a later version the newest.
             async with self._lock:
                 self._opened()
                 if isinstance(self._sender, StorageSender):
