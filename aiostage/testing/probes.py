@@ -171,8 +171,7 @@ class LoopProbe:
                 return
             stack = self._stack()
             if stack:
-                beat.blamed += computed - known
-                beat.stack = stack
+                beat.blame(stack, computed - known)
             known = computed
 
     def _stack(self) -> str:
@@ -204,7 +203,18 @@ class _Beat:
     # How long the collector has run, and since when it does now, if it does. One value, so that both are of one moment.
     collecting: tuple[float, float | None] = (0.0, None)
     blamed: float = 0.0
+    # How long the loop's thread has computed in each place in which it was seen.
+    shares: dict[str, float] = field(default_factory=dict)
     stack: str = ""
+
+    def blame(self, stack: str, seconds: float) -> None:
+        """Note where the loop's thread was seen, and what it has computed since the look before.
+
+        The place with the largest share counts: the last look often finds the thread already past what has held it.
+        """
+        self.blamed += seconds
+        self.shares[stack] = self.shares.get(stack, 0.0) + seconds
+        self.stack = max(self.shares, key=self.shares.__getitem__)
 
     def computed(self, now: float) -> float:
         """Return how long the loop's thread has computed at a time of its clock, apart from collections."""
