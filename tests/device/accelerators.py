@@ -190,6 +190,9 @@ class DeviceAccelerator(TorchBackend):
         device = (*writes, *reads)[0].device if writes or reads else self.devices[0]
         stream = stream if stream is not None else self.current_stream(device)
         if self._late == "kernels":
+            if not self._gates:
+                # An upload that is late too would leave what the memory had before: what the kernel writes, perhaps.
+                stream.synchronize()
             self._hold(stream)
         with self.on(stream), torch.no_grad():
             self._device.sleep(int(seconds * 1e6), device.index)
