@@ -32,10 +32,6 @@ MAY_BE_REFUSED = {
 }
 """What may be refused, and what the refusal says. Anything else has to be staged."""
 
-REFUSED_BY_CODE = r"cannot be copied: NotImplementedError: Cannot access storage of SparseCsrTensorImpl"
-"""What PyTorch says where code of an object calls copy.deepcopy of it. copy.deepcopy of a Parameter drops attributes,
-and so never gets to those that hang on one; here they are copied."""
-
 REFUSED_CAST = r"shares memory with a leaf of another dtype|PyTorch cannot cast|is the gradient of a tensor"
 """What a refusal may say where leaves are cast."""
 
@@ -157,8 +153,6 @@ async def check_tree(stager: AsyncStager, choices: Choices, options: StagingOpti
         kinds = [kind for kind in grower.kinds if re.search(MAY_BE_REFUSED[kind], str(refusal))]
         if not kinds and options.dtype is not None and re.search(REFUSED_CAST, str(refusal)):
             return "refused: cast"
-        if re.search(REFUSED_BY_CODE, str(refusal)):
-            return "refused: code of an object cannot copy it"
         if not kinds and not isinstance(expected, Exception):
             raise Mismatch(f"refused without need: {refusal}") from None
         return f"refused: {kinds[0]}" if kinds else f"refused, as by deepcopy: {type(expected).__name__}"

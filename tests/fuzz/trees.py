@@ -31,6 +31,7 @@ from tests.fuzz.classes import (
     MarkedParameter,
     OwnCopyTensor,
     Pair,
+    Plain,
     SlotTensor,
     Summing,
     SummingArguments,
@@ -87,7 +88,7 @@ class Grower:
         self.passed: list[torch.Tensor] = []
         self.kinds: set[str] = set()
         self.left = 0
-        self.circular = self.circles = self.parting = False
+        self.circular = self.circles = self.parting = self.on_parameter = False
         self.count = 0
         self.made: list[Any] = []
         self.tensors: list[torch.Tensor] = []
@@ -218,6 +219,9 @@ class Grower:
         if self.loyal and self.choices.chance(4):
             return self.passed_through()
         holder = self.choices.pick(HOLDERS)
+        if self.on_parameter and holder in (Announcing, WithoutMemo):
+            # copy.deepcopy drops what hangs on a Parameter, so that code there tells nothing and fails at nothing.
+            holder = Plain
         self.parting = self.parting or holder in (Announcing, Cloning, WithoutMemo)
         if holder is Announcing:
             self.kinds.add("memo")
@@ -495,7 +499,10 @@ class Grower:
         elif kind == 3:
             made.owner = _copied(self.back())  # type: ignore[attr-defined]
         else:
+            outside = self.on_parameter
+            self.on_parameter = outside or isinstance(made, torch.nn.Parameter)
             made.inside = _copied(self.node(depth + 1))  # type: ignore[attr-defined]
+            self.on_parameter = outside
 
 
 def _copied(value: object) -> object:
