@@ -170,6 +170,8 @@ class Memo(dict[Any, Any]):
         self.clear()
         self.suspended.clear()
         self.announced.clear()
+        self.defaulted.clear()
+        self.touched.clear()
         self.circles, self.entries = {}, {}
         self.nodes, self.leaf_of, self.given = Table(dict), {}, {}
         self.fetch, self.give = _nothing, _no_copy

@@ -375,28 +375,27 @@ class SelfCopies:
             copy = now.get(id(source), MISSING)
             if id(source) in now:
                 met.add(id(source))
-            if id(source) not in now:
-                pass
-            elif isinstance(child, Node):
-                made = child.copy is not MISSING and child.copy is not copy
-                if made and child in buffers and not node.done:
-                    child.copy = child.copy if copy is MISSING else copy
-                elif made and (copy is not MISSING or any(map(is_, announced[id(source)], repeat(child.copy)))):
-                    raise _replaced(node, slot, source, _LATE)
-                if wanted.setdefault(id(source), copy) is not copy:
-                    raise _replaced(node, slot, source, _LATE)
-            elif node.done:
-                if self._early.replaced.get(child, MISSING) is not copy:
-                    raise _replaced(node, slot, source, _LATE)
-            else:
-                first = wanted.setdefault(id(source), copy)
-                index = leaves.positions[id(source)]
-                if copy is not MISSING:
-                    plain = self._nodes.find(id(source)) is None and index not in in_pieces
-                    if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
-                        raise _replaced(node, slot, source, "where only another plain tensor can be.")
-                    # What is staged of the leaf itself is what comes first in the tree.
-                    (leaves.given if child == index else leaves.replaced)[child] = copy
+                if isinstance(child, Node):
+                    made = child.copy is not MISSING and child.copy is not copy
+                    if made and child in buffers and not node.done:
+                        if copy is not MISSING:
+                            child.copy = copy
+                    elif made and (copy is not MISSING or any(map(is_, announced[id(source)], repeat(child.copy)))):
+                        raise _replaced(node, slot, source, _LATE)
+                    if wanted.setdefault(id(source), copy) is not copy:
+                        raise _replaced(node, slot, source, _LATE)
+                elif node.done:
+                    if self._early.replaced.get(child, MISSING) is not copy:
+                        raise _replaced(node, slot, source, _LATE)
+                else:
+                    first = wanted.setdefault(id(source), copy)
+                    index = leaves.positions[id(source)]
+                    if copy is not MISSING:
+                        plain = self._nodes.find(id(source)) is None and index not in in_pieces
+                        if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
+                            raise _replaced(node, slot, source, "where only another plain tensor can be.")
+                        # What is staged of the leaf itself is what comes first in the tree.
+                        (leaves.given if child == index else leaves.replaced)[child] = copy
             if isinstance(child, GivenNode):
                 replaced = self._replaced.pop(child, {})
                 turn = self._turns.pop(id(child), newest)

@@ -279,8 +279,8 @@ class Gather:
         indices = np.array(addresses, dtype=np.int64)
         first, last = int(indices.min()), int(indices.max())
         indices -= first
-        # The largest power of two that divides all: the allocator's alignment, as a rule.
-        # The lowest bit that any distance has. Rows then are multiples of it apart, and the indices small.
+        # The largest power of two that divides all distances, which is the lowest bit that any has: the allocator's
+        # alignment, as a rule. Rows then are multiples of it apart, and the indices small.
         bits = int(np.bitwise_or.reduce(indices))
         step = bits & -bits or 1
         indices //= step
