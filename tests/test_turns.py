@@ -165,7 +165,7 @@ async def test_what_a_save_or_a_load_needed_ends_in_a_thread(
         return await decode(reader, outline, data, *others)
 
     if not steps:
-        monkeypatch.setattr(sys.modules["aiostage.checkpoint.load"], "empty_in_steps", lambda containers: None)
+        monkeypatch.setattr(sys.modules["aiostage.checkpoint.loading"], "empty_in_steps", lambda containers: None)
         monkeypatch.setattr(writer_module, "empty_in_steps", lambda containers: None)
     if way == "save":
         monkeypatch.setattr(CheckpointWriter, "plan", planning)

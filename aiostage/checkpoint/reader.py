@@ -432,12 +432,10 @@ def _parts_to_read(
     found: list[tuple[FileRecord, Part]] = []
     for file in outline.files:
         parts = cut(_contents(file, contents), outline.manifest.part_bytes)
-        found += [(file.file, part) for part in releasing_gil(parts) if everything or _is_wanted(part)]
+        if not everything:
+            parts = [part for part in releasing_gil(parts) if not all(isinstance(piece, Gap) for piece in part.pieces)]
+        found += [(file.file, part) for part in releasing_gil(parts)]
     return found
-
-
-def _is_wanted(part: Part) -> bool:
-    return not all(isinstance(piece, Gap) for piece in part.pieces)
 
 
 def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[Content]:

@@ -25,7 +25,7 @@ from tests.warm import PYTHON
 PART = 8 << 20
 
 # The package has a function of that name, too.
-load_module = importlib.import_module("aiostage.checkpoint.load")
+loading_module = importlib.import_module("aiostage.checkpoint.loading")
 
 
 def large(value: float) -> dict[str, Any]:
@@ -286,13 +286,13 @@ async def test_on_trio(tmp_path: Path) -> None:
 
 def before_the_plan(change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have something done after the live tree was compared, and before the reads are planned."""
-    planned = load_module.plan_reads
+    planned = loading_module.plan_reads
 
     def change_first(*args: Any, **options: Any) -> Any:
         change()
         return planned(*args, **options)
 
-    monkeypatch.setattr(load_module, "plan_reads", change_first)
+    monkeypatch.setattr(loading_module, "plan_reads", change_first)
 
 
 @pytest.mark.asyncio
