@@ -20,7 +20,6 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, CheckpointStager, StagingOptions
-from aiostage.checkpoint.save import write_checkpoint
 
 __all__ = ["CONTROLS", "SCHEDULES", "KeepsNoSource", "Machine", "Outcome", "WaitsForNothing", "run_schedules", "source"]
 
@@ -282,7 +281,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that schedules load."""
     path = tmp_path_factory.mktemp("schedules") / "checkpoint"
     tree = {f"t{n}": torch.full((SIZES[n % len(SIZES)],), SAVED + n) for n in range(TENSORS)}
-    asyncio.run(write_checkpoint(tree, path))
+    asyncio.run(aiostage.save(tree, path))
     return path
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from aiostage import AsyncStager, StagingOptions, TornSnapshotError, UnsupportedLeafError, observe
-from aiostage._loop.workers import Workers
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError, UnsupportedLeafError, adapt, observe
 from aiostage.abc import Observer, Span
 from aiostage.observe import add_observer, observing, remove_observer, span
 from tests.spans import Recorder
@@ -133,23 +132,25 @@ async def test_the_moment_of_a_staging_is_its_call() -> None:
 async def test_worker_threads_have_the_context_of_the_caller() -> None:
     recorder = Recorder()
     variable = contextvars.ContextVar("variable", default="nobody")
-    workers = Workers(2, "working")
 
-    def step() -> str:
-        with span("step"):
-            mine = variable.get()
-            variable.set("changed")
-            return mine
+    class Synchronous:
+        def stage(self, state_dict: object) -> str:
+            with span("step"):
+                mine = variable.get()
+                variable.set("changed")
+                return mine
 
-    with observing(recorder), span("caller"):
-        variable.set("somebody")
-        assert await workers.run(step) == "somebody"
-        # As with asyncio.to_thread, a thread's changes are its own.
-        assert await asyncio.gather(workers.run(step), workers.run(step)) == ["somebody"] * 2
-    workers.stop()
-    for found in recorder.spans("step"):
+    async with adapt(Synchronous()) as stager:
+        with observing(recorder), span("caller"):
+            variable.set("somebody")
+            assert await stager.stage(None) == "somebody"
+            # As with asyncio.to_thread, a thread's changes are its own.
+            assert await asyncio.gather(stager.stage(None), stager.stage(None)) == ["somebody"] * 2
+    steps = recorder.spans("step")
+    assert len(steps) == 3
+    for found in steps:
         assert ancestors(found) == ["caller"]
-        assert found.thread.startswith("working")
+        assert found.thread.startswith("aiostage-adapted")
 
 
 @pytest.mark.asyncio

@@ -16,9 +16,10 @@ import xxhash
 import aiostage
 from aiostage import CheckpointCorruptError, CheckpointMismatchError, HostMemoryError
 from aiostage.checkpoint.verify import outline_of, verify
-from aiostage.format.parts import MAX_PART_BYTES
 
 TERABYTE = 1 << 40
+MAX_PART_BYTES = 64 << 20
+"""The longest parts that a manifest may name."""
 
 
 def digest(data: bytes) -> str:

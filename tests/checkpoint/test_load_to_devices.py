@@ -14,7 +14,6 @@ from hypothesis import given
 
 import aiostage
 from aiostage import AcceleratorUnavailableError, Checkpointer, StagingError, blocking
-from aiostage.checkpoint.save import write_checkpoint
 from aiostage.storage import LocalStorage
 from aiostage.testing import SimulatedAccelerator, at_every_await
 from tests.checkpoint.comparing import assert_same
@@ -23,6 +22,7 @@ from tests.checkpoint.leftovers import nothing_left
 from tests.checkpoint.test_in_place import PART, large
 from tests.checkpoint.test_load import tree
 from tests.checkpoint.trees import trees
+from tests.checkpoint.uncopied import Uncopied
 
 
 def every_kind() -> dict[str, Any]:
@@ -185,7 +185,8 @@ async def test_what_cannot_be_is_said_before_anything_is_read(tmp_path: Path) ->
         "sparse": torch.eye(3).to_sparse(),
         "large": torch.zeros(5_000_000),
     }
-    await write_checkpoint(saved, tmp_path / "checkpoint")
+    # A copy of the array would not share memory with the tensors.
+    await aiostage.save(saved, tmp_path / "checkpoint", stager=Uncopied())
     storage = CountingStorage(LocalStorage(tmp_path))
 
     def apart(path: tuple[object, ...], like: torch.Tensor) -> torch.device | None:

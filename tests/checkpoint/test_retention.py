@@ -8,38 +8,59 @@ import torch
 
 import aiostage
 from aiostage import Checkpointer
-from aiostage.storage.locate import step_of, surplus
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.checkpoint.names import name_of
 from tests.checkpoint.test_checkpointer import Gate, settled, tree, until
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize("step", [0, 7, 99_999_999, 123_456_789_012])
-def test_names_lead_back_to_steps(step: int) -> None:
-    assert step_of(name_of(step)) == step
+async def test_names_lead_back_to_steps(step: int) -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage) as checkpoints:
+        await checkpoints.save(step, tree(step))
+    assert list(storage.checkpoints) == [name_of(step)]
+    assert await Checkpointer(storage).steps() == [step]
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     "name", ["step-7", "step-000000007", "step-0000000x", "step--0000007", "a/step-00000007", "step-00000007.old", ""]
 )
-def test_other_names_are_not_steps(name: str) -> None:
-    assert step_of(name) is None
+async def test_other_names_are_not_steps(name: str) -> None:
+    storage = MemoryStorage()
+    await aiostage.save(tree(7), (storage, "other"))
+    storage.checkpoints[name] = storage.checkpoints["other"]
+    assert await Checkpointer(storage).steps() == []
 
 
 def test_names() -> None:
     assert name_of(100) == "step-00000100"
 
 
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
-    ("keep", "newest", "expected"),
+    ("keep", "newest", "removed"),
     [(None, 50, []), (9, 50, []), (5, 50, []), (2, 50, [10, 20, 30]), (1, 50, [10, 20, 30, 40]), (2, 10, [20, 30])],
 )
-def test_surplus(keep: int | None, newest: int, expected: list[int]) -> None:
-    assert surplus([30, 10, 50, 20, 40], keep=keep, keep_also=None, newest=newest) == expected
+async def test_the_last_steps_stay_and_the_one_saved_last(keep: int | None, newest: int, removed: list[int]) -> None:
+    storage, steps = MemoryStorage(), [30, 10, 50, 20, 40]
+    async with Checkpointer(storage) as checkpoints:
+        for step in steps:
+            if step != newest:
+                await (await checkpoints.save(step, tree(step))).committed()
+    async with Checkpointer(storage, keep=keep) as checkpoints:
+        await checkpoints.save(newest, tree(newest))
+    assert await Checkpointer(storage).steps() == sorted({*steps} - {*removed})
 
 
-def test_milestones_stay() -> None:
-    assert surplus(range(0, 60, 10), keep=1, keep_also=lambda step: step % 20 == 0, newest=50) == [10, 30]
+@pytest.mark.asyncio
+async def test_milestones_stay() -> None:
+    storage = MemoryStorage()
+    async with Checkpointer(storage, keep=1, keep_also=lambda step: step % 20 == 0) as checkpoints:
+        for step in range(0, 60, 10):
+            await (await checkpoints.save(step, tree(step))).committed()
+    assert await Checkpointer(storage).steps() == [0, 20, 40, 50]
 
 
 @pytest.mark.asyncio

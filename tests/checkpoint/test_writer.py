@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import aiostage
-from aiostage import AsyncStager
-from aiostage.checkpoint.save import write_checkpoint
 from tests.checkpoint.memory_storage import MemoryStorage
+from tests.checkpoint.uncopied import Uncopied
 
 PACKAGE = str(Path(aiostage.__file__).parent)
 
@@ -37,10 +36,8 @@ class Calls:
 
 async def calls_for(tensors: int) -> int:
     state = {f"layer{number // 10}.weight{number % 10}": torch.zeros(4) for number in range(tensors)}
-    async with AsyncStager() as stager:
-        staged = await stager.stage(state)
-        with Calls() as calls:
-            await write_checkpoint(staged, (MemoryStorage(), "a"))
+    with Calls() as calls:
+        await aiostage.save(state, (MemoryStorage(), "a"), stager=Uncopied())
     return calls.count
 
 

@@ -10,7 +10,7 @@ import torch
 
 import aiostage
 from aiostage.checkpoint import PlainObject
-from aiostage.checkpoint.save import write_checkpoint
+from tests.checkpoint.uncopied import Uncopied
 
 
 async def round_trip(value: Any, tmp_path: Path, **options: Any) -> Any:
@@ -69,7 +69,7 @@ async def test_tensordict(tmp_path: Path) -> None:
     assert live["x"]["a"] is tensor
     assert tensor.sum() == 6
     # A copy of a locked one is not, as with copy.deepcopy, so this is written without one.
-    await write_checkpoint(value.lock_(), tmp_path / "locked")
+    await aiostage.save(value.lock_(), tmp_path / "locked", stager=Uncopied())
     assert (await aiostage.load(tmp_path / "locked")).is_locked
 
 

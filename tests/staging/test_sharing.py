@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, HostMemoryError, StagingError, StagingOptions
-from aiostage._memory import shared
 from tests.warm import PYTHON
 
 READER = """
@@ -168,13 +167,13 @@ def test_nothing_is_left_in_dev_shm_after_a_kill() -> None:
 
 @pytest.mark.asyncio
 async def test_memory_that_is_not_there_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, offset: int, nbytes: int) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = {"a": torch.ones(1000)}
     async with AsyncStager(StagingOptions(use_shared_memory=True)) as stager:
         with monkeypatch.context() as full:
-            full.setattr(shared, "reserve_memory", refuse)
+            full.setattr(os, "posix_fallocate", refuse)
             with pytest.raises(HostMemoryError, match="No space left"):
                 await stager.stage(source)
         assert stager.statistics().leases == 0

@@ -12,15 +12,15 @@ import pytest
 
 from aiostage.abc import Storage
 from aiostage.storage import LocalStorage
-from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.testing import StorageSuite
+from tests.checkpoint.memory_storage import MANIFEST
 from tests.forking import run_forking
 from tests.storage.buckets import files_below, save_small
 from tests.warm import PYTHON
 
 KILLED = """
     import asyncio, os, signal, sys
-    from aiostage.storage.local import LocalStorage
+    from aiostage.storage import LocalStorage
 
     async def parts():
         yield memoryview(bytes(5))
@@ -49,7 +49,7 @@ class LocalSuite(StorageSuite):
 
     async def count_stale_files(self, storage: Storage) -> int:
         directories = [Path(path) for path, _, _ in os.walk(self.root)]
-        holders = {path for path in directories if (path / MANIFEST_NAME).exists()}
+        holders = {path for path in directories if (path / MANIFEST).exists()}
         above = {self.root, *(parent for path in holders for parent in path.parents)}
         return len([path for path in directories if path not in holders | above])
 
@@ -169,7 +169,7 @@ async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: 
         (tmp_path / "run" / name / "directory").symlink_to("../../archive/a")
         (tmp_path / "run" / name / "below").mkdir()
     await run.prune_files("b", [])
-    assert sorted(os.listdir(tmp_path / "run" / "b")) == ["below", MANIFEST_NAME]
+    assert sorted(os.listdir(tmp_path / "run" / "b")) == ["below", MANIFEST]
     await run.delete("b")
     await run.delete("c")
     assert os.listdir(tmp_path / "run") == []
