@@ -168,7 +168,7 @@ class TestSaveAndLoad:
                 self.looked = True
                 return None
 
-        with pytest.raises(RankFailedError, match="metadata is None; .*No such file"):
+        with pytest.raises(RankFailedError, match=r"metadata is None; .*No such file"):
             await dcp.load({"w": torch.ones(2)}, storage_reader=SaysNothingAtFirst(tmp_path / "a"))
 
     @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
