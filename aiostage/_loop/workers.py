@@ -220,7 +220,7 @@ class Job:
             # there.
             self._cancelled = True
             self._steps.clear()
-            waiters = self._take_waiters()
+            waiters = self._take_waiters(cancelled=True)
         _wake(waiters)
 
     def run_next(self) -> None:
@@ -260,7 +260,10 @@ class Job:
         return not (self._open or self._steps or self._running)
 
     async def progressed(self, seen: float) -> None:
-        """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing."""
+        """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing.
+
+        It returns also when the job is cancelled while it waits, with a step that still runs.
+        """
         with self._lock:
             # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
             if self._done > seen or not (self._open or self._steps or self._running):
@@ -330,13 +333,14 @@ class Job:
         if not isinstance(error, GeneratorExit):
             await finish(self.settled)
 
-    def _take_waiters(self) -> list[ThreadsafeEvent]:
+    def _take_waiters(self, *, cancelled: bool = False) -> list[ThreadsafeEvent]:
         """Return those to wake now. A step that is not the last wakes none that waits for the end, nor its loop."""
+        # A cancellation wakes all others at once: a step that runs may hang, and a closed stager does not wait for it.
         # Exchanged first: the collector may close a coroutine that waits at any moment, and that takes its event out.
         waiters, self._waiters = self._waiters, {}
         finished, woken = self.finished(), []
         for event, seen in waiters.items():
-            if finished or self._done > seen:
+            if finished or self._done > seen or (cancelled and seen != math.inf):
                 woken.append(event)
             else:
                 self._waiters[event] = seen

@@ -272,6 +272,19 @@ class TestJob:
         await blocking.join()
         assert seen == []
 
+    async def test_cancel_wakes_what_waits_for_progress_while_a_step_hangs(self, workers: Workers):
+        gate, job = Gate(), workers.job()
+        job.put(gate)
+        ends = [asyncio.create_task(job.progressed(0)), asyncio.create_task(job.settled())]
+        await entered(gate)
+        job.cancel()
+        await ends[0]
+        assert not gate.passed
+        assert not ends[1].done()
+        gate.open.set()
+        await ends[1]
+        assert gate.passed
+
     async def test_join_cancelled_waits_for_what_runs_and_drops_the_rest(self, workers: Workers):
         gates = [Gate(), Gate()]
         seen: list[str] = []
