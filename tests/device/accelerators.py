@@ -24,6 +24,7 @@ __all__ = [
     "FAILURE",
     "ON_A_DEVICE",
     "Accelerator",
+    "CopyCounter",
     "DeviceAccelerator",
     "DeviceError",
     "default_stager_stages_again",
@@ -226,6 +227,20 @@ class DeviceAccelerator(TorchBackend):
 
 Accelerator: Any = DeviceAccelerator if ON_A_DEVICE else SimulatedAccelerator
 """Which of the two tests are run on in this process."""
+
+
+class CopyCounter:
+    """Counts the copies to and from an accelerator that were launched since this was made."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._before = accelerator.statistics().copies
+
+    @property
+    def count(self) -> int:
+        """How many, whether or not they are done."""
+        return int(self._accelerator.statistics().copies) - self._before
+
 
 DeviceError: type[Exception] = RuntimeError if ON_A_DEVICE else SimulatedDeviceError
 """What a device that has failed raises."""

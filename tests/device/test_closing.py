@@ -16,11 +16,11 @@ import torch
 
 import aiostage
 from aiostage import AsyncStager, StagerClosedError, StagingOptions
-from aiostage._copy.pending import in_flight
 from aiostage.snapshot import Snapshot
 from aiostage.testing.clock import VirtualClock
-from tests.device.accelerators import Accelerator
+from tests.device.accelerators import Accelerator, CopyCounter
 from tests.loop.test_polling import RUNS, run_on
+from tests.patience import seconds
 from tests.staging.holding import until
 
 MIB = 2**20
@@ -64,9 +64,13 @@ class Refused:
 
 async def everything_is_gone(accelerator: Accelerator, stager: AsyncStager) -> None:
     """Let the device come to an end after all, and wait until nothing is kept for it."""
-    accelerator.synchronize()
-    await until(lambda: len(in_flight) == 0)
-    await until(lambda: stager.statistics().arenas == 0)
+
+    def is_gone() -> bool:
+        # Again and again: what a thread was about to enqueue may come after the first.
+        accelerator.synchronize()
+        return stager.statistics().arenas == 0
+
+    await until(is_gone)
     assert accelerator.statistics().registered_bytes == 0
 
 
@@ -83,14 +87,14 @@ async def inspect_memory(snapshot: Snapshot[Any]) -> None:
 async def test_a_staging(loop: str) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         source = full(accelerator, 1)
+        launched = CopyCounter(accelerator)
         alive, stager, refused = weakref.ref(source.untyped_storage()), AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, {"a": source}))
-            await until(lambda: len(in_flight) == 1)
+            await until(lambda: launched.count == 1)
             await stager.aclose()
         del source
         gc.collect()
-        assert len(in_flight) == 1
         assert alive() is not None, "the device may still read it"
         assert stager.statistics().leases == 1, "and write to this"
         await everything_is_gone(accelerator, stager)
@@ -107,6 +111,7 @@ async def test_a_staging(loop: str) -> None:
 async def test_a_snapshot(loop: str, action: Action) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         state = {"a": full(accelerator, 1), "b": full(accelerator, 2, 9 * MIB), "host": torch.ones(3)}
+        launched = CopyCounter(accelerator)
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with stager.snapshot(state) as snapshot:
             async with anyio.create_task_group() as group:
@@ -116,7 +121,8 @@ async def test_a_snapshot(loop: str, action: Action) -> None:
                     await anyio.lowlevel.checkpoint()
                 await stager.aclose()
             await refused.call(partial(action, snapshot))
-        assert len(in_flight) == 3
+        assert launched.count == 3
+        assert stager.statistics().leases == 1, "the device may still write to it"
         await everything_is_gone(accelerator, stager)
 
 
@@ -125,13 +131,14 @@ async def test_a_snapshot(loop: str, action: Action) -> None:
 async def test_a_launch_that_waits_for_its_turn(loop: str, options: dict[str, Any]) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         state = {str(n): full(accelerator, n, 9 * MIB) for n in range(4)}
+        launched = CopyCounter(accelerator)
         stager, refused = AsyncStager(StagingOptions(**options), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.stage, state))
-            await until(lambda: len(in_flight) == 2)
+            await until(lambda: launched.count == 2)
             await stager.aclose()
-        assert len(in_flight) == 2, "the rest was not launched"
         await everything_is_gone(accelerator, stager)
+        assert launched.count == 2, "the rest was not launched"
 
 
 class Hangs(Accelerator):
@@ -140,10 +147,13 @@ class Hangs(Accelerator):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.entered, self.go_on = threading.Event(), threading.Event()
+        self.hangs = False
 
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: Any) -> int:
+        self.hangs = True
         self.entered.set()
-        self.go_on.wait(30)
+        self.go_on.wait(seconds(30))
+        self.hangs = False
         return super().copy(destinations, sources, stream)
 
 
@@ -152,6 +162,7 @@ class Hangs(Accelerator):
 async def test_a_driver_that_hangs(loop: str, cancelled: bool) -> None:
     with Hangs(clock=VirtualClock()) as accelerator:
         state = {str(n): full(accelerator, n, 9 * MIB) for n in range(2)}
+        launched = CopyCounter(accelerator)
         stager, ended = AsyncStager(backend=accelerator), []
 
         async def stage() -> None:
@@ -170,10 +181,11 @@ async def test_a_driver_that_hangs(loop: str, cancelled: bool) -> None:
                 group.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await stager.aclose()
+        assert accelerator.hangs, "they waited for the driver"
         assert ended == ["cancelled" if cancelled else "closed"]
         assert stager.statistics().leases == 1, "it is in the driver's hands"
         accelerator.go_on.set()
-        await until(lambda: len(in_flight) == 1)
+        await until(lambda: launched.count == 1)
         await everything_is_gone(accelerator, stager)
 
 
@@ -181,6 +193,7 @@ async def test_a_driver_that_hangs(loop: str, cancelled: bool) -> None:
 async def test_a_restore_is_made_all_the_same(loop: str) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         live = {"a": full(accelerator, 1)}
+        launched = CopyCounter(accelerator)
         stager, refused = AsyncStager(backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             staged: list[Any] = []
@@ -189,12 +202,12 @@ async def test_a_restore_is_made_all_the_same(loop: str) -> None:
                 staged.append(await stager.stage(live))
 
             group.start_soon(stage)
-            await until(lambda: len(in_flight) == 1)
-            accelerator.synchronize()
+            await until(lambda: launched.count == 1)
+            await until(lambda: accelerator.synchronize() or bool(staged))
         accelerator.launch(lambda t: t.fill_(9), live["a"])
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(stager.restore, staged.pop(), into=live))
-            await until(lambda: len(in_flight) == 1)
+            await until(lambda: launched.count == 2)
             await stager.aclose()
         seen = accelerator.empty(64)
         accelerator.launch(lambda to, source: to.copy_(source), seen, reads=[live["a"]])
@@ -210,10 +223,11 @@ async def test_a_restore_is_made_all_the_same(loop: str) -> None:
 async def test_a_save(loop: str, budget: int | None, tmp_path: Path) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         state = {str(n): full(accelerator, n, 9 * MIB) for n in range(3)}
+        launched = CopyCounter(accelerator)
         stager, refused = AsyncStager(StagingOptions(max_host_bytes=budget), backend=accelerator), Refused()
         async with anyio.create_task_group() as group:
             group.start_soon(refused.call, partial(aiostage.save, state, tmp_path / "saved", stager=stager))
-            await until(lambda: len(in_flight) > 0)
+            await until(lambda: launched.count > 0)
             for _ in range(50):
                 await anyio.lowlevel.checkpoint()
             await stager.aclose()
@@ -227,9 +241,11 @@ async def test_a_save(loop: str, budget: int | None, tmp_path: Path) -> None:
 async def test_from_another_thread(loop: str) -> None:
     with Accelerator(clock=VirtualClock()) as accelerator:
         stager, refused = AsyncStager(backend=accelerator), Refused()
+        source = full(accelerator, 1)
+        launched = CopyCounter(accelerator)
         async with anyio.create_task_group() as group:
-            group.start_soon(refused.call, partial(stager.stage, {"a": full(accelerator, 1)}))
-            await until(lambda: len(in_flight) == 1)
+            group.start_soon(refused.call, partial(stager.stage, {"a": source}))
+            await until(lambda: launched.count == 1)
             thread = threading.Thread(target=anyio.run, args=(stager.aclose,))
             thread.start()
             await until(lambda: not thread.is_alive())

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagerClosedError, StagingError, StagingOptions, TornSnapshotError
-from aiostage._copy.pending import in_flight
 from aiostage.testing import at_every_await
 from aiostage.testing.clock import VirtualClock
-from tests.device.accelerators import Accelerator, is_completed, seeds, simulator_only
+from tests.device.accelerators import Accelerator, CopyCounter, is_completed, seeds, simulator_only
 from tests.staging.holding import until
 from tests.threads import in_two_threads
 
@@ -192,10 +191,10 @@ class TestAbandoned:
         with Accelerator(clock=VirtualClock()) as accelerator:
             source = full(accelerator, 1)
             accelerator.synchronize()
-            alive = weakref.ref(source.untyped_storage())
+            alive, launched = weakref.ref(source.untyped_storage()), CopyCounter(accelerator)
             async with AsyncStager(backend=accelerator) as stager:
                 task = asyncio.ensure_future(stager.stage({"a": source}))
-                await until(lambda: len(in_flight) == 1)
+                await until(lambda: launched.count == 1)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -204,23 +203,24 @@ class TestAbandoned:
                 assert alive() is not None
                 assert stager.statistics().leases == 1
                 accelerator.synchronize()
-                await until(lambda: len(in_flight) == 0)
                 await until(lambda: stager.statistics().leases == 0 and alive() is None)
 
     async def test_also_by_a_closed_stager(self):
         with Accelerator(clock=VirtualClock()) as accelerator:
             source = full(accelerator, 1)
             accelerator.synchronize()
+            alive, launched = weakref.ref(source.untyped_storage()), CopyCounter(accelerator)
             stager = AsyncStager(backend=accelerator)
             task = asyncio.ensure_future(stager.stage({"a": source}))
-            await until(lambda: len(in_flight) == 1)
+            await until(lambda: launched.count == 1)
             await stager.aclose()
-            assert len(in_flight) == 1
-            accelerator.synchronize()
             with pytest.raises(StagerClosedError):
                 await task
-            del task, stager
-            await until(lambda: len(in_flight) == 0)
+            del source, task
+            gc.collect()
+            assert alive() is not None
+            assert stager.statistics().leases == 1
+            await until(lambda: accelerator.synchronize() or (stager.statistics().leases == 0 and alive() is None))
 
     async def test_cancelled_at_every_await_in_every_order(self):
         for seed in seeds(5):
@@ -232,7 +232,6 @@ class TestAbandoned:
                         assert (float(staged["a"].mean()), float(staged["b"][0].mean())) == (1, 2)
                         del staged
                     accelerator.synchronize()
-                    await until(lambda: len(in_flight) == 0)
                     gc.collect()
                     await until(lambda stager=stager: stager.statistics().leases == 0)  # type: ignore[misc]
 
@@ -270,19 +269,20 @@ def test_a_loop_that_is_gone_leaves_its_copies_to_a_thread():
     with Accelerator(clock=VirtualClock()) as accelerator:
         state = {"a": full(accelerator, 1)}
         accelerator.synchronize()
+        alive, launched = weakref.ref(state["a"].untyped_storage()), CopyCounter(accelerator)
         stager = AsyncStager(backend=accelerator)
         loop = asyncio.new_event_loop()
         coroutine = stager.stage(state)
         task = loop.create_task(coroutine)
-        loop.run_until_complete(until(lambda: len(in_flight) == 1))
+        loop.run_until_complete(until(lambda: launched.count == 1))
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         loop.close()
         coroutine.close()
         del task, coroutine, state
         gc.collect()
-        assert len(in_flight) == 1
-        accelerator.synchronize()
-        asyncio.run(until(lambda: len(in_flight) == 0))
+        assert alive() is not None
+        assert stager.statistics().leases == 1
+        asyncio.run(until(lambda: accelerator.synchronize() or (alive() is None and stager.statistics().leases == 0)))
         asyncio.run(stager.aclose())
 
 
