@@ -148,7 +148,7 @@ class GroupQueue:
         self._handed: deque[tuple[int, QueuedOperation[Any] | None]] = deque()
         self._waiting: dict[int, QueuedOperation[Any] | None] = {}
         self._arranging = self.workers.job()
-        self._met: RankBarrier | None = None
+        self._met: int | None = None
 
     def call(self, timeout: float, tree: Any) -> QueuedOperation[Any]:
         """Return the operation with the next number. All ranks must make the same calls in the same order."""
@@ -214,10 +214,6 @@ class GroupQueue:
             failures = barrier.arrive(timeout)
             if failures:
                 raise RanksFailedError(self._named(failures))
-            # All ranks have arrived at this operation, so none looks at the keys of the one before.
-            if self._met is not None:
-                self._met.forget()
-            self._met = barrier
             return self._run_collectives(collectives, barrier, number, timeout)
         except StoreLostError as error:
             self._drop_group()
@@ -226,8 +222,10 @@ class GroupQueue:
 
     def _run_collectives(self, collectives: Callable[[Any], T], barrier: RankBarrier, number: int, timeout: float) -> T:
         over = threading.Event()
+        # All ranks have arrived at this operation, so none looks at the keys of the one before.
+        before, self._met = self._met, number
         answering = self._messengers.job()
-        answering.put(partial(self._answer, number, over))
+        answering.put(partial(self._answer, number, over, before))
         answering.close()
         try:
             result = _act(collectives, self._group_for(number, timeout), self._ranks)
@@ -248,9 +246,15 @@ class GroupQueue:
         reason = f"{type(broken).__name__}: {broken}"
         raise RanksFailedError(self._named(barrier.blame(reason)), lost=True) from broken
 
-    def _answer(self, number: int, over: threading.Event) -> None:
-        """Report that this process is alive if another rank asks, until the operation has ended."""
+    def _answer(self, number: int, over: threading.Event, before: int | None) -> None:
+        """Report that this process is alive if another rank asks, until the operation has ended.
+
+        Before that, delete the keys of an operation before it: each is a round trip to the store, for which the
+        collectives need not wait.
+        """
         with contextlib.suppress(StoreLostError):
+            if before is not None:
+                self._messengers_barrier(before).forget()
             barrier = self._messengers_barrier(number)
             while not over.wait(_ANSWER_SECONDS):
                 if barrier.answer():

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from aiostage import AsyncStager, RankFailedError, StagingError, UnsupportedLeafError, dcp
+from aiostage.dcp import group_queue
 from tests.dcp.world import World
 
 TIMEOUT = 20.0
@@ -300,9 +301,39 @@ async def keys_in_the_store(path: str) -> tuple[int, int]:
     for number in range(6):
         await dcp.save({"a": torch.ones(2)}, checkpoint_id=f"{path}-{number}", timeout=TIMEOUT)
         dist.barrier()
+        # A thread beside the save deletes the keys of the one before: those of one save remain.
+        deadline = time.monotonic() + TIMEOUT
+        while ours() > 6 and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
         counts.append(ours())
         dist.barrier()
     return counts[2], counts[5]
+
+
+class CountingStore:
+    """A connection to a store that notes what is asked of it."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self.store, name)
+
+
+async def messages_before_the_collectives(path: str) -> list[list[str]]:
+    """What the thread of saves and loads asks the store for, in a second and a third operation."""
+    await dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
+    queue = group_queue._queue_of(None)
+    found = []
+    for _ in range(2):
+        counting = CountingStore(queue._own_store)
+        queue._own_store = counting
+        await dcp.load({"a": torch.zeros(2)}, checkpoint_id=path, timeout=TIMEOUT)
+        queue._own_store = counting.store
+        found.append(counting.asked)
+    return found
 
 
 class TestTogether:
@@ -334,6 +365,12 @@ class TestTogether:
     def test_the_store_does_not_fill_up(self, pair: World, tmp_path: Path) -> None:
         early, late = pair.run(keys_in_the_store, str(tmp_path / "a"))[0]
         assert early == late > 0
+
+    def test_nothing_is_deleted_before_the_collectives(self, pair: World, tmp_path: Path) -> None:
+        """Every message that is answered is a round trip for which all ranks wait."""
+        for asked in sum(pair.run(messages_before_the_collectives, str(tmp_path / "a")), []):
+            # The last to come decides at once; the others wait for that. A set is not answered.
+            assert [name for name in asked if name != "set"] in (["add", "compare_set"], ["add", "wait", "compare_set"])
 
 
 class TestOneRankFails:
