@@ -41,10 +41,14 @@ TIMEOUT = 120.0
 
 
 class Loop:
-    """How late a 1 ms ticker runs, in milliseconds."""
+    """How late a 1 ms ticker runs, in milliseconds, and how late it is beside the wait for a processor.
+
+    What other processes and threads do to the loop is no work on it: while the loop's thread could run and had no
+    processor, the kernel counts. What is left is what ran on the loop, and waits for the GIL.
+    """
 
     def __init__(self) -> None:
-        self.worst = 0.0
+        self.worst = self.worst_with_a_processor = 0.0
 
     async def __aenter__(self) -> Loop:
         self._task = asyncio.create_task(self._tick())
@@ -58,9 +62,20 @@ class Loop:
 
     async def _tick(self) -> None:
         while True:
-            begin = time.perf_counter()
+            begin, waited = time.perf_counter(), processor_waits()
             await asyncio.sleep(0.001)
-            self.worst = max(self.worst, (time.perf_counter() - begin - 0.001) * 1000)
+            late = (time.perf_counter() - begin - 0.001) * 1000
+            self.worst = max(self.worst, late)
+            self.worst_with_a_processor = max(self.worst_with_a_processor, late - (processor_waits() - waited) * 1000)
+
+
+def processor_waits() -> float:
+    """How many seconds this thread could run and had no processor; 0 where the kernel does not say."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def sharded_state(tensors: int, bytes_a_rank: int) -> dict[str, DTensor]:
@@ -105,10 +120,10 @@ class Counted:
         return call
 
 
-def whole_job(seconds: float) -> float:
-    """The slowest rank."""
+def whole_job(seconds: float, op: Any = dist.ReduceOp.MAX) -> float:
+    """Of the slowest rank, or of all together."""
     value = torch.tensor(seconds)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    dist.all_reduce(value, op=op)
     return value.item()
 
 
@@ -122,19 +137,26 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         number += 1
         place = folder / f"{name.replace(' ', '-')}-{number}"
         dist.barrier()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         steps = Steps()
         async with Loop() as loop:
             with steps.counted():
                 blocked = await asyncio.create_task(action(place))
-            seconds = time.perf_counter() - begin
+            seconds, used = time.perf_counter() - begin, time.process_time() - used
         # Only now, because it blocks.
         found.setdefault(f"{name}: total, s", []).append(whole_job(seconds))
         found.setdefault(f"{name}: training waits, s", []).append(whole_job(seconds if blocked is None else blocked))
+        found.setdefault(f"{name}: CPU of all ranks, s", []).append(whole_job(used, dist.ReduceOp.SUM))
         found.setdefault(f"{name}: loop held, ms", []).append(whole_job(loop.worst))
-        # What holds the loop and is not another process: the CPU time of the longest step, and of it the collector's.
+        found.setdefault(f"{name}: loop held while it had a processor, ms", []).append(
+            whole_job(loop.worst_with_a_processor)
+        )
+        # What holds the loop and is neither another process nor another thread: the CPU time of the longest step, and
+        # the longest run of the collector, which is in one of the steps.
         longest = 1000 * max(steps.seconds, default=0.0)
         found.setdefault(f"{name}: longest step, ms of CPU", []).append(whole_job(longest))
+        collected = 1000 * max((seconds for _, seconds in steps.collected), default=0.0)
+        found.setdefault(f"{name}: longest run of the collector, ms of CPU", []).append(whole_job(collected))
         dist.barrier()
         if dist.get_rank() == 0 and place.exists():
             shutil.rmtree(place)
@@ -178,12 +200,14 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         # In turns: what comes first after a save pays for more than itself.
         for name in ("aiostage.dcp.load", "dcp.load")[:: 1 if round_number % 2 else -1]:
             dist.barrier()
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             if name == "dcp.load":
                 checkpoint.load(into, checkpoint_id=place)
             else:
                 await dcp.load(into, checkpoint_id=place, timeout=TIMEOUT)
-            found.setdefault(f"{name}, s", []).append(whole_job(time.perf_counter() - begin))
+            seconds, used = time.perf_counter() - begin, time.process_time() - used
+            found.setdefault(f"{name}, s", []).append(whole_job(seconds))
+            found.setdefault(f"{name}: CPU of all ranks, s", []).append(whole_job(used, dist.ReduceOp.SUM))
 
     counts: dict[str, Any] = {}
     for caching in (False, True):

@@ -14,6 +14,7 @@ import torch.distributed
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aiostage import AsyncStager, UnsupportedLeafError
+from aiostage._capture import leaves as leaves_module
 from aiostage._capture import walk as walk_module
 from aiostage._capture.composites import finder
 from aiostage._capture.leaves import Inspection, Leaves
@@ -277,6 +278,34 @@ class TestDTensor:
         assert torch.equal(staged["d"].full_tensor(), torch.arange(6.0).reshape(3, 2))
         source.to_local().zero_()
         assert staged["d"].to_local().sum() == 15
+
+    def test_many_are_inspected_and_compared_in_small_steps(self, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        tree = [DTensor.from_local(torch.ones(2), mesh, [Shard(0)]) for _ in range(200)]
+        seen: list[int] = []
+        real_add, real_compare = Leaves._add_parts, leaves_module._same_parts
+
+        def add_parts(self: Leaves, index: int, composite: Any) -> None:
+            seen.append(index)
+            real_add(self, index, composite)
+
+        def same_parts(leaves: Leaves, index: int) -> bool:
+            if index in leaves.composites:
+                seen.append(index)
+            return real_compare(leaves, index)
+
+        monkeypatch.setattr(Leaves, "_add_parts", add_parts)
+        monkeypatch.setattr(leaves_module, "_same_parts", same_parts)
+        walk, inspection = Walk(), Inspection(None)
+        exhausted(walk.run(tree))
+        for work in (walk.leaves.inspect(inspection), leaves_module.changed(walk.leaves, inspection)):
+            seen.clear()
+            before = 0
+            for _ in work:
+                assert len(seen) - before <= 64
+                before = len(seen)
+            assert seen == list(range(200))
 
     def test_many_are_looked_into_in_small_steps(self, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from torch.distributed.tensor import DTensor, Shard
