@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,7 @@ class TestTogether:
 
     def test_nothing_is_deleted_before_the_collectives(self, pair: World, tmp_path: Path) -> None:
         """Every message that is answered is a round trip for which all ranks wait."""
-        for asked in sum(pair.run(messages_before_the_collectives, str(tmp_path / "a")), []):
+        for asked in chain(*pair.run(messages_before_the_collectives, str(tmp_path / "a"))):
             # The last to come decides at once; the others wait for that. A set is not answered.
             assert [name for name in asked if name != "set"] in (["add", "compare_set"], ["add", "wait", "compare_set"])
 
