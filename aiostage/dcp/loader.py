@@ -10,13 +10,14 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
-from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
 
 from aiostage import _private
 from aiostage._arguments import check_flags
 from aiostage._loop.coroutines import named
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
+from aiostage.dcp.storage import StorageReader
 
 __all__ = ["load", "load_in_group"]
 
@@ -25,7 +26,7 @@ def load(
     state_dict: dict[str, Any],
     *,
     checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_reader: StorageReader | None = None,
+    storage_reader: TorchStorageReader | None = None,
     planner: LoadPlanner | None = None,
     process_group: Any = None,
     no_dist: bool = False,
@@ -85,7 +86,7 @@ async def _load(call: QueuedOperation[None], read: Action[None]) -> None:
 def _read(
     state_dict: dict[str, Any],
     checkpoint_id: str | os.PathLike[str] | None,
-    storage_reader: StorageReader | None,
+    storage_reader: TorchStorageReader | None,
     planner: LoadPlanner,
 ) -> Callable[[Any], None]:
     """Find the reader, and return what needs the other ranks."""
@@ -94,16 +95,20 @@ def _read(
     return partial(load_in_group, state_dict, reader, planner)
 
 
-def load_in_group(state_dict: dict[str, Any], reader: StorageReader, planner: LoadPlanner, group: Any) -> None:
+def load_in_group(state_dict: dict[str, Any], reader: TorchStorageReader, planner: LoadPlanner, group: Any) -> None:
     """Load with a reader that has its checkpoint, in collectives of a process group or, with None, alone."""
     try:
         torch_load(state_dict, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         for raised, _ in error.failures.values():
-            # PyTorch 2.11 keeps the reason to itself.
+            # PyTorch 2.11 does not pass the reason on. Reading again gives it.
             if str(raised) == "metadata is None":
                 try:
                     reader.read_metadata()
                 except Exception as reason:
                     raised.args = (f"metadata is None; global metadata read failed: {reason}",)
         raise
+    finally:
+        # DCP itself never tells a reader that a load has failed. After a load that has not, this does nothing.
+        if isinstance(reader, StorageReader):
+            reader.abandon()

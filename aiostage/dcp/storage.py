@@ -246,8 +246,15 @@ class StorageReader(torch_storage.StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Read a checkpoint of a name below the root."""
+        self.abandon()
         self._name = None if checkpoint_id is None else os.fspath(checkpoint_id)
-        self._reader, self._records = None, {}
+
+    def abandon(self) -> None:
+        """Close a checkpoint whose load has failed; :func:`aiostage.dcp.load` does it."""
+        # Taken out first, so that a second call finds nothing to close.
+        reader, self._reader, self._records = self._reader, None, {}
+        if reader is not None:
+            self._loop().run(reader.aclose())
 
     def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
         """Open the checkpoint and read what is in it.
@@ -259,11 +266,14 @@ class StorageReader(torch_storage.StorageReader):
         """
         if self._name is None:
             raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
+        # DCP asks twice where the first answer was an error.
+        self.abandon()
         return self._loop().run(self._read_metadata(self._name))
 
     async def _read_metadata(self, name: str) -> Metadata:
-        self._reader = reader = await self._storage.read(name)
-        return await read_index(reader)
+        # Kept before it is read, so that abandon() closes it whatever fails from here on.
+        self._reader = await self._storage.read(name)
+        return await read_index(self._reader)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:
         """Take over where everything is."""
@@ -314,6 +324,7 @@ class StorageReader(torch_storage.StorageReader):
         except BaseExceptionGroup as failures:
             # The first; the others have failed beside it, for the same reason as a rule.
             raise failures.exceptions[0] from None
+        # DCP reads once, and calls nothing afterwards.
         self._reader = None
         await reader.aclose()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from aiostage.errors import CheckpointCorruptError, said
 from aiostage.format.numpy_kinds import bit_generator
 
-__all__ = ["Generators", "state_of_generators"]
+__all__ = ["Generators", "missing_lists", "state_of_generators"]
 
 
 def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
@@ -33,6 +33,12 @@ def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
     if device.is_available():
         state["cuda"] = device.get_rng_state_all() if all_devices else device.get_rng_state()
     return state
+
+
+def missing_lists(saved: Any, names: Iterable[str]) -> list[str]:
+    """Return which lists a checkpoint that another program may have written does not have."""
+    entries = saved if isinstance(saved, Mapping) else {}
+    return [name for name in names if not isinstance(entries.get(name), list)]
 
 
 class Generators:

@@ -8,7 +8,7 @@ from aiostage import _private
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointMismatchError
-from aiostage.integrations._generators import Generators, state_of_generators
+from aiostage.integrations._generators import Generators, missing_lists, state_of_generators
 from aiostage.integrations._ranks import Ranks, refuse_partitioned, refuse_sharded
 
 with needed_for("AcceleratorCheckpoints"):
@@ -92,19 +92,25 @@ class AcceleratorCheckpoints:
 
         Raises:
             CheckpointNotFoundError: If there is no checkpoint of that step.
-            CheckpointMismatchError: If other numbers of objects were prepared when it was saved; nothing was changed.
-            CheckpointCorruptError: If it is damaged, or foreign; nothing was changed.
+            CheckpointMismatchError: If other numbers of objects were prepared when it was saved, or another program
+                has saved it; nothing was changed.
+            CheckpointCorruptError: If it is damaged; nothing was changed.
         """
         if step is None:
             step = self._ranks.from_first(self._checkpoints.latest())
         if step is None:
             return None
         saved = self._checkpoints.restore(step=step)
+        missing = missing_lists(saved, (*_KINDS, "generators"))
+        if missing:
+            raise CheckpointMismatchError(
+                missing=missing, remedy="Load it with aiostage.load; no AcceleratorCheckpoints has written it."
+            )
         objects = self._objects()
         differing = [
-            f"{kind} ({len(saved.get(kind, []))} instead of {len(objects[kind])})"
+            f"{kind} ({len(saved[kind])} instead of {len(objects[kind])})"
             for kind in _KINDS
-            if len(saved.get(kind, [])) != len(objects[kind])
+            if len(saved[kind]) != len(objects[kind])
         ]
         if differing:
             raise CheckpointMismatchError(

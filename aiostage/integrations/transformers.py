@@ -15,7 +15,7 @@ import torch
 from aiostage._extras import needed_for
 from aiostage.blocking import Checkpointer, SaveHandle
 from aiostage.errors import CheckpointExistsError, CheckpointMismatchError, listed, shown
-from aiostage.integrations._generators import Generators, state_of_generators
+from aiostage.integrations._generators import Generators, missing_lists, state_of_generators
 from aiostage.integrations._ranks import Ranks, refuse_partitioned, refuse_sharded
 
 with needed_for("CheckpointCallback"):
@@ -80,12 +80,7 @@ class CheckpointCallback(TrainerCallback):
             yield None
             return
         saved = self._checkpoints.restore(step=step)
-        wanted = {"model", "trainer_state", "generators"}
-        if not isinstance(saved, dict) or not wanted <= saved.keys():
-            missing = wanted - (saved.keys() if isinstance(saved, dict) else set())
-            raise CheckpointMismatchError(
-                missing=sorted(missing), remedy="Load it with aiostage.load; no CheckpointCallback has written it."
-            )
+        _check_has(saved, {"model", "trainer_state"})
         with tempfile.TemporaryDirectory(prefix="aiostage-resume-") as name:
             _lay_out(saved, Path(name), step)
             del saved
@@ -133,15 +128,20 @@ class CheckpointCallback(TrainerCallback):
 
         Raises:
             CheckpointNotFoundError: If there is none.
-            CheckpointCorruptError: If it is damaged, or foreign; nothing was changed.
+            CheckpointMismatchError: If it was not saved by a callback like this, or has no state of an object that is
+                given; nothing was changed.
+            CheckpointCorruptError: If it is damaged; nothing was changed.
         """
         self._settle()
         saved = self._checkpoints.restore()
+        targets = {
+            name: target for name, target in zip(_PARTS, (optimizer, lr_scheduler), strict=True) if target is not None
+        }
+        _check_has(saved, {"model", "step", *targets})
         generators = Generators(saved["generators"][0])
         model.load_state_dict(saved["model"])
-        for name, target in zip(_PARTS, (optimizer, lr_scheduler), strict=True):
-            if target is not None:
-                target.load_state_dict(saved[name])
+        for name, target in targets.items():
+            target.load_state_dict(saved[name])
         generators.set()
         step: int = saved["step"]
         return step
@@ -171,6 +171,16 @@ class CheckpointCallback(TrainerCallback):
         last, self._last = self._last, None
         if last is not None:
             last.committed()
+
+
+def _check_has(saved: Any, names: set[str]) -> None:
+    """Refuse a checkpoint that no callback has written, or that lacks what is to be loaded."""
+    missing = {*missing_lists(saved, ["generators"]), *(names - saved.keys() if isinstance(saved, dict) else names)}
+    if missing or not saved["generators"]:
+        raise CheckpointMismatchError(
+            missing=sorted(missing) or ["generators"],
+            remedy="Load it with aiostage.load; no CheckpointCallback has written it.",
+        )
 
 
 def _lay_out(saved: dict[str, Any], root: Path, step: int) -> None:

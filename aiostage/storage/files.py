@@ -28,7 +28,7 @@ from aiostage._platform import (
 )
 from aiostage._platform import rename as _rename
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError
+from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.parts import PART_ALIGNMENT
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "exchange",
     "is_current",
     "is_empty_directory",
+    "is_plain_name",
     "make_parents",
     "move",
     "open_directory",
@@ -65,6 +66,15 @@ def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     memory = np.empty(nbytes + PART_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % PART_ALIGNMENT
     return memory[start : start + nbytes]
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name is that of a file in a checkpoint: one that cannot lead out of its directory.
+
+    Names come from manifests and metadata, which may be hostile. ``openat`` follows ``..``, and takes an absolute path
+    as it is, whatever directory it is given.
+    """
+    return "/" not in name and name not in ("", ".", "..")
 
 
 def address_of(data: Buffer) -> int:
@@ -132,10 +142,16 @@ class OutputFile(Descriptor):
         self.nbytes = nbytes
         self.direct = direct
         super().__init__(os.open(path, flags, 0o666))
-        if self.direct:
-            self.direct = self._set_direct(True)
-        if self.direct:
-            self._reserve()
+        try:
+            if self.direct:
+                self.direct = self._set_direct(True)
+            if self.direct:
+                self._reserve()
+        except BaseException:
+            # No caller has this object yet, so it removes the file itself. The name is free for another attempt.
+            os.unlink(path)
+            self.close()
+            raise
 
     def write(self, data: Buffer, offset: int) -> None:
         """Write all of a buffer. With direct I/O the offset must be aligned, and the length too unless it is the end.
@@ -213,6 +229,8 @@ class InputFile(Descriptor):
 
     def __init__(self, directory: Descriptor, name: str, *, path: str) -> None:
         self.path = path
+        if not is_plain_name(name):
+            raise CheckpointCorruptError(f"{shown(name)} is not a plain name for a file.", path=path)
         try:
             # A FIFO would otherwise be waited for, and a link may lead to anything that this process may read.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW

@@ -25,7 +25,7 @@ from aiostage.storage.commit import (
     pending_below,
     prune_committed,
 )
-from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory, is_current
+from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory, is_current, is_plain_name
 
 __all__ = ["LocalReader", "LocalStorage"]
 
@@ -244,15 +244,22 @@ class _AttachedCheckpoint(PendingCheckpoint):
         return OutputFile(path, nbytes, direct=nbytes >= _DIRECT_FROM)
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        file = await self._workers.run(partial(self._create, name, nbytes))
-        with file:
-            try:
-                # Returns or raises once no thread writes any more, so that the descriptor is closed after the writes.
-                await self._fill(file, parts)
-            except BaseException as error:
+        if not is_plain_name(name):
+            raise ValueError(f"{shown(name)} is not a plain name for a file")
+        created: list[OutputFile] = []
+        try:
+            # Kept in a list: a cancelled call loses what it returns, and the file would stay under its name.
+            await self._workers.run(lambda: created.append(self._create(name, nbytes)))
+            # Returns or raises once no thread writes any more, so that the descriptor is closed after the writes.
+            await self._fill(created[0], parts)
+            await self._workers.run(created[0].finish)
+        except BaseException as error:
+            for file in created:
                 await _settle(self._workers, [partial(os.unlink, file.path)], error)
-                raise
-            await self._workers.run(file.finish)
+                # A coroutine that is being closed has not waited for the writes: the file closes with its last one.
+                if not isinstance(error, GeneratorExit):
+                    file.close()
+            raise
 
     async def _fill(self, file: OutputFile, parts: AsyncIterable[Buffer]) -> None:
         """Write parts in worker threads, a few at once."""
@@ -370,9 +377,11 @@ class LocalReader(Reader):
 
     async def aclose(self) -> None:
         """Drop the files. May be called more than once."""
-        # Steps that still run are not waited for; they keep the descriptors that they use.
-        self._files.clear()
-        self._directory = None
+        # Steps that still run are not waited for; they keep the descriptors that they use. With the lock, so that no
+        # file that one of them opens is kept behind this.
+        with self._opening:
+            self._directory = None
+            self._files.clear()
 
     def _manifest(self) -> Buffer:
         file = self._file(MANIFEST_NAME)
@@ -428,8 +437,9 @@ class LocalReader(Reader):
         with self._opening:
             # Outside of the lock until here, because opening may block. The other one, of two that were opened, closes
             # with its last reference.
-            file = self._files.setdefault(name, file)
-            self._close_some()
+            if self._directory is not None:
+                file = self._files.setdefault(name, file)
+                self._close_some()
         return file
 
     def _close_some(self) -> None:
@@ -443,9 +453,11 @@ def _check(name: str) -> None:
     """Refuse names that lead elsewhere."""
     if not isinstance(name, str):
         raise TypeError(f"the name of a checkpoint is a str, not {shown(name)}")
-    steps = name.split("/")
-    if name != "." and (not name or os.path.isabs(name) or any(step in ("", ".", "..") for step in steps)):
-        raise ValueError(f"{shown(name)} is not a name of a checkpoint: it must be a path below the storage's root")
+    if name != "." and ("\0" in name or not all(map(is_plain_name, name.split("/")))):
+        raise ValueError(
+            f"{shown(name)} is not a name of a checkpoint: it must be a path below the storage's root, without null "
+            "bytes"
+        )
 
 
 async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:

@@ -34,6 +34,7 @@ from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.clean_up import clean_up, pending
 from aiostage.storage.commit import MANIFEST_NAME
+from aiostage.storage.files import is_plain_name
 from aiostage.storage.pointer import (
     BEATS_PER_LEASE,
     FOLDER,
@@ -269,7 +270,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write one file; see :meth:`aiostage.PendingCheckpoint.write`."""
-        if not name or "/" in name or name in (".", "..", LEASE_NAME, HEARTBEAT_NAME):
+        if not is_plain_name(name) or name in (LEASE_NAME, HEARTBEAT_NAME):
             raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
             await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
@@ -455,8 +456,7 @@ class _RemoteReader(Reader):
         """Do nothing: nothing is held."""
 
     def _path(self, name: str) -> str:
-        if not name or "/" in name or name in (".", ".."):
-            # Names come from a manifest, which may be hostile.
+        if not is_plain_name(name):
             raise CheckpointCorruptError(f"{shown(name)} is not a plain name for a file.", path=self.location)
         return f"{self._name}/{self._folder}/{name}"
 

@@ -128,6 +128,10 @@ class StorageSender:
                 remedy="Give each publisher a target of its own.",
             )
         mine = _Pointer(self.epoch, number)
+        if pointer is not None and pointer.epoch == self.epoch and pointer.number > number:
+            # A later version whose publication was cancelled after its pointer was written.
+            self._newest = pointer
+            return
         content = {"epoch": mine.epoch, "version": mine.number}
         # After the version itself is committed: a subscriber that reads the pointer finds it.
         await write_checkpoint(content, (self.storage, _POINTER), overwrite=True)
@@ -191,21 +195,30 @@ class StorageReceiver:
     async def _check_pointer(self) -> bool:
         """Load the newest version if it is new; return whether there is nothing more to be done about this pointer."""
         inbox = self._inbox
+        found: tuple[str, int] | None = None
         try:
             pointer = await _Pointer.read(self._storage)
             if pointer is None:
                 return False
-            inbox.set_newest(pointer.epoch, pointer.number)
-            if (pointer.epoch, pointer.number) == inbox.seen:
+            found = (pointer.epoch, pointer.number)
+            inbox.set_newest(*found)
+            if found == inbox.seen:
                 return True
             tree = await load((self._storage, pointer.name), classes=self._classes)
         except CheckpointNotFoundError:
             # It was removed meanwhile, so that there is a newer one.
             return False
         except OSError:
+            # The storage cannot be reached: run() asks again, at longer intervals.
             raise
-        except Exception as error:
+        except MemoryError as error:
+            # There may be memory when the next call tries again.
             inbox.put(without_locals(error), seen=None)
             return False
-        inbox.put(WeightVersion(pointer.number, pointer.epoch, tree), seen=(pointer.epoch, pointer.number))
+        except Exception as error:
+            # What was committed does not change, so reading it again fails again. The next call waits for the next
+            # version, or for another pointer.
+            inbox.put(without_locals(error), seen=found)
+            return True
+        inbox.put(WeightVersion(pointer.number, pointer.epoch, tree), seen=found)
         return True

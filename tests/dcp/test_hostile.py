@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import io
 import os
 import pickle
@@ -61,6 +62,27 @@ def test_code_in_the_metadata_does_not_run(
     with pytest.raises(CheckpointCorruptError, match=r"it names builtins\.exec"):
         reader.read_metadata()
     assert not ran()
+
+
+def test_a_record_leads_to_no_file_outside_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dumps = pickle.dumps
+
+    def leading_out(metadata: Any, *rest: Any) -> bytes:
+        metadata.storage_data = {
+            index: dataclasses.replace(record, file="../elsewhere.bin")
+            for index, record in metadata.storage_data.items()
+        }
+        return dumps(metadata, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pickle, "dumps", leading_out)
+        dcp.save({"a": torch.ones(3)}, storage_writer=StorageWriter(tmp_path), checkpoint_id="one", no_dist=True)
+    # The bytes there match the digest: only the name is wrong.
+    (tmp_path / "elsewhere.bin").write_bytes((tmp_path / "one" / "rank-00000.bin").read_bytes())
+    live = {"a": torch.zeros(3)}
+    with pytest.raises(RankFailedError, match=r"'\.\./elsewhere\.bin' is not a plain name for a file"):
+        load(live, tmp_path)
+    assert not live["a"].any()
 
 
 def test_code_in_a_value_runs_only_if_it_may(tmp_path: Path, ran: Callable[[], bool]) -> None:

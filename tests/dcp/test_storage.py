@@ -18,11 +18,12 @@ import torch.distributed as dist
 from obstore.store import S3Store
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, RankFailedError, dcp
-from aiostage.abc import Storage
+from aiostage.abc import Reader, Storage
 from aiostage.storage import LocalStorage, ObjectStorage
 from tests.dcp import models
 from tests.dcp.test_together import TIMEOUT, Counter, groups, sharded
@@ -52,6 +53,27 @@ class Odd:
     number: int
 
 
+class CountingStorage(LocalStorage):
+    """Knows which of its readers are open."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.readers: list[Reader] = []
+        self.closed: list[Reader] = []
+
+    async def read(self, name: str) -> Reader:
+        reader = await super().read(name)
+        close = reader.aclose
+
+        async def aclose() -> None:
+            self.closed.append(reader)
+            await close()
+
+        reader.aclose = aclose  # type: ignore[method-assign]
+        self.readers.append(reader)
+        return reader
+
+
 def empty_like(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return torch.zeros(tree.shape, dtype=tree.dtype)
@@ -62,6 +84,31 @@ def empty_like(tree: Any) -> Any:
 
 @pytest.mark.asyncio
 class TestAlone:
+    @pytest.mark.parametrize("face", ["aiostage", "torch"])
+    async def test_a_reader_is_closed_however_the_load_ends(self, tmp_path: Path, face: str) -> None:
+        await dcp.save({"a": torch.ones(3)}, checkpoint_id="a", storage_writer=dcp.StorageWriter(tmp_path))
+        storage = CountingStorage(tmp_path)
+        reader = dcp.StorageReader(storage)
+
+        async def load(state: dict[str, Any]) -> None:
+            if face == "aiostage":
+                await dcp.load(state, checkpoint_id="a", storage_reader=reader)
+            else:
+                await asyncio.to_thread(checkpoint.load, state, checkpoint_id="a", storage_reader=reader)
+
+        await load({"a": torch.zeros(3)})
+        # A key that the checkpoint does not have: planning fails, before anything is read.
+        with pytest.raises(CheckpointException):
+            await load({"b": torch.zeros(3)})
+        (tmp_path / "a" / "rank-00000.bin").write_bytes(bytes(12))
+        with pytest.raises(CheckpointException):
+            await load({"a": torch.zeros(3)})
+        if face == "torch":
+            # PyTorch tells a reader nothing of the end. The next load closes what the last has left open.
+            reader.reset("a")
+        assert len(storage.readers) >= 3
+        assert set(storage.closed) == set(storage.readers)
+
     @pytest.mark.parametrize("kind", ["local", "memory"])
     async def test_everything(self, tmp_path: Path, kind: str) -> None:
         root = tmp_path if kind == "local" else f"memory://{tmp_path.name}/{os.getpid()}"

@@ -43,6 +43,17 @@ def test_killed_and_continued_with_the_same_losses(program: Program, tmp_path: P
     check_continued(whole, first, second)
 
 
+@pytest.mark.parametrize(
+    "saved", [[1], {"models": 5}, {"models": [], "optimizers": [], "schedulers": [], "custom": []}]
+)
+def test_a_checkpoint_of_another_program_is_refused_by_name(tmp_path: Path, saved: object) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, saved).committed()
+        checkpoints = AcceleratorCheckpoints(accelerate.Accelerator(cpu=True), checkpointer)
+        with pytest.raises(CheckpointMismatchError, match="no AcceleratorCheckpoints has written it"):
+            checkpoints.restore()
+
+
 def test_other_objects_are_refused_before_anything_is_changed(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(torch.nn.Linear(2, 2))

@@ -135,6 +135,32 @@ def test_resume_from_a_step_and_from_nothing(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.parametrize("saved", [[1], {"model": {}}, {"model": {}, "generators": []}, {"model": {}, "generators": 5}])
+def test_a_checkpoint_of_another_program_is_refused_by_name(tmp_path: Path, saved: object) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(9, saved).committed()
+        callback = CheckpointCallback(checkpoints, every=2)
+        with pytest.raises(CheckpointMismatchError, match="no CheckpointCallback has written it"):
+            callback.restore(Model())
+        with pytest.raises(CheckpointMismatchError, match="no CheckpointCallback has written it"), callback.resume():
+            pass
+
+
+def test_a_missing_part_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        train(Model(), tmp_path, CheckpointCallback(checkpoints, every=2), 2)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        saved = checkpoints.restore()
+        del saved["optimizer"]
+        checkpoints.save(3, saved).committed()
+        fresh = Model()
+        with torch.no_grad():
+            fresh.net.weight.zero_()
+        with pytest.raises(CheckpointMismatchError, match="optimizer"):
+            CheckpointCallback(checkpoints, every=2).restore(fresh, torch.optim.AdamW(fresh.parameters()))
+        assert not fresh.net.weight.any()
+
+
 def test_the_end_is_not_saved_twice(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         callback = CheckpointCallback(checkpoints, every=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import textwrap
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
@@ -174,3 +175,25 @@ async def test_links_inside_a_checkpoint_are_removed_and_not_followed(tmp_path: 
     await run.delete("c")
     assert os.listdir(tmp_path / "run") == []
     assert files_below(tmp_path / "archive") == before
+
+
+@pytest.mark.asyncio
+async def test_no_file_is_written_outside_of_a_checkpoint(tmp_path: Path) -> None:
+    pending = await LocalStorage(tmp_path / "root").open("a")
+
+    async def parts() -> AsyncIterator[memoryview]:
+        yield memoryview(b"12345")
+
+    for name in ("../file.bin", str(tmp_path / "file.bin"), "", ".", ".."):
+        with pytest.raises(ValueError, match="is not a plain name for a file"):
+            await pending.write(name, 5, parts())
+    await pending.abort()
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.asyncio
+async def test_a_name_with_a_null_byte_is_refused_by_name(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    for call in (storage.open, storage.read, storage.delete, storage.is_link):
+        with pytest.raises(ValueError, match=r"'a\\x00b' is not a name of a checkpoint"):
+            await call("a\0b")

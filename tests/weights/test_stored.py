@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from obstore.store import MemoryStore
 
 import aiostage
-from aiostage import AsyncStager, CheckpointCorruptError, StorageError, UnsupportedLeafError, WeightsError
+from aiostage import (
+    AsyncStager,
+    CheckpointCorruptError,
+    HostMemoryError,
+    StorageError,
+    UnsupportedLeafError,
+    WeightsError,
+)
 from aiostage.abc import Storage
 from aiostage.storage import ObjectStorage
-from aiostage.testing.cancelling import at_every_await
+from aiostage.testing.cancelling import CancelledAt, at_every_await
 from aiostage.weights import WeightPublisher, WeightSubscriber
 from tests.checkpoint.memory_storage import MemoryStorage
 from tests.weights.trees import until, versions_in, weights
@@ -135,14 +145,37 @@ class TestFaults:
             await aiostage.save({"epoch": 1}, (storage, "newest"))
             with pytest.raises(CheckpointCorruptError, match="newest: it does not point to weights"):
                 await subscriber.get()
+            await self.check_waits(subscriber)
             await storage.delete("newest")
             await publisher.publish(weights(1), version=1)
             files = storage.checkpoints[only_version(storage)]
             files["model.safetensors"] = files["model.safetensors"][:-1] + b"\1"
             with pytest.raises(CheckpointCorruptError):
                 await subscriber.get()
+            await self.check_waits(subscriber)
             await publisher.publish(weights(2), version=2)
             assert (await subscriber.get()).version == 2
+
+    async def check_waits(self, subscriber: WeightSubscriber) -> None:
+        """Check that an error is raised once, and the next call waits for what comes next."""
+        with anyio.move_on_after(20 * INTERVAL) as waiting:
+            await subscriber.get()
+        assert waiting.cancelled_caught
+
+    async def test_a_version_without_memory_for_it_is_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage = MemoryStorage()
+        async with WeightPublisher(storage) as publisher, WeightSubscriber(storage, interval=INTERVAL) as subscriber:
+            await publisher.publish(weights(1), version=1)
+
+            async def refuse(operation: str, name: str) -> None:
+                if operation == "read" and name.startswith("weights-"):
+                    storage.before = None
+                    raise HostMemoryError("no memory.")
+
+            storage.before = refuse
+            with pytest.raises(HostMemoryError):
+                await subscriber.get()
+            assert (await subscriber.get()).version == 1
 
     async def test_a_later_publisher_takes_over(self) -> None:
         storage: Storage = MemoryStorage()
@@ -194,6 +227,27 @@ async def test_a_snapshot_is_saved_while_training_goes_on() -> None:
             await publishing
         async with WeightSubscriber(storage, interval=INTERVAL) as subscriber:
             assert float((await subscriber.get()).state_dict["weight"].sum()) == 1000.0
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_is_written_late_does_not_replace_one_whose_publication_was_cancelled() -> None:
+    written = 0
+    for number in count():
+        storage = MemoryStorage()
+        async with WeightPublisher(storage) as publisher:
+            early, late = publisher.publish(weights(4), version=4), publisher.publish(weights(5), version=5)
+            cancelled = CancelledAt(late, number)
+            with suppress(asyncio.CancelledError):
+                await cancelled
+            is_written = "newest" in storage.checkpoints
+            await early
+            async with WeightSubscriber(storage, interval=INTERVAL) as subscriber:
+                # Cancelled when its pointer was written: then it is the newest.
+                assert (await subscriber.get()).version == (5 if is_written else 4)
+        if not cancelled.reached:
+            break
+        written += is_written
+    assert written
 
 
 @pytest.mark.asyncio
