@@ -6,7 +6,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -222,10 +222,14 @@ class DcpDirectory:
                 raise ValueError(f"a chunk of {name!r:.80} is not what it should be")
             target = made
             for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                # narrow() would count from the end.
+                if offset < 0:
+                    raise ValueError(f"a chunk of {name!r:.80} lies outside of it")
                 target = target.narrow(dimension, offset, size)
             target.copy_(part.detach())
             filled += part.numel()
-        if filled != made.numel():
+        # Both: two chunks at one place could have as many elements as the tensor, and leave uninitialized memory in it.
+        if filled != made.numel() or _overlap(entry.chunks):
             raise ValueError(f"the chunks of {name!r:.80} do not cover it")
         return made
 
@@ -246,6 +250,24 @@ class DcpDirectory:
         if os.path.basename(name) != name or getattr(place, "transform_descriptors", None):
             raise ValueError(f"{name!r:.80} is not a plain file of the checkpoint")
         return os.path.join(self._path, name)
+
+
+def _overlap(chunks: Sequence[Any]) -> bool:
+    """Return whether two chunks of a tensor share an element."""
+    boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks if math.prod(chunk.sizes)]
+    if not boxes or not boxes[0][0]:
+        return len(boxes) > 1
+    # A sweep along the dimension with the most different offsets, which is the sharded one: few chunks meet at a time.
+    sweep = max(range(len(boxes[0][0])), key=lambda dimension: len({offsets[dimension] for offsets, _ in boxes}))
+    open_boxes: list[tuple[Any, Any]] = []
+    for offsets, sizes in sorted(boxes, key=lambda box: box[0][sweep]):
+        open_boxes = [box for box in open_boxes if box[0][sweep] + box[1][sweep] > offsets[sweep]]
+        for others, lengths in open_boxes:
+            pairs = zip(offsets, sizes, others, lengths, strict=True)
+            if all(start < other + length and other < start + size for start, size, other, length in pairs):
+                return True
+        open_boxes.append((offsets, sizes))
+    return False
 
 
 class _Items(dict[int, Any]):

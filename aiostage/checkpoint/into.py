@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import types
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from aiostage._copy.targets import Pair, shared_unlike, unwritable
+from aiostage._copy.targets import Pair, shared_unlike
+from aiostage.checkpoint.live_values import (
+    SIMPLE,
+    are_equal,
+    are_wrappers,
+    has_state,
+    has_tensors,
+    is_own,
+    merged,
+    parts_of,
+    why_not,
+)
 from aiostage.checkpoint.transfer import TensorPair, Transfer
 from aiostage.errors import SHOWN_PATHS, CheckpointMismatchError, listed, shown
 from aiostage.format.classes import PlainObject, slots_of
-from aiostage.format.kinds import NotCarried, Parts
 from aiostage.format.nodes import LEFT_OUT
-from aiostage.format.objects import take_object_apart
-from aiostage.format.registry import flattening_of
 from aiostage.format.tensors import extra_attributes
 from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 
-__all__ = ["STRICT", "Fit", "StrictOption", "compare", "is_rounded"]
+__all__ = ["Fit", "StrictOption", "compare"]
 
 _logger = logging.getLogger("aiostage")
-
-_NOT_ROUNDED = frozenset({torch.float4_e2m1fn_x2, torch.float8_e8m0fnu})
-"""Two numbers to an element, and scales, which are powers of two."""
 
 StrictOption: TypeAlias = bool | Callable[[list[str], list[str]], object]
 """Whether the same leaves are needed; or what is called with the paths of those missing and of those unexpected."""
@@ -68,11 +70,6 @@ class Fit:
 
 STRICT = Fit()
 """The same leaves, of the same dtypes."""
-
-
-def is_rounded(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor has floating-point numbers that torch can round to others."""
-    return tensor.dtype.is_floating_point and tensor.dtype not in _NOT_ROUNDED
 
 
 _YIELD_EVERY = 64
@@ -176,7 +173,7 @@ class _Comparison:
                 place, f"a {loaded.class_name} that was loaded without its class: pass classes=[{type(live).__name__}]"
             )
             return
-        if _are_wrappers(live, loaded):
+        if are_wrappers(live, loaded):
             names = live.__tensor_flatten__()[0]
             for name in names:
                 self._todo.append(((Attribute(name), place), getattr(live, name), getattr(loaded, name), None))
@@ -189,7 +186,7 @@ class _Comparison:
             self._find(place, live, where)
             self._visit_attributes(place, live, loaded)
         elif isinstance(live, torch.Tensor) or isinstance(loaded, torch.Tensor):
-            reason = _why_not(live, loaded, inference=self._inference, cast=self._cast)
+            reason = why_not(live, loaded, inference=self._inference, cast=self._cast)
             if reason is None:
                 self.pairs.append((place, live, loaded))
                 self._find(place, live, where)
@@ -198,26 +195,26 @@ class _Comparison:
             else:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
-            if isinstance(live, tuple) and where is not None and not _has_state(live) and not _has_state(loaded):
-                merged = _merged(live, loaded)
-                if merged is None:
+            if isinstance(live, tuple) and where is not None and not has_state(live) and not has_state(loaded):
+                filled = merged(live, loaded)
+                if filled is None:
                     self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")
                 else:
-                    self._assign(place, where, merged)
+                    self._assign(place, where, filled)
             elif (id(live), id(loaded)) not in self._seen:
                 self._seen.add((id(live), id(loaded)))
                 self._find(place, live, where)
                 yield from self._descend(place, live, loaded)
-        elif _has_state(live) or _has_state(loaded):
+        elif has_state(live) or has_state(loaded):
             self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__}")
-        elif _has_tensors(live):
+        elif has_tensors(live):
             if (id(live), id(loaded)) not in self._seen:
                 self._seen.add((id(live), id(loaded)))
                 self._find(place, live, where)
                 yield from self._visit_object(place, live, loaded)
         elif where is not None:
             self._assign(place, where, loaded)
-        elif not _equal(live, loaded):
+        elif not are_equal(live, loaded):
             self._mismatch(place, f"{_instead(live, loaded)} in what cannot be changed")
 
     def _descend(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
@@ -245,7 +242,7 @@ class _Comparison:
 
     def _visit_object(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
         """Compare two objects, the live one of which has tensors in it: with another object these would be lost."""
-        mine, theirs = _parts_of(live), _parts_of(loaded)
+        mine, theirs = parts_of(live), parts_of(loaded)
         if type(live) is not type(loaded):
             self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__} that has tensors in it")
         elif isinstance(live, deque):
@@ -269,21 +266,21 @@ class _Comparison:
 
     def _visit_children(self, place: LinkedPath, live: Any, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         """Compare what a function of a registered class takes an object apart into."""
-        again = _parts_of(live)
+        again = parts_of(live)
         for name, value in mine.items():
             here = (Attribute(name), place)
-            if again is not None and _is_own(value, again.children[name]):
+            if again is not None and is_own(value, again.children[name]):
                 self._todo.append((here, value, theirs[name], None))
-            elif _has_tensors(value):
+            elif has_tensors(value):
                 self._mismatch(here, f"the {type(live).__name__} is taken apart into copies of its tensors")
-            elif _has_tensors(theirs[name]) or not _equal(value, theirs[name]):
+            elif has_tensors(theirs[name]) or not are_equal(value, theirs[name]):
                 self._mismatch(here, f"{_instead(value, theirs[name])} in a {type(live).__name__}")
 
     def _assign(self, place: LinkedPath, where: tuple[Any, Any], value: Any) -> None:
         """Note what is put into the live tree. Of a container in several places all have the same."""
         container, key = where
         before = self._assigned.setdefault((id(container), key), value)
-        if before is not value and not (type(before) is type(value) in _SIMPLE and _equal(before, value)):
+        if before is not value and not (type(before) is type(value) in SIMPLE and are_equal(before, value)):
             self._mismatch(place, "what it is in is one object in several places, and not so in the checkpoint")
         self.assignments.append((container, key, value))
 
@@ -324,14 +321,14 @@ class _Comparison:
         for name, value in theirs.items():
             here = (Attribute(name), place)
             if is_subclass and name in slots_of(type(live)):
-                if _has_tensors(value) and hasattr(live, name):
+                if has_tensors(value) and hasattr(live, name):
                     self._todo.append((here, getattr(live, name), value, (live, name)))
                 else:
                     self._assign(here, (live, name), value)
             elif mine is None:
-                if _has_tensors(value):
+                if has_tensors(value):
                     self._mismatch(here, f"a {type(live).__name__} has no attributes")
-            elif name in mine and (_has_tensors(value) or _has_tensors(mine[name])):
+            elif name in mine and (has_tensors(value) or has_tensors(mine[name])):
                 self._todo.append((here, mine[name], value, (mine, name)))
             else:
                 self._assign(here, (mine, name), value)
@@ -383,124 +380,6 @@ def _same_kind(live: Any, loaded: Any) -> bool:
     return any(isinstance(live, kind) and isinstance(loaded, kind) for kind in (dict, list, tuple))
 
 
-def _has_state(value: Any) -> bool:
-    """Return whether a value is, or is a tuple around, something that is changed in place."""
-    pending = deque([value])
-    while pending:
-        item = pending.popleft()
-        if isinstance(item, (torch.Tensor, dict, list)):
-            return True
-        if isinstance(item, tuple):
-            pending.extend(item)
-    return False
-
-
-def _are_wrappers(live: Any, loaded: Any) -> bool:
-    """Return whether two values are tensors of one class around others, and alike but for what those hold."""
-    if type(live) is not type(loaded) or not hasattr(live, "__tensor_flatten__"):
-        return False
-    (names, context), (others, other_context) = live.__tensor_flatten__(), loaded.__tensor_flatten__()
-    shapes = live.shape == loaded.shape and live.stride() == loaded.stride() and live.dtype is loaded.dtype
-    return bool(list(names) == list(others) and shapes and context == other_context)
-
-
-def _has_tensors(value: Any) -> bool:
-    """Return whether a value is, or is a container or an object around, a tensor."""
-    # Most values are such.
-    if type(value) in _SIMPLE:
-        return False
-    # Kept alive: what is made for being asked would leave its identity to the next.
-    pending, seen = deque([value]), dict[int, Any]()
-    while pending:
-        item = pending.popleft()
-        if isinstance(item, torch.Tensor):
-            return True
-        if type(item) in _SIMPLE or id(item) in seen:
-            continue
-        seen[id(item)] = item
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple, deque, set, frozenset)):
-            pending.extend(item)
-        elif (parts := _parts_of(item)) is not None:
-            pending.extend((*parts.children.values(), *parts.attributes.values()))
-    return False
-
-
-_SIMPLE = frozenset((type(None), bool, int, float, complex, str, bytes))
-
-
-def _parts_of(value: Any) -> Parts | None:
-    """Return the parts of an object that consists of others; None of any other one."""
-    cls = type(value)
-    if cls not in _OF_ATTRIBUTES and not is_dataclass(cls) and flattening_of(cls) is None:
-        return None
-    try:
-        return take_object_apart(value)[1]
-    except NotCarried:
-        return None
-
-
-_OF_ATTRIBUTES = frozenset((PlainObject, argparse.Namespace, types.SimpleNamespace))
-
-
-def _is_own(part: Any, again: Any) -> bool:
-    """Return whether an object is taken apart into what is in it, and not into what is made for that each time."""
-    return part is again or (
-        type(part) is torch.Tensor
-        and type(again) is torch.Tensor
-        and part.layout is again.layout is torch.strided
-        and part.data_ptr() == again.data_ptr()
-    )
-
-
-def _merged(live: tuple[Any, ...], loaded: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return a loaded tuple with live values where something was left out of it; None if it has other places."""
-    if not any(theirs is LEFT_OUT or isinstance(theirs, tuple) for theirs in loaded):
-        return loaded
-    merged: list[Any] = []
-    for place, theirs in enumerate(loaded):
-        mine = live[place] if place < len(live) else None
-        if theirs is LEFT_OUT and len(live) != len(loaded):
-            return None
-        if isinstance(theirs, tuple) and isinstance(mine, tuple):
-            theirs = _merged(mine, theirs)
-            if theirs is None:
-                return None
-        merged.append(mine if theirs is LEFT_OUT else theirs)
-    return tuple(merged) if type(loaded) is tuple else loaded
-
-
 def _instead(live: Any, loaded: Any) -> str:
-    return f"{shown(loaded)} instead of {shown(live)}"
-
-
-def _equal(live: Any, loaded: Any) -> bool:
-    same = live is loaded or live == loaded
-    # NaN equals itself here, and an array equals another if all of it does.
-    return bool(np.all(same)) or (live != live and loaded != loaded)
-
-
-def _why_not(live: Any, loaded: Any, *, inference: bool, cast: bool) -> str | None:
-    """Return why a loaded value cannot be copied into a live tensor, or None if it can."""
-    if not isinstance(live, torch.Tensor) or not isinstance(loaded, torch.Tensor):
-        return f"a {type(loaded).__name__} into a {type(live).__name__}"
-    for tensor, which in ((live, "live"), (loaded, "loaded")):
-        if is_lazy(tensor):
-            return f"the {which} tensor is a {type(tensor).__name__}, which has no shape yet"
-        # It has no shape that could be compared.
-        if tensor.is_nested:
-            return f"the {which} tensor is nested"
-    castable = live.dtype is loaded.dtype or (cast and is_rounded(live) and is_rounded(loaded))
-    if live.shape != loaded.shape or not castable:
-        hint = ", which cast=True would allow" if is_rounded(live) and is_rounded(loaded) and not cast else ""
-        hint = hint if live.shape == loaded.shape else ""
-        return f"{loaded.dtype} {tuple(loaded.shape)} into {live.dtype} {tuple(live.shape)}{hint}"
-    if hasattr(live, "__tensor_flatten__"):
-        return f"the live tensor is a {type(live).__name__}"
-    for tensor, which in ((live, "live"), (loaded, "loaded")):
-        if tensor.is_quantized:
-            return f"the {which} tensor is quantized"
-        if tensor.layout is not torch.strided:
-            return f"the {which} tensor is {tensor.layout}"
-    return unwritable(live, loaded, inference=inference)
+    expected, found = shown(live), shown(loaded)
+    return f"{found} instead of {expected}" if found != expected else f"another {found}"

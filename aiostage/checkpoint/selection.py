@@ -16,7 +16,11 @@ __all__ = ["Only", "Selection"]
 
 _EXAMPLES = 5
 _MAX_DEPTH = 100
-"""Of trees from other programs; what is deeper is taken as a whole or not at all."""
+"""Levels of a tree of another program that are looked into; what is deeper is taken as a whole or not at all."""
+
+_MAX_PATHS = 1 << 22
+"""Paths in a tree of another program that are looked at: more than a manifest of aiostage has nodes. A hostile file can
+have 2 ** 100 paths, with lists each of which contains the next one twice."""
 
 _NOTHING = object()
 
@@ -43,6 +47,7 @@ class Selection:
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._unmatched: set[str] = set()
         self._examples: list[str] = []
+        self._paths = 0
         if callable(only):
             self._function = only
             return
@@ -109,11 +114,17 @@ class Selection:
             return _NOTHING
         found: dict[Any, Any] = {}
         for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            self._paths += 1
+            if self._paths > _MAX_PATHS:
+                raise ValueError(
+                    f"only= selects parts of trees of up to {_MAX_PATHS} paths, and the checkpoint{self.where} has "
+                    "more. Load it without only=."
+                )
             here = (*path, key)
             kept = child
             if self.chooses(here):
                 if self._unmatched:
-                    # Patterns may match below what was chosen as a whole, too.
+                    # For its side effect on the patterns: one that matches only below what was chosen has matched too.
                     self._kept(child, here, instead, above | {id(value)})
             else:
                 kept = self._kept(child, here, instead, above | {id(value)})

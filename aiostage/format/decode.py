@@ -42,7 +42,6 @@ _NEW: dict[str, Callable[[dict[str, Any]], Any]] = {
 """Containers that are made empty and filled when everything else exists, so that they may contain themselves."""
 
 _EXTEND: dict[str, Callable[[Any, Any], None]] = {"list": list.extend, "set": set.update, "deque": deque.extend}
-_IMMUTABLE: dict[str, Callable[[Any], Any]] = {"tuple": tuple}
 _NOT_MADE = object()
 _MAPPINGS = frozenset(MAPPINGS.values())
 _BYTES = ("bytes", "bytearray")
@@ -127,14 +126,17 @@ class TreeDecoder:
 
     def _build(self) -> Any:
         table = self._table
-        # What may contain itself exists first; then each node is made, and filled if all that it contains comes before
-        # it, as it does outside of circles; then the others are filled.
-        for form in table.forms:
-            kind = form["is"]
-            if kind in MADE_FIRST:
-                self._made.append(make_first(form, self._classes))
-            else:
-                self._made.append(_NEW[kind](form) if kind in _NEW else _NOT_MADE)
+        # Three passes, since nodes may contain themselves. First, objects that can exist without what they contain are
+        # made. Second, every other node is made, in the order of the file, where children come before what contains
+        # them; nodes whose children are all there are filled at once. Third, the nodes on circles are filled.
+        # Nodes that are not reached were left out by only=, and must not fail.
+        for form, how in releasing_gil(zip(table.forms, table.reached, strict=True)):
+            kind, made = form["is"], _NOT_MADE
+            if how and kind in MADE_FIRST:
+                made = make_first(form, self._classes)
+            elif how and kind in _NEW:
+                made = _NEW[kind](form)
+            self._made.append(made)
         left: list[int] = []
         for index, how in enumerate(releasing_gil(table.reached)):
             if not how:
@@ -174,8 +176,8 @@ class TreeDecoder:
         kind = form["is"]
         if kind == "frozenset":
             return frozenset(Collisions().add(map(self._child, children)))
-        if kind in _IMMUTABLE:
-            return _IMMUTABLE[kind](map(self._child, children))
+        if kind == "tuple":
+            return tuple(map(self._child, children))
         if kind == "tensor" or kind in COMPOSITES:
             return self._tensor(form, list(map(self._child, children)))
         if kind == "ndarray":

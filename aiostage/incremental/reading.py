@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
@@ -66,8 +66,10 @@ class ReferencedFiles:
 
     async def aclose(self) -> None:
         """Close it and the others. May be called more than once."""
-        for reader in (self._reader, *self._others.values()):
-            await reader.aclose()
+        # The stack calls every one, also if one raises or is cancelled.
+        async with AsyncExitStack() as stack:
+            for reader in (self._reader, *self._others.values()):
+                stack.push_async_callback(reader.aclose)
 
     def _file(self, name: str) -> PlacedFile:
         try:

@@ -298,7 +298,7 @@ ONE, TWO = torch.ones(1), torch.ones(2)
 UNFIT: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "frozen": (lambda: Frozen(ONE * 0, 3), Frozen(ONE, 4), r"\['a'\]\.step \(4 instead of 3 in what cannot be changed"),
     "copies": (lambda: Copied(ONE * 0, 1), Copied(ONE, 1), r"\['a'\]\.0 \(the Copied is taken apart into copies"),
-    "context": (lambda: Flat(ONE * 0, 1), Flat(ONE, 2), r"\['a'\]\.context \(list of 1 instead of list of 1 in a Flat"),
+    "context": (lambda: Flat(ONE * 0, 1), Flat(ONE, 2), r"\['a'\]\.context \(another list of 1 in a Flat"),
     "another class": (lambda: State(ONE * 0), Slots(ONE), r"\['a'\] \(a Slots into a State that has tensors in it"),
     "a number": (lambda: State(ONE * 0), 3, r"\['a'\] \(a int into a State that has tensors in it"),
     "a set": (lambda: {ONE * 0}, {ONE}, r"\['a'\] \(a set has tensors in it that cannot be told"),

@@ -517,3 +517,33 @@ def test_a_shell_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFix
         assert f"would leave out global_step5, optimizer.pt. Pass the path of each part, such as {path}" in (
             capsys.readouterr().err
         )
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("second", [(0, 3), (1, 3), (-3, 3)])
+async def test_chunks_that_leave_memory_uninitialized(second: tuple[int, int], tmp_path: Path) -> None:
+    dcp.save({"w": torch.arange(3.0)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    path = tmp_path / "dcp" / ".metadata"
+    about = pickle.loads(path.read_bytes())
+    entry = about.state_dict_metadata["w"]
+    entry.size = torch.Size((6,))
+    entry.chunks.append(type(entry.chunks[0])(torch.Size(second[:1]), torch.Size(second[1:])))
+    (index, place) = about.storage_data.popitem()
+    for chunk in entry.chunks:
+        about.storage_data[type(index)(index.fqn, chunk.offsets)] = place
+    path.write_bytes(pickle.dumps(about))
+    with pytest.raises(aiostage.CheckpointCorruptError, match=r"do not cover it|outside of it"):
+        await aiostage.load(tmp_path / "dcp")
+
+
+@pytest.mark.asyncio
+async def test_a_part_of_a_tree_with_too_many_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiostage.checkpoint.selection._MAX_PATHS", 1000)
+    ladder: list[Any] = []
+    for _ in range(60):
+        ladder = [ladder, ladder]
+    torch.save({"w": torch.ones(1), "ladder": ladder}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="has more"):
+        await aiostage.load(tmp_path / "a.pt", only="w")
+    assert (await aiostage.load(tmp_path / "a.pt"))["w"].item() == 1

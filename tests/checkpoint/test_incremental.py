@@ -11,7 +11,7 @@ import xxhash
 
 import aiostage
 from aiostage import AsyncStager, CheckpointCorruptError, Checkpointer, StagingOptions
-from aiostage.abc import Buffer
+from aiostage.abc import Buffer, Reader
 from aiostage.format.parts import PART_BYTES
 from aiostage.format.placement import BLOCK_BYTES, Extent, PlacedFile, append
 from aiostage.incremental.writing import _Group
@@ -19,7 +19,7 @@ from aiostage.storage import LocalStorage
 from aiostage.storage.files import PartBuffers
 from aiostage.testing import at_every_await
 from tests.checkpoint.comparing import assert_same
-from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
+from tests.checkpoint.memory_storage import MANIFEST, MemoryReader, MemoryStorage
 from tests.checkpoint.names import name_of
 from tests.checkpoint.runs import MIB, LoRA, copied, numbers
 from tests.checkpoint.test_checkpointer import Copier, Gate, settled, until
@@ -318,3 +318,38 @@ async def test_on_trio(tmp_path: Path) -> None:
     loaded = await checkpoints.restore()
     assert loaded["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [name_of(0), f"{name_of(0)}.removed", name_of(2)]
+
+
+class ReaderThatFailsToClose(MemoryReader):
+    def __init__(self, storage: ClosingStorage, name: str) -> None:
+        super().__init__(storage, name)
+        self.storage = storage
+        storage.open_readers += 1
+        storage.others_opened |= name == name_of(0)
+
+    async def aclose(self) -> None:
+        self.storage.open_readers -= 1
+        # As a cancellation at its first await does.
+        if self.name == name_of(2) and self.storage.others_opened:
+            raise OSError("the connection is lost")
+
+
+class ClosingStorage(MemoryStorage):
+    open_readers = 0
+    others_opened = False
+
+    async def read(self, name: str) -> Reader:
+        await super().read(name)
+        return ReaderThatFailsToClose(self, name)
+
+
+@pytest.mark.asyncio
+async def test_every_reader_is_closed_also_if_one_fails() -> None:
+    storage, model = ClosingStorage(), LoRA()
+    async with Checkpointer(storage, incremental=True) as checkpoints:
+        for step in range(3):
+            await (await checkpoints.save(step, model.state_dict(step))).committed()
+    storage.others_opened = False
+    with pytest.raises(OSError, match="connection is lost"):
+        await aiostage.load((storage, name_of(2)))
+    assert storage.open_readers == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,23 @@ async def test_a_checkpointer_restores_parts_in_place(tmp_path: Path) -> None:
         assert live["model"]["head"].tolist() == [2] * 4
         assert live["step"] == 1
         assert await checkpoints.restore(step=5, only="step") == {"step": 2}
+
+
+@dataclass
+class Settings:
+    rate: float
+
+
+def changed_settings() -> type:
+    """Return a class of the same name of which no object can be made from attributes."""
+    return dataclass(type("Settings", (dict,), {"__module__": __name__, "__annotations__": {"rate": float}}))
+
+
+@pytest.mark.asyncio
+async def test_what_is_left_out_need_not_be_possible(tmp_path: Path) -> None:
+    # The class has changed since the save, and no object of it can be made.
+    await aiostage.save({"a": torch.ones(1), "b": Settings(0.5)}, tmp_path / "a")
+    changed = changed_settings()
+    with pytest.raises(aiostage.CheckpointError, match="not made of attributes alone"):
+        await aiostage.load(tmp_path / "a", classes=[changed])
+    assert list(await aiostage.load(tmp_path / "a", classes=[changed], only="a")) == ["a"]
