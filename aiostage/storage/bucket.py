@@ -18,7 +18,7 @@ class Version:
     """One state of an object, which changes whenever it is written.
 
     Attributes:
-        tag: What the store calls it; None where the store does not tell states apart.
+        tag: What the store calls it, or what it contains; None where the store does not tell states apart.
     """
 
     tag: Any
@@ -120,6 +120,7 @@ class Bucket(ABC):
 
         Raises:
             FileExistsError: If it is in another state than the one seen, or gone.
+            NotImplementedError: If the store cannot compare. Nothing was written.
         """
 
     @abstractmethod

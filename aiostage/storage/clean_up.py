@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from aiostage._loop.coroutines import finish
-from aiostage.storage.bucket import Bucket
+from aiostage.abc import Buffer
+from aiostage.errors import CheckpointCorruptError
+from aiostage.storage.bucket import Bucket, ObjectMeta, Version
+from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.pointer import (
     FOLDER,
     LEASE_NAME,
     POINTER_NAME,
     WITHDRAWN,
     find_folder,
+    is_going,
     lease_seconds,
     remove_folder,
+    withdraw,
 )
 
 __all__ = ["clean_up", "pending"]
@@ -33,7 +40,7 @@ _log = logging.getLogger("aiostage")
 
 
 async def clean_up(bucket: Bucket, seconds: float) -> None:
-    """Remove the folders that have no pointer and no writer.
+    """Withdraw pointers to folders that are gone, and remove the folders that have no pointer and no writer.
 
     Args:
         bucket: Where.
@@ -42,7 +49,11 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
     Raises:
         StorageError: If the store refuses. What is left is found again.
     """
-    candidates = [suspect for suspect in await _suspects(bucket) if not await _is_used(bucket, suspect)]
+    listed = await _listed(bucket)
+    for name, entry in listed.items():
+        if entry.is_doubtful(seconds):
+            await _withdraw_from_nothing(bucket, name)
+    candidates = [suspect for suspect in _suspects(listed) if not await _is_used(bucket, suspect)]
     if not candidates:
         return
     now = await _now(bucket)
@@ -66,30 +77,101 @@ async def pending(bucket: Bucket) -> Sequence[str]:
     Raises:
         StorageError: If the store refuses.
     """
-    return sorted({name for name, _ in await _suspects(bucket)})
+    return sorted({name for name, _ in _suspects(await _listed(bucket))})
 
 
-async def _suspects(bucket: Bucket) -> Sequence[tuple[str, str]]:
+@dataclass(slots=True)
+class _Listed:
+    """What a listing shows of one checkpoint.
+
+    Attributes:
+        pointer: Its pointer, unless that is withdrawn.
+        folders: The names of its folders.
+        manifests: The manifests in them.
+    """
+
+    pointer: ObjectMeta | None = None
+    folders: set[str] = field(default_factory=set)
+    manifests: list[ObjectMeta] = field(default_factory=list)
+
+    def is_doubtful(self, seconds: float) -> bool:
+        """Return whether the pointer may name a folder that is gone.
+
+        A pointer is written right after a manifest. A writer whose files are gone was silent for longer than a lease
+        before that, and its pointer comes so much later than the manifests of others that are left.
+        """
+        if self.pointer is None:
+            return False
+        return not any(_seconds_between(manifest, self.pointer) < seconds for manifest in self.manifests)
+
+
+def _seconds_between(first: ObjectMeta, second: ObjectMeta) -> float:
+    """Return how much later one was written; 0 if the store does not say."""
+    if first.modified is None or second.modified is None:
+        return 0.0
+    return (second.modified - first.modified).total_seconds()
+
+
+async def _listed(bucket: Bucket) -> Mapping[str, _Listed]:
+    """Return what a listing shows of each checkpoint, by its name."""
+    found: dict[str, _Listed] = defaultdict(_Listed)
+    async for entries in bucket.list(""):
+        for entry in entries:
+            above, _, last = entry.path.rpartition("/")
+            if last == POINTER_NAME and above and entry.nbytes != len(WITHDRAWN):
+                found[above].pointer = entry
+            name, _, folder = above.rpartition("/")
+            if name and FOLDER.fullmatch(folder):
+                found[name].folders.add(folder)
+                if last == MANIFEST_NAME:
+                    found[name].manifests.append(entry)
+    return found
+
+
+def _suspects(listed: Mapping[str, _Listed]) -> Sequence[tuple[str, str]]:
     """Return the name of the checkpoint and that of the folder, for folders that a listing alone does not clear.
 
     A pointer and one folder is what a committed checkpoint looks like, and most are.
     """
-    pointers: set[str] = set()
-    found: dict[str, set[str]] = {}
-    async for entries in bucket.list(""):
-        for entry in entries:
-            above, _, last = entry.path.rpartition("/")
-            if last == POINTER_NAME and entry.nbytes != len(WITHDRAWN):
-                pointers.add(above)
-            name, _, folder = above.rpartition("/")
-            if name and FOLDER.fullmatch(folder):
-                found.setdefault(name, set()).add(folder)
     return [
         (name, folder)
-        for name, folders in found.items()
-        for folder in sorted(folders)
-        if len(folders) > 1 or name not in pointers
+        for name, entry in listed.items()
+        for folder in sorted(entry.folders)
+        if len(entry.folders) > 1 or entry.pointer is None
     ]
+
+
+async def _withdraw_from_nothing(bucket: Bucket, name: str) -> None:
+    """Withdraw a pointer to a folder that is gone, whose writer could not.
+
+    Nobody else needs that pointer. Its writer looks for its lease after it has written the pointer, finds none, and
+    fails. One that replaces it writes another, and this writes only in place of the one that it has seen.
+    """
+    try:
+        folder = await find_folder(bucket, name)
+    except CheckpointCorruptError:
+        # Not a pointer, and not ours. Those who open it say so.
+        return
+    if folder is None or not await is_going(bucket, f"{name}/{folder}"):
+        return
+    # The owner of what a link leads to sees to it.
+    if await bucket.is_link(name) or await bucket.is_link(f"{name}/{folder}"):
+        return
+    try:
+        await withdraw(bucket, name, folder, exchange=_exchange_compared)
+    except NotImplementedError:
+        _log.warning(
+            "%s/%s names files that are gone, because its writer could not take it back. This store cannot compare, so "
+            "a clean-up leaves it to you: save the checkpoint again with overwrite=True, or delete it.",
+            bucket.location,
+            f"{name}/{POINTER_NAME}",
+        )
+    else:
+        _log.info("withdrew %s/%s/%s, which named files that are gone", bucket.location, name, POINTER_NAME)
+
+
+async def _exchange_compared(bucket: Bucket, name: str, data: Buffer, seen: Version) -> None:
+    await bucket.replace(f"{name}/{POINTER_NAME}", data, seen)
 
 
 async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:

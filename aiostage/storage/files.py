@@ -7,6 +7,9 @@ import logging
 import os
 import shutil
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,6 +28,7 @@ from aiostage._platform import (
     set_direct,
     sync,
     try_lock,
+    unlock,
 )
 from aiostage._platform import rename as _rename
 from aiostage.abc import Buffer
@@ -42,6 +46,7 @@ __all__ = [
     "is_current",
     "is_empty_directory",
     "is_plain_name",
+    "locked_directory",
     "make_parents",
     "move",
     "open_directory",
@@ -440,6 +445,43 @@ def try_lock_directory(directory: Descriptor) -> bool | None:
     except OSError:
         # Without locks no process can tell stale files from work, so nothing is ever removed.
         return None
+
+
+_LOCK_SECONDS = 10.0
+"""A guess: far longer than a small file takes to write, and short enough for a writer to be told of it."""
+
+
+@contextmanager
+def locked_directory(path: str) -> Iterator[bool]:
+    """Hold the lock of a directory for some small files' time; give False where the file system has no locks. Blocks.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        TimeoutError: If another process holds the lock and does not give it back, say because it is suspended.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        # A link and what it leads to have one lock.
+        resolved = os.path.realpath(path)
+        with open_directory(resolved) as directory:
+            locked = try_lock_directory(directory)
+            if locked is None:
+                yield False
+                return
+            if locked:
+                try:
+                    # Of a directory that was removed and made again, others lock the new one.
+                    if is_current(directory, resolved):
+                        yield True
+                        return
+                finally:
+                    # Closing would not do: a process that was forked meanwhile has the descriptor too.
+                    unlock(directory.fileno())
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"another process has held its lock for {_LOCK_SECONDS:.0f} seconds", path
+            )
+        time.sleep(0.001)
 
 
 def remove(path: str) -> None:

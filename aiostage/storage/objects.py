@@ -31,6 +31,7 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, said, shown
 from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
+from aiostage.storage.files import locked_directory
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
 __all__ = ["ObjectStorage", "translate", "worded"]
@@ -189,8 +190,9 @@ class _ObjectBucket(Bucket):
         try:
             await self._put(path, data, seen.tag or "overwrite")
         except NotImplementedError:
-            # The store cannot compare. Of several writers that replace at once, the last one wins.
-            await self._put(path, data, "overwrite")
+            full = await self._on_disk(path)
+            if full is None or not await self._workers.run(partial(self._replace_on_disk, full, path, data, seen)):
+                raise
 
     async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         store = await self._connected()
@@ -277,6 +279,22 @@ class _ObjectBucket(Bucket):
         """Return where a path is in the file system, if the store is a directory."""
         store = await self._connected()
         return os.path.join(store.prefix or "/", self._prefix + path) if isinstance(store, LocalStore) else None
+
+    def _replace_on_disk(self, full: str, path: str, data: Buffer, seen: Version) -> bool:
+        """Compare and write with a lock held, because a disk has locks; return False where it has none. Blocks."""
+        store = self._store or self._make()
+        is_seen = True
+        try:
+            with self._translated(path), locked_directory(os.path.dirname(full)) as comparing:
+                if comparing:
+                    is_seen = obstore.head(store, self._prefix + path)["e_tag"] == seen.tag.get("e_tag")
+                if comparing and is_seen:
+                    obstore.put(store, self._prefix + path, data, use_multipart=False)
+        except FileNotFoundError:
+            is_seen = False
+        if not is_seen:
+            raise FileExistsError(f"{self._location}/{path}")
+        return comparing
 
     def touch(self, path: str, data: bytes, *, beside: str) -> None:
         store = self._store or self._make()

@@ -4,7 +4,11 @@ A writer, and a clean-up that takes it for dead, settle with two objects which o
 at a time. The writer writes the pointer and then looks for its lease; the clean-up removes the lease and then looks at
 the pointer. At least one of them sees what the other has done: a writer without a lease withdraws its pointer, and a
 clean-up leaves a folder that a pointer names. So a lease is written once, at the beginning, and is the first object
-that is removed; heartbeats are another object.
+that is removed; heartbeats are another object. The manifest is the second: a folder without both is going or gone, and
+a clean-up withdraws a pointer to it, for a writer that could not.
+
+A pointer also says which folders it has replaced. From that a withdrawal knows what to say again, and a writer knows
+whether its own pointer was replaced or withdrawn by others.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from aiostage._loop.coroutines import Finalizer
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, said
 from aiostage.storage.bucket import Bucket, Version
+from aiostage.storage.commit import MANIFEST_NAME
 
 __all__ = [
     "BEATS_PER_LEASE",
@@ -32,11 +38,15 @@ __all__ = [
     "WITHDRAWN",
     "Heartbeat",
     "Pointer",
+    "exchange_pointer",
     "find_folder",
     "find_pointer",
+    "has_lease",
+    "is_going",
     "is_withdrawn",
     "lease_seconds",
     "remove_folder",
+    "withdraw",
     "write_lease",
     "write_pointer",
 ]
@@ -114,6 +124,8 @@ FOLDER = re.compile(r"data-[0-9a-f]{16}")
 _FORMAT = "aiostage"
 _VERSION = 1
 _MAX_BYTES = 4096
+_MAX_REPLACED = 16
+"""A guess: more writers than replace one checkpoint between two requests of one of them."""
 
 WITHDRAWN = json.dumps({"format": _FORMAT, "version": _VERSION, "data": None}).encode()
 """What a pointer says whose writer had lost its files. It stays: stores remove no object on a condition, and without
@@ -127,10 +139,12 @@ class Pointer:
     Attributes:
         folder: Name of the folder with its files; None if the pointer is withdrawn, and there is no checkpoint.
         version: Which state of the pointer that is.
+        replaced: What it has named before, latest first, since there was none and none was withdrawn.
     """
 
     folder: str | None
     version: Version
+    replaced: Sequence[str] = ()
 
 
 async def find_folder(bucket: Bucket, name: str) -> str | None:
@@ -177,22 +191,93 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
         version = content["version"]
         if content["format"] != _FORMAT or type(version) is not int or version != _VERSION:
             raise ValueError("it is of another format or version")
-        if not FOLDER.fullmatch(content["data"]):
+        replaced = content.get("replaced", [])
+        if not all(FOLDER.fullmatch(folder) for folder in (content["data"], *replaced)):
             raise ValueError("it names no folder of a checkpoint")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointCorruptError(
             f"it is not the pointer of a checkpoint: {said(error)}.", path=f"{bucket.location}/{path}"
         ) from error
-    return Pointer(content["data"], found.version)
+    return Pointer(content["data"], found.version, replaced)
 
 
-def write_pointer(folder: str) -> Buffer:
-    """Compose the pointer to a folder."""
-    return memoryview(json.dumps({"format": _FORMAT, "version": _VERSION, "data": folder}).encode())
+def write_pointer(folder: str, replaced: Sequence[str] = ()) -> Buffer:
+    """Compose the pointer to a folder, which has replaced those."""
+    content = {"format": _FORMAT, "version": _VERSION, "data": folder, "replaced": list(replaced[:_MAX_REPLACED])}
+    return memoryview(json.dumps(content).encode())
+
+
+async def exchange_pointer(bucket: Bucket, name: str, data: Buffer, seen: Version) -> None:
+    """Write a pointer in place of the one seen.
+
+    Raises:
+        FileExistsError: If it is in another state, or gone. Where the store cannot compare, it is replaced all the
+            same: then the last of several writers wins.
+        StorageError: If the store refuses.
+    """
+    path = f"{name}/{POINTER_NAME}"
+    try:
+        await bucket.replace(path, data, seen)
+    except NotImplementedError:
+        await bucket.put(path, data)
+
+
+async def has_lease(bucket: Bucket, folder: str) -> bool:
+    """Return whether the lease of a folder is there. If so, all its files are: it is removed before them."""
+    return await _exists(bucket, f"{folder}/{LEASE_NAME}")
+
+
+async def is_going(bucket: Bucket, folder: str) -> bool:
+    """Return whether the removal of a folder has begun that a pointer has named; it never ends otherwise then."""
+    return not await has_lease(bucket, folder) and not await _exists(bucket, f"{folder}/{MANIFEST_NAME}")
+
+
+async def _exists(bucket: Bucket, path: str) -> bool:
+    try:
+        await bucket.size(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+async def withdraw(
+    bucket: Bucket,
+    name: str,
+    folder: str,
+    *,
+    exchange: Callable[[Bucket, str, Buffer, Version], Awaitable[None]] = exchange_pointer,
+) -> None:
+    """Let the pointer to a folder say what it said before, unless those files are gone too.
+
+    The pointer of another writer is left.
+
+    Args:
+        bucket: Where.
+        name: The checkpoint.
+        folder: What its pointer must not name. It has no lease, and never will have again.
+        exchange: Writes a pointer in place of the one seen.
+    """
+    pointer = await find_pointer(bucket, name)
+    if pointer is None or pointer.folder != folder:
+        return
+    # One step back and no further: what was replaced before that, its successor may be about to remove.
+    before = pointer.replaced
+    if before:
+        # Another writer may be faster, here and below.
+        with suppress(FileExistsError):
+            await exchange(bucket, name, write_pointer(before[0], before[1:]), pointer.version)
+        if await has_lease(bucket, f"{name}/{before[0]}"):
+            return
+        # A clean-up has removed that one too, maybe before it was named again.
+        pointer = await find_pointer(bucket, name)
+        if pointer is None or pointer.folder != before[0]:
+            return
+    with suppress(FileExistsError):
+        await exchange(bucket, name, memoryview(WITHDRAWN), pointer.version)
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
-    """Remove all objects below a path, the lease first: a folder that has one is whole.
+    """Remove all objects below a path, the lease first, then the manifest: a folder that has a lease is whole.
 
     A link itself is removed; its target stays.
     """
@@ -200,7 +285,7 @@ async def remove_folder(bucket: Bucket, folder: str) -> None:
         await bucket.unlink(folder)
         return
     paths = [entry.path async for batch in bucket.list(folder) for entry in batch]
-    lease = f"{folder}/{LEASE_NAME}"
-    if lease in paths:
-        await bucket.delete([lease])
-    await bucket.delete([path for path in paths if path != lease])
+    first = [path for path in (f"{folder}/{LEASE_NAME}", f"{folder}/{MANIFEST_NAME}") if path in paths]
+    for path in first:
+        await bucket.delete([path])
+    await bucket.delete([path for path in paths if path not in first])

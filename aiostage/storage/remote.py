@@ -14,7 +14,6 @@ import logging
 import re
 import secrets
 from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -43,10 +42,13 @@ from aiostage.storage.pointer import (
     POINTER_NAME,
     WITHDRAWN,
     Heartbeat,
+    exchange_pointer,
     find_folder,
     find_pointer,
+    has_lease,
     is_withdrawn,
     remove_folder,
+    withdraw,
     write_lease,
     write_pointer,
 )
@@ -281,10 +283,10 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
         # Before, so that no reader finds a checkpoint without files; after, so that none stays (see pointer.py).
-        if not await self._has_lease(self._folder):
+        if not await self._has_lease():
             raise self._expired()
         await self._point()
-        if not await self._has_lease(self._folder) and not await self._is_succeeded():
+        if not await self._has_lease() and not await self._is_succeeded():
             await finish(self._withdraw)
             raise self._expired()
         self._committed = True
@@ -303,7 +305,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         try:
             # Asked for, because a cancelled or failed request may have made the pointer all the same.
             committed = self._committed or await self._is_committed()
-            if committed and not self._committed and not await self._has_lease(self._folder):
+            if committed and not self._committed and not await self._has_lease():
                 await self._withdraw()
                 committed = False
             stale = self._replaced if committed else self._folder
@@ -320,7 +322,6 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
     async def _point(self) -> None:
         """Write the pointer."""
         path = f"{self._name}/{POINTER_NAME}"
-        data = write_pointer(self._folder)
         for _ in range(_ATTEMPTS):
             old = await find_pointer(self._bucket, self._name)
             if old is not None and old.folder == self._folder:
@@ -330,9 +331,11 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
             self._replaced = old.folder if old is not None else None
             try:
                 if old is None:
-                    await self._create(path, data)
+                    await self._create(path, write_pointer(self._folder))
                 else:
-                    await self._bucket.replace(path, data, old.version)
+                    replaced = (old.folder, *old.replaced) if old.folder is not None else ()
+                    data = write_pointer(self._folder, replaced)
+                    await exchange_pointer(self._bucket, self._name, data, old.version)
                 return
             except (FileExistsError, StorageError) as error:
                 # An answer may have been lost, and the request repeated by the store: then the pointer is its own.
@@ -363,31 +366,16 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
     async def _is_succeeded(self) -> bool:
         """Return whether this was replaced or deleted since its pointer was written, which removes the lease too.
 
-        It was committed then.
+        It was committed then. A pointer that a clean-up has withdrawn, and what replaced that, do not name this.
         """
         pointer = await find_pointer(self._bucket, self._name)
-        return pointer is None or pointer.folder not in (None, self._folder)
+        return pointer is None or self._folder in pointer.replaced
 
-    async def _has_lease(self, folder: str) -> bool:
-        """Return whether the lease of a folder is there. If so, all files are: it is removed before them."""
-        try:
-            await self._bucket.size(f"{self._name}/{folder}/{LEASE_NAME}")
-        except FileNotFoundError:
-            return False
-        return True
+    async def _has_lease(self) -> bool:
+        return await has_lease(self._bucket, self._path)
 
     async def _withdraw(self) -> None:
-        """Let the pointer say what it said before, unless those files are gone too; leave that of another writer."""
-        for folder, instead in ((self._folder, self._replaced), (self._replaced, None)):
-            pointer = await find_pointer(self._bucket, self._name)
-            if pointer is None or pointer.folder != folder:
-                return
-            data = write_pointer(instead) if instead is not None else memoryview(WITHDRAWN)
-            # Another writer may be faster.
-            with suppress(FileExistsError):
-                await self._bucket.replace(f"{self._name}/{POINTER_NAME}", data, pointer.version)
-            if instead is None or await self._has_lease(instead):
-                return
+        await withdraw(self._bucket, self._name, self._folder)
 
     def _expired(self) -> CheckpointError:
         return CheckpointError(

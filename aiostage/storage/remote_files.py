@@ -20,6 +20,7 @@ from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
 from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
+from aiostage.storage.files import locked_directory
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
 __all__ = ["FsspecStorage"]
@@ -102,7 +103,7 @@ class _FsspecBucket(Bucket):
         data = await self._run(path, partial(_head, nbytes=at_most + 1))
         if len(data) > at_most:
             raise CheckpointCorruptError(f"it is longer than {at_most} bytes.", path=f"{self._location}/{path}")
-        return StoredObject(memoryview(data), Version(None))
+        return StoredObject(memoryview(data), Version(bytes(data)))
 
     async def size(self, path: str) -> int:
         return await self._run(path, _size)
@@ -130,8 +131,9 @@ class _FsspecBucket(Bucket):
         await self._run(path, partial(_create, data=bytes(data)))
 
     async def replace(self, path: str, data: Buffer, seen: Version) -> None:
-        # No file system of fsspec compares what it replaces. Of several writers, the last one wins.
-        await self.put(path, data)
+        # Of all file systems of fsspec, only a disk can be made to compare what it replaces: it has locks.
+        if not await self._run(path, partial(_replace, data=bytes(data), seen=seen.tag)):
+            raise NotImplementedError
 
     async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         # Kept in a list, because a task that is cancelled meanwhile loses what a call returns.
@@ -289,6 +291,22 @@ def _create(fs: Any, full: str, data: bytes) -> None:
             # For a moment it is there and not whole, but no two writers can both have made it.
             with open(full, "xb") as file:
                 file.write(data)
+
+
+def _replace(fs: Any, full: str, data: bytes, seen: bytes) -> bool:
+    """Write a file in place of one with the contents seen; return False where they cannot be compared."""
+    if not _is_local(fs):
+        return False
+    try:
+        with locked_directory(os.path.dirname(full)) as comparing:
+            if comparing:
+                with open(full, "rb") as file:
+                    if file.read() != seen:
+                        raise FileExistsError(full)
+                _put(fs, full, data)
+            return comparing
+    except FileNotFoundError as error:
+        raise FileExistsError(full) from error
 
 
 def _is_local(fs: Any) -> bool:

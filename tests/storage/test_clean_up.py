@@ -7,18 +7,22 @@ import secrets
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import anyio
 import obstore
 import pytest
-from obstore.store import MemoryStore, S3Store
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from obstore.store import LocalStore, MemoryStore, S3Store
 
-from aiostage import CheckpointError
-from aiostage.storage import ObjectStorage
+from aiostage import CheckpointCorruptError, CheckpointError, StorageError
+from aiostage.storage import FsspecStorage, ObjectStorage
 from aiostage.storage import clean_up as module
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.pointer import Heartbeat, lease_seconds, write_lease
+from aiostage.storage.remote import RemoteStorage
 from tests.patience import seconds
 from tests.servers.weed import BUCKET
 from tests.storage.buckets import content, save, some_bytes, write
@@ -170,6 +174,70 @@ async def test_a_pointer_to_files_that_are_gone_is_withdrawn(
     await save(storage, "a", new)
     assert await content(storage, "a") == (bytes(new[:100]), bytes(new))
     assert await storage.list() == ["a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["store", "local store", "fsspec", "fsspec memory"])
+async def test_a_pointer_that_its_writer_could_not_take_back(
+    store: Any, overwrite: bool, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    if kind != "store":
+        if isinstance(store, S3Store):
+            pytest.skip("the same without it")
+        store = LocalStore(tmp_path)
+    storage: RemoteStorage = ObjectStorage(store, lease_seconds=LEASE)
+    if kind == "fsspec":
+        storage = FsspecStorage(LocalFileSystem(), str(tmp_path), lease_seconds=LEASE)
+    elif kind == "fsspec memory":
+        storage = FsspecStorage(MemoryFileSystem(), f"/{secrets.token_hex(4)}", lease_seconds=LEASE)
+    old, new = some_bytes(1000), some_bytes(1000, 1)
+    if overwrite:
+        await save(storage, "a", old)
+    pending: Any = await storage.open("a", overwrite=overwrite)
+    await write(pending, "data", new)
+    point = pending._point
+
+    async def suspended() -> None:
+        with monkeypatch.context() as patch:
+            later(patch, LEASE + 5)
+            await storage.clean_up()
+        await point()
+
+    async def out_of_reach(*_: Any, **__: Any) -> None:
+        raise StorageError("out of reach.")
+
+    monkeypatch.setattr(pending, "_point", suspended)
+    monkeypatch.setattr(pending, "_withdraw", out_of_reach)
+    with pytest.raises(StorageError, match="out of reach"):
+        await pending.commit(new[:100])
+    await pending.abort()
+    with pytest.raises(CheckpointCorruptError, match="missing"):
+        await content(storage, "a")
+    # The old files are younger than they would be after such a suspension.
+    monkeypatch.setattr(module, "_seconds_between", lambda *_: LEASE + 5)
+    await storage.clean_up()
+    if kind == "fsspec memory":
+        assert "names files that are gone, because its writer could not take it back" in caplog.text
+        await save(storage, "a", new, overwrite=True)
+    elif overwrite:
+        assert await content(storage, "a") == (bytes(old[:100]), bytes(old))
+    else:
+        assert await storage.list() == []
+        await save(storage, "a", new)
+    assert await storage.list() == ["a"]
+    await content(storage, "a")
+
+
+async def test_a_pointer_is_left_while_anything_speaks_for_its_folder(store: Any) -> None:
+    """A lost manifest, or a lease that a clean-up has taken too late, is no removal."""
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    for lost in ("lease.json", "manifest.json"):
+        await save(storage, "a", some_bytes(1000), overwrite=True)
+        obstore.delete(store, [path for path in paths(store) if path.endswith(lost)])
+        everything = paths(store)
+        await storage.clean_up()
+        assert paths(store) == everything
+        assert await storage.list() == ["a"]
 
 
 async def test_a_clean_up_removes_the_lease_before_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from aiostage.storage import clean_up as module
 from aiostage.storage import remote
 from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.clean_up import clean_up
-from aiostage.storage.pointer import HEARTBEAT_NAME, LEASE_NAME, WITHDRAWN
+from aiostage.storage.pointer import HEARTBEAT_NAME, LEASE_NAME, WITHDRAWN, remove_folder
 from aiostage.storage.remote import RemoteStorage
 from tests.storage.buckets import five_bytes, save_small
 
@@ -157,13 +157,15 @@ class FakeBucket(Bucket):
     async def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectMeta]]:
         now = datetime.now(UTC)
         yield [
-            ObjectMeta(path, now if "clock" in path else now - timedelta(days=1), len(data))
+            # A pointer that comes so much later than a manifest may be to nothing, so a clean-up looks at each.
+            ObjectMeta(path, now - timedelta(days=0 if "clock" in path else 1 if POINTER in path else 2), len(data))
             for path, (data, _) in self.objects.items()
             if path.startswith(f"{prefix}/" if prefix else "")
         ]
 
     async def delete(self, paths: Sequence[str]) -> None:
-        if not any("clock" in path for path in paths):
+        # What is left of a folder goes with its manifest: one order less, and nobody can tell.
+        if any(path.endswith((LEASE_NAME, MANIFEST, POINTER)) for path in paths):
             await self.turn()
         for path in paths:
             self.objects.pop(path, None)
@@ -211,6 +213,13 @@ class Outcome:
             self.cancelled[name] = f"data-{folder}"
             await pending.abort()
 
+    async def wake(self, pending: Any) -> None:
+        """Be a writer that has written its pointer and was suspended then, and find that the files are gone."""
+        if not await pending._has_lease() and not await pending._is_succeeded():
+            await pending._withdraw()
+        else:
+            self.committed["lost"] = pending._folder
+
     def wrong(self) -> list[str]:
         """Return what is not as it has to be, in words."""
         pointed, files = self.pointed(), (MANIFEST, DATA)
@@ -241,23 +250,34 @@ async def explore(
     *,
     writers: Sequence[str] = ("one",),
     overwrite: bool = False,
+    gone: str | None = None,
     heartbeat: str | None = None,
     cancelling: bool = False,
     cleaning: bool = True,
     samples: int | None = None,
 ) -> Found:
-    """Try all orders, or some by chance."""
+    """Try all orders, or some by chance.
+
+    With ``gone``, a writer that could not take its pointer back has left it to a folder without files: ``"first"``
+    where there was no checkpoint before, ``"second"`` where there was one, ``"awake"`` if that writer is still at it.
+    """
     prefix: Sequence[int] | None = []
     found = Found()
     while prefix is not None and (samples is None or found.orders < samples):
         orders = Orders(prefix, None if samples is None else Random(found.orders))
         bucket = FakeBucket(orders)
         storage = RemoteStorage(bucket, lease_seconds=LEASE)
-        if overwrite:
+        if overwrite and gone != "first":
             await save_small(storage, "a")
         outcome = Outcome(bucket)
         outcome.before = outcome.pointed()
         actors: dict[str, Coroutine[Any, Any, None]] = {}
+        if gone is not None:
+            lost = await lose(storage)
+            # All that a clean-up does is of interest, and not only what it does once it has judged.
+            bucket.judged = True
+            if gone == "awake":
+                actors["lost"] = outcome.wake(lost)
         folder = ""
         for name in writers:
             pending = await storage.open("a", overwrite=overwrite)
@@ -274,6 +294,15 @@ async def explore(
         found.outcomes.add((tuple(sorted(outcome.committed)), tuple(sorted(outcome.refused))))
         prefix = [] if samples is not None else orders.next()
     return found
+
+
+async def lose(storage: RemoteStorage) -> Any:
+    """Leave a pointer to a folder without files, as a writer does that was suspended before it wrote the pointer."""
+    pending: Any = await storage.open("a", overwrite=True)
+    await pending._bucket.put(f"{pending._path}/{MANIFEST}", memoryview(b"{}"))
+    await remove_folder(storage._bucket, pending._path)
+    await pending._point()
+    return pending
 
 
 @pytest.fixture(autouse=True)
@@ -314,6 +343,58 @@ async def test_of_two_writers_one_wins(overwrite: bool) -> None:
     assert all(committed for committed, refused in found.outcomes if not refused)
 
 
+@pytest.mark.parametrize("gone", ["first", "second", "awake"])
+async def test_a_pointer_to_nothing_is_withdrawn(gone: str) -> None:
+    found = await explore(writers=(), overwrite=True, gone=gone)
+    assert not found.wrong, found.wrong[:3]
+    assert found.outcomes == {NONE}
+
+
+@pytest.mark.parametrize("gone", ["first", "second", "awake"])
+async def test_withdrawing_a_pointer_to_nothing_takes_none_of_a_writer(gone: str) -> None:
+    """Who replaces it meanwhile is taken for dead too, so it may be refused; what it was told is so."""
+    found = await explore(overwrite=True, gone=gone, samples=1000)
+    assert not found.wrong, found.wrong[:3]
+    assert {committed for committed, _ in found.outcomes} >= {("one",)}
+
+
+async def test_a_writer_that_was_withdrawn_and_followed_by_others_has_not_committed() -> None:
+    storage = RemoteStorage(FakeBucket(Orders([])), lease_seconds=LEASE)
+    await save_small(storage, "a")
+    lost = await lose(storage)
+    await storage.clean_up()
+    assert sorted(await storage.list()) == ["a"]
+    for _ in range(2):
+        again = await storage.open("a", overwrite=True)
+        await again.write(DATA, 5, five_bytes())
+        await again.commit(memoryview(b"{}"))
+        assert not await lost._is_succeeded()
+
+
+async def test_a_writer_that_many_others_have_followed_has_committed() -> None:
+    storage = RemoteStorage(FakeBucket(Orders([])), lease_seconds=LEASE)
+    first: Any = await storage.open("a")
+    await first.write(DATA, 5, five_bytes())
+    await first._bucket.put(f"{first._path}/{MANIFEST}", memoryview(b"{}"))
+    await first._point()
+    for _ in range(3):
+        again = await storage.open("a", overwrite=True)
+        await again.write(DATA, 5, five_bytes())
+        await again.commit(memoryview(b"{}"))
+    assert not await first._has_lease()
+    assert await first._is_succeeded()
+
+
+async def test_the_search_finds_a_clean_up_that_replaces_what_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unseen(bucket: Any, name: str, data: Buffer, seen: Version) -> None:
+        await bucket.turn()
+        await bucket.put(f"{name}/{POINTER}", data)
+
+    monkeypatch.setattr(module, "_exchange_compared", unseen)
+    found = await explore(overwrite=True, gone="first", samples=1000)
+    assert any("not what the writers were told" in each for each in found.wrong)
+
+
 async def test_two_writers_that_replace_both_commit() -> None:
     """The second removes the files of the first, and its lease, maybe before the first has looked for it."""
     found = await explore(writers=("one", "two"), overwrite=True, cleaning=False, samples=500)
@@ -339,11 +420,11 @@ async def test_the_search_finds_a_writer_that_looks_only_before(monkeypatch: pyt
     looked: set[str] = set()
     look = remote._RemoteCheckpoint._has_lease
 
-    async def once(self: Any, folder: str) -> bool:
-        if folder in looked:
+    async def once(self: Any) -> bool:
+        if self._folder in looked:
             return True
-        looked.add(folder)
-        return await look(self, folder)
+        looked.add(self._folder)
+        return await look(self)
 
     monkeypatch.setattr(remote._RemoteCheckpoint, "_has_lease", once)
     found = await explore()

@@ -165,8 +165,6 @@ async def test_of_two_writers_one_wins(storage: ObjectStorage, store: Any, prefi
 
 
 async def test_of_many_that_replace_one_is_left(store: Any, storage: ObjectStorage, prefix: str) -> None:
-    if isinstance(store, LocalStore):
-        pytest.skip("it cannot compare what it replaces")
     await save(storage, "a", some_bytes(10))
     await asyncio.gather(*(save(storage, "a", some_bytes(1000, seed), overwrite=True) for seed in range(6)))
     _, data = await content(storage, "a")

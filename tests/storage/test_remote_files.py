@@ -26,6 +26,7 @@ from aiostage import (
 )
 from aiostage.storage import FsspecStorage, locate
 from aiostage.storage import clean_up as module
+from aiostage.storage import files as module_of_files
 from aiostage.storage.pointer import WITHDRAWN
 from aiostage.storage.remote_files import _modified
 from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
@@ -131,6 +132,49 @@ async def test_a_local_file_is_replaced_whole(tmp_path: Path) -> None:
         assert seen.read() == b"first"
     assert (tmp_path / "a/pointer").read_bytes() == b"second"
     assert os.listdir(tmp_path / "a") == ["pointer"]
+
+
+async def test_a_local_file_is_replaced_only_in_the_state_that_was_seen(tmp_path: Path) -> None:
+    bucket = FsspecStorage(LocalFileSystem(), str(tmp_path))._bucket
+    await bucket.put("a/pointer", memoryview(b"first"))
+    seen = (await bucket.get("a/pointer", at_most=10)).version
+    await bucket.replace("a/pointer", memoryview(b"second"), seen)
+    with pytest.raises(FileExistsError):
+        await bucket.replace("a/pointer", memoryview(b"third"), seen)
+    assert (tmp_path / "a/pointer").read_bytes() == b"second"
+    await bucket.delete(["a/pointer"])
+    with pytest.raises(FileExistsError):
+        await bucket.replace("a/pointer", memoryview(b"third"), seen)
+    assert os.listdir(tmp_path / "a") == []
+    with pytest.raises(FileExistsError):
+        await bucket.replace("b/pointer", memoryview(b"third"), seen)
+
+
+async def test_a_lock_that_is_held_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that was suspended in the wrong moment, say."""
+    monkeypatch.setattr(module_of_files, "_LOCK_SECONDS", 0.01)
+    bucket = FsspecStorage(LocalFileSystem(), str(tmp_path))._bucket
+    await bucket.put("a/pointer", memoryview(b"first"))
+    seen = (await bucket.get("a/pointer", at_most=10)).version
+    holder = module_of_files.locked_directory(str(tmp_path / "a"))
+    assert await anyio.to_thread.run_sync(holder.__enter__)
+    with pytest.raises(StorageError, match="another process has held its lock"):
+        await bucket.replace("a/pointer", memoryview(b"second"), seen)
+    await anyio.to_thread.run_sync(holder.__exit__, None, None, None)
+    await bucket.replace("a/pointer", memoryview(b"second"), seen)
+
+
+async def test_a_disk_without_locks_cannot_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_files, "try_lock_directory", lambda _: None)
+    storage = FsspecStorage(LocalFileSystem(), str(tmp_path))
+    await storage._bucket.put("a/pointer", memoryview(b"first"))
+    seen = (await storage._bucket.get("a/pointer", at_most=10)).version
+    with pytest.raises(NotImplementedError):
+        await storage._bucket.replace("a/pointer", memoryview(b"second"), seen)
+    assert (tmp_path / "a/pointer").read_bytes() == b"first"
+    for seed in range(2):
+        await save(storage, "b", some_bytes(1000, seed), overwrite=True)
+    assert (await content(storage, "b"))[1] == bytes(some_bytes(1000, 1))
 
 
 async def test_parts_that_fail(storage: FsspecStorage) -> None:
