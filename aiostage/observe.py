@@ -1,7 +1,7 @@
 """Spans of what aiostage does, for observers: each has a beginning, an end and a parent.
 
 A span is opened for a call, a stage of one, or a part of a file, never for a tensor. Without an observer, opening
-one reads a module attribute and a context variable, and makes nothing.
+one reads a list and a context variable, and makes nothing; a staging reads them itself, and calls nothing here.
 
 Observers belong to a context, as in :func:`observing`, or to the process, as in :func:`add_observer`. Contexts reach
 tasks by asyncio's own rules, and worker threads because their steps run in the context of their caller.
@@ -35,10 +35,14 @@ __all__ = [
 
 _logger = logging.getLogger("aiostage")
 
-_everywhere: tuple[Observer, ...] = ()
-_here: ContextVar[tuple[Observer, ...]] = ContextVar("aiostage_observers", default=())
+everywhere: list[Observer] = []
+"""The observers of the process; :func:`add_observer` and :func:`remove_observer` alone change it."""
+
+here: ContextVar[tuple[Observer, ...]] = ContextVar("aiostage_observers", default=())
+"""The observers of the context; :func:`observing` alone changes it."""
+
 _current: ContextVar[Span | None] = ContextVar("aiostage_span", default=None)
-_adding = threading.Lock()
+_changing = threading.Lock()
 _not_observed: AbstractContextManager[None] = nullcontext()
 
 
@@ -114,7 +118,7 @@ def span(name: str, **attributes: object) -> AbstractContextManager[None]:
     Returns:
         A context manager. The span has failed if the block raises.
     """
-    observers = _everywhere + _here.get()
+    observers = (*everywhere, *here.get())
     if not observers:
         return _not_observed
     return _CurrentSpan(OpenSpan(observers, _new(name, _current.get(), attributes)))
@@ -130,7 +134,7 @@ def start_span(name: str, **attributes: object) -> OpenSpan | None:
     Returns:
         The span, inside the one that is open around the call; None without an observer.
     """
-    observers = _everywhere + _here.get()
+    observers = (*everywhere, *here.get())
     return OpenSpan(observers, _new(name, _current.get(), attributes)) if observers else None
 
 
@@ -187,12 +191,12 @@ def observing(*observers: Observer) -> Iterator[None]:
         TypeError: If one is no :class:`~aiostage.abc.Observer`.
     """
     _check(observers)
-    before = _here.get()
-    _here.set(before + observers)
+    before = here.get()
+    here.set(before + observers)
     try:
         yield
     finally:
-        _here.set(before)
+        here.set(before)
 
 
 def add_observer(observer: Observer) -> None:
@@ -205,10 +209,9 @@ def add_observer(observer: Observer) -> None:
         TypeError: If it is no :class:`~aiostage.abc.Observer`.
     """
     _check((observer,))
-    global _everywhere
-    # The lock is for those who change it. Those who read it take the tuple as it is, and no other is ever made of it.
-    with _adding:
-        _everywhere = (*_everywhere, observer)
+    # The lock is for those who change it. Those who read it copy it in one operation, so each sees all of a change.
+    with _changing:
+        everywhere.append(observer)
 
 
 def remove_observer(observer: Observer) -> None:
@@ -220,12 +223,10 @@ def remove_observer(observer: Observer) -> None:
     Raises:
         ValueError: If it was not added.
     """
-    global _everywhere
-    with _adding:
-        if observer not in _everywhere:
+    with _changing:
+        if observer not in everywhere:
             raise ValueError(f"{shown(observer)} was not added with add_observer()")
-        place = _everywhere.index(observer)
-        _everywhere = _everywhere[:place] + _everywhere[place + 1 :]
+        everywhere.remove(observer)
 
 
 def _check(observers: Iterable[object]) -> None:

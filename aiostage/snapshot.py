@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -10,11 +10,10 @@ from aiostage._copy.inspection import Timings
 from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging, State
 from aiostage._copy.window import Window
-from aiostage._loop.coroutines import named
 from aiostage.errors import HostMemoryError, StagingError
 from aiostage.leaf import Path, StagedLeaf
 
-__all__ = ["Snapshot", "stage"]
+__all__ = ["Snapshot"]
 
 T = TypeVar("T")
 
@@ -243,23 +242,3 @@ class Snapshot(Generic[T]):
     async def _complete(self) -> T:
         self._check_entered()
         return await self._staging.complete()  # type: ignore[no-any-return]
-
-
-def stage(resources: Resources, source: Any) -> Coroutine[Any, Any, Any]:
-    """Return a coroutine that stages in one go, for callers who need no handle. The moment is that of the call.
-
-    Args:
-        resources: What the stagings of a stager share.
-        source: Any tree that ``copy.deepcopy`` could copy.
-    """
-    return named(_run(Staging(resources, source)), "AsyncStager.stage")
-
-
-async def _run(staging: Staging) -> Any:
-    try:
-        await staging.start()
-        return await staging.complete()
-    except BaseException:
-        # No other waiter asks for the error, and its traceback leads to this.
-        staging.move(State.DROPPED)
-        raise

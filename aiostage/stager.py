@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from aiostage._copy.resources import Resources
 from aiostage._copy.restore import restore
+from aiostage._copy.staging import Staging, State
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish, named
 from aiostage._loop.polling import wait_event
@@ -17,7 +18,7 @@ from aiostage.abc import Backend, CheckpointStager
 from aiostage.errors import AcceleratorUnavailableError, StagerClosedError, shown
 from aiostage.options import StagerStatistics, StagingOptions
 from aiostage.sharing import SharedTree, share
-from aiostage.snapshot import Snapshot, stage
+from aiostage.snapshot import Snapshot
 
 __all__ = ["AsyncStager", "adapt", "check_stager"]
 
@@ -99,7 +100,7 @@ class AsyncStager(CheckpointStager):
         stager works on.
         """
         self._resources.closing.check()
-        return stage(self._resources, state_dict)
+        return named(_stage(Staging(self._resources, state_dict)), "AsyncStager.stage")
 
     def snapshot(self, state_dict: T, *, streamed: bool = False) -> Snapshot[T]:
         """Return a staging with a handle on it, to be entered with ``async with``.
@@ -213,6 +214,16 @@ def _check_available(options: StagingOptions, backend: Backend) -> None:
                 f"{name}=True cannot be met: {reason}.",
                 remedy=f"Set {name}=None to use it where it is available, or False.",
             )
+
+
+async def _stage(staging: Staging) -> Any:
+    try:
+        await staging.start()
+        return await staging.complete()
+    except BaseException:
+        # No other waiter asks for the error, and its traceback leads to this.
+        staging.move(State.DROPPED)
+        raise
 
 
 async def _prewarm(staging: Coroutine[Any, Any, object]) -> None:

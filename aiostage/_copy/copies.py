@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -20,7 +21,7 @@ from aiostage._copy.window import Chunk, Window
 from aiostage._loop.workers import Job
 from aiostage._memory.arena import Arena
 from aiostage.errors import StagingError
-from aiostage.observe import OpenSpan, inside
+from aiostage.observe import OpenSpan
 
 __all__ = ["Copies", "CopyProgress"]
 
@@ -137,7 +138,8 @@ class Copies:
         # where huge pages are slow to come, and two threads do it at once.
         arena = self.arena
         cold = arena.cold(batch.start, batch.stop) if arena is not None else None
-        with inside(self._span, "batch", number=number, nbytes=batch.stop - batch.start):
+        span = self._span
+        with span.child("batch", number=number, nbytes=batch.stop - batch.start) if span else nullcontext():
             # Not if it was cancelled half-way: then neither the pages are all there nor the bytes.
             if copies.run(self._job, cold):
                 if arena is not None:

@@ -141,7 +141,7 @@ class SourceInspection:
     Args:
         resources: The resources of the stager.
         timings: Where to note what it takes.
-        caller: Whose streams the code of objects follows.
+        caller: Whose streams the code of objects follows; None without an accelerator.
 
     Attributes:
         walk: Over the containers.
@@ -149,11 +149,12 @@ class SourceInspection:
         changes: What is noticed to have changed since.
     """
 
-    def __init__(self, resources: Resources, timings: Timings, caller: CallerStreams) -> None:
+    def __init__(self, resources: Resources, timings: Timings, caller: CallerStreams | None) -> None:
         self._resources = resources
         self._options = resources.options
         self._timings = timings
-        self.walk = Walk(passthrough=resources.options.passthrough, before_code=caller.order_code)
+        before_code = caller.order_code if caller is not None else None
+        self.walk = Walk(passthrough=resources.options.passthrough, before_code=before_code)
         self.specs: list[Spec | None] = []
         self.changes = Changes(self.walk, resources.inspection)
 

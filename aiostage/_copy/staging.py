@@ -25,7 +25,7 @@ from aiostage._loop.workers import Job
 from aiostage._memory.pool import Lease
 from aiostage.errors import StagingError, TornSnapshotError
 from aiostage.leaf import Path, StagedLeaf, format_path
-from aiostage.observe import start_span
+from aiostage.observe import everywhere, here, start_span
 
 __all__ = ["Staging", "State"]
 
@@ -129,23 +129,26 @@ class Staging:
         self.job: Job = resources.workers.job(inline=not resources.options.use_async_staging)
         self.progress = CopyProgress(self.job)
         self.timings = Timings()
-        self.timings.span = start_span("stage")
+        self.timings.span = start_span("stage") if everywhere or here.get() else None
         self._copies: Copies | None = None
         self._waiters = 0
         self._building = _Turns()
         self._completing = _Turns()
         self._finishing: Generator[None, None, None] | None = None
-        self._caller = caller = CallerStreams.record(resources.backend, source)
+        backend = resources.backend
+        # Without an accelerator there is no stream to follow.
+        self._caller = caller = CallerStreams.record(backend, source) if backend is not None else None
         self._inspection = SourceInspection(resources, self.timings, caller)
         self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
-        if resources.backend is not None and resources.streams is not None:
-            self.progress.pending = StagingCopies(resources.backend, resources.streams, caller, resources.closing)
+        if backend is not None and resources.streams is not None and caller is not None:
+            self.progress.pending = StagingCopies(backend, resources.streams, caller, resources.closing)
         try:
             self._inspection.walk.at_call = True
             if self._slices.take(self._inspecting):
                 self._inspecting = None
             self._inspection.walk.at_call = False
-            caller.include()
+            if caller is not None:
+                caller.include()
         except BaseException as error:
             # To be raised where it is waited for, like any that comes later.
             self.failure = error
@@ -378,11 +381,12 @@ class Staging:
             await self._slices.run(self._inspecting)
             self._inspecting = None
             # What was written meanwhile is in the versions that were read, so the copies have to have it too.
-            self._caller.record_again()
+            if self._caller is not None:
+                self._caller.record_again()
         plan = self.plan = await self._slices.run(self._inspection.plan())
         self.progress.batches = plan.batches
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
-        if device is not None:
+        if device is not None and self._caller is not None:
             self._caller.check()
         copies = self._copies = Copies(
             self._inspection,
