@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -96,17 +95,18 @@ class Spec:
     def __post_init__(self) -> None:
         """Derive the sizes."""
         staged_stride = self.staged_stride or self.stride
-        extent, staged_extent = extent_of(self.shape, self.stride), extent_of(self.shape, staged_stride)
-        expected = 1
-        ordered = True
+        count, ordered = 1, True
         for size, stride in zip(reversed(self.shape), reversed(staged_stride), strict=True):
-            ordered = ordered and (size == 1 or stride == expected)
-            expected *= size
+            ordered = ordered and (size == 1 or stride == count)
+            count *= size
+        # Elements without gaps reach as far as there are of them.
+        staged_extent = count if ordered else extent_of(self.shape, staged_stride)
+        extent = staged_extent if staged_stride == self.stride else extent_of(self.shape, self.stride)
         # Frozen, because specs are shared by all leaves that are alike; these fields follow from the others, once.
         put = object.__setattr__
         put(self, "staged_stride", staged_stride)
         put(self, "extent", staged_extent)
-        put(self, "dense", math.prod(self.shape) == staged_extent and ordered and self.dtype not in _WITHOUT_COPY)
+        put(self, "dense", ordered and self.dtype not in _WITHOUT_COPY)
         put(self, "nbytes", extent * self.dtype.itemsize)
         put(self, "staged_nbytes", staged_extent * self.target.itemsize)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, groupby, repeat
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from aiostage import _private
 from aiostage._capture.faithful import Spec
-from aiostage.format.parts import overlapping
 
 __all__ = [
     "BATCH_BYTES",
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "PlanCache",
     "compile_plan",
+    "overlapping",
 ]
 
 BATCH_BYTES = 32 * 2**20
@@ -326,6 +327,29 @@ def _separate(
             alone += compress(indices[part], single[part])
             yield
     return alone, groups
+
+
+def overlapping(
+    starts: Sequence[int] | npt.NDArray[np.int64], stops: Sequence[int] | npt.NDArray[np.int64]
+) -> Iterator[list[int]]:
+    """Yield which ranges of memory overlap, in groups of two and more.
+
+    A range belongs to a group if it overlaps with one of it. The first group takes milliseconds for many ranges, most
+    of them without the GIL.
+
+    Args:
+        starts: Addresses; 0 for ranges without bytes, which overlap with none.
+        stops: One past the last address of each.
+
+    Yields:
+        The numbers of the ranges of one group, in the order of addresses. Each overlaps with one before it.
+    """
+    first, last = np.asarray(starts, np.int64), np.asarray(stops, np.int64)
+    order = np.argsort(first, kind="stable")
+    joined = first[order][1:] < np.maximum.accumulate(last[order])[:-1]
+    bounds = np.flatnonzero(np.diff(np.concatenate(([False], joined, [False]))))
+    for begin, end in bounds.reshape(-1, 2).tolist():
+        yield order[begin : end + 1].tolist()
 
 
 def _base_of(

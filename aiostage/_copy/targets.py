@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from aiostage._capture.plan import overlapping
 from aiostage._device.bits import without_bits
 from aiostage._private import storage_identity
-from aiostage.format.parts import extent_of, overlapping
+from aiostage.format.parts import extent_of
 from aiostage.format.safetensors import CARRIERS, DTYPE_NAMES
 
 __all__ = [

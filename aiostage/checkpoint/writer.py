@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aiostage._arguments import check_flags, require_int
+from aiostage._capture.plan import overlapping
 from aiostage._device.streams import CallerStreams
 from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
@@ -31,7 +32,6 @@ from aiostage.format.parts import (
     digest_of_parts,
     gather,
     memory_range,
-    overlapping,
     single_piece,
 )
 from aiostage.observe import span
