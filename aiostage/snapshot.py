@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from aiostage._copy.inspection import Timings
+from aiostage._copy.phases import Timings
 from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging, State
 from aiostage._copy.window import Window

@@ -1,6 +1,7 @@
-"""Noticing that containers, and memory without a version, changed while they were captured.
+"""Noticing that the source changed while it was captured: its leaves, its containers, and memory without a version.
 
-NumPy arrays, bytearrays and arrays are copied and compared in pieces.
+NumPy arrays, bytearrays and arrays are copied and compared in pieces. Of the storages that copies read, what cannot be
+kept from changing is looked for before each piece.
 """
 
 from __future__ import annotations
@@ -13,11 +14,24 @@ from operator import attrgetter, is_
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from aiostage import _private
+from aiostage._capture.faithful import Spec
+from aiostage._capture.leaves import Inspection, Leaves, changed
 from aiostage._capture.nodes import AttributeSteps
 from aiostage.leaf import Attribute, Path
 
-__all__ = ["GONE", "ContainerChanges", "copy_buffer", "nbytes_of", "same_buffer"]
+__all__ = [
+    "GONE",
+    "Changes",
+    "ContainerChanges",
+    "Sources",
+    "copy_buffer",
+    "detached_alias",
+    "nbytes_of",
+    "same_buffer",
+]
 
 GONE = object()
 """Stands for the value of an attribute that an object does not have."""
@@ -298,3 +312,157 @@ def _pieces(copy: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> Generat
         else:
             yield copy, source
             return
+
+
+class Changes:
+    """The changes that make a capture torn.
+
+    Before later work is ordered behind the copies of some leaves, these are compared: what was changed until then is
+    torn, and what is changed afterwards is that work, which the copies do not see.
+
+    Args:
+        leaves: Inspected.
+        containers: What was noted of the containers.
+        path_of: Returns the path of a leaf.
+        inspection: What the leaves were inspected with.
+    """
+
+    def __init__(
+        self, leaves: Leaves, containers: ContainerChanges, path_of: Callable[[int], Path], inspection: Inspection
+    ) -> None:
+        self._leaves = leaves
+        self._containers = containers
+        self._path_of = path_of
+        self._inspection = inspection
+        self._torn: dict[Path, None] = {}
+        self._settled: set[int] = set()
+        self._over = False
+
+    @property
+    def paths(self) -> Collection[Path]:
+        """Where the changes found so far are."""
+        return self._torn.keys()
+
+    def compare(self, leaves: Collection[int] | None = None) -> Generator[None, None, None]:
+        """Look for changes, for the last time where it looks, yielding between small steps.
+
+        Args:
+            leaves: Where to look, by their numbers; None for all of them and for the containers.
+        """
+        # The last comparison has been made: the source may change since.
+        if self._over:
+            return
+        for index in (yield from changed(self._leaves, self._inspection)):
+            # A leaf that has been settled may have been changed since by work that waits for its copy.
+            if index not in self._settled and (leaves is None or index in leaves):
+                self._torn[self._path_of(index)] = None
+        if leaves is not None:
+            self._settled.update(leaves)
+            return
+        self._torn |= dict.fromkeys((yield from self._containers.changed()))
+        self._over = True
+
+
+_ALIASES_PER_STEP = 256
+"""Aliases made between two yields, at about a microsecond each."""
+
+_data_ptr = torch.UntypedStorage.data_ptr
+_nbytes = torch.UntypedStorage.nbytes
+
+
+class Sources:
+    """The leaves that are copied, with the storages that they had when they were met.
+
+    Another coroutine may give a tensor other memory at any time, so no copy reads through the caller's tensor objects:
+    it reads at the address that was noted, in the storage that was noted and that is referred to here. What remains is
+    ``resize_`` of that storage itself. It is looked for before each piece of a copy; in the middle of one nothing in
+    Python can keep it away.
+
+    Args:
+        leaves: Inspected. Its lists are kept, not copied; releasing the leaves gives those other ones.
+        specs: What each leaf is to become.
+
+    Attributes:
+        addresses: Where the leaves begin.
+        lost: The numbers of leaves that could not be read because their memory had been replaced. Added to by any
+            thread.
+    """
+
+    def __init__(self, leaves: Leaves, specs: Sequence[Spec | None]) -> None:
+        # The lists of the leaves themselves, without a copy. A staging that is dropped while threads still copy
+        # replaces them (Leaves.release) and does not empty them; they are emptied once no copy runs (Leaves.releasing).
+        self.addresses = leaves.addresses
+        self.lost: set[int] = set()
+        self._specs = specs
+        self._tensors = leaves.tensors
+        self._storages = leaves.storages
+        self._sizes = leaves.storage_sizes
+
+    def spec(self, index: int) -> Spec:
+        """Return the spec of a leaf that has memory."""
+        spec = self._specs[index]
+        assert spec is not None  # noqa: S101 - a plan places leaves with memory only
+        return spec
+
+    def alias(self, index: int) -> torch.Tensor | None:
+        """Return a plain tensor over the noted memory of a leaf, or None, and note it, if the leaf has another now.
+
+        Called on the event loop, where no coroutine can change the leaf meanwhile.
+        """
+        alias = detached_alias(self._tensors[index])
+        spec = self.spec(index)
+        if (
+            alias.untyped_storage() is not self._storages[index]
+            or alias.data_ptr() != self.addresses[index]
+            or alias.dtype is not spec.dtype
+            or alias.shape != spec.shape
+            or alias.stride() != spec.stride
+            or not self.is_there(index)
+        ):
+            self.lost.add(index)
+            return None
+        return alias
+
+    def aliases(self, indices: Sequence[int]) -> Generator[None, None, dict[int, torch.Tensor]]:
+        """Return the aliases of leaves by their numbers, without the lost ones, yielding between small steps."""
+        found: dict[int, torch.Tensor] = {}
+        for start in range(0, len(indices), _ALIASES_PER_STEP):
+            for index in indices[start : start + _ALIASES_PER_STEP]:
+                alias = self.alias(index)
+                if alias is not None:
+                    found[index] = alias
+            yield
+        return found
+
+    def is_there(self, index: int) -> bool:
+        """Return whether a leaf's storage still has the memory that was noted; if not, note that it is lost."""
+        # Called in threads right before each piece is read. Between this and the read Python code may still resize the
+        # storage; that is the rest of which the class speaks.
+        storage, size = self._storages[index], self._sizes[index]
+        # Memory can go away, or move, only together with the storage's pointer or size.
+        if storage is not None and storage.nbytes() == size and 0 <= self.addresses[index] - storage.data_ptr() <= size:
+            return True
+        self.lost.add(index)
+        return False
+
+    def are_there(self, indices: Sequence[int]) -> list[bool] | None:
+        """Return which small leaves' storages still have the memory that was noted; None if all of them have."""
+        if isinstance(indices, range):
+            part = slice(indices.start, indices.stop)
+            storages, sizes, addresses = self._storages[part], self._sizes[part], self.addresses[part]
+        else:
+            storages = [self._storages[index] for index in indices]
+            sizes = [self._sizes[index] for index in indices]
+            addresses = [self.addresses[index] for index in indices]
+        # Most leaves begin where their storages do. Both are asked: a storage that was resized twice may be back at its
+        # address with fewer bytes.
+        if list(map(_data_ptr, storages)) == addresses and list(map(_nbytes, storages)) == sizes:  # type: ignore[arg-type]
+            return None
+        there = list(map(self.is_there, indices))
+        return None if all(there) else there
+
+
+def detached_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of torch's own class over the same memory, without history and without calling a subclass."""
+    with _private.without_torch_function():
+        return tensor.detach()

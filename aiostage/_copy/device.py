@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from aiostage._capture.plan import SMALL_BYTES, Batch
-from aiostage._copy.inspection import Sources, detached_alias
+from aiostage._capture.versions import Sources, detached_alias
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage.abc import Backend
 

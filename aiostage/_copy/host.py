@@ -20,7 +20,7 @@ import torch
 from aiostage import _private
 from aiostage._capture.faithful import PLAIN_CLASSES, Spec
 from aiostage._capture.plan import RUN_LEAVES, Batch, LeafRange, LeafRun
-from aiostage._copy.inspection import Sources, detached_alias
+from aiostage._capture.versions import Sources, detached_alias
 from aiostage._copy.rectangles import pairs_of_values
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._loop.workers import Job

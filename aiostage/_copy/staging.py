@@ -13,10 +13,9 @@ import numpy as np
 from aiostage import _private
 from aiostage._capture.build import build_empty, finish_leaves, keep_freed_memory
 from aiostage._capture.plan import Batch, Plan
-from aiostage._copy.copies import Copies, CopyProgress
 from aiostage._copy.device import DeviceCopy
-from aiostage._copy.inspection import Phase, SourceInspection, Timings, leaves_within
 from aiostage._copy.pending import StagingCopies
+from aiostage._copy.phases import Copies, CopyProgress, Phase, SourceInspection, Timings, leaves_within
 from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams

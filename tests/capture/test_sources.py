@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from aiostage._copy.inspection import Sources
+from aiostage._capture.versions import Sources
 
 
 def test_fewer_bytes_at_the_same_address_are_lost() -> None:

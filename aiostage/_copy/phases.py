@@ -1,29 +1,191 @@
-"""The copies of one staging, handed over to threads while the leaves are still being built, and how far they are."""
+"""The phases of a staging: the inspection of its source, its copies, and how far these are. Each notes its time."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
+from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from aiostage._capture.build import build_batch, build_destinations
-from aiostage._capture.plan import Batch
+from aiostage._capture.casting import cast_specs
+from aiostage._capture.faithful import Spec
+from aiostage._capture.leaves import Leaves
+from aiostage._capture.plan import Batch, MixedCast, Plan
+from aiostage._capture.versions import Changes, Sources
+from aiostage._capture.walk import Walk
 from aiostage._copy.device import DeviceCopy
 from aiostage._copy.host import HostCopy
-from aiostage._copy.inspection import SourceInspection, Sources
 from aiostage._copy.pending import StagingCopies
+from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
+from aiostage._device.streams import CallerStreams
 from aiostage._loop.workers import Job
 from aiostage._memory.arena import Arena
-from aiostage.errors import StagingError
+from aiostage.errors import StagingError, UnsupportedLeafError
+from aiostage.leaf import Path, format_path
 from aiostage.observe import OpenSpan
 
-__all__ = ["Copies", "CopyProgress"]
+__all__ = ["Copies", "CopyProgress", "Phase", "SourceInspection", "Timings", "leaves_within"]
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Where the time of one staging went, in seconds. Phases that overlap count for themselves.
+
+    Attributes:
+        walk: Copying containers and finding the leaves.
+        inspect: Looking at the leaves.
+        plan: Laying out the arena, or recognizing the layout.
+        memory: Waiting for an arena.
+        build: Making the staged leaves, while the copies already run.
+        launch: Telling devices what to copy.
+        copy: Waiting for the copies after everything was built.
+        check: Looking for changes of the source.
+        rebuild: Making the staged tree.
+        yields: How often the event loop got its turn.
+    """
+
+    walk: float = 0.0
+    inspect: float = 0.0
+    plan: float = 0.0
+    memory: float = 0.0
+    build: float = 0.0
+    launch: float = 0.0
+    copy: float = 0.0
+    check: float = 0.0
+    rebuild: float = 0.0
+    yields: int = 0
+
+    def __post_init__(self) -> None:
+        """Start without a span; the caller sets one. It is not a field, because it is not a figure."""
+        self.span: OpenSpan | None = None
+
+
+class Phase:
+    """Adds the time that a section takes to a field of the timings, and tells observers of it.
+
+    A section may be cut into slices and go on in another task, so its span is not the current one of any context.
+    """
+
+    __slots__ = ("_name", "_span", "_start", "_timings")
+
+    def __init__(self, timings: Timings, name: str) -> None:
+        self._timings = timings
+        self._name = name
+
+    def __enter__(self) -> None:
+        within = self._timings.span
+        self._span = within.child(self._name) if within is not None else None
+        self._start = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Added and not set: a phase that is cut in two, or repeated for each chunk, is the sum.
+        spent = getattr(self._timings, self._name) + perf_counter() - self._start
+        setattr(self._timings, self._name, spent)
+        if self._span is not None:
+            self._span.end(error)
+
+
+_MOST_SPECS = 1 << 14
+"""Kinds of leaves that are remembered, at about a kilobyte each. A tree of more is never recognized."""
+
+
+class SourceInspection:
+    """Inspects one state dict: the walk over it, its leaves, and where they are to go.
+
+    Args:
+        resources: The resources of the stager.
+        timings: Where to note what it takes.
+        caller: Whose streams the code of objects follows; None without an accelerator.
+
+    Attributes:
+        walk: Over the containers.
+        specs: What each leaf is to become; None for one that others are put together to.
+        changes: What is noticed to have changed since.
+    """
+
+    def __init__(self, resources: Resources, timings: Timings, caller: CallerStreams | None) -> None:
+        self._resources = resources
+        self._timings = timings
+        before_code = caller.order_code if caller is not None else None
+        self.walk = Walk(passthrough=resources.options.passthrough, before_code=before_code)
+        self.specs: list[Spec | None] = []
+        self.changes = Changes(self.walk.leaves, self.walk.changes, self.walk.path, resources.inspection)
+
+    @property
+    def leaves(self) -> Leaves:
+        """What the walk has found."""
+        return self.walk.leaves
+
+    @property
+    def whole_leaves(self) -> int:
+        """How many leaves the tree has; a tensor that is reached by several paths counts once."""
+        return len(self.leaves) - sum(map(len, self.leaves.owners.values()))
+
+    def whole(self, indices: Iterable[int]) -> Iterator[int]:
+        """Return those that are leaves of the tree, and not only parts of one."""
+        return (index for index in indices if self.leaves.owners.find(index) is None)
+
+    def without_bytes(self) -> list[int]:
+        """Return the leaves that no batch completes: those without memory of their own, or without elements."""
+        return [index for index, spec in enumerate(self.specs) if spec is None or spec.extent == 0]
+
+    def torn(self, lost: Collection[int]) -> list[Path]:
+        """Return where the source has changed.
+
+        Args:
+            lost: The leaves that could not be copied, because their memory had been replaced by then.
+        """
+        return list(dict.fromkeys((*self.changes.paths, *map(self.walk.path, sorted(lost)))))
+
+    def run(self, source: Any) -> Generator[None, None, None]:
+        """Find the leaves, and what each of them is.
+
+        Args:
+            source: The state dict.
+
+        Raises:
+            UnsupportedLeafError: If a leaf cannot be staged faithfully.
+        """
+        walk, inspection = self.walk, self._resources.inspection
+        if len(inspection.table.known) > _MOST_SPECS:
+            inspection.forget()
+        with Phase(self._timings, "walk"):
+            yield from walk.run(source, inspection)
+        with Phase(self._timings, "inspect"):
+            yield from walk.inspect(inspection)
+            # Everything else has been noted: now comes the moment of the copy.
+            yield from walk.settle(inspection)
+            self.specs = walk.leaves.specs
+            rule = self._resources.options.dtype
+            if rule is not None:
+                self.specs = yield from cast_specs(walk.leaves, inspection.table, rule, walk.path)
+
+    def plan(self) -> Generator[None, None, Plan]:
+        """Return where the leaves are to go.
+
+        Raises:
+            UnsupportedLeafError: If a leaf cannot be cast apart from what it shares memory with.
+        """
+        with Phase(self._timings, "plan"):
+            try:
+                return (yield from self._resources.plans.plan(self.specs, self.leaves.addresses))
+            except MixedCast as mixed:
+                raise UnsupportedLeafError(
+                    "it is to be cast, but shares memory with a leaf of another dtype.",
+                    path=format_path(self.walk.path(mixed.index)),
+                    remedy="Leave one of the two out, or return None for it from the dtype function.",
+                ) from None
 
 
 class Copies:
@@ -242,3 +404,43 @@ class CopyProgress:
 
 
 _stop = attrgetter("stop")
+
+
+def leaves_within(
+    parts: Collection[Path], walk: Walk, batches: Sequence[Batch]
+) -> Generator[None, None, tuple[set[int], set[int]]]:
+    """Find what lies in some parts of a tree, yielding between small steps.
+
+    Args:
+        parts: Paths that lead to the parts; the empty one is everything.
+        walk: Which met the leaves.
+        batches: Which copy them.
+
+    Returns:
+        The numbers of the leaves, and of the batches that copy them.
+
+    Raises:
+        KeyError: If one of the parts has no tensor in it that is copied.
+    """
+    lengths = sorted(set(map(len, parts)))
+    missing = set(parts) - {()}
+    leaves: set[int] = set()
+    numbers: set[int] = set()
+    for number, batch in enumerate(batches):
+        for index in batch.completes:
+            path = walk.path(index)
+            heads = {path[:length] for length in lengths if length <= len(path)}
+            if not heads.isdisjoint(parts):
+                missing -= heads
+                leaves.add(index)
+                numbers.add(number)
+            yield
+    for number in tuple(numbers):
+        # A large leaf is cut into several batches, and only the last of them completes it. The part is free once the
+        # earlier ones are copied too.
+        while batches[number].continues:
+            number -= 1
+            numbers.add(number)
+    if missing:
+        raise KeyError(f"{format_path(min(missing, key=str))} does not lead to a tensor that is copied")
+    return leaves, numbers
