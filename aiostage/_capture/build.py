@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import Refusal, Spec
-from aiostage._capture.leaves import Leaves, Table
+from aiostage._capture.faithful import Spec
+from aiostage._capture.leaves import Leaves
+from aiostage._capture.memo import Memo
 from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
 from aiostage._capture.plan import Batch, LeafRun, OverlapGroup
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
 __all__ = [
-    "Memo",
     "build",
     "build_batch",
     "build_destinations",
@@ -36,162 +36,6 @@ _CHILDREN_PER_STEP = 512
 
 _NODE_COST = 8
 """What opening or closing a node costs in terms of children."""
-
-
-class Memo(dict[Any, Any]):
-    """What ``memo`` is to :func:`copy.deepcopy`, for objects that copy themselves.
-
-    An object that the walk has recorded is copied when it is requested, with its values, so that code which computes
-    with copies sees what it would see under :func:`copy.deepcopy`. What such code puts in here is the copy from then
-    on.
-
-    Args:
-        nodes: What was noted, by the identity of the source.
-        fetch: Returns copies of leaves that have their values.
-        leaf_of: Indices of noted tensors by their identity.
-        storages: Copies of storages by the identity of the source, where PyTorch's code looks for them and puts them.
-        give: Makes the copy of an object that copies itself.
-        given: Copies of tensors that were made, by their indices.
-
-    Attributes:
-        announced: Keys of containers and plain objects, and the copies that code has put in for them.
-        defaulted: Keys whose copy was put in as a default, for what had none by then.
-        touched: Keys of tensors and of objects that copy themselves that a copy was put in for.
-        suspended: What was built only in part, because it contains an object that was copying itself.
-        circles: The number of the circle that a node lies in, by its identity.
-        entries: Where copying enters a circle, by its number, if that is before what copies itself now.
-    """
-
-    def __init__(
-        self,
-        nodes: Table[Node],
-        fetch: Fetch,
-        leaf_of: dict[int, int],
-        storages: dict[int, Any],
-        give: Callable[[GivenNode], None],
-        given: dict[int, torch.Tensor],
-    ) -> None:
-        super().__init__(torch=storages)
-        self.nodes = nodes
-        self.fetch = fetch
-        self.leaf_of = leaf_of
-        self.give = give
-        self.given = given
-        self.announced: list[tuple[int, Any]] = []
-        self.defaulted: set[int] = set()
-        self.touched: list[int] = []
-        self.suspended: list[Node] = []
-        self.circles: dict[int, int] = {}
-        self.entries: dict[int, Node] = {}
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        """Return the copy of what has an identity, made now if need be."""
-        # Code of objects goes through this class, aiostage through dict's own methods: looking something up must not
-        # build it.
-        if dict.__contains__(self, key):
-            return dict.__getitem__(self, key)
-        # Code of objects may ask for keys of its own, which are no identities.
-        node = self.nodes.find(key) if isinstance(key, int) else None
-        if node is not None:
-            if not node.done and not node.active:
-                if isinstance(node, GivenNode):
-                    self.give(node)
-                else:
-                    entry = self.entry_before(node)
-                    if entry is not None:
-                        built_now(entry, self)
-                    if not node.done:
-                        built_now(node, self)
-            return default if node.copy is MISSING else node.copy
-        leaf = self.leaf_of.get(key)
-        return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
-
-    def __setitem__(self, key: Any, copy: Any) -> None:
-        if dict.get(self, key, MISSING) is not copy:
-            node = self.nodes.find(key) if isinstance(key, int) else None
-            # Of what copies itself and of tensors, the end of the code that is running tells which copy they have.
-            if isinstance(node, GivenNode) or key in self.leaf_of:
-                self.touched.append(key)
-            elif node is not None and node.copy is not copy:
-                self.announced.append((key, copy))
-        super().__setitem__(key, copy)
-
-    # A dict's own of these know only what is in here by now.
-
-    def update(self, *others: Any, **named: Any) -> None:
-        """Put copies in, as one by one."""
-        for key, copy in dict(*others, **named).items():
-            self[key] = copy
-
-    def __ior__(self, others: Any) -> Memo:  # type: ignore[misc]
-        """Put copies in, as one by one."""
-        self.update(others)
-        return self
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Return the copy of what has an identity, if it was made; else put one in."""
-        if dict.__contains__(self, key):
-            return dict.__getitem__(self, key)
-        node = self.nodes.find(key) if isinstance(key, int) else None
-        if self.leaf_of.get(key) in self.given or (node is not None and node.copy is not MISSING):
-            return self.get(key)
-        self[key] = default
-        self.defaulted.add(key)
-        return default
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        """Take something out that is no copy of what the walk has met."""
-        self._check_removable(key)
-        return super().pop(key, *default)
-
-    def __delitem__(self, key: Any) -> None:
-        self._check_removable(key)
-        super().__delitem__(key)
-
-    def _check_removable(self, key: Any) -> None:
-        node = self.nodes.find(key) if isinstance(key, int) else None
-        if key in self.leaf_of or (node is not None and not node.active):
-            raise Refusal(
-                "its code takes the copy of another object out of memo, which would get a second one.",
-                "In a __deepcopy__ of your own, leave in memo what is there.",
-            )
-
-    def noted(self, node: Node) -> Any:
-        """Return the copy of a node that code has put in here."""
-        return dict.get(self, id(node.source), MISSING)
-
-    def entry_before(self, node: Node) -> Node | None:
-        """Return what is to be built before a node: where copying enters its circle, if it has not yet done so."""
-        entry = self.entries.get(self.circles.get(id(node), -1))
-        return entry if entry is not None and entry.copy is MISSING and not entry.active else None
-
-    def forget(self) -> None:
-        """Drop all references; the memo may live on in objects that keep theirs."""
-        self.clear()
-        self.suspended.clear()
-        self.announced.clear()
-        self.defaulted.clear()
-        self.touched.clear()
-        self.circles, self.entries = {}, {}
-        self.nodes, self.leaf_of, self.given = Table(dict), {}, {}
-        self.fetch, self.give = _nothing, _no_copy
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, int) and self.get(key, MISSING) is not MISSING
-
-    def __getitem__(self, key: Any) -> Any:
-        found = self.get(key, MISSING)
-        if found is MISSING:
-            raise KeyError(key)
-        return found
-
-
-def _nothing(start: int, stop: int) -> list[Any]:
-    raise KeyError(start)
-
-
-def _no_copy(node: GivenNode) -> None:
-    raise KeyError(id(node.source))
 
 
 def built_now(node: Node, memo: Memo) -> None:

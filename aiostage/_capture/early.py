@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from heapq import merge
-from itertools import chain, count, repeat
+from collections.abc import Collection, Generator, Sequence
 from math import inf
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
 
 from aiostage import _private
-from aiostage._capture.build import Memo, built_now, of_class
+from aiostage._capture.build import built_now, of_class
 from aiostage._capture.faithful import Refusal, Spec, copies_itself
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
-from aiostage._capture.nodes import MISSING, GivenNode, Node, TupleNode
+from aiostage._capture.memo import Memo, ReplacedCopies, StorageCopies
+from aiostage._capture.nodes import GivenNode, Node
 from aiostage._capture.protocol import circles_of, depth_first, failed, objects_within
 from aiostage._loop.coroutines import exhausted
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
-__all__ = ["EarlyCopies", "SelfCopies", "StorageCopies"]
-
-
-class StorageCopies(dict[int, torch.UntypedStorage]):
-    """Copies of storages by the identity of the source.
-
-    The deepcopy of a storage, and of a tensor that the walk has not met, looks for the copy of the storage here and
-    puts it here: it is PyTorch's part of the memo.
-    """
-
-    def __setitem__(self, identity: int, copy: torch.UntypedStorage) -> None:
-        if copy.device.type != "cpu":
-            raise Refusal(
-                f"code of an object copies a storage of {copy.nbytes()} bytes on {copy.device}, which only that code "
-                "leads to.",
-                "Keep the tensors of that storage in attributes or containers of the object, or use passthrough for "
-                "the object.",
-            )
-        # PyTorch's code puts it here while an object copies itself, so the Refusal comes out of that object's own
-        # __deepcopy__, and gets its path there.
-        super().__setitem__(identity, copy)
+__all__ = ["EarlyCopies", "SelfCopies"]
 
 
 class EarlyCopies:
@@ -159,9 +137,7 @@ class SelfCopies:
         self._connecting: set[int] = set()
         self._giving = False
         self._order: dict[int, int] = {}
-        self._turns: dict[int, int] = {}
-        self._replaced: dict[GivenNode, dict[int, Any]] = {}
-        self._announced: list[tuple[int, Any]] = []
+        self._replaced = ReplacedCopies(leaves, nodes)
         self.memo: Memo | None = None
 
     def has_looked_into(self, node: GivenNode) -> bool:
@@ -207,7 +183,8 @@ class SelfCopies:
         """
         exhausted(self._leaves.index())
         early = self._early
-        memo = Memo(self._nodes, early.copies, self._leaves.positions, early.storages, self._give, self._leaves.given)
+        positions, given = self._leaves.positions, self._leaves.given
+        memo = Memo(self._nodes, early.copies, positions, early.storages, self._give, built_now, given)
         self.memo = early.memo = memo
         if self._lead_back(opaque):
             memo.circles = circles_of(opaque, self._leads, self._connecting)
@@ -229,7 +206,7 @@ class SelfCopies:
         """
         seen: dict[int, list[Any]] = {}
         for node in opaque:
-            made = [node.copy, *self._replaced.get(node, {}).values()]
+            made = [node.copy, *self._replaced.by(node)]
             for number, item in enumerate(objects_within(made, seen), 1):
                 if (
                     isinstance(item, torch.Tensor)
@@ -260,7 +237,6 @@ class SelfCopies:
         self._memory.clear()
         self._between.clear()
         self._replaced.clear()
-        self._announced.clear()
         self._early.memo = None
 
     def _copy_around_circles(self, opaque: Sequence[GivenNode], root: Node, memo: Memo) -> None:
@@ -317,7 +293,7 @@ class SelfCopies:
             return
         outermost, self._giving = not self._giving, True
         if outermost:
-            self._turns[id(node)] = len(self._turns)
+            self._replaced.begin(node)
         node.active = True
         try:
             result = source.__deepcopy__(memo)
@@ -332,25 +308,10 @@ class SelfCopies:
         # Last, and over what the object's code may have put there itself: copy.deepcopy does so too.
         memo[id(source)] = result
         if outermost:
-            self._note_replaced(node, memo)
-
-    def _note_replaced(self, giver: GivenNode, memo: Memo) -> None:
-        """Note which objects of the tree have another copy in the memo than the walk would give them."""
-        for identity in memo.touched:
-            node, copy = self._nodes.find(identity), dict.get(memo, identity, MISSING)
-            own = node.copy if node is not None else self._leaves.given.get(self._leaves.positions[identity])
-            if copy is not MISSING and copy is not own:
-                self._replaced.setdefault(giver, {})[identity] = copy
-        if memo.announced:
-            self._replaced.setdefault(giver, {}).update(memo.announced)
-            self._announced += memo.announced
-        memo.touched.clear()
-        memo.announced.clear()
+            self._replaced.note(node, memo)
 
     def replace(self, root: Node, buffers: Collection[Node]) -> Generator[None, None, None]:
-        """Give what comes after the code of an object, in the order of copy.deepcopy, the copies that it put into memo.
-
-        Yields between small steps.
+        """Give what comes after the code of an object the copies that it put into memo, yielding between small steps.
 
         Args:
             root: Of the tree.
@@ -359,125 +320,8 @@ class SelfCopies:
         Raises:
             UnsupportedLeafError: If copy.deepcopy would give one object two copies, or a tensor something else.
         """
-        memo, leaves = self.memo, self._leaves
-        if memo is None or not self._replaced:
-            return
-        announced: dict[int, list[Any]] = {}
-        for identity, copy in chain(self._announced, *(found.items() for found in self._replaced.values())):
-            announced.setdefault(identity, []).append(copy)
-        now: dict[int, Any] = dict.fromkeys(announced, MISSING)
-        wanted: dict[int, Any] = {}
-        met: set[int] = set()
-        latest = newest = -1
-        in_pieces = {*leaves.gradients, *leaves.gradients.values(), *leaves.composites}
-        for number, (node, slot, child) in enumerate(_in_order(root, now)):
-            source = child.source if isinstance(child, Node) else leaves.tensors[child]
-            copy = now.get(id(source), MISSING)
-            if id(source) in now:
-                met.add(id(source))
-                if isinstance(child, Node):
-                    made = child.copy is not MISSING and child.copy is not copy
-                    if made and child in buffers and not node.done:
-                        if copy is not MISSING:
-                            child.copy = copy
-                    elif made and (copy is not MISSING or any(map(is_, announced[id(source)], repeat(child.copy)))):
-                        raise _replaced(node, slot, source, _LATE)
-                    if wanted.setdefault(id(source), copy) is not copy:
-                        raise _replaced(node, slot, source, _LATE)
-                elif node.done:
-                    if self._early.replaced.get(child, MISSING) is not copy:
-                        raise _replaced(node, slot, source, _LATE)
-                else:
-                    first = wanted.setdefault(id(source), copy)
-                    index = leaves.positions[id(source)]
-                    if copy is not MISSING:
-                        plain = self._nodes.find(id(source)) is None and index not in in_pieces
-                        if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
-                            raise _replaced(node, slot, source, "where only another plain tensor can be.")
-                        # What is staged of the leaf itself is what comes first in the tree.
-                        (leaves.given if child == index else leaves.replaced)[child] = copy
-            if isinstance(child, GivenNode):
-                replaced = self._replaced.pop(child, {})
-                turn = self._turns.pop(id(child), newest)
-                # What is met in the last step only, such as by an iterator, may have copied itself out of order.
-                # A default is none for what copy.deepcopy has copied by then.
-                if (
-                    turn < newest
-                    or (replaced and turn < latest)
-                    or not met.isdisjoint(replaced.keys() & memo.defaulted)
-                ):
-                    raise _replaced(node, slot, child.source, _LATE)
-                now |= replaced
-                latest, newest = max(latest, turn), turn if replaced else newest
-            if number % LEAVES_PER_STEP == 0:
-                yield
-        for giver in self._replaced:
-            # It is inside something that has another copy, where copy.deepcopy does not come.
-            raise UnsupportedLeafError(
-                f"the code of this {type(giver.source).__qualname__} puts copies of other objects into memo, and it "
-                "lies in an object that has a copy by other code.",
-                path=format_path(giver.own_path()),
-                remedy=_REMEDY,
-            )
-        for identity, copy in wanted.items():
-            if identity in leaves.positions and copy is not MISSING:
-                leaves.given[leaves.positions[identity]] = copy
-            if copy is MISSING:
-                # All of it comes before that code.
-                dict.pop(memo, identity, None)
-            else:
-                dict.__setitem__(memo, identity, copy)
-
-
-def _in_order(root: Node, replaced: Mapping[int, Any]) -> Iterator[tuple[Node, int, Node | int]]:
-    """Yield what is in a tree in the order of copy.deepcopy: where it is, and a node, or the index of a leaf.
-
-    A tuple comes after what is in it, because only then does copy.deepcopy look for the copy that code may have made.
-
-    Args:
-        root: Of the tree.
-        replaced: The copies that code has made of some objects so far, by their identity. It does not look into these.
-    """
-    seen: set[int] = {id(root)}
-    stack: list[tuple[Iterator[tuple[Node, int, Node | int]], tuple[Node, int, Node] | None]]
-    stack = [(_children(root), None)]
-    while stack:
-        children, last = stack[-1]
-        for node, slot, child in children:
-            new = isinstance(child, Node) and id(child) not in seen
-            late = new and isinstance(child, TupleNode) and replaced.get(id(child.source), MISSING) is MISSING
-            if not late:
-                yield node, slot, child
-            if new and isinstance(child, Node) and replaced.get(id(child.source), MISSING) is MISSING:
-                seen.add(id(child))
-                stack.append((_children(child), (node, slot, child)))
-                break
-        else:
-            stack.pop()
-            if last is not None and isinstance(last[2], TupleNode):
-                yield last
-            elif last is not None and replaced.get(id(last[2].source), MISSING) is not MISSING:
-                # copy.deepcopy puts its own copy back, and what came in between has the other.
-                raise _replaced(*last[:2], last[2].source, "where its own is not complete.")
-
-
-def _children(node: Node) -> Iterator[tuple[Node, int, Node | int]]:
-    # What is inside an object that copies itself is a matter of its code.
-    leaves = () if isinstance(node, GivenNode) else zip(node.leaves, count(node.first_leaf), strict=False)
-    children: Iterator[tuple[int, Node | int]] = merge(leaves, node.nested, key=itemgetter(0))
-    return ((node, slot, child) for slot, child in children)
-
-
-_REMEDY = "In a __deepcopy__ of your own, put only the copy of the object itself into memo."
-_LATE = "after copy.deepcopy would have copied it."
-
-
-def _replaced(node: Node, slot: int, source: object, reason: str) -> UnsupportedLeafError:
-    return UnsupportedLeafError(
-        f"the code of an object puts another copy of this {type(source).__qualname__} into memo, {reason}",
-        path=format_path(node.path(slot)),
-        remedy=_REMEDY,
-    )
+        if self.memo is not None:
+            yield from self._replaced.give(root, buffers, self.memo, self._early.replaced)
 
 
 def _leads_before(node: Node) -> list[Node]:
