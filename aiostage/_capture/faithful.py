@@ -1,4 +1,7 @@
-"""Which tensors copy right, and how: as dense memory, by value, as their parts, or not at all."""
+"""Which tensors copy right, and how: as dense memory, by value, as their parts, or not at all.
+
+What was found out is remembered, from one staging of a stager to the next.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,19 @@ from aiostage.leaf import Path, format_path
 
 __all__ = [
     "PLAIN_CLASSES",
+    "Chunk",
+    "Inspection",
     "Refusal",
     "Spec",
     "SpecTable",
     "copies_itself",
     "fit",
+    "is_nested",
     "keys_tell_leaves_apart",
 ]
+
+_FORMS = 8
+"""How many forms of chunks are compared with the next one. One that is unlike shows it in the first few leaves."""
 
 PLAIN_CLASSES = frozenset((torch.Tensor, torch.nn.Parameter))
 """The classes whose instances say all about themselves through their dispatch keys."""
@@ -114,6 +123,8 @@ class Spec:
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 _is_cpu = attrgetter("is_cpu")
+_is_leaf = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 _itemsize = attrgetter("dtype.itemsize")
 _nbytes = attrgetter("nbytes")
 _requires_grad = attrgetter("requires_grad")
@@ -239,6 +250,136 @@ class SpecTable:
                 spec.staged_stride,
             )
         return found
+
+
+class Chunk:
+    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed.
+
+    Args:
+        specs: Of the leaves.
+        addresses: Where they begin.
+        sizes: Of their storages.
+        tensors: The leaves, in the step in which their specs were found. They make the guard, which costs less than a
+            look at each.
+        like: A chunk of the same form, whose guard does for this one, as it says nothing of addresses.
+    """
+
+    __slots__ = ("addresses", "check", "requires_grad", "sizes", "specs")
+
+    def __init__(
+        self,
+        specs: list[Spec],
+        addresses: list[int],
+        sizes: list[int],
+        tensors: Sequence[torch.Tensor],
+        like: Chunk | None,
+    ) -> None:
+        self.specs = specs
+        self.addresses = addresses
+        self.sizes = sizes
+        _private.untrack_all((specs, addresses, sizes))
+        # Once for the chunk, and not asked of each tensor each time.
+        self.requires_grad = any(map(_requires_grad, set(specs)))
+        self.check: Callable[..., bool] | None = None
+        if like is not None:
+            self.check = like.check
+            return
+        shapes = {spec: list(spec.shape) for spec in set(self.specs)}
+        strides = {spec: list(spec.stride) for spec in shapes}
+        # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
+        try:
+            check = _private.TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=list(map(shapes.__getitem__, self.specs)),
+                dynamic_dims_strides=list(map(strides.__getitem__, self.specs)),
+            ).check
+            # A guard that knows anything is none. One that does not know what it was made from costs time only.
+            # Tried on a tensor that it must refuse.
+            usable = check(torch.empty(0, device="meta"), *tensors[1:]) is False
+        except Exception:
+            usable = False
+        self.check = check if usable else None
+
+    def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether tensors, of which none is nested, are like those that the specs are of.
+
+        The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
+        """
+        return (
+            self.check is not None
+            and len(tensors) == len(self.specs)
+            and self.check(*tensors)
+            # Nor does the guard see whether one that requires a gradient is a leaf of the autograd graph.
+            and not (self.requires_grad and not all(map(_is_leaf, tensors)))
+        )
+
+
+class Inspection:
+    """How a stager looks at leaves, and what it remembers of the last look.
+
+    Args:
+        device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
+        needs_versions: Whether leaves are compared with what was noted of them, so that a PyTorch that counts no
+            versions will not do.
+    """
+
+    def __init__(
+        self, device_of: Callable[[torch.Tensor], torch.device | None] | None, *, needs_versions: bool = True
+    ) -> None:
+        self.needs_versions = needs_versions
+        self._device_of = device_of
+        self.table = SpecTable(device_of)
+        self.chunks: dict[int, Chunk] = {}
+        self.forms: list[Chunk] = []
+        """Chunks of different forms, the one met last at the end: layers repeat, so the next is often like one."""
+        self.apart: tuple[list[Chunk], bool] = ([], True)
+        """Some chunks, and whether no two leaves of them begin at one address."""
+
+    def forget(self) -> None:
+        """Begin anew, as when tensors have had other shapes at each of very many stagings."""
+        # New ones, and nothing is emptied: stagings that are under way, in other event loops too, go on with what they
+        # have. That two of their leaves which are alike may then have two specs costs them a run of their own.
+        self.table, self.chunks, self.forms, self.apart = SpecTable(self._device_of), {}, [], ([], True)
+
+    def form_of(self, tensors: Sequence[torch.Tensor]) -> Chunk | None:
+        """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
+        # Read once, and replaced as a whole: loops of other threads may use it too.
+        forms = self.forms
+        if forms and keys_tell_leaves_apart() and not any(map(is_nested, tensors)):
+            for form in reversed(forms):
+                if form.recognizes(tensors):
+                    self.forms = [*(other for other in forms if other is not form), form]
+                    return form
+        return None
+
+    def remember(
+        self,
+        start: int,
+        tensors: Sequence[torch.Tensor],
+        specs: list[Spec],
+        addresses: list[int],
+        sizes: list[int],
+        like: Chunk | None = None,
+    ) -> None:
+        """Keep what a chunk looks like, to be recognized at capture and at the next staging.
+
+        Args:
+            start: The index of its first leaf.
+            tensors: Its leaves.
+            specs: Of the leaves.
+            addresses: Where they begin.
+            sizes: Of their storages, in bytes.
+            like: What :meth:`form_of` has found.
+        """
+        if _private.TensorGuards is None:
+            return
+        known = self.chunks.get(start)
+        if like is None and known is not None and known.specs == specs and known.recognizes(tensors):
+            like = known
+        made = Chunk(specs, addresses, sizes, tensors, like)
+        self.chunks[start] = made
+        if like is None and made.check is not None:
+            self.forms = [*self.forms[1 - _FORMS :], made]
 
 
 def fit(specs: Sequence[Spec], tensors: Sequence[torch.Tensor], storage_sizes: Sequence[int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, TypeVar
@@ -12,9 +12,9 @@ import torch
 
 from aiostage import _private
 from aiostage._capture.composites import Composite, composite_of, traits_of
-from aiostage._capture.faithful import PLAIN_CLASSES, Refusal, Spec, SpecTable, fit, keys_tell_leaves_apart
+from aiostage._capture.faithful import PLAIN_CLASSES, Chunk, Inspection, Refusal, Spec, fit, is_nested
 
-__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Inspection", "Leaves", "Replaced", "Table", "changed"]
+__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Leaves", "Replaced", "Table", "changed"]
 
 V = TypeVar("V")
 
@@ -23,9 +23,6 @@ LEAVES_PER_STEP = 256
 
 _COMPOSITES_PER_STEP = 64
 """Leaves inspected between two yields where some are of other classes: a DTensor takes five microseconds, twice."""
-
-_FORMS = 8
-"""How many forms of chunks are compared with the next one. One that is unlike shows it in the first few leaves."""
 
 _RELEASED_PER_STEP = 2048
 """Entries of a column dropped between two yields, at some 20 nanoseconds each."""
@@ -39,9 +36,6 @@ NO_VERSION = -1
 _address = torch.Tensor.data_ptr
 _storage = torch.Tensor.untyped_storage
 _storage_nbytes = torch.UntypedStorage.nbytes
-_is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
-_is_leaf = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
-_requires_grad = attrgetter("requires_grad")
 _grad = attrgetter("grad")
 
 
@@ -70,96 +64,6 @@ class Replaced(Exception):
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self.index = index
-
-
-class _Chunk:
-    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed.
-
-    Args:
-        specs: Of the leaves.
-        addresses: Where they begin.
-        sizes: Of their storages.
-        tensors: The leaves, in the step in which their specs were found. They make the guard, which costs less than a
-            look at each.
-        like: A chunk of the same form, whose guard does for this one, as it says nothing of addresses.
-    """
-
-    __slots__ = ("addresses", "check", "requires_grad", "sizes", "specs")
-
-    def __init__(
-        self,
-        specs: list[Spec],
-        addresses: list[int],
-        sizes: list[int],
-        tensors: Sequence[torch.Tensor],
-        like: _Chunk | None,
-    ) -> None:
-        self.specs = specs
-        self.addresses = addresses
-        self.sizes = sizes
-        _private.untrack_all((specs, addresses, sizes))
-        # Once for the chunk, and not asked of each tensor each time.
-        self.requires_grad = any(map(_requires_grad, set(specs)))
-        self.check: Callable[..., bool] | None = None
-        if like is not None:
-            self.check = like.check
-            return
-        shapes = {spec: list(spec.shape) for spec in set(self.specs)}
-        strides = {spec: list(spec.stride) for spec in shapes}
-        # Checks class, dispatch keys, dtype, device, sizes, strides and requires_grad of each, and that they differ.
-        try:
-            check = _private.TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=list(map(shapes.__getitem__, self.specs)),
-                dynamic_dims_strides=list(map(strides.__getitem__, self.specs)),
-            ).check
-            # A guard that knows anything is none. One that does not know what it was made from costs time only.
-            # Tried on a tensor that it must refuse.
-            usable = check(torch.empty(0, device="meta"), *tensors[1:]) is False
-        except Exception:
-            usable = False
-        self.check = check if usable else None
-
-    def recognizes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether tensors, of which none is nested, are like those that the specs are of.
-
-        The guard asks for strides before it looks at the class, and a nested tensor ends the process for that.
-        """
-        return (
-            self.check is not None
-            and len(tensors) == len(self.specs)
-            and self.check(*tensors)
-            # Nor does the guard see whether one that requires a gradient is a leaf of the autograd graph.
-            and not (self.requires_grad and not all(map(_is_leaf, tensors)))
-        )
-
-
-class Inspection:
-    """How a stager looks at leaves, and what it remembers of the last look.
-
-    Args:
-        device_of: Answers which device a tensor is on, None for host memory. None: every tensor is in host memory.
-        needs_versions: Whether leaves are compared with what was noted of them, so that a PyTorch that counts no
-            versions will not do.
-    """
-
-    def __init__(
-        self, device_of: Callable[[torch.Tensor], torch.device | None] | None, *, needs_versions: bool = True
-    ) -> None:
-        self.needs_versions = needs_versions
-        self._device_of = device_of
-        self.table = SpecTable(device_of)
-        self.chunks: dict[int, _Chunk] = {}
-        self.forms: list[_Chunk] = []
-        """Chunks of different forms, the one met last at the end: layers repeat, so the next is often like one."""
-        self.apart: tuple[list[_Chunk], bool] = ([], True)
-        """Some chunks, and whether no two leaves of them begin at one address."""
-
-    def forget(self) -> None:
-        """Begin anew, as when tensors have had other shapes at each of very many stagings."""
-        # New ones, and nothing is emptied: stagings that are under way, in other event loops too, go on with what they
-        # have. That two of their leaves which are alike may then have two specs costs them a run of their own.
-        self.table, self.chunks, self.forms, self.apart = SpecTable(self._device_of), {}, [], ([], True)
 
 
 class Leaves:
@@ -206,7 +110,7 @@ class Leaves:
         self._indexed = 0
         self._inspected = self._unlike = False
         self._recognized = True
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Chunk] = []
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
@@ -259,7 +163,7 @@ class Leaves:
             known is None
             or self.addresses[start : start + LEAVES_PER_STEP] != known.addresses
             or self.storage_sizes[start : start + LEAVES_PER_STEP] != known.sizes
-            or any(map(_is_nested, chunk))
+            or any(map(is_nested, chunk))
             or not known.recognizes(chunk)
             or _have_gradients(chunk)
         ):
@@ -408,36 +312,16 @@ class Leaves:
         table, sizes = inspection.table, self.storage_sizes[part]
         # Layers repeat: a chunk of the same form as an earlier one has its specs, and only the sizes of its storages
         # are left to check.
-        like = _form_of(chunk, inspection)
+        like = inspection.form_of(chunk)
         if like is not None:
             specs = like.specs if fit(like.specs, chunk, sizes) else None
         else:
             specs = table.specs(chunk, sizes) if table.are_dense(chunk) else None
         if specs is None or _have_gradients(chunk):
             return False
-        self._remember(chunk, start, inspection, specs, like)
+        inspection.remember(start, chunk, specs, self.addresses[part], sizes, like)
         self.specs += specs
         return True
-
-    def _remember(
-        self,
-        chunk: Sequence[torch.Tensor],
-        start: int,
-        inspection: Inspection,
-        specs: list[Spec],
-        like: _Chunk | None = None,
-    ) -> None:
-        """Keep what a chunk looks like, to be recognized at capture and at the next staging."""
-        if _private.TensorGuards is None:
-            return
-        part = slice(start, start + len(chunk))
-        known = inspection.chunks.get(start)
-        if like is None and known is not None and known.specs == specs and known.recognizes(chunk):
-            like = known
-        made = _Chunk(specs, self.addresses[part], self.storage_sizes[part], chunk, like)
-        inspection.chunks[start] = made
-        if like is None and made.check is not None:
-            inspection.forms = [*inspection.forms[1 - _FORMS :], made]
 
     def _inspect_each(self, chunk: Sequence[torch.Tensor], start: int, inspection: Inspection) -> None:
         """Fill the specs of a chunk, looking at each leaf."""
@@ -473,7 +357,9 @@ class Leaves:
             )
             self.specs.append(spec)
         if simple:
-            self._remember(chunk, start, inspection, self.specs[start:])  # type: ignore[arg-type]
+            part = slice(start, start + len(chunk))
+            specs: list[Spec] = self.specs[part]  # type: ignore[assignment]
+            inspection.remember(start, chunk, specs, self.addresses[part], self.storage_sizes[part])
 
     def _add_parts(self, index: int, composite: Composite) -> None:
         self.composites[index] = (composite, tuple(self.add(part, index) for part in composite.parts))
@@ -492,18 +378,6 @@ def _check_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
 def _leaves_in_step(tensors: Sequence[torch.Tensor]) -> int:
     """Return how many of some leaves to look at in one step."""
     return len(tensors) if set(map(type, tensors)) <= PLAIN_CLASSES else min(len(tensors), _COMPOSITES_PER_STEP)
-
-
-def _form_of(tensors: Sequence[torch.Tensor], inspection: Inspection) -> _Chunk | None:
-    """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
-    # Read once, and replaced as a whole: loops of other threads may use it too.
-    forms = inspection.forms
-    if forms and keys_tell_leaves_apart() and not any(map(_is_nested, tensors)):
-        for form in reversed(forms):
-            if form.recognizes(tensors):
-                inspection.forms = [*(other for other in forms if other is not form), form]
-                return form
-    return None
 
 
 def _have_gradients(tensors: Sequence[torch.Tensor]) -> bool:
@@ -597,7 +471,7 @@ def _same_forms(leaves: Leaves, start: int, tensors: Sequence[torch.Tensor], ins
     known = inspection.chunks.get(start) if inspection is not None else None
     if known is None or known.specs != leaves.specs[start : start + len(tensors)]:
         return False
-    return not any(map(_is_nested, tensors)) and known.recognizes(tensors) and not _have_gradients(tensors)
+    return not any(map(is_nested, tensors)) and known.recognizes(tensors) and not _have_gradients(tensors)
 
 
 def _changed_among(

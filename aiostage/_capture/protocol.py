@@ -12,6 +12,7 @@ import gc
 import pathlib
 import types
 import uuid
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from functools import cache
@@ -25,12 +26,14 @@ from aiostage import _private
 from aiostage._capture.nodes import Node, ObjectNode, parent_of
 from aiostage._capture.versions import GONE, ContainerChanges
 from aiostage.errors import UnsupportedLeafError
-from aiostage.leaf import format_path
+from aiostage.leaf import Attribute, format_path
 
 __all__ = [
+    "ATOMIC",
     "BUFFERS",
     "IMMUTABLE",
     "READS_PER_STEP",
+    "all_atomic",
     "circles_of",
     "depth_first",
     "failed",
@@ -40,6 +43,35 @@ __all__ = [
     "read_iterable",
     "reduce_object",
 ]
+
+ATOMIC = frozenset(
+    (
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type,
+        range,
+        property,
+        type(Ellipsis),
+        type(NotImplemented),
+        types.CodeType,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        types.ModuleType,
+        weakref.ref,
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        torch.Size,
+        Attribute,
+    )
+)
+"""Classes whose instances are passed through: immutable, or code rather than state."""
 
 BUFFERS = frozenset((np.ndarray, bytearray, array.array))
 """Classes whose instances are memory without a version."""
@@ -207,6 +239,16 @@ def read_iterable(source: set[Any] | frozenset[Any] | deque[Any]) -> Generator[N
         # It changed meanwhile: record it again, in one step.
         items[:] = source
     return items
+
+
+def all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:
+    """Return whether all of some values are atoms, yielding between parts of many."""
+    for start in range(0, len(values), READS_PER_STEP):
+        if start:
+            yield
+        if not set(map(type, values[start : start + READS_PER_STEP])) <= ATOMIC:
+            return False
+    return True
 
 
 def failed(node: Node, error: Exception) -> Exception:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.faithful import Spec
-from aiostage._capture.leaves import Inspection, Leaves, changed
+from aiostage._capture.faithful import Inspection, Spec
+from aiostage._capture.leaves import Leaves, changed
 from aiostage._capture.nodes import AttributeSteps
 from aiostage.leaf import Attribute, Path
 

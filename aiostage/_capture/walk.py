@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import enum
 import types
-import weakref
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -22,8 +21,8 @@ import torch
 from aiostage import _private
 from aiostage._capture.build import build
 from aiostage._capture.early import SelfCopies
-from aiostage._capture.faithful import PLAIN_CLASSES, Refusal, copies_itself
-from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Leaves, Replaced, Table
+from aiostage._capture.faithful import PLAIN_CLASSES, Inspection, Refusal, copies_itself
+from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Replaced, Table
 from aiostage._capture.nodes import (
     HIDDEN,
     STATE,
@@ -39,42 +38,22 @@ from aiostage._capture.nodes import (
     TupleNode,
     parent_of,
 )
-from aiostage._capture.protocol import BUFFERS, READS_PER_STEP, failed, is_comparable, read_iterable, reduce_object
+from aiostage._capture.protocol import (
+    ATOMIC,
+    BUFFERS,
+    READS_PER_STEP,
+    all_atomic,
+    failed,
+    is_comparable,
+    read_iterable,
+    reduce_object,
+)
 from aiostage._capture.versions import GONE, ContainerChanges, copy_buffer, nbytes_of
 from aiostage._loop.coroutines import exhausted
 from aiostage.errors import TornSnapshotError
 from aiostage.leaf import Attribute, Path, format_path
 
-__all__ = ["ATOMIC", "Walk"]
-
-ATOMIC = frozenset(
-    (
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        type,
-        range,
-        property,
-        type(Ellipsis),
-        type(NotImplemented),
-        types.CodeType,
-        types.FunctionType,
-        types.BuiltinFunctionType,
-        types.ModuleType,
-        weakref.ref,
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        torch.Size,
-        Attribute,
-    )
-)
-"""Classes whose instances are passed through: immutable, or code rather than state."""
+__all__ = ["Walk"]
 
 _CHILDREN_PER_STEP = LEAVES_PER_STEP
 """Children looked at between two yields."""
@@ -192,14 +171,14 @@ class Walk:
             UnsupportedLeafError: If something cannot be copied.
             StagingError: If the device has failed.
         """
-        if not (self._opaque or self._reduced_last or self._buffers):
+        root = self._root
+        if root is None or not (self._opaque or self._reduced_last or self._buffers):
             return
         copies = self._self_copies = SelfCopies(self.leaves, self._nodes)
         failure: Exception | None = None
         if self._opaque or self._reduced_last:
             yield from self.leaves.index()
-            assert self._root is not None  # noqa: S101 - nothing is copied before the walk
-            yield from copies.order(self._root)
+            yield from copies.order(root)
             failure = self._before_code() if self._before_code is not None else None
         while True:
             reduced, self._reduced_last = self._reduced_last, []
@@ -225,14 +204,12 @@ class Walk:
             for given in self._buffers:
                 given.copy, given.done = exhausted(copy_buffer(given.source)), True
             if self._opaque:
-                assert self._root is not None  # noqa: S101 - nothing is copied before the walk
-                copies.make(self._opaque, self._root)
+                copies.make(self._opaque, root)
         yield
         # After the moment: the copies are private by now, so looking into them may take its time.
         if copies.memo is not None:
-            assert self._root is not None  # noqa: S101 - nothing is copied before the walk
             yield from copies.check(self._opaque)
-            yield from copies.replace(self._root, self._buffers)
+            yield from copies.replace(root, self._buffers)
             yield from copies.tie()
 
     def rebuild(self, staged: list[Any]) -> Generator[None, None, Any]:
@@ -280,13 +257,7 @@ class Walk:
     def release(self) -> None:
         """Drop the source and the copy; only paths can be asked for from now on."""
         self.leaves.release()
-        for held in (
-            self._fresh,
-            self._stack,
-            self._reduced_last,
-            self._buffers,
-            self._opaque,
-        ):
+        for held in (self._fresh, self._stack, self._reduced_last, self._buffers, self._opaque):
             held.clear()
         exhausted(self.releasing())
 
@@ -451,15 +422,18 @@ class Walk:
             root.steps = (*root.steps, HIDDEN)
             self._all.append(holder)
 
-    def _add(self, made: Node, node: Node, slot: int) -> None:
+    def _add(self, made: Node, node: Node, slot: int, *, last: bool = False) -> None:
+        """Add what is copied by way of its children, which are noted next; or in the last step, without that."""
         self._nodes.put(id(made.source), made)
         self._all.append(made)
-        self._fresh.append(made)
         node.nested.append((slot, made))
+        if not last:
+            self._fresh.append(made)
 
     def _meet(self, child: Any, kind: type, node: Node, slot: int) -> None:
         """Note that a child is to be copied; it is opened later."""
         made: Node
+        last = False
         if kind is dict or kind is OrderedDict:
             made = DictNode(child, node, slot)
         elif kind is defaultdict and type(child.default_factory) in ATOMIC:
@@ -479,34 +453,25 @@ class Walk:
             made = GivenNode(child, node, slot)
             size = max(_SMALLEST_BUFFER, nbytes_of(child))
             # Small ones are copied in the last step, which needs no comparison; the first that are met have that room.
-            if size <= self._bytes_left:
+            last = size <= self._bytes_left
+            if last:
                 self._bytes_left -= size
                 self._buffers.append(made)
-                self._nodes.put(id(child), made)
-                self._all.append(made)
-                node.nested.append((slot, made))
-                return
         # Asked of the instance, as copy.deepcopy does.
         elif getattr(child, "__deepcopy__", None) is not None:
             made = GivenNode(child, node, slot)
-            self._opaque.append(made)
             # Its code may look at the values of tensors, but has its own copies of them.
-            self._nodes.put(id(child), made)
-            self._all.append(made)
-            node.nested.append((slot, made))
-            return
+            last = True
+            self._opaque.append(made)
         else:
             made = ObjectNode(child, node, slot)
             made.failed = failed
             # Its state comes from code that may answer otherwise each time, so no later comparison could tell. It is
             # reduced in the last step instead.
-            if not is_comparable(kind):
+            last = not is_comparable(kind)
+            if last:
                 self._reduced_last.append(made)
-                self._nodes.put(id(child), made)
-                self._all.append(made)
-                node.nested.append((slot, made))
-                return
-        self._add(made, node, slot)
+        self._add(made, node, slot, last=last)
 
     def _read(self, node: Node) -> Generator[None, None, None]:
         """Note what a node holds, yielding between parts of a large one."""
@@ -534,7 +499,7 @@ class Walk:
             if type(source) is set:
                 self.changes.add_set(source, node.children, parent_of(node), node.slot)
             # Putting a member into a set calls its __hash__ and __eq__.
-            if not (yield from _all_atomic(node.children)):
+            if not (yield from all_atomic(node.children)):
                 self.calls_out = True
         elif isinstance(node, MethodNode):
             node.children, node.steps = [source.__self__], (Attribute("__self__"),)
@@ -652,13 +617,3 @@ def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> G
         keys[:], values[:] = source.keys(), source.values()
         return set(map(type, keys)) <= ATOMIC
     return atomic
-
-
-def _all_atomic(values: Sequence[Any]) -> Generator[None, None, bool]:
-    """Return whether all of some values are atoms, yielding between parts of many."""
-    for start in range(0, len(values), READS_PER_STEP):
-        if start:
-            yield
-        if not set(map(type, values[start : start + READS_PER_STEP])) <= ATOMIC:
-            return False
-    return True

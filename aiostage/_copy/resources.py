@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aiostage._capture.leaves import Inspection
+from aiostage._capture.faithful import Inspection
 from aiostage._capture.plan import PlanCache
 from aiostage._device.streams import CopyStreams
 from aiostage._loop.coroutines import Closing

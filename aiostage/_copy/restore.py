@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aiostage._capture.leaves import Inspection
+from aiostage._capture.faithful import Inspection
 from aiostage._capture.plan import BATCH_BYTES, BATCH_LEAVES
 from aiostage._capture.walk import Walk
 from aiostage._copy.host import copy_tensors

@@ -17,7 +17,8 @@ from aiostage import AsyncStager, UnsupportedLeafError
 from aiostage._capture import leaves as leaves_module
 from aiostage._capture import walk as walk_module
 from aiostage._capture.composites import finder
-from aiostage._capture.leaves import Inspection, Leaves
+from aiostage._capture.faithful import Inspection
+from aiostage._capture.leaves import Leaves
 from aiostage._capture.walk import Walk
 from aiostage._loop.coroutines import exhausted
 

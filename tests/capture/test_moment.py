@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
-from aiostage._capture.leaves import Inspection, changed
+from aiostage._capture.faithful import Inspection
+from aiostage._capture.leaves import changed
 from aiostage._capture.walk import Walk
 from aiostage._loop.coroutines import exhausted
 from tests.staging.holding import copies_held

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from aiostage import AsyncStager
-from aiostage._capture.leaves import LEAVES_PER_STEP, Inspection, Table, changed
+from aiostage._capture.faithful import Inspection
+from aiostage._capture.leaves import LEAVES_PER_STEP, Table, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
-from aiostage._copy import inspection
+from aiostage._copy import phases
 from tests.descriptors import SHARED_MEMORY, opened
 from tests.staging.holding import until
 
@@ -135,7 +135,7 @@ async def test_staged_tensors_in_circles_are_collected() -> None:
 
 @pytest.mark.asyncio
 async def test_what_is_remembered_of_shapes_does_not_grow_with_stagings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "_MOST_SPECS", 16)
+    monkeypatch.setattr(phases, "_MOST_SPECS", 16)
 
     def batch(step: int) -> dict[str, torch.Tensor]:
         return {f"{n}": torch.full((step * 2 + n % 2 + 1,), float(step + n)) for n in range(300)}
