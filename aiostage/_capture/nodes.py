@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -15,6 +15,7 @@ from aiostage.leaf import Attribute, Path
 __all__ = [
     "HIDDEN",
     "MISSING",
+    "READS_PER_STEP",
     "STATE",
     "AttributeSteps",
     "AttributesNode",
@@ -26,6 +27,7 @@ __all__ = [
     "ObjectNode",
     "SetNode",
     "TupleNode",
+    "emptying",
     "parent_of",
 ]
 
@@ -47,6 +49,13 @@ MISSING: Any = _Inside()
 
 Fetch = Callable[[int, int], list[Any]]
 """Returns the copies of the leaves with consecutive indices."""
+
+
+READS_PER_STEP = 4096
+"""Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
+
+_NESTED_PER_STEP = 256
+"""Nodes let go of between two yields."""
 
 
 class AttributeSteps(Sequence[object]):
@@ -269,6 +278,20 @@ class DictNode(Node):
     def release(self) -> None:
         super().release()
         self.keys = []
+
+
+def emptying(node: Node) -> Generator[None, None, None]:
+    """Let go of the larger part of what a large node holds, yielding between small steps."""
+    # No path leads through an object without children, so its keys are not needed.
+    keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
+    # In parts, since the nodes below may have their last references here.
+    while len(node.nested) > _NESTED_PER_STEP:
+        del node.nested[-_NESTED_PER_STEP:]
+        yield
+    for held in (node.children, keys):
+        while isinstance(held, list) and len(held) > READS_PER_STEP:
+            del held[-READS_PER_STEP:]
+            yield
 
 
 class _Collected(Node):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from aiostage import _private
-from aiostage._capture.nodes import Node, ObjectNode, parent_of
+from aiostage._capture.nodes import READS_PER_STEP, Node, ObjectNode, parent_of
 from aiostage._capture.versions import GONE, ContainerChanges
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import Attribute, format_path
@@ -32,7 +32,6 @@ __all__ = [
     "ATOMIC",
     "BUFFERS",
     "IMMUTABLE",
-    "READS_PER_STEP",
     "all_atomic",
     "circles_of",
     "depth_first",
@@ -156,9 +155,6 @@ _ATOMS = frozenset((str, bytes, bytearray, int, float, complex, bool, type(None)
 _REDUCED = frozenset(("builtins", "collections", "functools"))
 """Where the classes are that show what they hold through what they reduce to: iterators, slices, partials, errors."""
 
-
-READS_PER_STEP = 4096
-"""Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
 
 _SAFE = frozenset((_private.new_object, deque, defaultdict, OrderedDict, Counter))
 """What makes an object without looking at what it is given."""

@@ -25,6 +25,7 @@ from aiostage._capture.faithful import PLAIN_CLASSES, Inspection, Refusal, copie
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Replaced, Table
 from aiostage._capture.nodes import (
     HIDDEN,
+    READS_PER_STEP,
     STATE,
     AttributesNode,
     AttributeSteps,
@@ -36,12 +37,12 @@ from aiostage._capture.nodes import (
     ObjectNode,
     SetNode,
     TupleNode,
+    emptying,
     parent_of,
 )
 from aiostage._capture.protocol import (
     ATOMIC,
     BUFFERS,
-    READS_PER_STEP,
     all_atomic,
     failed,
     is_comparable,
@@ -249,7 +250,7 @@ class Walk:
                 yield
         while every:
             for node in every[: -1 - _CHILDREN_PER_STEP // _NODE_COST : -1]:
-                yield from _emptying(node)
+                yield from emptying(node)
                 node.release()
             del every[-(_CHILDREN_PER_STEP // _NODE_COST) :]
             yield
@@ -265,7 +266,7 @@ class Walk:
 
     def _note(self) -> Generator[None, None, None]:
         """Open what was met and not opened yet, depth first."""
-        stack, cost, since = self._stack, 0, len(self.leaves.tensors)
+        stack, known, cost, since = self._stack, self._inspection, 0, len(self.leaves.tensors)
         while stack:
             # What a node of many children has led to stays one list: moving it takes milliseconds.
             pending = stack[-1]
@@ -288,9 +289,7 @@ class Walk:
                 before, start = start, self._take(node, start)
                 # A part that is smaller than a step counts as one, so that what it cost is never taken for less.
                 cost += _CHILDREN_PER_STEP if start - before < _CHILDREN_PER_STEP else start - before
-                while self._inspection is not None and self.leaves.inspect_some(
-                    self._inspection, since, only_known=self.at_call
-                ):
+                while known is not None and self.leaves.inspect_some(known, since, only_known=self.at_call):
                     yield
                     cost, since = 0, len(self.leaves.tensors)
             self._opened(node)
@@ -323,7 +322,6 @@ class Walk:
         tensors: list[torch.Tensor] = []
         slots: list[int] = []
         attributed = 0
-        slot = start
         for slot, child in enumerate(children, start):
             kind = type(child)
             if kind in ATOMIC:
@@ -358,10 +356,10 @@ class Walk:
             composite = self.leaves.composite_of(index, tensor)
         except Refusal as refusal:
             raise refusal.at(node.path(slot)) from None
+        self.leaves.attributed.add(index)
+        made = AttributesNode(tensor, node, slot)
+        made.leaf = index
         if type(tensor) in PLAIN_CLASSES and len(vars(tensor)) > _CHILDREN_PER_STEP:
-            self.leaves.attributed.add(index)
-            made = AttributesNode(tensor, node, slot)
-            made.leaf = index
             self._add(made, node, slot)
             return
         attributes = dict(vars(tensor))
@@ -378,11 +376,9 @@ class Walk:
             names = _private.slot_names(type(tensor))
             self.changes.add_slots(tensor, {name: getattr(tensor, name, GONE) for name in names}, node, slot)
             attributes |= {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-        self.leaves.attributed.add(index)
         if not attributes:
             return
-        made = AttributesNode(tensor, node, slot)
-        made.leaf, made.slots = index, frozenset(names)
+        made.slots = frozenset(names)
         # A bound method on a tensor (a weight loader, say) is code, and the module behind it is no part of the tensor.
         made.kept = {name: value for name, value in attributes.items() if type(value) is types.MethodType}
         made.names = [name for name in attributes if name not in made.kept]
@@ -393,9 +389,8 @@ class Walk:
     def _note_owned(self, start: int) -> Generator[None, None, None]:
         """Note what hangs on the gradients and parts from an index on, which are children of no node."""
         leaves = self.leaves
-        owned = leaves.owned[bisect_left(leaves.owned, start) :]
         attributed = 0
-        for count, index in enumerate(owned, 1):
+        for count, index in enumerate(leaves.owned[bisect_left(leaves.owned, start) :], 1):
             tensor = leaves.tensors[index]
             if type(tensor) not in PLAIN_CLASSES or _private.have_attributes((tensor,)):
                 self._note_beside(index, tensor)
@@ -575,20 +570,6 @@ class Walk:
                 # It is reached through the object's own code, and no child of what the object is in.
                 del parent_of(node).nested[nested:]
         self._push_fresh()
-
-
-def _emptying(node: Node) -> Generator[None, None, None]:
-    """Let go of the larger part of what a large node holds, yielding between small steps."""
-    # No path leads through an object without children, so its keys are not needed.
-    keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
-    # In parts, since the nodes below may have their last references here.
-    while len(node.nested) > _CHILDREN_PER_STEP:
-        del node.nested[-_CHILDREN_PER_STEP:]
-        yield
-    for held in (node.children, keys):
-        while isinstance(held, list) and len(held) > READS_PER_STEP:
-            del held[-READS_PER_STEP:]
-            yield
 
 
 def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, bool]:

@@ -64,26 +64,27 @@ class Timings:
     rebuild: float = 0.0
     yields: int = 0
 
-    def __post_init__(self) -> None:
-        """Start without a span; the caller sets one. It is not a field, because it is not a figure."""
-        self.span: OpenSpan | None = None
-
 
 class Phase:
     """Adds the time that a section takes to a field of the timings, and tells observers of it.
 
     A section may be cut into slices and go on in another task, so its span is not the current one of any context.
+
+    Args:
+        timings: Of the staging.
+        name: Of the field.
+        within: The span of the staging; None without an observer.
     """
 
-    __slots__ = ("_name", "_span", "_start", "_timings")
+    __slots__ = ("_name", "_span", "_start", "_timings", "_within")
 
-    def __init__(self, timings: Timings, name: str) -> None:
+    def __init__(self, timings: Timings, name: str, within: OpenSpan | None) -> None:
         self._timings = timings
         self._name = name
+        self._within = within
 
     def __enter__(self) -> None:
-        within = self._timings.span
-        self._span = within.child(self._name) if within is not None else None
+        self._span = self._within.child(self._name) if self._within is not None else None
         self._start = perf_counter()
 
     def __exit__(
@@ -106,6 +107,7 @@ class SourceInspection:
     Args:
         resources: The resources of the stager.
         timings: Where to note what it takes.
+        span: What it is part of, for observers.
         caller: Whose streams the code of objects follows; None without an accelerator.
 
     Attributes:
@@ -114,9 +116,12 @@ class SourceInspection:
         changes: What is noticed to have changed since.
     """
 
-    def __init__(self, resources: Resources, timings: Timings, caller: CallerStreams | None) -> None:
+    def __init__(
+        self, resources: Resources, timings: Timings, span: OpenSpan | None, caller: CallerStreams | None
+    ) -> None:
         self._resources = resources
         self._timings = timings
+        self._span = span
         before_code = caller.order_code if caller is not None else None
         self.walk = Walk(passthrough=resources.options.passthrough, before_code=before_code)
         self.specs: list[Spec | None] = []
@@ -160,9 +165,9 @@ class SourceInspection:
         walk, inspection = self.walk, self._resources.inspection
         if len(inspection.table.known) > _MOST_SPECS:
             inspection.forget()
-        with Phase(self._timings, "walk"):
+        with Phase(self._timings, "walk", self._span):
             yield from walk.run(source, inspection)
-        with Phase(self._timings, "inspect"):
+        with Phase(self._timings, "inspect", self._span):
             yield from walk.inspect(inspection)
             # Everything else has been noted: now comes the moment of the copy.
             yield from walk.settle(inspection)
@@ -177,7 +182,7 @@ class SourceInspection:
         Raises:
             UnsupportedLeafError: If a leaf cannot be cast apart from what it shares memory with.
         """
-        with Phase(self._timings, "plan"):
+        with Phase(self._timings, "plan", self._span):
             try:
                 return (yield from self._resources.plans.plan(self.specs, self.leaves.addresses))
             except MixedCast as mixed:

@@ -128,7 +128,7 @@ class Staging:
         self.job: Job = resources.workers.job(inline=not resources.options.use_async_staging)
         self.progress = CopyProgress(self.job)
         self.timings = Timings()
-        self.timings.span = start_span("stage") if everywhere or here.get() else None
+        self._span = start_span("stage") if everywhere or here.get() else None
         self._copies: Copies | None = None
         self._waiters = 0
         self._building = _Turns()
@@ -137,7 +137,7 @@ class Staging:
         backend = resources.backend
         # Without an accelerator there is no stream to follow.
         self._caller = caller = CallerStreams.record(backend, source) if backend is not None else None
-        self._inspection = SourceInspection(resources, self.timings, caller)
+        self._inspection = SourceInspection(resources, self.timings, self._span, caller)
         self._inspecting: Generator[None, None, None] | None = self._inspection.run(source)
         if backend is not None and resources.streams is not None and caller is not None:
             self.progress.pending = StagingCopies(backend, resources.streams, caller, resources.closing)
@@ -392,7 +392,7 @@ class Staging:
             self.job,
             self.in_order(),
             copied=self.progress.copied,
-            span=self.timings.span,
+            span=self._span,
             inline=not self._options.use_async_staging,
         )
         if plan.nbytes and self._is_streamed(plan.nbytes):
@@ -400,18 +400,18 @@ class Staging:
             await self._slices.run(self._make(plan, copies.outline))
             return []
         if plan.nbytes:
-            with Phase(self.timings, "memory"):
+            with Phase(self.timings, "memory", self._span):
                 self._lease = await self._resources.pool.acquire(plan.nbytes, device=device)
                 copies.arena = self._lease.arena
         self._resources.closing.check()
-        with Phase(self.timings, "build"):
+        with Phase(self.timings, "build", self._span):
             from_devices = await self._slices.run(self._make(plan, copies.build), self.job)
         self.job.close()
         return from_devices
 
     async def _launch(self, copies: list[DeviceCopy]) -> None:
         if self.progress.pending is not None and copies:
-            with Phase(self.timings, "launch"):
+            with Phase(self.timings, "launch", self._span):
                 await self.progress.pending.launch(
                     copies, self._resources.launcher, self._resources.max_bytes_in_flight
                 )
@@ -474,7 +474,7 @@ class Staging:
 
     async def _fill_chunk(self, copies: Copies, window: Window, chunk: Chunk) -> None:
         """Get memory for a chunk and start the copies into it. Here alone memory is in locals, which end with it."""
-        with Phase(self.timings, "memory"):
+        with Phase(self.timings, "memory", self._span):
             memory = await window.lease(chunk, self._resources.pool)
         self._resources.closing.check()
         from_devices = await self._slices.run(copies.fill(chunk, memory))
@@ -493,7 +493,7 @@ class Staging:
     async def _capture(self) -> None:
         """Wait for the copies, and finish; returns early if it is ended by another task."""
         early = await self.build_early()
-        with Phase(self.timings, "copy"):
+        with Phase(self.timings, "copy", self._span):
             # Joining would end the job when this is cancelled, and another may go on here.
             await self.job.settled()
             # Joined only for its error, which join() raises; the job has settled, so this does not wait.
@@ -527,7 +527,7 @@ class Staging:
     def _finish(self, *, rebuild: bool) -> Generator[None, None, None]:
         """Compare the source with what was noted, and make the staged tree, in small steps."""
         if self._options.detect_torn:
-            with Phase(self.timings, "check"):
+            with Phase(self.timings, "check", self._span):
                 yield from self._inspection.changes.compare()
         # Lost leaves last: threads add to that set while they copy, and all of them have ended by now.
         torn = self._inspection.torn(self._copies.sources.lost if self._copies is not None else ())
@@ -542,7 +542,7 @@ class Staging:
     def _rebuilding(self) -> Generator[None, None, None]:
         """Make the staged tree."""
         walk = self._inspection.walk
-        with Phase(self.timings, "rebuild"):
+        with Phase(self.timings, "rebuild", self._span):
             yield from finish_leaves(walk.leaves, self.staged)
             self.tree = yield from walk.rebuild(self.staged)
 
@@ -550,7 +550,7 @@ class Staging:
         """Tell the log and observers that it is over, and what became of it."""
         if error is None:
             _logger.debug("staged %d bytes of %d leaves: %s", self.nbytes, self.leaves, self.timings)
-        span = self.timings.span
+        span = self._span
         if span is not None:
             span.span.attributes |= {"nbytes": self.nbytes, "leaves": self.leaves, "batches": len(self._batches)}
             span.end(error)
