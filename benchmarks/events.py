@@ -111,10 +111,10 @@ async def busy(event: Any) -> None:
 
 WAYS: dict[str, Way] = {
     "wait_event": wait_event,
-    "poll every 1 ms": fixed_interval,
-    "poll every 0.5 ms": half_a_millisecond,
-    "to_thread(synchronize)": blocking_thread,
-    "busy sleep(0)": busy,
+    "sleep(0.001) in a loop": fixed_interval,
+    "sleep(0.0005) in a loop": half_a_millisecond,
+    "to_thread(event.synchronize)": blocking_thread,
+    "sleep(0) in a loop": busy,
 }
 
 
@@ -193,12 +193,22 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'loop':8} {'transfer':>8}  {'way':26} {'median':>9} {'worst':>10} {'core':>7} {'queries':>8}")
-    for row in rows:
-        print(
-            f"{row['loop']:8} {row['seconds']:6g} s  {row['way']:26} {row['median_us']:6.0f} us "
-            f"{row['worst_us']:7.0f} us {row['core_percent']:5.1f} % {row['most_queries']:8.0f}"
-        )
+    print(table(rows, options.seconds))
+
+
+def table(rows: list[dict[str, Any]], durations: list[float]) -> str:
+    """Return a row for each loop and way: how late at each duration, and what waiting for the longest costs."""
+    longest = max(durations)
+    late = " | ".join(f"{seconds:g} s: late by (worst)" for seconds in durations)
+    lines = [f"| loop | way | {late} | core, {longest:g} s | `query()`, {longest:g} s |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(durations) + 2))
+    found = {(row["loop"], row["way"], row["seconds"]): row for row in rows}
+    for loop, way in dict.fromkeys((row["loop"], row["way"]) for row in rows):
+        each = [found[loop, way, seconds] for seconds in durations]
+        delays = " | ".join(f"{row['median_us']:.0f} us ({row['worst_us']:.0f})" for row in each)
+        last = found[loop, way, longest]
+        lines.append(f"| {loop} | `{way}` | {delays} | {last['core_percent']:.1f} % | {last['most_queries']:.0f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

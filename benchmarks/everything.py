@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from time import perf_counter
 
 BENCHMARKS = Path(__file__).parent
 _LIMIT_SECONDS = 900
+_STOP_SECONDS = 30
 
 PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     "staging": (
@@ -49,7 +51,7 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     "steps": (["steps.py", "--rounds", "15"], ["steps.py", "--rounds", "1"]),
     "floor": (["floor.py", "--rounds", "7"], ["floor.py", "--rounds", "1"]),
     "events": (
-        ["events.py", "--rounds", "3", "--seconds", "0.01", "0.1"],
+        ["events.py", "--rounds", "3", "--seconds", "0.01", "0.1", "1"],
         ["events.py", "--rounds", "1", "--seconds", "0.01"],
     ),
 }
@@ -64,25 +66,40 @@ def run(name: str, results: Path, *, quick: bool) -> bool:
     # The library beside these benchmarks, and not one that is installed.
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
     output = results / f"{name}.md.part"
-    with output.open("w") as written:
+    with (
+        output.open("w") as written,
+        subprocess.Popen(
+            [sys.executable, BENCHMARKS / script, *options],
+            env=environment,
+            stdout=written,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         try:
-            done = subprocess.run(
-                [sys.executable, BENCHMARKS / script, *options],
-                env=environment,
-                stdout=written,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=_LIMIT_SECONDS,
-            )
+            _, errors = process.communicate(timeout=_LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
+            stop(process)
             print(f"took more than {_LIMIT_SECONDS} s")
             return False
-    if done.returncode:
-        print(f"failed\n{done.stderr[-1500:]}")
+        except BaseException:
+            stop(process)
+            raise
+    if process.returncode:
+        print(f"failed\n{errors[-1500:]}")
         return False
     output.rename(results / f"{name}.md")
     print(f"{perf_counter() - begin:.0f} s", flush=True)
     return True
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a benchmark, which has some seconds to end the servers that it has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def main() -> None:

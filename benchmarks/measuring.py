@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from delays import LoopDelay, percentile
@@ -30,9 +30,13 @@ WORK: dict[str, Callable[[], Any]] = {"large": few_large, "small": many_small}
 
 @dataclass
 class Samples:
-    """What one peer did: seconds of each round, and the delay of each tick of the loop's clock meanwhile."""
+    """What one peer did: seconds of each round, and the delay of each tick of the loop's clock meanwhile.
+
+    And seconds of processor time of each round, which other programs make no longer; none where a round is a process.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     failure: str = ""
@@ -58,6 +62,7 @@ class Samples:
         """Return what goes into a file."""
         return {
             "seconds": self.seconds,
+            "processor": self.processor,
             "delay_p99": percentile(self.delays, 0.99),
             "delay_worst": max(self.delays, default=0.0),
             "timings": self.timings,
@@ -100,9 +105,10 @@ async def _measure(peer: Peer, tree: Any, samples: Samples) -> None:
         return
     delay = LoopDelay()
     async with delay:
-        begin = perf_counter()
+        begin, used = perf_counter(), process_time()
         staged = await peer.stage(tree)
         samples.seconds.append(perf_counter() - begin)
+        samples.processor.append(process_time() - used)
     # Dropping it is the user's own affair, and the same for every peer.
     del staged
     samples.delays += delay.delays

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import seconds
 from tests.warm import PYTHON
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -158,3 +159,42 @@ def test_what_is_measured_on_a_busy_machine(script: str):
     program = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{script}"
     done = subprocess.run([*PYTHON, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_events_are_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import events
+
+    figures = {"median_us": 1.2, "worst_us": 3.4, "core_percent": 0.5, "most_queries": 6}
+    ways = list(events.WAYS)
+    rows = [{"loop": "trio", "seconds": duration, "way": way, **figures} for duration in (0.1, 1.0) for way in ways]
+    head, rule, *lines = events.table(rows, [0.1, 1.0]).splitlines()
+    assert head.count("|") == rule.count("|") == 7
+    assert lines[0] == "| trio | `wait_event` | 1 us (3) | 1 us (3) | 0.5 % | 6 |"
+    assert [line.split("`")[1] for line in lines] == ways
+
+
+SERVING = """
+import pathlib, sys, time
+place = pathlib.Path(sys.argv[1])
+try:
+    (place / "started").touch()
+    time.sleep(600)
+finally:
+    (place / "ended").touch()
+"""
+
+
+def test_a_benchmark_that_takes_too_long_can_end_its_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import everything
+
+    script = tmp_path / "serving.py"
+    script.write_text(SERVING)
+    monkeypatch.setitem(everything.PROGRAMS, "serving", ([str(script), "{results}"], []))
+    started = seconds(1)
+    monkeypatch.setattr(everything, "_LIMIT_SECONDS", started)
+    assert not everything.run("serving", tmp_path, quick=False)
+    assert (tmp_path / "started").exists(), f"it did not start within {started} s"
+    assert (tmp_path / "ended").exists()
+    assert not (tmp_path / "serving.md").exists()
