@@ -7,8 +7,8 @@ import copy
 import math
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator
-from itertools import count, islice
+from collections.abc import Callable, Coroutine, Generator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,43 +16,34 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions, TornSnapshotError
-from aiostage._capture.faithful import Inspection
-from aiostage._capture.leaves import changed
-from aiostage._capture.walk import Walk
-from aiostage._loop.coroutines import exhausted
 from tests.staging.holding import copies_held
 
-
-def steps(walk: Walk, tree: Any, inspection: Inspection | None = None) -> Generator[None, None, None]:
-    """Walk in single steps, so that a test can change the tree between any two."""
-    inspection = inspection or Inspection(None)
-    yield from walk.run(tree, inspection)
-    yield from walk.inspect(inspection)
-    yield from walk.settle(inspection)
+IN_SINGLE_STEPS = StagingOptions(max_loop_hold=1e-9)
+"""Lets other tasks have a turn after each step, however short."""
 
 
-def torn(walk: Walk) -> bool:
-    return bool(list_of(changed(walk.leaves))) or bool(list_of(walk.changes.changed()))
+class ChangedAt:
+    """Runs a coroutine, and changes something at its n-th suspension, as another task does that gets its turn there.
 
+    Attributes:
+        reached: Whether there was such a suspension.
+    """
 
-def list_of(work: Generator[None, None, list[Any]]) -> list[Any]:
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return list(stop.value)
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], number: int, change: Callable[[], object]) -> None:
+        self._coroutine, self._number, self._change = coroutine, number, change
+        self.reached = False
 
-
-def copied(walk: Walk) -> Any:
-    values = [tensor.clone() for tensor in walk.leaves.tensors]
-    for index, given in walk.leaves.given.items():
-        values[index] = given
-    work = walk.rebuild(values)
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """Run it."""
+        for number in count():
+            try:
+                waited = self._coroutine.send(None)
+            except StopIteration as stop:
+                return stop.value
+            if number == self._number:
+                self.reached = True
+                self._change()
+            yield waited
 
 
 class Counted:
@@ -116,32 +107,34 @@ COMPARED = {"a dict", "a large array", "a large bytearray", "a first attribute"}
 """What is noted before the last step and compared, so that a change after its noting is always torn."""
 
 
+@pytest.mark.one_loop
+@pytest.mark.asyncio
 @pytest.mark.parametrize("name", VALUES)
-def test_a_step_of_another_task_is_whole_or_torn(name: str) -> None:
+async def test_a_step_of_another_task_is_whole_or_torn(name: str) -> None:
     value = VALUES[name]
-    mixed = total = whole = 0
-    for between in count():
+    total = whole = 0
+    for number in count():
         tree: dict[str, Any] = {
             "first": [value.make()],
             "weights": [torch.zeros(1) for _ in range(400)],
             "objects": [Plain() for _ in range(20)],
             "last": [torch.zeros(1)],
         }
-        walk = Walk()
-        work = steps(walk, tree)
-        for number, _ in enumerate(work):
-            if number == between:
-                value.add(tree["first"][0])
-                tree["last"][0].add_(1)
-        if number < between:
+
+        def change(tree: dict[str, Any] = tree) -> None:
+            value.add(tree["first"][0])
+            tree["last"][0].add_(1)
+
+        async with AsyncStager(IN_SINGLE_STEPS) as stager:
+            changed = ChangedAt(stager.stage(tree), number, change)
+            staged, error = await outcome(changed)
+        if not changed.reached:
             break
         total += 1
-        if not torn(walk):
+        if error is None:
             whole += 1
-            result = copied(walk)
-            mixed += value.read(result["first"][0]) != int(result["last"][0])
+            assert value.read(staged["first"][0]) == int(staged["last"][0]), number
     assert total > 5
-    assert mixed == 0
     assert whole + (name in COMPARED) > 0
 
 
@@ -158,22 +151,21 @@ async def test_an_attribute_that_a_tensor_is_given_on_the_way_is_torn() -> None:
     assert caught.value.paths == ("state_dict['b']",)
 
 
+@pytest.mark.one_loop
+@pytest.mark.asyncio
 @pytest.mark.parametrize("stagings", [0, 1])
-def test_what_changes_between_two_steps_of_an_inspection_is_not_learnt_for_the_next(stagings: int) -> None:
-    for step in count():
+async def test_what_changes_between_two_steps_of_a_staging_is_not_learnt_for_the_next(stagings: int) -> None:
+    for number in count():
         tree = [torch.zeros(1) for _ in range(520)]
-        inspection = Inspection(None)
-        for _ in range(stagings):
-            exhausted(steps(Walk(), tree, inspection))
-        work = steps(Walk(), tree, inspection)
-        ended = sum(1 for _ in islice(work, step)) < step
-        tree[300].requires_grad_()
-        exhausted(work)
-        for _ in range(2):
-            walk = Walk()
-            exhausted(steps(walk, tree, inspection))
-            assert [spec.requires_grad for spec in walk.leaves.specs if spec].count(True) == 1, step
-        if ended:
+        async with AsyncStager(IN_SINGLE_STEPS) as stager:
+            for _ in range(stagings):
+                await stager.stage(tree)
+            changed = ChangedAt(stager.stage(tree), number, tree[300].requires_grad_)
+            await outcome(changed)
+            tree[300].requires_grad_()
+            for _ in range(2):
+                assert [n for n, each in enumerate(await stager.stage(tree)) if each.requires_grad] == [300], number
+        if not changed.reached:
             break
 
 
