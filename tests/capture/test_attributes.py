@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict, deque
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from aiostage import AsyncStager, StagingOptions, TornSnapshotError, _private
+from aiostage import AsyncStager, StagingOptions, TornSnapshotError
 from tests.fuzz.classes import DictKind, ListKind, Marked, OwnCopy, Plain, Slotted, SlotTensor, Wrapper
 from tests.fuzz.describing import describe, difference
 
@@ -225,14 +224,16 @@ class TestWithoutADictionary:
 
     @pytest.fixture(autouse=True)
     def _as_of_python_3_14(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        referents_of = gc.get_referents
+
         def get_referents(*items: Any) -> list[Any]:
             found = []
             for item in items:
-                for referent in gc.get_referents(item):
+                for referent in referents_of(item):
                     found += referent.values() if isinstance(referent, dict) else [referent]
             return found
 
-        monkeypatch.setattr(_private, "gc", SimpleNamespace(get_referents=get_referents))
+        monkeypatch.setattr(gc, "get_referents", get_referents)
 
     async def test_come_out(self) -> None:
         tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))

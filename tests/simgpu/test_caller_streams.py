@@ -483,28 +483,6 @@ class TestRestoringFromADevice:
         assert tree["b"].tolist() == [0, 0, 0]
 
 
-class TestADeviceThatSaysItIsNotInUse:
-    """`is_initialized()` of a device's module may be wrong; a tensor proves that the device is in use."""
-
-    @pytest.fixture(autouse=True)
-    def _denies(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from aiostage._device import accelerator
-
-        monkeypatch.setattr(torch.simgpu, "is_initialized", lambda: False)  # type: ignore[attr-defined]
-        monkeypatch.setattr(accelerator, "_seen", set())
-
-    @pytest.mark.parametrize("reader", [stage, snapshot, save, adapted_default])
-    def test_reading(self, reader: Any, tmp_path: Path) -> None:
-        tree = live()
-        check(in_a_task(partial(reader, tree, tmp_path), tree), LATE)
-
-    @pytest.mark.parametrize("writer", [load_into, load_in_place, restore, dcp_load])
-    def test_writing(self, writer: Any, checkpoints: Path) -> None:
-        tree = live()
-        in_a_task(partial(writer, tree, checkpoints), tree)
-        check(tree, SAVED)
-
-
 class Doubled:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

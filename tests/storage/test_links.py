@@ -10,11 +10,10 @@ from fsspec.implementations.local import LocalFileSystem
 from obstore.store import LocalStore
 
 from aiostage.storage import FsspecStorage, ObjectStorage
-from aiostage.storage.remote import RemoteStorage
 from tests.storage.buckets import files_below, save_small
 
 
-def storage_at(kind: str, root: Path) -> RemoteStorage:
+def storage_at(kind: str, root: Path) -> FsspecStorage | ObjectStorage:
     root.mkdir(exist_ok=True)
     return ObjectStorage(LocalStore(root)) if kind == "objects" else FsspecStorage(LocalFileSystem(), str(root))
 

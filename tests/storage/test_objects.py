@@ -26,7 +26,7 @@ from aiostage import (
     CheckpointNotFoundError,
     StorageError,
 )
-from aiostage.storage.objects import ObjectStorage, _request_bytes
+from aiostage.storage import ObjectStorage
 from tests.patience import seconds
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
@@ -351,23 +351,6 @@ async def test_where_stores_are(tmp_path: Path) -> None:
     assert repr(ObjectStorage(MemoryStore())) == "ObjectStorage('memory://')"
     store = S3Store("bucket", prefix="x", region="us-east-1", access_key_id="k", secret_access_key="hidden")
     assert repr(ObjectStorage(store, "y/")) == "ObjectStorage('s3://bucket/x/y')"
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "part_bytes", "expected"),
-    [
-        (0, 0, 1),
-        (100, 100, 101),
-        (PART, PART, PART + 1),
-        (PART + 1, PART, PART),
-        (100 << 20, 4096, 5 << 20),
-        (100 << 20, 3 << 20, 6 << 20),
-        (10_000 * PART, PART, PART),
-        (10_000 * PART + 1, PART, 2 * PART),
-    ],
-)
-async def test_requests_are_parts_where_the_store_allows(nbytes: int, part_bytes: int, expected: int) -> None:
-    assert _request_bytes(nbytes, part_bytes) == expected
 
 
 FORKING = """

@@ -15,7 +15,6 @@ import torch
 
 from aiostage import AsyncStager
 from aiostage.testing import LeakProbe, Leftovers, LoopHold, LoopProbe
-from aiostage.testing.probes import _Beat
 from tests.patience import seconds
 from tests.warm import PYTEST, PYTHON
 
@@ -76,13 +75,6 @@ class TestLoopProbe:
         (hold,) = probe.holds
         assert 0.1 <= hold.blamed_seconds <= hold.cpu_seconds
         assert "in compute" in hold.stack
-
-    def test_names_the_place_in_which_the_thread_computed_longest_and_not_the_last(self):
-        beat = _Beat(0.0, 0.0)
-        for stack, spent in (("in compute", 0.1), ("after it", 0.15), ("in compute", 0.1), ("after it", 0.01)):
-            beat.blame(stack, spent)
-        assert beat.stack == "in compute"
-        assert beat.blamed == pytest.approx(0.36)
 
     @pytest.mark.asyncio
     async def test_names_the_code_that_computed_without_the_gil(self):

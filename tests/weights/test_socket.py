@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from aiostage import AsyncStager, StagingError, StagingOptions, UnsupportedLeafError, WeightsError
-from aiostage._memory.shared import map_memory
 from aiostage.testing import LeakProbe, SimulatedAccelerator
 from aiostage.testing.cancelling import at_every_await
 from aiostage.weights import WeightPublisher, WeightSubscriber, WeightVersion
@@ -134,8 +134,9 @@ class TestVersions:
             await publisher.publish(weights(0))
             memory = publisher._sender._newest.described.memory
             unlocked = os.open(f"/proc/self/fd/{memory.descriptor}", os.O_RDONLY)
-            tensor = torch.from_numpy(map_memory(unlocked, memory.nbytes)).view(torch.float32)[:4000]
+            mapped = mmap.mmap(unlocked, memory.nbytes, flags=mmap.MAP_PRIVATE)
             os.close(unlocked)
+            tensor = torch.frombuffer(mapped, dtype=torch.float32, count=4000)
             del memory
             assert versions_in({"": tensor}) == {0.0}
             for number in range(1, 6):
