@@ -20,6 +20,9 @@ PATIENCE = seconds(10)
 TIMEOUT = seconds(0.125)
 """How long a late rank is waited for: half a second where nothing else runs. The others arrive within it."""
 
+GRACE = seconds(0.25)
+"""How long the others may take to answer whoever blames them: a second where nothing else runs."""
+
 
 def new_store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -97,7 +100,7 @@ class TestBlame:
                     time.sleep(0.01)
             return None
 
-        assert together(3, act, grace=1.0)[0] == {2: "its process was lost"}
+        assert together(3, act, grace=GRACE)[0] == {2: "its process was lost"}
 
     def test_the_one_that_does_not_come_out(self) -> None:
 
@@ -108,7 +111,7 @@ class TestBlame:
                 time.sleep(0.01)
             return None
 
-        assert together(3, act, grace=1.0)[:2] == [{2: "it keeps the others waiting"}] * 2
+        assert together(3, act, grace=GRACE)[:2] == [{2: "it keeps the others waiting"}] * 2
 
     def test_no_rank_in_particular(self) -> None:
         def act(call: RankBarrier, rank: int) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import threading
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from aiostage.dcp import group_queue
 from tests.dcp.world import World
 
 TIMEOUT = 20.0
+
+NEVER = 3600.0
+"""For calls that may find out nothing by waiting: the test ends long before."""
 
 
 def sharded(start: float = 0.0) -> DTensor:
@@ -193,13 +195,11 @@ async def failing(path: str, how: str) -> tuple[list[str], str, dict[int, str]]:
     elif how == "setup" and bad:
         writer = checkpoint.FileSystemWriter(f"{path}-new")
         writer.reset = lambda checkpoint_id=None: 1 / 0  # type: ignore[method-assign]
-    begin = time.monotonic()
     with pytest.raises((StagingError, ZeroDivisionError)) as raised:
-        await dcp.save(state, checkpoint_id=f"{path}-new", storage_writer=writer, timeout=TIMEOUT)
+        await dcp.save(state, checkpoint_id=f"{path}-new", storage_writer=writer, timeout=NEVER)
     assert not getattr(raised.value, "lost", False)
     kinds = [kind.__name__ for kind in KINDS if isinstance(raised.value, kind)]
     outcome = kinds, str(raised.value), getattr(raised.value, "failures", {})
-    assert time.monotonic() - begin < TIMEOUT / 2, "it was found out by waiting"
     # The previous checkpoint is there, no half of a new one is, and the group works on.
     assert not Path(f"{path}-new", ".metadata").exists()
     into = {"a": torch.zeros(2)}

@@ -334,7 +334,7 @@ class TestJob:
         filling = asyncio.create_task(fill())
         await failing.wait()
         gates[0].open.set()
-        await asyncio.sleep(0.01)
+        await until(lambda: gates[0].passed)
         assert not filling.done()
         gates[1].open.set()
         with pytest.raises(LookupError, match="of the block"):
