@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
