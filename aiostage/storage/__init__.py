@@ -1,9 +1,10 @@
-"""Where checkpoints lie: the protocol, and the storages that come with it.
+"""Storages: where checkpoints lie.
 
-How the room is read. `locate` makes a storage of what users pass. On disks: `local`, then `commit`, which makes a
-directory appear as a whole, and `files`, what the system has. In stores of objects: `remote`, then `pointer`, which
-makes a folder of objects a checkpoint, and `clean_up`, which finds what dead writers left. `bucket` is what these need
-of a store; `objects` and `remote_files` have it, by obstore and fsspec.
+Read in this order. `locate` makes a storage from a path, a URL or a store, and names the checkpoints of a run. Local
+disks: `local` is the storage, `commit` makes a directory appear as a whole, `files` has descriptors, locks and direct
+I/O. Object stores: `remote` is the storage, `pointer` says which folder of objects is the checkpoint, `clean_up` finds
+the files of dead writers. `bucket` is the interface to a store; `objects` implements it with obstore, `remote_files`
+with fsspec.
 """
 
 from importlib import import_module
@@ -34,7 +35,7 @@ _NEEDS_AN_EXTRA = {"FsspecStorage": "remote_files", "ObjectStorage": "objects"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs a package that need not be installed, once it is asked for."""
+    """Import a storage that needs an optional package when it is first asked for."""
     if name not in _NEEDS_AN_EXTRA:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with needed_for(name):

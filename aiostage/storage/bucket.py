@@ -1,4 +1,4 @@
-"""What checkpoints need of a flat store of named objects, such as a bucket."""
+"""The interface to a flat store of named objects, such as a bucket."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Version:
     """One state of an object, which changes whenever it is written.
 
     Attributes:
-        tag: What the store calls it, or what it contains; None where the store does not tell states apart.
+        tag: The store's name for it, or its content; None where the store does not tell states apart.
     """
 
     tag: Any
@@ -66,7 +66,7 @@ class Bucket(ABC):
 
     @property
     def reads_at_once(self) -> int:
-        """How many reads of some MiB each should be under way at once."""
+        """How many reads of some MiB each should run at once."""
         return 8
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Finding what dead writers have left in a store that knows no locks, beside writers that live."""
+"""Finding the files of dead writers in a store without locks, while other writers are at work."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["clean_up", "pending"]
 _MAX_LEASE_BYTES = 4096
 
 _CLOCK = ".aiostage-clock"
-"""Below which small objects are written for a moment, to see what time the store says it is."""
+"""A clean-up writes a small object below this path, and learns the store's time from when it was written."""
 
-_CLEAN_UP_INTERVAL = timedelta(days=1)
-"""Longer than reading the clock can take."""
+_CLOCK_OBJECT_LIFETIME = timedelta(days=1)
+"""After which an object below the clock's path is stale. Reading the clock takes seconds."""
 
 _log = logging.getLogger("aiostage")
 
@@ -43,8 +43,8 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
     """Withdraw pointers to folders that are gone, and remove the folders that have no pointer and no writer.
 
     Args:
-        bucket: Where.
-        seconds: How long nothing may have been written to a folder; its lease may say longer.
+        bucket: The store.
+        seconds: How long a folder stays after the last write to it. Its lease may say longer.
 
     Raises:
         StorageError: If the store refuses. What is left is found again.
@@ -59,11 +59,13 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
     now = await _now(bucket)
     for suspect in candidates:
         age = await _age(bucket, suspect, now)
+        # Whether it is used is asked again: a writer may have committed since the candidates were chosen.
         if age is None or age <= seconds or age <= await _lease(bucket, suspect) or await _is_used(bucket, suspect):
             continue
         folder = "/".join(suspect)
-        # The lease first: a writer that wakes up now, after it was suspended for longer than its lease, looks for it
-        # when it has written its pointer. One that had looked before is seen by this look.
+        # The lease first, then the look at the pointer. A writer that wakes up now, after it was suspended for longer
+        # than its lease, writes its pointer and then looks for the lease. If it looked before this deletion, its
+        # pointer is there for the look below.
         await bucket.delete([f"{folder}/{LEASE_NAME}"])
         if await _is_used(bucket, suspect):
             continue
@@ -97,8 +99,8 @@ class _Listed:
     def is_doubtful(self, seconds: float) -> bool:
         """Return whether the pointer may name a folder that is gone.
 
-        A pointer is written right after a manifest. A writer whose files are gone was silent for longer than a lease
-        before that, and its pointer comes so much later than the manifests of others that are left.
+        A writer writes its pointer right after its manifest. If its files are gone, it was silent before that for
+        longer than a lease. Its pointer is then that much later than all manifests that are left.
         """
         if self.pointer is None:
             return False
@@ -106,7 +108,7 @@ class _Listed:
 
 
 def _seconds_between(first: ObjectMeta, second: ObjectMeta) -> float:
-    """Return how much later one was written; 0 if the store does not say."""
+    """Return how many seconds later the second was written; 0 if the store does not say."""
     if first.modified is None or second.modified is None:
         return 0.0
     return (second.modified - first.modified).total_seconds()
@@ -129,9 +131,9 @@ async def _listed(bucket: Bucket) -> Mapping[str, _Listed]:
 
 
 def _suspects(listed: Mapping[str, _Listed]) -> Sequence[tuple[str, str]]:
-    """Return the name of the checkpoint and that of the folder, for folders that a listing alone does not clear.
+    """Return the names of checkpoint and folder, for folders that may have no pointer.
 
-    A pointer and one folder is what a committed checkpoint looks like, and most are.
+    One pointer and one folder are a committed checkpoint. Most are that, and cost no request beyond the listing.
     """
     return [
         (name, folder)
@@ -182,7 +184,7 @@ async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:
 async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime) -> float | None:
     """Return for how many seconds nothing was written; None if the store does not say, or nothing is there.
 
-    Lists again, because time has passed since the last listing.
+    It lists again: the writer may have sent a heartbeat since the last listing.
     """
     times = [entry.modified async for batch in bucket.list("/".join(suspect)) for entry in batch]
     known = [time for time in times if time is not None]
@@ -206,8 +208,8 @@ async def _now(bucket: Bucket) -> datetime:
         await bucket.put(path, memoryview(b"."))
         times = {entry.path: entry.modified async for batch in bucket.list(_CLOCK) for entry in batch}
         now = times.get(path) or datetime.min.replace(tzinfo=UTC)
-        # Left by a clean-up whose process was killed here.
-        stale += [path for path, time in times.items() if time is not None and now - time > _CLEAN_UP_INTERVAL]
+        # A clean-up whose process was killed here has left its object.
+        stale += [path for path, time in times.items() if time is not None and now - time > _CLOCK_OBJECT_LIFETIME]
     finally:
         await finish(lambda: bucket.delete(stale))
     return now

@@ -1,9 +1,9 @@
 """Directories that appear whole or not at all: written beside their place, then moved there in one step.
 
-A pending checkpoint is a sibling of the target with a name that tells whose it is. Its writer holds an ``flock`` on it,
-which the kernel releases however the writer ends; the next save to the same target removes pending checkpoints without
-a lock. Where the kernel can exchange two directories, replacing a checkpoint is that one step. Elsewhere the old one is
-moved aside first, and a reader that finds the target missing then takes the one that was moved aside.
+A pending checkpoint is a sibling of the target. Its name says which target it is for. Its writer holds an ``flock`` on
+it, which the kernel releases however the writer ends. The next save to the same target removes pending checkpoints
+without a lock. Where the kernel can exchange two directories, one step replaces a checkpoint. Elsewhere the old one is
+moved aside first. A reader that finds the target missing then reads the one that was moved aside.
 """
 
 from __future__ import annotations
@@ -45,18 +45,26 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-"""What every checkpoint has, and what tells one from other directories."""
+"""Every checkpoint has it, and no other directory."""
 
 _log = logging.getLogger("aiostage")
 
-_LONGEST_NAME = 255
+# Processes of other versions look for these names too, to clean up or to read what was moved aside.
 _INFIX = ".aiostage-"
-_TOKEN_BYTES = 8
 _ASIDE = ".old"
+
 _SHORTENED = "~"
+"""The first character of a digest that stands for a long name."""
+
+_LONGEST_NAME = 255
+"""Bytes of one name, on all file systems of Linux."""
+
+_TOKEN_BYTES = 8
+"""64 random bits: no two writers choose one name."""
+
 _ATTEMPTS = 100
-"""How often a race with another process is retried before it is called an error. Each attempt can only fail when
-that of another process has succeeded."""
+"""How often a race with another process is retried before it is an error. An attempt only fails if that of another
+process has succeeded."""
 
 
 def check_target(target: str, *, overwrite: bool) -> None:
@@ -86,7 +94,7 @@ class PendingDirectory:
 
     Args:
         target: Resolved path of the checkpoint to be. Missing parents are made.
-        exchanging: How two directories are exchanged; says False where that is not possible.
+        exchanging: Exchanges two directories in one step; returns False where the file system cannot.
 
     Raises:
         OSError: If the directory cannot be made.
@@ -96,6 +104,7 @@ class PendingDirectory:
         self.target = target
         self._exchange = exchanging
         make_parents(os.path.dirname(target))
+        # Disk space first: a writer that died may have left as much as this one is about to write.
         _clean_up(target)
         for _ in range(_ATTEMPTS):
             # A new name for each attempt: the old one may be a directory that a clean-up is removing right now.
@@ -115,15 +124,16 @@ class PendingDirectory:
             directory = open_directory(self.path, follow_link=False)
         except FileNotFoundError:
             return None
-        # A lock that could be had says nothing about the path: a clean-up that held it before may have removed the
-        # directory in between. None, no locks here, is good enough: then no clean-up removes anything.
+        # The lock alone says nothing about the path: a clean-up that held it before may have removed the directory in
+        # between. None means that there are no locks here. Then no clean-up removes anything.
         if try_lock_directory(directory) is False or not is_current(directory, self.path):
             directory.close()
             return None
         return directory
 
     def after_fork_in_child(self) -> None:
-        """Leave the pending checkpoint to the parent: the lock would be held until the child has ended too."""
+        """Leave the pending checkpoint to the parent."""
+        # The child's copy of the descriptor would hold the lock until the child ends.
         self._directory.close()
 
     def publish(self, *, overwrite: bool) -> None:
@@ -157,20 +167,22 @@ class PendingDirectory:
         # After a failure half-way through publishing, the path may name the old checkpoint.
         if is_current(self._directory, self.path):
             remove(self.path)
+        # With the lock until here, so that no clean-up removes the same files at the same time.
         self._directory.close()
 
     def _take_place(self, overwrite: bool) -> str | None:
         """Move the pending checkpoint to the target; return where the old checkpoint is now, if there was one."""
         for _ in range(_ATTEMPTS):
             try:
+                # Refuses to replace: of two writers that may not overwrite, one wins.
                 move(self.path, self.target)
                 return None
             except FileExistsError:
-                # Asked again at each attempt: what is at the target may be another writer's, which came since the save
-                # began.
+                # Checked again at each attempt: another writer may have published since this save began.
                 check_target(self.target, overwrite=overwrite)
             try:
                 if self._exchange(self.path, self.target):
+                    # The old checkpoint has this name now. It has no lock, so a crash here leaves a stale directory.
                     return self.path
                 # Without an atomic exchange there is a moment without a checkpoint under the name. Readers look at the
                 # name with this suffix too (`_set_aside`), and a clean-up moves it back if the process dies here.
@@ -182,7 +194,8 @@ class PendingDirectory:
                 move(self.path, self.target)
                 return aside
             except FileExistsError:
-                # Another writer was faster, and its checkpoint is as new as this one.
+                # Another writer was faster. Its checkpoint is newer than what was moved aside; or a clean-up has moved
+                # that back, and there is nothing to remove.
                 remove(aside)
         raise CheckpointError("other writers replaced it during each attempt.", path=self.target)
 
@@ -232,6 +245,8 @@ def delete_committed(target: str) -> None:
     Raises:
         OSError: If the file system refuses.
     """
+    # First: the next clean-up would give a checkpoint that was moved aside its name back, and the deleted one would
+    # seem to return.
     _clean_up(target)
     try:
         directory = open_directory(target, follow_link=False)
@@ -246,7 +261,8 @@ def delete_committed(target: str) -> None:
     with directory:
         if not _has_manifest(directory=directory):
             return
-        # Locked, so that no clean-up takes what is left for stale files before it is gone.
+        # Locked, so that no clean-up removes the same files at the same time. If another process has the lock, that
+        # one is a clean-up or a deletion too.
         try_lock_directory(directory)
         path = _new_path(target)
         try:
@@ -282,7 +298,7 @@ def prune_committed(target: str, keep: Collection[str]) -> None:
 def committed_below(root: str, *, deep: bool = True) -> list[str]:
     """Return the paths of all checkpoints below a directory, relative to it. Blocks.
 
-    Links to checkpoints count; other links are not followed. What cannot be looked into is passed over.
+    Links to checkpoints count. Other links are not followed. Directories that cannot be read are left out.
 
     Args:
         root: The directory.
@@ -305,7 +321,7 @@ def committed_below(root: str, *, deep: bool = True) -> list[str]:
 def pending_below(root: str) -> list[str]:
     """Return the paths of all checkpoints that are being written below a directory, relative to it. Blocks.
 
-    Also of those that dead writers have left, and of those that are being removed.
+    They include those that dead writers have left, and those that are being removed.
     """
     targets = [_target(path, name) for path, names in _directories(root) for name in names]
     return sorted({os.path.relpath(target, root) for target in targets if target is not None})
@@ -319,12 +335,17 @@ def clean_up_below(root: str) -> None:
 
 
 def attached_path(target: str, token: str) -> str:
-    """Return the path of a pending checkpoint that another process writes for a target, from its last step. Blocks.
+    """Return the path of a pending checkpoint that another process writes for a target. Blocks.
+
+    Args:
+        target: Resolved path of the checkpoint to be.
+        token: Name of the pending directory.
 
     Raises:
-        ValueError: If that is not one for this target.
-        FileNotFoundError: If it is not there, or no longer.
+        ValueError: If the token is not one for this target.
+        FileNotFoundError: If the directory is not there.
     """
+    # The token comes from another process: it must not lead out of the directory, nor to another target's files.
     path = os.path.join(os.path.dirname(target), token)
     if os.path.basename(token) != token or not path.startswith(_prefix(target)):
         raise ValueError(
@@ -340,7 +361,7 @@ def attached_path(target: str, token: str) -> str:
 def _has_manifest(path: str = "", *, directory: Descriptor | None = None) -> bool:
     """Return whether a directory, by its path or open, is a checkpoint: it has a manifest, which is no directory.
 
-    Of a link in its place, or another odd file, the readers say what is wrong.
+    A link or a FIFO of that name counts as one. Readers say what is wrong with it.
     """
     try:
         descriptor = directory.fileno() if directory is not None else None
@@ -352,7 +373,7 @@ def _has_manifest(path: str = "", *, directory: Descriptor | None = None) -> boo
 def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[str]]]:
     """Iterate over directories that are not checkpoints, each with the names of the directories in it.
 
-    Below the root, what cannot be looked into is passed over: others may keep what they like there.
+    Below the root, directories that cannot be read are left out: others may keep what they like there.
     """
     pending = [root]
     while pending:
@@ -371,6 +392,7 @@ def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[st
                 raise
             continue
         yield path, names + links
+        # Links are reported and not entered: they may form a circle, and what they lead to has other owners.
         for name in names if deep else ():
             below = os.path.join(path, name)
             if _target(path, name) is None and not _has_manifest(below):
@@ -393,9 +415,9 @@ def _new_path(target: str) -> str:
 def _prefix(target: str) -> str:
     """Return what the paths of all pending checkpoints for a target start with, and nothing else does."""
     parent, name = os.path.split(target)
-    space = _LONGEST_NAME - len(f".{_INFIX}{_ASIDE}") - 2 * _TOKEN_BYTES
-    if len(os.fsencode(name)) > space:
-        # The name is shortened; a digest keeps it apart from other long ones.
+    longest = _LONGEST_NAME - len(f".{_INFIX}{_ASIDE}") - 2 * _TOKEN_BYTES
+    if len(os.fsencode(name)) > longest:
+        # A digest stands for the name. It differs from those of other long names.
         name = _SHORTENED + hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
     return os.path.join(parent, f".{name}{_INFIX}")
 
@@ -403,8 +425,7 @@ def _prefix(target: str) -> str:
 def _target(parent: str, name: str) -> str | None:
     """Return the target that a directory is a pending checkpoint for, or None if it is none.
 
-    Of a shortened name it is a path with nothing there: pending checkpoints for it are found, but none is brought back
-    to it.
+    For a shortened name, this is a path with nothing there: the real one is not known.
     """
     stem, infix, token = name.removesuffix(_ASIDE).rpartition(_INFIX)
     if not infix or stem[:1] != "." or len(stem) == 1 or len(token) != 2 * _TOKEN_BYTES:
@@ -428,6 +449,7 @@ def _siblings(target: str) -> Iterator[str]:
 def _set_aside(target: str) -> Iterator[str]:
     """Iterate over checkpoints that were moved aside for a new one, latest first."""
     found = [path for path in _siblings(target) if path.endswith(_ASIDE)]
+    # Renaming a directory changes its ctime, so this is when it was moved aside.
     yield from sorted(found, key=_change_time, reverse=True)
 
 
@@ -440,6 +462,7 @@ def _change_time(path: str) -> int:
 
 def _clean_up(target: str) -> None:
     """Bring a checkpoint back that was moved aside and never replaced, and remove what dead writers have left."""
+    # clean_up_below() does not know the target of a shortened name, so it must not bring anything back to that.
     if not os.path.lexists(target) and not os.path.basename(target).startswith(_SHORTENED):
         for path in _set_aside(target):
             try:
@@ -451,11 +474,11 @@ def _clean_up(target: str) -> None:
         try:
             directory = open_directory(path, follow_link=False)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            # The pending checkpoint of another user, who will see to it.
+            # Gone, a link, or of another user, whose own saves clean it up.
             continue
         try:
-            # Locked until it is gone, so that of several clean-ups one removes it. A checkpoint that was moved aside
-            # stays while there is nothing at the target: it is what readers get.
+            # Locked until it is gone, so that one of several clean-ups removes it. A checkpoint that was moved aside
+            # stays while there is nothing at the target: readers read it.
             if try_lock_directory(directory) and (not path.endswith(_ASIDE) or os.path.lexists(target)):
                 _log.info("removing %s, left behind by a save that did not end", path)
                 remove(path)

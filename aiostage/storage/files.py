@@ -56,14 +56,14 @@ __all__ = [
 ]
 
 _BOUNCE_BYTES = 1 << 20
-"""How much of memory that is not aligned is copied and written at once: small enough to stay in the caches."""
+"""Bytes that are copied to aligned memory and written at once. A guess: small enough to stay in the CPU's caches."""
 
 _READ_BYTES = 512 << 10
-"""How much is read in one call. A kernel that does not preempt what runs inside it copies all of a call before it lets
-another thread have the core, and that may be the event loop's: 8 MiB at once delayed it by 6 ms."""
+"""Bytes that are read in one call. A kernel without preemption copies all of a call before another thread gets the
+core, and that may be the event loop's: 8 MiB at once delayed it by 6 ms."""
 
 _NO_FILE = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
-"""What the system says of sockets, devices without a driver, and names that no file can have."""
+"""Errors of opening sockets, devices without a driver, and names that no file can have."""
 
 
 def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -90,14 +90,14 @@ def address_of(data: Buffer) -> int:
 class Descriptor:
     """A file descriptor that is closed at the latest when the last reference to it is gone.
 
-    Steps in worker threads refer to this object and not to the number, so the number cannot be closed, and then
-    belong to another file, while one of them runs.
+    Steps in worker threads refer to this object and not to the number. Otherwise the number could be closed, and be
+    that of another file, while one of them runs.
     """
 
     def __init__(self, number: int) -> None:
         self._number = number
-        # The number itself and not this object, which it must not keep alive. It is closed once, by the first of the
-        # two: close() or the death of this.
+        # It refers to the number and not to this object, which it would keep alive. It runs once: by close(), or when
+        # this object dies.
         self._finalizer = Finalizer(self, os.close, number)
 
     def __enter__(self: D) -> D:
@@ -107,7 +107,8 @@ class Descriptor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close, unless the coroutine is being closed: it cannot have waited for the steps that use the descriptor."""
+        """Close, except for GeneratorExit: a coroutine that is being closed has not waited for steps in threads."""
+        # The descriptor then closes when the last of these steps drops its reference.
         if kind is not GeneratorExit:
             self.close()
 
@@ -174,8 +175,8 @@ class OutputFile(Descriptor):
         for start in range(0, len(rest), _BOUNCE_BYTES):
             piece = rest[start : start + _BOUNCE_BYTES]
             padded = -(-len(piece) // PART_ALIGNMENT) * PART_ALIGNMENT
-            # Memory that is not aligned goes through a buffer that is. The last block is filled up with zeros, which
-            # finish() cuts off again.
+            # Memory that is not aligned is copied to a buffer that is. The last block is filled up with zeros.
+            # finish() cuts them off.
             bounce[: len(piece)] = piece
             bounce[len(piece) : padded] = 0
             self._write(bounce.data[:padded], offset + start)
@@ -303,7 +304,7 @@ class InputFile(Descriptor):
             OSError: If the file cannot be read.
         """
         stop, done = min(len(into), self.nbytes - offset), 0
-        # Held: another thread may give it up, and the number would then be closed, or another file's, under this read.
+        # In a local variable: another thread may give it up meanwhile, and its number would be closed during this read.
         direct = self._direct
         while done < stop and done % PART_ALIGNMENT == 0 and direct is not None:
             try:
@@ -317,8 +318,8 @@ class InputFile(Descriptor):
             if count == 0:
                 break
             done += count
-        # The rest, if direct reads have stopped at the unaligned end of the file, were refused, or came up short;
-        # read() says whether the file is too short.
+        # Direct reads stop at the unaligned end of the file, and where the file system refuses them. read() reads the
+        # rest, and raises if the file is too short.
         self.read(into[done:stop], offset + done)
 
     def _open_direct(self) -> bool:
@@ -328,12 +329,12 @@ class InputFile(Descriptor):
             return False
         direct = Descriptor(number)
         try:
-            # Opened by name a second time, so it may be another file. The lock is for readers among each other, and
-            # goes with the descriptor.
+            # It is opened by name a second time, so it may be another file. The lock makes one reader of the machine
+            # the only one that reads past the cache. Closing the descriptor releases it.
             if not self._is_same(os.fstat(number)) or not try_lock(number):
                 return False
         except OSError:
-            # Without locks each reader may be one of many.
+            # Without locks, this reader may be one of many.
             return False
         self._direct = direct
         return True
@@ -353,10 +354,10 @@ class InputFile(Descriptor):
 
 
 class PartBuffers:
-    """Memory for parts that are gathered from many places, used again when nothing refers to what was made from it.
+    """Memory for parts that are gathered from many places. It is used again when nothing refers to a part in it.
 
     Args:
-        part_bytes: How large each is.
+        part_bytes: Size of each buffer.
     """
 
     def __init__(self, part_bytes: int) -> None:
@@ -369,10 +370,9 @@ class PartBuffers:
             memory = self._free.pop()
         except IndexError:
             memory = aligned_memory(self.part_bytes)
-        # An array with a base of its own, which everything that is made from it keeps alive.
+        # A new array over the memory. Everything that is made from it keeps it alive, and nothing else does.
         lent: np.ndarray[Any, Any] = np.frombuffer(memory.data, np.uint8)
-        # append() of a list is one operation, in whichever thread the last reference goes. What is free again stays
-        # until this object goes.
+        # The last reference may go in any thread. append() of a list is one operation, so it needs no lock.
         Finalizer(lent, self._free.append, memory)
         return lent
 
@@ -418,6 +418,7 @@ def is_empty_directory(path: str) -> bool:
 def make_parents(path: str) -> None:
     """Make missing directories so that they outlast a power failure. Blocks."""
     missing = []
+    # From the bottom up, to know which names are new: their parents are synced.
     while not os.path.isdir(path):
         if os.path.lexists(path) and not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
@@ -443,7 +444,7 @@ def try_lock_directory(directory: Descriptor) -> bool | None:
     try:
         return try_lock(directory.fileno())
     except OSError:
-        # Without locks no process can tell stale files from work, so nothing is ever removed.
+        # Without locks no process can tell stale files from those of living writers, so none is removed.
         return None
 
 

@@ -30,24 +30,24 @@ from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_me
 __all__ = ["LocalReader", "LocalStorage"]
 
 _IO_THREADS = 2
-"""Measured on a local disk: a second thread fills the pauses of the first, more bring nothing."""
+"""Measured on a local disk: a second thread fills the pauses of the first, more threads gain nothing."""
 
 _PARTS_AT_ONCE = _IO_THREADS + 1
-"""One waits, so that no thread ever does."""
+"""One part waits while the others are written, so that no thread waits for the source."""
 
 _OPEN_FILES = 16
-"""Descriptors of one checkpoint that is read. Processes may have 1,024 in all, and a checkpoint may have more files."""
+"""Descriptors that one reader keeps open. A process may have 1,024 in all, and a checkpoint more files than that."""
 
 _DIRECT_FROM = 1 << 20
-"""Smaller files go through the page cache: direct I/O saves nothing there."""
+"""Bytes. Smaller files go through the page cache: direct I/O saves nothing there."""
 
 
 class LocalStorage(MultiWriterStorage):
     """Checkpoints as directories below one directory.
 
-    A checkpoint is written beside its place and moved there in one step when all of it is on the disk, also its name.
-    Two writers for one name do not disturb each other. Links are followed by what reads and writes, so that a link to a
-    checkpoint stays one, and by nothing that removes.
+    A checkpoint is written beside its place. When all of it is on the disk, it is moved there in one step. Two writers
+    for one name do not disturb each other. Reads and writes follow links, so that a link to a checkpoint stays one.
+    Removals do not follow links.
 
     Args:
         root: The directory; ``~`` is the home of the user. It is made when a checkpoint is written. A relative one is
@@ -88,6 +88,7 @@ class LocalStorage(MultiWriterStorage):
 
         def make() -> MultiWriterCheckpoint:
             target = os.path.realpath(self._path(name))
+            # A save that would be refused at its commit is refused before it copies anything. Publishing checks again.
             check_target(target, overwrite=overwrite)
             return _LocalCheckpoint(target, overwrite, self._workers)
 
@@ -202,15 +203,13 @@ class LocalStorage(MultiWriterStorage):
     def _path(self, name: str) -> str:
         """Return the path of a name. Blocks."""
         if not self._resolved:
-            # Once, or a change of the working directory would lead elsewhere.
+            # Once: a later change of the working directory must not lead elsewhere. In a thread, because abspath()
+            # asks the system.
             self._root, self._resolved = os.path.abspath(self._root), True
         return os.path.normpath(os.path.join(self._root, name))
 
     def _own_path(self, name: str) -> str:
-        """Return the path of a name, which may be a link itself: that is what is removed, and never what it leads to.
-
-        Blocks.
-        """
+        """Return the path of a name for a removal: if it is a link, the link itself and not its target. Blocks."""
         above, last = os.path.split(self._path(name))
         return os.path.join(os.path.realpath(above), last)
 
@@ -224,7 +223,7 @@ class LocalStorage(MultiWriterStorage):
 
 
 class _AttachedCheckpoint(PendingCheckpoint):
-    """A directory under way that another process has made, and commits or removes."""
+    """A pending directory that another process has made, and commits or removes."""
 
     def __init__(self, path: str, target: str, workers: Workers) -> None:
         self._path = path
@@ -269,14 +268,14 @@ class _AttachedCheckpoint(PendingCheckpoint):
                 job.put(partial(_write_part, file, part, offset))
                 offset += len(part)
                 submitted += 1
-                # It has to go when it has been written.
+                # Only the step refers to the part now, so that its memory is free as soon as it is written.
                 del part
-                # So that no more than that many parts are held: the next is asked for when one has been written.
+                # The next part is asked for when one has been written. So no more than that many are held.
                 while submitted - job.done >= _PARTS_AT_ONCE and not job.error:
                     await job.progressed(job.done)
                 if job.error:
                     break
-        # After the job has ended, whose own error comes first.
+        # After the job has ended: an error of writing is the cause, and a short file its consequence.
         if offset != file.nbytes:
             raise CheckpointError(f"expected {file.nbytes} bytes, got {offset}.", path=file.path)
 
@@ -288,7 +287,7 @@ class _AttachedCheckpoint(PendingCheckpoint):
 
 
 class _LocalCheckpoint(_AttachedCheckpoint, MultiWriterCheckpoint):
-    """A directory under way."""
+    """A pending directory of this process."""
 
     def __init__(self, target: str, overwrite: bool, workers: Workers) -> None:
         super().__init__("", target, workers)
@@ -297,8 +296,8 @@ class _LocalCheckpoint(_AttachedCheckpoint, MultiWriterCheckpoint):
         self._making = Lock()
 
     def _directory(self) -> PendingDirectory:
-        """Return the directory, which is there from the first file on. Blocks."""
-        # Several files may begin at once, in several threads.
+        """Return the directory, which is made for the first file. Blocks."""
+        # Several threads may begin files at once.
         with self._making:
             if self._made is None:
                 self._made = PendingDirectory(self._target)
@@ -335,14 +334,14 @@ def _write_part(file: OutputFile, part: Buffer, offset: int) -> None:
 
 
 class LocalReader(Reader):
-    """An open directory, and the files in it that were looked at."""
+    """An open directory, and the files in it that were read last."""
 
     def __init__(self, directory: Descriptor, path: str, workers: Workers) -> None:
         # None once closed.
         self._directory: Descriptor | None = directory
         self._path = path
         self._workers = workers
-        # The latest used ones, in the order of their use.
+        # In the order of their last use. Changed with the lock only: any thread may read.
         self._files: dict[str, InputFile] = {}
         self._opening = Lock()
 
@@ -387,7 +386,7 @@ class LocalReader(Reader):
         file = self._file(MANIFEST_NAME)
         if file.nbytes > MAX_MANIFEST_BYTES:
             raise CheckpointCorruptError(f"it is {file.nbytes} bytes long, too long for a manifest.", path=file.path)
-        # Not a bytearray, which is filled with zeros while the interpreter is locked.
+        # Not a bytearray: making one fills it with zeros and holds the GIL meanwhile.
         text: Buffer = aligned_memory(file.nbytes).data
         file.read(text, 0)
         return text
@@ -423,20 +422,20 @@ class LocalReader(Reader):
                 self._files[name] = file
                 return file
         path = os.path.join(self._path, name)
-        # Read once: aclose() may set it to None in another thread's middle of this. The local keeps the descriptor
-        # open.
+        # Read once: aclose() may set it to None at any moment. The local variable keeps the descriptor open.
         directory = self._directory
         if directory is None:
             raise CheckpointError("the reader is closed.", path=path, remedy="Read before aclose().")
         try:
             file = InputFile(directory, name, path=path)
         except CheckpointCorruptError:
+            # A deletion that has begun looks like damage. The path then names another directory, or nothing.
             if is_current(directory, self._path):
                 raise
             raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
         with self._opening:
-            # Outside of the lock until here, because opening may block. The other one, of two that were opened, closes
-            # with its last reference.
+            # Without the lock until here, because opening may block. If two threads have opened it, the second file
+            # closes with its last reference. After aclose(), the file is for this caller alone.
             if self._directory is not None:
                 file = self._files.setdefault(name, file)
                 self._close_some()
@@ -461,13 +460,13 @@ def _check(name: str) -> None:
 
 
 async def _settle(workers: Workers, steps: Sequence[Callable[[], object]], error: BaseException | None) -> None:
-    """Run steps that clean up, to the end also when cancelled meanwhile."""
-    # A job and not run(): its steps are not dropped when the caller is cancelled, and their errors are not raised over
-    # the one that is being handled.
+    """Run steps that clean up. It is shielded from cancellation."""
+    # A job and not run(): run() drops its step when the caller is cancelled, and would raise an error of the step in
+    # place of the error that is being handled.
     job = workers.job()
     for step in steps:
         job.put(step)
     job.close()
-    # A coroutine that is being closed may not wait; the job is done all the same.
+    # A coroutine that is being closed may not wait. The threads do the steps all the same.
     if not isinstance(error, GeneratorExit):
         await finish(job.settled)

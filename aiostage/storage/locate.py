@@ -1,4 +1,4 @@
-"""Where checkpoints are: paths, URLs, stores of obstore, storages of users; and what those of a run are called."""
+"""Where checkpoints are: paths, URLs, stores of obstore, storages of users; and the names of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Target: TypeAlias = str | os.PathLike[str] | tuple[Root, str]
 """Where one checkpoint lies: a path, a URL, or a root and a name below it."""
 
 _OBJECT_SCHEMES = frozenset(("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https", "memory"))
-"""What obstore opens; everything else is left to fsspec, as is what begins with ``fsspec+``."""
+"""Schemes that obstore opens. fsspec opens all others, and URLs that begin with ``fsspec+``."""
 
 _FLATTENED = re.compile(rf"((?:fsspec\+\w+|file|hf|gcs|{'|'.join(sorted(_OBJECT_SCHEMES))})):/")
-"""How a URL begins after it was a ``pathlib.Path``."""
+"""The beginning of a URL after it was a ``pathlib.Path``."""
 
-
+# The names of a run's checkpoints are part of the layout of a storage: processes of other versions look for them.
 _NAME = re.compile(r"step-(\d{8,})")
 _TOMBSTONE = ".removed"
 _LOCK = ".pinned"
@@ -109,7 +109,7 @@ def storage_at(root: Root) -> Storage:
 def _locate_path(path: str) -> tuple[Storage, str]:
     root, name = os.path.split(path.rstrip("/") or "/")
     if name in ("", ".", ".."):
-        # The directory itself, whatever it is called.
+        # The last step is not a name, but the path is a directory: that is the checkpoint.
         return LocalStorage(path), "."
     return LocalStorage(root), name
 
@@ -159,7 +159,7 @@ def _load(module: str, name: str, target: str) -> Any:
 
 
 async def exists(storage: Storage, name: str) -> bool:
-    """Return whether there is a checkpoint, or a mark, of a name.
+    """Return whether there is a checkpoint, or a tombstone, of a name.
 
     Raises:
         OSError: If the storage refuses.
@@ -180,23 +180,27 @@ def name_of(step: int) -> str:
 
 
 def tombstone_of(name: str) -> str:
-    """Return what lies beside a checkpoint that was removed and of which others still need parts."""
+    """Return the name of the tombstone of a checkpoint: it was removed, and others still need parts of it."""
     return name + _TOMBSTONE
 
 
 def removed_by_tombstone(name: str) -> str | None:
-    """Return the checkpoint that a tombstone lies beside, or None if it is no tombstone."""
+    """Return the checkpoint that a tombstone is for, or None if the name is not that of a tombstone."""
     removed = name.removesuffix(_TOMBSTONE)
     return removed if removed != name and step_of(removed) is not None else None
 
 
 def lock_of(name: str) -> str:
-    """Return what lies beside a checkpoint, as a pending checkpoint, while a save writes another that refers to it."""
+    """Return the name of a checkpoint's reference lock.
+
+    It is a pending checkpoint, which a save holds while it writes another checkpoint that refers to this one. So it
+    goes with its writer, as every pending checkpoint does.
+    """
     return name + _LOCK
 
 
 def locked_by(pending: Iterable[str]) -> set[str]:
-    """Return the checkpoints that a save is about to refer to.
+    """Return the checkpoints with a reference lock.
 
     Args:
         pending: The names of all pending checkpoints of a storage.
@@ -205,7 +209,7 @@ def locked_by(pending: Iterable[str]) -> set[str]:
 
 
 def present(names: Iterable[str]) -> set[str]:
-    """Return those of a run's checkpoints that were not removed.
+    """Return the checkpoints of a run that were not removed.
 
     Args:
         names: All that a storage lists of the run.
@@ -215,7 +219,7 @@ def present(names: Iterable[str]) -> set[str]:
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tell the checkpoints that are there from those that were removed and of which others still need parts.
+    """Separate the checkpoints that are there from those that were removed and of which others still need parts.
 
     Args:
         names: What a storage lists, of one run or of several below it.
@@ -232,7 +236,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
 def step_of(name: str) -> int | None:
     """Return the step that a checkpoint is of, or None if it is not one of a run's."""
     match = _NAME.fullmatch(name)
-    # Only the name that would be written: with leading zeros too many, two names would be one step.
+    # Only the name that name_of() gives. With more leading zeros, two names would be one step.
     return int(match[1]) if match and name == name_of(int(match[1])) else None
 
 

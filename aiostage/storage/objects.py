@@ -37,13 +37,13 @@ from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 __all__ = ["ObjectStorage", "translate", "worded"]
 
 _MIN_REQUEST_BYTES = 5 << 20
-"""What S3 wants of every request of an upload but the last."""
+"""Bytes that S3 demands of every request of a multipart upload but the last."""
 
 _MAX_REQUESTS = 10_000
-"""What S3 takes for one object."""
+"""Requests that S3 accepts for one object."""
 
 _IN_FLIGHT = 8
-"""Requests of one upload at once."""
+"""Requests of one upload at once. A guess."""
 
 _READS_AT_ONCE = 16
 """Requests of one load at once, of a part each. One gets 50 to 100 MB/s from S3 by its documents, after tens of
@@ -52,20 +52,22 @@ milliseconds in which nothing comes."""
 _SCHEME_OF = {"gcs": "gs", "azure": "az"}
 
 _COPY_THREADS = 2
+"""Threads that copy answers into the caller's memory. A guess."""
 
 _PATHS_PER_PAGE = 200
+"""Paths in one batch of a listing: callers look through them in a fraction of a millisecond."""
 
-# The threads of obstore drop Python objects a little after they have answered. One that finds the interpreter
-# gone then aborts the process: 8 of 60 programs that ended right after an upload ended like that, and none with this.
+# The threads of obstore drop Python objects a little after they have answered. If the interpreter is gone by then, the
+# process aborts: 8 of 60 programs that ended right after an upload did, and none with this pause.
 atexit.register(time.sleep, 0.02)
 
 _log = logging.getLogger("aiostage")
 
 _memories: dict[str, ObjectStore] = {}
-"""What ``memory://`` URLs name, so that one process finds again what it has put there."""
+"""The stores of ``memory://`` URLs, by name, so that one process finds again what it has written."""
 
 _process: int | None = None
-"""Which process has obstore's threads, once there are any."""
+"""The process that has obstore's threads, once there are any."""
 
 
 class ObjectStorage(RemoteStorage):
@@ -122,8 +124,8 @@ class ObjectStorage(RemoteStorage):
 class _ObjectBucket(Bucket):
     """A store of obstore.
 
-    Futures of obstore are cancelled only where nothing depends on what becomes of the request: an upload whose
-    beginning is cancelled goes on under an unknown name, and a small object may still appear.
+    A future of obstore is cancelled only if the outcome of the request does not matter. A cancelled beginning of an
+    upload would leave an upload whose id is lost, and a small object of a cancelled request may still appear.
     """
 
     def __init__(self, make: Callable[[], ObjectStore], prefix: str, location: str) -> None:
@@ -166,7 +168,7 @@ class _ObjectBucket(Bucket):
                     obstore.get_range_async(store, self._prefix + path, start=offset, length=into.nbytes)
                 )
         except StorageError:
-            # A range that begins behind the end is an error of each store's own.
+            # Each store has an error of its own for a range that begins after the end.
             if offset >= await self.size(path):
                 return 0
             raise
@@ -204,12 +206,14 @@ class _ObjectBucket(Bucket):
                 if writer is None:
                     capacity = _request_bytes(nbytes, part.nbytes)
                     writer = self._writer(store, path, capacity)
+                # This part fills the first request. obstore then starts the multipart upload.
                 begins = sent < capacity <= sent + part.nbytes
                 sent += part.nbytes
                 if sent > nbytes:
                     break
                 with self._translated(path):
-                    # Nothing may refer to the part while the next one is waited for, nor this frame to the answer.
+                    # Nothing may refer to the part while the next one is awaited, so that its memory is free once it is
+                    # sent. Nor may this frame refer to the future: if it fails, its traceback leads back to this frame.
                     written = [writer.write(part)]
                     del part
                     await (_settled(written.pop()) if begins else _answered(written.pop()))
@@ -222,7 +226,7 @@ class _ObjectBucket(Bucket):
             with self._translated(path):
                 await _settled(writer.close())
         except BaseException as error:
-            # Closing that fails aborts by itself, and a coroutine that is being closed may not wait.
+            # obstore itself aborts if closing fails. A coroutine that is being closed may not wait.
             if writer is not None and not closing and not isinstance(error, GeneratorExit):
                 try:
                     await _settled(writer.__aexit__(type(error), error, None))
@@ -257,10 +261,10 @@ class _ObjectBucket(Bucket):
             return
         try:
             with self._translated(paths[0]):
-                # A deletion that was sent may land after its cancellation, on what was written meanwhile.
+                # Awaited to its end: the store may execute a cancelled deletion later, on what was written meanwhile.
                 await _settled(obstore.delete_async(store, [self._prefix + path for path in paths]))
         except FileNotFoundError:
-            # Some stores mind what is not there, and may then have left what is.
+            # Some stores stop at the first path that is not there. One request for each path deletes the others.
             for path in paths:
                 with suppress(FileNotFoundError), self._translated(path):
                     await _settled(obstore.delete_async(store, self._prefix + path))
@@ -297,6 +301,7 @@ class _ObjectBucket(Bucket):
         return comparing
 
     def touch(self, path: str, data: bytes, *, beside: str) -> None:
+        # In the heartbeat's thread, so without _connected(), which needs an event loop.
         store = self._store or self._make()
         with self._translated(path):
             obstore.head(store, self._prefix + beside)
@@ -339,7 +344,7 @@ class _ObjectBucket(Bucket):
 
 
 def _check_process(location: str) -> None:
-    """Refuse to wait for threads that a fork has left behind: obstore's, which are one set for all stores."""
+    """Refuse to wait for threads that a fork has left behind. obstore has one set of threads for all stores."""
     global _process
     _process = _process or os.getpid()
     if _process != os.getpid():
@@ -351,12 +356,12 @@ def _check_process(location: str) -> None:
 
 
 def _request_bytes(nbytes: int, part_bytes: int) -> int:
-    """Return how many bytes each request of an upload carries: a part, or as few as the store's limits allow.
+    """Return how many bytes each request of an upload carries: one part, or as few as the store's limits allow.
 
-    Parts that wait for others to fill a request hold memory that the source may need for the others.
+    Few, because a part is held until its request is full, and the source may need its memory for the next part.
     """
     if nbytes <= part_bytes:
-        # More than there is: one plain request.
+        # One byte more than there is, so that obstore sends one plain request and no multipart upload.
         return nbytes + 1
     wanted = max(_MIN_REQUEST_BYTES, math.ceil(nbytes / _MAX_REQUESTS))
     return math.ceil(wanted / part_bytes) * part_bytes
@@ -368,15 +373,15 @@ async def _answered(future: Any) -> Any:
         return await future
     finally:
         future.cancel()
-        # A failed future holds its exception, and the traceback of that holds this frame: without the next line they
-        # keep each other, and the part that was sent, until the garbage collector runs.
+        # A failed future holds its exception, and its traceback holds this frame. Without the next line they would keep
+        # each other, and the part that was sent, until the garbage collector runs.
         del future
 
 
 async def _settled(future: Any) -> Any:
-    """Wait until a request has an outcome, also when cancelled, and only then be cancelled."""
+    """Wait until a request has an outcome. It is shielded from cancellation, which is delivered afterwards."""
     waiting = [future]
-    # For the same reason no frame of the traceback may still refer to the future.
+    # As in _answered(): no frame of the traceback may refer to the future.
     del future
     try:
         return await finish(lambda: asyncio.shield(waiting[0]))
@@ -394,10 +399,10 @@ def _location(store: ObjectStore) -> str:
 
 
 _ANSWER = re.compile(r"(?:<\?xml[^>]*>\s*)?<Error>.*<Code>(.*?)</Code>\s*<Message>(.*?)</Message>.*</Error>", re.DOTALL)
-"""What S3 and Azure say beside a status."""
+"""The XML that S3 and Azure send beside a status."""
 
 _CAUSE = re.compile(r'(?:message|error): "([^"]+)"')
-"""Why there is no connection: told only where Rust shows its structures."""
+"""Why there is no connection. Only the debug output of Rust's structures has it."""
 
 _NO_BUCKET = re.compile(r"\b(?:NoSuchBucket|ContainerNotFound)\b")
 
@@ -426,7 +431,7 @@ _HINTS = (
 
 
 def worded(error: BaseException) -> str:
-    """Return what an error says as a sentence, without its inner life but with the cause."""
+    """Return the message of an error as a sentence, without the debug output but with the cause from it."""
     said, _, inner = str(error).partition("\n\nDebug source:")
     text = " ".join(_ANSWER.sub(r"\1: \2", said).split()).rstrip(".")
     cause = _CAUSE.search(inner) if text.endswith("error sending request") else None
@@ -434,12 +439,15 @@ def worded(error: BaseException) -> str:
 
 
 def translate(error: Exception, location: str, *, conditional: bool = True) -> Exception:
-    """Return what an error that came from a store is for a bucket: itself, or what is to be raised from it.
+    """Translate an error of a store into one of a bucket.
 
     Args:
-        error: Any.
-        location: What it is about.
-        conditional: Whether the request had a condition. Without one, 409 and 412 are the store's own trouble.
+        error: Any error.
+        location: The object that it is about.
+        conditional: Whether the request had a condition. Without one, 409 and 412 are failures of the store.
+
+    Returns:
+        The error itself, or another one to be raised from it.
     """
     if isinstance(error, CheckpointError) or not isinstance(error, BaseError | OSError):
         return error

@@ -1,14 +1,15 @@
 """The pointer that makes a folder of objects a checkpoint, the folder that it names, and the lease of its writer.
 
-A writer, and a clean-up that takes it for dead, settle with two objects which of them wins, because a store changes one
-at a time. The writer writes the pointer and then looks for its lease; the clean-up removes the lease and then looks at
-the pointer. At least one of them sees what the other has done: a writer without a lease withdraws its pointer, and a
-clean-up leaves a folder that a pointer names. So a lease is written once, at the beginning, and is the first object
-that is removed; heartbeats are another object. The manifest is the second: a folder without both is going or gone, and
-a clean-up withdraws a pointer to it, for a writer that could not.
+A clean-up may take a suspended writer for dead. Stores change one object at a time, so the two use two objects to
+decide who wins. The writer writes the pointer and then looks for its lease. The clean-up removes the lease and then
+looks at the pointer. At least one of them sees what the other has done: a writer without a lease withdraws its pointer,
+and a clean-up keeps a folder that a pointer names. Therefore a lease is written once, at the beginning, and is the
+first object that is removed. Heartbeats are another object. The manifest is the second that is removed: a folder
+without both is being removed, or is gone. A clean-up withdraws a pointer to it, because its writer may have died before
+it could.
 
-A pointer also says which folders it has replaced. From that a withdrawal knows what to say again, and a writer knows
-whether its own pointer was replaced or withdrawn by others.
+A pointer also names the folders that it has replaced. From these a withdrawal knows which checkpoint to point to again,
+and a writer knows whether other processes have replaced or withdrawn its own pointer.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ __all__ = [
 ]
 
 LEASE_NAME = "lease.json"
-"""An object beside the files of a checkpoint: while it is there, no clean-up has removed any of them."""
+"""An object beside the files of a checkpoint. While it is there, no clean-up has removed any of them."""
 
 HEARTBEAT_NAME = "heartbeat.json"
-"""An object beside the files of a checkpoint, written again at each heartbeat of its writer."""
+"""An object beside the files of a checkpoint. Its writer writes it again at each heartbeat."""
 
 BEATS_PER_LEASE = 4
-"""How often a lease is renewed before it would run out, so that a few failures in a row do no harm."""
+"""How many heartbeats a writer sends while its lease holds. A guess: three may fail in a row."""
 
 _log = logging.getLogger("aiostage")
 
@@ -80,10 +81,10 @@ def lease_seconds(data: bytes) -> float:
 class Heartbeat:
     """Calls a function at intervals, in a thread of its own, until it is stopped or the last reference to it is gone.
 
-    A thread, because it must go on while an event loop is busy, and while nothing of the writer is being awaited.
+    A thread, because heartbeats must go on while the event loop is busy and while no coroutine of the writer runs.
 
     Args:
-        beat: Blocks for a moment. What it raises is logged, and it is tried again; FileNotFoundError ends it.
+        beat: Blocks for a moment. Its errors are logged, and it is called again. FileNotFoundError ends the heartbeat.
         interval: Seconds between two beats.
         name: The name of the thread.
     """
@@ -92,14 +93,14 @@ class Heartbeat:
         stopped = threading.Event()
         self._stop = Finalizer(self, stopped.set)
         self._thread = threading.Thread(target=_beat, args=(beat, interval, stopped), name=name, daemon=True)
-        # This waits for the thread's first turn, once in a save. The thread refers to the event and the beat, not to
-        # this object, so that dropping this ends it.
+        # The thread refers to the event and the beat, not to this object. So dropping this object ends the thread.
+        # start() waits for the thread's first turn, once in a save.
         self._thread.start()
 
     def stop(self) -> None:
         """Stop, and wait for a beat that is under way. Blocks. May be called more than once."""
         self._stop()
-        # A beat that is under way would otherwise write the lease again after the caller has removed it.
+        # A beat that is under way could otherwise write its object after the caller has removed the folder.
         self._thread.join()
 
 
@@ -116,7 +117,7 @@ def _beat(beat: Callable[[], None], interval: float, stopped: threading.Event) -
 
 
 POINTER_NAME = "checkpoint.json"
-"""What every checkpoint has, and what tells one from other objects."""
+"""The object that makes a checkpoint."""
 
 FOLDER = re.compile(r"data-[0-9a-f]{16}")
 """The name of a folder with the files of one pending checkpoint."""
@@ -128,8 +129,9 @@ _MAX_REPLACED = 16
 """A guess: more writers than replace one checkpoint between two requests of one of them."""
 
 WITHDRAWN = json.dumps({"format": _FORMAT, "version": _VERSION, "data": None}).encode()
-"""What a pointer says whose writer had lost its files. It stays: stores remove no object on a condition, and without
-one the pointer of a faster writer might go. Its length tells it apart from others in a listing."""
+"""The content of a withdrawn pointer, whose writer has found its files deleted. It is overwritten and not deleted: no
+store deletes an object on a condition, and a plain deletion could remove the pointer of another writer. No other
+pointer has its length, so that a listing tells them apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ async def find_folder(bucket: Bucket, name: str) -> str | None:
 async def is_withdrawn(bucket: Bucket, name: str) -> bool:
     """Return whether a name that a listing shows has no checkpoint: its pointer was withdrawn, or is gone since.
 
-    Of a pointer that is something else, those who open it say so.
+    A damaged pointer counts as one. Opening it says what is wrong.
 
     Raises:
         StorageError: If the store refuses.
@@ -173,7 +175,7 @@ async def is_withdrawn(bucket: Bucket, name: str) -> bool:
 
 
 async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
-    """Return the pointer of a checkpoint, be it withdrawn, or None if there is none.
+    """Return the pointer of a checkpoint, also a withdrawn one, or None if there is none.
 
     Raises:
         CheckpointCorruptError: If it is something else.
@@ -189,9 +191,11 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
     try:
         content = json.loads(bytes(found.data))
         version = content["version"]
+        # The type too: in Python, JSON's true and 1.0 equal 1.
         if content["format"] != _FORMAT or type(version) is not int or version != _VERSION:
             raise ValueError("it is of another format or version")
         replaced = content.get("replaced", [])
+        # The whole form: a name from a hostile pointer must not lead to objects outside of the checkpoint.
         if not all(FOLDER.fullmatch(folder) for folder in (content["data"], *replaced)):
             raise ValueError("it names no folder of a checkpoint")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -277,9 +281,9 @@ async def withdraw(
 
 
 async def remove_folder(bucket: Bucket, folder: str) -> None:
-    """Remove all objects below a path, the lease first, then the manifest: a folder that has a lease is whole.
+    """Remove all objects below a path, the lease first, then the manifest: a folder with a lease is whole.
 
-    A link itself is removed; its target stays.
+    If the path is a link, only the link is removed.
     """
     if await bucket.is_link(folder):
         await bucket.unlink(folder)

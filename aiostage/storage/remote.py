@@ -1,11 +1,11 @@
 """Checkpoints in a flat store of objects: which objects there are, and what makes them appear and go as one.
 
 A checkpoint NAME is ``NAME/checkpoint.json``, a pointer of a few bytes, and a folder ``NAME/data-TOKEN/`` that the
-pointer names and that looks like a checkpoint on a disk. Every pending checkpoint has a folder of its own, so that
-writers never touch each other's files, dead or alive. Writing the pointer is what commits: where there must be none
-before, with a condition that the store checks, so that of two writers one wins. Replacing a checkpoint replaces the
-pointer in one step, and removes the old folder afterwards. A pointer to files that a clean-up has removed meanwhile is
-withdrawn.
+pointer names. The folder looks like a checkpoint on a disk. Every pending checkpoint has a folder of its own, so that
+writers never touch each other's files, dead or alive. Writing the pointer commits. If there must be no checkpoint
+before, the store writes it on that condition, so that one of two writers wins. Replacing a checkpoint replaces the
+pointer in one step and removes the old folder afterwards. A writer that finds its files deleted by a clean-up withdraws
+its pointer.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ from aiostage.storage.pointer import (
 __all__ = ["DEFAULT_LEASE_SECONDS", "RemoteStorage", "read_ranges"]
 
 _RANGE_BYTES = 8 << 20
-"""One request: long enough that its latency does not count, short enough that several share the work."""
+"""Bytes of one request. A guess: long enough that its latency does not count, short enough that several share the
+work."""
 
 _RANGES_AT_ONCE = 8
+"""Requests of one read. A guess."""
 
 
 async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int, into: Buffer) -> int:
@@ -80,10 +82,11 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
     starts = iter(range(0, into.nbytes, _RANGE_BYTES))
     count = 0
 
-    # They share the iterator: each takes the next range when it has time, so that a slow one holds up no other.
+    # All tasks share the iterator. Each takes the next range when it is ready, so that a slow one delays no other.
     async def reader(starts: Iterator[int]) -> None:
         nonlocal count
         for start in starts:
+            # In two steps: `count += await ...` would read count before the wait, and lose what others add meanwhile.
             found = await read(offset + start, into[start : start + _RANGE_BYTES])
             count += found
 
@@ -97,16 +100,17 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
 
 
 DEFAULT_LEASE_SECONDS = 3600.0
-"""A guess: far longer than any store is out of reach, shorter than stale files become a burden."""
+"""A guess: much longer than a store is out of reach, and short enough that stale files do not pile up."""
 
 _TOKEN_BYTES = 8
+"""64 random bits: no two writers choose one folder."""
 
 _FILES_AT_ONCE = 2
-"""Files of one pending checkpoint that are on their way at once. Each already is in several parts."""
+"""Files of one pending checkpoint that are uploaded at once. A guess: each already has several parts on the way."""
 
 _ATTEMPTS = 100
-"""How often a race with another writer is retried before it is called an error. Each attempt can only fail when
-that of another process has succeeded."""
+"""How often a race with another writer is retried before it is an error. An attempt only fails if that of another
+process has succeeded."""
 
 _log = logging.getLogger("aiostage")
 
@@ -115,7 +119,7 @@ class RemoteStorage(MultiWriterStorage):
     """Checkpoints in a bucket.
 
     Args:
-        bucket: Where.
+        bucket: The store.
         lease_seconds: After so long without a heartbeat, :meth:`clean_up` takes a writer for dead.
     """
 
@@ -151,6 +155,8 @@ class RemoteStorage(MultiWriterStorage):
         try:
             await pending.start()
         except BaseException as error:
+            # A coroutine that is being closed may not wait. Its folder then has a lease without heartbeats, and a
+            # clean-up removes it when the lease has run out.
             if not isinstance(error, GeneratorExit):
                 await pending.abort()
             raise
@@ -204,6 +210,7 @@ class RemoteStorage(MultiWriterStorage):
         if await self._bucket.is_link(name):
             await self._bucket.unlink(name)
             return
+        # The pointer first: no reader finds half of the files. If this ends here, a clean-up removes the folder.
         await self._bucket.delete([f"{name}/{POINTER_NAME}"])
         await remove_folder(self._bucket, f"{name}/{found}")
 
@@ -240,13 +247,14 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         self._bucket = bucket
         self._name = name
         self._overwrite = overwrite
-        # For a pending checkpoint that this one is attached to, another process sends the heartbeat, and ends it.
+        # Attached: another process has opened this checkpoint, sends the heartbeats, and commits or removes it.
         self._attached = self._ended = attached is not None
         self._token = attached or secrets.token_hex(_TOKEN_BYTES)
         self._folder = f"data-{self._token}"
         self._path = f"{name}/{self._folder}"
         self._lease = write_lease(lease_seconds)
         self._interval = lease_seconds / BEATS_PER_LEASE
+        # For stopping the heartbeat, which blocks until a beat that is under way has ended.
         self._workers = Workers(1, "aiostage-lease")
         self._heartbeat: Heartbeat | None = None
         self._files = anyio.Semaphore(_FILES_AT_ONCE)
@@ -263,8 +271,9 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         return self._token
 
     async def start(self) -> None:
-        """Send the first heartbeat."""
+        """Write the lease, and start the heartbeat."""
         await self._bucket.put(f"{self._path}/{LEASE_NAME}", memoryview(self._lease))
+        # Each beat looks for the lease first. It ends when a clean-up has removed that, so it writes no folder anew.
         beat = partial(
             self._bucket.touch, f"{self._path}/{HEARTBEAT_NAME}", self._lease, beside=f"{self._path}/{LEASE_NAME}"
         )
@@ -282,10 +291,11 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         if self._attached:
             raise CheckpointError("only the process that has opened it can commit it.", path=self.location)
         await self._bucket.put(f"{self._path}/{MANIFEST_NAME}", manifest)
-        # Before, so that no reader finds a checkpoint without files; after, so that none stays (see pointer.py).
+        # Before the pointer: if a clean-up has removed the files, no reader shall find a pointer to them.
         if not await self._has_lease():
             raise self._expired()
         await self._point()
+        # After it: a clean-up between the two looks has either seen the pointer, or removed the lease (see pointer.py).
         if not await self._has_lease() and not await self._is_succeeded():
             await finish(self._withdraw)
             raise self._expired()
@@ -294,24 +304,26 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def abort(self) -> None:
         """Remove everything written, unless it was committed; see :meth:`aiostage.PendingCheckpoint.abort`."""
+        # A second call repeats a clean-up that has failed half-way. Removing twice does no harm.
         if not self._ended:
-            # Repeated from the start if it is cancelled meanwhile, which does no harm.
             await finish(self._clean_up)
 
     async def _clean_up(self) -> None:
-        """Remove what no pointer names: what this has replaced if it was committed, else this."""
-        # First, or a beat that is under way would write the lease behind the removal.
+        """Remove the folder that no pointer names: the replaced one after a commit, else this writer's own."""
+        # First: a beat that is under way would write its object after the removal.
         await self._stop_heartbeat()
         try:
-            # Asked for, because a cancelled or failed request may have made the pointer all the same.
+            # A request that was cancelled, or whose answer was lost, may have written the pointer. The store knows.
             committed = self._committed or await self._is_committed()
             if committed and not self._committed and not await self._has_lease():
+                # commit() did not come to its second look for the lease.
                 await self._withdraw()
                 committed = False
             stale = self._replaced if committed else self._folder
             if stale is not None:
                 await remove_folder(self._bucket, f"{self._name}/{stale}")
         except CheckpointError as error:
+            # Not raised: the checkpoint is committed, or given up, all the same. A clean-up finds what is left.
             _log.warning("could not remove what is left of %s: %s", self.location, error)
         self._ended = True
 
@@ -338,12 +350,12 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
                     await exchange_pointer(self._bucket, self._name, data, old.version)
                 return
             except (FileExistsError, StorageError) as error:
-                # An answer may have been lost, and the request repeated by the store: then the pointer is its own.
+                # If an answer was lost, the client has sent the request again, and found its own pointer there.
                 if await self._is_committed():
                     return
                 if isinstance(error, StorageError):
                     raise
-                # Stores also say so of a write that was under way and came to nothing, so it is looked at again.
+                # Stores also report a conflict with a write that failed afterwards. Look again.
         raise CheckpointError("other writers replaced it during each attempt.", path=self.location)
 
     async def _create(self, path: str, data: Buffer) -> None:
@@ -364,9 +376,10 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         return await find_folder(self._bucket, self._name) == self._folder
 
     async def _is_succeeded(self) -> bool:
-        """Return whether this was replaced or deleted since its pointer was written, which removes the lease too.
+        """Return whether another process has replaced or deleted this checkpoint since its pointer was written.
 
-        It was committed then. A pointer that a clean-up has withdrawn, and what replaced that, do not name this.
+        That removes the lease too. The checkpoint was committed: its successors name it. A pointer that a clean-up has
+        withdrawn, and what has replaced that, do not.
         """
         pointer = await find_pointer(self._bucket, self._name)
         return pointer is None or self._folder in pointer.replaced
@@ -386,7 +399,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
 
 class _RemoteReader(Reader):
-    """A folder that a pointer has named."""
+    """A folder that a pointer named when it was opened."""
 
     def __init__(self, bucket: Bucket, name: str, folder: str) -> None:
         self._bucket = bucket
@@ -433,7 +446,7 @@ class _RemoteReader(Reader):
     async def modified(self) -> float | None:
         """Return when the manifest was written; see :meth:`aiostage.Reader.modified`."""
         path = self._path(MANIFEST_NAME)
-        # Stores list what is below a prefix, not the object of that name.
+        # Through the folder: stores list what is below a prefix, so a listing of the object's own name is empty.
         async for entries in self._bucket.list(f"{self._name}/{self._folder}"):
             for entry in entries:
                 if entry.path == path:

@@ -1,4 +1,4 @@
-"""Checkpoints wherever fsspec reaches: its file systems block, so they run in worker threads."""
+"""Checkpoints in file systems of fsspec. These block, so their calls run in worker threads."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 __all__ = ["FsspecStorage"]
 
 _THREADS = 8
-"""As many requests at once; each thread of a remote file system only waits."""
+"""Requests at once. A guess: each thread of a remote file system only waits."""
 
 _PATHS_PER_PAGE = 200
+"""Paths in one batch of a listing: callers look through them in a fraction of a millisecond."""
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What a disk says that knows no hard links."""
+"""Errors of file systems without hard links."""
 
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
-"""What file systems call the time of the last change."""
+"""Keys under which file systems give the time of the last change."""
 
 T = TypeVar("T")
 
@@ -43,10 +44,10 @@ class FsspecStorage(RemoteStorage):
     """Checkpoints in a file system of fsspec.
 
     Slower than :class:`~aiostage.storage.ObjectStorage` and :class:`~aiostage.storage.LocalStorage`, because every
-    file system copies what it is given, and only as atomic as the file system is: that of two writers one wins holds
-    for fsspec's ``LocalFileSystem``, and where ``pipe_file(mode="create")`` writes a file only if there is none, as it
-    does for S3 and Google Cloud Storage. With others, two writers that commit in the same moment may both be told that
-    they have won, and the later one has.
+    file system copies what it is given. It is only as atomic as the file system. One of two writers wins with fsspec's
+    ``LocalFileSystem``, and where ``pipe_file(mode="create")`` writes a file only if there is none, as for S3 and
+    Google Cloud Storage. With others, two writers that commit at the same moment may both succeed; the later one's
+    checkpoint stays.
 
     A call that a cancelled task is waiting for goes on to its end before the task is cancelled.
 
@@ -131,12 +132,12 @@ class _FsspecBucket(Bucket):
         await self._run(path, partial(_create, data=bytes(data)))
 
     async def replace(self, path: str, data: Buffer, seen: Version) -> None:
-        # Of all file systems of fsspec, only a disk can be made to compare what it replaces: it has locks.
+        # Of all file systems of fsspec, only a disk can compare what it replaces: it has locks.
         if not await self._run(path, partial(_replace, data=bytes(data), seen=seen.tag)):
             raise NotImplementedError
 
     async def upload(self, path: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        # Kept in a list, because a task that is cancelled meanwhile loses what a call returns.
+        # Kept in a list: a cancelled call loses what it returns, and the file would stay open.
         opened: list[Any] = []
         sent = 0
         try:
@@ -191,7 +192,7 @@ class _FsspecBucket(Bucket):
         fs, root = self._filesystem()
         root = root.rstrip("/")
         with self._translated(path):
-            # What others have removed is still in a listing that was kept.
+            # File systems keep listings. An old one still has what other processes have removed.
             fs.invalidate_cache()
             fs.info(f"{root}/{beside}")
             _put(fs, f"{root}/{path}", data)
@@ -202,7 +203,7 @@ class _FsspecBucket(Bucket):
         def step() -> T:
             with self._translated(path):
                 fs, root = self._filesystem()
-                # What others have changed is not in a listing that was kept.
+                # File systems keep listings. An old one has no changes of other processes.
                 fs.invalidate_cache()
                 return call(fs, f"{root.rstrip('/')}/{path}" if path else root)
 
@@ -257,7 +258,7 @@ def _head(fs: Any, full: str, nbytes: int) -> bytes:
     except FileNotFoundError:
         raise
     except Exception:
-        # Servers that speak HTTP have no first byte of an empty file, and an error of their own for that.
+        # HTTP servers answer a request for a range of an empty file with an error, which each client words its own way.
         if _size(fs, full) > 0:
             raise
         return b""
@@ -275,7 +276,7 @@ def _put(fs: Any, full: str, data: bytes) -> None:
 
 def _create(fs: Any, full: str, data: bytes) -> None:
     """Write a file where there is none."""
-    # Looked for first, because there are file systems that do not know the mode and ignore it.
+    # Looked for first, because some file systems ignore the mode below.
     if fs.exists(full):
         raise FileExistsError(full)
     fs.makedirs(fs._parent(full), exist_ok=True)
@@ -284,11 +285,12 @@ def _create(fs: Any, full: str, data: bytes) -> None:
         return
     with _pending(full, data) as pending:
         try:
+            # Unlike a rename, a link never replaces a file, and the file appears as a whole.
             os.link(pending, full)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # For a moment it is there and not whole, but no two writers can both have made it.
+            # For a moment the file is there and not whole. But only one of two writers can have made it.
             with open(full, "xb") as file:
                 file.write(data)
 
@@ -317,13 +319,13 @@ def _is_local(fs: Any) -> bool:
 
 @contextmanager
 def _pending(full: str, data: bytes) -> Iterator[str]:
-    """Write a local file that is about to appear at a path.
+    """Write a local file beside a path, to be renamed or linked there.
 
-    fsspec truncates a local file and then fills it, and creates one after it has looked whether there is one. The file
-    is in a folder that a clean-up removes as stale, if this process dies here.
+    fsspec itself truncates a local file and then fills it, so that a reader may find a part of it. The folder is named
+    like that of a pending checkpoint: if this process dies here, a clean-up removes it as stale.
     """
     folder = f"{os.path.dirname(full)}/data-{secrets.token_hex(8)}"
-    pending = f"{folder}/pending checkpoint"
+    pending = f"{folder}/pending"
     os.mkdir(folder)
     try:
         with open(pending, "xb") as file:
@@ -348,6 +350,7 @@ def _write(file: Any, part: Buffer, fs: Any, full: str) -> None:
 
 def _give_up(file: Any) -> None:
     """Close an unfinished file. No reader looks for its bytes; they are removed with the folder."""
+    # Not every kind of file has discard(), and errors of closing do not matter: the upload's own error is raised.
     with suppress(Exception):
         file.discard()
     with suppress(Exception):

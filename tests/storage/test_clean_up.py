@@ -324,7 +324,7 @@ async def test_the_clock_of_a_killed_clean_up_is_removed_later(monkeypatch: pyte
     obstore.put(store, ".aiostage-clock/0123456789abcdef", b".")
     await storage.clean_up()
     assert ".aiostage-clock/0123456789abcdef" in paths(store)
-    monkeypatch.setattr(module, "_CLEAN_UP_INTERVAL", timedelta(0))
+    monkeypatch.setattr(module, "_CLOCK_OBJECT_LIFETIME", timedelta(0))
     await storage.clean_up()
     assert len(paths(store)) == 1
     await pending.abort()
