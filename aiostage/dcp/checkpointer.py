@@ -1,4 +1,4 @@
-"""The checkpoints of a run of many ranks: saved beside the training, found again, and removed by age."""
+"""The checkpoints of a run of many ranks: saved during training, found again, and removed by the retention policy."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ T = TypeVar("T")
 _log = logging.getLogger("aiostage")
 
 _numbers: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
-"""How many checkpointers each process group has had, by which the ranks tell them apart in their store."""
+"""Numbers for the checkpointers of each process group. Keys in the ranks' store have this number in their names."""
 
 
 class SaveHandle:
-    """A captured checkpoint of many ranks on its way into its storage. Made by :meth:`Checkpointer.save`."""
+    """A captured checkpoint of many ranks that is being written. Made by :meth:`Checkpointer.save`."""
 
     def __init__(self, step: int, response: AsyncSaveResponse) -> None:
         self.step = step
@@ -71,12 +71,13 @@ class SaveHandle:
         await self._ended.wait()
 
     async def finish(self) -> bool:
-        """Carry it to its end, and return whether it is committed."""
+        """Wait for its end, and return whether it is committed."""
         try:
             await self._response.committed()
         except Exception as error:
             self.error = error
         finally:
+            # Also when cancelled: latest() waits for this, and the save goes on in its thread.
             self._ended.set()
         return self.error is None
 
@@ -135,8 +136,8 @@ class Checkpointer(BackgroundSaves):
             operation_for, process_group, no_dist=no_dist, timeout=timeout
         )
         self._options = {"process_group": process_group, "no_dist": no_dist, "timeout": timeout}
-        # The same on all ranks, because all make their checkpointers in one order: their keys in the store must not
-        # meet.
+        # The same on all ranks, because all make their checkpointers in one order. Two checkpointers need different
+        # keys in the store.
         self._number = 0 if self._alone else next(_numbers.setdefault(self._parent, count()))
         self._store: Any = None
         self._workers = Workers(1, "aiostage-dcp-stop")
@@ -175,12 +176,12 @@ class Checkpointer(BackgroundSaves):
         key = f"aiostage/stop/{self._number}"
         try:
             if self._store is None:
-                # A connection of its own: others wait in the parent's.
+                # A connection of its own: a wait of another thread would block the parent's.
                 self._store = self._parent.get_group_store().clone()
             if preempted:
-                # The step after this one. About this step other ranks may have asked before, and been told to go on.
-                # None asks about the next one before this rank has begun it, which it does once the key is set. Of
-                # several ranks, the first that sets it decides.
+                # The step after this one. Other ranks may already have asked about this step, and got False. No rank
+                # asks about the next step before this rank has begun it, and by then the key is set. If several ranks
+                # are preempted, the first that sets the key decides.
                 self._store.compare_set(key, "", str(step + 1))
             if not self._store.check([key]):
                 return False
@@ -221,8 +222,8 @@ class Checkpointer(BackgroundSaves):
         try:
             await opened.slots.acquire()
         except BaseException as error:
-            # The other ranks wait for this one. A coroutine that is being closed may not wait: they are told when the
-            # response is dropped.
+            # The other ranks wait for this one. A coroutine that is being closed may not wait: its response informs
+            # them when it is dropped.
             if not isinstance(error, GeneratorExit):
                 await response.give_up(error)
             raise
@@ -233,7 +234,8 @@ class Checkpointer(BackgroundSaves):
                 await response.give_up(error)
                 raise
             await response.captured()
-            # Those that have ended well, or whose error was asked for, are forgotten; the errors of the rest are raised
+            # No await from here on: the save goes on by itself, and a cancellation must not lose its handle. Handles of
+            # saves that have succeeded, or whose error a caller has received, are dropped. The other errors are raised
             # when the block is left.
             self._handles = [each for each in self._handles if not (each.done() and (each.was_asked or not each.error))]
             self._handles.append(handle)
@@ -254,7 +256,7 @@ class Checkpointer(BackgroundSaves):
             await self._apply_retention()
 
     async def _remove_surplus(self) -> None:
-        """Remove old checkpoints, on the first rank. Where that fails it is tried again after the next save."""
+        """Remove old checkpoints, on the first rank. If that fails, the next save tries again."""
         try:
             old = surplus(await self.steps(), keep=self._keep, keep_also=self._keep_also, newest=self._newest)
             for step in old:
@@ -329,7 +331,7 @@ class Checkpointer(BackgroundSaves):
         try:
             step = await loading
         finally:
-            # As in load().
+            # DCP has copied on the streams of the call. Now others may be current: they wait for the copies.
             call.caller.order_current_stream_after()
         if step is None:
             raise CheckpointNotFoundError(
@@ -345,20 +347,20 @@ class Checkpointer(BackgroundSaves):
     async def _from_first(
         self, call: QueuedOperation[T], find: Callable[[], Awaitable[Any]], act: Callable[[Any, Any], T]
     ) -> T:
-        """Have the first rank find something out, and all act on it."""
+        """Find something out on the first rank, and act on it on all ranks."""
 
         async def ready() -> None:
             found = None
             if self._is_first:
                 try:
-                    # A save that was captured before may be the latest once it has ended.
+                    # A save that was captured before may become the latest when it ends.
                     for handle in list(self._handles):
                         await handle.ended()
                     found = await find()
                 except Exception as error:
                     await call.refuse(f"{type(error).__name__}: {error}")
                     raise
-            # All ranks hand it over, also those that found nothing out: the answer comes to them by the broadcast.
+            # All ranks hand it over. Those that did not look get the answer by the broadcast.
             call.hand_over(lambda: lambda group: act(_broadcast(found, group), group))
 
         return await call.complete(ready)

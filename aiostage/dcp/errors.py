@@ -1,4 +1,4 @@
-"""The error of many ranks, which is one of ours and one of DCP's."""
+"""The error of a save or load of many ranks: one class for those who catch ours, and for those who catch DCP's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RanksFailedError(RankFailedError, CheckpointException):
     The type is private; catch one of the two.
 
     Attributes:
-        failures: What was wrong with each rank, as text, by global rank. PyTorch's has pairs of an exception and its
-            stack instead, which not all ranks that fail can still send.
+        failures: What was wrong with each rank, as text, by global rank. PyTorch's error has pairs of an exception and
+            its stack instead. A rank that was killed cannot send these.
     """
 
     failures: dict[int, str] = {}  # type: ignore[assignment]  # noqa: RUF012 - in place of a property

@@ -1,4 +1,4 @@
-"""Keys that are not text, which DCP's own planner turns into text when it loads what is not a tensor."""
+"""Keys that are not text. DCP's own planner turns them into text when it loads values that are not tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Note under which keys the leaves are."""
+        """Record under which keys the leaves are."""
         super().set_up_planner(state_dict, metadata, is_coordinator)
         self._paths = _paths(state_dict)
 
@@ -46,9 +46,9 @@ class KeyedLoadPlanner(DefaultLoadPlanner):
 
 
 def paths_of(planner: LoadPlanner) -> dict[str, tuple[Any, ...]]:
-    """Return where values go that a planner of DCP would put under keys of text, by the names that DCP gives them.
+    """Return the paths of values that a planner of DCP would put under keys of text, by the names that DCP gives them.
 
-    None of a planner with code of its own for them.
+    Empty for a planner with a ``load_bytes`` of its own, which decides for itself.
     """
     if not isinstance(planner, DefaultLoadPlanner) or not planner.flatten_state_dict:
         return {}
@@ -57,7 +57,7 @@ def paths_of(planner: LoadPlanner) -> dict[str, tuple[Any, ...]]:
 
 
 def load_value(planner: LoadPlanner, path: tuple[Any, ...], value: io.BytesIO) -> None:
-    """Put a value under its own keys, for one of the planners of :func:`paths_of`: it is read as they do, as code."""
+    """Put a value under its own keys, for a planner of :func:`paths_of`. Like these planners, it may run code."""
     _put(planner.original_state_dict, path, read_value(value, weights_only=False))  # type: ignore[attr-defined]
 
 
@@ -68,7 +68,7 @@ def _put(state_dict: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the keys that lead to leaves below keys that are not text, by the names that DCP gives the leaves."""
+    """Return the paths of leaves below keys that are not text, by the names that DCP gives the leaves."""
     found: dict[str, tuple[Any, ...]] = {}
     pending: list[tuple[Any, tuple[Any, ...], bool]] = [(state_dict, (), False)]
     while pending:
@@ -77,14 +77,14 @@ def _paths(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:
             pending += [(child, (*path, key), odd or type(key) is not str) for key, child in value.items()]
         elif isinstance(value, list) and _is_entered(value):
             pending += [(child, (*path, place), odd) for place, child in enumerate(value)]
-        # Only leaves below such a key: for all others DCP's own way is right.
+        # DCP itself puts all other leaves back under the right keys.
         elif odd:
             found[".".join(map(str, path))] = path
     return found
 
 
 def _is_entered(items: list[Any]) -> bool:
-    """Return whether DCP looks for leaves in a list and does not take it as one."""
+    """Return whether DCP looks for leaves inside a list. Otherwise it saves the list as one value."""
     pending: list[Any] = list(items)
     while pending:
         item = pending.pop()

@@ -35,16 +35,17 @@ def load(
 ) -> Coroutine[Any, Any, None]:
     """Return a coroutine that loads a checkpoint into a state dict, in place, together with other ranks.
 
-    It is ``torch.distributed.checkpoint.load`` in a thread, on the process group and in the order of
-    :func:`~aiostage.dcp.save`: a load that follows a save waits for it. Tensors are overwritten, other values replaced,
-    and values with ``state_dict`` and ``load_state_dict`` methods asked and told, in that thread, on the device and the
-    streams that are current at the call.
+    It runs ``torch.distributed.checkpoint.load`` in a thread, on the process group and in the order of
+    :func:`~aiostage.dcp.save`: a load that follows a save waits for it. Tensors are overwritten and other values are
+    replaced. The methods ``state_dict`` and ``load_state_dict`` of values are called in that thread, on the device and
+    the streams that are current at the call.
 
     Args:
         state_dict: What to load, over tensors on their devices. Do not touch it until the coroutine returns.
         checkpoint_id: Where from, for the reader; a directory if there is no reader.
         storage_reader: One of DCP's, or a :class:`StorageReader`. None: the one that DCP finds for the id.
-        planner: DCP's; None is DCP's default, but for values coming back under their own keys and not those as text.
+        planner: One of DCP's. None is DCP's default, with one difference: values come back under their own keys, and
+            not under these as text.
         process_group: Whose ranks load together; None for all.
         no_dist: This process loads alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
@@ -79,7 +80,7 @@ async def _load(call: QueuedOperation[None], read: Action[None]) -> None:
     try:
         await call.complete()
     finally:
-        # DCP has copied on the caller's streams; by now others may be current.
+        # DCP has copied on the streams of the call. Now others may be current: they wait for the copies.
         call.caller.order_current_stream_after()
 
 

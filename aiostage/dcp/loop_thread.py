@@ -28,11 +28,12 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._process = os.getpid()
-        # Made here, so that it is there when the thread has begun; it runs in the thread alone.
+        # Made here, so that submit() has it at once. Only the thread runs it.
         self._loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
         self.thread.start()
-        # No lock, and it may run in any thread, also as a finalizer: posting to a loop is all that it does.
+        # It may run in any thread, in the middle of other code, as finalizers do. It only posts to a loop, so it cannot
+        # deadlock.
         self._stop = Finalizer(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     @property
@@ -41,7 +42,7 @@ class LoopThread:
         return self._stop.alive and os.getpid() == self._process
 
     def check(self) -> None:
-        """Refuse a forked child, where nothing would ever run.
+        """Refuse a forked child, which does not have the thread.
 
         Raises:
             StagingError: If this is one.
@@ -76,7 +77,7 @@ class LoopThread:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    # Refers to the loop alone, so that dropping its owner stops it.
+    # The thread refers to the loop alone, not to the LoopThread, so that dropping that stops it.
     try:
         loop.run_forever()
     finally:

@@ -1,4 +1,8 @@
-"""What a checkpoint of :mod:`aiostage.dcp` consists of: records in files, metadata that says where, and a manifest."""
+"""The format of :mod:`aiostage.dcp`: records in files, DCP's metadata that says where they are, and a manifest.
+
+The manifest has the size and the digest of the metadata, and the metadata has those of each record. So the manifest,
+which is written last, is what all other bytes are compared with.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,13 @@ from aiostage.storage.commit import MANIFEST_NAME
 __all__ = ["FORMAT", "METADATA_NAME", "VERSION", "Record", "memory_of", "read_index", "read_record", "tensor_of"]
 
 METADATA_NAME = ".metadata"
-"""DCP's own name for it."""
+"""The name that DCP gives this file."""
 
 FORMAT = "aiostage-dcp"
 VERSION = 1
 
 _MAX_MANIFEST_BYTES = 64 << 10
+"""A longer one is of another kind of checkpoint. Ours has some 150 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Record:
     """Where the bytes of one item are.
 
     Attributes:
-        file: Its name.
+        file: The name of the file.
         offset: The offset of the first byte in the file.
         nbytes: How many there are.
         digest: The digest of the bytes.
@@ -46,12 +51,13 @@ class Record:
     shape: tuple[int, ...]
 
 
+# Metadata is pickled with the name of this class in it. Checkpoints that were written when the class was in that module
+# have this name, and those of today are readable there.
 Record.__module__ = "aiostage.dcp.storage"
-# Metadata is pickled with the name of this class in it, and checkpoints outlive the files of this package.
 
 
 async def read_index(reader: Reader) -> Metadata:
-    """Read what a checkpoint has, and where: ``storage_data`` has a :class:`Record` for each item.
+    """Read the metadata of a checkpoint. Its ``storage_data`` has a :class:`Record` for each item.
 
     Args:
         reader: The reader of the checkpoint.
@@ -62,6 +68,7 @@ async def read_index(reader: Reader) -> Metadata:
     """
     nbytes, expected = _read_manifest(await reader.manifest(), reader.location)
     path = f"{reader.location}/{METADATA_NAME}"
+    # The size first: memory is allocated by the length in the manifest, which may be anything.
     found = await reader.size(METADATA_NAME)
     if found != nbytes:
         raise CheckpointCorruptError(f"expected {nbytes} bytes, got {found}.", path=path)
@@ -82,7 +89,7 @@ async def read_record(reader: Reader, record: Record) -> Buffer:
         CheckpointCorruptError: If they are not those that were written.
         OSError: If the storage refuses.
     """
-    # Read whole, because its digest is that of all of it; a reader of a part of a shard pays for the shard.
+    # As a whole, because the digest is that of the whole record. A rank that needs a part of a shard reads the shard.
     data = memory_of(torch.empty(record.nbytes, dtype=torch.uint8, device="cpu"))
     if record.nbytes:
         await reader.read(record.file, record.offset, data)
@@ -96,14 +103,14 @@ async def read_record(reader: Reader, record: Record) -> Buffer:
 
 
 def tensor_of(record: Record, data: Buffer) -> torch.Tensor:
-    """Return the shard that an item is, over its bytes."""
+    """Return the shard of a record, over its bytes."""
     dtype = record.dtype or torch.uint8
     tensor = torch.frombuffer(data, dtype=dtype) if record.nbytes else torch.empty(0, dtype=dtype, device="cpu")
     return tensor.view(record.shape)
 
 
 def _read_manifest(text: Buffer, location: str) -> tuple[int, str]:
-    """Return how long the metadata is, and its digest, from a manifest that may be damaged or hostile."""
+    """Return the length and the digest of the metadata, from a manifest that may be damaged or hostile."""
     try:
         if len(text) > _MAX_MANIFEST_BYTES:
             raise ValueError(f"it is {len(text)} bytes long")
@@ -122,7 +129,7 @@ def _read_manifest(text: Buffer, location: str) -> tuple[int, str]:
     except CheckpointCorruptError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # Checkpoints of other kinds have longer ones, of other forms.
+        # A checkpoint of aiostage.save has a manifest of another form.
         raise CheckpointCorruptError(
             f"it is not a manifest of aiostage.dcp: {said(error)}.",
             path=f"{location}/{MANIFEST_NAME}",

@@ -64,7 +64,7 @@ class TorchStager(TorchAsyncStager):
         self._loop.check()
         if self._closing or not self._loop.running:
             raise StagerClosedError
-        # Its memory may be used again for this one.
+        # Before the staging: the memory of the last one can then be used again for this one.
         self._latest = None
         kept, copied = {}, state_dict
         if isinstance(state_dict, Mapping):
@@ -72,10 +72,10 @@ class TorchStager(TorchAsyncStager):
         if kept:
             copied = copy.copy(state_dict)
             copied.update(dict.fromkeys(kept))
-        # Called in this thread: what has to be waited for is on its streams.
+        # stage() is called in this thread: the copies follow what was enqueued on its streams.
         future = self._loop.submit(_finish(self._stager.stage(copied), kept))
-        # In this order: the callback runs at once for a future that is done, and each is one operation of a set, which
-        # needs no lock.
+        # In this order: for a future that is done, the callback runs at once. No lock, because each of the two is one
+        # operation on the set.
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
         self._latest = future

@@ -1,7 +1,11 @@
-"""DCP's writer and reader over our storages: local disks, object stores, whatever :class:`~aiostage.abc.Storage` is.
+"""DCP's writer and reader over our storages: local disks, object stores, every :class:`~aiostage.abc.Storage`.
 
-A checkpoint is one file for each rank, ``.metadata`` as DCP pickles it, and a manifest; it appears whole or not at all.
-The files hold the bytes of tensors as they are in memory, so that staged tensors are written without being copied.
+A checkpoint is one file for each rank, ``.metadata`` as DCP pickles it, and a manifest. It appears whole or not at all.
+The files have the bytes of tensors as they are in memory, so that staged tensors are written without a copy.
+
+DCP calls the methods below in threads of its own and waits for them, so each object has an event loop in a thread. The
+order of DCP's calls is: ``reset``, ``set_up_storage_writer``, the two plans, ``write_data`` on each rank, ``finish`` on
+the coordinator; and ``reset``, ``read_metadata``, ``set_up_storage_reader``, the two plans, ``read_data`` on each rank.
 """
 
 from __future__ import annotations
@@ -54,12 +58,12 @@ from aiostage.storage.locate import Root, storage_at
 __all__ = ["StorageReader", "StorageWriter"]
 
 _RECORDS_AT_ONCE = 4
-"""How many records a rank reads at once. A guess: enough to hide the latency of an object store."""
+"""Records that a rank reads at once. A guess: enough to hide the latency of an object store."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Of one rank in the checkpoint that is being written."""
+    """What a rank needs to write its file. The coordinator sends it with the rank's plan."""
 
     name: str
     token: str
@@ -92,10 +96,10 @@ class StorageWriter(torch_storage.StorageWriter):
         self._name: str | None = None
         self._pending: MultiWriterCheckpoint | None = None
         self._token = ""
-        self._loops: list[LoopThread] = []
+        self._loop_thread: LoopThread | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a checkpoint of a name below the root, giving up one that was not finished."""
+        """Begin a checkpoint of a name below the root. One that was not finished is removed."""
         self.abandon()
         self._name = None if checkpoint_id is None else os.fspath(checkpoint_id)
 
@@ -145,7 +149,7 @@ class StorageWriter(torch_storage.StorageWriter):
                 "checkpoints"
             )
         written: Future[list[torch_storage.WriteResult]] = Future()
-        # In this thread: what is on a device is copied on the streams that are current here.
+        # In this thread and not in the loop's: tensors on devices are copied on the streams that are current here.
         contents = [(item, _content(item, planner)) for item in plan.items]
         written.set_result(self._loop().run(self._write(plan.storage_data, contents)))
         return written
@@ -170,11 +174,11 @@ class StorageWriter(torch_storage.StorageWriter):
             results.append(torch_storage.WriteResult(item.index, tensor.nbytes, (share.token, record)))
             offset += tensor.nbytes
         if offset:
-            # On the coordinator it is there; what attach() returns may only write, so a rank can neither commit nor
-            # remove what others write.
+            # The coordinator has it already. On other ranks, what attach() returns can only write: a rank can neither
+            # commit nor remove the files of others.
             pending: PendingCheckpoint = self._pending or await self._storage.attach(share.name, share.token)
             parts = cut([tensor for _, tensor in contents if tensor.nbytes], PART_BYTES)
-            # The parts refer to the tensors now, and let each go when it has been written.
+            # Only the parts refer to the tensors now, so that each is freed when it has been written.
             contents.clear()
             await pending.write(share.file, offset, _buffers(parts))
         return results
@@ -187,8 +191,7 @@ class StorageWriter(torch_storage.StorageWriter):
             CheckpointExistsError: If another writer was faster and must not be replaced.
         """
         records = {result.index: result.storage_data for written in results for result in written}
-        # A cached plan leads to another pending checkpoint, or to an earlier commit; its records would be in no file of
-        # this one.
+        # A cached plan has the token of an earlier save, so its records would lie in files of another checkpoint.
         if any(token != self._token for token, _ in records.values()):
             raise ValueError("a rank has followed a cached plan: use a planner with enable_plan_caching=False")
         metadata.storage_data = {index: record for index, (_, record) in records.items()}
@@ -208,7 +211,7 @@ class StorageWriter(torch_storage.StorageWriter):
         self._pending = None
 
     def abandon(self) -> None:
-        """Remove what was written of a checkpoint that was not finished; :func:`aiostage.dcp.save` does it."""
+        """Remove what was written of a checkpoint that was not finished; :func:`aiostage.dcp.save` calls it."""
         # Taken out first, so that a second call finds nothing to abort.
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -220,18 +223,19 @@ class StorageWriter(torch_storage.StorageWriter):
         return isinstance(checkpoint_id, (str, os.PathLike))
 
     def _loop(self) -> LoopThread:
-        if not self._loops:
-            self._loops.append(LoopThread("aiostage-dcp-writer"))
-        return self._loops[0]
+        # Started at the first use: some writers are only made to check their arguments.
+        if self._loop_thread is None:
+            self._loop_thread = LoopThread("aiostage-dcp-writer")
+        return self._loop_thread
 
 
 class StorageReader(torch_storage.StorageReader):
     """DCP's reader of what :class:`StorageWriter` has written, on any number of ranks. Every record is verified.
 
     Works with :func:`aiostage.dcp.load` and with ``torch.distributed.checkpoint.load``. In both, values come back under
-    their own keys, also where these are not text; DCP's planner alone would put them under the text beside these. The
-    metadata is unpickled without running code. Values that are no tensors are unpickled by the planner; in the latter
-    that is DCP's, which runs the code that they name.
+    their own keys, also where these are not text. DCP's planner alone would put them under the text, beside the key
+    itself. The metadata is unpickled without running code. The planner unpickles values that are not tensors: that of
+    :func:`aiostage.dcp.load` runs no code, that of ``torch.distributed.checkpoint.load`` runs the code that they name.
 
     Args:
         root: As for the writer; any :class:`~aiostage.abc.Storage` will do.
@@ -242,7 +246,7 @@ class StorageReader(torch_storage.StorageReader):
         self._name: str | None = None
         self._reader: Reader | None = None
         self._records: dict[Any, Record] = {}
-        self._loops: list[LoopThread] = []
+        self._loop_thread: LoopThread | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Read a checkpoint of a name below the root."""
@@ -276,7 +280,7 @@ class StorageReader(torch_storage.StorageReader):
         return await read_index(self._reader)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **keywords: Any) -> None:
-        """Take over where everything is."""
+        """Keep where each item is."""
         self._records = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -291,7 +295,7 @@ class StorageReader(torch_storage.StorageReader):
         """Read what this rank needs, each record once. Tensors on devices are copied to on the current streams."""
         wanted: dict[Record, list[ReadItem]] = {}
         for item in plan.items:
-            # Several items may want parts of one record, after resharding, say: it is read and verified once.
+            # Several items may need parts of one record, for example after resharding. It is read and verified once.
             wanted.setdefault(self._records[item.storage_index], []).append(item)
         has_values = any(item.type == LoadItemType.BYTE_IO for item in plan.items)
         deliver = partial(_deliver, planner, paths_of(planner) if has_values else {})
@@ -309,10 +313,11 @@ class StorageReader(torch_storage.StorageReader):
         assert self._reader is not None  # noqa: S101 - DCP has called read_metadata
         reader, records = self._reader, iter(wanted)
 
-        # All take from one iterator, so that each record is read by one of them.
+        # All tasks take from one iterator, so that each record is read once.
         async def work() -> None:
             for record in records:
                 data = await read_record(reader, record)
+                # In the loop's thread, on the caller's streams. No await inside: other tasks must not run on them.
                 with caller.entered():
                     for item in wanted[record]:
                         deliver(item, record, data)
@@ -322,7 +327,7 @@ class StorageReader(torch_storage.StorageReader):
                 for _ in range(_RECORDS_AT_ONCE):
                     group.create_task(work())
         except BaseExceptionGroup as failures:
-            # The first; the others have failed beside it, for the same reason as a rule.
+            # The first of them. As a rule the others failed for the same reason.
             raise failures.exceptions[0] from None
         # DCP reads once, and calls nothing afterwards.
         self._reader = None
@@ -334,13 +339,13 @@ class StorageReader(torch_storage.StorageReader):
         return isinstance(checkpoint_id, (str, os.PathLike))
 
     def _loop(self) -> LoopThread:
-        if not self._loops:
-            self._loops.append(LoopThread("aiostage-dcp-reader"))
-        return self._loops[0]
+        if self._loop_thread is None:
+            self._loop_thread = LoopThread("aiostage-dcp-reader")
+        return self._loop_thread
 
 
 def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
-    """Return what is to be written for an item, in host memory and in index order."""
+    """Return the bytes to write for an item as a tensor, in host memory and in index order."""
     data = planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
         return _tensor(data.getvalue())  # type: ignore[union-attr]
@@ -351,7 +356,9 @@ def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
 def _deliver(
     planner: LoadPlanner, paths: Mapping[str, tuple[Any, ...]], item: ReadItem, record: Record, data: Buffer
 ) -> None:
+    """Put what was read for an item where the planner wants it."""
     if item.type == LoadItemType.BYTE_IO:
+        # Values under keys that are not text, which DCP's own planner would put elsewhere (see keys.py).
         path = paths.get(item.dest_index.fqn)
         if path is None:
             planner.load_bytes(item, io.BytesIO(data))
@@ -360,6 +367,7 @@ def _deliver(
         return
     part = narrow_by_index(tensor_of(record, data), item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()
+    # copy_() would broadcast a smaller part over the whole target.
     if target.size() != part.size():
         raise ValueError(f"{item.dest_index.fqn} has shape {tuple(target.size())}, the checkpoint {tuple(part.size())}")
     target.copy_(part)
@@ -375,7 +383,8 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 async def _buffers(parts: list[Part]) -> AsyncIterator[Buffer]:
-    """Iterate over the bytes of parts: the staged memory itself where that is one piece, and a copy elsewhere."""
+    """Iterate over the bytes of parts: the staged memory itself where a part is one piece of it, else a copy."""
+    # Taken from the list, so that a part's memory is free when it has been written, and not when all have.
     parts.reverse()
     while parts:
         part = parts.pop()

@@ -1,4 +1,8 @@
-"""What DCP pickles, read without running what a pickle names."""
+"""Reading what DCP pickles, without running code that a pickle names.
+
+A pickle can call any function that it names. Metadata is therefore unpickled into stand-ins: classes of the unpickler's
+own, which only keep their arguments and state. The real objects are made afterwards from an allowed list of names.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,8 @@ from aiostage.errors import CheckpointError, said
 __all__ = ["read_metadata", "read_value"]
 
 _allowing = Lock()
-"""PyTorch's list of safe classes is that of the process: of two contexts in two threads, one would end the other."""
+"""PyTorch has one list of safe classes for the process. Of two contexts in two threads, the first to end would take
+away the classes of the other."""
 
 
 def read_metadata(data: Any, records: type) -> Metadata:
@@ -30,14 +35,14 @@ def read_metadata(data: Any, records: type) -> Metadata:
 
     Args:
         data: Its bytes.
-        records: The class of the places of its items.
+        records: The class of the records, :class:`~aiostage.dcp.records.Record`.
 
     Raises:
         Exception: If it is damaged, or names anything else.
     """
     unpickler = MetadataUnpickler(data, {records.__module__: (records.__qualname__,)})
     found = unpickler.load()
-    # Real classes only now, when the pickle is over: nothing that it says can have called them.
+    # The pickle has been read to its end. Nothing in it can call the real classes, which come in only now.
     makers = {made: _maker(names, records) for made, names in unpickler.stand_ins.items()}
     metadata = _Real(makers).of(found)
     if type(metadata) is not Metadata:
@@ -46,12 +51,12 @@ def read_metadata(data: Any, records: type) -> Metadata:
 
 
 def _maker(names: tuple[str, str], records: type) -> Callable[..., Any]:
-    """Return what makes the objects that a stand-in stands for."""
+    """Return the function or class that makes the objects of a stand-in."""
     module, name = names
     if module == records.__module__:
         return records
     if module in ("pathlib", "pathlib._local"):
-        # The path of the writer's machine, which need not be one here.
+        # A PosixPath of the writer's machine cannot be made on every other one.
         return PurePath
     made: Callable[..., Any] = (
         _private.require("get_layout") if name == "_get_layout" else getattr(torch_metadata, name)
@@ -60,10 +65,13 @@ def _maker(names: tuple[str, str], records: type) -> Callable[..., Any]:
 
 
 class _Real:
-    """Makes the objects that stand-ins stand for, and what contains them, each once.
+    """Makes the objects that stand-ins stand for, and the containers around them, each once.
+
+    Once, because a small pickle can refer to one object many times: made anew at each reference, 60 nested pairs would
+    become 2**60 objects. A container inside itself ends in RecursionError, and the metadata is refused.
 
     Args:
-        makers: What makes them, by the class of the stand-in.
+        makers: The functions and classes that make them, by the class of the stand-in.
     """
 
     def __init__(self, makers: dict[type, Callable[..., Any]]) -> None:
@@ -87,7 +95,7 @@ class _Real:
         maker = self._makers[kind]
         if not isinstance(maker, type) or issubclass(maker, (Enum, PurePath)):
             return maker(*map(self.of, found.arguments))
-        # Not by calling the class: what DCP's own unpickling would restore is the state, and __init__ may ask for more.
+        # The class is not called: unpickling restores the state, and __init__ may need other arguments.
         made: Any = object.__new__(maker)
         if hasattr(maker, "__setstate__"):
             made.__setstate__(self.of(found.state))
@@ -120,7 +128,8 @@ def read_value(file: io.BytesIO, *, weights_only: bool) -> Any:
 
 
 def _numpy() -> list[Any]:
-    """Return what pickles of arrays and numbers of NumPy name."""
+    """Return the functions and classes that pickles of NumPy's arrays and numbers name."""
+    # Without the dtype of objects: an array of that consists of further pickled objects.
     functions = [found for found in (_private.numpy_reconstruct, _private.numpy_scalar) if found is not None]
     dtypes = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type) and kind is not np.dtypes.ObjectDType]
     return [*functions, np.ndarray, np.dtype, *dtypes]

@@ -1,7 +1,8 @@
-"""What one version of weights is to another process: memory of tensors, and a text that says where in it they lie.
+"""One version of weights as another process gets it: memory with the tensors, and a text that says where they are.
 
-The text has lines of JSON: what it is, the storages, and the nodes of the tree as in a manifest. Nothing in it names
-code to run. Behind the text lie the bytes of what the staged tree has outside of shared memory, NumPy arrays as a rule.
+The text has lines of JSON: a head, the storages, and the nodes of the tree as in a manifest. It names no code to run.
+The same file has, after the text, the bytes that the staged tree has outside of shared memory: as a rule those of NumPy
+arrays.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ __all__ = ["Described", "describe", "open_described"]
 _FORMAT = "aiostage-weights"
 _VERSION = 1
 _STORAGES_PER_LINE = 256
+"""So that a thread that writes or reads the lines can release the GIL between two of them."""
+
 _ALIGNMENT = 64
-"""Of what lies behind the text: no element of a tensor is larger."""
+"""Bytes, for what comes after the text. No element of a tensor is larger."""
 
 MAX_TEXT_BYTES = 256 << 20
 MAX_EXTRA_BYTES = 64 << 20
+"""Guesses, against mistakes such as a data set in the tree: each publication copies these bytes."""
 
 _SHARED, _EXTRA = 0, 1
 
@@ -116,7 +120,7 @@ def describe(staged: object) -> Described:
 
 
 class _Places:
-    """Where the storages of a tree lie."""
+    """Where the storages of a tree are: in the shared arena, or in the extra bytes."""
 
     def __init__(self) -> None:
         self.arena: Arena | None = None
@@ -128,10 +132,10 @@ class _Places:
         self._extra_bytes = 0
 
     def add(self, node: TreeNode) -> None:
-        """Say in the node of a tensor where that lies."""
+        """Put into the node of a tensor where its elements are."""
         tensor: torch.Tensor = node.value
         storage = tensor.untyped_storage()
-        # Tied leaves have one storage, and so one number: they come out tied.
+        # One number for each storage, so that tied leaves stay tied.
         key = (storage.data_ptr(), storage.nbytes())
         number = self._numbers.get(key)
         if number is None:
@@ -201,8 +205,7 @@ def open_described(
         text_bytes, file_bytes, memory_bytes = checked_sizes(
             [message.get(key) for key in ("text_bytes", "file_bytes", "memory_bytes")]
         )
-        # Everything that is said is checked before it is used: the other end is of the same user, but perhaps of
-        # another version.
+        # Everything in the message is checked before it is used: the other end may be of another version.
         if len(descriptors) != (2 if memory_bytes else 1):
             raise ValueError(f"it came with {len(descriptors)} descriptors")
         if not text_bytes <= file_bytes <= MAX_TEXT_BYTES + MAX_EXTRA_BYTES + _ALIGNMENT:
@@ -210,8 +213,8 @@ def open_described(
         text = _read(descriptors[0], file_bytes)
         if xxhash.xxh3_64_hexdigest(text) != message.get("digest"):
             raise ValueError("its text does not match its digest")
-        # Its own contents are not compared with a digest, which would read all of it; the lock on the file keeps them
-        # as they were sent.
+        # There is no digest of the memory, which would read all of it. The lock on its file keeps it unchanged as long
+        # as any process maps it.
         shared = map_memory(descriptors[1], memory_bytes) if memory_bytes else None
         tree = _tree(text, text_bytes, shared, Classes(classes, declared_safe()), path)
     return tree, shared
@@ -249,14 +252,14 @@ def _tree(
                 data[name] = torch.from_numpy(memory[start : start + nbytes])
         else:
             table.add(value)
-    # Before a tensor is made: a node that names what is not there, or itself, is refused here.
+    # Before a tensor is made: this refuses nodes that refer to missing ones, or to themselves.
     table.complete()
     table.tensor_names()
     return TreeDecoder(table, Memory(records, data), path=path, classes=classes).build()
 
 
 def _read(descriptor: int, nbytes: int) -> bytearray:
-    """Return the contents of a file, which is of that length or an error."""
+    """Return the contents of a file, which has to have the expected length."""
     if os.fstat(descriptor).st_size != nbytes:
         raise ValueError(f"expected a text of {nbytes} bytes, got {os.fstat(descriptor).st_size}")
     text = bytearray(nbytes)

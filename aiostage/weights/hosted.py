@@ -1,4 +1,4 @@
-"""What the two ends have in common: any tasks of one event loop open and close them."""
+"""Opening and closing of both ends, by any tasks of one event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HostedEnd(ABC, Generic[T]):
     _kind: ClassVar[str]
 
     def __init__(self) -> None:
-        # What the context gives; None before it is entered.
+        # The value of the context; None before it is entered and after it is left.
         self._content: T | None = None
         self._host: HostedContext[T] | None = None
         self._loop: object = None
@@ -80,7 +80,7 @@ class HostedEnd(ABC, Generic[T]):
             await self._host.aclose()
 
     def _abandon(self) -> None:
-        """Have it closed without waiting, as a coroutine must that is being closed."""
+        """Let its task close it, without waiting: a coroutine that is being closed may not wait."""
         if self._host is not None:
             self._host.abandon()
 

@@ -1,4 +1,4 @@
-"""What a subscriber has received and not yet taken, and a version of weights as it takes it."""
+"""A version of weights, and the inbox in which a receiver puts it for the subscriber."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from aiostage.weights.signal import Signal
 __all__ = ["Inbox", "WeightVersion"]
 
 _FLUSH_SECONDS = 1.0
+"""A guess. A publisher on the same machine reads within milliseconds. A suspended one must not delay the end for
+long."""
 
 
 class WeightVersion:
@@ -28,6 +30,7 @@ class WeightVersion:
     def __init__(self, version: int, epoch: str, tree: Any, acknowledge: Callable[[], object] | None = None) -> None:
         self.version = version
         self.epoch = epoch
+        # In a list, so that acknowledge() can drop the tree in one operation, from any thread.
         self._tree = [tree]
         self._acknowledge = acknowledge
 
@@ -50,10 +53,10 @@ class WeightVersion:
         return self._tree[0]
 
     def acknowledge(self) -> None:
-        """Say that this process has done with the version what it wanted, and drop the tree.
+        """Report that this process has used the version, and drop the tree.
 
-        What still refers to its tensors, such as a model that was loaded with ``assign=True``, keeps their memory. The
-        next turn of ``async for`` does this by itself. May be called from any thread, and again.
+        References to its tensors keep their memory, for example those of a model that was loaded with ``assign=True``.
+        The next turn of ``async for`` calls this by itself. May be called from any thread, and again.
         """
         if self._tree:
             self._tree.clear()
@@ -62,18 +65,18 @@ class WeightVersion:
 
 
 class Inbox:
-    """Where a receiver puts versions, one at a time, when they are asked for.
+    """Where a receiver puts versions, one at a time, when the subscriber asks for one.
 
-    Used in one event loop only, so that it needs no lock. What other threads say, they post to that loop.
+    It is used in one event loop, so it needs no lock. Other threads post their calls to that loop.
 
     Attributes:
-        changed: Set whenever something here has changed.
-        wants: Whether a version is asked for.
+        changed: Set when something here has changed.
+        wants: Whether the subscriber asks for a version.
         seen: Epoch and number of the last version that was put here.
         connected: Whether the publisher can be reached.
-        newest: Epoch and number of the newest version that is known of.
-        failure: Why no version will come any more.
-        unsent: What is to be said to the publisher.
+        newest: Epoch and number of the newest known version.
+        failure: Why no further version will come.
+        unsent: Messages for the publisher.
     """
 
     def __init__(self) -> None:
@@ -88,8 +91,8 @@ class Inbox:
         self._content: WeightVersion | Exception | None = None
 
     def put(self, content: WeightVersion | Exception, *, seen: tuple[str, int] | None) -> None:
-        """Put in a version, or why one cannot be opened."""
-        # At most one: the receiver puts in what was asked for, and nothing is asked for while something lies here.
+        """Put in a version, or the error of opening it."""
+        # At most one: the receiver puts in what was asked for, and take() does not ask while something is here.
         self._content = content
         self.wants = False
         if seen is not None:
@@ -99,31 +102,31 @@ class Inbox:
         self.changed.set()
 
     def set_connected(self, connected: bool) -> None:
-        """Say whether the publisher can be reached."""
+        """Note whether the publisher can be reached."""
         if self.connected is not connected:
             self.connected = connected
             self.changed.set()
 
     def set_newest(self, epoch: str, number: int) -> None:
-        """Say which version is the newest."""
+        """Note which version is the newest."""
         self.newest = (epoch, number)
         self.changed.set()
 
     def fail(self, failure: Exception) -> None:
-        """Say that no version will come any more."""
+        """Let take() raise an error, now and from now on."""
         self.failure = failure
         self.changed.set()
 
     def drop(self) -> None:
-        """Drop what is there."""
+        """Drop the version that is here, if there is one."""
         content, self._content = self._content, None
         if isinstance(content, WeightVersion):
-            # Without an acknowledgement.
+            # Not acknowledge(): the subscriber has not used it.
             content._tree.clear()
 
     async def flush(self) -> None:
-        """Wait until everything has been said to the publisher, for a moment at most."""
-        # What other threads have posted comes first.
+        """Wait until all messages to the publisher are sent, for one second at most."""
+        # One turn of the loop, so that messages that were posted before this call are in the queue.
         await checkpoint()
         with anyio.move_on_after(_FLUSH_SECONDS):
             while self.connected and self.unsent:
@@ -138,20 +141,20 @@ class Inbox:
         When cancelled, nothing was taken.
         """
         if isinstance(self._content, WeightVersion) and self.seen != self.newest:
-            # A cancelled call had asked for it, and there are newer ones.
+            # A call that was cancelled had asked for it, and there is a newer one.
             self.drop()
         while True:
-            # Taken before anything is looked at: a change after the look sets this one.
+            # Taken first: a change after the checks below sets this event.
             changed = self.changed.event
             content, self._content = self._content, None
             if isinstance(content, WeightVersion):
                 return content
             failure = content if content is not None else self.failure
             if failure is not None:
-                # It may be raised by several calls; each begins its own traceback.
+                # Several calls may raise it. Its traceback must not grow with each.
                 raise failure.with_traceback(None)
             if not self.wants:
-                # It stays set if this is cancelled: the version then comes, and the next call finds it.
+                # It stays set if this is cancelled: the version then arrives, and the next call finds it.
                 self.wants = True
                 self.changed.set()
                 changed = self.changed.event

@@ -26,14 +26,15 @@ from aiostage.weights.stored import StorageSender
 __all__ = ["WeightPublisher", "checked_timeout", "socket_or_storage"]
 
 _FEWEST_VERSIONS = 4
+"""The newest, one that is being staged, and two that subscribers hold: one in use, and one that is being loaded."""
 
 
 class WeightPublisher(HostedEnd[AsyncStager]):
     """Publishes versions of a model's weights to other processes.
 
-    Over a socket at a path, for processes of the same user on the same machine: weights are staged into shared memory,
-    and subscribers map them without a copy. Or over a storage, for other machines: weights are saved, and subscribers
-    load them. Enter it with ``async with``, or call :meth:`open` and :meth:`aclose`, in any tasks of one event loop.
+    Over a socket at a path, for processes of one user on one machine: weights are staged into shared memory, and
+    subscribers map them without a copy. Or over a storage, for other machines: weights are saved, and subscribers load
+    them. Enter it with ``async with``, or call :meth:`open` and :meth:`aclose`, in any tasks of one event loop.
 
     Args:
         target: The path of the socket to make; or a URL, a store of obstore or a :class:`~aiostage.abc.Storage` below
@@ -130,14 +131,14 @@ class WeightPublisher(HostedEnd[AsyncStager]):
         The coroutine may be cancelled: then it is the newest version, or no subscriber sees it.
         """
         stager = self._opened()
-        # Before anything is staged: a number that is refused costs nothing.
+        # Before anything is staged, so that a refused number costs nothing.
         number = self._numbered(version)
         source: Any
         if isinstance(self._sender, StorageSender):
             source = self._sender.save(number, state_dict, stager)
         else:
             source = state_dict if isinstance(state_dict, Snapshot) else stager.stage(states_of(state_dict))
-        # Only once nothing has failed.
+        # After the calls above, which may raise: the caller may then use the number again.
         self._called = number
         return named(self._publish(number, source), "WeightPublisher.publish", source)
 
@@ -145,10 +146,10 @@ class WeightPublisher(HostedEnd[AsyncStager]):
         try:
             self._opened()
             self._check_loop()
-            # Saves may go on side by side; of staged copies there is one besides those that subscribers may have.
-            # Before the lock: several saves may be under way, and become the newest in turn.
+            # Without the lock: several saves may run at once. They become the newest one after the other.
             saved = await self._sender.saved(number, source) if isinstance(self._sender, StorageSender) else None
-            # In the order in which they come here, which decides nothing: send() leaves a later version the newest.
+            # With the lock: only one staged copy exists besides those that subscribers may have. The order in which
+            # calls get it does not matter, because send() never replaces a later version.
             async with self._lock:
                 self._opened()
                 if isinstance(self._sender, StorageSender):
@@ -156,7 +157,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
                 else:
                     await self._sender.send(number, await (source.result() if isinstance(source, Snapshot) else source))
         finally:
-            # If the coroutine never came to be awaited; otherwise this does nothing.
+            # If an error came first, the coroutine was never awaited. Otherwise this does nothing.
             if not isinstance(source, Snapshot):
                 source.close()
         return number
@@ -207,7 +208,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
             try:
                 yield stager
             finally:
-                # The loop may end it too.
+                # Here too: at the end of the loop, this block may be left without a call of aclose().
                 self._content = None
 
     async def aclose(self) -> None:
@@ -215,7 +216,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
 
         May be called by any task of the loop, and again. When cancelled, it is closed all the same.
         """
-        # At once, so that no version is published while this waits.
+        # Before the wait, so that publish() refuses from now on.
         self._content = None
         await super().aclose()
 

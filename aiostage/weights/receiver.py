@@ -24,6 +24,8 @@ __all__ = ["SocketReceiver"]
 _log = logging.getLogger("aiostage")
 
 _BEATS_PER_TIMEOUT = 4
+"""As for the publisher's end, in sender.py."""
+
 _FIRST_WAIT_SECONDS = 0.02
 _LONGEST_WAIT_SECONDS = 1.0
 """Between two attempts to connect. A guess: a new publisher takes seconds to start."""
@@ -41,9 +43,9 @@ class _Session:
         self._inbox = inbox
 
     def tell(self, **message: object) -> None:
-        """Send a message soon. What is said after the end is lost: the publisher has dropped everything then."""
-        # A finalizer may call this long after the connection, posted to the loop. Numbers of a session that has ended
-        # must not reach the next one, which counts anew.
+        """Send a message soon. After the end of the session this does nothing: the publisher has dropped the version."""
+        # The finalizer of a version's memory may post this call long after the session. Numbers of an ended session
+        # must not reach the next one, whose publisher may count anew.
         if not self.ended:
             self._inbox.unsent.append(message)
             self._inbox.changed.set()
@@ -76,10 +78,10 @@ class SocketReceiver:
             while True:
                 peer: PacketSocket | None = None
                 try:
-                    # A cancelled call loses the socket that it made, which closes when it is dropped.
+                    # A cancelled call loses its result. The socket then closes when it is dropped.
                     peer = await workers.run(partial(connect, self._path))
-                    # Only a publisher that has answered counts as one: a socket that accepts and says nothing is tried
-                    # again after longer and longer.
+                    # The wait is reset only after an answer. A process that accepts and never answers is tried less and
+                    # less often.
                     session = await self._greet(peer)
                     wait = _FIRST_WAIT_SECONDS
                     await self._serve(session, workers)
@@ -87,7 +89,7 @@ class SocketReceiver:
                     self._inbox.fail(without_locals(error))
                     return
                 except (EOFError, OSError) as error:
-                    # Once for each time that it is away.
+                    # One line for each absence of the publisher, not for each attempt.
                     level = logging.INFO if wait == _FIRST_WAIT_SECONDS else logging.DEBUG
                     _log.log(level, "no publisher at %s: %s", self._path, said(error))
                 except MalformedError as error:
@@ -95,7 +97,7 @@ class SocketReceiver:
                 finally:
                     if peer is not None:
                         peer.close()
-                # Not all at the same time.
+                # A random time, so that not all subscribers connect at once.
                 await anyio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         finally:
@@ -122,7 +124,7 @@ class SocketReceiver:
 
     async def _serve(self, session: _Session, workers: Workers) -> None:
         inbox = self._inbox
-        # Said to another session, and of no use to this one.
+        # These messages were for another session.
         inbox.unsent.clear()
         inbox.set_connected(True)
         try:
@@ -137,7 +139,7 @@ class SocketReceiver:
             try:
                 match message:
                     case {"version": _} if session.requested:
-                        # The descriptors are closed below; what was mapped from them stays mapped.
+                        # The descriptors are closed below. The memory that was mapped from them stays mapped.
                         await self._open(session, message, descriptors, workers)
                     case {"newest": _} if not descriptors:
                         self._inbox.set_newest(session.epoch, int_in(message, "newest"))
@@ -160,15 +162,16 @@ class SocketReceiver:
         except Exception as error:
             session.requested = False
             session.tell(released=number)
-            # Seen, so that the same version is not asked for again; the next one may be one that can be opened.
+            # Marked as seen, so that this version is not asked for again. The next one may open.
             self._inbox.put(without_locals(error), seen=seen)
             return
-        # Not before: a version is wanted until it is in the inbox, and the writer would ask for another one.
+        # Only now: the subscriber wants a version until one is in the inbox, and the writer would ask for another. No
+        # await comes between the two.
         session.requested = False
         if memory is None:
             session.tell(released=number)
         else:
-            # When the last tensor over it is gone, in whichever thread, and inside any lock. Posting takes none.
+            # The last tensor over it may die in any thread, and inside any lock. Posting to a loop takes no lock.
             released = partial(session.tell, released=number)
             Finalizer(memory, post, self._inbox.native, released)
         acknowledged = partial(session.tell, acknowledged=number)
@@ -186,7 +189,8 @@ class SocketReceiver:
                 inbox.unsent.popleft()
                 inbox.changed.set()
             elif inbox.wants and not session.requested:
-                # Before the send, which may wait: the reader must know that an answer is wanted when it comes.
+                # Before the send, which may wait: the answer may arrive first, and the reader refuses what was not
+                # asked for.
                 session.requested = True
                 await peer.send({"next": None})
             else:

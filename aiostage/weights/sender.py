@@ -27,17 +27,21 @@ __all__ = ["SocketSender", "SubscriberInfo"]
 _log = logging.getLogger("aiostage")
 
 _MAX_CONNECTIONS = 1024
+"""A guess: as many as a process may have descriptors by default."""
+
 _BEATS_PER_TIMEOUT = 4
+"""Messages in the time of silence after which the other end gives up. A guess: three may be late in a row."""
+
 _RETRY_SECONDS = 0.1
-"""After which to accept again when there was no descriptor for it."""
+"""After which to accept again when there was no descriptor for a connection. A guess."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubscriberInfo:
-    """One subscriber that is connected.
+    """One connected subscriber.
 
     Attributes:
-        pid: Its process, as seen from the publisher's.
+        pid: Its process, as the publisher's process sees it.
         acknowledged: The last version that it has acknowledged; None if it has not yet.
         holds: The versions whose memory it maps, in ascending order.
     """
@@ -57,14 +61,15 @@ class _Version:
 
 
 class _Connection:
-    """A subscriber.
+    """A connected subscriber, as the publisher sees it.
 
     Attributes:
         wants: Whether it waits for a version.
-        seen: The last version that it was sent, or had before; -1 if none.
+        seen: The last version that it was sent, or had before this connection; -1 if none.
+        sent: The last version that it was sent over this connection; -1 if none.
         holds: The versions that it was sent and has not released.
-        told: Which version it knows to be the newest.
-        waits: Whether it was logged that it waits for others.
+        told: The version that it knows as the newest.
+        waits: Whether the log says already that it waits for other subscribers.
     """
 
     def __init__(self, peer: PacketSocket, timeout: float, seen: int) -> None:
@@ -81,8 +86,8 @@ class _Connection:
 class SocketSender:
     """Hands versions of weights to the subscribers that connect to a socket.
 
-    A subscriber asks for a version when it is ready for one, and gets the newest. So none has a queue, and the
-    publisher waits for none. What is kept are the newest version and those that a subscriber holds.
+    A subscriber asks for a version when it is ready for one, and gets the newest. So there are no queues, and the
+    publisher never waits for a subscriber. It keeps the newest version, and those that a subscriber holds.
 
     Args:
         path: The path of the socket.
@@ -96,7 +101,7 @@ class SocketSender:
             raise HostMemoryError(f"{reason}.", remedy="Publish to a storage: pass a URL.")
         self.location = path
         self.epoch = secrets.token_hex(8)
-        # One is the newest, and one is being staged.
+        # The other two: the newest, and one that is being staged.
         self._max_held = max_versions - 2
         self._timeout = timeout
         self._workers = Workers(1, "aiostage-weights")
@@ -107,13 +112,13 @@ class SocketSender:
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[None, None]:
-        """Listen, and serve subscribers. What is alive afterwards is dropped."""
-        # All below runs on one event loop and needs no lock: between two awaits nothing else looks at the versions or
-        # the connections.
+        """Listen, and serve subscribers. All versions are dropped at the end."""
+        # Everything below runs on one event loop and needs no lock: between two awaits, no other code uses the versions
+        # or the connections.
         self.changed, self._closed = Signal(), False
         endpoints: list[Endpoint] = []
         try:
-            # Kept where it is made: a cancelled call loses its result.
+            # Kept in a list: a cancelled call loses its result, and the socket would stay.
             await self._workers.run(lambda: endpoints.append(Endpoint(self.location)))
             async with anyio.create_task_group() as group:
                 group.start_soon(self._accept, endpoints[0], group)
@@ -155,7 +160,7 @@ class SocketSender:
         When cancelled, it has not become the newest.
         """
         described = await self._workers.run(partial(describe, staged))
-        # Looked at after the wait, because another call may have made a later one the newest meanwhile.
+        # After the wait: another call may have made a later version the newest meanwhile.
         if self._newest is None or number > self._newest.number:
             self._newest = self._versions[number] = _Version(number, staged, described)
             self._drop_unused()
@@ -164,7 +169,7 @@ class SocketSender:
         held = self._held()
         for number in list(self._versions):
             if number not in held and self._versions[number] is not self._newest:
-                # With it goes the staged tree, and the memory is free for the next staging.
+                # This drops the staged tree too. Its memory is free for the next staging.
                 del self._versions[number]
         self.changed.set()
 
@@ -180,7 +185,7 @@ class SocketSender:
                 await anyio.sleep(_RETRY_SECONDS)
             else:
                 group.start_soon(self._serve, peer, name=f"serve weights to {peer.pid}")
-            # The next wait must not keep it.
+            # This frame must not keep it open while it waits for the next one.
             peer = None  # type: ignore[assignment]
 
     async def _serve(self, peer: PacketSocket) -> None:
@@ -188,11 +193,11 @@ class SocketSender:
         connection: _Connection | None = None
         try:
             connection = await self._greet(peer)
-            # Only now: one that has not said hello counts for nothing, and holds nothing.
+            # After the hello: `subscribers` and the limit count only programs of this kind.
             self._connections.add(connection)
             await run_concurrently(partial(self._read, connection), partial(self._write, connection))
         except (EOFError, OSError) as error:
-            # TimeoutError is one of the latter.
+            # TimeoutError is an OSError.
             _log.info("subscriber %d of %s is gone: %s", peer.pid, self.location, said(error))
         except MalformedError as error:
             _log.warning("subscriber %d of %s was refused: it sent %s", peer.pid, self.location, error)
@@ -205,7 +210,7 @@ class SocketSender:
 
     async def _greet(self, peer: PacketSocket) -> _Connection:
         message = await self._receive(peer)
-        # After the first packet, so that the refusal is read: a peer that is still sending would see an error instead.
+        # After the first packet was received. A peer that is still sending would get an error in place of the refusal.
         if peer.uid != os.geteuid():
             raise MalformedError(f"a request as user {peer.uid}; the publisher is user {os.geteuid()}")
         if len(self._connections) >= _MAX_CONNECTIONS:
@@ -216,7 +221,7 @@ class SocketSender:
             if type(have) is not list or len(have) != 2 or type(have[0]) is not str:
                 raise MalformedError(f"have is {shown(have)}")
             number = int_in({"version": have[1]}, "version")
-            # Numbers of another publisher say nothing about this one's versions.
+            # Another publisher counts its versions anew.
             seen = number if have[0] == self.epoch else -1
         hello = {"aiostage": "weights", "protocol": PROTOCOL, "timeout": self._timeout, "epoch": self.epoch}
         await peer.send(hello)
@@ -234,7 +239,7 @@ class SocketSender:
         while True:
             message = await self._receive(connection.peer)
             match message:
-                # A second request before the first is answered is malformed: it falls to the last case.
+                # A second request before the first is answered matches the last case, which refuses it.
                 case {"next": None} if not connection.wants:
                     connection.wants = True
                     self.changed.set()
@@ -248,7 +253,7 @@ class SocketSender:
                     number = int_in(message, "released")
                     if number not in connection.holds:
                         raise MalformedError(f"a release of version {number}, which it does not hold")
-                    # The subscriber has unmapped it. What no subscriber holds and is not the newest goes now.
+                    # The subscriber has unmapped it. If no other holds it and it is not the newest, it is dropped.
                     connection.holds.remove(number)
                     self._drop_unused()
                 case {"alive": True}:
@@ -257,22 +262,22 @@ class SocketSender:
                     raise MalformedError(f"a packet with {shown(' '.join(message))}")
 
     async def _write(self, connection: _Connection) -> None:
-        # Often enough for the more impatient of the two ends.
+        # Often enough for the shorter of the two timeouts.
         beat = min(self._timeout, connection.timeout) / _BEATS_PER_TIMEOUT
         peer = connection.peer
         while True:
             changed = self.changed.event
-            # After the event was taken: a change during the look sets that one, and the wait below ends at once.
+            # After the event was taken: a change from here on sets it, and the wait below ends at once.
             version = self._choose(connection)
             if version is not None:
                 number, described = version.number, version.described
                 connection.wants = connection.waits = False
                 connection.seen = connection.sent = connection.told = number
-                # Before it is sent, which may wait: meanwhile the version must not be dropped as held by no subscriber.
+                # Before the send, which may wait: meanwhile _drop_unused() must find that it is held.
                 connection.holds.add(number)
                 del version
                 await peer.send({"version": number} | described.message(), described.descriptors)
-                # The next wait must not keep its memory.
+                # This frame must not keep its memory during the next wait.
                 del described
             elif self._newest is not None and connection.told != self._newest.number:
                 connection.told = self._newest.number
@@ -286,7 +291,8 @@ class SocketSender:
     def _choose(self, connection: _Connection) -> _Version | None:
         """Return the version that a subscriber gets now; None if it has to wait.
 
-        The newest, unless too many older ones are held: then the newest of those that are held anyway.
+        It is the newest. If as many versions are held as may be, it is the newest of the held ones, which takes no more
+        memory.
         """
         newest = self._newest
         if not connection.wants or newest is None or newest.number <= connection.seen:
@@ -311,13 +317,13 @@ class SocketSender:
         return None
 
     async def acknowledged(self, number: int, count: int) -> None:
-        """Wait until so many of the connected subscribers have acknowledged a version or a later one."""
+        """Wait until ``count`` of the connected subscribers have acknowledged a version or a later one."""
         while True:
             changed = self.changed.event
             have = [each.acknowledged for each in self._connections]
             if sum(each is not None and each >= number for each in have) >= count:
                 return
             await changed.wait()
-            # Not by the newest version: the one that is waited for may still be staged.
+            # A flag, and not the absence of a newest version: the first version may still be in staging.
             if self._closed:
                 raise WeightsError("the publisher was closed.", path=self.location)

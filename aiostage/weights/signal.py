@@ -1,4 +1,4 @@
-"""Something has changed: all who wait look again."""
+"""An event that can be set again and again, for tasks that wait for any change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ __all__ = ["Signal"]
 
 
 class Signal:
-    """An event that is new again as soon as it was set. Take :attr:`event`, look, then wait for it: nothing is missed.
+    """An event that is replaced by a new one when it is set.
+
+    Take :attr:`event`, check the condition, then wait for that event. A change after the check sets it, so none is
+    missed.
 
     Attributes:
         event: What the next :meth:`set` sets.

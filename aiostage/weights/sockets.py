@@ -1,4 +1,9 @@
-"""Packets of JSON, some with descriptors, between processes of one user over a socket at a path."""
+"""Packets of JSON, some with descriptors, between processes of one user over a socket at a path.
+
+The socket is of the kind SOCK_SEQPACKET: a packet arrives as a whole, with its descriptors, or not at all. The other
+end may be of another version, or any other program. Therefore each packet has a bounded length and is checked before it
+is used.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +41,28 @@ __all__ = [
 ]
 
 PROTOCOL = 1
-"""Goes up when a peer of the last version would misunderstand a packet."""
+"""Increased when a peer of the last version would misunderstand a packet."""
 
 MAX_PACKET_BYTES = 4096
 """Longer packets are neither sent nor read."""
 
 _MAX_DESCRIPTORS = 2
+"""A version has one for the text, and one for the memory of the tensors."""
+
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array("i").itemsize)
 _TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
+
 _CREDENTIALS = struct.Struct("3i")
+"""``struct ucred``: process, user, group."""
+
 _BACKLOG = 128
+"""Connections that wait to be accepted. A guess: a subscriber that finds the queue full connects again."""
+
 _LONGEST_REASON = 1000
 _MOST_DISCARDED = 64
+"""Packets that are read and dropped before a connection is closed. A guess. There is a limit, because the peer may send
+without end."""
+
 _MAX_NUMBER = (1 << 63) - 1
 MIN_TIMEOUT_SECONDS = 0.01
 MAX_TIMEOUT_SECONDS = 1e6
@@ -72,8 +87,8 @@ class PacketSocket:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
+        # The kernel recorded these when the connection was made. The peer cannot forge them.
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        # As the kernel noted them when the connection was made; the peer cannot say otherwise.
         self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
         self._close = Finalizer(self, connection.close)
         register_after_fork(self)
@@ -83,7 +98,7 @@ class PacketSocket:
         self._close()
 
     def after_fork_in_child(self) -> None:
-        """Close it in a child, or the other end would not learn that this process has died."""
+        """Close it in a child. A copy there would hide from the other end that this process has ended."""
         self._close()
 
     def send_nowait(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
@@ -92,7 +107,7 @@ class PacketSocket:
         Raises:
             OSError: If the other end is gone.
         """
-        # A packet keeps its boundaries and its descriptors together, so neither end has to put pieces together.
+        # MSG_NOSIGNAL: if the other end is gone, this raises an error and no SIGPIPE.
         data = json.dumps(message, separators=(",", ":")).encode()
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
         try:
@@ -115,7 +130,7 @@ class PacketSocket:
         """
         await checkpoint()
         while not self.send_nowait(message, descriptors):
-            # A packet goes as a whole or not at all, so trying again sends nothing twice.
+            # A packet is sent as a whole or not at all, so trying again sends nothing twice.
             await anyio.wait_writable(self._socket)
 
     async def receive(self) -> tuple[dict[str, Any], list[int]]:
@@ -132,9 +147,11 @@ class PacketSocket:
         When cancelled, nothing was received.
         """
         while True:
-            # Before it is received, so that a peer that never pauses leaves the event loop its turns.
+            # A cancellation is delivered here, and not after recvmsg(), which would lose the packet. It also lets other
+            # tasks run when a peer sends without a pause.
             await checkpoint()
             try:
+                # One byte more than a packet may have, so that a longer one is recognized.
                 data, ancillary, flags, _ = self._socket.recvmsg(
                     MAX_PACKET_BYTES + 1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
@@ -147,20 +164,21 @@ class PacketSocket:
         """Wait for a packet as :meth:`receive` does, and no longer than so.
 
         Raises:
-            TimeoutError: If none came. One that came while this process computed is no such case.
+            TimeoutError: If none came. A packet that arrived while this process was busy counts as received in time.
         """
         with anyio.move_on_after(seconds):
             return await self.receive()
-        # The time may have passed because this process computed, or was suspended, while the packet lay there.
+        # The time may have passed because this process computed or was suspended. Then the packet is there.
         if self._is_readable():
             return await self.receive()
         raise TimeoutError(f"silent for {seconds} seconds")
 
     def refuse(self, reason: str) -> None:
-        """Say why the connection ends, if there is room: the other end may not be reading."""
+        """Send the reason why the connection ends, if there is room: the other end may not be reading."""
         with suppress(OSError):
             self.send_nowait({"refused": reason[:_LONGEST_REASON]})
-        # What is left unread would reach the other end as an error, before the reason.
+        # Then read what the other end has sent. Closing a socket with unread packets resets the connection, and the
+        # other end would get an error before the reason.
         for _ in range(_MOST_DISCARDED):
             try:
                 data, ancillary, flags, _ = self._socket.recvmsg(1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
@@ -182,13 +200,14 @@ class PacketSocket:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) // descriptors.itemsize * descriptors.itemsize])
         try:
-            # An empty packet is how the end of the connection looks; peers never send one.
+            # The end of the connection reads as an empty packet. Peers never send one.
             if not data:
                 raise EOFError
             if flags & _TRUNCATED or len(data) > MAX_PACKET_BYTES:
                 raise MalformedError(f"a packet of more than {MAX_PACKET_BYTES} bytes or too many descriptors")
             return _parsed(data), descriptors.tolist()
         except BaseException:
+            # The kernel has put them into this process already. A hostile packet must not fill its table.
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
@@ -205,22 +224,23 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def int_in(message: dict[str, Any], key: str) -> int:
-    """Return a whole number of a message.
+    """Return an integer of a message.
 
     Raises:
         MalformedError: If there is none.
     """
     value = message.get(key)
+    # Not isinstance(): JSON's true is a bool, which is an int.
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
         raise MalformedError(f"{key} is {shown(value)}, and not an integer")
     return value
 
 
 def hello_of(message: dict[str, Any]) -> float:
-    """Check the first message of a peer, and return after how many seconds of silence it takes this end for dead.
+    """Check the first message of a peer, and return its timeout: it takes this end for dead after that much silence.
 
     Raises:
-        MalformedError: If it is none, or of another version of the protocol.
+        MalformedError: If it is not a first message, or of another version of the protocol.
     """
     if message.get("aiostage") != "weights":
         raise MalformedError("a first packet that is not of aiostage")
@@ -256,7 +276,7 @@ def connect(path: str) -> PacketSocket:
                     remedy="Publisher and subscribers have to run as one user.",
                 ) from error
             raise
-        # A duplicate, so that leaving the stack closes the first whatever happens here.
+        # A duplicate, so that leaving the stack can close the first in every case.
         peer = PacketSocket(connection.dup())
     if peer.uid != os.geteuid():
         peer.close()
@@ -271,11 +291,11 @@ def connect(path: str) -> PacketSocket:
 class Endpoint:
     """A socket on which only this process listens.
 
-    The process holds a lock on the file ``PATH.lock``. The kernel releases the lock when the process ends, so that the
-    files of a killed process are known as stale.
+    The process holds a lock on the file ``PATH.lock``. The kernel releases the lock when the process ends, so the files
+    of a killed process are known to be stale.
 
     Args:
-        path: Where. Missing directories are created, for this user only. Blocks.
+        path: The path of the socket. Missing directories are created, for this user only. Blocks.
 
     Raises:
         WeightsError: If another process listens there, or the path exists and is not a socket.
@@ -285,9 +305,14 @@ class Endpoint:
     def __init__(self, path: str) -> None:
         self.path = path = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        self._directory, self._name = _open_directory(path)
-        self._lock = -1
+        # The socket first: it closes itself if the directory cannot be opened, and a bare descriptor does not.
         self._socket = _new_socket()
+        try:
+            self._directory, self._name = _open_directory(path)
+        except OSError:
+            self._socket.close()
+            raise
+        self._lock = -1
         self._inode = -1
         self._close = Finalizer(self, _close_all, self._socket, self._directory)
         try:
@@ -305,7 +330,7 @@ class Endpoint:
         while True:
             lock = os.open(name, flags, 0o600, dir_fd=self._directory)
             try:
-                # The lock says who owns the path, and not the socket's file, which the dead leave behind.
+                # The lock says who owns the path. The socket's file does not: killed processes leave theirs behind.
                 if not try_lock(lock):
                     owner = os.pread(lock, 20, 0).decode("ascii", "replace") or "another one"
                     raise WeightsError(
@@ -313,15 +338,15 @@ class Endpoint:
                         path=self.path,
                         remedy="End it, or publish at another path. One publisher serves any number of subscribers.",
                     )
-                # A lock on a file that its last owner has removed meanwhile locks out no other process.
+                # The last owner may have removed the file between our open() and the lock. A lock on a removed file
+                # does not keep other processes out.
                 if os.fstat(lock).st_ino == _inode_of(name, self._directory):
                     break
             except BaseException:
                 os.close(lock)
                 raise
-            # Its last owner has removed it meanwhile.
             os.close(lock)
-        # Replaced by one that closes the lock too; without the detaching both would close the socket.
+        # The new finalizer closes the lock too. If the old one stayed, both would close the socket.
         self._close.detach()
         self._lock = lock
         self._close = Finalizer(self, _close_all, self._socket, self._directory, lock)
@@ -338,9 +363,9 @@ class Endpoint:
                 raise WeightsError(
                     "the path exists and is not a socket.", path=self.path, remedy="Choose a path of its own."
                 )
-            # Of a process that was killed: a living one would have the lock.
+            # A killed process has left it: a living one would have the lock.
             os.unlink(self._name, dir_fd=self._directory)
-        # The file that bind() makes takes its mode from this.
+        # bind() gives the file the mode of the socket, so that no other user can connect, not even for a moment.
         os.fchmod(self._socket.fileno(), 0o600)
         self._socket.bind(_beside(self._directory, self._name))
         self._inode = _inode_of(self._name, self._directory)
@@ -364,11 +389,12 @@ class Endpoint:
     def close(self) -> None:
         """Stop listening, and remove the files. Blocks, briefly."""
         if self._close.alive:
-            # Only its own file: another process may have put its socket there.
+            # Only this socket's own file: another process may have replaced it.
             if _inode_of(self._name, self._directory) == self._inode:
                 os.unlink(self._name, dir_fd=self._directory)
             if _inode_of(f"{self._name}.lock", self._directory) == os.fstat(self._lock).st_ino:
                 os.unlink(f"{self._name}.lock", dir_fd=self._directory)
+            # Last: until the lock is released, no other process takes the path.
             self._close()
 
     def after_fork_in_child(self) -> None:
@@ -386,7 +412,7 @@ def _open_directory(path: str) -> tuple[int, str]:
 
 
 def _beside(directory: int, name: str) -> str:
-    """Return a path that is short enough for a socket, independent of the directory's length."""
+    """Return a path to a file in an open directory that is short enough for a socket: these have at most 107 bytes."""
     return f"/proc/self/fd/{directory}/{name}"
 
 

@@ -1,7 +1,7 @@
 """Weights for other machines: versions in a storage, and a pointer to the newest.
 
-A version is a checkpoint of its own. The pointer is a tiny one, ``newest``, which is replaced in one step when the
-version is complete. Subscribers ask whether it was replaced, which takes one small request.
+A version is a checkpoint of its own. The pointer is a tiny checkpoint, ``newest``. It is replaced in one step when a
+version is complete. Subscribers ask for its revision, which takes one small request.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _log = logging.getLogger("aiostage")
 _POINTER = "newest"
 _PREFIX = "weights-"
 _LONGEST_WAIT_SECONDS = 30.0
-"""Between two attempts when the storage cannot be reached."""
+"""Between two attempts when the storage cannot be reached. A guess."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pointer:
-    """What the pointer says: which publisher the newest version is of, and its number."""
+    """The content of the pointer: the publisher of the newest version, and its number."""
 
     epoch: str
     number: int
@@ -63,9 +63,9 @@ class StorageSender:
     """Saves versions of weights, and removes old ones.
 
     Args:
-        storage: Where.
-        keep: How many versions stay, those of earlier publishers included. A subscriber that has begun to load one
-            has so many publications of time.
+        storage: Where versions are saved.
+        keep: How many versions stay, including those of earlier publishers. A subscriber has to finish loading a
+            version before that many newer ones are published.
     """
 
     subscribers = ()
@@ -73,7 +73,7 @@ class StorageSender:
     def __init__(self, storage: Storage, *, keep: int) -> None:
         self.storage = storage
         self.location = storage.location
-        # Sorts by the time at which the publisher began.
+        # The time first, so that names sort by when their publisher began.
         self.epoch = f"{int(time() * 1000):013}-{secrets.token_hex(4)}"
         self._keep = keep
         self._names: set[str] = set()
@@ -99,12 +99,13 @@ class StorageSender:
     async def saved(self, number: int, saving: Coroutine[Any, Any, object]) -> object:
         """Await what :meth:`save` has returned. Raises as that does."""
         name = _Pointer(self.epoch, number).name
-        # Before it is written: a save that is cancelled may be committed, and is then removed with the old versions.
+        # Before it is written: a cancelled save may have been committed. It is then removed with the old versions.
         self._names.add(name)
         try:
             return await saving
         except Exception:
-            # Nothing of it is left. Counted, it would take the place of a version that subscribers may be loading.
+            # The save has removed its files. If the name still counted, a version that subscribers may be loading would
+            # be removed in its place.
             self._names.discard(name)
             raise
 
@@ -120,7 +121,7 @@ class StorageSender:
         if self._newest is not None and number < self._newest.number:
             return
         pointer = await _Pointer.read(self.storage)
-        # Epochs begin with the time, so a later publisher has the larger one, and the earlier gives way.
+        # A later publisher has the larger epoch. The earlier one stops.
         if pointer is not None and pointer.epoch > self.epoch:
             raise WeightsError(
                 f"another publisher has started at this target since, and published version {pointer.number}.",
@@ -133,7 +134,7 @@ class StorageSender:
             self._newest = pointer
             return
         content = {"epoch": mine.epoch, "version": mine.number}
-        # After the version itself is committed: a subscriber that reads the pointer finds it.
+        # The version itself is committed already, so a subscriber that reads the pointer finds it.
         await write_checkpoint(content, (self.storage, _POINTER), overwrite=True)
         self._newest = mine
         await self._remove_surplus()
@@ -141,7 +142,7 @@ class StorageSender:
     async def _remove_surplus(self) -> None:
         """Remove old versions. If that fails, the new one is valid all the same, and the next save tries again."""
         assert self._newest is not None  # noqa: S101 - called when there is one
-        # Names sort by publisher, which sort by time, and then by number.
+        # Names sort by the time at which their publisher began, and then by number.
         for name in sorted(self._names)[: -self._keep]:
             if name != self._newest.name:
                 try:
@@ -156,10 +157,10 @@ class StorageReceiver:
     """Loads versions of weights from a storage when they are asked for.
 
     Args:
-        storage: Where.
-        inbox: Where they go.
+        storage: Where versions are saved.
+        inbox: Where they are put.
         classes: Whose objects are made again.
-        interval: Seconds between two looks at the pointer.
+        interval: Seconds between two requests for the pointer's revision.
     """
 
     def __init__(self, storage: Storage, inbox: Inbox, *, classes: Iterable[type], interval: float) -> None:
@@ -177,11 +178,10 @@ class StorageReceiver:
                 await changed.wait()
                 continue
             try:
-                # The pointer itself is read only when this has changed.
+                # The pointer is read only when its revision has changed.
                 revision = await self._storage.revision(_POINTER)
                 inbox.set_connected(True)
-                # seen is changed only when the version was taken in or known: after a failure the same pointer is read
-                # again.
+                # `seen` changes only when nothing more is to be done about this pointer. Otherwise it is read again.
                 if revision is not None and revision != seen and await self._check_pointer():
                     seen = revision
                 failures = 0
@@ -206,7 +206,7 @@ class StorageReceiver:
                 return True
             tree = await load((self._storage, pointer.name), classes=self._classes)
         except CheckpointNotFoundError:
-            # It was removed meanwhile, so that there is a newer one.
+            # It was removed meanwhile, so there is a newer one.
             return False
         except OSError:
             # The storage cannot be reached: run() asks again, at longer intervals.

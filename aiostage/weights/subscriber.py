@@ -23,10 +23,10 @@ __all__ = ["WeightSubscriber"]
 class WeightSubscriber(HostedEnd[Inbox]):
     """Receives the versions of weights that a :class:`WeightPublisher` publishes.
 
-    Iterate over it with ``async for``: each turn acknowledges the version of the last, and waits for a newer one. Of
-    several that were published meanwhile, it gets the newest. There need not be a publisher yet; when one is gone, the
-    subscriber keeps what it has and connects to the next one. Enter it with ``async with``, or call :meth:`open` and
-    :meth:`aclose`, in any tasks of one event loop. One task at a time waits for versions.
+    Iterate over it with ``async for``: each turn acknowledges the last version and waits for a newer one. If several
+    were published meanwhile, it gets the newest. A publisher need not exist yet. When one is gone, the subscriber keeps
+    its versions and connects to the next one. Enter it with ``async with``, or call :meth:`open` and :meth:`aclose`, in
+    any tasks of one event loop. One task at a time waits for versions.
 
     Args:
         target: As for the publisher: the path of a socket, or what names a storage.
@@ -120,7 +120,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
             try:
                 yield inbox
             finally:
-                # Before the receiver is cancelled: a task that waits in get() then learns why.
+                # Before the receiver is cancelled, so that a task that waits in get() gets this error.
                 inbox.fail(WeightsError("the subscriber was closed.", path=self._location))
                 inbox.drop()
                 group.cancel_scope.cancel()
@@ -135,7 +135,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
         try:
             if error is None and self._content is not None:
                 self._acknowledge_last()
-                # The acknowledgement would otherwise be lost with the connection, and the publisher might wait for it.
+                # Otherwise the acknowledgement could be lost with the connection, and the publisher may wait for it.
                 await self._content.flush()
         finally:
             await self.aclose()

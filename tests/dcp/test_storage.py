@@ -105,7 +105,7 @@ class TestAlone:
             await load({"a": torch.zeros(3)})
         if face == "torch":
             # PyTorch tells a reader nothing of the end. The next load closes what the last has left open.
-            reader.reset("a")
+            await asyncio.to_thread(reader.reset, "a")
         assert len(storage.readers) >= 3
         assert set(storage.closed) == set(storage.readers)
 
