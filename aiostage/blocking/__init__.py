@@ -1,4 +1,9 @@
-"""aiostage for programs without an event loop: the same things, whose methods block until they are done."""
+"""aiostage for programs without an event loop: the same classes and functions, whose calls block until they are done.
+
+Read `background` first: an event loop in a thread, to which every blocking call hands a coroutine. Public functions of
+aiostage record the caller's streams when they are called. Therefore the modules here call them in the caller's thread,
+and only run the coroutine in the background.
+"""
 
 from aiostage.blocking.checkpointer import Checkpointer, SaveHandle
 from aiostage.blocking.files import load, save

@@ -18,11 +18,11 @@ __all__ = ["Background", "OnBackground"]
 T = TypeVar("T")
 
 _left_to_the_parent: list[object] = []
-"""What a forked child must not drop: to be closed, it would wait for its parent's thread."""
+"""Kept for ever in a forked child: dropping them would leave their blocks, and wait for a thread of the parent."""
 
 
 class Background:
-    """The event loop in its thread, which is that of the process that has started it."""
+    """An event loop in a thread. It belongs to the process that has started it."""
 
     def __init__(self, portal: BlockingPortal) -> None:
         self._portal = portal
@@ -57,6 +57,7 @@ class Background:
         try:
             self.check()
         except CheckpointError:
+            # Python would warn that it was never awaited.
             coroutine.close()
             raise
         result: T = self._portal.call(lambda: coroutine)
@@ -69,7 +70,7 @@ class Background:
 
 
 class OnBackground:
-    """What lives on an event loop in a background thread, between `__enter__` and `close`."""
+    """An object on an event loop in a background thread, between ``__enter__`` and :meth:`close`."""
 
     def __init__(self) -> None:
         self._background: Background | None = None
@@ -78,6 +79,7 @@ class OnBackground:
 
     def after_fork_in_child(self) -> None:
         """Leave the thread to the parent."""
+        # self._background stays: its check() says what is wrong when the child uses this object.
         if self._exit is not None:
             _left_to_the_parent.append(self._exit)
             self._exit = None
@@ -97,7 +99,8 @@ class OnBackground:
             background = background or stack.enter_context(Background.started(name))
             stack.enter_context(background.wrap(manager))
             yield stack
-            # Only once nothing can fail any more: after an error the stack has left everything again.
+            # Last: after an error above, the `with` block of the stack leaves everything again, and this object counts
+            # as not entered.
             self._background, self._exit = background, stack.pop_all()
 
     def close(self) -> None:
@@ -112,7 +115,7 @@ class OnBackground:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave it, as the asynchronous one does, and end the thread."""
-        # Taken out first, so that a second call, or one from the code that this runs, finds nothing to leave.
+        # Taken out first: a second call, also one from a callback that runs here, then finds nothing to leave.
         stack, self._exit = self._exit, None
         if stack is not None:
             stack.__exit__(kind, error, traceback)

@@ -1,4 +1,4 @@
-"""The checkpointer for trainers that are not asynchronous: the same one, on an event loop in a thread of its own."""
+"""The checkpointer for programs without an event loop: the same one, on an event loop in a background thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Checkpointer", "SaveHandle"]
 
 
 class SaveHandle:
-    """A captured checkpoint on its way into its storage. Made by :meth:`Checkpointer.save`."""
+    """A captured checkpoint that is being written. Made by :meth:`Checkpointer.save`."""
 
     def __init__(self, background: Background, handle: AsyncSaveHandle) -> None:
         self._background = background
@@ -50,9 +50,9 @@ class SaveHandle:
         Raises:
             Exception: As :meth:`aiostage.SaveHandle.committed` does.
         """
-        # Looked at without a lock, in another thread than sets it: done once means done for ever.
+        # Without a lock, although the event loop's thread changes it: what is done stays done.
         if self._handle.done():
-            # The portal may have ended since.
+            # Not through the background, which may have ended since.
             return self._handle.outcome()
         return self._background.call(self._handle.committed)
 
@@ -61,8 +61,8 @@ class Checkpointer(OnBackground):
     """An :class:`aiostage.Checkpointer` that blocks its caller only until a checkpoint is captured.
 
     For trainers without an event loop: Lightning, Hugging Face's Trainer, a plain loop. Copies, digests and writes
-    happen on an event loop in a background thread, and in that loop's workers. Enter it with ``with``; leaving waits
-    for what is under way and raises what has failed unnoticed. May be used from several threads.
+    happen on an event loop in a background thread, and in that loop's workers. Enter it with ``with``. Leaving waits
+    for saves that are running, and raises the errors that no caller has received. Several threads may use it.
 
     Args:
         target: As for :class:`aiostage.Checkpointer`.
@@ -141,7 +141,7 @@ class Checkpointer(OnBackground):
         background = self._entered()
         if isinstance(state_dict, Snapshot):
             state_dict = state_dict.on(background)
-        # Called in this thread: its current streams are those that the copies have to follow.
+        # Called in this thread: the copies follow what was enqueued on its current streams.
         capture = self._checkpointer.save(step, state_dict, replace=replace)
         return SaveHandle(background, background.call(lambda: capture))
 
@@ -191,6 +191,8 @@ class Checkpointer(OnBackground):
         """
         background = self._stager.background() if self._stager is not None else None
         with self._starting(self._checkpointer, background, "aiostage-checkpointer") as stack:
+            # The old handlers are recorded and their return is arranged first, so that an error in the loop leaves none
+            # of ours behind. Python sets handlers in the main thread only, so this is not done in the background.
             stack.callback(Handlers(self._signals).put_back)
             for number in self._signals:
                 signal.signal(number, self._preempt)

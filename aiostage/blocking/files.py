@@ -1,4 +1,4 @@
-"""Writing and reading one checkpoint, for programs without an event loop."""
+"""Saving and loading one checkpoint, for programs without an event loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def save(
     if isinstance(stager, Stager):
         background = stager.background()
         return background.wait(async_save(state_dict, target, stager=stager.stager, **options))
-    # Called in this thread: its current streams are those that the copies have to follow.
+    # Called in this thread: the copies follow what was enqueued on its current streams.
     coroutine = async_save(state_dict, target, stager=stager, **options)
     with Background.started("aiostage-save") as background:
         return background.wait(coroutine)

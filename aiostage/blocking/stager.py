@@ -60,7 +60,7 @@ class Stager(OnBackground):
             Exception: As :meth:`aiostage.AsyncStager.stage` does.
         """
         background = self.background()
-        # Called in this thread: its current streams are those that the copies have to follow.
+        # Called in this thread: the copies follow what was enqueued on its current streams.
         return background.wait(self.stager.stage(state_dict))
 
     def snapshot(self, state_dict: T, *, streamed: bool = False) -> Snapshot[T]:
@@ -181,7 +181,7 @@ class Snapshot(Generic[T]):
         """
         entered = self._background.wrap(self._snapshot)
         entered.__enter__()
-        # Not before: what could not be entered must not be left.
+        # After it was entered: a block that could not be entered must not be left.
         self._exit = entered
         return self
 

@@ -17,7 +17,7 @@ __all__ = ["WeightPublisher", "WeightSubscriber"]
 
 
 class _Hosted(OnBackground):
-    """One end whose event loop runs in a background thread."""
+    """A publisher or a subscriber whose event loop runs in a background thread."""
 
     def __init__(self, end: AsyncPublisher | AsyncSubscriber) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class WeightPublisher(_Hosted):
         """
         background = self._entered()
         source = state_dict.on(background) if isinstance(state_dict, Snapshot) else state_dict
-        # Called in this thread: its current streams are those that the copies have to follow.
+        # Called in this thread: the copies follow what was enqueued on its current streams.
         return background.wait(self._end.publish(source, version=version))
 
     def acknowledged(self, version: int, *, count: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""How fast staging is on this machine, beside the plain copy that it cannot beat."""
+"""The command `bench`: how fast staging is on this machine, compared with a plain copy, which is the limit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
     """Stage, save and load a state dict of zeros in host memory, in a temporary directory.
 
     Args:
-        nbytes: Its size.
-        tensors: How many it has.
+        nbytes: Size of the state dict.
+        tensors: How many tensors it has.
         rounds: How often it is staged.
-        out: Where to print medians. Event-loop delays are those of a ticker beside, every millisecond.
+        out: Where to print medians. A coroutine that wants to run every millisecond measures the event loop's delays.
     """
     elements = max(1, nbytes // tensors // 4)
     state = {str(number): torch.zeros(elements, device="cpu") for number in range(tensors)}
@@ -43,6 +43,7 @@ async def bench(nbytes: int, tensors: int, rounds: int, out: Output) -> None:
 
     idle = await _timed(lambda: anyio.sleep(_IDLE_SECONDS))
     out.data["idle_worst_delay_seconds"] = idle[1]
+    # One round more than counted: the first one also pays for the pages of the target.
     plain = [await _timed(lambda: anyio.to_thread.run_sync(copied)) for _ in range(rounds + 1)]
     _tell(out, "plain copy into warm memory", plain[1:], total)
     async with AsyncStager() as stager:

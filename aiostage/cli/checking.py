@@ -33,6 +33,10 @@ from aiostage.storage.commit import MANIFEST_NAME
 __all__ = ["check"]
 
 _READS_AT_ONCE = 4
+"""Records that are read at once. A guess, as for loads of DCP's checkpoints."""
+
+_MEMORY_BYTES = 128 << 20
+"""Of all buffers together. With larger parts, fewer are read at once."""
 
 
 async def check(place: Place, *, progress: bool = False) -> Report:
@@ -65,7 +69,11 @@ async def check(place: Place, *, progress: bool = False) -> Report:
 
 
 class _Check:
-    """Of a checkpoint of aiostage."""
+    """One check of a checkpoint of aiostage.
+
+    It goes on after each fault: a damaged part leaves the other parts to compare. A manifest that cannot be read ends
+    it, because the digests are in there.
+    """
 
     def __init__(self, place: Place, workers: Workers, progressed: Callable[[int, int], None]) -> None:
         self._place = place
@@ -100,7 +108,7 @@ class _Check:
         if self._wrong:
             await self._explain(reader, manifest, table)
         elif not report.damage:
-            # Bytes that are as they were written, and are no checkpoint.
+            # The bytes are as they were written. Their author may have written something that is not a checkpoint.
             try:
                 await outline_of((self._place.storage, self._place.name))
             except CheckpointCorruptError as error:
@@ -114,7 +122,7 @@ class _Check:
             self._wrong[file.name] = [(0, file.nbytes, error.reason)]
             return
         if nbytes > file.nbytes:
-            # The bytes that count are compared all the same.
+            # Loads do not read the bytes after the end. Those before it are compared.
             self._report.damage.append(Damage(file.name, f"expected {file.nbytes} bytes, got {nbytes}."))
 
     async def _compare(self, reader: OpenCheckpoint, manifest: Manifest) -> None:
@@ -135,7 +143,7 @@ class _Check:
                 self._progressed(self._read_bytes, total)
 
         parts = sum(len(file.digests) for file in files)
-        at_once = max(1, min(reader.reads_at_once, (128 << 20) // manifest.part_bytes, parts))
+        at_once = max(1, min(reader.reads_at_once, _MEMORY_BYTES // manifest.part_bytes, parts))
         await run_concurrently(*[work] * at_once)
 
     async def _wrong_with(
@@ -149,7 +157,7 @@ class _Check:
         return None if found == file.digests[index] else ""
 
     async def _explain(self, reader: OpenCheckpoint, manifest: Manifest, table: NodeTable) -> None:
-        """Tell which tensors wrong bytes are part of."""
+        """Report which tensors the damaged bytes belong to."""
         with reading(f"{reader.location}/{MANIFEST_NAME}"):
             paths = _paths_of_tensors(entries_of_table(table, {}))
         files = [file for file in manifest.files if file.name.endswith(".safetensors")]
@@ -159,7 +167,7 @@ class _Check:
             for start, stop, reason in _joined(self._wrong.get(file.name, [])):
                 header = headers.get(file.name)
                 if header is None:
-                    # Where tensors are in it cannot be told; those of other files are not in it.
+                    # The header is damaged, so any tensor that no other file has may be in this one.
                     names: Iterable[str] = [name for name in paths if name not in known]
                 else:
                     data, records = header
@@ -187,7 +195,7 @@ def _damage_said_by(error: CheckpointCorruptError | OSError) -> str:
 
 
 def _paths_of_tensors(entries: Iterable[TreeEntry]) -> dict[str, list[str]]:
-    """Return where the tensors of files are in the tree, by their names in the files; not inside of objects."""
+    """Return the paths of the tensors of files, by their names in the files. Parts of an object get its path."""
     found: dict[str, list[str]] = {}
     places: set[tuple[str, ...]] = set()
     for entry in entries:
@@ -202,7 +210,7 @@ def _paths_of_tensors(entries: Iterable[TreeEntry]) -> dict[str, list[str]]:
 
 
 async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[TensorRecord]] | None:
-    """Return where data begins in a file and what it is, if that can be read, damaged or not."""
+    """Return the offset of the data in a file and its tensors; None if the header cannot be read."""
     try:
         first = bytearray(HEADER_LENGTH_BYTES)
         await reader.read(file.name, 0, memoryview(first))
@@ -214,12 +222,12 @@ async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[Tenso
         await reader.read(file.name, HEADER_LENGTH_BYTES, memoryview(header))
         return start, read_header(bytes(header), file.nbytes - start, path=file.name)
     except (CheckpointCorruptError, OSError):
-        # It is damaged, and was reported as that.
+        # The comparison of the parts reports this damage.
         return None
 
 
 def _joined(ranges: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Return ranges in order, those that are wrong for one reason and touch each other as one."""
+    """Return ranges in order. Those that touch each other and have the same reason become one."""
     found: list[tuple[int, int, str]] = []
     for start, stop, reason in sorted(ranges):
         if found and found[-1][1] == start and found[-1][2] == reason:
@@ -230,7 +238,7 @@ def _joined(ranges: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]
 
 
 def _stored_in(manifest: Manifest, name: str, start: int, stop: int) -> list[str]:
-    """Return the files of other checkpoints that bytes of a file lie in."""
+    """Return the files of other checkpoints that have some bytes of a file."""
     placed = manifest.placement.files.get(name) if manifest.placement is not None else None
     if placed is None:
         return []
@@ -268,7 +276,7 @@ async def _too_long(reader: Reader, file: str, nbytes: int) -> list[Damage]:
     try:
         found = await reader.size(file)
     except CheckpointCorruptError:
-        # Its records say so, with their tensors.
+        # Each of its records reports this, with its tensors.
         return []
     return [Damage(file, f"expected {nbytes} bytes, got {found}.")] if found > nbytes else []
 
@@ -310,7 +318,7 @@ async def _wrong_with_record(reader: Reader, record: Any, memory: memoryview, wo
 
 
 def _missing_shards(metadata: Any) -> list[Damage]:
-    """Return what the metadata names and does not say the place of."""
+    """Return damage for the shards that the metadata names without saying where they are."""
     there = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data}
     missing = []
     for name, about in metadata.state_dict_metadata.items():
@@ -320,5 +328,5 @@ def _missing_shards(metadata: Any) -> list[Damage]:
 
 
 def _shard(name: str, offset: Any) -> str:
-    """Return the name of a tensor, with where the shard begins unless that is at its beginning."""
+    """Return the name of a tensor, with the offset of the shard if that is not 0."""
     return f"{name}[{', '.join(map(str, offset))}:]" if offset is not None and any(offset) else name

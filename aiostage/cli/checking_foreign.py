@@ -1,4 +1,4 @@
-"""Compares what other programs have written with what checksums it has, and names the tensors that damage touches."""
+"""Compares checkpoints of other programs with the checksums that they have, and names the tensors that are damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOTHING_TO_COMPARE = "PyTorch's format before archives has no checksums; it can
 
 
 async def check_foreign(place: Place, read: Read) -> Report:
-    """Check what another program has written, as far as it can be."""
+    """Check a checkpoint of another program, as far as its format allows."""
     report = await _check_part(place, read)
     if read.left_out:
         report.note = f"{report.note}; not looked at: {listed(read.left_out)}"
@@ -58,7 +58,7 @@ async def _check_part(place: Place, read: Read) -> Report:
     except CheckpointCorruptError as error:
         report.damage.append(Damage(os.path.basename(error.path or read.path), error.reason))
     except CheckpointError:
-        # It needs code. An archive is whole nevertheless; of others nothing is known then.
+        # It needs code to be read. An archive was compared before that; of other files, nothing is known.
         if report.note != _CRC_ONLY:
             raise
     return report
@@ -82,7 +82,7 @@ def _check_dcp_directory(path: str, report: Report) -> None:
             except CheckpointCorruptError as error:
                 report.damage.append(Damage(os.path.basename(error.path or path), error.reason, tensors=[name]))
             except CheckpointError:
-                # It needs code, and its bytes are right.
+                # It needs code to be read. Its bytes match their checksum.
                 continue
 
 
@@ -132,19 +132,19 @@ def _wrong_in(file: Any) -> dict[str, tuple[int, int]]:
 
 
 def _tensors_in(path: str, wrong: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the tensors over damaged members, if their order tells."""
+    """Return the tensors over damaged members of an archive, as far as they can be told."""
     with zipfile.ZipFile(path) as archive:
         data = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
-        # More is damaged than elements. The members are named.
+        # More than elements of tensors is damaged. The report then names the members only.
         return {}
     over: dict[int, list[str]] = {}
     for entry in entries_of_tree(tree):
         if entry.kind == "tensor" and entry.source.untyped_storage().nbytes():
             over.setdefault(entry.source.untyped_storage().data_ptr(), []).append(entry.name)
-    # A mapped file: members and memory are in one order.
+    # The file is mapped, so the storages are in memory in the order of their members in the file.
     members = sorted(data, key=lambda info: info.header_offset)
     if len(members) != len(over):
         return {}

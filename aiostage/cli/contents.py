@@ -1,4 +1,4 @@
-"""Checkpoints of all kinds, opened to be described and compared: what they have, and the elements of some tensors."""
+"""Checkpoints of all kinds, opened to be described and compared: their entries, and the elements of some tensors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from aiostage.incremental.references import placement_of
 __all__ = ["Contents", "describing", "open_contents"]
 
 _LONGEST_VALUE_BYTES = 1 << 20
-"""Pickled values of a checkpoint of DCP that are longer are not shown, and compared by their digests only."""
+"""Longer pickled values of DCP's checkpoints are not shown. They are compared by their digests only."""
 
 
 class Contents(ABC):
     """An open checkpoint.
 
     Attributes:
-        kind: Which program has written it, or what its files are.
-        entries: All its places, the root first.
+        kind: The program that has written it, or the kind of its files.
+        entries: All its entries, the root first.
         files: Its files, as JSON.
-        left_out: Parts of it that are not among these.
+        left_out: Files and directories beside it that are not described.
     """
 
     kind: str
@@ -70,7 +70,7 @@ async def open_contents(place: Place, *, elements: bool = True) -> AsyncIterator
 
     Args:
         place: Where it is.
-        elements: Whether elements are going to be read.
+        elements: Whether elements of tensors will be read.
 
     Raises:
         CheckpointError: If it needs code.
@@ -96,7 +96,7 @@ async def open_contents(place: Place, *, elements: bool = True) -> AsyncIterator
 
 @contextmanager
 def describing(path: str) -> Iterator[None]:
-    """Say of whatever goes wrong with the metadata of DCP, in which anything may be, that it is wrong."""
+    """Turn errors into CheckpointCorruptError while metadata of DCP is used: it may contain anything."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
@@ -106,6 +106,8 @@ def describing(path: str) -> Iterator[None]:
 
 
 class _Ours(Contents):
+    """A checkpoint of :func:`aiostage.save`."""
+
     kind = "aiostage"
 
     def __init__(self, checkpoint: CheckpointReader, outline: Outline, placement: Placement | None) -> None:
@@ -139,13 +141,13 @@ class _Ours(Contents):
         with reading(self._checkpoint.manifest_path):
             for each in entries:
                 view, memory = view_of(each.source, records), data[each.source["name"]]
-                # Files have elements in index order, unless several leaves look at the same memory.
+                # Elements are in index order in the file, except where several leaves share memory.
                 found.append(view.over(memory) if "offset" in each.source else memory.view(view.dtype).view(view.shape))
         return found
 
 
 class _Foreign(Contents):
-    """A checkpoint of another program, of which all but the elements of tensors is in memory."""
+    """A checkpoint of another program. All of it but the elements of tensors is in memory."""
 
     def __init__(
         self, kind: str, entries: Sequence[TreeEntry], files: Sequence[dict[str, Any]], left_out: Sequence[str]
@@ -173,7 +175,7 @@ def _open_foreign(read: Read, elements: bool) -> Contents:
             names, tree = merge_shards(read.path, partial(_shard, elements=elements))
         else:
             kind, tree = "safetensors", _map_safetensors(read.path)
-        # Which of them were parameters is not known.
+        # safetensors does not say which tensors were parameters, so nothing is said of it.
         entries = [replace(entry, more=None) for entry in entries_of_tree(tree)]
     files = [{"name": os.path.basename(name), "nbytes": os.path.getsize(name)} for name in names]
     return _Foreign(kind, entries, files, read.left_out)
@@ -189,13 +191,13 @@ def _shard(path: str, *, elements: bool) -> Any:
 
 
 def _torch_tree(read: Read, elements: bool) -> Any:
-    """Read a file of torch.save: without elements, or with them as a mapping where it is an archive."""
+    """Read a file of torch.save: without elements, or with a mapping of them if it is an archive."""
     try:
         if not elements:
             return torch.load(read.path, map_location="meta", weights_only=True)
         return torch.load(read.path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
-        # The legacy format cannot be mapped. Whatever else it is, this has the right words for it.
+        # The legacy format cannot be mapped. For any other failure, this raises the error with our words.
         return read(False)
 
 
@@ -215,6 +217,7 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
     for record in records:
         data = memory[start + record.start : start + record.stop]
         dtype = DTYPES[record.dtype]
+        # view() needs an offset that is a multiple of the element's size, which the format does not promise.
         if data.storage_offset() % dtype.itemsize:
             data = data.clone()
         found[record.name] = data.view(dtype).view(record.shape)
@@ -240,7 +243,7 @@ def _open_dcp_directory(path: str, left_out: Sequence[str]) -> Contents:
 
 
 def _value_entries(steps: tuple[str, ...], nbytes: int, read: Any, digest: str | None = None) -> list[TreeEntry]:
-    """Return the entries of a value that DCP has pickled; one that needs code, or is long, is not looked into."""
+    """Return the entries of a value that DCP has pickled. One that needs code, or is too long, gets one entry."""
     text = f"pickled, {nbytes} bytes" + (f", {digest}" if digest is not None else "")
     unread = [TreeEntry(steps, "object", text, more={"pickled": digest if digest is not None else nbytes})]
     if nbytes > _LONGEST_VALUE_BYTES:
@@ -267,7 +270,7 @@ class _Dcp(Contents):
 
     @classmethod
     async def opened(cls, reader: Reader) -> _Dcp:
-        """Read what there is, and the values that are no tensors."""
+        """Read the metadata, and the values that are not tensors."""
         self = cls(reader)
         read_value = import_module("aiostage.dcp.unpickling").read_value
         metadata = await self._dcp.read_index(reader)
@@ -305,7 +308,7 @@ class _Dcp(Contents):
             return [await self._tensor(*each.source) for each in entries]
 
     async def _tensor(self, name: str, about: Any, shards: Sequence[tuple[tuple[int, ...], Any]]) -> torch.Tensor:
-        # No more memory than there are bytes in the files.
+        # Metadata may claim any shape. No more memory is allocated than there are bytes in the files.
         if about.size.numel() * about.properties.dtype.itemsize > sum(record.nbytes for _, record in shards):
             raise CheckpointCorruptError(f"the shards of {shown(name)} do not cover it.", path=self._reader.location)
         made = torch.empty(about.size, dtype=about.properties.dtype, device="cpu")

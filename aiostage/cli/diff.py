@@ -1,4 +1,4 @@
-"""How two checkpoints differ: keys, shapes, dtypes, values, and tensors element by element."""
+"""The command `diff`: keys, shapes, dtypes and values of two checkpoints, and their tensors element by element."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from anyio.to_thread import run_sync
 from aiostage.cli.contents import Contents, open_contents
 from aiostage.cli.entries import TreeEntry
 from aiostage.cli.finding import CheckpointRun, Place, find_checkpoints
-from aiostage.cli.output import Output, counted
+from aiostage.cli.output import Output, counted, shortened
 from aiostage.errors import CheckpointError
 
 __all__ = ["Difference", "diff", "difference"]
 
 _BATCH_BYTES = 64 << 20
-"""How much of each checkpoint is read at once; a larger tensor is read as a whole."""
+"""Bytes of each checkpoint that are read at once. A larger tensor is read as a whole."""
 
 _CHUNK_ELEMENTS = 1 << 20
-"""How many elements are compared at once, since what is compared is converted."""
+"""Elements that are compared at once. Each is converted to 8 or 16 bytes for that."""
 
-_LONGEST_VALUE = 60
 _FLAT = frozenset(("safetensors", "shards of a hub"))
-"""Kinds that have names of tensors, and no paths."""
+"""Kinds that have names for tensors, and no paths."""
 
 _WITH_ATTRIBUTES = frozenset(("aiostage", "torch.save"))
-"""Kinds that have what containers and tensors carry as attributes."""
+"""Kinds that keep the attributes of containers and tensors."""
 
 
 async def diff(first: str, second: str, out: Output, *, values: bool = True) -> None:
@@ -65,12 +64,14 @@ async def _place(source: str) -> Place:
             f"it is a run of {counted(len(found.names), 'checkpoint')}.", path=source, remedy="Name one of them."
         )
     if found.read is not None:
-        # Others would seem to be equal that differ in what is left out.
+        # Otherwise two checkpoints that differ in a part that is left out would seem equal.
         found.read.refuse_part()
     return found
 
 
 class _Diff:
+    """Compares two open checkpoints, and prints each difference when it is found."""
+
     def __init__(self, left: Contents, right: Contents, out: Output, values: bool) -> None:
         self._left, self._right, self._out, self._values = left, right, out, values
         self._same = 0
@@ -81,7 +82,7 @@ class _Diff:
         self._out.data.update(differences=self._found)
         for which, entries, others in (("first", left, right), ("second", right, left)):
             for place, entry in entries.items():
-                # Of a container that is missing, what is in it says so; formats without containers lack them all.
+                # A missing container is not reported, because each entry in it is. Some formats have no containers.
                 if place not in others and (entry.kind != "container" or _is_empty(entry)):
                     self._tell(entry, f"only in the {which}: {_short(entry)}", f"only_in_{which}")
         pairs: list[tuple[TreeEntry, TreeEntry]] = []
@@ -93,7 +94,7 @@ class _Diff:
                         pairs.append((one, two))
                 else:
                     self._compare(one, two, entry)
-        # Tensors that are met at several paths are compared once.
+        # Tensors at several paths are compared once.
         unique = list({(one.path, two.path): (one, two) for one, two in pairs}.values())
         if self._values:
             for batch in _batches(unique):
@@ -106,7 +107,7 @@ class _Diff:
         self._out.line(text, "bad" if self._found else "good")
 
     def _by_place(self, contents: Contents) -> dict[tuple[str, ...], TreeEntry]:
-        """Return entries by their paths; by their names as text if one of the formats knows nothing else."""
+        """Return entries by their paths, or by their names as text if one of the two formats has no paths."""
         kinds = {self._left.kind, self._right.kind}
         entries = [each for each in contents.entries if kinds <= _WITH_ATTRIBUTES or not _is_of_an_attribute(each)]
         return {(entry.name,) if kinds & _FLAT else entry.path: entry for entry in entries}
@@ -120,7 +121,7 @@ class _Diff:
     def _compare(self, one: TreeEntry, two: TreeEntry, at: TreeEntry) -> None:
         """Compare what is not two tensors."""
         if one.kind == two.kind == "container":
-            # How many there are in it is told by each that is missing; formats without containers know no kinds.
+            # Only the kinds are compared. A different number of entries shows in the entries that are missing.
             kinds = [each.text.rpartition(" of ")[0] for each in (one, two)]
             if kinds[0] != kinds[1] and "state dict" not in kinds and not {self._left.kind, self._right.kind} & _FLAT:
                 self._tell(at, f"{kinds[0]} became {kinds[1]}", "kind", first=kinds[0], second=kinds[1])
@@ -128,14 +129,14 @@ class _Diff:
             self._tell(at, f"{_short(one)} became {_short(two)}", "value", first=one.text, second=two.text)
 
     def _are_alike(self, one: TreeEntry, two: TreeEntry, at: TreeEntry) -> bool:
-        """Compare what is known of two tensors but their elements; return whether these can be compared."""
+        """Compare two tensors except for their elements; return whether these can be compared."""
         texts = [f"{each.dtype} {each.shape}" for each in (one, two)]
         if texts[0] != texts[1]:
             what = "shape" if one.shape != two.shape else "dtype"
             self._tell(at, f"{texts[0]} became {texts[1]}", what, first=texts[0], second=texts[1])
         for key in ("class", "requires_grad"):
             known = [(each.more or {}).get(key) for each in (one, two)]
-            # Formats that do not say so say nothing of it.
+            # Not every format has this.
             if None not in known and known[0] != known[1]:
                 self._tell(at, f"{key} {known[0]} became {known[1]}", key, first=known[0], second=known[1])
         return texts[0] == texts[1]
@@ -214,12 +215,12 @@ def _apart(one: torch.Tensor, two: torch.Tensor) -> tuple[float | None, int]:
         wide = torch.complex128 if one.dtype.is_complex else torch.float64
         one, two = one.to(wide), two.to(wide)
     except RuntimeError:
-        # Of packed numbers there is no conversion.
+        # Packed numbers have no conversion.
         return None, 0
-    # Of equal infinities the difference is not a number.
+    # The difference of two equal infinities is NaN.
     no_number = one.isnan() | two.isnan() | (one == two)
     apart = (one - two).abs().masked_fill(no_number, 0.0)
-    # A number and an infinity are infinitely far apart, also where a part of a complex one is not a number then.
+    # The difference of a number and an infinity is infinite, also if a part of a complex one is NaN then.
     return float(apart.nan_to_num(nan=math.inf, posinf=math.inf).max()), int((one.isnan() ^ two.isnan()).sum())
 
 
@@ -227,9 +228,9 @@ def _apart_integers(one: torch.Tensor, two: torch.Tensor) -> int:
     unsigned = one.dtype is torch.uint64
     one, two = (one.view(torch.int64), two.view(torch.int64)) if unsigned else (one.long(), two.long())
     if unsigned:
-        # In the order of signed ones.
+        # With the highest bit flipped, signed integers have the order of unsigned ones.
         one, two = one ^ torch.iinfo(torch.int64).min, two ^ torch.iinfo(torch.int64).min
-    # Modulo 2 to the power of 64, in which the difference is right: it is below 0 if it is at least 2 to the 63.
+    # int64 wraps around. A difference of 2**63 or more comes out below 0, and is right modulo 2**64.
     apart = torch.where(one > two, one - two, two - one)
     wrapped = apart[apart < 0]
     return int(wrapped.max()) + (1 << 64) if wrapped.numel() else int(apart.max())
@@ -249,7 +250,7 @@ def _batches(pairs: Iterable[tuple[TreeEntry, TreeEntry]]) -> Iterator[list[tupl
 
 
 def _followed(entry: TreeEntry, entries: dict[tuple[str, ...], TreeEntry]) -> TreeEntry:
-    """Return the tensor that a reference is to: formats without ties have it twice."""
+    """Return the tensor that a reference leads to. Formats without ties have that tensor twice."""
     if entry.kind != "reference":
         return entry
     found = entries.get(entry.source) or entries[(".".join(entry.source) or ".",)]
@@ -268,5 +269,4 @@ def _is_empty(entry: TreeEntry) -> bool:
 def _short(entry: TreeEntry) -> str:
     if entry.kind == "tensor":
         return f"{entry.text} {entry.dtype} {entry.shape}"
-    text = f"the same as {entry.text}" if entry.kind == "reference" else entry.text
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+    return shortened(f"the same as {entry.text}" if entry.kind == "reference" else entry.text)

@@ -1,4 +1,4 @@
-"""What a checkpoint has, place by place: containers, tensors and values, whatever program has written it."""
+"""The entries of a checkpoint: one for each container, tensor and value, whatever program has written it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["TreeEntry", "entries_of_table", "entries_of_tree", "tensor_entry"]
 _SCALARS = (bool, int, float, str, type(None))
 _BYTES = ("bytes", "bytearray")
 _REFERENCES = frozenset(("name", "offset", "stride", "attributes", "grad"))
-"""Of what describes a node: where something else is."""
+"""Parts of a node that say where something else is. They differ between checkpoints of equal trees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class TreeEntry:
         path: The steps that lead to it.
         kind: ``"container"``, ``"tensor"``, ``"value"``, ``"object"`` for a value that is more than a number or a text,
             or ``"reference"`` to another place.
-        text: What it is, or what the value is, as a person reads it.
-        inner: Whether it is a part of an object, or an attribute, and no key or index leads to it.
+        text: Its kind, or its value, for people.
+        inner: Whether it is a part of an object, or an attribute, so that no key or index leads to it.
         dtype: The dtype of a tensor.
         shape: The shape of a tensor.
         nbytes: Size of the elements of a tensor.
-        more: What else is known of it, by name.
-        source: What leads to its elements: different things for different checkpoints.
+        more: Further facts, by name.
+        source: What the elements are read from. Each kind of checkpoint has something else here.
     """
 
     path: tuple[str, ...]
@@ -78,15 +78,16 @@ def tensor_entry(
 
 
 def entries_of_table(table: NodeTable, records: Mapping[str, TensorRecord]) -> Iterator[TreeEntry]:
-    """Iterate over the places of a tree that nodes describe, from the root on.
+    """Iterate over the places of a tree that nodes describe, the root first.
 
     Args:
         table: The table of the nodes.
-        records: The tensors of files, by name. Of those that are missing only the place and the name are known.
+        records: The tensors of files, by name. For a missing one, only the path and the name are known.
 
     Raises:
         ValueError: If a node does not fit the files. Other exceptions are possible too.
     """
+    # With a list and not by recursion: a hostile tree may be deeper than Python's stack.
     pending: list[tuple[tuple[str, ...], Any, bool]] = [((), table.root, False)]
     met: dict[int, tuple[str, ...]] = {}
     while pending:
@@ -148,13 +149,13 @@ def _scalar(path: tuple[str, ...], value: Any, inner: bool) -> TreeEntry:
 
 
 def _said(form: Mapping[str, Any]) -> str:
-    """Return what a node says of its value."""
+    """Return the value or the shape in a node, as text."""
     found = form.get("value", form.get("shape"))
     return "" if found is None else repr(found)
 
 
 def _key(table: NodeTable, key: Any) -> str:
-    """Spell out a key, unless it is a container of containers."""
+    """Return a key as text; a container of containers only by its number."""
     index = table.node(key)
     if index is None:
         return str(key)
@@ -167,7 +168,7 @@ def _key(table: NodeTable, key: Any) -> str:
 
 
 def _distinct(steps: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Tell keys apart that read the same, such as 1 and "1"."""
+    """Number the keys that have the same text, such as 1 and "1"."""
     met: dict[str, int] = {}
     for step, value in steps:
         count = met[step] = met.get(step, 0) + 1
@@ -210,7 +211,7 @@ def entries_of_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[TreeEntry
         else:
             yield _scalar(path, value, inner)
         if isinstance(value, (Mapping, list, tuple, torch.Tensor)):
-            # As an OrderedDict of a module has its versions.
+            # For example the versions of a module's state dict, which is an OrderedDict.
             attributes = getattr(value, "__dict__", {})
             below += [((*path, f"<{name}>"), child, True) for name, child in attributes.items()]
         pending += reversed(below)

@@ -1,4 +1,4 @@
-"""What a path or a URL stands for on the command line: a checkpoint of some kind, or those that lie below it."""
+"""Finds what a path or a URL on the command line leads to: one checkpoint of any kind, or those below it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Place:
     """Where one checkpoint is.
 
     Attributes:
-        source: As the user wrote it.
-        storage: Which one.
+        source: Where it is, as the user wrote it.
+        storage: The storage that has it.
         name: Its name there.
         is_dcp: Whether :mod:`aiostage.dcp` has written it.
-        read: What reads it if another program has written it.
+        read: Reads it, if another program has written it.
     """
 
     source: str
@@ -43,11 +43,11 @@ class CheckpointRun:
     """Checkpoints below a path.
 
     Attributes:
-        source: As the user wrote it.
-        storage: Where.
+        source: The path, as the user wrote it.
+        storage: The storage that has them.
         names: Names of those that are there.
-        removed: Names of those that were removed, and lie there because others refer to them.
-        foreign: What reads those of other programs, by name; or why that is not possible.
+        removed: Names of those that were removed, and whose files are kept because others refer to them.
+        foreign: What reads those of other programs, by name; or the error why they cannot be read.
     """
 
     source: str
@@ -109,7 +109,8 @@ def _foreign_below(path: str) -> dict[str, Read | CheckpointError]:
         try:
             read = recognize(below)
         except CheckpointError as error:
-            # Beside checkpoints lie files of all kinds. A directory that is known is one, whose save did not end, say.
+            # Files of all kinds may be beside checkpoints. A directory that is recognized is a checkpoint all the same,
+            # for example one whose save did not end.
             if os.path.isdir(below) or isinstance(error, CheckpointCorruptError):
                 found[name] = error
             continue
@@ -119,7 +120,7 @@ def _foreign_below(path: str) -> dict[str, Read | CheckpointError]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Return what orders step-2 before step-10."""
+    """Return a key that sorts step-2 before step-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of."""
+"""The command `inspect`: what a checkpoint consists of."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from aiostage.cli.contents import open_contents
 from aiostage.cli.entries import TreeEntry
 from aiostage.cli.finding import CheckpointRun, find_checkpoints
 from aiostage.cli.listing import list_found
-from aiostage.cli.output import Output, counted, size, without
+from aiostage.cli.output import Output, counted, shortened, size, without
 
 __all__ = ["inspect"]
 
-_LONGEST_VALUE = 60
-
 
 async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
-    """Describe a checkpoint of any kind, or list those that lie below a path; of tensors only headers are read.
+    """Describe a checkpoint of any kind, or list those that lie below a path. Elements of tensors are not read.
 
     Args:
         source: A path or a URL.
@@ -59,18 +57,18 @@ async def inspect(source: str, out: Output, *, tree: bool = True) -> None:
 
 
 def _memory(entry: TreeEntry) -> object:
-    """Return what is the same for leaves that look at the same memory, which counts once."""
+    """Return a key for the memory of a leaf. Leaves over the same memory have the same key, and count once."""
     return ("view", entry.more["view_of"]) if entry.more and "view_of" in entry.more else entry.path
 
 
 def _described(entry: TreeEntry) -> str:
     more = entry.more or {}
     if entry.kind == "value":
-        return f"{entry.name} = {_cut(entry.text)}"
+        return f"{entry.name} = {shortened(entry.text)}"
     if entry.kind == "reference":
         return f"{entry.name} is {entry.text}"
     if entry.kind != "tensor":
-        return f"{entry.name}: {_cut(entry.text)}"
+        return f"{entry.name}: {shortened(entry.text)}"
     line = f"{entry.name}: {entry.text} {entry.dtype} {entry.shape} {size(entry.nbytes)}"
     if "view_of" in more:
         line += f", a view of {more['view_of']}"
@@ -83,7 +81,3 @@ def _as_json(entry: TreeEntry) -> dict[str, Any]:
         about = {"dtype": entry.dtype, "shape": list(entry.shape), "nbytes": entry.nbytes}
         return found | about | dict(entry.more or {})
     return found | {"text": entry.text}
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

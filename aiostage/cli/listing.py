@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, and how much they take."""
+"""The commands `ls` and `du`: the checkpoints of a run, and how many bytes they take."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REMOVED = "removed; other checkpoints still refer to its files"
 
 @dataclass(slots=True)
 class _Summary:
-    """Of one checkpoint.
+    """What a listing says of one checkpoint.
 
     Attributes:
-        kind: Which program has written it.
+        kind: The program that has written it.
         leaves: How many tensors it has.
         nbytes: Size of the tensors.
         modified: When it was committed, in seconds since 1970; None if the storage does not say.
@@ -80,13 +80,14 @@ async def list_found(found: Place | CheckpointRun, out: Output) -> None:
             checkpoints.append(about | {"error": str(error)})
             continue
         except CheckpointNotFoundError:
-            # It was removed meanwhile.
+            # It was removed since it was listed.
             continue
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             if isinstance(found, Place):
                 raise
-            # Known, and cannot be read here: the others can.
-            out.line(f"  {name:<24} {error.reason}", "bad")
+            # This one cannot be read here. The others may.
+            reason = error.reason if isinstance(error, CheckpointError) else error
+            out.line(f"  {name:<24} {reason}", "bad")
             out.status = out.status or 3
             checkpoints.append(about | {"error": str(error)})
             continue
@@ -165,7 +166,7 @@ async def disk_usage(source: str, out: Output) -> None:
 
 
 def _files(summaries: Mapping[str, _Summary]) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], set[str]]]:
-    """Return all files of a run by checkpoint and name, with their sizes, and which checkpoints need each."""
+    """Return the size of each file of a run, by checkpoint and name, and the checkpoints that need it."""
     files: dict[tuple[str, str], int] = {}
     users: dict[tuple[str, str], set[str]] = {}
     for name, summary in summaries.items():
@@ -181,7 +182,7 @@ def _files(summaries: Mapping[str, _Summary]) -> tuple[dict[tuple[str, str], int
 
 
 async def _summary(place: Place) -> _Summary:
-    """Read what the manifest of a checkpoint says."""
+    """Read the manifest of a checkpoint."""
     if place.read is not None or place.is_dcp:
         return await _summary_of_contents(place)
     reader = await open_checkpoint(place.storage, place.name)
@@ -218,7 +219,7 @@ async def _summary_of_contents(place: Place) -> _Summary:
     else:
         path = place.read.path
         modified, own = await run_sync(os.path.getmtime, path), {}
-        # What says where the tensors are.
+        # The file that says where the tensors are.
         index = {"dcp": os.path.join(path, ".metadata"), "shards": path}.get(place.read.kind)
         if index is not None:
             own[os.path.basename(index)] = await run_sync(os.path.getsize, index)

@@ -1,4 +1,4 @@
-"""Runs a command of which the arguments are known, and says what becomes of errors."""
+"""Runs one command of ``aiostage``, and turns its errors into messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def run(options: argparse.Namespace) -> int:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            # The shell has closed it, as by >&-. What is opened next would get its number, and what is printed.
+            # The shell has closed it (``>&-``). The next file that is opened would get its number, and our output.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A tree may have any text in it, also what the terminal cannot show.
+            # Keys of a tree may have characters that the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     out = Output(as_json=options.json)
     try:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         out.close()
         return out.status
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain.
+        # The interpreter flushes stdout once more when it ends. To the broken pipe, that would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except CheckpointCorruptError as error:

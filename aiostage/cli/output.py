@@ -1,4 +1,4 @@
-"""What commands print: lines for people, with colour on a terminal, or one JSON document for programs."""
+"""The output of commands: lines for people, with colour on a terminal, or one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Output", "age", "counted", "escaped", "few", "size"]
+__all__ = ["Output", "age", "counted", "escaped", "few", "shortened", "size", "without"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLOURS = {"bold": "1", "good": "32", "bad": "31"}
 _AGES = ((86400, "d"), (3600, "h"), (60, "min"))
 _FEW = 10
+_LONGEST_VALUE = 60
 
 
 class Output:
@@ -25,7 +26,7 @@ class Output:
 
     Attributes:
         data: The document.
-        status: With which the program is to exit.
+        status: The exit status of the program.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -51,38 +52,46 @@ class Output:
         print(escaped(text), file=sys.stderr)
 
     def flush(self) -> None:
-        """Have what was printed appear; of a long command one wants to see how far it is."""
+        """Show what was printed so far: a long command shows its progress, also through a pipe."""
         sys.stdout.flush()
 
     def close(self) -> None:
         """Print the document, if one is wanted."""
         if self._as_json:
-            # ASCII, so that control characters of all kinds but one are escaped.
+            # json.dumps() escapes all control characters but this one.
             print(json.dumps(_finite(self.data), indent=2).replace("\x7f", "\\u007f"))
         sys.stdout.flush()
 
 
 def escaped(text: str) -> str:
-    """Return a text without what a terminal could take for a command, or for the end of the line."""
+    """Return a text whose control characters are escaped, so that a terminal takes none for a command.
+
+    Keys and values come from files that others have written.
+    """
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number of things."""
+    """Return a number with a noun, in the plural unless it is 1."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def few(names: Iterable[str]) -> str:
-    """Return some names, and how many there are besides."""
+    """Return the first names, and how many more there are."""
     names = list(names)
     rest = len(names) - _FEW
     return ", ".join(names[:_FEW]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
+def shortened(text: str) -> str:
+    """Return the beginning of a text that is too long for a line."""
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
 def without(names: Sequence[str]) -> str:
-    """Return what is said behind the kind of a checkpoint of which some parts are not described."""
+    """Return what follows the kind of a checkpoint some of whose parts are left out."""
     return f", without {few(names)}" if names else ""
 
 
@@ -105,7 +114,7 @@ def age(seconds: float | None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a document without the numbers that JSON does not have."""
+    """Return a document with text in place of infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list):

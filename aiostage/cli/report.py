@@ -1,4 +1,4 @@
-"""What the command verify finds out about one checkpoint."""
+"""The result of the command verify for one checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Damage:
     Attributes:
         file: Name of the file.
         reason: What is wrong with it.
-        start: First byte in the file; None if it is not about some bytes.
-        stop: One past the last byte.
-        tensors: Places of the tensors, or values, that these bytes are part of.
-        stored_in: Files of other checkpoints that the bytes lie in.
+        start: The first damaged byte of the file; None if the damage is not in some of its bytes.
+        stop: One past the last damaged byte.
+        tensors: Paths of the tensors and values that these bytes belong to.
+        stored_in: Files of other checkpoints that have these bytes.
     """
 
     file: str
@@ -31,15 +31,15 @@ class Damage:
 
 @dataclass(slots=True)
 class Report:
-    """What was found out about one checkpoint.
+    """The result for one checkpoint.
 
     Attributes:
         source: Where it is, as the user wrote it.
-        kind: Which program has written it, or what its files are.
-        files: How many it has.
-        nbytes: How long they are together.
-        damage: All that is wrong.
-        note: What could not be compared, or None if every byte was.
+        kind: The program that has written it, or the kind of its files.
+        files: How many files it has.
+        nbytes: Their size together, in bytes.
+        damage: All damage that was found.
+        note: What could not be compared; None if every byte was compared.
     """
 
     source: str

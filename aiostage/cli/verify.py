@@ -1,4 +1,4 @@
-"""The command `verify`: checks checkpoints one after the other, and goes on after the first damage."""
+"""The command `verify`: checks checkpoints one after the other, and continues after damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["verify"]
 
 
 async def verify(sources: Sequence[str], out: Output, *, progress: bool = False) -> None:
-    """Verify checkpoints, all of them, and print what is wrong with each, and a summary of several.
+    """Verify all checkpoints, and print what is wrong with each, and a summary if there are several.
 
     Args:
         sources: Paths and URLs, of checkpoints and of runs.
@@ -59,7 +59,7 @@ async def verify(sources: Sequence[str], out: Output, *, progress: bool = False)
 
 
 async def _each(sources: Sequence[str], progress: bool) -> AsyncIterator[tuple[str, Report | Exception | None]]:
-    """Iterate over what is said of each checkpoint: None of one that was removed, and the error of one not read."""
+    """Iterate over checkpoints, each with its report, with None if it was removed, or with the error of reading it."""
     for source in sources:
         try:
             found = await find_checkpoints(source)
@@ -82,7 +82,8 @@ async def _each(sources: Sequence[str], progress: bool) -> AsyncIterator[tuple[s
 async def _attempt(place: Place, progress: bool) -> Report | Exception | None:
     try:
         if place.read is None and await is_removed(place.storage, place.name):
-            # Shells find it for patterns such as step-*. Its files are read for the checkpoints that refer to them.
+            # A shell finds it for patterns such as step-*. The checkpoints that refer to its files are checked for
+            # themselves, and these files with them.
             return None
         return await check(place, progress=progress)
     except (CheckpointError, OSError) as error:
@@ -90,7 +91,7 @@ async def _attempt(place: Place, progress: bool) -> Report | Exception | None:
 
 
 async def _instead(source: str, error: Exception) -> Report | Exception:
-    """Return what to say of a checkpoint that could not be opened."""
+    """Return the report or the error for a checkpoint that could not be opened: damage gets a report."""
     if isinstance(error, CheckpointCorruptError):
         return Report(source, "unknown", damage=[Damage(os.path.basename(error.path or source), error.reason)])
     return error

@@ -1,4 +1,4 @@
-"""The states of a process's generators of random numbers, as plain values and tensors: reading them runs no code."""
+"""The states of a process's random number generators, as plain values and tensors: reading them runs no code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Generators", "missing_lists", "state_of_generators"]
 
 
 def state_of_generators(*, all_devices: bool) -> dict[str, Any]:
-    """Return the state of all generators of random numbers, for a checkpoint.
+    """Return the state of all random number generators, for a checkpoint.
 
     Args:
         all_devices: Whether to include all CUDA devices, and not the current one only.
     """
     version, words, gauss = random.getstate()
     state = {
-        # Of hundreds of numbers, which as a tensor take no entry each.
+        # 625 numbers: as a tensor they are one entry of the checkpoint, and not 625.
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64, device="cpu"), "gauss": gauss},
         "numpy": np.random.get_state(legacy=False),
         "cpu": torch.get_rng_state(),
@@ -42,10 +42,10 @@ def missing_lists(saved: Any, names: Iterable[str]) -> list[str]:
 
 
 class Generators:
-    """What :func:`state_of_generators` has returned, from a checkpoint. It is checked before anything is set.
+    """A result of :func:`state_of_generators` from a checkpoint. It is checked before anything is set.
 
     Raises:
-        CheckpointCorruptError: If it is no such state.
+        CheckpointCorruptError: If it is not one.
     """
 
     def __init__(self, saved: Any) -> None:
@@ -53,10 +53,11 @@ class Generators:
             python, cuda = saved["python"], saved.get("cuda")
             self._python = (python["version"], tuple(python["words"].tolist()), python["gauss"])
             self._numpy, self._cpu, self._cuda = saved["numpy"], saved["cpu"], cuda
+            # Each state is first set on a generator that is made for this: set() then changes all or none.
             random.Random().setstate(self._python)
             if not isinstance(self._python[2], (float, type(None))):
                 raise ValueError(f"the next Gaussian number is a {type(self._python[2]).__name__}")
-            # NumPy takes a position outside of the state, and reads what is there.
+            # NumPy accepts a position outside of the state, and reads memory there. bit_generator() checks it.
             bits = {key: value for key, value in self._numpy.items() if "gauss" not in key}
             np.random.RandomState(bit_generator(bits["bit_generator"], bits)).set_state(self._numpy)
             torch.Generator(device="cpu").set_state(self._cpu)

@@ -1,4 +1,4 @@
-"""What the processes of one data-parallel training have to settle among themselves around a checkpoint."""
+"""What the processes of one data-parallel training decide together around a checkpoint, and what they cannot save."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ranks:
         return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
     def any(self, flag: bool) -> bool:
-        """Return whether any rank says so."""
+        """Return whether the flag is set on any rank."""
         if self.alone:
             return flag
         said = torch.tensor([flag], dtype=torch.int32, device="cpu")
@@ -34,7 +34,7 @@ class Ranks:
         return bool(said.item())
 
     def gather(self, item: Any) -> list[Any]:
-        """Return what each rank has given, by rank; on ranks other than the first, nothing."""
+        """Return the items of all ranks, by rank; on ranks other than the first, an empty list."""
         if self.alone:
             return [item]
         gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -42,7 +42,7 @@ class Ranks:
         return gathered
 
     def from_first(self, item: Any) -> Any:
-        """Return what the first rank has given."""
+        """Return the item of the first rank."""
         if self.alone:
             return item
         box = [item]
@@ -50,7 +50,8 @@ class Ranks:
         return box[0]
 
     def _gloo(self) -> Any:
-        # On the CPU, so that it neither waits for a device nor makes it wait.
+        # A group of its own, on the CPU: collectives neither wait for a device nor mix with those of the trainer. It is
+        # made at the first use, which all ranks reach in the same order.
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         return self._group
@@ -74,7 +75,7 @@ def refuse_sharded(model: torch.nn.Module, state: Mapping[str, Any], name: str) 
             and any(not placement.is_replicate() for placement in value.placements)
         ):
             raise _sharded(f"the tensor is sharded over ranks ({', '.join(map(str, value.placements))})", (name, key))
-    # A state dict of FSDP 1 may be whole, but the state of the optimizer is that of this rank's flat parameters.
+    # The state dict of FSDP 1 may be whole. The optimizer's state still is that of this rank's flat parameters.
     if dist.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -82,17 +83,18 @@ def refuse_sharded(model: torch.nn.Module, state: Mapping[str, Any], name: str) 
             if isinstance(module, FullyShardedDataParallel):
                 raise _sharded("the module is sharded over ranks by FullyShardedDataParallel", (name, key))
     for key, parameter in model.named_parameters():
-        # DeepSpeed leaves the parameter itself empty. Its state dict has detached ones, which do not say so.
+        # DeepSpeed empties the parameter itself. The state dict has detached copies, which do not show that.
         if hasattr(parameter, "ds_id"):
             raise _sharded("the parameter is partitioned over ranks by DeepSpeed (ZeRO 3)", (name, key))
 
 
 def refuse_partitioned(optimizer: Any, name: str) -> None:
-    """Refuse an optimizer of DeepSpeed, which from ZeRO 1 on has this rank's part of the state only.
+    """Refuse an optimizer of DeepSpeed. From ZeRO 1 on, it has only this rank's part of the state.
 
     Raises:
-        UnsupportedLeafError: If it is, or wraps, one.
+        UnsupportedLeafError: If it is such an optimizer, or wraps one.
     """
+    # Wrappers such as Accelerate's have the inner optimizer as `optimizer`. The list guards against a circle.
     seen: list[Any] = []
     while optimizer is not None and all(optimizer is not each for each in seen):
         if any(cls.__module__.split(".")[0] == "deepspeed" for cls in type(optimizer).__mro__):

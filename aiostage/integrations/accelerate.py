@@ -62,13 +62,14 @@ class AcceleratorCheckpoints:
                 carried.
             Exception: As :meth:`aiostage.blocking.Checkpointer.save` does.
         """
-        # Of the wrapped models: the names have no prefix of DistributedDataParallel.
+        # Of the unwrapped models: their names have no prefix of DistributedDataParallel.
         objects = self._objects()
         models = [model.state_dict() for model in objects["models"]]
         for number, (model, state) in enumerate(zip(objects["models"], models, strict=True)):
             refuse_sharded(model, state, f"models[{number}]")
         for number, optimizer in enumerate(objects["optimizers"]):
             refuse_partitioned(optimizer, f"optimizers[{number}]")
+        # After the refusals, which are the same on all ranks: a rank that raises enters no collective.
         generators = self._ranks.gather(state_of_generators(all_devices=False))
         if not self._accelerator.is_main_process:
             return None
@@ -97,6 +98,7 @@ class AcceleratorCheckpoints:
             CheckpointCorruptError: If it is damaged; nothing was changed.
         """
         if step is None:
+            # One answer for all ranks: another checkpoint may be committed between two looks.
             step = self._ranks.from_first(self._checkpoints.latest())
         if step is None:
             return None
@@ -117,6 +119,7 @@ class AcceleratorCheckpoints:
                 mismatched=differing, remedy="Prepare and register what was prepared and registered when it was saved."
             )
         generators, rank = saved["generators"], self._accelerator.process_index
+        # Checked before the first object is changed. A training that goes on with more processes has none for some.
         own = Generators(generators[rank]) if rank < len(generators) else None
         for kind in _KINDS:
             for target, state in zip(objects[kind], saved[kind], strict=True):

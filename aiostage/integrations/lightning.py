@@ -70,7 +70,7 @@ class AiostageCheckpointIO(CheckpointIO):
             raise TypeError("AiostageCheckpointIO takes no storage_options")
         self._raise_failures()
         portal, stager = self._begun()
-        # Called in this thread: its current streams are those that the copies have to follow.
+        # Called in this thread: the copies follow what was enqueued on its current streams.
         staging = stager.stage(checkpoint)
         staged = portal.call(lambda: staging)
         self._in_background(partial(save, staged, os.fspath(path), overwrite=True))
@@ -133,8 +133,8 @@ class AiostageCheckpointIO(CheckpointIO):
         return self._portal, self._stager
 
     def _in_background(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        # Tasks start in the order of the calls, and anyio's lock is fair, so that a removal never overtakes a save that
-        # was asked for before it.
+        # Tasks start in the order of the calls, and anyio's lock is fair. So a removal never runs before an earlier
+        # save.
         async def in_turn() -> None:
             async with self._turn:
                 await call()
@@ -159,12 +159,12 @@ class AiostageCheckpointIO(CheckpointIO):
 
 async def _remove(path: str) -> None:
     if await anyio.Path(path).is_symlink():
-        # Only the link is this checkpoint's.
+        # What the link leads to may belong to others.
         await anyio.Path(path).unlink()
         return
     if not await anyio.Path(path).exists():
         raise CheckpointNotFoundError("there is no checkpoint to remove.", path=path)
-    # A run that goes on from Lightning's own files removes those too.
+    # A run that continues from Lightning's own files removes those too.
     is_file = await anyio.Path(path).is_file()
     await anyio.to_thread.run_sync(os.unlink if is_file else shutil.rmtree, path)
 

@@ -33,12 +33,12 @@ class OpenTelemetryObserver(Observer):
         self._spans: WeakKeyDictionary[Span, trace.Span] = WeakKeyDictionary()
         # Reentrant, because the collector may close a coroutine, and with it a span, while this thread has the lock.
         self._lock = RLock()
-        # Once, or a clock that is set meanwhile would tear parents and children apart.
+        # Computed once: if the wall clock is set later, spans still lie inside their parents.
         self._epoch = time.time_ns() - time.perf_counter_ns()
         register_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """Let a child go on."""
+        """Replace the lock, which another thread of the parent may have held."""
         self._lock = RLock()
 
     def started(self, span: Span) -> None:

@@ -1,4 +1,4 @@
-"""The spans of aiostage in a profile of PyTorch's, beside its operators and kernels."""
+"""The spans of aiostage in a profile of PyTorch, beside its operators and kernels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ProfilerObserver(Observer):
     """
 
     def __init__(self) -> None:
-        # Weak, because a span whose coroutine was dropped may never be reported again. Without a lock, because each
-        # method does a single operation on it, which the collector may interrupt but not see half done.
+        # Weak, because a span whose coroutine was dropped may never be reported again. No lock, because each method
+        # does one operation on it, and neither another thread nor the collector sees that half done.
         self._ranges: WeakKeyDictionary[Span, record_function] = WeakKeyDictionary()
 
     def started(self, span: Span) -> None:

@@ -17,11 +17,12 @@ __all__ = ["ProgressBar"]
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # it has no types
-    # It is redrawn by every report; tqdm's monitor thread for bars without updates would outlive them all.
+    # Every report redraws the bar. tqdm's monitor is for bars without updates, and its thread would outlive all bars.
     monitor_interval = 0
 
 
-# That of all bars in this process. tqdm's default adds one of multiprocessing, for which Python 3.14 creates a file.
+# The lock of all bars in this process. tqdm's default adds a lock of multiprocessing, for which Python 3.14 creates a
+# file.
 _Bar.set_lock(TqdmDefaultWriteLock.th_lock)
 
 

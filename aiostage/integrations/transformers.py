@@ -74,7 +74,7 @@ class CheckpointCallback(TrainerCallback):
         """
         self._settle()
         if step is None:
-            # One for all, though one more may be committed meanwhile.
+            # One answer for all ranks: another checkpoint may be committed between two looks.
             step = self._ranks.from_first(self._checkpoints.latest())
         if step is None:
             yield None
@@ -83,11 +83,12 @@ class CheckpointCallback(TrainerCallback):
         _check_has(saved, {"model", "trainer_state"})
         with tempfile.TemporaryDirectory(prefix="aiostage-resume-") as name:
             _lay_out(saved, Path(name), step)
+            # The Trainer reads the files. Without this, the memory of the checkpoint would be held during the training.
             del saved
             yield str(Path(name) / f"checkpoint-{step}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Look what is there already.
+        """Refuse a training that would write over checkpoints of later steps.
 
         Raises:
             CheckpointExistsError: If there are checkpoints of later steps than the one from which the training starts.
@@ -104,7 +105,8 @@ class CheckpointCallback(TrainerCallback):
         self._saved = state.global_step if state.global_step in steps else -1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Save if it is time to, or if a process has to end."""
+        """Save every few steps, and when a process has to end."""
+        # A collective, so on all ranks and at every step: a signal need not reach all processes in the same step.
         preempted = self._ranks.any(self._checkpoints.preempted.is_set())
         if preempted or state.global_step % self._every == 0:
             self._save(args, state, objects)
@@ -116,7 +118,7 @@ class CheckpointCallback(TrainerCallback):
         self._save(args, state, objects)
 
     def restore(self, model: torch.nn.Module, optimizer: Any = None, lr_scheduler: Any = None) -> int:
-        """Load the last checkpoint into live objects, for a use other than going on: :meth:`resume` is for that.
+        """Load the last checkpoint into live objects. To continue a training, use :meth:`resume`.
 
         Args:
             model: Takes the weights, in place.
@@ -167,7 +169,7 @@ class CheckpointCallback(TrainerCallback):
         self._last = self._checkpoints.save(step, saved)
 
     def _settle(self) -> None:
-        """Wait for what this callback has saved last, which is not to be overlooked."""
+        """Wait for the last save of this callback, so that it counts as the latest checkpoint."""
         last, self._last = self._last, None
         if last is not None:
             last.committed()

@@ -43,7 +43,7 @@ class _Session:
         self._inbox = inbox
 
     def tell(self, **message: object) -> None:
-        """Send a message soon. After the end of the session this does nothing: the publisher has dropped the version."""
+        """Send a message soon. After the end of the session this does nothing: the publisher holds nothing for it."""
         # The finalizer of a version's memory may post this call long after the session. Numbers of an ended session
         # must not reach the next one, whose publisher may count anew.
         if not self.ended:

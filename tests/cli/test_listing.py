@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -119,6 +120,24 @@ def test_a_damaged_checkpoint_is_reported_and_the_others_are_listed(tmp_path: Pa
     # How much it takes cannot be known then.
     assert main(["du", str(tmp_path)]) == 1
     assert "it is not a manifest" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_may_not_be_read_is_reported_and_the_others_are_listed(
+    tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(2):
+        asyncio.run(aiostage.save({"w": torch.zeros(3)}, tmp_path / f"step-0000000{step}"))
+    opened = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("step-00000000"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    first, second = said(capsys, "ls", str(tmp_path), status=3)["checkpoints"]
+    assert "Permission denied" in first["error"]
+    assert second["step"] == 1
 
 
 def test_through_a_url(tmp_path: Path, capsys: Shown) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import mmap
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -460,3 +462,20 @@ class TestArguments:
             publisher.publish(weights(0))
         await publisher.aclose()
         await subscriber.aclose()
+
+
+async def test_a_publisher_without_descriptors_for_its_socket_leaves_none_open(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    probe = LeakProbe(ignore_threads=("aiostage-weights",))
+    with monkeypatch.context() as patch:
+        patch.setattr("aiostage.weights.sockets._new_socket", refuse)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Too many open files"):
+                await WeightPublisher(path).open()
+    await probe.settled()
+    async with WeightPublisher(path):
+        pass
