@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _HEAP_TYPE = 1 << 9
-"""The flag of classes that were made by a class statement."""
+"""``Py_TPFLAGS_HEAPTYPE``, the flag of classes that were made by a class statement. Others are written in C."""
 
 
 class PlainObject:
@@ -67,6 +67,7 @@ def full_name(cls: type) -> str:
 
 def has_plain_layout(cls: type) -> bool:
     """Return whether all that objects of a class hold is in attributes and slots."""
+    # The first base that is written in C decides what memory an object has. That of dict or tuple holds more.
     return next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE) is object
 
 
@@ -94,6 +95,7 @@ def take_class_apart(value: Any) -> tuple[str, Parts] | None:
     if cls is PlainObject:
         return _plain_parts(value)
     if isinstance(value, enum.Enum):
+        # A combination of flags has a name such as "A|B", by which it is not found.
         name = value.name if value.name in cls.__members__ else None
         return "enum", Parts({"type": full_name(cls), "name": name}, {"value": value.value})
     if isinstance(value, tuple) and _is_namedtuple(cls):
@@ -188,6 +190,7 @@ def make_enum(cls: type | None, form: Mapping[str, Any], children: Sequence[Any]
         raise _unfit(cls, "is not an Enum")
     if name is not None and name in cls.__members__:
         member = cls[name]
+        # By name and by value: a member that was renumbered since may mean something else now.
         if member.value != value:
             raise _unfit(cls, f"has the value {member.value!r:.80} for {name}, and the checkpoint {value!r:.80}")
         return member
@@ -205,7 +208,7 @@ def make_namedtuple(cls: type | None, form: Mapping[str, Any], children: Sequenc
     if cls is None:
         return PlainObject(form["type"], "namedtuple", dict(zip(names, children, strict=True)))
     if not issubclass(cls, tuple) or getattr(cls, "_fields", None) != tuple(names):
-        raise _unfit(cls, f"has not the fields {', '.join(names)[:80]}")
+        raise _unfit(cls, f"does not have the fields {', '.join(names)[:80]}")
     return tuple.__new__(cls, children)
 
 
@@ -233,12 +236,14 @@ def set_attributes(made: Any, attributes: Mapping[str, Any]) -> None:
     slots = set(slots_of(cls))
     others = getattr(made, "__dict__", None)
     for name, value in attributes.items():
+        # As pickle does it: the class's own __setattr__ may refuse (a frozen dataclass) or do something else.
         if name in slots:
             object.__setattr__(made, name, value)
         elif others is not None:
             others[name] = value
         else:
             raise _unfit(cls, f"has no attribute {shown(name)}")
+    # Fields that were added to the class since the save.
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.name in attributes or hasattr(made, field.name):
             continue

@@ -54,6 +54,7 @@ def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     if tensor.layout is torch.strided:
         return None
     if tensor.layout is torch.sparse_coo:
+        # The private ones work for tensors that are not coalesced too, and do not coalesce them.
         indices, values = _private.sparse_indices, _private.sparse_values
         if indices is None or values is None:
             if not tensor.is_coalesced():
@@ -100,6 +101,7 @@ def _form_of_quantized(tensor: torch.Tensor) -> dict[str, Any]:
         "scheme": str(scheme).removeprefix("torch."),
     }
     if scheme == torch.per_tensor_affine:
+        # The scale is a double; as hexadecimal text it is exact.
         return form | {"scale": tensor.q_scale().hex(), "zero_point": tensor.q_zero_point()}
     return form | {"axis": tensor.q_per_channel_axis()}
 
@@ -192,7 +194,7 @@ def quantized_over(
         parameters: Its quantization scheme, and what that needs: scale and zero point, or scales, zero points and axis.
     """
     storage = memory.untyped_storage()
-    # The storage is of a deprecated class, which is how torch itself does it, and which warns.
+    # As torch.load does it, with a storage of a deprecated class. _internal keeps that from warning.
     typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
     tensor: torch.Tensor = _private.require("rebuild_qtensor")(typed, offset, shape, stride, parameters, False, {})
     return tensor

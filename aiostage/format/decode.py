@@ -1,4 +1,8 @@
-"""From nodes to the tree."""
+"""From nodes to the tree.
+
+Everything is built over memory that was allocated before. A node makes an object of a class only if the reader has
+named that class; everything else in a manifest becomes plain data.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,8 @@ from aiostage.format.values import FACTORIES, MAPPINGS, SCALAR_KINDS, Collisions
 __all__ = ["Memory", "TreeDecoder", "check_sparse", "parts_of_sparse"]
 
 _ELEMENTS_AT_ONCE = 64
+"""Elements that are added to a container in one step with the GIL."""
+
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
 _NEW: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dict": lambda form: {},
@@ -62,7 +68,7 @@ class Memory:
         self._records = records
         self._data = data
         self._origins: dict[int, str] = {}
-        # By dtype and shape, which many tensors have in common: the dtype and the strides.
+        # Many tensors have dtype and shape in common: by both, the dtype of torch and the strides.
         self._layouts: dict[tuple[str, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def tensor(self, form: dict[str, Any]) -> torch.Tensor:
@@ -75,7 +81,7 @@ class Memory:
         (_, dtype_name, shape, start, stop), data = self._records[name], self._data[name]
         if len(form) > _PLAIN_FORM or data.numel() != stop - start:
             return view_of(form, self._records).over(data)
-        # As most are. That the shape fits the size is known from the header.
+        # Most leaves are all of a tensor of a file. Reading the header has checked that its shape fits its size.
         layout = self._layouts.get((dtype_name, shape))
         if layout is None:
             layout = self._layouts[dtype_name, shape] = DTYPES[dtype_name], contiguous_strides(shape)
@@ -109,7 +115,7 @@ class TreeDecoder:
         self._path = path
         self._classes = classes if classes is not None else Classes()
         self._made: list[Any] = []
-        # Nodes whose contents may not be there yet.
+        # Nodes that are filled in the third pass, and those that contain them: their contents may not be there yet.
         self._incomplete: set[int] = set()
 
     def build(self) -> Any:
@@ -181,11 +187,14 @@ class TreeDecoder:
         if kind == "tensor" or kind in COMPOSITES:
             return self._tensor(form, list(map(self._child, children)))
         if kind == "ndarray":
+            # Over the memory of the tensor: an array and a tensor that shared memory share it again.
             (tensor,) = map(self._child, children)
             return tensor.numpy()
         if kind in _BYTES:
             return read_bytes(kind, form["value"])
         if kind in OBJECT_KINDS:
+            # A function of a registered class must not see a container that is still empty. The writer refuses such
+            # trees, so only a damaged file has one.
             if kind in MADE_WHOLE and any(type(child) is list and child[0] in self._incomplete for child in children):
                 raise ValueError(f"node {index} needs what is made after it")
             return self._object(form, list(map(self._child, children)))
@@ -220,7 +229,7 @@ class TreeDecoder:
                 key = children[place]
                 if type(key) is not str:
                     (key,) = collisions.add((self._child(key),))
-                # Not through Counter.update, which adds.
+                # Not by update(): that of a Counter adds.
                 made[key] = self._child(children[place + 1])
         elif kind in _EXTEND:
             elements = Collisions() if kind == "set" else None
@@ -250,7 +259,7 @@ def _with_autograd(tensor: torch.Tensor, form: dict[str, Any], gradient: Any) ->
     requires_grad = form.get("requires_grad")
     if form.get("class") == "Parameter":
         if isinstance(tensor, torch.nn.Parameter):
-            # Not by requires_grad_(), which lazy ones refuse.
+            # Not by requires_grad_(), which lazy parameters refuse.
             tensor.requires_grad = requires_grad is not False
             return tensor
         return torch.nn.Parameter(tensor, requires_grad is not False)
@@ -280,7 +289,7 @@ def parts_of_sparse(table: NodeTable, path: str) -> set[str]:
 def check_sparse(
     table: NodeTable, records: Mapping[str, TensorRecord], data: Mapping[str, torch.Tensor], path: str
 ) -> None:
-    """Check that indices lie within the shapes, and what else PyTorch demands. Blocks: run it in a worker thread.
+    """Check that indices lie within the shapes, and what else PyTorch demands of sparse tensors. Blocks.
 
     Args:
         table: The table of the nodes, looked through before.
@@ -289,7 +298,7 @@ def check_sparse(
         path: The path of the manifest, for errors.
 
     Raises:
-        CheckpointCorruptError: If a sparse tensor is none.
+        CheckpointCorruptError: If one does not hold what PyTorch demands.
     """
     memory = Memory(records, data)
     with reading(path):

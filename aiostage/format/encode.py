@@ -41,7 +41,8 @@ from aiostage.leaf import Attribute, Path, format_path
 __all__ = ["TreeEncoder", "TreeNode", "ValuesNeeded", "path_of"]
 
 _CHILDREN_PER_LINE = 256
-"""Children in one line of the manifest."""
+"""Pairs of a mapping in one line of the manifest, or twice as many children of another container. A guess: lines are
+parsed in one step each, and are to stay short."""
 
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -97,12 +98,13 @@ class TreeNode:
 
     def __init__(self, value: Any, parent: TreeNode | None, key: object) -> None:
         self.value = value
-        # Not to be part of a circle, which would keep staged memory until the collector comes.
+        # Weak: with a reference to the parent, every node would be on a circle, and keep staged memory until the cyclic
+        # collector runs.
         self._parent = ref(parent) if parent is not None else None
         self.key = key
         self.kind = ""
-        # Most nodes are tensors and stay without any. Containers of their own would be three of seven objects that each
-        # tensor costs, and half of the time that a plan takes goes into runs of the cyclic collector over them.
+        # Shared empty ones, because most nodes are tensors and have none. Three containers for each node were three of
+        # the seven objects that a tensor costs, and half of the time of a plan went into the cyclic collector.
         self.children: Sequence[Any] = ()
         self.form: Mapping[str, Any] = _NOTHING
         self.attributes: Mapping[str, Any] = _NOTHING
@@ -151,7 +153,8 @@ class TreeEncoder:
         self._hashes_nodes = False
         self._values_are_there = values_are_there
         self._open = 0
-        # Depths of open nodes that have to be made as a whole.
+        # Depths of open nodes that have to be made as a whole. If a child leads back to an open node at that depth or
+        # above, the object would have to exist before it can be made.
         self._whole: list[int] = []
         self._root: Any = None
         self._ended: list[TreeNode] = []
@@ -172,11 +175,13 @@ class TreeEncoder:
         found: list[TreeNode] = []
         self._root = self._child(tree, None, None, found)
         self._stack += found
+        # Depth first with a stack of its own, since trees may be deeper than Python's stack. A node stays on it until
+        # its children have their numbers, so that children come before what contains them.
         while self._stack:
             node = self._stack[-1]
             if node.entered:
                 self._stack.pop()
-                # A node that several others wait for is on the stack more than once.
+                # A node that was found in several places before it was entered is on the stack more than once.
                 if node.position is None:
                     self._open -= 1
                     if node.whole:
@@ -229,7 +234,8 @@ class TreeEncoder:
         if node is None:
             # The node keeps the value alive, and so its id from being given away.
             node = self._known[id(value)] = TreeNode(value, parent, key)
-            # Most nodes are such, and need not wait for their turn if it is theirs.
+            # Most nodes are plain tensors. One that would be entered next anyhow is entered here, without the stack; if
+            # others were found before it, it waits, because nodes are numbered in the order of the tree.
             if not found and type(value) in _TENSORS and _is_plain(value):
                 node.entered = True
                 self._enter_tensor(node, found)
@@ -264,6 +270,8 @@ class TreeEncoder:
             self._enter_object(node, found)
             self._stack += reversed(found)
             return
+        # A memmap has attributes about its file, and comes back as an array. To ask a tensor for its __dict__ makes
+        # one, so tensors are first asked whether they have one.
         if cls is not np.memmap and not (cls in _TENSORS and not _private.have_attributes((value,))):
             self._add_attributes(node, getattr(value, "__dict__", {}), found)
         self._stack += reversed(found)
@@ -287,7 +295,7 @@ class TreeEncoder:
         except NotCarried as error:
             raise _unsupported(node, f"{error.reason}.", error.hint) from None
         node.form = parts.form
-        # What needs all that is in it to be made cannot be a part of that.
+        # Before the children are looked at: one of them may lead back to this node, which is refused.
         if node.kind in MADE_WHOLE:
             node.whole = True
             self._whole.append(node.depth)
@@ -341,7 +349,8 @@ class TreeEncoder:
         array: np.ndarray[Any, Any] = np.asarray(node.value)
         node.kind = "ndarray"
         if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
-            # torch cannot look at such memory; arrays in state dicts are small.
+            # torch.from_numpy refuses negative strides, and strides that are no multiple of an element; of memory that
+            # is not writable it warns. A copy is cheap, because arrays in state dicts are small.
             array = array.copy()
         node.children = [self._child(torch.from_numpy(array), node, Attribute("array"), found)]
 
@@ -360,7 +369,7 @@ class TreeEncoder:
             node.kind, parts, node.form = taken
             node.children = [self._child(part, node, Attribute(name), found) for name, part in parts.items()]
         parameter = type(tensor) is torch.nn.Parameter
-        # Most tensors are neither, and a call for each of them shows.
+        # Asked here and not in the function, because most tensors are neither, and a call for each costs.
         if parameter or tensor.requires_grad:
             self._note_autograd(node, tensor, parameter, found)
 
@@ -372,7 +381,7 @@ class TreeEncoder:
             form["class"] = "Parameter"
         if requires_grad is not parameter:
             form["requires_grad"] = requires_grad
-        # What copies parameters leaves their gradients behind; other tensors keep theirs.
+        # As copy.deepcopy does: a Parameter is copied without its gradient, any other tensor with it.
         if requires_grad and not parameter and tensor.grad is not None:
             form["grad"] = True
             node.children = [*node.children, self._child(tensor.grad, node, Attribute("grad"), found)]
@@ -385,6 +394,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and not tensor.is_quantized
+        # A tensor that refers to one object, its class, has no __dict__ yet. It is asked for only otherwise, because
+        # asking makes one.
         and (len(get_referents(tensor)) == 1 or not tensor.__dict__)
         and (not tensor.requires_grad or type(tensor) is torch.nn.Parameter)
     )
@@ -402,7 +413,7 @@ def _reference(child: Any) -> Any:
 def _lines(node: TreeNode) -> Iterator[str]:
     """Iterate over the lines of one node; what does not fit the first is in lines that add to it."""
     if node.kind == "tensor" and node.form.keys() == _NAME_ONLY and not node.children and not node.attributes:
-        # Most nodes are such.
+        # Most nodes are such, and this is faster than the json module. lines.py reads exactly this spelling as fast.
         yield f'{{"is":"tensor","name":{encode_basestring_ascii(node.form["name"])}}}'
         return
     line: dict[str, Any] = {"is": node.kind, **node.form}
@@ -414,6 +425,7 @@ def _lines(node: TreeNode) -> Iterator[str]:
     while True:
         if mapping:
             keys, values = chunk[::2], chunk[1::2]
+            # Keys of JSON objects are strings; a mapping with others is a list of pairs.
             if all(type(key) is str for key in keys):
                 line["items"] = dict(zip(keys, values, strict=True))
             else:

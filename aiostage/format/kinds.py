@@ -38,7 +38,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of object.
+    """One kind of object. Its name and the spelling of its form are part of the file format: they must not change.
 
     Attributes:
         name: In the manifest.

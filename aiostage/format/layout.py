@@ -1,4 +1,9 @@
-"""From the tensors of a tree to files: one tensor for each piece of memory, in which file, and where in it."""
+"""From the tensors of a tree to files: one tensor for each piece of memory, in which file, and where in it.
+
+Three steps: `measure` finds the addresses of leaves, `file_tensors` decides what is written for each, and
+`tensor_files` distributes that over files. Nothing is copied: files are described by addresses, and keep the tensors
+alive.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +49,10 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_HEADER_COST = 64 << 20
-"""Shards also end where their headers would become too large for other programs to read."""
+"""A shard also ends where its header would become too large for other programs, which read up to 100 MB."""
 
 _LARGEST_ELEMENT = 16
+"""Bytes of complex128, the largest element of torch. All smaller sizes divide it."""
 
 
 @dataclass(slots=True)
@@ -113,6 +119,7 @@ def measure(nodes: Sequence[TreeNode]) -> tuple[list[Leaf], list[int], list[int]
     for node in releasing_gil(nodes):
         tensor = node.value
         if tensor.is_conj() or tensor.is_neg():
+            # Copies, since the memory has other values than the elements. The leaf keeps the copy alive.
             tensor = tensor.detach().resolve_conj().resolve_neg()
         contiguous = tensor.is_contiguous()
         address = stop = 0
@@ -133,6 +140,7 @@ def _address(node: TreeNode, tensor: torch.Tensor, nbytes: int) -> int:
         available = tensor.untyped_storage().nbytes()
     except RuntimeError as error:
         raise _refused(node, f"its memory cannot be read: {error}") from error
+    # A storage that was resized to less (FSDP frees parameters like that) leaves tensors over memory that is gone.
     if address == 0 or tensor.storage_offset() * tensor.element_size() + nbytes > available:
         raise _refused(node, "its storage is smaller than its elements")
     return address
@@ -210,6 +218,8 @@ def _alone(leaf: Leaf, sharers: Sequence[Leaf], names: _TensorNames) -> FileTens
     """Write the elements of a leaf, or its memory if its elements overlap or are too far apart."""
     tensor = leaf.tensor
     count = tensor.numel()
+    # Elements are preferred: other programs can read them, and a large gap between rows takes no space. Strides that
+    # have elements overlap, as expand() makes them, must come back as such, so their memory is written.
     if (
         not leaf.contiguous
         and count
@@ -238,6 +248,7 @@ def _elements(leaf: Leaf, name: str, *, is_copy: bool = False) -> FileTensor:
     count = tensor.numel()
     memory: int | torch.Tensor = leaf.address
     if not leaf.contiguous and count:
+        # As integers of the same size, because torch cannot copy every dtype.
         memory = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device="cpu")
         memory.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     dtype, shape = _in_file(tensor)
@@ -264,7 +275,8 @@ def _memory(group: Sequence[Leaf], names: _TensorNames) -> FileTensor:
     start, stop = min(leaf.address for leaf in group), max(leaf.stop for leaf in group)
     cover = next((leaf for leaf in group if leaf.contiguous and (leaf.address, leaf.stop) == (start, stop)), None)
     storage = first.tensor.untyped_storage().data_ptr()
-    # Elements must lie at multiples of their size, also in the memory that the file is read into.
+    # Elements must lie at multiples of their size, also in the memory that the file is read into. That begins at a
+    # multiple of 16, so the range is extended down to one, counted from the storage, whose own start is aligned.
     if any((leaf.address - start) % leaf.tensor.element_size() for leaf in group):
         start -= (start - storage) % _LARGEST_ELEMENT
         cover = None
@@ -279,6 +291,8 @@ def _memory(group: Sequence[Leaf], names: _TensorNames) -> FileTensor:
         dtype, shape = "U8", (stop - start,)
     for leaf in group:
         offset, rest = divmod(leaf.address - start, leaf.tensor.element_size())
+        # Still possible if two storages overlap, as those of two NumPy arrays over one buffer. And the extended range
+        # must not begin before the memory that is known to exist.
         if rest or start < min(storage, first.address):
             raise _refused(leaf.node, "it shares memory with another leaf at an address that is not aligned")
         leaf.node.form = {
@@ -301,7 +315,8 @@ def _unusual_strides(tensor: torch.Tensor) -> dict[str, Any]:
     shape, stride = tensor.shape, tensor.stride()
     if 1 not in shape or 0 in shape or stride == contiguous_strides(shape):
         return {}
-    # With an offset it is a view as any other, and not a tensor whose elements lie in another order in its file.
+    # With an offset the node describes a view of the memory. With strides alone it would say that the elements lie in
+    # another order in the file than in memory.
     return {"stride": list(stride), "offset": 0}
 
 
@@ -315,6 +330,7 @@ def _in_file(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
 
 def _name_in_format(tensor: torch.Tensor) -> str | None:
     """Return the name that the format has for a tensor's dtype; None without one, and for a single pair of elements."""
+    # The format doubles the last dimension of this dtype, which a tensor without dimensions lacks.
     if tensor.dtype is torch.float4_e2m1fn_x2 and tensor.dim() == 0:
         return None
     return DTYPE_NAMES.get(tensor.dtype)
@@ -329,7 +345,7 @@ class _TensorNames:
 
     def __init__(self) -> None:
         self._used: dict[str, TreeNode | None] = {"__metadata__": None}
-        # Of containers, what the names of all that they contain begin with; None if that is too long.
+        # By container, how the names of all that it contains begin; None if that is too long.
         self._prefixes: dict[TreeNode, str | None] = {}
 
     def name(self, node: TreeNode, suffix: str | None = None) -> str:
@@ -346,6 +362,7 @@ class _TensorNames:
         elif suffix is not None:
             name = f"{name}.{suffix}" if name else suffix
         name = name or "tensor"
+        # Keys 1 and "1" have the same name, and so have the paths "a.b" and "a", "b".
         unique, number = name, 2
         while unique in self._used:
             unique, number = f"{name}~{number}", number + 1
@@ -403,7 +420,7 @@ def tensor_files(
         max_shard_bytes: How much data one file may have. A tensor larger than that has a file of its own.
         memory: Addresses that were laid out like a file and are filled from the start, so what is in it is written in
             its order, across all files. None: in any order.
-        in_order: Whether nothing else can be, since the memory is used again.
+        in_order: Whether bytes must be written in the order of the memory, since the memory is used again.
 
     Raises:
         HostMemoryError: If the bytes come ``in_order``, and in one that no file can have.
@@ -419,6 +436,7 @@ def tensor_files(
     files = []
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # With memory, they are sorted already, across all files.
         if memory is None:
             shard = _in_order(shard)
         header = write_header(_records(shard))
@@ -495,7 +513,10 @@ def _records(tensors: Sequence[FileTensor]) -> Generator[TensorRecord, None, Non
 
 
 def _add_memory(tensors: Sequence[FileTensor], contents: list[Content]) -> None:
-    """Add the memory of tensors; what follows itself in memory becomes one piece, however many tensors it is."""
+    """Add the memory of tensors. Tensors that lie one after the other in memory become one piece.
+
+    Thousands of small tensors in one arena are then written without a copy, in a few large parts.
+    """
     start = stop = 0
     owners: list[object] = []
     for tensor in releasing_gil(tensors):

@@ -1,9 +1,12 @@
 """The manifest: one JSON document of short lines, so that it is written and read a line at a time.
 
 Its lines are, in this order: what it is, one line for each file, one for each node of the tree, and the digest of
-everything before it. In that of a checkpoint whose bytes lie in pieces, version 2, one line for each file comes before
-them, which says where. To a JSON parser it is an ordinary object; nothing in it is nested deeper than a few levels,
+everything before it. In the manifest of an incremental checkpoint, version 2, lines that say where the bytes of each
+file lie come first. To a JSON parser it is an ordinary object; nothing in it is nested deeper than a few levels,
 however deep the tree is.
+
+The format outlives the process: a later aiostage must read what this one writes. The digest finds damage and not
+attacks, so everything else is checked too.
 """
 
 from __future__ import annotations
@@ -14,16 +17,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import xxhash
 
 from aiostage._loop.workers import releasing_gil
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, said, shown
+from aiostage.format.lines import lines_of, parse_line
 from aiostage.format.parts import DIGEST_NAME, MAX_PART_BYTES, PART_ALIGNMENT, parts_in
 from aiostage.format.placement import BLOCK_BYTES, BLOCK_DIGEST_NAME, Extent, PlacedFile, Placement, SourceFile
-from aiostage.format.safetensors import unique_members
 
 __all__ = [
     "FORMAT_VERSION",
@@ -33,8 +36,6 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "is_dcp_manifest",
-    "lines_of",
-    "parse_line",
     "read_head",
     "read_manifest",
     "read_placement",
@@ -49,7 +50,7 @@ _DCP = b'{"format": "aiostage-dcp"'
 
 FORMAT_VERSION = 1
 PLACED_VERSION = 2
-"""Of checkpoints whose files lie in pieces. Others stay readable for those who know version 1 only."""
+"""The version of incremental checkpoints. All others have version 1, so that an older aiostage can read them."""
 
 MAX_MANIFEST_BYTES = 256 << 20
 """Larger ones are neither written nor read, so that a hostile one costs a bounded amount of memory. About three
@@ -62,12 +63,19 @@ MAX_NODES = 3_000_000
 """More are neither written nor read."""
 
 _NODES_WITHOUT_FILES = 1_000_000
+"""Nodes that any manifest may have."""
+
 _BYTES_A_NODE = 64
-"""How many nodes there may be besides, for so many bytes of files: what a tensor takes at least, its name included."""
+"""A manifest may have one node more for so many bytes of files: what a tensor takes at least, its name included."""
 
 _MAX_NUMBER = (1 << 63) - 1
-_MAX_FILE_NAME = 255
+"""Sizes and offsets of files are signed 64-bit integers in every system."""
 
+_MAX_FILE_NAME = 255
+"""The longest name that common file systems allow, in characters."""
+
+# How lines begin and sections are separated, exactly as they are written. A reader compares bytes and parses only the
+# lines between.
 _MORE = '{"is":"more"'
 _PLACES = b'"places":['
 _FILES = b'"files":['
@@ -75,6 +83,7 @@ _FILES_AFTER_PLACES = b"]," + _FILES
 _NODES = b'],"nodes":['
 _MAX_ABOUT_BYTES = 1 << 20
 _DIGEST_BYTES = 16
+# Of fixed length, so that the reader finds it without parsing.
 _END = b'],"digest":"%s"}\n'
 _END_BYTES = len(_END) - 2 + _DIGEST_BYTES
 
@@ -165,7 +174,7 @@ def _most_nodes(files: Iterable[FileRecord]) -> int:
 
 
 def _extend(text: bytearray, lines: Iterable[str], left: float) -> None:
-    """Append lines with commas between them, unless there are more nodes than would be read."""
+    """Append lines with commas between them, unless there are more nodes than a reader takes."""
     separator = b""
     for line in releasing_gil(lines):
         left -= not line.startswith(_MORE)
@@ -224,6 +233,8 @@ def with_placement(text: bytes, placement: Placement) -> bytearray:
     Returns:
         The whole file.
     """
+    # The first such text is the section of files: only fixed keys and numbers come before it. What comes after it, the
+    # tree, is large and is not parsed.
     head, files = text[:-_END_BYTES].split(_FILES, 1)
     about = json.loads(head.rstrip(b",\n") + b"}")
     numbers = {place: number for number, place in enumerate(placement.sizes)}
@@ -300,6 +311,8 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
         raise CheckpointCorruptError(f"it is {len(text)} bytes long, too long for a manifest.", path=path)
     lines = lines_of(text)
     first = next(lines, b"")
+    # In this order, so that each error names the true cause: another format first, a version that is not known before
+    # the digest, which a later version may compute in another way.
     if is_dcp_manifest(text):
         raise CheckpointCorruptError(
             "it is of a checkpoint of aiostage.dcp.",
@@ -318,7 +331,7 @@ def _opened(text: Buffer, path: str) -> tuple[Iterator[bytes], dict[str, Any]]:
             path=path,
             remedy="Read it with a newer aiostage.",
         )
-    # Without the GIL.
+    # xxhash computes without the GIL.
     if text[-_END_BYTES:] != _END % xxhash.xxh3_64_hexdigest(text[:-_END_BYTES]).encode():
         raise CheckpointCorruptError("it does not match its own checksum.", path=path)
     return lines, about
@@ -391,7 +404,7 @@ def _value(line: bytes) -> Any:
 
 
 def _file(value: Any, part_bytes: int) -> FileRecord:
-    """Check one file. Its name must not lead out of the directory."""
+    """Check one file."""
     name, nbytes, digests = _name(value["name"]), _whole_number(value["nbytes"]), value["digests"]
     if len(digests) != parts_in(nbytes, part_bytes) or not all(isinstance(text, str) for text in digests):
         raise ValueError(f"the file {shown(name)} has {len(digests)} digests for {nbytes} bytes")
@@ -412,6 +425,7 @@ def _placed(value: Any, places: Sequence[SourceFile]) -> PlacedFile:
 
 def _name(value: Any) -> str:
     """Check the name of a file, which must not lead out of its checkpoint."""
+    # No "/", so that there is no "../"; no "." at the beginning, where "..", ".metadata" and temporary files are.
     if (
         not isinstance(value, str)
         or not 0 < len(value) <= _MAX_FILE_NAME
@@ -423,82 +437,14 @@ def _name(value: Any) -> str:
 
 
 def _source(value: Any) -> str:
-    """Check the name of a checkpoint that others refer to: another step of the same run, and nothing else."""
+    """Check the name of a checkpoint that others refer to: a step of the same run, and no path to anything else."""
     if not isinstance(value, str) or not _STEP_NAME.fullmatch(value):
         raise ValueError(f"{shown(value)} is not a name of a step's checkpoint")
     return value
 
 
 def _whole_number(value: Any) -> int:
+    # Not isinstance(): true is an int in Python, and no size.
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
         raise ValueError(f"{shown(value)} is not an integer from 0 to {_MAX_NUMBER}")
     return value
-
-
-_WINDOW_BYTES = 64 << 10
-"""How much is split at once."""
-
-_SHORT_BYTES = 64 << 10
-"""Lines up to this length are parsed without a count of their values."""
-
-_BYTES_A_VALUE = 12
-"""Longer lines consist of at least as many bytes for each value. Those that are written have digests in them, of 16
-characters and more, or a few values of any length."""
-
-_BYTES_A_TEXT = 256
-
-_TENSOR = re.compile(rb'\{"is":"tensor","name":"([^"\\\x00-\x1f]*)"\}')
-"""What most lines of most trees are. The json module takes three times as long for it."""
-
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_DELIMITERS = (b",", b":", b"[", b"{")
-
-
-def lines_of(text: Buffer) -> Iterator[bytes]:
-    """Iterate over the lines of a text that are not empty, without their ends.
-
-    Args:
-        text: Contiguous bytes. They are not copied as a whole.
-    """
-    begun: list[bytes] = []
-    for start in range(0, len(text), _WINDOW_BYTES):
-        first, *others = bytes(text[start : start + _WINDOW_BYTES]).split(b"\n")
-        begun.append(first)
-        for other in others:
-            line = b"".join(begun)
-            # Blank lines only occur where a list is empty.
-            if line:
-                yield line
-            begun = [other]
-    if line := b"".join(begun):
-        yield line
-
-
-def parse_line(line: bytes) -> Any:
-    """Return the value that a line of JSON describes.
-
-    Raises:
-        ValueError: If it is not JSON, names a member twice, has a number that is none, or consists of too many values.
-        RecursionError: If it is nested too deeply.
-    """
-    most = len(line) // _BYTES_A_VALUE
-    if len(line) > _SHORT_BYTES and _values(line) > most:
-        # Most of it may be a few texts with such characters in them.
-        texts = (line.count(b'"') - line.count(b'\\"')) // 2
-        if texts > len(line) // _BYTES_A_TEXT or _values(_STRING.sub(b'""', line)) > _SHORT_BYTES // _BYTES_A_VALUE:
-            raise ValueError(f"a line of {len(line)} bytes consists of more than {most} values")
-    if plain := _TENSOR.fullmatch(line):
-        return {"is": "tensor", "name": plain[1].decode()}
-    return _decode(line.decode())
-
-
-def _values(line: bytes) -> int:
-    return sum(map(line.count, _DELIMITERS))
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
-# json.loads would make a decoder for each line.
-_decode = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=_no_number).decode

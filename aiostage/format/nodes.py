@@ -41,7 +41,7 @@ __all__ = [
 T = TypeVar("T")
 
 _NO_HOST_MEMORY = "DefaultCPUAllocator: "
-"""What PyTorch's errors contain that say so; they have no class of their own."""
+"""What errors of PyTorch's allocator for host memory contain. They are RuntimeErrors, without a class of their own."""
 
 _MAPPINGS = frozenset(MAPPINGS.values())
 _INLINE = frozenset((str, int, float, bool, type(None)))
@@ -66,7 +66,7 @@ LEFT_OUT = _LeftOut()
 def reading(path: str) -> Iterator[None]:
     """Turn an error about the nodes of a manifest into one that says that the manifest is wrong.
 
-    Not of what no file is to blame for: want of memory, a device that has failed, a kernel that PyTorch does not have.
+    Errors that no file causes stay: too little memory, a device that has failed, a kernel that PyTorch does not have.
     """
     try:
         yield
@@ -103,7 +103,8 @@ class NodeTable:
         self.reached = bytearray()
         self._is_whole = False
         self._highest = -1
-        # Many lines and references are alike, and each would be an object of its own.
+        # A table may have millions of nodes, and the cyclic collector visits every dict and list. Forms and references
+        # that are alike are therefore one object.
         self._plain: dict[str, dict[str, Any]] = {}
         self._references: dict[int, list[int]] = {}
 
@@ -116,7 +117,7 @@ class NodeTable:
         if type(line) is not dict or self._is_whole:
             raise ValueError(f"{shown(line)} is not a node, or comes after the root")
         if len(line) == 2 and line.get("is") == "tensor" and "name" in line:
-            # As most are: the elements of a tensor of a file.
+            # Most lines are such: all elements of a tensor of a file.
             self.forms.append(line)
             self.children.append(_NOTHING)
             return
@@ -127,13 +128,14 @@ class NodeTable:
         kind = line.pop("is")
         if type(kind) is not str:
             raise ValueError(f"{shown(kind)} is not a kind of a node")
-        # Of objects of classes it says what kind of class that is.
+        # "of" has the children, or, for an object of a class, says as a string what kind of class that is.
         of = line.pop("of") if type(line.get("of", "")) is not str else []
         found: list[Any] = list(map(self._child, _checked(of, list)))
         for key, value in _checked(line.pop("pairs", []), list):
             found += (self._child(key), self._child(value))
         for key, value in _checked(line.pop("items", {}), dict).items():
             found += (key, self._child(value))
+        # A large container continues on further lines, so that no line is long.
         if kind == "more":
             if line:
                 raise ValueError("a line that adds children has more than these")
@@ -218,7 +220,8 @@ class NodeTable:
             and reached through nothing but dicts, lists and tuples, so that the bytes of the file can go straight into
             a live tensor.
         """
-        # 1 for nodes that are reached plainly, 2 for those also reached in another way, and all below them.
+        # 1 for nodes that are reached plainly, 2 for those also reached in another way, and all below them. A node is
+        # visited again only if its number grows, so each at most twice, also on circles.
         reached = self.reached = bytearray(len(self.forms))
         pending: list[tuple[int, int]] = []
         root = self.node(self.root)
@@ -247,7 +250,7 @@ class NodeTable:
         for place, child in enumerate(releasing_gil(self.children[index])):
             node = self.node(child)
             if node is not None:
-                # Keys are values too.
+                # A key is replaced with its whole mapping, never in place.
                 pending.append((node, how if plain and not (mapping and place % 2 == 0) else 2))
         for child in form.get("attributes", {}).values():
             node = self.node(child)
@@ -303,7 +306,7 @@ class View:
             raise ValueError(f"{shown(self)} exceeds {data.numel()} bytes")
         if self.dtype is not torch.complex32:
             return _over(data, self.dtype, self)
-        # They are called experimental whenever one is made; PyTorch has warned the code that saved it.
+        # PyTorch warns whenever a complex32 tensor is made. The code that saved this one has seen the warning.
         with without_warnings():
             return _over(data, self.dtype, self)
 
@@ -313,6 +316,7 @@ class View:
 
 
 def _over(data: torch.Tensor, dtype: torch.dtype, view: View) -> torch.Tensor:
+    # set_() and not as_strided(): the leaf must not be a view of another tensor for autograd, nor share its version.
     empty = torch.empty(0, dtype=dtype, device=data.device)
     return empty.set_(data.untyped_storage(), view.offset, view.shape, view.stride)
 
@@ -332,6 +336,7 @@ def view_of(form: dict[str, Any], records: Mapping[str, TensorRecord]) -> View:
     dtype = torch_constant(form["dtype"]) if "dtype" in form else DTYPES[record.dtype]
     shape = checked_sizes(form["shape"]) if "shape" in form else record.shape
     stride = checked_sizes(form["stride"]) if "stride" in form else contiguous_strides(shape)
+    # Without a scheme PyTorch makes a tensor that no operation can use.
     if dtype in _QUANTIZED:
         raise ValueError(f"{dtype} needs a quantization scheme")
     if len(stride) != len(shape):
@@ -365,7 +370,7 @@ def strided_layouts(
         if how and form["is"] == "tensor":
             if "stride" in form and "offset" not in form:
                 with reading(path):
-                    _add_spread(found, form, records, positions)
+                    _add_layout(found, form, records, positions)
             else:
                 plain.add(form["name"])
     with reading(path):
@@ -374,7 +379,7 @@ def strided_layouts(
     return found
 
 
-def _add_spread(
+def _add_layout(
     found: dict[str, View], form: dict[str, Any], records: Mapping[str, TensorRecord], positions: Mapping[str, int]
 ) -> None:
     name, view = form["name"], view_of(form, records)
@@ -382,6 +387,8 @@ def _add_spread(
     # One layout for each, or a few nodes could ask for any amount of memory.
     if found.setdefault(name, view) != view:
         raise ValueError(f"leaves have different views of {shown(name)}")
+    # A writer does not write such: strides of a hostile file could ask for any amount of memory, or have elements
+    # overwrite one another.
     if view.nbytes > MAX_SPREAD * nbytes or (nbytes and not is_injective(view.shape, view.stride)):
         raise ValueError(f"{nbytes} bytes cannot be laid out as {shown(view)}")
     if positions[name] % view.dtype.itemsize:

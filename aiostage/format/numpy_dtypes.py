@@ -12,6 +12,8 @@ from aiostage.format.kinds import NotCarried
 
 __all__ = ["dtype_form", "dtype_of"]
 
+# Limits against a file that asks for an element of any size, or for recursion without end. All are guesses, far above
+# what arrays in state dicts have.
 _SIMPLE = re.compile(
     r"[<>|](?:b1|[iu][1248]|f[248]|c(?:8|16)|[SV]\d{1,9}|U\d{1,9}"
     r"|[mM]8(?:\[\d{0,9}(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)"
@@ -20,7 +22,10 @@ _MAX_DEPTH = 16
 _MAX_FIELDS = 10_000
 _MAX_ITEM_BYTES = 1 << 31
 _LONG = "gG"
+"""Codes of longdouble and clongdouble."""
+
 _USER_DEFINED = 2
+"""What ``dtype.isbuiltin`` is for dtypes that other packages have registered, as ml_dtypes does with bfloat16."""
 
 
 def dtype_form(dtype: np.dtype[Any]) -> Any:
@@ -36,6 +41,7 @@ def dtype_form(dtype: np.dtype[Any]) -> Any:
     if dtype.names is None:
         return dtype.str
     fields = [dtype.fields[name] for name in dtype.names] if dtype.fields is not None else []
+    # A field is a pair of dtype and offset, or has a title as the third.
     if any(len(found) > 2 for found in fields):
         raise NotCarried("the fields of its dtype have titles", "Rename its fields without titles.")
     return {
@@ -81,6 +87,7 @@ def dtype_of(form: Any, depth: int = 0) -> np.dtype[Any]:
         raise ValueError("a dtype is nested too deeply")
     if "base" in form:
         base, shape = dtype_of(form["base"], depth + 1), form["shape"]
+        # Before np.dtype sees it, whose own size is a C integer.
         nbytes = max(base.itemsize, 1)
         for size in shape:
             if type(size) is not int or not 0 <= size < _MAX_ITEM_BYTES:

@@ -55,7 +55,7 @@ def _rebuild_array(form: Mapping[str, Any], children: Sequence[Any]) -> np.ndarr
     order: Any = "F" if form.get("fortran") is True else "C"
     if math.prod(shape) * dtype.itemsize != memory.numel():
         raise ValueError(f"an array of {list(shape)} and {dtype} has {memory.numel()} bytes")
-    # A copy, since the memory may not be aligned to the elements.
+    # A copy, because the memory of the file need not be aligned to the elements. NumPy wants no memory for no elements.
     data = memory.numpy()
     return np.ndarray(tuple(shape), dtype, data if data.size else None, order=order).copy(order)
 
@@ -85,7 +85,7 @@ def _take_masked_apart(value: Any) -> Parts:
         {
             "data": np.asarray(value.data),
             "mask": None if mask is np.ma.nomask else mask,
-            # Until code asks for it, an array has none of its own.
+            # The private attribute: fill_value makes one of the default for an array that has none of its own.
             "fill_value": None if value._fill_value is None else np.asarray(value._fill_value),
         },
     )
@@ -108,7 +108,7 @@ def _take_bit_generator_apart(value: Any) -> Parts:
 def bit_generator(name: str, state: Any) -> Any:
     """Make a generator of bits.
 
-    NumPy takes positions as they are and reads whatever memory they lead to, so they are checked here.
+    NumPy does not check positions, and would read memory outside of the state, so they are checked here.
     """
     made = _BIT_GENERATORS[name]()
     if type(state) is not dict:
@@ -125,6 +125,7 @@ def bit_generator(name: str, state: Any) -> Any:
     return made
 
 
+# At the end of the state is allowed: the next draw then computes a new one.
 def _check_position(value: Any, most: int) -> None:
     if not isinstance(value, (int, np.integer)) or not 0 <= value <= most:
         raise ValueError("the position of a generator is outside of its state")
@@ -148,6 +149,8 @@ def _take_random_state_apart(value: Any) -> Parts:
 
 def _rebuild_random_state(form: Mapping[str, Any], children: Sequence[Any]) -> np.random.RandomState:
     (state,) = children
+    # The generator of bits checks the state before RandomState takes it. It does not know has_gauss and gauss, which
+    # are the second of a pair of normal numbers, drawn and not yet returned.
     bits = bit_generator(form["generator"], {key: value for key, value in state.items() if "gauss" not in key})
     made = np.random.RandomState(bits)
     made.set_state(state)

@@ -74,6 +74,7 @@ def take_object_apart(value: Any) -> tuple[str, Parts]:
         NotCarried: If it cannot be carried.
     """
     cls = type(value)
+    # Registered classes first: a registration overrides everything else that is known of a class.
     found = flattening_of(cls)
     if found is not None:
         name = full_name(cls)
@@ -125,7 +126,7 @@ def rebuild_object(form: Mapping[str, Any], children: Sequence[Any], classes: Cl
         except MemoryError:
             raise
         except Exception as error:
-            # Of decimals, random states and others in their own ways.
+            # Any class: decimal.InvalidOperation is an ArithmeticError, for one. The caller expects a few classes.
             raise ValueError(f"a {name} cannot be made: {error!r:.200}") from error
     if name in MADE_WHOLE and not children:
         raise ValueError(f"a {name} has no context")
@@ -143,6 +144,7 @@ def rebuild_object(form: Mapping[str, Any], children: Sequence[Any], classes: Cl
     except CheckpointError:
         raise
     except Exception as error:
+        # Without a class no code of the user has run, so the file is at fault, and the caller says so.
         if cls is None and name != "registered":
             raise
         raise CheckpointError(
@@ -194,7 +196,7 @@ def hint_for(value: Any) -> str:
         if isinstance(value, base):
             return f"Convert it by {base.__name__}(), or register its class with aiostage.checkpoint.register()."
     for base in _CONTAINERS:
-        # What a subclass has besides would be lost in a conversion.
+        # Attributes of a subclass would be lost in a conversion.
         if isinstance(value, base):
             extra = " if it has nothing besides" if getattr(value, "__dict__", None) else ""
             return f"{_REGISTER}, or convert it by {base.__name__}(){extra}."

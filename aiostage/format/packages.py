@@ -1,4 +1,9 @@
-"""Takes objects of common packages apart. Nothing here imports them: a program with such an object has done so."""
+"""Takes objects of common packages apart, and makes them again.
+
+No package is imported for a file that names its class: objects are made only of classes that the program has imported.
+A private name of a package is used only where nothing public says the same; `tests/format/test_packages.py` runs all
+of this with the installed versions.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,7 @@ def _make_model_output(cls: type, children: list[Any], context: Any) -> Any:
 
 
 def _flatten_batch_encoding(value: Any) -> tuple[Iterable[Any], Any]:
-    # Copies may lack what their own protocol forgets.
+    # Through vars(), because a copy may lack attributes: BatchEncoding's own __getstate__ leaves some out.
     own = vars(value)
     encodings = own.get("_encodings")
     states = None if encodings is None else [encoding.__getstate__() for encoding in encodings]
@@ -71,6 +76,7 @@ _PYDANTIC = ("__dict__", "__pydantic_extra__", "__pydantic_fields_set__", "__pyd
 
 
 def _flatten_model(value: Any) -> tuple[Iterable[Any], Any]:
+    # With other keys, the class has a __getstate__ of its own, and only its own code knows what they mean.
     state = value.__getstate__()
     if set(state) != set(_PYDANTIC):
         raise NotCarried(
@@ -88,8 +94,8 @@ def _make_model(cls: Any, children: list[Any], context: Any) -> Any:
 def _flatten_config(value: Any) -> tuple[Iterable[Any], Any]:
     tools = import_module("omegaconf").OmegaConf
     flags = {name: value._get_node_flag(name) for name in ("readonly", "struct", "allow_objects")}
+    # An interpolation such as ${..rate} may lead out of the part.
     if value._get_parent() is not None:
-        # An interpolation may lead out of it.
         raise NotCarried(
             "it is a part of another config, to which interpolations may refer",
             "Put the whole config into the state dict, or OmegaConf.to_container(config, resolve=True).",

@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 DIGEST_NAME = "xxh3_64"
-"""The fastest of the digests measured that detects more than one flipped bit: 34 GB/s on one core."""
+"""The fastest of the digests measured that detects more than one flipped bit: 34 GB/s on one core. It is not
+cryptographic: it finds damage, and no changes that were made on purpose."""
 
 PART_BYTES = 8 << 20
 """How much is written, read and checked at once. 8 MiB from two threads was as fast as larger parts, and a part
@@ -52,7 +53,7 @@ MAX_PART_BYTES = 64 << 20
 """Larger parts are not read, so that a hostile manifest costs a bounded amount of memory."""
 
 _GROUP = 256
-"""Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
+"""Pieces in one fused copy. PyTorch holds the GIL while it takes the arguments apart. A guess."""
 
 
 class _Memory:
@@ -67,6 +68,7 @@ class _Memory:
 
 def memory_of(address: int, nbytes: int, owner: object) -> torch.Tensor:
     """Return host memory as a one-dimensional uint8 tensor that keeps ``owner`` alive."""
+    # Through NumPy, whose array interface takes an address. torch.frombuffer() takes only Python objects with a buffer.
     memory: np.ndarray[Any, Any] = np.asarray(_Memory(address, nbytes, owner))
     return torch.from_numpy(memory)
 
@@ -123,6 +125,8 @@ def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]
     if tensor.dim() == 1:
         yield tensor[start:stop]
         return
+    # At most a row that begins in the middle, whole rows as one block, and a row that ends in the middle; of the first
+    # and the last the same again, one dimension further in.
     inner = tensor.numel() // tensor.size(0)
     if start % inner:
         row = start // inner
@@ -243,7 +247,7 @@ def gather(part: Part, buffer: torch.Tensor) -> None:
         part: Without gaps.
         buffer: One-dimensional uint8, at least as long as the part.
     """
-    # A buffer that was made in the caller's inference mode, which belongs to its thread, can be written to only in it.
+    # A tensor that was made in inference mode can be written to only in that mode, and the mode belongs to a thread.
     with torch.inference_mode(buffer.is_inference()):
         for pieces, places in _groups(part, buffer):
             sources, destinations = [], []
@@ -267,7 +271,7 @@ def scatter(part: Part, buffer: torch.Tensor) -> None:
     for pieces, places in _groups(part, buffer):
         pairs = [(piece, place) for piece, place in zip(pieces, places, strict=True) if isinstance(piece, torch.Tensor)]
         if pairs:
-            # As for a buffer in gather().
+            # As for the buffer in gather().
             with torch.inference_mode(any(piece.is_inference() for piece, _ in pairs)):
                 _private.foreach_copy([piece for piece, _ in pairs], [place for _, place in pairs])
 
@@ -295,6 +299,7 @@ def running_digest() -> xxhash.xxh3_64:
 
 def digest_of_parts(digests: Sequence[str]) -> str:
     """Return one digest for a file from those of its parts: its only part's, or the digest of all in a row."""
+    # A file of one part has the digest that other tools compute of it.
     if len(digests) == 1:
         return digests[0]
     return xxhash.xxh3_64_hexdigest(bytes.fromhex("".join(digests)))

@@ -32,7 +32,7 @@ BLOCK_DIGEST_NAME = "xxh3_128"
 comparisons; XXH3 does not protect against two blocks that were made to have one digest."""
 
 SourceFile: TypeAlias = "tuple[str | None, str]"
-"""A file that bytes lie in: the checkpoint that has it, or None for the one that is spoken of, and its own name."""
+"""A file that bytes lie in: the name of its checkpoint, or None for the one that refers to it; and its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class PlacedFile:
 
     def located(self, start: int, stop: int) -> Iterator[Extent]:
         """Iterate over where a range of the file lies."""
+        # The last piece that starts at or before the range. Of pieces without bytes, several start at one place.
         index = bisect_right(self.starts, start) - 1
         while start < stop:
             piece = self.pieces[index]
@@ -110,6 +111,7 @@ class Placement:
     def needs(self) -> dict[str, frozenset[str]]:
         """Return the files of other checkpoints that have to stay, by the names of the checkpoints."""
         found: dict[str, set[str]] = {}
+        # Of sizes, not of pieces: there are few files and up to a million pieces.
         for source, file in self.sizes:
             if source is not None:
                 found.setdefault(source, set()).add(file)
@@ -131,7 +133,7 @@ def block_digests(data: Buffer) -> list[str]:
 
 
 def append(pieces: list[Extent], piece: Extent) -> None:
-    """Add a piece behind others; it becomes one with the last if it lies behind that too."""
+    """Add a piece behind others. It is joined with the last one if it also follows it in the file that has both."""
     last = pieces[-1] if pieces else None
     if (
         last is not None

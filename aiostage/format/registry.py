@@ -33,6 +33,7 @@ class Registered:
     unflatten: Unflatten[Any] | None
 
 
+# By full name, as checkpoints name classes. Without a lock: each access is one operation of a dict.
 _registered: dict[str, Registered] = {}
 
 
@@ -79,6 +80,7 @@ class ClassHandler(NamedTuple):
 def flattening_of(cls: type) -> ClassHandler | None:
     """Return how objects of a class are taken apart, if that is registered or known."""
     found = _registered.get(full_name(cls))
+    # A class that is defined again, in a notebook say, has the same name and is not the registered one.
     if found is not None and found.cls is cls:
         return ClassHandler(None, found.flatten)
     for base in cls.__mro__:
@@ -114,6 +116,7 @@ def unflatten_of(name: str, base: str | None, cls: type | None) -> Callable[[Seq
         return None
     if cls is None and name == base:
         cls = _imported(base)
+    # The file says which class is the base. It counts only if the class that the reader has named agrees.
     if cls is None or not any(full_name(each) == base for each in cls.__mro__):
         return None
     made_of, make = cls, known.unflatten
@@ -123,6 +126,7 @@ def unflatten_of(name: str, base: str | None, cls: type | None) -> Callable[[Seq
 def _imported(name: str) -> type | None:
     """Return a class of a package that is known here, if the process has imported it. Nothing is imported."""
     module, _, attribute = name.rpartition(".")
+    # Not by getattr(), which may import: modules of transformers are lazy.
     found = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
     return found if isinstance(found, type) else None
 

@@ -66,10 +66,11 @@ CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: 
 """Dtypes that torch can copy, by element size; the bytes are all that counts."""
 
 MAX_SPREAD = 4
-"""Leaves whose memory is at most this many times their elements are written as elements, without the gaps."""
+"""Leaves whose memory is at most this many times their elements are written as elements, without the gaps. A guess. It
+also limits how much memory a file may ask for, in proportion to its own size."""
 
 _PACKED = "F4"
-"""Of which the format counts single elements in the last dimension, and torch pairs of them, a byte each."""
+"""The dtype of which the format counts single elements in the last dimension, and torch pairs of them, a byte each."""
 
 HEADER_LENGTH_BYTES = 8
 """The header is preceded by its own length."""
@@ -78,7 +79,8 @@ HEADER_ALIGNMENT = 4096
 """Headers are padded so that the data starts on a page, which direct I/O and mapping want."""
 
 METADATA = b'{"__metadata__":{"format":"pt","writer":"aiostage"}'
-"""How every header begins that is written here."""
+"""How every header begins that is written here. A directory with such a file and without a manifest is a damaged
+checkpoint, and not one of another program: see ``_is_ours`` in checkpoint/foreign.py."""
 
 MAX_HEADER_BYTES = 100_000_000
 """What the reference implementation accepts."""
@@ -87,7 +89,7 @@ MAX_TENSOR_NAME = 512
 """Longest name written, in characters. Keeps a header in proportion to the tree."""
 
 _MAX_RECORD = 65_536
-"""Longest description of one tensor that is read, in characters; a thousand dimensions take a third of it."""
+"""Longest description of one tensor that is read, in characters; 1,024 dimensions take a third of it."""
 
 _WHITESPACE = " \t\n\r"
 
@@ -115,6 +117,7 @@ class TensorRecord(NamedTuple):
 
 def header_cost(name: str, shape: Sequence[int]) -> int:
     """Return an upper bound of the bytes that a record takes in a header."""
+    # JSON escapes a control character with six bytes. A size has up to 20 digits and a comma.
     return len(name.encode()) * 6 + 21 * len(shape) + _RECORD_OVERHEAD
 
 
@@ -130,6 +133,7 @@ def write_header(records: Iterable[TensorRecord]) -> bytearray:
     header = bytearray(HEADER_LENGTH_BYTES)
     header += METADATA
     for record in releasing_gil(records):
+        # By hand, which is faster than the json module.
         name = encode_basestring(record.name)
         sizes = record.shape if record.dtype != _PACKED else (*record.shape[:-1], 2 * record.shape[-1])
         shape = ",".join(map(str, sizes))
@@ -163,6 +167,8 @@ def read_header(header: bytes, data_bytes: int, *, path: str) -> list[TensorReco
     for record in releasing_gil(_records(header, path)):
         if records.setdefault(record.name, record) is not record:
             raise CheckpointCorruptError(f"its header names the tensor {shown(record.name)} twice.", path=path)
+    # Without gaps and overlaps, as the format demands: nothing can be hidden between tensors, no byte counts twice, and
+    # the tensors of a file take no more memory than the file has bytes.
     ordered = sorted(records.values(), key=attrgetter("start", "stop"))
     position = 0
     for record in ordered:
@@ -190,7 +196,8 @@ _PLAIN = re.compile(
 def _records(header: bytes, path: str) -> Iterator[TensorRecord]:
     """Iterate over the tensors that the members of the top-level object describe, and check each."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_members)
-    # Dtypes and shapes as they are spelled, once one tensor of them has been checked: most have them in common.
+    # By dtype and shape as they are spelled, the checked shape and its size in bytes. Most tensors have both in common
+    # with others, and only the first of them is checked.
     kinds: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}
     try:
         text = header.decode().rstrip(_WHITESPACE)
@@ -213,7 +220,8 @@ def _records(header: bytes, path: str) -> Iterator[TensorRecord]:
                 raise ValueError(f"a name and a colon are expected before character {position}")
             position = _skip(text, position + 1)
             if name != _METADATA_NAME:
-                # What describes a tensor has no braces inside, so that its end is found before it is parsed.
+                # A record has no braces inside, so its end is found before it is parsed, and the parser never sees more
+                # than _MAX_RECORD characters.
                 closing = text.find("}", position, position + _MAX_RECORD)
                 if closing < 0 or text.find("{", position + 1, closing) >= 0:
                     raise ValueError(
@@ -290,7 +298,7 @@ def checked_sizes(values: Any) -> tuple[int, ...]:
     """
     if type(values) not in (list, tuple) or len(values) > MAX_RANK:
         raise ValueError(f"{shown(values)} are no sizes")
-    # A generator would cost more than what it does: this is called several times for each tensor.
+    # A loop, since this is called several times for each tensor, and all() with a generator takes longer.
     for value in values:
         if type(value) is not int or not 0 <= value < _MAX_SIZE:
             raise ValueError(f"{shown(values)} are no sizes")
@@ -322,7 +330,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_injective(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether no two elements are surely at the same address."""
+    """Return whether it is certain that no two elements are at the same address."""
+    # A condition that is enough, though not necessary: each stride exceeds the reach of all smaller ones.
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:

@@ -23,7 +23,7 @@ from aiostage.format.kinds import Kind, NotCarried, Parts
 __all__ = ["STANDARD_KINDS", "read_zones"]
 
 _MAX_FRACTION_BITS = 1 << 16
-"""Reducing a fraction takes time that grows with the square of its size."""
+"""A guess. Reducing a fraction takes time that grows with the square of its size."""
 
 _PATHS: dict[str, type[pathlib.PurePath]] = {
     "PurePosixPath": pathlib.PurePosixPath,
@@ -38,7 +38,7 @@ def _path(name: str) -> Kind:
         text = _only(children, str)
         cls = _PATHS[name]
         if issubclass(cls, pathlib.Path) and cls is not type(pathlib.Path()):
-            # The system of the reader has no such files; the pure path says the same.
+            # Only the pure path can be made on another system: pathlib refuses a WindowsPath on POSIX.
             cls = _PATHS[f"Pure{name}"]
         return cls(text)
 
@@ -93,7 +93,8 @@ def _zone(children: Sequence[Any]) -> Any:
 
 
 def _take_timezone_apart(value: timezone) -> Parts:
-    # The name is part of the zone only if it was given.
+    # A name that was not given is not carried: tzname() computes one from the offset, and a zone that is made with that
+    # name would be pickled and printed differently.
     offset = value.utcoffset(None)
     name = value.tzname(None)
     return Parts(children={"offset": offset, "name": None if name == timezone(offset).tzname(None) else name})
@@ -127,6 +128,7 @@ def read_zones(forms: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _rebuild_zone(form: Mapping[str, Any], children: Sequence[Any]) -> ZoneInfo:
+    # The key becomes the path of a file. ZoneInfo refuses keys that lead out of its directories.
     if type(form["key"]) is not str or not form["key"].isascii() or len(form["key"]) > 100:
         raise ValueError("the key of a time zone is expected")
     return ZoneInfo(form["key"])
@@ -154,6 +156,7 @@ def _rebuild_slice(form: Mapping[str, Any], children: Sequence[Any]) -> slice:
 
 
 def _take_buffer_apart(value: BytesIO) -> Parts:
+    # As a tensor, so that its bytes go to a safetensors file and not into the manifest.
     if value.closed:
         raise NotCarried("a BytesIO that was closed has no contents", "Put its getvalue() into the state dict.")
     contents = torch.frombuffer(bytearray(value.getvalue()), dtype=torch.uint8) if value.getbuffer().nbytes else None
@@ -171,6 +174,7 @@ def _rebuild_buffer(form: Mapping[str, Any], children: Sequence[Any]) -> BytesIO
 
 def _rebuild_random(form: Mapping[str, Any], children: Sequence[Any]) -> Random:
     made = Random()
+    # It checks the length of the state and the position in it.
     made.setstate(_only(children, tuple))
     return made
 

@@ -14,7 +14,7 @@ from aiostage.format.kinds import Kind, NotCarried, Parts
 __all__ = ["JAGGED", "extra_attributes", "take_subclass_apart"]
 
 _LEFT_OUT = {"bitsandbytes.nn.modules.Params4bit": {"module"}, "bitsandbytes.nn.modules.Int8Params": {"module"}}
-"""Attributes that lead back to the module which the tensor is a parameter of."""
+"""Attributes that lead back to the module of which the tensor is a parameter: code, and larger than the tensor."""
 
 
 def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
@@ -27,6 +27,7 @@ def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
         NotCarried: If it cannot be carried.
     """
     cls = type(tensor)
+    # By name: importing DTensor takes long, and some builds of PyTorch have no distributed package.
     if cls.__name__ == "DTensor":
         raise NotCarried(
             "a DTensor is one of the shards of a tensor",
@@ -46,6 +47,7 @@ def take_subclass_apart(tensor: Any) -> tuple[str, Parts]:
             "Give the class __tensor_flatten__ and __tensor_unflatten__, or register it with "
             "aiostage.checkpoint.register().",
         )
+    # The class may override what detach() does; its elements are wanted as they lie in memory.
     with _private.without_torch_function():
         data = torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
     return "subclass", Parts({"type": full_name(cls)}, {"data": data}, extra_attributes(tensor))
@@ -61,15 +63,13 @@ def extra_attributes(tensor: Any, inner: Collection[str] = ()) -> dict[str, Any]
     left_out = set(inner) | _LEFT_OUT.get(full_name(type(tensor)), set())
     found = {name: getattr(tensor, name) for name in slots_of(type(tensor)) if hasattr(tensor, name)} | vars(tensor)
     if inner:
-        # What else a wrapper keeps to itself is made from its context.
-        made = vars(type(tensor).__tensor_unflatten__(*_again(tensor)))
+        # A wrapper that is made again from its parts shows which attributes its class sets itself. They are made again
+        # in a load too, and private ones with them.
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        made = vars(type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride()))
         left_out |= made.keys() | {name for name in found if name.startswith("_")}
     return {name: value for name, value in found.items() if name not in left_out}
-
-
-def _again(tensor: Any) -> tuple[dict[str, Any], Any, Any, Any]:
-    names, context = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}, context, tensor.size(), tensor.stride()
 
 
 def _take_jagged_apart(tensor: Any) -> Parts:
@@ -95,9 +95,10 @@ def _rebuild_jagged(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
 
 
 def _check_jagged(values: torch.Tensor, offsets: torch.Tensor, lengths: Any, dimension: int) -> None:
-    """Refuse rows outside of the values: kernels take offsets as they are."""
+    """Refuse rows outside of the values: kernels do not check offsets, and would read other memory."""
     if not 1 <= dimension <= values.dim() or offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError("the offsets of a jagged tensor are not offsets")
+    # Without elements there is nothing to read.
     if values.is_meta or offsets.is_meta:
         return
     stop = values.shape[dimension - 1]

@@ -17,6 +17,7 @@ _RETURN_TYPES: dict[str, type] = {
     name: cls for name, cls in vars(torch.return_types).items() if isinstance(cls, type) and issubclass(cls, tuple)
 }
 _LAZY: dict[str, Any] = {cls.__name__: cls for cls in (UninitializedParameter, UninitializedBuffer)}
+# The dtypes that have a class of typed storages, such as torch.FloatStorage, apart from quantized ones.
 _STORAGE_DTYPES = frozenset(
     (
         torch.float64,
@@ -75,6 +76,7 @@ def _bytes_over(storage: torch.UntypedStorage) -> torch.Tensor:
 
 def _untyped(children: Sequence[Any]) -> torch.UntypedStorage:
     (memory,) = children
+    # Ties stay: tensors over the same storage have been read into the same memory.
     storage: torch.UntypedStorage = memory.untyped_storage()
     if memory.dtype is not torch.uint8 or storage.nbytes() != memory.numel():
         raise ValueError("the memory of a storage has another size")
@@ -96,6 +98,7 @@ def _rebuild_typed(form: Mapping[str, Any], children: Sequence[Any]) -> Any:
     dtype = torch_constant(form["dtype"])
     if dtype not in _STORAGE_DTYPES:
         raise ValueError("the dtype of a storage is unknown")
+    # _internal keeps PyTorch from warning that the class is deprecated.
     return torch.storage.TypedStorage(wrap_storage=_untyped(children), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
@@ -104,6 +107,7 @@ def _take_scheme_apart(value: Any) -> Parts:
 
 
 def _take_lazy_apart(value: Any) -> Parts:
+    # The data has no elements yet, but a dtype; whether it is a parameter is noted as for other tensors.
     dtype = str(value.data.dtype).removeprefix("torch.")
     return Parts({"name": type(value).__name__, "dtype": dtype}, {}, vars(value))
 

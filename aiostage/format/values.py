@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter", defaultdict: "defaultdict"}
-"""Exact classes of mappings, and their names in the manifest."""
+"""Exact classes of mappings, and their names in the manifest. Subclasses may hold more than their contents."""
 
 SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
 """Exact classes of other containers, and their names in the manifest."""
@@ -46,15 +46,15 @@ FACTORIES: dict[Any, str] = {None: "None"} | {
     factory: factory.__name__
     for factory in (dict, list, set, tuple, int, float, complex, str, bytes, bool, OrderedDict, Counter)
 }
-"""What makes the default values of a defaultdict. Anything else would have to be imported by name."""
+"""What makes the default values of a defaultdict. Any other factory is code, which no checkpoint carries."""
 
 ARRAY_DTYPES = frozenset(
     np.dtype(name) for name in ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "c16")
 )
 """NumPy dtypes that torch can hold, in the byte order of the machine."""
 
-_STEP = 64 << 10
-"""Characters of base64 that are decoded at once, a multiple of four."""
+_BASE64_STEP = 64 << 10
+"""Characters of base64 that are decoded at once with the GIL held. A multiple of four, which are three bytes."""
 
 EXACT_INTEGERS = 1 << 53
 """Larger integers are read inexactly by other JSON parsers, and would be slow to print in decimal."""
@@ -64,11 +64,12 @@ def is_inline(value: Any) -> bool:
     """Return whether JSON has a spelling of its own for a value that is read back as exactly that value."""
     cls = type(value)
     if cls is str:
-        # Surrogates survive JSON one by one but not in pairs.
+        # A JSON parser joins the escapes of two surrogates to one character, which two characters were before.
         return value.isascii() or _is_encodable(value)
     if cls is int:
-        return abs(int(value)) <= EXACT_INTEGERS
+        return bool(abs(value) <= EXACT_INTEGERS)
     if cls is float:
+        # JSON has no NaN and no infinity. Python prints finite floats so that they are read back exactly.
         return math.isfinite(value)
     return value is None or cls is bool
 
@@ -87,7 +88,7 @@ def torch_constant(name: str) -> Any:
     Raises:
         ValueError: If torch has none of that name.
     """
-    # Not looked up in torch, which imports what is asked for.
+    # Not by getattr(torch, name): the name comes from a file, and torch imports modules that are asked for like that.
     value = _CONSTANTS.get(name) if isinstance(name, str) else None
     if value is None:
         raise ValueError(f"torch.{shown(name)} is not a dtype, layout or memory format")
@@ -98,6 +99,7 @@ _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
 _CONSTANTS = {name: value for name, value in vars(torch).items() if type(value) in _TORCH_CONSTANTS}
 
 
+# The bits, because a NaN has a sign and a payload, which no decimal shows.
 def _bits(value: float) -> str:
     return struct.pack(">d", value).hex()
 
@@ -119,14 +121,14 @@ def _write_array_scalar(value: Any) -> list[str]:
 
 
 _SCALAR_DTYPES = {dtype.str: dtype for dtype in ARRAY_DTYPES} | {
-    # Of machines of the other byte order.
+    # A file may come from a machine of the other byte order.
     dtype.newbyteorder().str: dtype.newbyteorder()
     for dtype in ARRAY_DTYPES
 }
 
 
 def _read_array_scalar(form: list[str]) -> Any:
-    # Not through np.dtype, which evaluates what looks like syntax.
+    # Not np.dtype(form[0]), which evaluates what looks like Python.
     dtype = _SCALAR_DTYPES[form[0]]
     return np.frombuffer(bytes.fromhex(form[1]), dtype=dtype, count=1)[0]
 
@@ -135,12 +137,14 @@ _Codec: TypeAlias = tuple[str, Callable[[Any], Any], Callable[[Any], Any]]
 
 _BASE64: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (
     lambda value: base64.b64encode(value).decode(),
+    # Without validate=True, characters that are not base64 are skipped, and damage is not seen.
     lambda form: base64.b64decode(form, validate=True),
 )
 _TORCH: _Codec = ("torch", lambda value: str(value).removeprefix("torch."), torch_constant)
 _NUMPY: _Codec = ("numpy", _write_array_scalar, _read_array_scalar)
 
 SCALARS: dict[type, _Codec] = {
+    # In hexadecimal: converting a long integer to decimal takes quadratic time, and Python refuses over 4,300 digits.
     int: ("int", hex, lambda form: int(form, 16)),
     float: ("float", _bits, _from_bits),
     complex: ("complex", _write_complex, lambda form: complex(*map(_from_bits, form))),
@@ -182,10 +186,15 @@ def read_scalar(name: str, form: Any) -> Any:
 
 def read_bytes(name: str, form: str) -> bytes | bytearray:
     """Return ``bytes`` or a ``bytearray``, by their name, as :func:`read_scalar` does."""
-    starts = releasing_gil(range(0, len(form), _STEP))
-    pieces = [base64.b64decode(form[start : start + _STEP], validate=True) for start in starts]
+    starts = releasing_gil(range(0, len(form), _BASE64_STEP))
+    pieces = [base64.b64decode(form[start : start + _BASE64_STEP], validate=True) for start in starts]
     return b"".join(pieces) if name == "bytes" else bytearray().join(pieces)
 
+
+# The hash of a tuple is computed anew each time, recursively in C, and visits an element as often as it is met. So a
+# few lines of a hostile manifest could exhaust the stack, or keep a load busy for years: tuples, each of which contains
+# the one before twice. The numbers are guesses, far above what trees have. A save refuses the same, so that it never
+# writes what no load takes.
 
 MAX_HASHED_DEPTH = 100
 """Levels of tuples in an element of a set or in a key."""
@@ -194,15 +203,16 @@ MAX_HASHED_SIZE = 10_000
 """Objects in one element or key, each counted as often as it is met."""
 
 _MAX_HASHED = 1 << 25
-"""Objects in all elements and keys together; a second or so."""
+"""Objects in all elements and keys together. Hashing so many takes a second or so."""
 
 _MAX_COLLISIONS = 64
-"""Different objects of one hash in a set or a mapping. By chance there are two at the most."""
+"""Different objects of one hash in a set or a mapping, each of which is compared with the others. By chance there are
+two at the most."""
 
 _MAPPINGS = frozenset(MAPPINGS.values())
 _SETS = frozenset(("set", "frozenset"))
-# Their elements are hashed once, or never.
-_CHEAP = _MAPPINGS | {"set", "list", "deque", "tensor"}
+# Hashing one of these does not hash what it contains: they are hashed by identity or not at all.
+_NOT_HASHED_INSIDE = _MAPPINGS | {"set", "list", "deque", "tensor"}
 
 
 class TooLongToHashError(ValueError):
@@ -229,10 +239,11 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
     """
     if not any(form["is"] in _SETS or form["is"] in _MAPPINGS for form in forms):
         return
-    # What contains itself is mutable, and such are not hashed by what they contain.
+    # Children come before what contains them, so one pass computes both bottom-up. A child with a higher number closes
+    # a circle, which only mutable objects can, and these are not hashed by what they contain.
     depths, sizes = [1] * len(forms), [1] * len(forms)
     for index, form in enumerate(releasing_gil(forms)):
-        if form["is"] not in _CHEAP:
+        if form["is"] not in _NOT_HASHED_INSIDE:
             depth = size = 0
             for child in releasing_gil(chain(children[index], form.get("attributes", {}).values())):
                 size += 1
@@ -240,9 +251,11 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
                     depth = max(depth, depths[child[0]])
                     size += sizes[child[0]]
             depths[index] = depth + 1
+            # Limited, or the numbers would grow to thousands of digits.
             sizes[index] = min(size, MAX_HASHED_SIZE) + 1
     total = 0
     for index, form in enumerate(releasing_gil(forms)):
+        # All elements of a set; every second child of a mapping, which is a key.
         step = 1 if form["is"] in _SETS else 2 if form["is"] in _MAPPINGS else 0
         for place in releasing_gil(range(0, len(children[index]) if step else 0, step or 1)):
             child = children[index][place]
@@ -257,7 +270,10 @@ def check_hashed(forms: Sequence[dict[str, Any]], children: Sequence[Sequence[An
 
 
 class Collisions:
-    """Counts the hashes of what goes into one set or mapping."""
+    """Counts the hashes of what goes into one set or mapping, and refuses too many that are the same.
+
+    Strings are not counted: Python seeds their hashes anew in each process, so a file cannot choose them.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, int] = {}
@@ -272,7 +288,7 @@ class Collisions:
         keys = list(keys)
         for key in keys:
             if type(key) is not str:
-                # As text, because the hashes of numbers are what may be chosen here too.
+                # As text: hashes that are chosen to collide would collide in this dict too, were they numbers in it.
                 found = f"{hash(key):x}"
                 count = self._found[found] = self._found.get(found, 0) + 1
                 if count > _MAX_COLLISIONS:

@@ -27,7 +27,7 @@ from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import Memory, TreeDecoder
 from aiostage.format.encode import TreeEncoder, TreeNode
-from aiostage.format.manifest import lines_of, parse_line
+from aiostage.format.lines import lines_of, parse_line
 from aiostage.format.nodes import NodeTable, reading
 from aiostage.format.safetensors import TensorRecord, checked_sizes
 

@@ -25,7 +25,7 @@ from anyio.lowlevel import checkpoint
 from aiostage._loop.coroutines import Finalizer
 from aiostage._platform import register_after_fork, try_lock
 from aiostage.errors import WeightsError, said, shown
-from aiostage.format.manifest import parse_line
+from aiostage.format.lines import parse_line
 
 __all__ = [
     "MAX_PACKET_BYTES",

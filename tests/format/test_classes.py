@@ -237,7 +237,7 @@ async def test_classes_that_have_changed_since(tmp_path: Path) -> None:
         await aiostage.load(tmp_path / "checkpoint", classes=[moved])
     other = namedtuple("Pair", "left")
     other.__module__, other.__qualname__ = __name__, "Pair"
-    with pytest.raises(aiostage.CheckpointError, match="has not the fields left, right"):
+    with pytest.raises(aiostage.CheckpointError, match="does not have the fields left, right"):
         await aiostage.load(tmp_path / "checkpoint", classes=[other])
 
 

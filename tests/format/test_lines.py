@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiostage.format.manifest import lines_of, parse_line
+from aiostage.format.lines import lines_of, parse_line
 
 MIB = 1 << 20
 
