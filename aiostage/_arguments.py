@@ -11,7 +11,7 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["check_flags", "require_int", "stateful_in", "states_of"]
+__all__ = ["check_flags", "is_stateful", "require_int", "stateful_in", "states_of"]
 
 _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float, type)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
@@ -50,9 +50,9 @@ def states_of(tree: Any, is_value: Callable[[type], bool] = lambda cls: False) -
         is_value: Says of which classes objects stand for themselves, and not for their states.
 
     Raises:
-        Exception: What a ``state_dict`` method raises.
+        Exception: What a ``state_dict`` method or property raises.
     """
-    if _is_stateful(tree, is_value):
+    if is_stateful(tree, is_value):
         return tree.state_dict()
     found = dict(_stateful_items(tree, is_value)) if isinstance(tree, dict) else {}
     if not found:
@@ -65,7 +65,7 @@ def states_of(tree: Any, is_value: Callable[[type], bool] = lambda cls: False) -
 
 def stateful_in(tree: Any, is_value: Callable[[type], bool]) -> frozenset[int]:
     """Return the ids of Stateful objects: the tree itself, or values of a dict; as :func:`states_of`."""
-    if _is_stateful(tree, is_value):
+    if is_stateful(tree, is_value):
         return frozenset({id(tree)})
     items = _stateful_items(tree, is_value) if isinstance(tree, dict) else ()
     return frozenset(id(value) for _, value in items)
@@ -77,17 +77,27 @@ def _stateful_items(tree: dict[Any, Any], is_value: Callable[[type], bool]) -> l
     others = {cls for cls in set(map(type, tree.values())) if not issubclass(cls, _PLAIN)}
     if not others:
         return []
-    return [(key, value) for key, value in tree.items() if type(value) in others and _is_stateful(value, is_value)]
+    return [(key, value) for key, value in tree.items() if type(value) in others and is_stateful(value, is_value)]
 
 
-def _is_stateful(value: Any, is_value: Callable[[type], bool]) -> bool:
-    """Return whether an object is what PyTorch calls ``Stateful``: it has ``state_dict`` and ``load_state_dict``."""
+def is_stateful(value: Any, is_value: Callable[[type], bool] = lambda cls: False) -> bool:
+    """Return whether an object is what PyTorch calls ``Stateful``: it has ``state_dict`` and ``load_state_dict``.
+
+    Raises:
+        Exception: What a property of that name raises.
+    """
     # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
     if isinstance(value, _PLAIN):
         return False
+    return _has_method(value, "load_state_dict") and _has_method(value, "state_dict") and not is_value(type(value))
+
+
+def _has_method(value: Any, name: str) -> bool:
     try:
-        has_both = all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
+        return callable(getattr(value, name, None))
     except Exception:
-        # A __getattr__ may raise anything for names that it does not know, as that of PyG's HeteroData does.
+        # A __getattr__ may raise anything for names that it does not know, as that of PyG's HeteroData does. What a
+        # property of that name raises is the caller's to know: without its state the object would be saved whole.
+        if any(name in vars(cls) for cls in type(value).__mro__):
+            raise
         return False
-    return has_both and not is_value(type(value))

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES, Refusal
+from aiostage._capture.faithful import PLAIN_CLASSES, QUANTIZED_DTYPES, WITHOUT_QUANTIZER, Refusal
 from aiostage._warnings import without_warnings
 from aiostage.format.composites import inner_tensors, quantized_over
 
@@ -180,12 +180,17 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 def _quantized(tensor: torch.Tensor) -> Composite:
     if _private.rebuild_qtensor is None:
         raise Refusal("it is quantized, and this PyTorch cannot rebuild it.", "Stage its dequantize().")
+    if tensor.dtype not in QUANTIZED_DTYPES:
+        # PyTorch dereferences the quantizer that is not there, and the process would end. Of a view in a quantized
+        # dtype, q.view(torch.qint8), nothing tells that it has none.
+        raise Refusal(
+            "it is a view of a quantized tensor in another dtype, which PyTorch can neither copy nor read.",
+            "Stage the int_repr() of the quantized tensor.",
+        )
     try:
         scheme = tensor.qscheme()
     except RuntimeError:
-        raise Refusal(
-            "it has a quantized dtype, but no quantizer.", "Make it with torch.quantize_per_tensor()."
-        ) from None
+        raise Refusal(*WITHOUT_QUANTIZER) from None
     per_channel = scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
     if scheme == torch.per_tensor_affine:
         affine: tuple[Any, ...] = (scheme, tensor.q_scale(), tensor.q_zero_point())

@@ -22,6 +22,8 @@ from aiostage.leaf import Path, format_path
 
 __all__ = [
     "PLAIN_CLASSES",
+    "QUANTIZED_DTYPES",
+    "WITHOUT_QUANTIZER",
     "Chunk",
     "Inspection",
     "Refusal",
@@ -48,6 +50,13 @@ _WITHOUT_COPY = frozenset(
     if hasattr(torch, name)
 )
 """Dtypes for which torch has no copy kernel; their memory is copied as bytes."""
+
+QUANTIZED_DTYPES = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
+"""Dtypes whose elements mean nothing without a quantizer."""
+
+
+WITHOUT_QUANTIZER = ("it has a quantized dtype, but no quantizer.", "Make it with torch.quantize_per_tensor().")
+"""Why it is refused, and the way out."""
 
 
 class Refusal(Exception):
@@ -220,6 +229,9 @@ class SpecTable:
         key = (type(tensor), dtype, tensor.shape, stride, requires_grad, device, by_value, staged_stride)
         spec = self.known.get(key)
         if spec is None:
+            if dtype in QUANTIZED_DTYPES:
+                # Its dispatch keys are those of a plain tensor. One with a quantizer is taken apart before this.
+                raise Refusal(*WITHOUT_QUANTIZER)
             shape = tuple(tensor.shape)
             spec = Spec(type(tensor), dtype, dtype, shape, stride, requires_grad, device, by_value, staged_stride)
             self.known[key] = spec

@@ -9,6 +9,7 @@ import decimal
 import enum
 import fractions
 import gc
+import mmap
 import pathlib
 import types
 import uuid
@@ -251,10 +252,16 @@ def failed(node: Node, error: Exception) -> Exception:
     """Return the error to raise for one that the code of an object has raised."""
     if isinstance(error, UnsupportedLeafError):
         return error
+    cls = type(node.source)
+    if cls is mmap.mmap:
+        # Of a memory-mapped TensorDict, for example, whose class the caller cannot change.
+        remedy = "Stage a clone() of the tensor or TensorDict whose memory it is, or leave it out with passthrough."
+    else:
+        remedy = "Give it, or what holds it, a __deepcopy__ or __reduce__, or leave it out with passthrough."
     return UnsupportedLeafError(
-        f"{type(node.source).__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400].rstrip('.')}.",
+        f"{cls.__qualname__} cannot be copied: {type(error).__name__}: {str(error)[:400].rstrip('.')}.",
         path=format_path(node.own_path()),
-        remedy="Give it a __deepcopy__ or __reduce__, or leave it out with passthrough.",
+        remedy=remedy,
     )
 
 

@@ -13,10 +13,10 @@ import anyio
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage import _private
+from aiostage._arguments import is_stateful
 from aiostage._loop.coroutines import Finalizer, named
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
@@ -54,7 +54,7 @@ class AsyncSaveResponse:
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"DCP saves a dict of names, not {type(state_dict).__qualname__}; put it into one")
             # Called now: the copy is that of the state at the call. One level, as in DCP.
-            now = {key: item.state_dict() if _is_stateful(item) else item for key, item in state_dict.items()}
+            now = {key: item.state_dict() if is_stateful(item) else item for key, item in state_dict.items()}
             if stager is None:
                 stager = self._own = AsyncStager()
             self._staging: Coroutine[Any, Any, Any] = stager.stage(now)
@@ -278,11 +278,6 @@ def _write(
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _is_stateful(item: Any) -> bool:
-    # hasattr() first: isinstance() with a protocol takes 10 microseconds, and most items are tensors.
-    return hasattr(item, "state_dict") and isinstance(item, Stateful)
 
 
 def _drop(staging: Coroutine[Any, Any, Any], *, warn: bool) -> None:

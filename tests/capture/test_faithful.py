@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import mmap
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -80,8 +81,38 @@ def test_every_dtype_that_can_be_made(dtype: torch.dtype) -> None:
     assert any(bytes_of(staged["a"]))
 
 
+def test_a_memory_mapping_is_refused_with_a_way_out() -> None:
+    """Of a memory-mapped TensorDict, whose class the caller cannot change."""
+
+    class Mapped:
+        def __init__(self) -> None:
+            self.memory = mmap.mmap(-1, 10)
+
+    async def run() -> UnsupportedLeafError:
+        async with AsyncStager() as stager:
+            with pytest.raises(UnsupportedLeafError) as caught:
+                await stager.stage({"a": Mapped()})
+            return caught.value
+
+    error = asyncio.run(run())
+    assert error.path == "state_dict['a'].memory"
+    assert error.remedy is not None
+    assert "clone()" in error.remedy
+
+
 @pytest.mark.filterwarnings("ignore")
 class TestQuantized:
+    def test_memory_in_a_quantized_dtype_is_refused(self) -> None:
+        """It has the dispatch keys of a plain tensor, and most of PyTorch's functions fail on it."""
+        source = torch.zeros(8, dtype=torch.uint8).view(torch.quint8)
+        assert not source.is_quantized
+        assert "no quantizer" in refused(source).reason
+
+    def test_a_view_of_quantized_memory_is_refused(self) -> None:
+        """PyTorch itself ends the process if one asks for its quantizer."""
+        source = torch.quantize_per_tensor(torch.ones(8), 0.5, 3, torch.quint8)
+        assert "view of a quantized tensor" in refused(source.view(torch.uint8)).reason
+
     def test_per_tensor(self) -> None:
         source = torch.quantize_per_tensor(torch.arange(6.0).reshape(2, 3), 0.5, 3, torch.quint8)
         staged = stage([source])[0]

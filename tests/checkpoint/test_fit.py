@@ -104,6 +104,26 @@ async def test_objects_that_stand_for_themselves(tmp_path: Path) -> None:
     assert live["a"].count == 7  # type: ignore[attr-defined]
 
 
+class Unready:
+    """Has a state that cannot be had yet."""
+
+    @property
+    def state_dict(self) -> Any:
+        raise RuntimeError("not built yet")
+
+    def load_state_dict(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("top", [False, True])
+async def test_what_the_property_of_a_state_raises_is_raised(tmp_path: Path, top: bool) -> None:
+    with pytest.raises(RuntimeError, match="not built yet"):
+        await aiostage.save(Unready() if top else {"a": Unready()}, tmp_path / "a")
+    await aiostage.save({"a": 1}, tmp_path / "a")
+    with pytest.raises(RuntimeError, match="not built yet"):
+        await aiostage.load(tmp_path / "a", into=Unready() if top else {"a": Unready()})
+
+
 async def test_objects_that_raise_when_asked_for_a_state(tmp_path: Path) -> None:
     register(Raising, lambda value: ([value.x], None), lambda children, _: Raising())
     await aiostage.save({"a": Raising()}, tmp_path / "a")

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, adapt, dcp
+from tests.checkpoint.test_fit import Raising
 from tests.device.accelerators import default_stager_stages_again
 from tests.staging.holding import copies_held, until_copies_wait
 
@@ -55,6 +56,13 @@ class TestSaveAndLoad:
         plain = {"a": torch.zeros(4)}
         checkpoint.load(plain, checkpoint_id=tmp_path / "a", no_dist=True)
         assert plain["a"].tolist() == [0, 1, 2, 3]
+
+    async def test_an_object_that_raises_when_asked_for_a_state(self, tmp_path: Path) -> None:
+        """It is no Stateful, for PyTorch's save neither."""
+        state = {"a": Raising(), "b": torch.ones(2)}
+        metadata = await dcp.save(state, checkpoint_id=tmp_path / "a")
+        assert sorted(metadata.state_dict_metadata) == ["a", "b"]
+        checkpoint.save(state, checkpoint_id=tmp_path / "b", no_dist=True)
 
     async def test_values_come_back_under_keys_that_are_no_text(self, tmp_path: Path) -> None:
         def make(gamma: float) -> tuple[Any, Any]:
