@@ -1,4 +1,4 @@
-"""What staging asks of a simulated accelerator: queues to copy in, events to wait for, memory to allocate."""
+"""The part of a simulated accelerator that staging uses: copies, events, memory, registration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["FailureKind", "SimulatedBackend", "count_change"]
 FailureKind: TypeAlias = Literal["copy", "event", "registration", "allocation"]
 
 _POISON = 0xFF
-"""Freed memory is filled with this: not-a-number in floating point, -1 in integers."""
+"""The byte that freed memory is filled with: NaN in floating point, -1 in integers."""
 
 
 class SimulatedBackend(Backend):
@@ -45,7 +45,7 @@ class SimulatedBackend(Backend):
             clock, seed, spontaneous=spontaneous, settle=self._settle, bus_bandwidth=bus_bandwidth
         )
         self._has_bus = bus_bandwidth is not None
-        # The type that PyTorch keeps for devices which it does not know: none of its functions takes it by mistake.
+        # PyTorch's type for devices that it does not know. None of its own functions accepts it by mistake.
         names = [torch.device("privateuseone", index) for index in range(devices)]
         self._devices = {name: Device(name, DeviceMemory(memory_bytes)) for name in names}
         for device in self._devices.values():
@@ -60,7 +60,7 @@ class SimulatedBackend(Backend):
 
     @property
     def unavailable_reason(self) -> str | None:
-        """None: there always is a device."""
+        """None: there is always a device."""
         return None
 
     @property
@@ -85,7 +85,7 @@ class SimulatedBackend(Backend):
         return self._scheduler.current_device
 
     def allocate(self, nbytes: int, device: torch.device, stream: SimulatedStream | None) -> torch.Tensor:
-        """Return new memory of a device, with whatever it holds.
+        """Return new, uninitialized memory of a device.
 
         Raises:
             ValueError: If there is no such device.
@@ -115,7 +115,7 @@ class SimulatedBackend(Backend):
     def copy(
         self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: SimulatedStream
     ) -> int:
-        """Enqueue one operation for each pair. Copies never block, also not with memory that is not registered.
+        """Enqueue one operation for each pair. Copies never block, with registered memory or without.
 
         Raises:
             ValueError: If a pair has different shapes, or not exactly one of its tensors is on the stream's device.
@@ -124,6 +124,7 @@ class SimulatedBackend(Backend):
             if destination.shape != source.shape:
                 raise ValueError(f"cannot copy shape {tuple(source.shape)} to shape {tuple(destination.shape)}")
             to_host = self.device_of(destination) is None
+            # References and not the tensors: a device's queue keeps no memory alive either.
             host = TensorReference(destination if to_host else source, None)
             device = self._reference(source if to_host else destination, stream)
             operation = Operation(
@@ -145,7 +146,7 @@ class SimulatedBackend(Backend):
         return len(destinations)
 
     def pack(self, sources: Sequence[torch.Tensor], stream: SimulatedStream) -> tuple[torch.Tensor, int]:
-        """Enqueue one kernel that gathers tensors into a flat one, allocated for the stream."""
+        """Enqueue one kernel that gathers tensors into a new flat one, which is allocated for the stream."""
         parts = [self._reference(source, stream) for source in sources]
         length = sum(source.numel() for source in sources)
         flat = self._allocate((length,), (1,), sources[0].dtype, stream)
@@ -155,7 +156,7 @@ class SimulatedBackend(Backend):
         return flat, 1
 
     def keep(self, tensor: torch.Tensor, stream: SimulatedStream) -> None:
-        """Have the memory of a device tensor, once it dies, wait for what is enqueued on the stream by then."""
+        """When a device tensor dies, let its memory wait for the operations that the stream has by then."""
         device = self.device_of(tensor)
         if device is None:
             return
@@ -165,10 +166,10 @@ class SimulatedBackend(Backend):
                 block.users.add(stream)
 
     def register(self, address: int, nbytes: int, device: torch.device) -> None:
-        """Note that host memory is registered.
+        """Record that host memory is registered.
 
         Raises:
-            OSError: If some of it is registered already, the limit is reached, or a test wanted it.
+            OSError: If some of it is registered already, the limit is reached, or a test asked for the failure.
             SimulatedDeviceError: If the device has failed.
         """
         with self._scheduler.lock:
@@ -210,6 +211,7 @@ class SimulatedBackend(Backend):
         self._scheduler.progress()
         tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         nbytes = tensor.untyped_storage().nbytes()
+        # It has no memory, so it is on no device.
         if nbytes == 0:
             return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         with self._scheduler.lock:
@@ -239,6 +241,7 @@ class SimulatedBackend(Backend):
             raise OSError(errno.EIO, "the test wanted it")
         target, origin = destination.tensor(), source.tensor()
         if target is None or origin is None:
+            # Not raised here: this may be another thread. The simulator raises it at the end of its `with` block.
             touched = "written to" if target is None else "read from"
             self._violations.append(f"host memory was gone when a copy would have {touched} it")
             return
@@ -253,7 +256,7 @@ class SimulatedBackend(Backend):
         return self._latency + nbytes / self._bandwidth
 
     def _reference(self, tensor: torch.Tensor, stream: SimulatedStream) -> TensorReference:
-        """Return a reference to a tensor that has to be on a stream's device. One without elements is anywhere."""
+        """Return a reference to a tensor, which has to be on the stream's device unless it has no elements."""
         if tensor.numel() == 0:
             return TensorReference(tensor, None)
         device = self.device_of(tensor)
@@ -269,20 +272,20 @@ class SimulatedBackend(Backend):
                     self._poison(device, block)
 
     def _record_quietly(self, stream: Any) -> SimulatedEvent:
-        """Record an event of the allocator's own, with the lock held."""
+        """Record an event of the allocator, with the lock held: it neither fails nor lets anything else happen."""
         event = SimulatedEvent(stream, fails=False)
         self._scheduler.append(stream, Operation(name="allocator's event", completes=event))
         return event
 
     def _poison(self, device: Device, block: Block) -> None:
-        """Have freed memory overwritten by the stream that gets it next, with the lock held."""
+        """Enqueue overwriting freed memory on the stream that gets it next, with the lock held."""
         freed = torch.empty(0, dtype=torch.uint8, device="cpu").set_(
             device.memory.storage, block.offset, (block.nbytes,), (1,)
         )
         self._scheduler.append(block.stream, Operation(name="poison", run=lambda: freed.fill_(_POISON)))
 
     def _strike(self, kind: FailureKind) -> bool:
-        """Return whether a failure that was asked for is due now."""
+        """Return whether a failure that a test asked for is due now."""
         remaining = self._failing.get(kind)
         if remaining is None:
             return False
@@ -302,7 +305,8 @@ def _gather(flat: torch.Tensor, *sources: torch.Tensor) -> None:
 
 
 def count_change(tensors: Sequence[torch.Tensor]) -> None:
-    """Count a change when it is enqueued, as PyTorch does, and not when it is made."""
+    """Count a change when it is enqueued, as PyTorch does, and not when it is executed."""
     for tensor in tensors:
+        # Inference tensors have no version.
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

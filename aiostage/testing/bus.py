@@ -1,4 +1,4 @@
-"""How operations of a simulated device that move bytes slow each other down."""
+"""The bus of a simulated device: operations that move bytes at the same time slow each other down."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Bus"]
 
 
 class Bus:
-    """Moves the bytes of what a device does at one time, up to its bandwidth.
+    """Divides its bandwidth among the operations that run at one time.
 
-    An operation that moves bytes gets as many a second as it could use alone, or its share if there are not so many for
-    all. Streams of low priority get what the others leave.
+    An operation gets the rate that it could use alone, or its share if the bus has less. Streams of low priority get
+    what the others leave.
 
     Args:
-        bandwidth: In bytes a second.
+        bandwidth: Bytes a second.
     """
 
     def __init__(self, bandwidth: float) -> None:
@@ -29,7 +29,7 @@ class Bus:
         return self._run(streams, math.inf)[1]
 
     def pass_time(self, streams: Sequence[SimulatedStream], until: float) -> None:
-        """Note how far the operations at the heads of some queues have come by a time."""
+        """Record how far the operations at the heads of some queues are done at a time."""
         for stream, done in self._run(streams, until)[0].items():
             stream.queue[0].done = done
         self._time = max(self._time, until)
@@ -37,7 +37,13 @@ class Bus:
     def _run(
         self, streams: Sequence[SimulatedStream], until: float
     ) -> tuple[dict[SimulatedStream, float], dict[SimulatedStream, float]]:
-        """Go from one start or end of an operation to the next, between which nothing changes its speed."""
+        """Simulate up to a time, or to the end of all operations.
+
+        It goes from one start or end of an operation to the next. Between two of these, no rate changes.
+
+        Returns:
+            Which part of each operation is done, and when each ends.
+        """
         now = self._time
         starts = {stream: max(stream.time, stream.queue[0].enqueued_at) for stream in streams}
         done = {stream: stream.queue[0].done for stream in streams}
@@ -62,7 +68,7 @@ class Bus:
         """Return which part of the operation at the head of each queue is done in a second now."""
         left = self._bandwidth
         speeds: dict[SimulatedStream, float] = {}
-        # The most modest first: what they leave of their shares is the others'.
+        # The smallest demand first: what these leave of their shares is divided among the others.
         order = sorted(streams, key=lambda stream: (stream.low_priority, _demand(stream.queue[0])))
         for place, stream in enumerate(order):
             operation = stream.queue[0]

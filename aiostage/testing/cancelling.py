@@ -1,4 +1,8 @@
-"""Cancelling a coroutine at each of its awaits in turn, exactly there and nowhere else."""
+"""Cancelling a coroutine at each of its awaits in turn.
+
+``Task.cancel()`` cancels where the task happens to be. Here the coroutine is driven by hand, and the error is thrown in
+at one chosen suspension. So a test covers all of them, and each failure names its await.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ T = TypeVar("T")
 
 
 class CancelledAt(Generic[T]):
-    """Runs a coroutine, and raises CancelledError out of its n-th suspension instead of suspending there.
+    """Runs a coroutine, and raises CancelledError at its n-th suspension instead of suspending there.
 
-    Later suspensions, those of the clean-up, go through to the event loop. For asyncio and uvloop.
+    Later suspensions are those of the clean-up. They reach the event loop. For asyncio and uvloop.
 
     Args:
         coroutine: Not started yet.
@@ -44,17 +48,19 @@ class CancelledAt(Generic[T]):
                 error = None
             if suspensions == self._number:
                 self.reached = True
+                # What was waited for is not yielded: no event loop has begun to wait for it.
                 error = asyncio.CancelledError()
             else:
                 try:
                     yield waited
                 except BaseException as raised:
+                    # The event loop throws into this coroutine; the inner one is the one that handles it.
                     error = raised
             suspensions += 1
 
 
 async def at_every_await(make: Callable[[], Coroutine[Any, Any, T]]) -> AsyncIterator[int]:
-    """Run a coroutine again and again, cancelled at its first await, its second and so on, until one gets through.
+    """Run a coroutine again and again, cancelled at its first await, its second and so on, until one run completes.
 
     For asyncio and uvloop.
 
@@ -62,7 +68,7 @@ async def at_every_await(make: Callable[[], Coroutine[Any, Any, T]]) -> AsyncIte
         make: Returns a new coroutine for each round.
 
     Yields:
-        The number of the await that the last round was cancelled at. Look there for what it has left behind.
+        The number of the await at which the last round was cancelled. Check here what that has left behind.
 
     Raises:
         AssertionError: If a cancellation is swallowed.
@@ -73,6 +79,7 @@ async def at_every_await(make: Callable[[], Coroutine[Any, Any, T]]) -> AsyncIte
         try:
             await cancelled
         except asyncio.CancelledError:
+            # The test itself was cancelled.
             if not cancelled.reached:
                 raise
             yield number

@@ -11,17 +11,17 @@ __all__ = ["Timeline", "VirtualClock"]
 
 
 class Timeline(Protocol):
-    """Something that happens at known times of a clock. These two methods are all that it has to have."""
+    """Something that happens at known times of a clock. It needs these two methods only."""
 
     def due(self) -> float | None:
         """Return the time of what happens next, in seconds, or None if nothing will."""
 
     def happen(self) -> None:
-        """Let what is due next happen."""
+        """Do what is due next."""
 
 
 class VirtualClock:
-    """Time that passes only when a test says so, shared by everything that the test wants to happen on it.
+    """Time that passes only when a test moves it. Several timelines may share it.
 
     Not thread-safe: one thread moves it.
 
@@ -41,7 +41,7 @@ class VirtualClock:
         return self._now
 
     def attach(self, timeline: Timeline) -> None:
-        """Have :meth:`advance` let a timeline happen."""
+        """Add a timeline, which :meth:`advance` then moves."""
         self._timelines.append(timeline)
 
     def detach(self, timeline: Timeline) -> None:
@@ -50,17 +50,17 @@ class VirtualClock:
             self._timelines.remove(timeline)
 
     def move_to(self, when: float) -> None:
-        """Set the time, unless it is later already; what is due until then does not happen by this."""
+        """Set the time, unless it is later already. Nothing happens by this, also not what is due until then."""
         self._now = max(self._now, when)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and all that is due meanwhile happen in the order of its times.
+        """Let time pass. Everything that becomes due happens in the order of its times.
 
         Args:
-            seconds: How long. ``math.inf`` lets everything happen that ever will, and stops at the last.
+            seconds: How long. ``math.inf`` lets everything happen, and stops at the last time.
 
         Raises:
-            ValueError: If time were to run backwards.
+            ValueError: If ``seconds`` is below 0.
         """
         if not seconds >= 0:
             raise ValueError(f"a clock advances by 0 seconds or more, not {shown(seconds)}")
@@ -69,6 +69,7 @@ class VirtualClock:
             when, timeline = following
             self.move_to(when)
             timeline.happen()
+        # At infinity, nothing could ever be due again.
         if end < math.inf:
             self.move_to(end)
 

@@ -1,4 +1,4 @@
-"""The memory of a simulated device: a caching allocator, and what a queue knows of a tensor."""
+"""The memory of a simulated device: a caching allocator, and references to tensors that keep no memory alive."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Block", "DeviceMemory", "TensorReference"]
 _weak_reference: Any = reductions.StorageWeakRef
 
 _GRAIN_BYTES = 512
-"""Blocks begin and end at multiples of this, as CUDA's do."""
+"""Blocks begin and end at multiples of this, as in CUDA's allocator."""
 
 
 class Completes(Protocol):
-    """What the allocator has to know of an event."""
+    """An event, as the allocator uses it."""
 
     @property
     def completed(self) -> bool:
@@ -35,9 +35,9 @@ class Block:
     Attributes:
         offset: Where it begins, in bytes from the beginning of the memory.
         nbytes: Its size.
-        stream: For whose work it was allocated. Only this stream gets it again.
-        users: Other streams that were said to use it.
-        events: Which have to complete before it is free, once its last tensor has died.
+        stream: The stream that it was allocated for. Only this stream gets it again.
+        users: Other streams that use it, as ``keep`` has said.
+        events: These have to complete before it is free, when its last tensor has died.
     """
 
     __slots__ = ("events", "nbytes", "offset", "stream", "users")
@@ -51,11 +51,11 @@ class Block:
 
 
 class DeviceMemory:
-    """One range of host memory that plays a device's, with an allocator that behaves like CUDA's caching one.
+    """A range of host memory in the role of a device's, with an allocator that behaves like CUDA's caching one.
 
-    Memory whose last tensor dies goes back to the stream that it was allocated for, at once and without asking whether
-    other streams still use it; the next allocation of that stream gets it. Only streams named by ``record_stream`` are
-    waited for. Blocks are neither split nor joined.
+    When the last tensor over a block dies, the block goes back at once to the stream that it was allocated for, also
+    if other streams still use it. The next allocation of that stream gets it. The allocator waits only for streams that
+    were named by ``record_stream``. Blocks are neither split nor joined.
 
     Not thread-safe, except that tensors may die in any thread at any time.
 
@@ -70,7 +70,7 @@ class DeviceMemory:
         self._unused = 0
         self._blocks: dict[int, Block] = {}
         self._cached: dict[Any, list[Block]] = {}
-        # Finalizers run wherever the last reference happens to be dropped, so they do nothing but append.
+        # Finalizers run in any thread, where the last reference is dropped. They only append, which takes no lock.
         self._died: deque[Block] = deque()
         self._pending: list[Block] = []
 
@@ -79,7 +79,7 @@ class DeviceMemory:
 
     @property
     def allocated_bytes(self) -> int:
-        """Size of the blocks that tensors live in, or whose users are waited for."""
+        """Size of the blocks that have tensors, or whose other streams are not done."""
         return self._unused - self.cached_bytes
 
     @property
@@ -88,7 +88,7 @@ class DeviceMemory:
         return sum(block.nbytes for blocks in self._cached.values() for block in blocks)
 
     def allocate(self, nbytes: int, stream: Any) -> torch.UntypedStorage:
-        """Return memory with whatever is in it, free once nothing refers to it.
+        """Return uninitialized memory. It is freed when nothing refers to it.
 
         Raises:
             torch.OutOfMemoryError: If there is not enough.
@@ -106,7 +106,7 @@ class DeviceMemory:
         """Make the blocks of tensors that have died ready for reuse.
 
         Args:
-            record: Returns an event that completes when what is enqueued on a stream now is done.
+            record: Returns an event that completes when all operations that are enqueued on a stream now are done.
 
         Returns:
             The blocks that became free.
@@ -125,7 +125,7 @@ class DeviceMemory:
 
     @property
     def storage(self) -> torch.UntypedStorage:
-        """The whole memory. Tensors over it do not keep what they lie over from being handed out again."""
+        """The whole memory. A tensor over it does not keep its block from being allocated again."""
         return self._storage
 
     def offset_of(self, tensor: torch.Tensor) -> int:
@@ -155,7 +155,7 @@ class DeviceMemory:
 
 
 class TensorReference:
-    """What a device's queue knows of a tensor: where it is, but not a reference that would keep it alive.
+    """Where a tensor is, as a device's queue knows it. It does not keep the tensor alive.
 
     Args:
         tensor: Any dense tensor.
@@ -176,7 +176,8 @@ class TensorReference:
             self._offset = memory.offset_of(tensor) // tensor.dtype.itemsize
 
     def tensor(self) -> torch.Tensor | None:
-        """Return a tensor over what is in that place now; None if it was in host memory that is gone."""
+        """Return a tensor over the memory that is there now; None if it was in host memory that is gone."""
+        # Device memory is always there: as on a device, it may have another owner now.
         if 0 in self._size:
             return torch.empty_strided(self._size, self._stride, dtype=self._dtype, device="cpu")
         if self._memory is not None:

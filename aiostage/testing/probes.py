@@ -1,4 +1,4 @@
-"""What code does to the event loop that it runs on, and what it leaves behind."""
+"""Probes for tests: how long code holds the event loop, and what it leaves open."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class LoopHold:
     """A time during which an event loop did not get its turn.
 
     Attributes:
-        seconds: How long.
-        cpu_seconds: How long the loop's thread computed meanwhile, apart from passes of the garbage collector. Much
-            less than ``seconds`` means that it waited for something, or that the machine was busy with others.
-        blamed_seconds: How much of ``cpu_seconds`` was spent in the code that the probe looks for; 0 if it looks
-            for none.
-        stack: Where the loop's thread was when it last was seen in that code, as a traceback prints it, outermost
-            first; empty if it was not seen there.
+        seconds: How long it was.
+        cpu_seconds: CPU time of the loop's thread meanwhile, without passes of the garbage collector. Much less than
+            ``seconds`` means that it waited for something, or that the machine was busy with other processes.
+        blamed_seconds: The part of ``cpu_seconds`` that was spent in the code that the probe looks for; 0 if it
+            looks for none.
+        stack: Where in that code the loop's thread was seen longest, as a traceback prints it, outermost first; empty
+            if it was not seen there.
     """
 
     seconds: float
@@ -46,22 +46,22 @@ class LoopHold:
 
 
 class LoopProbe:
-    """Notes when the event loop is held, with the loop's own eyes: by how late its timers run.
+    """Records when the event loop is held: by how late a timer of the loop runs.
 
-    On trio, which tells of every step of every task, it notes the steps that are too long. Use it in a ``with`` block
+    On trio, which reports every step of every task, it records the steps that are too long. Use it in a ``with`` block
     inside a coroutine, or call :meth:`start` and :meth:`stop` on the loop's thread. It opens no task and no cancel
     scope.
 
     Args:
-        threshold: What is shorter is not noted, in seconds.
-        interval: How often the loop is to get its turn, in seconds. On asyncio this is how often a timer runs.
-        inside: Takes the name of a Python file. If given, only those holds are noted in which the loop's thread has
-            computed for ``threshold`` seconds in such files or in what they call, which neither a busy machine nor
-            a caller's own work can cause. A thread then looks at the loop's thread while the loop is late. Needs the
-            threads' clocks of Linux; elsewhere nothing is noted.
+        threshold: Seconds. Shorter holds are not recorded.
+        interval: How often the loop should get its turn, in seconds. On asyncio this is how often the timer runs.
+        inside: Takes the name of a Python file. If given, only those holds are recorded in which the loop's thread has
+            computed for ``threshold`` seconds in such files or in functions that they call. Neither a busy machine nor
+            the caller's own work can cause these. A thread then samples the loop's thread while the loop is late. It
+            needs the threads' clocks of Linux. Elsewhere nothing is recorded.
 
     Attributes:
-        holds: Those noted so far, in order.
+        holds: The recorded holds, in order.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LoopProbe:
 
     @property
     def longest(self) -> float:
-        """The longest hold noted, in seconds; 0 if there was none."""
+        """The longest recorded hold, in seconds; 0 if there was none."""
         return max((hold.seconds for hold in self.holds), default=0.0)
 
     def __enter__(self) -> LoopProbe:
@@ -95,13 +95,13 @@ class LoopProbe:
         self.stop()
 
     def start(self) -> None:
-        """Begin to look at the loop that is running in this thread. May be done once.
+        """Begin to watch the loop that is running in this thread. May be called once.
 
         Raises:
             RuntimeError: If it was started before.
         """
         if self._started:
-            raise RuntimeError("a LoopProbe looks at one loop, once; make another one")
+            raise RuntimeError("a LoopProbe watches one loop, once; make another one")
         self._started = True
         self._thread = threading.get_ident()
         gc.callbacks.append(self._collected)
@@ -114,7 +114,7 @@ class LoopProbe:
             self._tracker = _follow_trio(self._begin, self._end)
 
     def stop(self) -> None:
-        """Look no more. What holds the loop while this is called is noted. May be called more than once."""
+        """Stop watching. The hold in which this is called is recorded. May be called more than once."""
         if self._stopped.is_set() or not self._started:
             return
         self._stopped.set()
@@ -135,7 +135,7 @@ class LoopProbe:
         self._beat = _Beat(perf_counter() + self._interval, thread_time())
 
     def _end(self) -> None:
-        """Note a hold, if the loop was held since the last beat."""
+        """Record a hold, if the loop was held since the last beat."""
         beat = self._beat
         seconds = perf_counter() - beat.due
         if seconds < self._threshold or (self._inside is not None and beat.blamed < self._threshold):
@@ -144,7 +144,8 @@ class LoopProbe:
         self.holds.append(LoopHold(seconds, cpu_seconds, min(beat.blamed, cpu_seconds), beat.stack))
 
     def _collected(self, phase: str, details: dict[str, int]) -> None:
-        # A collection runs in any code that makes an object at that moment, and takes longer in a larger process.
+        # A collection runs in whichever code makes the next object, and takes longer in a larger process. Its time is
+        # not that code's.
         if threading.get_ident() != self._thread:
             return
         collected, since = self._beat.collecting
@@ -152,7 +153,7 @@ class LoopProbe:
         self._beat.collecting = (collected, now) if phase == "start" else (collected + now - (since or now), None)
 
     def _watch(self) -> None:
-        """Find out what the loop's thread does while the loop is late; runs in a thread of its own."""
+        """Sample what the loop's thread does while the loop is late. Runs in a thread of its own."""
         if not hasattr(time, "pthread_getcpuclockid"):
             return
         clock = time.pthread_getcpuclockid(self._thread)
@@ -161,7 +162,7 @@ class LoopProbe:
             beat = self._beat
             if beat is not seen:
                 seen, known = beat, 0.0
-            # A frame that is looked at keeps what it refers to, so none is without need.
+            # Only when the loop is late: a frame that this thread refers to keeps its local variables alive.
             if perf_counter() < beat.due + self._threshold / 4:
                 continue
             try:
@@ -175,14 +176,14 @@ class LoopProbe:
             known = computed
 
     def _stack(self) -> str:
-        """Return where the loop's thread is, if it is in the code that is looked for."""
+        """Return the stack of the loop's thread, if it is in the code that the probe looks for."""
         assert self._inside is not None  # noqa: S101 - the watching thread only runs if it is given
         places: list[tuple[str, int, str, None]] = []
         frame: FrameType | None = (
             _private.current_frames().get(self._thread) if _private.current_frames is not None else None
         )
-        # A frame that is looked at keeps what it refers to, after its end too. So nothing is called meanwhile that may
-        # let the loop's thread go on: not what the user gave, and not what reads the lines of files.
+        # A frame that this refers to keeps its local variables alive, also after its end. So nothing is called in the
+        # loop below that may let the loop's thread continue: neither the user's function, nor what reads source lines.
         while frame is not None:
             places.append((frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name, None))
             frame = frame.f_back
@@ -193,37 +194,39 @@ class LoopProbe:
 
 @dataclass(slots=True, eq=False)
 class _Beat:
-    """From one turn of the loop to the next.
+    """The time from one turn of the loop to the next.
 
-    The watching thread adds to what it found until the loop's thread has put another beat in its place.
+    The watching thread adds to it until the loop's thread replaces it by the next one. No lock: a sample that comes too
+    late changes a beat that is over.
     """
 
     due: float
     cpu: float
-    # How long the collector has run, and since when it does now, if it does. One value, so that both are of one moment.
+    # How long the collector has run, and when its current pass began, if there is one. One tuple, so that a thread
+    # reads both of one moment.
     collecting: tuple[float, float | None] = (0.0, None)
     blamed: float = 0.0
-    # How long the loop's thread has computed in each place in which it was seen.
+    # CPU time by the stack in which the loop's thread was seen.
     shares: dict[str, float] = field(default_factory=dict)
     stack: str = ""
 
     def blame(self, stack: str, seconds: float) -> None:
-        """Note where the loop's thread was seen, and what it has computed since the look before.
+        """Add a sample: where the loop's thread was seen, and its CPU time since the last sample.
 
-        The place with the largest share counts: the last look often finds the thread already past what has held it.
+        The stack with the largest share counts. The last sample often finds the thread already past the hold.
         """
         self.blamed += seconds
         self.shares[stack] = self.shares.get(stack, 0.0) + seconds
         self.stack = max(self.shares, key=self.shares.__getitem__)
 
     def computed(self, now: float) -> float:
-        """Return how long the loop's thread has computed at a time of its clock, apart from collections."""
+        """Return the CPU time of the beat at a time of the thread's clock, without collections."""
         collected, since = self.collecting
         return (now if since is None else since) - self.cpu - collected
 
 
 def _follow_trio(begin: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
-    """Have the steps of all tasks of the running trio loop reported; return what ends that."""
+    """Report the steps of all tasks of the running trio loop; return a function that ends this."""
     import trio
 
     class Tracker(trio.abc.Instrument):
@@ -236,7 +239,7 @@ def _follow_trio(begin: Callable[[], None], end: Callable[[], None]) -> Callable
     tracker = Tracker()
 
     def forget() -> None:
-        # A loop that has ended has no instruments.
+        # After the end of the loop there is no instrument to remove.
         with suppress(RuntimeError):
             trio.lowlevel.remove_instrument(tracker)
 
@@ -246,12 +249,12 @@ def _follow_trio(begin: Callable[[], None], end: Callable[[], None]) -> Callable
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What is there now and was not before.
+    """What is there now and was not there when a :class:`LeakProbe` was made.
 
     Attributes:
         threads: Names of threads.
-        descriptors: What open file descriptors refer to, as ``/proc/self/fd`` shows it.
-        arenas: How many more arenas are leased, of the stagers that are looked at.
+        descriptors: Targets of open file descriptors, as ``/proc/self/fd`` shows them.
+        arenas: How many more arenas are leased, of the stagers that the probe knows.
         tasks: Names of tasks of the running event loop.
     """
 
@@ -266,18 +269,18 @@ class Leftovers:
 
 
 class LeakProbe:
-    """Counts threads, file descriptors, tasks and leased arenas, and tells what has been added.
+    """Finds threads, file descriptors, tasks and leased arenas that were not there before.
 
-    Make it on the running event loop when things are as they should be again later.
+    Make it on the running event loop, before the code that must leave nothing behind.
 
     Args:
-        stagers: Those whose leases count.
-        ignore_threads: Beginnings of the names of threads that may come and go.
+        stagers: The stagers whose leases count.
+        ignore_threads: Prefixes of the names of threads that may come and go.
     """
 
     def __init__(self, *stagers: AsyncStager, ignore_threads: tuple[str, ...] = ()) -> None:
         self._stagers = stagers
-        # That of a LoopProbe ends by itself, a moment after it was stopped.
+        # The thread of a LoopProbe ends by itself, a moment after stop().
         self._ignored = ("aiostage-probe", *ignore_threads)
         self._threads = set(threading.enumerate())
         self._descriptors = _descriptors()
@@ -295,10 +298,10 @@ class LeakProbe:
         )
 
     async def settled(self, within: float = 10.0) -> None:
-        """Wait until nothing is left of what has been added.
+        """Wait until nothing is left over.
 
-        Threads end a moment after their work, and what a coroutine that was cancelled refers to may be a circle: hence
-        the waiting, with the collector at work.
+        It waits and runs the garbage collector, because threads end a moment after their work, and the objects of a
+        cancelled coroutine may be a circle.
 
         Args:
             within: How long at most, in seconds.

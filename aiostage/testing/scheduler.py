@@ -1,4 +1,9 @@
-"""What decides which operation of a simulated accelerator comes next, and executes it."""
+"""Decides which operation of a simulated accelerator comes next, and executes it.
+
+An operation may come next if it is at the head of its stream's queue and waits for no event. On a virtual clock the
+test executes one at a time, in an order that it or a seed chooses. In real time, a thread executes them when they are
+due.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +21,15 @@ from aiostage.testing.streams import Device, Operation, SimulatedDeviceError, Si
 __all__ = ["Scheduler"]
 
 _IDLE_SECONDS = 1.0
-"""How long the thread of a device in real time waits for more work before it ends; the next work starts another."""
+"""How long the thread of a device in real time waits for work before it ends. The next operation starts another."""
 
 _SPONTANEOUS_STEPS = (0, 0, 1, 1, 2, 4)
-"""How many operations a spontaneous device executes at a call, one of these at random: often few, so that the queues
-grow and there are orders to choose from, and more than none in the mean, so that polling comes to an end."""
+"""A spontaneous device executes one of these numbers of operations at a call, at random. Guesses: often few, so that
+queues grow and there are orders to choose from; more than one in the mean, so that polling comes to an end."""
 
 
 class _Current(threading.local):
-    """The current device of a thread and its current stream of each device, and how it was before."""
+    """The current device of a thread and its current stream of each device, now and before each :meth:`enter`."""
 
     def __init__(self) -> None:
         self.device: torch.device | None = None
@@ -33,11 +38,11 @@ class _Current(threading.local):
 
 
 class Scheduler:
-    """Executes the operations of all streams, each stream's in order and one at a time over all.
+    """Executes the operations of all streams: one at a time, and those of one stream in order.
 
     Args:
-        clock: On which to execute when told to; None executes in a thread and in real time.
-        seed: The seed of the choice among the streams that could go on; None takes the one that would be done first.
+        clock: The virtual clock. None: execute in a thread and in real time.
+        seed: Chooses among the streams that can continue. None: the operation that would be done first.
         spontaneous: Execute some operations, chosen by the seed, at each call.
         settle: Called, with the lock held, before anything is executed or enqueued.
         bus_bandwidth: The bandwidth of the bus of each device, in bytes a second; None for no bus.
@@ -53,8 +58,7 @@ class Scheduler:
         bus_bandwidth: float | None,
     ) -> None:
         self.lock = threading.Condition()
-        """Held wherever the state of queues and memory is looked at, and notified when it changes. The
-        thread that holds it may take it again."""
+        """Held while queues and memory are read or changed, and notified when they change. It is reentrant."""
         self.streams: list[SimulatedStream] = []
         self.queries = 0
         self._current = _Current()
@@ -119,7 +123,8 @@ class Scheduler:
             self.append(stream, operation)
 
     def append(self, stream: SimulatedStream, operation: Operation) -> None:
-        """Put an operation at the end of a stream's queue, with the lock held and nothing else happening."""
+        """Put an operation at the end of a stream's queue, with the lock held. Nothing else happens."""
+        # The allocator's operations come through here when tensors die, also after the end. They are dropped.
         if self._closed:
             return
         stream.on.in_use = True
@@ -131,7 +136,7 @@ class Scheduler:
         self.lock.notify_all()
 
     def polled(self) -> None:
-        """Note that someone asks whether something is done."""
+        """Count a query, and execute some operations if the device is a spontaneous one."""
         with self.lock:
             self.queries += 1
         self.progress()
@@ -151,20 +156,21 @@ class Scheduler:
             return [stream for stream in self.streams if self._pass_waits(stream)]
 
     def step(self, stream: SimulatedStream | None = None) -> bool:
-        """Execute one operation: of a stream, or of one that the seed chooses, or the one that is due first.
+        """Execute one operation: of the given stream, of one that the seed chooses, or the one that is due first.
 
         Returns:
             Whether there was one.
 
         Raises:
-            ValueError: If the stream has none that could be executed now.
+            ValueError: If the stream has none that can be executed now.
+            RuntimeError: If it runs in real time.
         """
         if self._clock is None:
             raise RuntimeError("a simulated accelerator in real time cannot be stepped; give it a clock or a seed")
-        # Two locks, always in this order. The first lets one operation run at a time, so that they are seen in the
-        # order of their times. The second is free while one runs, because that may ask for it.
+        # Two locks, always in this order. The first lets one operation run at a time, so that they complete in the
+        # order of their times. The second is free while one runs, because the operation may take it in another thread.
         with self._executing:
-            # From the look to the taking: close() may clear the queues.
+            # With the lock from the look to the taking, because close() may clear the queues.
             with self.lock:
                 ready = self.ready()
                 if stream is None:
@@ -178,7 +184,7 @@ class Scheduler:
         return True
 
     def due(self) -> float | None:
-        """Return when the operation that is done first would be done, or None if there is none."""
+        """Return when the next operation would be done, or None if there is none."""
         with self.lock:
             ready = self.ready()
             return self._finishes(ready)[self._first(ready)] if ready else None
@@ -194,7 +200,7 @@ class Scheduler:
                 self.lock.wait_for(lambda: self._closed or done())
             return
         while not done():
-            # Looking for a step also drops waits that are over, after which it may be done.
+            # step() also drops waits that are over. Then it may be done although there was nothing to execute.
             if not self.step() and not done():
                 raise RuntimeError("nothing is left to be executed, and it is still not done")
 
@@ -210,7 +216,7 @@ class Scheduler:
             thread.join()
 
     def _pass_waits(self, stream: SimulatedStream) -> bool:
-        """Drop waits that are over from the head of a queue; return whether something else is at the head then."""
+        """Drop waits that are over from the head of a queue; return whether an operation is at the head then."""
         while stream.queue and (event := stream.queue[0].waits_for) is not None:
             if event.completed_at is None:
                 return False
@@ -254,14 +260,14 @@ class Scheduler:
         return operation, finish
 
     def _perform(self, stream: SimulatedStream, operation: Operation, finish: float) -> None:
-        """Do what an operation does, without the lock, so that others can ask meanwhile; then let that be known."""
+        """Execute an operation without the lock, so that other threads can query meanwhile; then record its end."""
         error: SimulatedDeviceError | None = None
         if operation.run is not None and stream.error is None and stream.on.error is None:
             try:
                 operation.run()
             except Exception as cause:
                 error = SimulatedDeviceError(f"{operation.name} on {stream.name} failed: {cause}")
-                # A device keeps an error until it recovers, and no memory of the call that it met.
+                # A device keeps the error until it recovers. Its traceback must not keep memory of the operation.
                 error.__cause__ = cause.with_traceback(None)
         with self.lock:
             stream.error = stream.error or error
@@ -280,6 +286,7 @@ class Scheduler:
                 if self._closed:
                     return
                 if not ready:
+                    # Waits that are not over are work too: the event of another stream will end them.
                     if not self.lock.wait(_IDLE_SECONDS) and not any(stream.queue for stream in self.streams):
                         self._thread = None
                         return

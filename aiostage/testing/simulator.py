@@ -1,4 +1,4 @@
-"""A stand-in for accelerators on which races show: every legal order of what was enqueued can be made to happen."""
+"""A simulated accelerator that makes races visible: it can execute enqueued operations in every legal order."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = [
 
 
 class SimulatedHazardError(AssertionError):
-    """Something happened that on a real device would have written to memory that is no longer the caller's."""
+    """Something happened that on a real device would have used memory that is no longer the caller's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedStatistics:
-    """What a simulated accelerator was asked to do so far, and what it holds now.
+    """What a simulated accelerator has been asked to do so far, and what it holds now.
 
     Attributes:
         kernels: Kernels launched.
-        packs: Gatherings enqueued; each is one kernel.
-        copies: Tensors that copies were enqueued for.
-        pinned_copies: Those of them whose side in host memory was registered.
-        copied_bytes: Their size, as it was sent.
-        queries: How often an event or a stream was asked whether it is done.
-        pending: Operations enqueued and not executed yet.
+        packs: Calls of ``pack``. Each enqueues one kernel.
+        copies: Tensors in enqueued copies.
+        pinned_copies: Those of them whose host memory was registered.
+        copied_bytes: Their size in bytes.
+        queries: How often an event or a stream was queried.
+        pending: Operations that are enqueued and not executed yet.
         allocated_bytes: Device memory in use.
         cached_bytes: Device memory that was freed and is kept for its stream.
-        registered_bytes: Host memory registered now.
+        registered_bytes: Host memory that is registered now.
     """
 
     kernels: int
@@ -59,10 +59,10 @@ class SimulatedStatistics:
 class SimulatedAccelerator(SimulatedBackend):
     """Devices made of host memory and queues, with streams, events, a caching allocator and failures on demand.
 
-    What is enqueued refers to memory and keeps nothing alive, and reads and writes that memory when it is executed. A
-    missing wait, a source freed too early or a buffer reused too early therefore gives wrong bytes here as it would on
-    a device, only more reliably: on a virtual clock, operations are executed one at a time and in any order that the
-    streams and events allow, chosen by a seed or by the test.
+    An enqueued operation refers to memory and keeps nothing alive. It reads and writes that memory when it is executed.
+    Therefore a missing wait, or memory that is freed or used again too early, gives wrong bytes here as on a device,
+    and more reliably: on a virtual clock, operations are executed one at a time and in any order that streams and
+    events allow. A seed or the test chooses the order.
 
     Use it as a context manager, so that hazards which leave no wrong bytes behind are raised at the end.
 
@@ -70,18 +70,18 @@ class SimulatedAccelerator(SimulatedBackend):
         devices: How many.
         clock: Execute on this clock, when the test steps or advances it. None: in real time, in a thread, unless there
             is a seed.
-        seed: Execute on a virtual clock, and choose at random among the streams that could go on. None: the operation
+        seed: Execute on a virtual clock, and choose at random among the streams that can continue. None: the operation
             that would be done first comes first.
         spontaneous: Execute a few operations, chosen by the seed, whenever anything is enqueued or queried, so that
             the test need not call ``step``. Needs a seed.
-        bandwidth: The bandwidth of a copy, in bytes a second; each direction of each device has it to itself.
-        bus_bandwidth: What all that moves bytes on one device shares, in bytes a second: copies of both directions, of
-            which several may then run at once, and kernels that say how much they move. None: there is no bus.
+        bandwidth: The bandwidth of a copy, in bytes a second. Each direction of each device has this bandwidth.
+        bus_bandwidth: The bandwidth that everything on one device shares, in bytes a second: copies of both directions,
+            of which several may then run at once, and kernels with ``moved_bytes``. None: there is no bus.
         latency: The latency of each copy, in seconds.
         memory_bytes: Memory of each device.
         max_registered_bytes: How much host memory can be registered at a time. None: any amount.
-        poison_freed: Overwrite memory when it is freed, in the order of the stream that it was allocated for: the next
-            allocation of that stream could do so.
+        poison_freed: Overwrite freed memory, in the order of the stream that it was allocated for. The next allocation
+            of that stream could do the same.
 
     Raises:
         ValueError: If there is no device, the bus has no bandwidth, or ``spontaneous`` has no seed.
@@ -142,11 +142,11 @@ class SimulatedAccelerator(SimulatedBackend):
 
     @property
     def violations(self) -> tuple[str, ...]:
-        """What happened so far that would have written to, or read, memory that is gone."""
+        """Operations that would have written to, or read, memory that is gone."""
         return tuple(self._violations)
 
     def statistics(self) -> SimulatedStatistics:
-        """Return what it was asked to do so far, and what it holds now."""
+        """Return what it has been asked to do so far, and what it holds now."""
         with self._scheduler.lock:
             self._settle()
             memories = [device.memory for device in self._devices.values()]
@@ -164,12 +164,12 @@ class SimulatedAccelerator(SimulatedBackend):
             )
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
-        """Allocate a tensor for the current stream, with whatever the memory holds: often what was freed just before.
+        """Allocate an uninitialized tensor for the current stream. Often it gets the memory that was freed last.
 
         Args:
             size: Its shape.
             dtype: Its dtype.
-            device: Where; None is the thread's current device.
+            device: The device; None is the thread's current one.
 
         Raises:
             torch.OutOfMemoryError: If the device has no room.
@@ -178,14 +178,15 @@ class SimulatedAccelerator(SimulatedBackend):
         return self._allocate(size, stride, dtype, self._stream(device))
 
     def to_device(self, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-        """Copy a host tensor to a device, on the current stream; the host tensor may change at once.
+        """Copy a host tensor to a device, on the current stream. The host tensor may change at once.
 
         Args:
-            tensor: In host memory.
-            device: Where to; None is the thread's current device.
+            tensor: A tensor in host memory.
+            device: The device; None is the thread's current one.
 
         Returns:
-            A tensor with the same strides and without history. Its values are there once the stream has come to it.
+            A tensor with the same strides and without autograd history. Its values are there when the stream has
+            executed the copy.
 
         Raises:
             torch.OutOfMemoryError: If the device has no room.
@@ -212,16 +213,16 @@ class SimulatedAccelerator(SimulatedBackend):
         moved_bytes: int = 0,
         stream: SimulatedStream | None = None,
     ) -> None:
-        """Enqueue a kernel. As with PyTorch's own operations, the versions of what it writes go up now.
+        """Enqueue a kernel. As with PyTorch's own operations, the versions of the tensors that it writes increase now.
 
         Args:
-            kernel: Called when it is executed, with ``writes`` and then ``reads`` as plain tensors over what is in
-                their place then. What it raises fails the stream.
+            kernel: Called when it is executed, with ``writes`` and then ``reads`` as plain tensors over their memory.
+                An exception fails the stream.
             *writes: Device tensors that it changes.
             reads: Device tensors that it only reads.
             seconds: How long it takes alone.
-            moved_bytes: How many bytes it moves meanwhile over the device's bus, if there is one.
-            stream: Where; None is the current stream of the first tensor's device, or of the current device.
+            moved_bytes: How many bytes it moves over the device's bus meanwhile, if there is one.
+            stream: The stream; None is the current one of the first tensor's device, or of the current device.
 
         Raises:
             ValueError: If a tensor is not on the device of the stream.
@@ -296,7 +297,7 @@ class SimulatedAccelerator(SimulatedBackend):
         failed.error = SimulatedDeviceError(f"{failed.device} has failed, as the test wanted")
 
     def recover(self) -> None:
-        """Undo all failures that were asked for or have happened. What was enqueued meanwhile is not done again."""
+        """Undo all failures that were asked for or have happened. Operations that failed are not executed again."""
         with self._scheduler.lock:
             self._failing.clear()
             for device in self._devices.values():
@@ -304,7 +305,7 @@ class SimulatedAccelerator(SimulatedBackend):
             for stream in self._scheduler.streams:
                 stream.error = None
                 for operation in stream.queue:
-                    # What failed is over. The stream that still waits for it does not fail from it afterwards.
+                    # A stream that still waits for an event that has failed would fail too. Drop the wait.
                     if operation.waits_for is not None and operation.waits_for.error is not None:
                         operation.waits_for = None
 

@@ -1,13 +1,14 @@
-"""The tests that every stager has to pass, for stagers of one's own.
+"""The tests that every stager has to pass, to run on a stager of your own.
 
-Inherit from the suite, say how the object is made, and mark the class for pytest-asyncio or anyio::
+Inherit from the suite, implement ``make_stager``, and mark the class for pytest-asyncio or anyio::
 
     @pytest.mark.asyncio
     class TestMyStager(StagerSuite):
         def make_stager(self):
             return MyStager()
 
-Nothing here imports pytest. For readable failures say in a conftest, before anything imports ``aiostage.testing``::
+Nothing here imports pytest. For readable failures add this to a conftest, before anything imports
+``aiostage.testing``::
 
     pytest.register_assert_rewrite("aiostage.testing.stager_suite", "aiostage.testing.storage_suite")
 """
@@ -41,9 +42,10 @@ __all__ = ["StagerSuite", "check_holds", "require_asyncio"]
 
 
 _SOON = 2.0
-"""Seconds after which what a thread still does after its result has been awaited is over."""
+"""Seconds in which a thread drops its last references after its result was awaited. A guess, for a busy machine."""
 
 _POOLS = ("asyncio_", "AnyIO worker", "Trio thread")
+"""Names of the threads that the event loops themselves keep."""
 
 
 class _Pair(NamedTuple):
@@ -57,7 +59,7 @@ class _Record:
 
 
 class _OwnCopy:
-    """Copies itself, and nothing can tell whether it has changed since."""
+    """Copies itself by code of its own, so a stager cannot detect whether it has changed since."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -82,11 +84,11 @@ def _tree(value: float = 1.0, leaves: int = 20) -> dict[str, Any]:
 
 
 def _leaves() -> dict[str, torch.Tensor]:
-    """Return tensors of all usual dtypes, shapes and sizes, none of whose last values is zero."""
+    """Return tensors of all usual dtypes, shapes and sizes. None has zero as its last value."""
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.complex64)
     leaves = {str(dtype): torch.arange(1, 8, device="cpu").to(dtype) for dtype in dtypes}
     leaves |= {f"scalar {dtype}": torch.tensor(3, device="cpu").to(dtype) for dtype in dtypes}
-    # What float32 cannot hold.
+    # float32 cannot represent these.
     leaves["precise"] = torch.tensor([1.0 + 2.0**-40, 1e300], dtype=torch.float64, device="cpu")
     leaves["flags"] = torch.tensor([False, True], device="cpu")
     leaves["flag"] = torch.tensor(True, device="cpu")
@@ -102,9 +104,9 @@ def _leaves() -> dict[str, torch.Tensor]:
 
 
 async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
-    """Run something, and return for how many seconds at most it kept another task from its turn.
+    """Run something, and return the longest time in seconds for which another task did not get its turn.
 
-    What the thread waited for a core, as it does on a busy machine, does not count where Linux tells.
+    On Linux, the time for which the thread waited for a core does not count. A busy machine causes such waits.
     """
     longest, done = 0.0, False
     try:
@@ -119,7 +121,7 @@ async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
     def now() -> float:
         while True:
             before, clock = waited(), time.perf_counter()
-            # Unless the thread was put aside between the two, whose difference would then make a hold shorter.
+            # If the thread waited for a core between the two readings, their difference would hide a part of a hold.
             if waited() == before:
                 return clock - before * 1e-9
 
@@ -144,9 +146,9 @@ async def longest_hold(run: Callable[[], Awaitable[object]]) -> float:
 
 
 async def check_holds(run: Callable[[], Awaitable[object]], limit: float) -> None:
-    """Check that something can run without keeping other tasks from their turn for some seconds.
+    """Check that something can run without keeping other tasks from their turn for ``limit`` seconds.
 
-    A busy machine stops everything now and then; what holds the loop does so each time.
+    It gets ten attempts. A busy machine stops a process now and then, but code that holds the loop does so each time.
     """
     held = []
     for _ in range(10):
@@ -174,9 +176,10 @@ class StagerSuite(ABC):
     Attributes:
         keeps_results: Whether a result keeps its values when the next one is made. PyTorch's stagers do not.
         keeps_parameters: Whether an ``nn.Parameter`` stays one. PyTorch's stagers make plain tensors of them.
-        one_moment: Whether a copy is the tree of one moment, or TornSnapshotError, while other tasks change the
-            tree. What copies in a thread with nothing compared afterwards, as PyTorch's stagers do, mixes moments.
-        longest_hold: For how long a staging may keep the event loop from its other tasks, in seconds.
+        one_moment: Whether a copy is the tree at one moment, or TornSnapshotError is raised, while other tasks change
+            the tree. Stagers that copy in a thread and compare nothing afterwards, as PyTorch's do, mix moments.
+        longest_hold: How long a staging may keep the event loop from its other tasks, in seconds. The default is a
+            guess for a busy machine.
     """
 
     keeps_results = True
@@ -277,7 +280,7 @@ class StagerSuite(ABC):
         async with self.make_stager() as stager:
             staged = await stager.stage(source)
             assert {name: tensor.tolist() for name, tensor in staged.items()} == expected
-            # Where sources have memory in common, copies have.
+            # Copies share memory where their sources do.
             staged["high"][0] = -1
             assert float(staged["low"][2]) == -1
             assert float(staged["all"][4]) == -1
@@ -341,7 +344,7 @@ class StagerSuite(ABC):
                 staged = await stager.stage(_tree(float(number)))
                 alive += map(weakref.ref, staged["weights"].values())
                 del staged
-            # A thread of the stager's may still hold the last result, though no longer than until it gets a core.
+            # A thread of the stager may still refer to the last result, until it gets a core.
             deadline = anyio.current_time() + _SOON
             while left := sum(reference() is not None for reference in alive):
                 assert anyio.current_time() < deadline, (
@@ -496,7 +499,7 @@ class StagerSuite(ABC):
     async def test_leaves_nothing_behind(self) -> None:
         async with self.make_stager() as stager:
             await stager.stage(_tree())
-        # What is made once for a process is there by now, but for the threads of the loops' own pools.
+        # By now everything is there that is made once for a process, except for threads of the loops' own pools.
         probe = LeakProbe(ignore_threads=_POOLS)
         for _ in range(5):
             async with self.make_stager() as stager:

@@ -1,4 +1,4 @@
-"""The tests that every storage has to pass, for storages of one's own. Used like the suite for stagers."""
+"""The tests that every storage has to pass, to run on a storage of your own. Used like the suite for stagers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ __all__ = ["StorageSuite"]
 
 
 def _content(nbytes: int, seed: int = 1) -> bytes:
-    """Return bytes that differ from place to place and from seed to seed."""
-    # The bytes repeat after this many, so one period is computed and the rest copied.
+    """Return bytes that differ between offsets and between seeds."""
+    # They repeat after 251 * 256 bytes, so one period is computed and the rest copied. No usual size of a part is a
+    # multiple of that, so bytes at a wrong offset show.
     places = numpy.arange(min(nbytes, 251 * 256))
     period = ((seed * 37 + places * 11 + places // 251) % 256).astype(numpy.uint8)
     return numpy.resize(period, nbytes).tobytes()
@@ -32,10 +33,10 @@ class StorageSuite(ABC):
     """What a :class:`~aiostage.abc.Storage` promises, as tests.
 
     Attributes:
-        part_bytes: Size of the parts that files are written in, a multiple of 4096. Make it as large as it takes for a
-            file of three parts to be written in pieces.
-        names: Names that checkpoints are written under.
-        longest_hold: For how long the storage may keep the event loop from its other tasks, in seconds.
+        part_bytes: Size of the parts that files are written in, a multiple of 4096. Make it so large that the storage
+            sends a file of three parts in several requests.
+        names: Names of the checkpoints that are written.
+        longest_hold: How long the storage may keep the event loop from its other tasks, in seconds.
         prunes: Whether :meth:`~aiostage.abc.Storage.prune_files` removes anything.
     """
 
@@ -373,7 +374,7 @@ class StorageSuite(ABC):
             try:
                 assert await self._contents(reader, self.files) == self.files
             except CheckpointNotFoundError:
-                # It may say that it is gone; it may not show something else.
+                # It may raise this. It must not return other bytes.
                 pass
             finally:
                 await reader.aclose()
@@ -479,11 +480,11 @@ class StorageSuite(ABC):
     # Stale files
 
     async def leave_stale_files(self, storage: Storage, name: str) -> None:
-        """Leave behind what a writer leaves that is killed. Override it where a test can do that."""
+        """Leave what a killed writer leaves. Override it if a test can do that."""
         raise unittest.SkipTest("leave_stale_files() is not implemented: it makes what a killed writer leaves here")
 
     async def count_stale_files(self, storage: Storage) -> int:
-        """Return how many things there are that belong to no committed checkpoint."""
+        """Return how many files or objects belong to no committed checkpoint."""
         raise unittest.SkipTest("count_stale_files() is not implemented: it counts the stale files here")
 
     async def test_clean_up_removes_the_files_of_killed_writers(self) -> None:

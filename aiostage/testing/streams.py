@@ -1,4 +1,4 @@
-"""The streams and events of a simulated device: queues of operations, and who waits for whom."""
+"""The streams and events of a simulated device: queues of operations, and which of them wait for which."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["Device", "Operation", "Queues", "SimulatedDeviceError", "SimulatedEv
 
 
 class SimulatedDeviceError(RuntimeError):
-    """An operation of a simulated device has failed; the cause says why, unless a test wanted it so."""
+    """An operation of a simulated device has failed. The cause says why, unless a test asked for the failure."""
 
     def again(self) -> SimulatedDeviceError:
-        """Return an equal error to raise: raising one twice would lengthen its traceback."""
+        """Return an equal error to raise. Each raise of one object would make its traceback longer."""
         error = SimulatedDeviceError(*self.args)
         error.__cause__ = self.__cause__
         return error
 
 
 class Queues(Protocol):
-    """What streams and events ask of that which executes them."""
+    """The interface of the scheduler for streams and events."""
 
     def enqueue(self, stream: SimulatedStream, operation: Operation) -> None:
         """Put an operation at the end of a stream's queue."""
 
     def polled(self) -> None:
-        """Note that someone asks whether something is done."""
+        """Count a query, and let a spontaneous device execute something."""
 
     def synchronize(self, done: Callable[[], bool]) -> None:
         """Block until a condition holds."""
@@ -78,13 +78,13 @@ class Operation:
     Attributes:
         name: For messages.
         seconds: How long it takes.
-        run: What it does.
+        run: Does its work.
         completes: The event that it completes.
-        waits_for: The event before which nothing behind it may start.
-        engine: The copy engine that it keeps busy.
-        moved_bytes: How many bytes it moves, where devices have a bus.
-        enqueued_at: Before this it cannot have started.
-        done: Which part of it was done when the bus last looked.
+        waits_for: The event that has to complete before the operations after this one may start.
+        engine: The copy engine that it uses.
+        moved_bytes: How many bytes it moves over the bus, if there is one.
+        enqueued_at: When it was enqueued. It cannot start before.
+        done: Which part of it is done, from 0 to 1, at the last time of the bus.
     """
 
     name: str
@@ -99,9 +99,9 @@ class Operation:
 
 
 class SimulatedEvent:
-    """Completes when everything that was in its stream's queue when it was recorded is done. Like ``torch.Event``.
+    """An event, like ``torch.Event``. It completes when all operations that were enqueued before it are done.
 
-    Recorded once, by :meth:`SimulatedStream.record_event`.
+    It is recorded once, by :meth:`SimulatedStream.record_event`.
     """
 
     def __init__(self, stream: SimulatedStream, *, fails: bool) -> None:
@@ -121,14 +121,14 @@ class SimulatedEvent:
 
     @property
     def completed(self) -> bool:
-        """Whether it is done or has failed; looking neither counts as a query nor raises."""
+        """Whether it is done or has failed. This does not count as a query and does not raise."""
         return self.completed_at is not None
 
     def query(self) -> bool:
         """Return whether it is done.
 
         Raises:
-            SimulatedDeviceError: If what it stands for has failed, or the whole device.
+            SimulatedDeviceError: If an operation before it has failed, or the device.
         """
         self._stream.queues.polled()
         if (error := self._stream.on.error or self.error) is not None:
@@ -147,7 +147,7 @@ class SimulatedEvent:
         self.query()
 
     def complete(self, when: float, error: SimulatedDeviceError | None) -> None:
-        """Note that everything before it is done, or that something before it has failed. For who executes."""
+        """Complete it. The scheduler calls this when all operations before it are done, or one of them has failed."""
         self.error = error
         self.completed_at = when
 
@@ -162,7 +162,7 @@ class SimulatedStream:
         self.low_priority = low_priority
         self.queue: deque[Operation] = deque()
         self.time: float = 0.0
-        """When it was last done with something."""
+        """When its last operation ended."""
         self.error: SimulatedDeviceError | None = None
 
     def __repr__(self) -> str:

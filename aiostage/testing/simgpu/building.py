@@ -24,7 +24,7 @@ _LINES_OF_AN_ERROR = 5
 
 
 class UnavailableError(Exception):
-    """The device cannot be had on this machine, and why."""
+    """The device cannot be built on this machine. The message says why."""
 
 
 def build() -> Path:
@@ -47,6 +47,7 @@ def build() -> Path:
     with (cache / "simgpu.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
+            # In a temporary directory, and renamed at the end: a build that was killed leaves no half of a device.
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 made = Path(scratch) / "made"
                 _build_in(made, compiler)
