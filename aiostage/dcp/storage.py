@@ -18,7 +18,7 @@ import os
 import pickle
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -96,7 +96,6 @@ class StorageWriter(torch_storage.StorageWriter):
         self._name: str | None = None
         self._pending: MultiWriterCheckpoint | None = None
         self._token = ""
-        self._loop_thread: LoopThread | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a checkpoint of a name below the root. One that was not finished is removed."""
@@ -130,7 +129,7 @@ class StorageWriter(torch_storage.StorageWriter):
             self._pending = await self._storage.open(name, overwrite=self._overwrite)
             self._token = await self._pending.token()
 
-        self._loop().run(begin())
+        self._loop.run(begin())
         return [
             dataclasses.replace(plan, storage_data=_Share(name, self._token, f"rank-{rank:05}.bin"))
             for rank, plan in enumerate(plans)
@@ -151,7 +150,7 @@ class StorageWriter(torch_storage.StorageWriter):
         written: Future[list[torch_storage.WriteResult]] = Future()
         # In this thread and not in the loop's: tensors on devices are copied on the streams that are current here.
         contents = [(item, _content(item, planner)) for item in plan.items]
-        written.set_result(self._loop().run(self._write(plan.storage_data, contents)))
+        written.set_result(self._loop.run(self._write(plan.storage_data, contents)))
         return written
 
     async def _write(
@@ -207,7 +206,7 @@ class StorageWriter(torch_storage.StorageWriter):
             await pending.commit(memoryview(json.dumps(manifest).encode()))
 
         assert self._pending is not None  # noqa: S101 - DCP has called prepare_global_plan
-        self._loop().run(commit(self._pending))
+        self._loop.run(commit(self._pending))
         self._pending = None
 
     def abandon(self) -> None:
@@ -215,18 +214,17 @@ class StorageWriter(torch_storage.StorageWriter):
         # Taken out first, so that a second call finds nothing to abort.
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._loop().run(pending.abort())
+            self._loop.run(pending.abort())
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether it is a name."""
         return isinstance(checkpoint_id, (str, os.PathLike))
 
+    @cached_property
     def _loop(self) -> LoopThread:
         # Started at the first use: some writers are only made to check their arguments.
-        if self._loop_thread is None:
-            self._loop_thread = LoopThread("aiostage-dcp-writer")
-        return self._loop_thread
+        return LoopThread("aiostage-dcp-writer")
 
 
 class StorageReader(torch_storage.StorageReader):
@@ -246,7 +244,6 @@ class StorageReader(torch_storage.StorageReader):
         self._name: str | None = None
         self._reader: Reader | None = None
         self._records: dict[Any, Record] = {}
-        self._loop_thread: LoopThread | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Read a checkpoint of a name below the root."""
@@ -258,7 +255,7 @@ class StorageReader(torch_storage.StorageReader):
         # Taken out first, so that a second call finds nothing to close.
         reader, self._reader, self._records = self._reader, None, {}
         if reader is not None:
-            self._loop().run(reader.aclose())
+            self._loop.run(reader.aclose())
 
     def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
         """Open the checkpoint and read what is in it.
@@ -272,7 +269,7 @@ class StorageReader(torch_storage.StorageReader):
             raise ValueError("the checkpoint needs a name: pass checkpoint_id, which is taken relative to the root")
         # DCP asks twice where the first answer was an error.
         self.abandon()
-        return self._loop().run(self._read_metadata(self._name))
+        return self._loop.run(self._read_metadata(self._name))
 
     async def _read_metadata(self, name: str) -> Metadata:
         # Kept before it is read, so that abandon() closes it whatever fails from here on.
@@ -299,7 +296,7 @@ class StorageReader(torch_storage.StorageReader):
             wanted.setdefault(self._records[item.storage_index], []).append(item)
         has_values = any(item.type == LoadItemType.BYTE_IO for item in plan.items)
         deliver = partial(_deliver, planner, paths_of(planner) if has_values else {})
-        self._loop().run(self._read_all(wanted, deliver, CallerStreams.record(default_backend())))
+        self._loop.run(self._read_all(wanted, deliver, CallerStreams.record(default_backend())))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -338,10 +335,9 @@ class StorageReader(torch_storage.StorageReader):
         """Return whether it is a name."""
         return isinstance(checkpoint_id, (str, os.PathLike))
 
+    @cached_property
     def _loop(self) -> LoopThread:
-        if self._loop_thread is None:
-            self._loop_thread = LoopThread("aiostage-dcp-reader")
-        return self._loop_thread
+        return LoopThread("aiostage-dcp-reader")
 
 
 def _content(item: WriteItem, planner: SavePlanner) -> torch.Tensor:

@@ -378,13 +378,8 @@ def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[st
     pending = [root]
     while pending:
         path = pending.pop()
-        names: list[str] = []
-        links: list[str] = []
         try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if _is_directory(entry):
-                        (links if entry.is_symlink() else names).append(entry.name)
+            names, links = _subdirectories(path)
         except FileNotFoundError:
             continue
         except OSError:
@@ -397,6 +392,17 @@ def _directories(root: str, *, deep: bool = True) -> Iterator[tuple[str, list[st
             below = os.path.join(path, name)
             if _target(path, name) is None and not _has_manifest(below):
                 pending.append(below)
+
+
+def _subdirectories(path: str) -> tuple[list[str], list[str]]:
+    """Return the names of the directories in a directory, and of the links to directories."""
+    names: list[str] = []
+    links: list[str] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if _is_directory(entry):
+                (links if entry.is_symlink() else names).append(entry.name)
+    return names, links
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:

@@ -30,7 +30,7 @@ from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, said, shown
-from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
+from aiostage.storage.bucket import PATHS_PER_BATCH, Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.files import locked_directory
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
@@ -54,8 +54,6 @@ _SCHEME_OF = {"gcs": "gs", "azure": "az"}
 _COPY_THREADS = 2
 """Threads that copy answers into the caller's memory. A guess."""
 
-_PATHS_PER_PAGE = 200
-"""Paths in one batch of a listing: callers look through them in a fraction of a millisecond."""
 
 # The threads of obstore drop Python objects a little after they have answered. If the interpreter is gone by then, the
 # process aborts: 8 of 60 programs that ended right after an upload did, and none with this pause.
@@ -243,7 +241,7 @@ class _ObjectBucket(Bucket):
     async def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectMeta]]:
         store = await self._connected()
         with self._translated(prefix):
-            batches = obstore.list(store, (self._prefix + prefix) or None, chunk_size=_PATHS_PER_PAGE)
+            batches = obstore.list(store, (self._prefix + prefix) or None, chunk_size=PATHS_PER_BATCH)
         while True:
             with self._translated(prefix):
                 try:

@@ -19,7 +19,7 @@ from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
-from aiostage.storage.bucket import Bucket, ObjectMeta, StoredObject, Version
+from aiostage.storage.bucket import PATHS_PER_BATCH, Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.files import locked_directory
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
 
@@ -28,8 +28,6 @@ __all__ = ["FsspecStorage"]
 _THREADS = 8
 """Requests at once. A guess: each thread of a remote file system only waits."""
 
-_PATHS_PER_PAGE = 200
-"""Paths in one batch of a listing: callers look through them in a fraction of a millisecond."""
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of file systems without hard links."""
@@ -166,7 +164,7 @@ class _FsspecBucket(Bucket):
             start = len(root.rstrip("/")) + 1
             found = fs.find(full, detail=True).items()
             entries = [ObjectMeta(name[start:], _modified(info), info.get("size")) for name, info in found]
-            return [entries[first : first + _PATHS_PER_PAGE] for first in range(0, len(entries), _PATHS_PER_PAGE)]
+            return [entries[first : first + PATHS_PER_BATCH] for first in range(0, len(entries), PATHS_PER_BATCH)]
 
         try:
             batches = await self._run(prefix, find)

@@ -17,14 +17,20 @@ from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import open_described
 from aiostage.weights.inbox import Inbox, WeightVersion
-from aiostage.weights.sockets import PROTOCOL, MalformedError, PacketSocket, connect, hello_of, int_in
+from aiostage.weights.sockets import (
+    BEATS_PER_TIMEOUT,
+    PROTOCOL,
+    MalformedError,
+    PacketSocket,
+    connect,
+    hello_of,
+    int_in,
+)
 
 __all__ = ["SocketReceiver"]
 
 _log = logging.getLogger("aiostage")
 
-_BEATS_PER_TIMEOUT = 4
-"""As for the publisher's end, in sender.py."""
 
 _FIRST_WAIT_SECONDS = 0.02
 _LONGEST_WAIT_SECONDS = 1.0
@@ -180,7 +186,7 @@ class SocketReceiver:
 
     async def _write(self, session: _Session) -> None:
         inbox, peer = self._inbox, session.peer
-        beat = min(self._timeout, session.timeout) / _BEATS_PER_TIMEOUT
+        beat = min(self._timeout, session.timeout) / BEATS_PER_TIMEOUT
         while True:
             changed = inbox.changed.event
             if inbox.unsent:

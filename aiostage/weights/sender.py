@@ -20,7 +20,15 @@ from aiostage._platform import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import Described, describe
 from aiostage.weights.signal import Signal
-from aiostage.weights.sockets import PROTOCOL, Endpoint, MalformedError, PacketSocket, hello_of, int_in
+from aiostage.weights.sockets import (
+    BEATS_PER_TIMEOUT,
+    PROTOCOL,
+    Endpoint,
+    MalformedError,
+    PacketSocket,
+    hello_of,
+    int_in,
+)
 
 __all__ = ["SocketSender", "SubscriberInfo"]
 
@@ -29,8 +37,6 @@ _log = logging.getLogger("aiostage")
 _MAX_CONNECTIONS = 1024
 """A guess: as many as a process may have descriptors by default."""
 
-_BEATS_PER_TIMEOUT = 4
-"""Messages in the time of silence after which the other end gives up. A guess: three may be late in a row."""
 
 _RETRY_SECONDS = 0.1
 """After which to accept again when there was no descriptor for a connection. A guess."""
@@ -263,7 +269,7 @@ class SocketSender:
 
     async def _write(self, connection: _Connection) -> None:
         # Often enough for the shorter of the two timeouts.
-        beat = min(self._timeout, connection.timeout) / _BEATS_PER_TIMEOUT
+        beat = min(self._timeout, connection.timeout) / BEATS_PER_TIMEOUT
         peer = connection.peer
         while True:
             changed = self.changed.event

@@ -28,6 +28,7 @@ from aiostage.errors import WeightsError, said, shown
 from aiostage.format.lines import parse_line
 
 __all__ = [
+    "BEATS_PER_TIMEOUT",
     "MAX_PACKET_BYTES",
     "MAX_TIMEOUT_SECONDS",
     "MIN_TIMEOUT_SECONDS",
@@ -64,6 +65,9 @@ _MOST_DISCARDED = 64
 without end."""
 
 _MAX_NUMBER = (1 << 63) - 1
+BEATS_PER_TIMEOUT = 4
+"""Messages of each end in the time of silence after which the other gives up. A guess: three may be late in a row."""
+
 MIN_TIMEOUT_SECONDS = 0.01
 MAX_TIMEOUT_SECONDS = 1e6
 """What a peer may ask for: a million seconds are eleven days."""
