@@ -93,6 +93,7 @@ class _Check:
 
     async def _run(self, reader: OpenCheckpoint) -> Report:
         report = self._report
+        # The tree is read too: after damage it is needed for the paths of tensors.
         table = NodeTable()
         try:
             manifest = await reader.open(self._workers, table.add)
@@ -132,6 +133,7 @@ class _Check:
         total = sum(file.nbytes for file in files)
 
         async def work() -> None:
+            # One buffer for each task, which takes one part after the other. All tasks share the queue.
             memory: np.ndarray[Any, Any] = np.empty(manifest.part_bytes, np.uint8)
             for file, index in queue:
                 start = index * manifest.part_bytes
@@ -154,6 +156,7 @@ class _Check:
         except (CheckpointCorruptError, OSError) as error:
             return _damage_said_by(error)
         found = await self._workers.run(partial(digest, memory))
+        # "" is a mismatch without more to say. _explain() words it, with the whole range of damaged parts.
         return None if found == file.digests[index] else ""
 
     async def _explain(self, reader: OpenCheckpoint, manifest: Manifest, table: NodeTable) -> None:
@@ -186,7 +189,11 @@ class _Check:
 
 
 def _damage_said_by(error: CheckpointCorruptError | OSError) -> str:
-    """Return the damage that an error of reading reports. Raise the error if it is another one, such as a timeout."""
+    """Return the damage that an error of reading reports. Raise the error if it is another one, such as a timeout.
+
+    The disk reports EIO for bytes that it cannot read: they are lost. A network that does not answer says nothing about
+    the bytes.
+    """
     if isinstance(error, CheckpointCorruptError):
         return error.reason
     if isinstance(error, CheckpointNotFoundError) or error.errno != errno.EIO:
@@ -202,6 +209,7 @@ def _paths_of_tensors(entries: Iterable[TreeEntry]) -> dict[str, list[str]]:
         path = entry.path
         if not entry.inner:
             places.add(path)
+        # Up to the nearest place that a user can name. Parents come before their children, so it is known by now.
         while path not in places and path:
             path = path[:-1]
         if entry.kind == "tensor":
@@ -216,6 +224,7 @@ async def _header(reader: Reader, file: FileRecord) -> tuple[int, Sequence[Tenso
         await reader.read(file.name, 0, memoryview(first))
         length = int.from_bytes(first, "little")
         start = HEADER_LENGTH_BYTES + length
+        # These bytes may be the damaged ones. Memory is allocated by their number.
         if length > MAX_HEADER_BYTES or start > file.nbytes:
             return None
         header = bytearray(length)
@@ -254,6 +263,7 @@ async def _check_dcp(place: Place, workers: Workers, progressed: Callable[[int, 
     try:
         with describing(f"{reader.location}/.metadata"):
             metadata = await read_index(reader)
+            # By record: items that share one are damaged together, and it is read once.
             names: dict[Any, list[str]] = {}
             for index, record in metadata.storage_data.items():
                 names.setdefault(record, []).append(_shard(index.fqn, index.offset))
@@ -306,6 +316,7 @@ async def _compare_records(
 async def _wrong_with_record(reader: Reader, record: Any, memory: memoryview, workers: Workers) -> str | None:
     running = running_digest()
     try:
+        # In pieces, because a record is as large as a rank's shard and may not fit into memory.
         for start in range(0, record.nbytes, len(memory)):
             part = memory[: min(len(memory), record.nbytes - start)]
             await reader.read(record.file, record.offset + start, part)

@@ -44,6 +44,7 @@ async def _check_part(place: Place, read: Read) -> Report:
             await run_sync(_check_dcp_directory, read.path, report)
             return report
         if read.kind == "torch":
+            # torch.save has written zip archives since PyTorch 1.6. Older files are plain pickles.
             is_archive = await run_sync(zipfile.is_zipfile, read.path)
             report.kind, report.note = "torch.save", _CRC_ONLY if is_archive else _NOTHING_TO_COMPARE
             report.files, report.nbytes = 1, await run_sync(os.path.getsize, read.path)
@@ -77,6 +78,7 @@ def _check_dcp_directory(path: str, report: Report) -> None:
         wrong = [damage for each in found if (damage := _wrong_record(name, *each)) is not None]
         report.damage += wrong
         if not wrong:
+            # The bytes are as they were written. Whether they can be read is another question.
             try:
                 directory.value(name)
             except CheckpointCorruptError as error:
@@ -117,6 +119,7 @@ def _wrong_in(file: Any) -> dict[str, tuple[int, int]]:
     try:
         archive = zipfile.ZipFile(file)
     except DAMAGED_ARCHIVE:
+        # The directory of the archive. Messages put "in it does not match its CRC-32" after the name.
         return {"the list of what is": (0, 0)}
     with archive:
         for info in archive.infolist():
@@ -150,6 +153,7 @@ def _tensors_in(path: str, wrong: Mapping[str, object]) -> dict[str, list[str]]:
         return {}
     over: dict[int, list[str]] = {}
     for entry in entries_of_tree(tree):
+        # Empty storages have no member with bytes.
         if entry.kind == "tensor" and entry.source.untyped_storage().nbytes():
             over.setdefault(entry.source.untyped_storage().data_ptr(), []).append(entry.name)
     # The file is mapped, so the storages are in memory in the order of their members in the file.

@@ -206,12 +206,14 @@ def _map_safetensors(path: str) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        # The file may claim any length. Memory is allocated by it.
         if length > min(MAX_HEADER_BYTES, nbytes - HEADER_LENGTH_BYTES):
             raise CheckpointCorruptError(f"its header is said to be {length} bytes long.", path=path)
         start = HEADER_LENGTH_BYTES + length
         header = file.read(length)
         records = read_header(header, nbytes - start, path=path)
         refuse_chunks(header, path)
+        # A private mapping: torch.frombuffer() wants writable memory, and nothing that is written reaches the file.
         memory = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     found = {}
     for record in records:
@@ -312,6 +314,7 @@ class _Dcp(Contents):
         if about.size.numel() * about.properties.dtype.itemsize > sum(record.nbytes for _, record in shards):
             raise CheckpointCorruptError(f"the shards of {shown(name)} do not cover it.", path=self._reader.location)
         made = torch.empty(about.size, dtype=about.properties.dtype, device="cpu")
+        # Counted, because elements that no shard covers would be whatever the memory has.
         filled = 0
         for offsets, record in shards:
             part = self._dcp.tensor_of(record, await self._dcp.read_record(self._reader, record))

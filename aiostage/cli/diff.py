@@ -184,6 +184,7 @@ def difference(one: torch.Tensor, two: torch.Tensor) -> Difference:
     largest: float | None = 0.0
     one, two = one.detach().resolve_conj().resolve_neg(), two.detach().resolve_conj().resolve_neg()
     for a, b in zip(_chunks(one), _chunks(two), strict=True):
+        # Bytes and not numbers: NaN differs from itself, and 0.0 equals -0.0. The quick test first, as most are equal.
         if torch.equal(_bytes(a), _bytes(b)):
             continue
         bits = (_bytes(a) != _bytes(b)).any(dim=1)

@@ -81,10 +81,13 @@ async def find_checkpoints(source: str) -> Place | CheckpointRun:
         OSError: If the storage refuses.
     """
     storage, name = locate(source)
+    # Checkpoints of aiostage first, at the path and then below it: they are known by their manifest. Other programs'
+    # files are recognized by their first bytes and their names, so a mistake is possible there.
     try:
         return await place_of(source, storage, name)
     except CheckpointNotFoundError:
         pass
+    # Other programs' checkpoints are only read from local disks.
     path = os.path.join(storage.location, name) if isinstance(storage, LocalStorage) else None
     is_file = path is not None and await run_sync(os.path.isfile, path)
     if not is_file:

@@ -131,10 +131,13 @@ async def disk_usage(source: str, out: Output) -> None:
         try:
             summaries[name] = await _summary(found if isinstance(found, Place) else await found.place(name))
         except CheckpointNotFoundError:
+            # It was removed since it was listed.
             continue
     files, users = _files(summaries)
     checkpoints: list[dict[str, Any]] = []
     for name in summaries:
+        # What it needs may lie in other checkpoints, and its own files may be needed by others. A removal frees only
+        # the bytes that no other checkpoint needs.
         needed = [file for file, by in users.items() if name in by]
         nbytes = sum(files[file] for file in needed)
         shared = sum(files[file] for file in needed if len(users[file]) > 1)
@@ -142,6 +145,7 @@ async def disk_usage(source: str, out: Output) -> None:
         about = {"name": name, "nbytes": nbytes, "own_bytes": own, "shared_bytes": shared}
         about["freed_bytes"] = nbytes - shared
         checkpoints.append(about)
+    # Files of checkpoints that were removed, or lie outside of what was listed.
     kept = sum(nbytes for (at, _), nbytes in files.items() if at not in summaries)
     total = sum(files.values())
     whole = sum(each["nbytes"] for each in checkpoints)
@@ -172,6 +176,7 @@ def _files(summaries: Mapping[str, _Summary]) -> tuple[dict[tuple[str, str], int
     for name, summary in summaries.items():
         folder = name.rpartition("/")[0]
         own = {(name, file): nbytes for file, nbytes in summary.own.items()}
+        # A manifest names other checkpoints of the same run, without the folder of the run.
         others = {
             (f"{folder}/{other}" if folder else other, file): nbytes for (other, file), nbytes in summary.others.items()
         }
