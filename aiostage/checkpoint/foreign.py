@@ -92,19 +92,23 @@ _OTHER_DIRECTORIES = (
     ("model_index.json", "a pipeline of several models of diffusers", "Pass one of its directories, such as its unet."),
     ("pytorch_model_fsdp_0", "a checkpoint of Accelerate, in parts", "Pass one of them, such as pytorch_model_fsdp_0."),
 )
-_STATES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
+_STATES = (".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".pkl", ".pickle", ".distcp")
 """How files end that may have a part of a checkpoint in them."""
 
 _NO_PARTS = (
-    *(".*", "__pycache__", "runs", "logs", "wandb"),
+    *(".*", "__pycache__", "runs", "logs", "*_logs", "mlruns", "wandb"),
     *("checkpoint*", "step[-_0-9]*", "epoch[-_0-9]*", "iter[-_0-9]*"),
     *("original", "onnx*", "openvino*", "coreml*", "*.mlpackage", "metal", "mlx*", "gguf*", "ggml*", "tflite*"),
 )
 """Directories beside weights that are none of their parts: caches and logs, checkpoints of their own, and the same
-weights for other programs. Any other directory with such files is one: no list can name the parts of all programs."""
+weights for other programs. Any other directory with such files is one: no list can name the parts of all programs.
 
-_LEVELS = 2
-"""How deep files of a part are looked for. A hub's deepest are those of modules of Sentence Transformers."""
+No rule tells these either: ``checkpoint-500`` and a module of Sentence Transformers both have a configuration and
+weights. The names are those that transformers 5.24, accelerate 1.15, Lightning 2.6, diffusers 0.42, PEFT 0.21, timm 1.0
+and Sentence Transformers 6.2 write, and those of hubs."""
+
+_MOST_DIRECTORIES = 1000
+"""How many directories a part is looked for in, from the top down. A guess: a tree with more is a data set."""
 
 _SAME_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "consolidated*.safetensors", "consolidated*.pth")
 """Files that hubs have beside ``model.safetensors``: the same weights for other programs."""
@@ -217,20 +221,26 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _has_states(path: str, name: str, levels: int = _LEVELS) -> bool:
+def _has_states(path: str, name: str) -> bool:
     """Return whether an entry is a directory with more of the checkpoint."""
-    if levels == 0 or _matches(name, _NO_PARTS) or not os.path.isdir(path):
+    if _matches(name, _NO_PARTS) or not os.path.isdir(path):
         return False
-    try:
-        names = os.listdir(path)
-    except PermissionError:
-        # Such as lost+found.
-        return False
-    return any(
-        (each.endswith(_STATES) and not _matches(each, _OTHER_PROGRAMS))
-        or _has_states(os.path.join(path, each), each, levels - 1)
-        for each in names
-    )
+    directories = [path]
+    # It grows meanwhile: what is nearer comes first.
+    for directory in directories:
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.name.endswith(_STATES) and not _matches(entry.name, _OTHER_PROGRAMS):
+                        return True
+                    # Links below the entry are not followed: they may lead in a circle, or to all of the disk.
+                    if entry.is_dir(follow_symlinks=False) and not _matches(entry.name, _NO_PARTS):
+                        directories.append(entry.path)
+        except (PermissionError, FileNotFoundError):
+            # Such as lost+found, and what was removed meanwhile.
+            continue
+        del directories[_MOST_DIRECTORIES:]
+    return False
 
 
 def _is_ours(path: str) -> bool:

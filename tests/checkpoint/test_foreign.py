@@ -222,6 +222,7 @@ WEIGHTS = "model.safetensors"
         ),
         (WEIGHTS, ["model_1.safetensors"], r"leave out model_1.safetensors\. Pass the path of each part"),
         (WEIGHTS, ["model_ema.bin"], r"leave out model_ema.bin\."),
+        (WEIGHTS, ["last.pth.tar"], r"leave out last.pth.tar\."),
         (WEIGHTS, ["pytorch_model_1.bin"], r"leave out pytorch_model_1.bin\."),
         (WEIGHTS, ["trainer_state.json", "optimizer.pt"], r"leave out optimizer.pt\. .*Trainer.train\(resume_from"),
         (
@@ -237,6 +238,7 @@ WEIGHTS = "model.safetensors"
         (WEIGHTS, ["optimizer/.metadata", "optimizer/__0_0.distcp"], r"leave out optimizer\."),
         (WEIGHTS, ["unet_ema/diffusion_pytorch_model.safetensors"], r"leave out unet_ema\."),
         (WEIGHTS, ["state/ranks/0.pt", "images/cat.png"], r"leave out state\."),
+        (WEIGHTS, ["state/host/0/rank/1/shard/0.pt", "images/cat.png"], r"leave out state\."),
         ("adapter_model.safetensors", ["reference/adapter_model.safetensors"], r"leave out reference\."),
         (".metadata", ["dataloader/rank_0.pt"], r"leave out dataloader\."),
         ("model.safetensors.index.json", ["model-00003-of-00003.safetensors"], r"leave out model-00003-of-00003"),
@@ -293,6 +295,11 @@ async def test_one_of_several_files_is_not_taken_for_all(name: str, tmp_path: Pa
         ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ggml-model-q4_0.bin"],
         ["model.fp32-00001-of-00002.safetensors", "pytorch_model.fp32-00001-of-00002.bin", "flax_model.msgpack"],
         ["openvino/openvino_model.bin", "onnx/model.bin", "metal/model.bin", "original/model.safetensors"],
+        [
+            "lightning_logs/version_0/checkpoints/epoch=0-step=1.ckpt",
+            "tb_logs/a/last.ckpt",
+            "mlruns/0/a/artifacts/x.pkl",
+        ],
         ["coreml/model.mlpackage/weights/weight.bin", "images/cat.png", ".cache/huggingface/x.bin", "gguf/q4.bin"],
         ["tokenizer/vocab.json", "tokenizer/images/a.png", "runs/events.pt", "voices/one.wav", "step-5/optimizer.pt"],
     ],
@@ -303,6 +310,22 @@ async def test_what_hubs_have_beside_weights_is_no_part(others: list[str], tmp_p
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert_same(flat(), await aiostage.load(tmp_path))
+
+
+@pytest.mark.asyncio
+async def test_links_and_data_sets_beside_weights_are_not_searched_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    (path / "data").mkdir(parents=True)
+    save_file(flat(), path / WEIGHTS)
+    (tmp_path / "0.pt").write_bytes(b"x")
+    (path / "data" / "link").symlink_to(tmp_path)
+    (path / "data" / "circle").symlink_to(path / "data")
+    assert_same(flat(), await aiostage.load(path))
+    for number in range(1100):
+        (path / "data" / f"{number}").mkdir()
+        (path / "data" / f"{number}" / "below").mkdir()
+    (path / "data" / "1099" / "below" / "late.pt").write_bytes(b"x")
+    assert_same(flat(), await aiostage.load(path))
 
 
 @pytest.mark.asyncio
