@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,29 @@ class Loop:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _tick(self) -> None:
-        while True:
-            begin, waited = time.perf_counter(), processor_waits()
-            await asyncio.sleep(0.001)
-            late = (time.perf_counter() - begin - 0.001) * 1000
-            self.worst = max(self.worst, late)
-            self.worst_with_a_processor = max(self.worst_with_a_processor, late - (processor_waits() - waited) * 1000)
+        with processor_waits() as waits:
+            begin, waited = time.perf_counter(), waits()
+            while True:
+                await asyncio.sleep(0.001)
+                now, waited_now = time.perf_counter(), waits()
+                late = (now - begin - 0.001) * 1000
+                self.worst = max(self.worst, late)
+                self.worst_with_a_processor = max(self.worst_with_a_processor, late - (waited_now - waited) * 1000)
+                begin, waited = now, waited_now
 
 
-def processor_waits() -> float:
-    """How many seconds this thread could run and had no processor; 0 where the kernel does not say."""
+@contextmanager
+def processor_waits() -> Generator[Callable[[], float], None, None]:
+    """Yield what tells how many seconds this thread could run and had no processor; 0 where the kernel does not say."""
     try:
-        with open("/proc/thread-self/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
+        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
     except OSError:
-        return 0.0
+        yield lambda: 0.0
+        return
+    try:
+        yield lambda: int(os.pread(file, 100, 0).split()[1]) / 1e9
+    finally:
+        os.close(file)
 
 
 def sharded_state(tensors: int, bytes_a_rank: int) -> dict[str, DTensor]:
@@ -132,31 +141,40 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     found: dict[str, list[float]] = {}
     number = 0
 
+    def keep(name: str, what: str, value: float, op: Any = dist.ReduceOp.MAX) -> None:
+        found.setdefault(f"{name}: {what}", []).append(whole_job(value, op))
+
     async def timed(name: str, action: Callable[[Path], Any]) -> None:
+        # Once for the times, and once with a ticker, which takes a tenth of a core in each process that it can run in.
+        with placed(name) as place:
+            begin, used = time.perf_counter(), time.process_time()
+            blocked = await action(place)
+            seconds, used = time.perf_counter() - begin, time.process_time() - used
+            # Only now, because it blocks.
+            keep(name, "total, s", seconds)
+            keep(name, "training waits, s", seconds if blocked is None else blocked)
+            keep(name, "CPU of all ranks, s", used, dist.ReduceOp.SUM)
+        with placed(name) as place:
+            steps = Steps()
+            async with Loop() as loop:
+                with steps.counted():
+                    await asyncio.create_task(action(place))
+            keep(name, "loop held, ms", loop.worst)
+            keep(name, "loop held while it had a processor, ms", loop.worst_with_a_processor)
+            # What holds the loop and is neither another process nor another thread: the CPU time of the longest step,
+            # and the longest run of the collector, which is in one of the steps.
+            keep(name, "longest step, ms of CPU", 1000 * max(steps.seconds, default=0.0))
+            collected = max((seconds for _, seconds in steps.collected), default=0.0)
+            keep(name, "longest run of the collector, ms of CPU", 1000 * collected)
+
+    @contextmanager
+    def placed(name: str) -> Generator[Path, None, None]:
+        """Where to save, removed at the end; all ranks begin and end together."""
         nonlocal number
         number += 1
         place = folder / f"{name.replace(' ', '-')}-{number}"
         dist.barrier()
-        begin, used = time.perf_counter(), time.process_time()
-        steps = Steps()
-        async with Loop() as loop:
-            with steps.counted():
-                blocked = await asyncio.create_task(action(place))
-            seconds, used = time.perf_counter() - begin, time.process_time() - used
-        # Only now, because it blocks.
-        found.setdefault(f"{name}: total, s", []).append(whole_job(seconds))
-        found.setdefault(f"{name}: training waits, s", []).append(whole_job(seconds if blocked is None else blocked))
-        found.setdefault(f"{name}: CPU of all ranks, s", []).append(whole_job(used, dist.ReduceOp.SUM))
-        found.setdefault(f"{name}: loop held, ms", []).append(whole_job(loop.worst))
-        found.setdefault(f"{name}: loop held while it had a processor, ms", []).append(
-            whole_job(loop.worst_with_a_processor)
-        )
-        # What holds the loop and is neither another process nor another thread: the CPU time of the longest step, and
-        # the longest run of the collector, which is in one of the steps.
-        longest = 1000 * max(steps.seconds, default=0.0)
-        found.setdefault(f"{name}: longest step, ms of CPU", []).append(whole_job(longest))
-        collected = 1000 * max((seconds for _, seconds in steps.collected), default=0.0)
-        found.setdefault(f"{name}: longest run of the collector, ms of CPU", []).append(whole_job(collected))
+        yield place
         dist.barrier()
         if dist.get_rank() == 0 and place.exists():
             shutil.rmtree(place)
