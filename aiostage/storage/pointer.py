@@ -92,6 +92,8 @@ class Heartbeat:
     def __init__(self, beat: Callable[[], None], interval: float, name: str) -> None:
         stopped = threading.Event()
         self._stop = Finalizer(self, stopped.set)
+        # A lease may hold for ever. A thread may wait for 292 years at most.
+        interval = min(interval, threading.TIMEOUT_MAX)
         self._thread = threading.Thread(target=_beat, args=(beat, interval, stopped), name=name, daemon=True)
         # The thread refers to the event and the beat, not to this object. So dropping this object ends the thread.
         # start() waits for the thread's first turn, once in a save.

@@ -124,7 +124,9 @@ class RemoteStorage(MultiWriterStorage):
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
-        if isinstance(lease_seconds, str) or not lease_seconds > 0:
+        if isinstance(lease_seconds, bool) or not isinstance(lease_seconds, (int, float)):
+            raise TypeError(f"lease_seconds must be a number of seconds, not {shown(lease_seconds)}")
+        if not lease_seconds > 0:
             raise ValueError(f"lease_seconds must be above 0, not {shown(lease_seconds)}")
         self._bucket = bucket
         self._lease_seconds = lease_seconds

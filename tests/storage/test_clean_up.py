@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 from collections.abc import Sequence
@@ -328,3 +329,27 @@ async def test_the_clock_of_a_killed_clean_up_is_removed_later(monkeypatch: pyte
     await storage.clean_up()
     assert len(paths(store)) == 1
     await pending.abort()
+
+
+async def test_a_lease_that_never_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    store = MemoryStore()
+    storage = ObjectStorage(store, lease_seconds=math.inf)
+    pending = await storage.open("a")
+    await write(pending, "data", some_bytes(1000))
+    thread = next(thread for thread in threading.enumerate() if thread.name == "aiostage-heartbeat")
+    await pending.commit(memoryview(b"{}"))
+    assert failed == []
+    assert not thread.is_alive()
+    # What its writers leave is never taken for stale, whatever the storage says that cleans up.
+    await die(storage, "b")
+    later(monkeypatch, 1e9)
+    await ObjectStorage(store, lease_seconds=1.0).clean_up()
+    assert list(await storage.pending()) == ["b"]
+
+
+@pytest.mark.parametrize("value", [None, True, "3"])
+async def test_a_lease_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="lease_seconds must be a number of seconds, not "):
+        ObjectStorage(MemoryStore(), lease_seconds=value)
