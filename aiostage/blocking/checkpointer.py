@@ -127,7 +127,7 @@ class Checkpointer(OnBackground):
         """Capture a checkpoint, and leave the writing to the background.
 
         Args:
-            step: Which one, from 0. There must be no checkpoint of it yet, unless it may be replaced.
+            step: The step, from 0. There must be no checkpoint of it yet, unless it may be replaced.
             state_dict: A tree as for :func:`aiostage.save`, which may change once this returns; or an entered
                 :class:`Snapshot` of the checkpointer's own ``stager``, which is not copied again.
             replace: As for :meth:`aiostage.Checkpointer.save`.
@@ -158,7 +158,7 @@ class Checkpointer(OnBackground):
 
         Args:
             into: A live tree to change in place. None: return a new tree.
-            step: Which one. None: the latest.
+            step: The step. None: the latest.
             **options: More that :func:`aiostage.load` takes, such as ``device``. Functions are called in the background
                 thread.
 

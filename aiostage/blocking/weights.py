@@ -142,7 +142,7 @@ class WeightSubscriber(_Hosted):
 
     @property
     def connected(self) -> bool:
-        """Whether the publisher, or the storage, could be reached the last time that something was exchanged."""
+        """Whether the publisher, or the storage, could be reached at the last exchange."""
         return self._end.connected
 
     @property

@@ -36,7 +36,7 @@ _READS_AT_ONCE = 4
 """Records that are read at once. A guess, as for loads of DCP's checkpoints."""
 
 _MEMORY_BYTES = 128 << 20
-"""Of all buffers together. With larger parts, fewer are read at once."""
+"""Bytes of all buffers together. With larger parts, fewer are read at once."""
 
 
 async def check(place: Place, *, progress: bool = False) -> Report:

@@ -47,7 +47,7 @@ class CheckpointRun:
         storage: The storage that has them.
         names: Names of those that are there.
         removed: Names of those that were removed, and whose files are kept because others refer to them.
-        foreign: What reads those of other programs, by name; or the error why they cannot be read.
+        foreign: For checkpoints of other programs, by name: a reader, or the error why there is none.
     """
 
     source: str

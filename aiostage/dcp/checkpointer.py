@@ -91,13 +91,13 @@ class Checkpointer(BackgroundSaves):
     :meth:`aclose`; any tasks of one event loop may do that, and save.
 
     Args:
-        root: Where the checkpoints lie, each below it under a name like ``step-00000100``: as for
+        root: The place of the run's checkpoints, with names like ``step-00000100`` below it: as for
             :class:`~aiostage.dcp.StorageWriter`. All ranks need to reach it.
         stager: Takes the copies. None: one is made for the block.
         keep: How many of the last checkpoints to keep; older ones are removed after each commit. None: all.
         keep_also: Returns whether the checkpoint of a step is kept independent of its age.
         max_in_flight: How many saves may be under way at once. Each holds its staged copy.
-        process_group: Whose ranks save together; None for all.
+        process_group: The ranks that save together; None for all ranks.
         no_dist: This process saves alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks, as for :func:`~aiostage.dcp.save`.
         save_on_signals: Signals, say ``signal.SIGTERM``, that :meth:`should_stop` tells of instead of ending the
@@ -162,7 +162,7 @@ class Checkpointer(BackgroundSaves):
         fails on all of them.
 
         Args:
-            step: Which has been done.
+            step: The step that has just been done.
 
         Raises:
             OSError: If the store does not answer.
@@ -197,7 +197,7 @@ class Checkpointer(BackgroundSaves):
         A plain function: the caller's moment is that of the call. The rest happens in the background.
 
         Args:
-            step: Which one, from 0, the same on all ranks. There must be no checkpoint of it.
+            step: The step, from 0, the same on all ranks. There must be no checkpoint of it.
             state_dict: As for :func:`~aiostage.dcp.save`.
             planner: DCP's; None is DCP's default.
 
@@ -296,7 +296,7 @@ class Checkpointer(BackgroundSaves):
 
         Args:
             into: As for :func:`~aiostage.dcp.load`: each rank reads what it needs.
-            step: Which one, the same on all ranks. None: the latest, as for :meth:`latest`.
+            step: The step, the same on all ranks. None: the latest, as for :meth:`latest`.
             planner: As for :func:`~aiostage.dcp.load`.
             weights_only: As for :func:`~aiostage.dcp.load`.
 

@@ -13,7 +13,7 @@ __all__ = ["RanksFailedError"]
 
 
 class RanksFailedError(RankFailedError, CheckpointException):
-    """What a save or load raises when ranks have failed: caught as ``RankFailedError`` or as ``CheckpointException``.
+    """The error of a save or load in which ranks have failed: catch ``RankFailedError`` or ``CheckpointException``.
 
     The type is private; catch one of the two.
 

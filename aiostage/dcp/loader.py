@@ -41,12 +41,12 @@ def load(
     the streams that are current at the call.
 
     Args:
-        state_dict: What to load, over tensors on their devices. Do not touch it until the coroutine returns.
-        checkpoint_id: Where from, for the reader; a directory if there is no reader.
+        state_dict: The state dict to load into. Do not use it until the coroutine returns.
+        checkpoint_id: The checkpoint, as the reader names it; a directory if there is no reader.
         storage_reader: One of DCP's, or a :class:`StorageReader`. None: the one that DCP finds for the id.
         planner: One of DCP's. None is DCP's default, with one difference: values come back under their own keys, and
             not under these as text.
-        process_group: Whose ranks load together; None for all.
+        process_group: The ranks that load together; None for all ranks.
         no_dist: This process loads alone, as it does if there are no process groups.
         timeout: Seconds to wait for other ranks: to come, and then in each step for the slowest to read.
         weights_only: Refuse values that are not plain data, as ``torch.load`` does; arrays and numbers of NumPy are

@@ -69,7 +69,7 @@ class AsyncSaveResponse:
         """Wait until the state may be changed without changing what is saved.
 
         Raises:
-            Exception: What a ``state_dict`` method has raised.
+            Exception: The error of a ``state_dict`` method.
             UnsupportedLeafError: If a leaf cannot be staged faithfully; nothing was copied.
             TornSnapshotError: If the state changed on the way.
             HostMemoryError: If memory for the copy cannot be had.
@@ -104,7 +104,7 @@ class AsyncSaveResponse:
         It is shielded from cancellation.
 
         Args:
-            error: What has ended the save: an error, or a cancellation.
+            error: The error or the cancellation that has ended the save.
         """
         if self._dropped.detach():
             self._staging.close()
@@ -156,10 +156,10 @@ def start_save(
     Args:
         state_dict: As for ``torch.distributed.checkpoint.save``. Values with ``state_dict`` and ``load_state_dict``
             methods are asked for their state now, on the calling thread.
-        checkpoint_id: Where to, for the writer; a directory if there is no writer.
+        checkpoint_id: The checkpoint, as the writer names it; a directory if there is no writer.
         storage_writer: One of DCP's, or a :class:`StorageWriter`. None: the one that DCP finds for the id.
         planner: DCP's; None is DCP's default.
-        process_group: Whose ranks save together; None for all. Its own collectives are not used.
+        process_group: The ranks that save together; None for all ranks. Its own collectives are not used.
         stager: Takes the copy. None: one is made for this call. A stager of your own uses its memory again in the
             next save.
         no_dist: This process saves alone, as it does if there are no process groups.

@@ -20,7 +20,7 @@ _KINDS = ("models", "optimizers", "schedulers", "custom")
 
 
 class AcceleratorCheckpoints:
-    """What ``accelerator.save_state`` and ``load_state`` are for, through a checkpointer.
+    """Saves and restores a training with Accelerate, as ``save_state`` and ``load_state`` do, with a checkpointer.
 
     Saved is what the accelerator has prepared (models, optimizers, schedulers), what was registered with
     ``register_for_checkpointing``, the gradient scaler, and every process's generators of random numbers. In a
@@ -52,7 +52,7 @@ class AcceleratorCheckpoints:
         """Capture a checkpoint, and leave the writing to the background.
 
         Args:
-            step: Which one, from 0. There must be no checkpoint of it yet.
+            step: The step, from 0. There must be no checkpoint of it yet.
 
         Returns:
             A handle on the rest, on the first process; None on the others.
@@ -85,7 +85,7 @@ class AcceleratorCheckpoints:
         """Load a checkpoint into what the accelerator has prepared.
 
         Args:
-            step: Which one. None: the latest.
+            step: The step. None: the latest.
 
         Returns:
             The step that was saved; None if there is no checkpoint and no step was asked for. The data that was seen

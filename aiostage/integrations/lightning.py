@@ -58,7 +58,7 @@ class AiostageCheckpointIO(CheckpointIO):
         """Capture a checkpoint, and leave the writing to the background.
 
         Args:
-            checkpoint: What Lightning wants to keep.
+            checkpoint: The checkpoint, as Lightning has made it.
             path: The directory to make; a checkpoint that is there is replaced.
             storage_options: Nothing is known; must be None.
 

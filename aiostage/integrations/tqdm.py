@@ -30,7 +30,7 @@ class ProgressBar:
     """Shows one save or load on stderr: bytes, rate, time left. Call it from one thread.
 
     Args:
-        title: What is shown before the bar.
+        title: The text before the bar.
         **options: For ``tqdm``.
     """
 

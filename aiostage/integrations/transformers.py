@@ -62,7 +62,7 @@ class CheckpointCallback(TrainerCallback):
         The Trainer then restores everything by itself, and skips the data that was seen. Every process calls this.
 
         Args:
-            step: Which checkpoint. None: the latest.
+            step: The step of the checkpoint. None: the latest.
 
         Yields:
             A temporary folder, or None if there is no checkpoint and no step was asked for: ``train`` takes that for

@@ -33,7 +33,7 @@ class StoredObject:
 
     Attributes:
         data: Its contents.
-        version: Which state of it that is.
+        version: The state of the object that was read.
     """
 
     data: Buffer
@@ -65,7 +65,7 @@ class Bucket(ABC):
     @property
     @abstractmethod
     def location(self) -> str:
-        """Where it is, as a person would write it, without a ``/`` at the end and without secrets."""
+        """The location of the store as text, without a ``/`` at the end and without secrets."""
 
     @property
     def reads_at_once(self) -> int:

@@ -138,12 +138,12 @@ pointer has its length, so that a listing tells them apart."""
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """What a checkpoint's pointer says.
+    """The content of a checkpoint's pointer.
 
     Attributes:
         folder: Name of the folder with its files; None if the pointer is withdrawn, and there is no checkpoint.
-        version: Which state of the pointer that is.
-        replaced: What it has named before, latest first, since there was none and none was withdrawn.
+        version: The state of the pointer that was read.
+        replaced: The folders that it named before, the latest first, since there was no pointer or a withdrawn one.
     """
 
     folder: str | None
@@ -258,9 +258,9 @@ async def withdraw(
     The pointer of another writer is left.
 
     Args:
-        bucket: Where.
+        bucket: The store.
         name: The checkpoint.
-        folder: What its pointer must not name. It has no lease, and never will have again.
+        folder: The folder that its pointer must not name. It has no lease, and never gets one again.
         exchange: Writes a pointer in place of the one seen.
     """
     pointer = await find_pointer(bucket, name)

@@ -75,7 +75,7 @@ async def read_ranges(read: Callable[[int, Buffer], Awaitable[int]], offset: int
         How many bytes there were.
 
     Raises:
-        BaseException: What the first failing read raised; the others are cancelled.
+        BaseException: The error of the first read that failed. The others are cancelled.
     """
     if into.nbytes <= _RANGE_BYTES:
         return await read(offset, into) if into.nbytes else 0

@@ -291,7 +291,7 @@ class SimulatedAccelerator(SimulatedBackend):
         """Let a device fail: nothing more is executed, every event and every call raises.
 
         Args:
-            device: Which; None is the first.
+            device: The device; None is the first one.
         """
         failed = self._devices[device or self.devices[0]]
         failed.error = SimulatedDeviceError(f"{failed.device} has failed, as the test wanted")

@@ -57,7 +57,7 @@ class Described:
         text: The file with the text, and with the bytes behind it.
         text_bytes: How long the text is.
         digest: The digest of the whole file.
-        memory: Where the tensors lie; None if there are none.
+        memory: The memory of the tensors; None if there are none.
     """
 
     nbytes: int
@@ -68,7 +68,7 @@ class Described:
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """What goes with the message."""
+        """The descriptors that are sent with the message."""
         return [self.text.descriptor] if self.memory is None else [self.text.descriptor, self.memory.descriptor]
 
     def message(self) -> dict[str, Any]:
@@ -188,9 +188,9 @@ def open_described(
     """Open what :func:`describe` has described in another process. Blocks: call it from a worker thread.
 
     Args:
-        message: What was said of it.
+        message: The message that came with it.
         descriptors: That came with it. They stay open.
-        classes: Whose objects are made again.
+        classes: Classes whose objects are made again.
         path: The publisher, for errors.
 
     Returns:

@@ -24,7 +24,7 @@ class WeightVersion:
 
     Attributes:
         version: Its number, as it was published.
-        epoch: Which publisher it is of: numbers of different ones may be the same.
+        epoch: The publisher that it is of: different publishers may use the same numbers.
     """
 
     def __init__(self, version: int, epoch: str, tree: Any, acknowledge: Callable[[], object] | None = None) -> None:
@@ -65,7 +65,7 @@ class WeightVersion:
 
 
 class Inbox:
-    """Where a receiver puts versions, one at a time, when the subscriber asks for one.
+    """Takes versions from a receiver, one at a time, when the subscriber asks for one.
 
     It is used in one event loop, so it needs no lock. Other threads post their calls to that loop.
 

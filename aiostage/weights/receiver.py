@@ -62,8 +62,8 @@ class SocketReceiver:
 
     Args:
         path: The path of the socket.
-        inbox: Where they go.
-        classes: Whose objects are made again.
+        inbox: Takes the versions.
+        classes: Classes whose objects are made again.
         timeout: Seconds of silence after which a publisher is taken for dead.
     """
 

@@ -14,7 +14,7 @@ class Signal:
     missed.
 
     Attributes:
-        event: What the next :meth:`set` sets.
+        event: The event that the next :meth:`set` sets.
     """
 
     def __init__(self) -> None:

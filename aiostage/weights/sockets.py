@@ -70,7 +70,7 @@ BEATS_PER_TIMEOUT = 4
 
 MIN_TIMEOUT_SECONDS = 0.01
 MAX_TIMEOUT_SECONDS = 1e6
-"""What a peer may ask for: a million seconds are eleven days."""
+"""The longest timeout that a peer may ask for: eleven days."""
 
 
 class MalformedError(Exception):

@@ -63,7 +63,7 @@ class StorageSender:
     """Saves versions of weights, and removes old ones.
 
     Args:
-        storage: Where versions are saved.
+        storage: The storage that has the versions.
         keep: How many versions stay, including those of earlier publishers. A subscriber has to finish loading a
             version before that many newer ones are published.
     """
@@ -157,9 +157,9 @@ class StorageReceiver:
     """Loads versions of weights from a storage when they are asked for.
 
     Args:
-        storage: Where versions are saved.
-        inbox: Where they are put.
-        classes: Whose objects are made again.
+        storage: The storage that has the versions.
+        inbox: Takes the versions.
+        classes: Classes whose objects are made again.
         interval: Seconds between two requests for the pointer's revision.
     """
 

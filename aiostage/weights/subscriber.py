@@ -66,7 +66,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
 
     @property
     def connected(self) -> bool:
-        """Whether the publisher, or the storage, could be reached the last time that something was exchanged."""
+        """Whether the publisher, or the storage, could be reached at the last exchange."""
         return self._content is not None and self._content.connected
 
     @property
