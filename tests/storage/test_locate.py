@@ -33,6 +33,8 @@ def where(target: object) -> tuple[str, str]:
         ("runs/..", "runs/..", "."),
         ("/", "/", "."),
         ("file:///runs/a%20b", "/runs", "a b"),
+        ("file:///runs/a%23b%3F", "/runs", "a#b?"),
+        ("/runs/a#b?", "/runs", "a#b?"),
         ("odd:name", "", "odd:name"),
         (("runs", "a/7"), "runs", "a/7"),
     ],
@@ -76,6 +78,8 @@ def test_a_url_has_to_name_one(url: str) -> None:
         (Path("s3://bucket/runs/7"), "Pass URLs as text: 's3://...'"),
         (Path("fsspec+ftp://host/7"), "Pass URLs as text"),
         ("file://runs/7", "three slashes: 'file:///runs/7'"),
+        ("file:///runs/exp#1", "Write %3F and %23 for them"),
+        ("file:///runs/exp?", "Write %3F and %23 for them"),
     ],
 )
 def test_paths_by_mistake(path: str | Path, reason: str) -> None:
