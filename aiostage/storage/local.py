@@ -341,7 +341,7 @@ class LocalReader(Reader):
         self._directory: Descriptor | None = directory
         self._path = path
         self._workers = workers
-        # In the order of their last use. Changed with the lock only: any thread may read.
+        # In the order of their last use. Changed with the lock only, because any thread may read; aclose() replaces it.
         self._files: dict[str, InputFile] = {}
         self._opening = Lock()
 
@@ -376,11 +376,11 @@ class LocalReader(Reader):
 
     async def aclose(self) -> None:
         """Drop the files. May be called more than once."""
-        # Steps that still run are not waited for; they keep the descriptors that they use. With the lock, so that no
-        # file that one of them opens is kept behind this.
-        with self._opening:
-            self._directory = None
-            self._files.clear()
+        # Steps that still run are not waited for; they keep the descriptors that they use. No lock: the collector may
+        # close a coroutine, which then calls this, in a thread that has the lock. In this order, and with a new dict: a
+        # file that a thread is just opening finds the reader closed, or goes into the old dict.
+        self._directory = None
+        self._files = {}
 
     def _manifest(self) -> Buffer:
         file = self._file(MANIFEST_NAME)
@@ -400,7 +400,7 @@ class LocalReader(Reader):
         """Return which parts of a file to read with :meth:`read_past_cache`, in the calling thread; it may be any."""
         cold = self._file(name).cold_parts(part_bytes)
         with self._opening:
-            self._close_some()
+            _close_some(self._files)
         return cold
 
     async def read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
@@ -417,9 +417,10 @@ class LocalReader(Reader):
     def _file(self, name: str) -> InputFile:
         """Open a file, unless it is open. Several threads may do so at once; then one of the two is dropped."""
         with self._opening:
-            file = self._files.pop(name, None)
+            files = self._files
+            file = files.pop(name, None)
             if file is not None:
-                self._files[name] = file
+                files[name] = file
                 return file
         path = os.path.join(self._path, name)
         # Read once: aclose() may set it to None at any moment. The local variable keeps the descriptor open.
@@ -435,17 +436,20 @@ class LocalReader(Reader):
             raise CheckpointNotFoundError("it was replaced or deleted while it was read.", path=path) from None
         with self._opening:
             # Without the lock until here, because opening may block. If two threads have opened it, the second file
-            # closes with its last reference. After aclose(), the file is for this caller alone.
+            # closes with its last reference. After aclose(), the file is for this caller alone. The dict is taken
+            # before the look at the directory, as aclose() explains.
+            files = self._files
             if self._directory is not None:
-                file = self._files.setdefault(name, file)
-                self._close_some()
+                file = files.setdefault(name, file)
+                _close_some(files)
         return file
 
-    def _close_some(self) -> None:
-        """Close files that were not used for the longest time, if too many are open. Called with the lock held."""
-        while sum(file.descriptors for file in self._files.values()) > _OPEN_FILES:
-            # Closed once the steps that read it have ended.
-            del self._files[next(iter(self._files))]
+
+def _close_some(files: dict[str, InputFile]) -> None:
+    """Close the files that were not used for the longest time, if too many are open. Called with the lock held."""
+    while sum(file.descriptors for file in files.values()) > _OPEN_FILES:
+        # It closes once the steps that read it have ended.
+        del files[next(iter(files))]
 
 
 def _check(name: str) -> None:

@@ -138,8 +138,8 @@ def _path_of(url: str) -> str:
     # These begin a query and a fragment, which a path does not have: it would lose its end, and be another path.
     if "?" in url or "#" in url:
         raise ValueError(
-            f"{shown(url)} is not the URL of a path: it has a '?' or a '#'. Write %3F and %23 for them, or pass the path "
-            "itself."
+            f"{shown(url)} is not the URL of a path: it has a '?' or a '#'. Write %3F and %23 for them, or pass the "
+            "path itself."
         )
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,32 @@ async def test_a_closed_reader_keeps_no_file_that_a_thread_was_opening(
     # The read that was under way has ended well, and nothing of it is left open.
     assert into != bytearray(1)
     assert [reference() for reference in opened] == [None]
+
+
+@pytest.mark.asyncio
+async def test_a_reader_is_closed_in_a_thread_that_is_looking_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may close a coroutine anywhere, and that closes its reader."""
+    storage = LocalStorage(tmp_path)
+    await save_small(storage, "a")
+    reader = await storage.read("a")
+    assert isinstance(reader, local.LocalReader)
+    closed = threading.Event()
+
+    class Collected(InputFile):
+        @property
+        def descriptors(self) -> int:
+            # Asked for with the reader's lock held.
+            with suppress(StopIteration):
+                reader.aclose().send(None)
+            closed.set()
+            return 1
+
+    monkeypatch.setattr(local, "InputFile", Collected)
+    into = bytearray(1)
+    thread = threading.Thread(target=reader.read_blocking, args=(MANIFEST, 0, memoryview(into)), daemon=True)
+    thread.start()
+    assert closed.wait(seconds(10))
+    thread.join()
+    assert into != bytearray(1)
