@@ -32,6 +32,7 @@ class Background:
     @contextmanager
     def started(cls, name: str) -> Iterator[Background]:
         """Start a thread, and end it with the block."""
+        # anyio's portal: it runs each call in a task of its own, and waits for all of them at the end.
         with start_blocking_portal(name=name) as portal:
             yield cls(portal)
 

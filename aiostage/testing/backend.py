@@ -135,6 +135,7 @@ class SimulatedBackend(Backend):
                 moved_bytes=source.nbytes,
             )
             self._scheduler.enqueue(stream, operation)
+        # Now and not when the copy is executed: staging compares versions, and must see what was enqueued.
         count_change(destinations)
         hosts = [
             source if self.device_of(source) is None else to for to, source in zip(destinations, sources, strict=True)

@@ -113,6 +113,7 @@ class DeviceMemory:
         """
         while self._died:
             block = self._died.popleft()
+            # Recorded only now, as CUDA's allocator does it: what a user has enqueued until here is waited for.
             block.events = [record(stream) for stream in block.users]
             self._pending.append(block)
         free = [block for block in self._pending if all(event.completed for event in block.events)]

@@ -253,6 +253,7 @@ class Scheduler:
     def _take(self, stream: SimulatedStream, ready: list[SimulatedStream]) -> tuple[Operation, float]:
         finish = self._finishes(ready)[stream]
         if self._bus_bandwidth is not None:
+            # Before the operation is taken out: until its end, it has shared the bus with the others.
             self._bus(stream.device).pass_time(_by_device(ready)[stream.device], finish)
         operation = stream.queue.popleft()
         if operation.engine is not None:
@@ -294,6 +295,7 @@ class Scheduler:
                 stream = self._first(ready)
                 remaining = self._finishes(ready)[stream] - self.now()
                 if remaining > 0:
+                    # Then look again: an operation that was enqueued meanwhile may be due before this one.
                     self.lock.wait(remaining)
                     continue
                 operation, finish = self._take(stream, ready)

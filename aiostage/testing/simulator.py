@@ -192,6 +192,7 @@ class SimulatedAccelerator(SimulatedBackend):
             torch.OutOfMemoryError: If the device has no room.
         """
         stream = self._stream(device)
+        # A copy that only the operation refers to, so that the caller may change or drop the tensor.
         value = tensor.detach().clone()
         copied = self._allocate(value.shape, value.stride(), value.dtype, stream)
         self._enqueue_kernel(
@@ -230,6 +231,7 @@ class SimulatedAccelerator(SimulatedBackend):
         tensors = (*writes, *reads)
         if stream is None:
             stream = self._stream(self.device_of(tensors[0]) if tensors else None)
+        # References, as on a device: if a tensor dies before the kernel runs, the kernel uses what is there then.
         references = [self._reference(tensor, stream) for tensor in tensors]
         count_change(writes)
         self._enqueue_kernel("kernel", kernel, references, seconds, stream, moved_bytes)

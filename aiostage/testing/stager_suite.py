@@ -330,7 +330,7 @@ class StagerSuite(ABC):
         if not self.keeps_results:
             raise unittest.SkipTest("this stager overwrites its last result")
         async with self.make_stager() as stager:
-            # More than anyone would keep buffers for.
+            # More results than a stager would have buffers for.
             results = [await stager.stage(_tree(float(number))) for number in range(20)]
             for number, staged in enumerate(results):
                 assert _values(staged) == _values(_tree(float(number)))
@@ -403,6 +403,8 @@ class StagerSuite(ABC):
         if not self.one_moment:
             raise unittest.SkipTest("this stager mixes moments")
         async with self.make_stager() as stager:
+            # From before the first step of a staging to after the last one of a slow stager. A guess: most stagers
+            # record a tree in their first turns, so these are close together.
             for turns in (0, 1, 2, 3, 5, 8, 13, 21, 50, 120, 300):
                 for leaves in (5, 300):
                     await self._check_moment(stager, turns, leaves)
@@ -457,6 +459,7 @@ class StagerSuite(ABC):
     async def test_cancelled_at_every_await(self) -> None:
         require_asyncio()
         async with self.make_stager() as stager:
+            # The next staging has to get memory, and must not get bytes of the cancelled one.
             async for _ in at_every_await(lambda: stager.stage(_tree(5.0))):
                 assert _values(await stager.stage(_tree(6.0))) == _values(_tree(6.0))
 
