@@ -19,7 +19,7 @@ import torch
 from aiostage import _private
 from aiostage._capture.faithful import Inspection, Spec
 from aiostage._capture.leaves import Leaves, changed
-from aiostage._capture.nodes import AttributeSteps
+from aiostage._capture.nodes import READS_PER_STEP, AttributeSteps
 from aiostage.leaf import Attribute, Path
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "copy_buffer",
     "detached_alias",
     "nbytes_of",
+    "read_items",
     "same_buffer",
 ]
 
@@ -186,6 +187,34 @@ class ContainerChanges:
             if not (yield from same_buffer(buffer, copy)):
                 paths[frame.path(slot)] = None
         return list(paths)
+
+
+def read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, set[type]]:
+    """Note the keys and values of a mapping as they are at one moment, yielding between parts of a large one.
+
+    Returns:
+        The classes of the keys.
+    """
+    if len(source) <= READS_PER_STEP:
+        keys += source
+        values += source.values()
+        return set(map(type, keys))
+    _private.untrack_all((keys, values))
+    key_iterator, value_iterator = iter(source), iter(source.values())
+    classes: set[type] = set()
+    try:
+        # Two iterators over one dict: both raise if it changes size between two steps. A change that keeps the size may
+        # mix two moments here; the keys and values are compared at capture, which then differ.
+        while part := list(islice(key_iterator, READS_PER_STEP)):
+            keys += part
+            values += islice(value_iterator, READS_PER_STEP)
+            classes.update(map(type, part))
+            yield
+    except RuntimeError:
+        # It changed size meanwhile: record it again, in one step.
+        keys[:], values[:] = source.keys(), source.values()
+        return set(map(type, keys))
+    return classes
 
 
 def _same_members(now: set[Any], before: Sequence[Any]) -> Generator[None, None, bool]:

@@ -11,7 +11,6 @@ import types
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator
-from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from aiostage import _private
+from aiostage._capture.attributes import note_attributes, read_attributes
 from aiostage._capture.build import build
 from aiostage._capture.early import SelfCopies
 from aiostage._capture.faithful import PLAIN_CLASSES, Inspection, Refusal, copies_itself
@@ -49,7 +49,7 @@ from aiostage._capture.protocol import (
     read_iterable,
     reduce_object,
 )
-from aiostage._capture.versions import GONE, ContainerChanges, copy_buffer, nbytes_of
+from aiostage._capture.versions import ContainerChanges, copy_buffer, nbytes_of, read_items
 from aiostage._loop.coroutines import exhausted
 from aiostage.errors import TornSnapshotError
 from aiostage.leaf import Attribute, Path, format_path
@@ -352,39 +352,9 @@ class Walk:
 
     def _attributes(self, tensor: torch.Tensor, index: int, node: Node, slot: int) -> None:
         """Note what hangs on a tensor."""
-        try:
-            composite = self.leaves.composite_of(index, tensor)
-        except Refusal as refusal:
-            raise refusal.at(node.path(slot)) from None
-        self.leaves.attributed.add(index)
-        made = AttributesNode(tensor, node, slot)
-        made.leaf = index
-        if type(tensor) in PLAIN_CLASSES and len(vars(tensor)) > _CHILDREN_PER_STEP:
+        made = note_attributes(tensor, index, node, slot, self.leaves, self.changes)
+        if made is not None:
             self._add(made, node, slot)
-            return
-        attributes = dict(vars(tensor))
-        if composite is None or composite.owned is None:
-            self.changes.add_attributes(vars(tensor), list(attributes), list(attributes.values()), node, slot)
-        else:
-            attributes = {name: value for name, value in attributes.items() if not composite.owns(name)}
-            # What the class keeps for itself is made anew by its own code and may be other objects each time; only the
-            # names of the rest are compared, and the values as slots.
-            self.changes.add_names(vars(tensor), list(attributes), composite.owns, node, slot)
-            self.changes.add_slots(tensor, dict(attributes), node, slot)
-        names: list[str] = []
-        if type(tensor) not in PLAIN_CLASSES:
-            names = _private.slot_names(type(tensor))
-            self.changes.add_slots(tensor, {name: getattr(tensor, name, GONE) for name in names}, node, slot)
-            attributes |= {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
-        if not attributes:
-            return
-        made.slots = frozenset(names)
-        # A bound method on a tensor (a weight loader, say) is code, and the module behind it is no part of the tensor.
-        made.kept = {name: value for name, value in attributes.items() if type(value) is types.MethodType}
-        made.names = [name for name in attributes if name not in made.kept]
-        made.children = [attributes[name] for name in made.names]
-        made.steps = list(map(Attribute, made.names))
-        self._add(made, node, slot)
 
     def _note_owned(self, start: int) -> Generator[None, None, None]:
         """Note what hangs on the gradients and parts from an index on, which are children of no node."""
@@ -499,14 +469,14 @@ class Walk:
         elif isinstance(node, MethodNode):
             node.children, node.steps = [source.__self__], (Attribute("__self__"),)
         elif isinstance(node, AttributesNode) and not node.steps:
-            yield from self._read_attributes(node)
+            yield from read_attributes(node, self.changes)
         elif isinstance(node, ObjectNode) and not node.steps:
             self.calls_out |= yield from reduce_object(node, self.changes)
 
     def _read_mapping(self, node: DictNode) -> Generator[None, None, None]:
         source, keys, values = node.source, node.keys, node.children
         parent, slot = parent_of(node), node.slot
-        atomic = yield from _read_items(source, keys, values)
+        atomic = (yield from read_items(source, keys, values)) <= ATOMIC
         node.steps = keys
         # The __dict__ of an object, which the path leads through by attribute names.
         if parent.steps[slot] is STATE:
@@ -528,23 +498,6 @@ class Walk:
         # It has none now. One that is hung on it before capture changes the tree all the same.
         elif type(source) is OrderedDict:
             self.changes.add_attributes(vars(source), [], [], parent, slot)
-
-    def _read_attributes(self, node: AttributesNode) -> Generator[None, None, None]:
-        """Note the many attributes of a tensor."""
-        attributes, names, values = vars(node.source), node.names, node.children
-        yield from _read_items(attributes, names, values)
-        self.changes.add_attributes(attributes, names, values, parent_of(node), node.slot)
-        methods = []
-        for start in range(0, len(values), READS_PER_STEP):
-            part = values[start : start + READS_PER_STEP]
-            if types.MethodType in map(type, part):
-                methods += [slot for slot, value in enumerate(part, start) if type(value) is types.MethodType]
-            yield
-        if methods:
-            node.kept = {names[slot]: values[slot] for slot in methods}
-            node.names = [name for name in names if name not in node.kept]
-            node.children = [attributes[name] for name in node.names]
-        node.steps = AttributeSteps(node.names)
 
     def _copy_buffer(self, node: GivenNode) -> Generator[None, None, None]:
         """Copy memory in pieces, to be compared with it at capture."""
@@ -570,31 +523,3 @@ class Walk:
                 # It is reached through the object's own code, and no child of what the object is in.
                 del parent_of(node).nested[nested:]
         self._push_fresh()
-
-
-def _read_items(source: dict[Any, Any], keys: list[Any], values: list[Any]) -> Generator[None, None, bool]:
-    """Note the keys and values of a mapping as they are at one moment, yielding between parts of a large one.
-
-    Returns:
-        Whether all keys are atoms.
-    """
-    if len(source) <= READS_PER_STEP:
-        keys += source
-        values += source.values()
-        return set(map(type, keys)) <= ATOMIC
-    _private.untrack_all((keys, values))
-    key_iterator, value_iterator = iter(source), iter(source.values())
-    atomic = True
-    try:
-        # Two iterators over one dict: both raise if it changes size between two steps. A change that keeps the size may
-        # mix two moments here; the keys and values are compared at capture, which then differ.
-        while part := list(islice(key_iterator, READS_PER_STEP)):
-            keys += part
-            values += islice(value_iterator, READS_PER_STEP)
-            atomic = atomic and set(map(type, part)) <= ATOMIC
-            yield
-    except RuntimeError:
-        # It changed size meanwhile: record it again, in one step.
-        keys[:], values[:] = source.keys(), source.values()
-        return set(map(type, keys)) <= ATOMIC
-    return atomic
