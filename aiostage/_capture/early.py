@@ -184,7 +184,11 @@ class SelfCopies:
         exhausted(self._leaves.index())
         early = self._early
         positions, given = self._leaves.positions, self._leaves.given
-        memo = Memo(self._nodes, early.copies, positions, early.storages, self._give, built_now, given)
+        replaced = self._replaced
+        replaced.follow(root)
+        memo = Memo(
+            self._nodes, early.copies, positions, early.storages, self._give, built_now, given, replaced.has_reached
+        )
         self.memo = early.memo = memo
         if self._lead_back(opaque):
             memo.circles = circles_of(opaque, self._leads, self._connecting)

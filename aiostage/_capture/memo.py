@@ -34,6 +34,7 @@ class Memo(dict[Any, Any]):
         give: Makes the copy of an object that copies itself.
         build_now: Builds an object that does not, at once.
         given: Copies of tensors that were made, by their indices.
+        has_reached: Says whether copy.deepcopy would have come to a node before what copies itself now.
 
     Attributes:
         announced: Keys of containers and plain objects, and the copies that code has put in for them.
@@ -53,8 +54,10 @@ class Memo(dict[Any, Any]):
         give: Callable[[GivenNode], None],
         build_now: Callable[[Node, Memo], None],
         given: dict[int, torch.Tensor],
+        has_reached: Callable[[Node], bool],
     ) -> None:
         super().__init__(torch=storages)
+        self.has_reached = has_reached
         self.nodes = nodes
         self.fetch = fetch
         self.leaf_of = leaf_of
@@ -158,10 +161,21 @@ class Memo(dict[Any, Any]):
         self.touched.clear()
         self.circles, self.entries = {}, {}
         self.nodes, self.leaf_of, self.given = Table(dict), {}, {}
-        self.fetch, self.give = _nothing, _no_copy
+        self.fetch, self.give, self.has_reached = _nothing, _no_copy, _not_reached
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, int) and self.get(key, MISSING) is not MISSING
+        """Return whether there is a copy, as copy.deepcopy would have it by now.
+
+        Of a tensor there always is one: code that finds none makes its own, and makes it on a device. An array has been
+        copied before.
+        """
+        if not isinstance(key, int):
+            return False
+        if not dict.__contains__(self, key):
+            node = self.nodes.find(key)
+            if node is not None and node.copy is MISSING and not node.active and not self.has_reached(node):
+                return False
+        return self.get(key, MISSING) is not MISSING
 
     def __getitem__(self, key: Any) -> Any:
         found = self.get(key, MISSING)
@@ -176,6 +190,10 @@ def _nothing(start: int, stop: int) -> list[Any]:
 
 def _no_copy(node: GivenNode) -> None:
     raise KeyError(id(node.source))
+
+
+def _not_reached(node: Node) -> bool:
+    return False
 
 
 class StorageCopies(dict[int, torch.UntypedStorage]):
@@ -212,10 +230,31 @@ class ReplacedCopies:
         self._by_giver: dict[GivenNode, dict[int, Any]] = {}
         self._announced: list[tuple[int, Any]] = []
         self._turns: dict[int, int] = {}
+        self._giver: Node | None = None
+        self._order: Iterator[Node] = iter(())
+        self._reached: set[int] = set()
 
     def begin(self, giver: GivenNode) -> None:
         """Take note that the code of an object begins, behind all others so far."""
         self._turns[id(giver)] = len(self._turns)
+        self._giver = giver
+
+    def follow(self, root: Node) -> None:
+        """Take note of the tree in which :meth:`has_reached` is asked for nodes."""
+        self._order = (child for _, _, child in _in_order(root, {}) if isinstance(child, Node))
+
+    def has_reached(self, node: Node) -> bool:
+        """Return whether copy.deepcopy would have come to a node before the object whose code is running.
+
+        Objects copy themselves in the order of copy.deepcopy, so this goes through the tree once, and only if code
+        asks. If one does not, as in a circle, all counts as reached after it.
+        """
+        while id(self._giver) not in self._reached:
+            child = next(self._order, None)
+            if child is None:
+                return True
+            self._reached.add(id(child))
+        return id(node) in self._reached
 
     def by(self, giver: GivenNode) -> Collection[Any]:
         """Return the copies that the code of an object has put in."""
@@ -225,6 +264,7 @@ class ReplacedCopies:
         """Drop all references."""
         self._by_giver.clear()
         self._announced.clear()
+        self._order, self._giver = iter(()), None
 
     def note(self, giver: GivenNode, memo: Memo) -> None:
         """Note which objects of the tree have another copy in the memo than the walk would give them."""

@@ -286,3 +286,59 @@ async def test_objects_copy_themselves_in_the_order_of_deepcopy(kind: str) -> No
     assert order == expected
     assert sorted(order) == sorted(set(order))
     assert set(order) >= {"deep", "flat", "key", "value", "in a key", "last"}
+
+
+class Asking:
+    """Asks whether another object was copied before it."""
+
+    def __init__(self, other: Any) -> None:
+        self.other = other
+        self.found: bool | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Asking:
+        copied = Asking(None)
+        memo[id(self)] = copied
+        copied.found = id(self.other) in memo
+        copied.other = copy.deepcopy(self.other, memo)
+        if id(self.other) not in memo:
+            raise AssertionError("it was copied")
+        return copied
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.items = [torch.ones(2)]
+
+
+@pytest.mark.parametrize("make", [lambda: [1], lambda: {"a": torch.ones(1)}, Plain, lambda: ([1],), lambda: Asking([])])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda asking, other: [asking, other],
+        lambda asking, other: [other, asking],
+        lambda asking, other: [[other], [[asking]]],
+        lambda asking, other: [{"a": [asking]}, [other]],
+        lambda asking, other: [asking],
+        lambda asking, other: [(other, [asking], other)],
+        lambda asking, other: [[1, asking, Asking(other)], Asking(other), other, Asking(other)],
+    ],
+)
+async def test_what_is_not_copied_yet_is_not_found(make: Any, arrange: Any) -> None:
+    def answers(tree: Any) -> list[Any]:
+        if isinstance(tree, Asking):
+            return [tree.found]
+        items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+        return [answer for item in items for answer in answers(item)]
+
+    other = make()
+    tree = arrange(Asking(other), other)
+    assert answers(await staged(tree)) == answers(copy.deepcopy(tree))
+
+
+async def test_a_container_around_what_asks_is_found_and_a_tuple_is_not() -> None:
+    asking, within = Asking(None), Asking(None)
+    around: list[Any] = [within]
+    around_too = (around, asking)
+    asking.other, within.other = around_too, around
+    for copied in (await staged([around_too]), copy.deepcopy([around_too])):
+        assert (copied[0][1].found, copied[0][0][0].found) == (False, True)
