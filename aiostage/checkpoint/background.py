@@ -104,8 +104,8 @@ class BackgroundSaves(ABC):
         try:
             await self._removing.acquire()
         finally:
-            # With the lock and before it looks what there is: what is committed from here on is not seen by this
-            # removal, and asks for another.
+            # With the lock, and before this removal lists the checkpoints: it may not see a save that is committed from
+            # here on, so that save must start another one. Also if acquire() was cancelled, or none would ever run.
             self._removal_waits = False
         try:
             await self._remove_surplus()
@@ -131,6 +131,7 @@ class BackgroundSaves(ABC):
         """
         if self._host is not None:
             raise CheckpointError("it was entered before.", remedy="Make a new Checkpointer for another block.")
+        # Set before the first await, so that a second open() at the same time is refused.
         host = self._host = HostedContext(self._serving())
         try:
             await self._prepare()
@@ -185,11 +186,13 @@ class BackgroundSaves(ABC):
             await self.aclose()
             return
         if isinstance(error, GeneratorExit):
-            # A coroutine that is being closed may not wait.
+            # A coroutine that is being closed may not wait. The host's task ends the saves by itself.
             if self._opened is not None and self._host is not None:
                 self._opened.is_open = False
                 self._host.abandon()
             return
+        # An Exception or sys.exit() says nothing about what was captured before. A cancellation or Ctrl-C means that
+        # the program does not want to wait.
         await self._leave(abandon=not isinstance(error, (Exception, SystemExit)))
         for failure in self._take_failures():
             error.add_note(f"aiostage: a checkpoint failed too: {type(failure).__name__}: {failure}")
@@ -204,6 +207,7 @@ class BackgroundSaves(ABC):
                 "the checkpointer was entered on another event loop, which its saves belong to.",
                 remedy="Close it there, say through asyncio.run_coroutine_threadsafe().",
             )
+        # Before the await: no save is taken while the group waits for the others.
         opened.is_open = False
         if abandon:
             host.abandon()
@@ -212,6 +216,8 @@ class BackgroundSaves(ABC):
     @asynccontextmanager
     async def _serving(self) -> AsyncGenerator[OpenState, None]:
         """Take saves, and listen for signals."""
+        # Left in the opposite order: first the saves end, then the stager that they use is closed, then signals have
+        # their old handlers again.
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(set_by_signals(self._preempted, self._signals))
             stager = self._stager
@@ -222,7 +228,7 @@ class BackgroundSaves(ABC):
             try:
                 yield opened
             finally:
-                # The loop may end it too.
+                # The event loop may end this as well, when it shuts down without aclose().
                 opened.is_open = False
 
     def _entered(self) -> OpenState:

@@ -90,6 +90,8 @@ class Checkpointer(BackgroundSaves):
         self._numbers = count()
         self._tasks: list[SaveTask] = []
         self._failed: list[SaveHandle] = []
+        # The number and the step of the last save that was committed. Of two saves that overlap, the one that was
+        # called later counts, whichever is committed first.
         self._newest = (-1, -1)
         self._not_removed: Exception | None = None
 
@@ -226,6 +228,7 @@ class Checkpointer(BackgroundSaves):
             try:
                 return await load_after(caller, (self._storage, name_of(latest)), into=into, foreign=False, **options)
             except CheckpointNotFoundError:
+                # Deleted between the listing and the reading, as a retention policy does.
                 continue
         raise CheckpointError(
             f"the latest checkpoint was deleted concurrently, {_ATTEMPTS} times.", path=self._storage.location
@@ -282,13 +285,14 @@ class Checkpointer(BackgroundSaves):
         except CheckpointError:
             task.drop()
             raise
+        # No await since the look at the other tasks, so two calls for one step cannot both come here.
         self._tasks.append(task)
         try:
             self._raise_earlier_failure(task.handle.step)
             task.replaces = await self._index.refuse(name, replace=replace)
             await opened.slots.acquire()
             try:
-                # The save that had the slot may have failed, and the block may have been left.
+                # Both again, after the wait: the save that had the slot may have failed, and the block may have ended.
                 self._raise_earlier_failure(task.handle.step)
                 self._entered().group.start_soon(self._run, opened, task, name=f"save {name}")
             except BaseException:
@@ -301,6 +305,7 @@ class Checkpointer(BackgroundSaves):
         try:
             await task.accepted()
         except BaseException as error:
+            # Cancelled before the capture: the caller will change the source, so the save must not go on.
             task.abandon()
             # A coroutine that is being closed may not wait; the task ends all the same.
             if not isinstance(error, GeneratorExit):
@@ -308,7 +313,7 @@ class Checkpointer(BackgroundSaves):
             task.handle.take_error()
             raise
         if not task.reported_by_handle:
-            # Tells why.
+            # It has ended without being accepted. This raises its error.
             await task.handle.committed()
         return task.handle
 
@@ -340,6 +345,7 @@ class Checkpointer(BackgroundSaves):
         finally:
             self._tasks.remove(task)
             opened.slots.release()
+        # After the slot is free: the next save does not wait for a removal.
         if saved:
             await self._apply_retention()
 

@@ -1,4 +1,8 @@
-"""Checkpoints of other programs: what a file is, and reading those that need no code. Everything here blocks."""
+"""Checkpoints of other programs: what a file is, and reading those that need no code. Everything here blocks.
+
+A file is recognized by its first bytes, a directory by its names. A directory with more
+than one part is refused with the names of the others, so that nothing is left out silently.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +76,7 @@ DAMAGED_ARCHIVE = (
     OverflowError,
     zlib.error,
 )
-"""What reading an archive raises that is damaged: members seem to be compressed in odd ways, or encrypted."""
+"""What zipfile raises for a damaged archive. Damaged flags say that a member is encrypted or compressed in odd ways."""
 
 _MAX_INDEX_BYTES = 100 << 20
 _START_BYTES = 64
@@ -273,7 +277,7 @@ def _recognize_file(path: str) -> Read | None:
     if os.path.basename(path) == _METADATA:
         return Read("dcp", os.path.dirname(path), _read_distributed)
     if os.path.lexists(path) and not os.path.isfile(path):
-        # A FIFO would be waited for.
+        # open() would wait for the other end of a FIFO.
         link = f"a link to {os.readlink(path)}, which is not there" if _dangles(path) else "not a regular file"
         raise CheckpointCorruptError(f"it is {link}.", path=path)
     if path.endswith((_INDEX, _TORCH_INDEX)):
@@ -322,7 +326,7 @@ def _cannot(path: str, what: str, remedy: str | None) -> CheckpointError:
 
 
 def _read_distributed(path: str, verify: bool) -> Any:
-    # By name, since it takes a while to import what few need.
+    # By name, because few need it.
     return import_module("aiostage.checkpoint.foreign_dcp").read_dcp(path)
 
 
@@ -453,7 +457,7 @@ def merge_shards(path: str, load: Callable[[str], Any]) -> tuple[list[str], dict
         if not isinstance(loaded, dict):
             raise CheckpointCorruptError("the index names it, and it has no tensors by name.", path=file)
         for name, tensor in loaded.items():
-            # Of one that several shards have, the index says which counts.
+            # Several shards may have a tensor of one name. The index says which of them counts.
             if where.get(name, shard) == shard:
                 if name in found:
                     raise CheckpointCorruptError(

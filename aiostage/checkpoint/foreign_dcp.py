@@ -19,9 +19,10 @@ from aiostage.errors import CheckpointCorruptError, CheckpointError
 __all__ = ["DcpDirectory", "MetadataUnpickler", "StandIn", "read_dcp"]
 
 _MAX_BYTES = 1 << 30
+"""The longest .metadata that is read. A guess: a pickle may need ten times its size in memory."""
 
 _PATHS = frozenset(("PosixPath", "PurePath", "WindowsPath"))
-"""A class of these is of ``pathlib._local`` in what Python 3.13 has written."""
+"""In pickles of Python 3.13 the module of these classes is ``pathlib._local``."""
 
 _METADATA = {
     "torch.distributed.checkpoint.metadata": frozenset(
@@ -211,7 +212,7 @@ class DcpDirectory:
     def _tensor(self, name: str, entry: Any) -> torch.Tensor:
         dtype = self.dtype(name)
         nbytes = math.prod(entry.size) * dtype.itemsize
-        # A chunk is as large as its bytes, so a checkpoint cannot ask for more than it has.
+        # Checked before the allocation: a small file must not ask for more memory than its chunks have bytes.
         if nbytes > sum(self._places[name, tuple(chunk.offsets)].length for chunk in entry.chunks):
             raise ValueError(f"the chunks of {name!r:.80} do not cover it")
         made = torch.empty(entry.size, dtype=dtype, device="cpu")
@@ -271,11 +272,11 @@ def _overlap(chunks: Sequence[Any]) -> bool:
 
 
 class _Items(dict[int, Any]):
-    """A list of which not all items are there yet."""
+    """Collects the items of a list, which come in any order."""
 
 
 def _put(tree: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Put a value at a path; steps that are numbers are places in lists."""
+    """Put a value at a path; steps that are numbers are indices of lists."""
     at = tree
     for step, following in pairwise(path):
         at = at.setdefault(step, _Items() if type(following) is int else {})

@@ -1,4 +1,8 @@
-"""Which checkpoints of a run there are in its storage, which may be saved, and how one is removed."""
+"""Which checkpoints of a run there are in its storage, which may be saved, and how one is removed.
+
+The storage decides, since other processes may save and remove too. What is noted here only saves requests, or makes a
+refusal come earlier.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class CheckpointIndex:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._references = References(storage, self._write_tombstone)
-        # What was there at the beginning, or has been added since.
+        # Names that were there at the beginning, or were added since. For any other name the storage refuses in open().
         self._known: set[str] = set()
 
     async def steps(self) -> list[int]:
@@ -66,6 +70,7 @@ class CheckpointIndex:
             CheckpointExistsError: If it is still there, and may not be replaced.
             OSError: If the storage refuses.
         """
+        # A known name is asked for again, because another process may have deleted it.
         if not (replace or name in self._known) or not await exists(self._storage, name):
             return False
         path = f"{self._storage.location}/{name}"
@@ -100,7 +105,7 @@ class CheckpointIndex:
         except CheckpointNotFoundError:
             return False
         except CheckpointCorruptError:
-            # No save begins to refer to it any more.
+            # No save can begin to refer to it any more, so the checkpoints that exist say all.
             return name in await self._references.needed(present(await self._storage.list_level()) - {name})
 
     async def remove(self, steps: Iterable[int] = ()) -> None:
@@ -119,10 +124,11 @@ class CheckpointIndex:
         asked = {name_of(step) for step in steps}
         going = asked & present(names)
         for unlisted in sorted(asked.difference(names)):
-            # Some storages read a linked checkpoint and do not list it.
+            # Some storages read a checkpoint that is a link, and do not list it.
             if await self._storage.is_link(unlisted):
                 await self._storage.delete(unlisted)
         referred = {name for name in going if await self._references.may_be_referred_to(name)}
+        # Runs without incremental checkpoints need no tombstones: one request for each, as before there were any.
         if referred or any(removed_by_tombstone(name) is not None for name in names):
             await self._references.remove(names, going, referred)
             return

@@ -1,4 +1,8 @@
-"""How well a checkpoint has to fit a live tree."""
+"""Compares a live tree with a loaded one, and finds what has to be done to make the live one equal.
+
+Tensors and containers of the live tree stay the same objects and take new values, since optimizers and other code refer
+to them. Everything else is a value, which is replaced. Nothing is changed here.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +77,7 @@ STRICT = Fit()
 
 
 _YIELD_EVERY = 64
+"""Values between two yields. A guess: comparing one takes some microseconds."""
 
 
 def compare(
@@ -140,13 +145,16 @@ class _Comparison:
         self.assignments: list[tuple[Any, Any, Any]] = []
         self.found: list[tuple[LinkedPath, Any, Any, Any]] = []
         self._seen: set[tuple[int, int]] = set()
+        # By the id of a live tensor without a gradient, the new one that it gets.
         self._gradients: dict[int, torch.Tensor] = {}
-        # By container and key.
+        # By the id of a container and a key, what is put there.
         self._assigned: dict[tuple[int, Any], Any] = {}
         self._todo: list[tuple[LinkedPath, Any, Any, tuple[Any, Any] | None]] = []
 
     def run(self, live: Any, loaded: Any) -> Generator[None, None, None]:
-        """Walk both trees; where a value is to be put is None inside what cannot be changed."""
+        """Walk both trees."""
+        # A stack of its own, because trees may be deeper than Python's. Each entry has the path, both values, and the
+        # container and key where the live one is: None where no value can be put, at the root and in tuples.
         self._todo.append((None, live, loaded, None))
         count = 0
         while self._todo:
@@ -195,6 +203,8 @@ class _Comparison:
             else:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
+            # A tuple without tensors and containers is a value and replaced as a whole, as betas of an optimizer are.
+            # Any other tuple stays, and what is in it is compared.
             if isinstance(live, tuple) and where is not None and not has_state(live) and not has_state(loaded):
                 filled = merged(live, loaded)
                 if filled is None:
@@ -266,6 +276,8 @@ class _Comparison:
 
     def _visit_children(self, place: LinkedPath, live: Any, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         """Compare what a function of a registered class takes an object apart into."""
+        # Taken apart a second time: a tensor that is another one now was made by the function, and copying into it
+        # would not change the object.
         again = parts_of(live)
         for name, value in mine.items():
             here = (Attribute(name), place)
@@ -277,7 +289,7 @@ class _Comparison:
                 self._mismatch(here, f"{_instead(value, theirs[name])} in a {type(live).__name__}")
 
     def _assign(self, place: LinkedPath, where: tuple[Any, Any], value: Any) -> None:
-        """Note what is put into the live tree. Of a container in several places all have the same."""
+        """Note what is put into the live tree. A container that is met in several places can take one value only."""
         container, key = where
         before = self._assigned.setdefault((id(container), key), value)
         if before is not value and not (type(before) is type(value) in SIMPLE and are_equal(before, value)):
@@ -285,13 +297,13 @@ class _Comparison:
         self.assignments.append((container, key, value))
 
     def _find(self, place: LinkedPath, live: Any, where: tuple[Any, Any] | None) -> None:
-        """Note what has to be in its place still when it is changed. From a tuple nothing can be taken."""
+        """Note what must still be in its place when it is changed. Nothing can be taken out of a tuple."""
         if where is not None:
             self.found.append((place, *where, live))
 
     def _visit_gradient(self, place: LinkedPath, live: torch.Tensor, loaded: torch.Tensor) -> None:
         """Compare a gradient that was loaded; as with attributes, one that only the live tensor has is left alone."""
-        # Of a tensor with a history, asking for it would warn.
+        # PyTorch warns if grad of a tensor that is not a leaf is asked for.
         gradient = loaded.grad if loaded.is_leaf else None
         if gradient is None or not self._is_wanted_whole(place):
             return
@@ -301,7 +313,7 @@ class _Comparison:
         elif live.grad is not None:
             self._todo.append((here, live.grad, gradient, (live, "grad")))
         else:
-            # A live tensor in several places gets one.
+            # One for the tensor, in however many places it is.
             new = self._gradients.get(id(live))
             if new is None:
                 new = self._gradients[id(live)] = torch.empty_like(live, requires_grad=False)

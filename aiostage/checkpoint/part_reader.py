@@ -49,32 +49,33 @@ THREADS = 2
 memory in, which two do twice as fast: 512 MiB took 0.14 s, and 0.25 s with one."""
 
 _READ_AHEAD_BYTES = 128 << 20
-"""How much may be on its way at any time: being read, compared with digests or copied to where it belongs. Each part
-may have a buffer, so this also bounds the host memory that reading takes. A storage may want less."""
+"""How much is read, verified or copied at any time. Each part may have a buffer, so this also bounds the host memory
+that reading takes. A storage may want less."""
 
 _AT_LEAST = 2
-"""Parts on their way, however large they are."""
+"""Parts that are under way at once, however large they are."""
 
 _HEADS = 2
-"""First parts of files that are kept after their headers were read, so that small checkpoints are read once."""
+"""First parts that are kept after their headers were read, so that small checkpoints are read once."""
 
 _FIRST_BYTES = 4096
-"""Of a file whose header need not be verified. Data begins on a page, so that this is often all of the header."""
+"""How much is read first of a file whose header is not verified. Data begins on a page, so that this is often all of
+the header."""
 
 _STRAIGHT = 64
-"""Pieces, 128 KiB each or so, up to which a part of a local file is read one by one, each to where it belongs. Parts of
-large tensors are mostly two, since data does not begin where parts do."""
+"""A part of a local file with at most so many pieces is read piece by piece, each to its destination, without a buffer.
+A part of 8 MiB then has pieces of 128 KiB on average. Parts of large tensors mostly have two."""
 
 _AT_A_TURN_BYTES = 32 << 20
-"""How much of a local file is read from one turn of the event loop to the next: a turn for each part of 1 GiB took 14
-ms of CPU time on the loop, and the threads waited as long for their next part."""
+"""How much of a local file threads read between two turns of the event loop. With a turn for each part, a load of 1 GiB
+took 14 ms of CPU time on the loop, and the threads waited as long for their next part."""
 
 _DIGEST_BYTES = 512 << 10
-"""How much is read at once to be verified: it is still in the cache of the core then. A read from the page cache takes
-no longer than one of 8 MiB."""
+"""How much is read at once to be verified: it is then still in the cache of the core. Reads of this size from the page
+cache are as fast as reads of 8 MiB."""
 
 _GROUP = 256
-"""Pieces in one fused copy: while its arguments are taken apart, the interpreter is locked."""
+"""Pieces in one fused copy. PyTorch holds the GIL while it takes the arguments apart. A guess."""
 
 
 def in_host_memory(tensor: torch.Tensor) -> torch.device | None:
@@ -83,7 +84,7 @@ def in_host_memory(tensor: torch.Tensor) -> torch.device | None:
 
 
 class ReadTargets:
-    """Where tensors are, and memory for parts to pass through that do not go to one piece of host memory.
+    """Which device each destination is on, and buffers for parts that are not read straight to their destinations.
 
     Args:
         workers: Make memory.
@@ -221,7 +222,7 @@ class PartReader:
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
         if self._targets.copier is None:
-            # Ordinary pages: huge ones, which a hypervisor may have to find first, took 19 ms for 8 MiB.
+            # Ordinary pages: faulting in huge pages took 19 ms for 8 MiB, where a hypervisor had to find them first.
             memory: np.ndarray[Any, Any] = np.empty(part.nbytes, np.uint8)
         else:
             memory = (await self._targets.buffer(self._part_bytes))[: part.nbytes]
@@ -257,7 +258,8 @@ class PartReader:
         if local is None:
             return None
         if file.name not in self._cold:
-            # Opened for direct I/O by one step alone; the second would find it locked by the first.
+            # By one task alone: it opens the file for direct I/O, and a second one would find it locked by the first.
+            # Another task may have looked while this one waited, hence the second check.
             async with self._looking:
                 if file.name not in self._cold:
                     look = partial(local.cold_parts_blocking, file.name, self._part_bytes)
@@ -301,17 +303,17 @@ class PartReader:
                 memory = await self._targets.buffer(self._part_bytes)
                 copy = partial(self._copy, part, torch.from_numpy(memory))
                 await self._wait_until_copied(await self._read(file, part, memory.data[: part.nbytes], copy))
-                # It goes to the next part when nothing refers to it any more.
+                # The buffer is used again for another part as soon as nothing refers to it.
                 del memory, copy
-            # After the copy too, so that what is reported is in its place.
+            # After the copy: bytes that are reported are at their destination.
             arrived(part.nbytes)
 
     def _wants_all(self, part: Part) -> bool:
         """Return whether every byte of a part is used or verified."""
         return self._verify or not any(isinstance(piece, Gap) for piece in part.pieces)
 
-    # Bytes go to their places before their digest is known. That is allowed because places of a load that fails are
-    # undefined; a live tree is read into only with in_place.
+    # Bytes are written to their destination before their digest is known. That is allowed because a load that fails
+    # returns no new tree, and a live tree is read into only with in_place=True, which promises nothing after an error.
     def _goes_straight(self, part: Part) -> bool:
         """Return whether a part consists of few pieces, all of them in host memory or without a destination."""
         return len(part.pieces) <= _STRAIGHT and all(
@@ -322,7 +324,7 @@ class PartReader:
     def _straight_after(self, queue: deque[tuple[FileRecord, Part]], file: FileRecord) -> Iterator[Part]:
         """Take parts out of a queue that are read as the one before them, of the same file."""
         if self._in_place and self._cold.get(file.name) != frozenset():
-            # Whether each is better read past the page cache is found out when it is due.
+            # Some parts of the file may be better read past the page cache, so each is looked at when it is due.
             return
         for _ in range(_AT_A_TURN_BYTES // self._part_bytes - 1):
             if not queue or queue[0][0] is not file or not self._goes_straight(queue[0][1]):
@@ -382,7 +384,7 @@ class PartReader:
             for copy in pending:
                 await copier.wait(copy)
 
-        # Live tensors must not change any more once this has returned or raised: a cancellation waits for all of them.
+        # Shielded: once this has returned or raised, no device may change a live tensor or read a buffer any more.
         await finish(wait)
 
     def _device_of(self, piece: object) -> torch.device | None:

@@ -37,9 +37,9 @@ def catchable(signals: Iterable[int]) -> tuple[signal.Signals, ...]:
 
 
 class Handlers:
-    """What some signals did before, to be put back.
+    """The handlers that some signals had before, to be put back.
 
-    A forked child has it back at once: it would take the signals for its parent's and go on.
+    A forked child gets them back at once. With the parent's handler it would ignore the signals that should end it.
 
     Args:
         signals: Which.
@@ -52,7 +52,8 @@ class Handlers:
     def after_fork_in_child(self) -> None:
         """Put them back in a child, whose signals are not to be told to its parent's event loop either."""
         if self._before:
-            # The loop's own socket: it would run its handlers for every signal that the child gets.
+            # The child shares the socket by which Python wakes the parent's event loop. A signal of the child would run
+            # the handlers in the parent.
             signal.set_wakeup_fd(-1)
             self.put_back()
 
@@ -60,7 +61,7 @@ class Handlers:
         """Put them back, once."""
         before, self._before = self._before, {}
         for number, handler in before.items():
-            # None: it was not installed from Python, so it cannot be from here.
+            # None means a handler that was installed in C, which Python cannot install again.
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
@@ -97,7 +98,7 @@ async def set_by_signals(event: anyio.Event, signals: Sequence[signal.Signals]) 
                 finally:
                     group.cancel_scope.cancel()
     finally:
-        # asyncio puts the system's default in their place, not what was there.
+        # When asyncio removes a handler, the signal has the system's default, and not the handler from before.
         handlers.put_back()
 
 

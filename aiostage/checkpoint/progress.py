@@ -69,7 +69,7 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
         ImportError: If a bar is asked for and tqdm is not installed.
     """
     if progress is True:
-        # By name, because integrations build on checkpoints and are loaded only when asked for.
+        # By name, because integrations import this package, and are imported only when they are used.
         bar = import_module("aiostage.integrations.tqdm").ProgressBar(title)
         try:
             yield bar.show

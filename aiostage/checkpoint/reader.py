@@ -1,4 +1,8 @@
-"""A committed checkpoint that is being read: what it consists of, which parts of its files are needed, and its tree."""
+"""A committed checkpoint that is being read: what it consists of, which parts of its files are needed, and its tree.
+
+:class:`OpenCheckpoint` finds bytes, wherever they lie, and tells a checkpoint that was deleted meanwhile from a damaged
+one. :class:`CheckpointReader` makes a tree of them.
+"""
 
 from __future__ import annotations
 
@@ -104,11 +108,13 @@ class OpenCheckpoint(Reader):
         return self._placement
 
     async def _use(self, placement: Placement | None) -> None:
-        # Only those that refer to others, or may be referred to, are ever removed in steps.
+        # Only an incremental checkpoint is removed in steps. A plain one saves a request for a tombstone that cannot
+        # be.
         if placement is not None and self._refuses_removed:
             await refuse_removed(self._storage, self._name, self.location)
+        # Several callers may come here at once, each after an await of its own. The first one decides; another reader
+        # of references would never be closed.
         if not self._is_known:
-            # Of several callers at once, one finds out.
             if placement is not None:
                 self._files = ReferencedFiles(self._storage, self._reader, placement)
             self._placement, self._is_known = placement, True
@@ -149,10 +155,12 @@ class OpenCheckpoint(Reader):
 
     @asynccontextmanager
     async def deleted_or_corrupt(self) -> AsyncGenerator[None, None]:
-        """Tell what was removed, with all that no other checkpoint referred to, from what is damaged."""
+        """Raise CheckpointNotFoundError instead of CheckpointCorruptError if the checkpoint was deleted meanwhile."""
         try:
             yield
         except CheckpointCorruptError as error:
+            # A missing or short file is what a removal leaves on its way. So the checkpoint is looked for again, which
+            # costs requests only after an error.
             if self._refuses_removed:
                 try:
                     await (await open_checkpoint(self._storage, self._name)).aclose()
@@ -297,6 +305,7 @@ class CheckpointReader:
             in_place=self._in_place,
         )
         found: dict[str, FileOutline] = {}
+        # One iterator for all tasks of the loop: next() has no await in it, so each file goes to one of them.
         queue = iter(manifest.files)
 
         async def read() -> None:
@@ -421,6 +430,7 @@ def _names(outline: Outline) -> dict[str, bool]:
     """Return the tensors that the tree needs, all of which are in the files. Blocks."""
     names = outline.table.tensor_names()
     for name in releasing_gil(names):
+        # Raises KeyError for one that no file has, before memory is allocated for the others.
         outline.records[name]
     return names
 
@@ -447,7 +457,7 @@ def _contents(file: FileOutline, contents: Mapping[str, torch.Tensor]) -> list[C
         nbytes = record.stop - record.start
         content = contents.get(record.name)
         if content is not None and content.nbytes != nbytes:
-            # All that comes after it in the file would go to wrong places.
+            # Everything after it in the file would be read into the wrong tensors.
             raise CheckpointMismatchError(
                 mismatched=[
                     f"{shown(record.name)} (the live tensor now has {content.nbytes} bytes instead of {nbytes})"

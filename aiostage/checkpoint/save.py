@@ -78,6 +78,7 @@ def save(
 
     May be cancelled at any time: then either the checkpoint was complete already, or nothing of it is left.
     """
+    # Arguments first: after start_span() and source_of() something would have to be undone.
     check_stager(stager)
     storage, name = locate(target)
     started = perf_counter()
@@ -86,7 +87,8 @@ def save(
         stager = own = AsyncStager()
     opened = start_span("save", target=name)
     with within(opened):
-        # Called before anything is awaited: the moment of the copy is the caller's.
+        # Called here, before anything is awaited, so that the copy follows the streams of the caller at the call. A
+        # snapshot without a stager is one that the caller has entered.
         source = state_dict if stager is None or isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
     writing = _writing(storage, name, overwrite, max_shard_bytes, duplicate_tied, progress)
     return named(_save(state_dict, source, own, writing, started, opened), "save", source)
@@ -113,11 +115,12 @@ async def _save(
                     await writer.plan(staged)
                     info = await write()
         except BaseException as error:
-            # Their locals refer to the staged copy, so code that keeps the error would keep its memory: a task that has
-            # failed does, in a circle with the frame that has awaited it.
+            # The locals of its frames refer to the staged copy, so code that keeps the error would keep the memory: a
+            # failed task does, in a circle with the frame that has awaited it.
             clear_frames(error.__traceback__)
             raise
         finally:
+            # A coroutine that was never awaited, because the storage has refused first. Otherwise this does nothing.
             if not isinstance(source, Snapshot):
                 source.close()
             if own is not None:
@@ -151,6 +154,7 @@ async def _stream(
         await snapshot.captured()
         captured.append(perf_counter())
 
+    # Side by side: the writer asks for bytes while the copy is being filled, and a failure of one cancels the other.
     await run_concurrently(capture, plan_and_write)
     return written[0]
 
@@ -242,6 +246,7 @@ async def _writing(
         opening = partial(storage.open, name, overwrite=overwrite)
         async with pending_checkpoint(name, opening, progress) as (pending, report):
             yield writer, partial(writer.write, pending, report)
+        # Only after success: it waits for a thread, which an error should not do. close() is enough then.
         await writer.aclose()
     finally:
         writer.close()

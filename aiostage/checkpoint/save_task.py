@@ -1,4 +1,8 @@
-"""One save of a Checkpointer: what the trainer waits for, what goes on by itself, and the handle on that."""
+"""One save of a Checkpointer: what the trainer waits for, what goes on in the background, and the handle on that.
+
+A save is *accepted* once the source is captured and the tree is known to fit into files. Until then the call reports an
+error, afterwards the handle does.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +105,7 @@ class SaveHandle:
     def end(self, outcome: CheckpointInfo | Exception) -> None:
         """Say what became of it. Called once, by the checkpointer."""
         if isinstance(outcome, Exception):
-            # Before the event: who is woken finds the outcome.
+            # Before the event: a task that it wakes finds the outcome.
             self._error = outcome
         else:
             self._info = outcome
@@ -154,16 +158,16 @@ class SaveTask:
     ) -> None:
         self.number = number
         self.handle = SaveHandle(step)
-        # Whether there is a checkpoint of the step that it may replace.
+        # Whether there is a checkpoint of the step to be replaced. Set by the checkpointer before run().
         self.replaces = False
         self._began = perf_counter()
         self._captured_after: float | None = None
         # Whether it is known that files can carry the tree.
         self._planned = False
         self._writer: CheckpointWriter | None = None
-        # Set when both hold, or when they will not any more.
+        # Set when it is captured and planned, and also when the task ends without that.
         self._accepted = anyio.Event()
-        # Made when it runs: the save may be called for in a thread without an event loop.
+        # Made by run(): a scope belongs to a task, and the save may be called for in a thread without an event loop.
         self._scope: anyio.CancelScope | None = None
         self._abandoned = False
         self._target = (storage, name_of(step))
@@ -171,7 +175,8 @@ class SaveTask:
         self._progress = progress
         self._incremental = incremental
         self._index = index
-        # The caller may exit the snapshot's context before it is written; the tree stays.
+        # The result of the snapshot and not itself: the caller may exit its context before the save is done, and the
+        # tree lives on.
         self.source: Any = state_dict.result() if isinstance(state_dict, Snapshot) else source_of(state_dict, stager)
 
     async def accepted(self) -> None:
@@ -213,9 +218,10 @@ class SaveTask:
         )
         try:
             with anyio.CancelScope() as self._scope:
-                # Abandoned after the task was asked for and before it got its first turn.
+                # abandon() may have come before the first turn of this task, when there was no scope yet.
                 if self._abandoned:
                     self._scope.cancel()
+                # Committed from here on: an abandonment during aclose() does not change the outcome.
                 outcome = await self._write()
                 self.source = None
                 if self._writer is not None:
@@ -224,7 +230,7 @@ class SaveTask:
             # Its frames refer to the staged memory, which must not live as long as the report.
             outcome = without_locals(error)
             if isinstance(error, CheckpointExistsError) and not self.replaces:
-                # The storage knows of other arguments.
+                # The storage's remedy names overwrite=, which a Checkpointer does not have.
                 error.remedy = "Save another step; or pass replace=True, if it is a checkpoint."
             if self.is_accepted or isinstance(error, CheckpointExistsError):
                 _log.error("the checkpoint of step %d failed: %s: %s", self.handle.step, type(error).__name__, error)
@@ -236,8 +242,8 @@ class SaveTask:
             self.source = None
             if self._writer is not None:
                 self._writer.close()
-            # Before the task ends in any way, a cancellation included: who waits for the handle or for the capture must
-            # not wait for ever.
+            # However the task ends, also if it is cancelled: tasks that wait for the handle or for the capture must not
+            # wait for ever.
             self.handle.end(outcome)
             self._accepted.set()
         return isinstance(outcome, CheckpointInfo)
@@ -272,14 +278,15 @@ class SaveTask:
             await snapshot.fill()
             await snapshot.captured()
         except Exception:
-            # The writer waits for the same capture, and tells of it, or of what has brought it about.
+            # The writer waits for the same capture and raises this error, or the error that has caused it.
             return
         self._set_captured()
 
     async def _send(self, writer: CheckpointWriter) -> CheckpointInfo:
         storage, name = self._target
         opening, placement = partial(storage.open, name, overwrite=self.replaces), None
-        # What replaces a checkpoint is written whole: other processes may remember that nothing refers to it.
+        # What replaces a checkpoint is written whole. Other processes may have noted of the old one that no checkpoint
+        # refers to it, and would delete the new one while one does.
         incremental = None if self.replaces else self._incremental
         async with nullcontext() if incremental is None else incremental.compared() as changes:
             if changes is not None:

@@ -1,4 +1,4 @@
-"""Which parts of a checkpoint are wanted."""
+"""Which parts of a checkpoint are wanted: what ``only=`` chooses of a table of nodes, or of another program's tree."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Selection:
         """
         _Pruning(table, self, instead).run()
         if self._unmatched:
-            # Nodes below what was chosen as a whole have not been visited yet.
+            # A pattern that matches only below what was chosen as a whole has not met its path yet, and is no error.
             self._select_below(table)
         self.check_matched()
 
@@ -180,9 +180,9 @@ class _Pruning:
         self._instead = instead
         self._whole: set[int] = set()
         self._partly: set[int] = set()
-        # For each container that is looked into, which of its children are kept.
+        # By container that is looked into, the numbers of the children that are kept.
         self._kept: dict[int, set[int]] = {}
-        # For each container, who has it as which child, so that what keeps it is kept too.
+        # By container, the containers that have it as a child, with the number of the child. If it is kept, they are.
         self._parents: dict[int, list[tuple[int, int]]] = {}
 
     def run(self) -> None:
@@ -216,6 +216,7 @@ class _Pruning:
                     if node is not None:
                         self._keep_below(node)
                 elif node is not None and self._table.forms[node]["is"] in LOOKED_INTO:
+                    # It may have been visited before, by another path; later choices find this one in _parents.
                     if node in self._whole or self._kept.get(node):
                         self._keep(index, number)
                     self._parents.setdefault(node, []).append((index, number))
@@ -226,7 +227,7 @@ class _Pruning:
             pending += reversed(found)
 
     def _keep(self, index: int, number: int) -> None:
-        """Keep a child of a container, and the container for its own parent."""
+        """Keep a child of a container, and the container as a child of its parents, and so on up to the root."""
         pending = [(index, number)]
         while pending:
             index, number = pending.pop()

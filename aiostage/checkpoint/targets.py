@@ -26,7 +26,7 @@ from aiostage.leaf import Attribute, LinkedPath, Path, format_path, unlinked
 __all__ = ["DeviceOption", "Devices", "ReadPlan", "Shares", "host_memory", "plan_reads"]
 
 _TENSORS_AT_ONCE = 64
-"""Allocated by one step of a thread."""
+"""Tensors that one step of a thread allocates. Between steps a cancellation is noticed. A guess."""
 
 _DeviceLike: TypeAlias = torch.device | str | int
 DeviceOption: TypeAlias = _DeviceLike | Callable[[Path, torch.Tensor], _DeviceLike | None]
@@ -76,6 +76,7 @@ class Devices:
         """
         if self._ask is None and self._everywhere is None:
             return {None: sizes}
+        # Also for a single device: it finds arrays, which stay in host memory, and tensors that share memory with them.
         walk = _Walk(table, records, path, self._device_for)
         walk.run()
         shares: dict[torch.device | None, dict[str, int]] = {}
@@ -111,6 +112,8 @@ class Devices:
                 continue
             with device_errors():
                 active = self._reached.active_devices()
+            # A device that is used for the first time has no streams yet, and initializing it takes long: a first
+            # allocation does that in a thread.
             if device not in active:
                 await workers.run(partial(self._take, {}, {"": 1}, device, None))
             stream = caller.stream(device)
@@ -205,7 +208,7 @@ def host_memory(sizes: Mapping[str, int], *, path: str, device: torch.device | N
 
 
 class _Walk:
-    """Goes through a tree in its order, asks for every tensor once, and notes what is asked of its memory."""
+    """Goes through a tree in its order, asks once for the device of every tensor, and notes it for its memory."""
 
     def __init__(
         self,
@@ -223,6 +226,7 @@ class _Walk:
 
     def run(self) -> None:
         pending: list[tuple[int, LinkedPath, object]] = []
+        # With the device, because a node may be met again under one that was chosen otherwise, which is refused.
         seen: set[tuple[int, object]] = set()
         self._push(pending, [(None, self._table.root)], _ASK)
         while pending:
@@ -251,7 +255,7 @@ class _Walk:
                     f"{format_path(unlinked(place))} is a {kind} tensor, and PyTorch has none on the meta device: give "
                     f"device= a function that returns None for it, or leave it out with only="
                 )
-            # What it consists of, and its gradient.
+            # Its parts and its gradient go where it goes.
             self._push(pending, [(place, child) for child in children], device)
         elif kind == "ndarray":
             self._push(pending, [(place, child) for child in children], None)
@@ -346,6 +350,7 @@ def plan_reads(
     for name, targets in releasing_gil(waiting.items()):
         first = targets[0][0]
         is_cast = any(live.dtype is not loaded.dtype for live, loaded in targets)
+        # Bytes of a file go straight into one tensor only, and are not converted on the way.
         if in_place and not is_cast and _is_one([live for live, _ in targets]) and _takes(first, positions[name]):
             placement.contents[name] = copyable(first)
             placement.direct.append(first)
@@ -369,13 +374,15 @@ def _is_one(targets: list[torch.Tensor]) -> bool:
 
 def _takes(live: torch.Tensor, position: int) -> bool:
     """Return whether bytes of a file can be put into a live tensor a part at a time."""
+    # Its memory has other values than its elements.
     if live.is_conj() or live.is_neg():
         return False
     if live.is_contiguous():
         return True
+    # Expanded: several elements would be written to one address.
     if any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True)):
         return False
-    # Parts begin at multiples of any element's size, and so do the elements in them, or else one might be cut in two.
+    # Parts begin at multiples of every element size. If the elements do too, no part cuts one in two.
     return position % live.element_size() == 0
 
 

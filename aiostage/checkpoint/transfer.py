@@ -1,4 +1,8 @@
-"""What has to be done to make a live tree equal a loaded one."""
+"""What has to be done to make a live tree equal a loaded one.
+
+It is collected first and carried out at the end, so that everything that can be refused is refused while the live tree
+is unchanged.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from aiostage.leaf import LinkedPath, format_path, unlinked
 
 __all__ = ["TensorPair", "Transfer"]
 
+# How much one step of a thread copies. Guesses: a fused copy of many small tensors costs little for each, and the GIL
+# is held while PyTorch takes its arguments apart.
 _BATCH_BYTES = 32 << 20
 _BATCH_LEAVES = 256
 
@@ -71,7 +77,7 @@ class Transfer:
             CheckpointMismatchError: If one has another shape or dtype by now, or something else is in its place.
         """
         for place, container, key, value in releasing_gil(self.found):
-            # What is in the tree now would keep its value.
+            # The copy would go to the object that was found, which nothing in the tree refers to any more.
             if (now := _get(container, key)) is not value:
                 what = "it was removed" if now is _GONE else f"another {type(now).__name__} was put there"
                 raise CheckpointMismatchError(
@@ -79,7 +85,7 @@ class Transfer:
                     remedy="Do not put other tensors into the live tree while a load is under way.",
                 )
         for place, live, loaded in releasing_gil(self.pairs):
-            # A copy would broadcast, cast, or fail when other tensors have their new values.
+            # Otherwise the copy would broadcast or cast, or fail after other tensors have their new values.
             if live.shape != loaded.shape or (live.dtype is not loaded.dtype and not cast):
                 now = f"{live.dtype} {tuple(live.shape)}, which it became during the load"
                 raise CheckpointMismatchError(
@@ -93,10 +99,10 @@ class Transfer:
             if isinstance(container, dict):
                 container[key] = value
             elif not isinstance(container, (list, deque)):
-                # As pickle sets them: the class may forbid or check it.
+                # As pickle sets attributes: the class may forbid it, or do more.
                 object.__setattr__(container, key, value)
             elif key < len(container):
-                # One that has become shorter since it was checked is as if that came after the load.
+                # A list that was shortened after the last check: the result is as if it were shortened after the load.
                 container[key] = value
 
 
@@ -106,7 +112,7 @@ _GONE = object()
 def _get(container: Any, key: Any) -> Any:
     """Return what is in a container, or an attribute of another object."""
     if isinstance(container, dict):
-        # Not to have a defaultdict make a value.
+        # Not container.get(), which a subclass may override, nor an index, for which a defaultdict makes a value.
         return dict.get(container, key, _GONE)
     if isinstance(container, (list, deque)):
         return container[key] if key < len(container) else _GONE

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, without loading it."""
+"""Verifies a checkpoint without loading it: every part is read and has no destination."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Parts of a file whose bytes pass through memory smaller than the copy."""
+"""Parts of a file whose bytes pass through memory smaller than the copy.
+
+The copy is made chunk by chunk into a window, and a chunk is used again when its bytes were taken. So bytes must be
+taken in the order of the window, and a writer must hold no chunk while it waits for another.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +56,10 @@ async def collect(
     position = 0
     chunk: Chunk | None = None
     for step in steps:
-        # What lies outside needs no chunk, and is gathered with what came before it.
+        # Memory outside of the window, such as headers, needs no chunk and is gathered with the steps before it.
         needed = window.chunk_of(memory_range(step)[0]) or chunk
         if pieces and needed is not chunk:
-            # Copied out before the next chunk is waited for, which may need this one's memory.
+            # Copied out before the next chunk is waited for: that may need the memory of this one.
             position += await _gather(pieces, memory[position:], workers)
             pieces = []
         chunk = needed
@@ -76,11 +80,13 @@ async def _arrive(piece: PartPiece, snapshot: Snapshot[Any], window: Window) -> 
     address, nbytes = memory_range(piece)
     if window.chunk_of(address) is None:
         return piece
+    # The chunk has the same layout at another address: flat memory is taken as it is, strided elements get the same
+    # strides over it.
     try:
         memory = torch.from_numpy(await window.take(address, nbytes))
     except StagingError:
         if window.closed:
-            # The staging was given up; this raises the reason, which its owner may not have raised yet.
+            # The staging has failed. This raises its error, which says more than that the window is closed.
             await snapshot.captured()
         raise
     await snapshot.copied(address, nbytes)

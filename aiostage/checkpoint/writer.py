@@ -1,4 +1,8 @@
-"""What was saved."""
+"""Plans the files of one checkpoint, sends them to a pending checkpoint part by part, and commits it.
+
+Bytes may be sent while the copy is still being taken. The manifest and the commit come last, after the capture, so that
+a torn copy never becomes a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +92,8 @@ class CheckpointInfo:
 
 
 _THREADS = 1
-"""For gathering and digests. One keeps up with any storage, and the more threads compute where the cores are few, the
-longer an event loop that was woken waits for one: measured on two, with two threads no save ended sooner."""
+"""For gathering and digests. One keeps up with any storage. With more threads than idle cores, an event loop that is
+woken waits longer for a core; on two cores, no save ended sooner with two threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,8 @@ class CheckpointWriter:
         """
         self._snapshot = snapshot
         with span("layout"), RarerCollections():
-            # Tensors that were staged in inference mode can be changed by functions of registered classes only in it.
+            # The modes of the calling thread. A function of a registered class may change tensors, and those that were
+            # staged in inference mode can be changed only in that mode.
             caller = CallerStreams(None)
             there = snapshot is None or snapshot.is_captured
             encoder = TreeEncoder(values_are_there=there, notes_places=self._options.duplicate_tied)
@@ -220,15 +225,16 @@ class CheckpointWriter:
                 snapshot=snapshot,
                 sent=self._sent,
             )
-            # One file after the other, in the order of the window; within a file several parts are under way.
+            # One file after the other, because a window shows its bytes in this order only. Within a file, the storage
+            # has several parts under way.
             records.append(await file.send(pending))
         manifest, digests = await self._workers.run(partial(_manifest, plan, records))
         if snapshot is not None:
             if snapshot.window is not None:
-                # No other writer will take what no file has asked for.
+                # Bytes of the window that no file contains, such as gaps. The copy waits until they are taken.
                 snapshot.window.pass_by(len(snapshot.window.chunks))
             await snapshot.captured()
-        # After the capture, which is where a change of the source shows: a torn copy is never committed.
+        # After the capture, because only that shows whether the source has changed: a torn copy is never committed.
         with span("commit"):
             await pending.commit(manifest)
         records.append(FileRecord(MANIFEST_NAME, len(manifest), digests))
@@ -248,6 +254,7 @@ class CheckpointWriter:
 
         A cancellation is delivered when that is done.
         """
+        # Taken out of self, so that this frame holds the last references while a thread empties the containers.
         files, self._plan = self._plan.files, _FilePlan(0, 0, [], [])
         encoder, self._encoder = self._encoder, None
         self._snapshot = None
@@ -375,7 +382,11 @@ class PartWriter:
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether nothing waits for the memory of its parts, so that later ones come though earlier ones are kept."""
+        """Whether a part may be kept while the next ones are asked for.
+
+        Not with a window: the copy waits for the memory of earlier parts, so later ones would never come. Incremental
+        saves ask for this by name, because a storage sees an iterator only.
+        """
         return self._snapshot is None or self._snapshot.window is None
 
     async def send(self, pending: PendingCheckpoint) -> FileRecord:
@@ -393,6 +404,7 @@ class PartWriter:
         async with self._digesting:
             with span("write", file=self.name, nbytes=self.nbytes, parts=len(self._parts)):
                 await pending.write(self.name, self.nbytes, self)
+        # A storage of a user may stop early. Without this check the checkpoint would be committed without some bytes.
         if self._next != len(self._parts):
             raise CheckpointError(
                 f"the storage took {self._next} of {len(self._parts)} parts of {self.name} and reported success.",
@@ -419,16 +431,17 @@ class PartWriter:
                 for piece in part.pieces:
                     await snapshot.copied(*memory_range(piece))
             memory = single_piece(part)
-            # Nothing is copied that lies in one piece.
+            # A part in one piece is sent from where it was staged to, without a copy.
             data = memory.numpy().data if memory is not None else await self._workers.run(partial(self._gather, part))
-        # Counted when it is handed over. The storage may ask for the next while it still writes this one.
+        # Counted when it is handed over. The storage may ask for the next part while it still writes this one, also
+        # from another task, so nothing is awaited between this and the return.
         self._next += 1
-        # While the bytes are hot, but not before they leave: the storage has threads of its own.
+        # The digest is computed beside the write, while the bytes are still in the cache. send() waits for it.
         self._digesting.put(partial(self._digest, part.index, data))
         return data
 
     def _report(self) -> None:
-        """Say of the part that was handed over last that it was."""
+        """Report the part that was handed over last, once the storage asks for the next one or has ended."""
         if self._sent is not None and self._reported < self._next:
             self._reported = self._next
             self._sent(self._parts[self._next - 1].nbytes)

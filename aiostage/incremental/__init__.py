@@ -7,7 +7,7 @@ A save or load that does not use it calls nothing of this. Its words:
 - A *reference lock* keeps the base from being removed while a checkpoint that refers to it is written.
 - A *tombstone* lies beside a checkpoint that was removed, and whose files others still refer to.
 
-Read `writing` for how a save writes what has changed, `references` for how a checkpoint is removed, and the proof that
-no reference is left dangling, `reading` for how a load finds the bytes. Where bytes lie is described by
+Read first `writing`, how a save writes what has changed; then `references`, how a checkpoint is removed, with the proof
+that no reference is left dangling; then `reading`, how a load finds the bytes. Where bytes lie is described by
 :mod:`aiostage.format.placement`.
 """

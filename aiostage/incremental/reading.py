@@ -17,7 +17,8 @@ from aiostage.storage.locate import exists, removed_by_tombstone, step_of, tombs
 __all__ = ["ReferencedFiles", "is_removed"]
 
 _OPEN_OTHERS = 8
-"""Checkpoints that one refers to and that stay open while it is read; a run may have thousands."""
+"""Other checkpoints that stay open while one is read. A guess: a run may have thousands, each with open files, and
+consecutive parts mostly lie in a few of them."""
 
 
 class ReferencedFiles:
@@ -58,8 +59,8 @@ class ReferencedFiles:
                 f"it ends at byte {file.nbytes}; more was expected.", path=f"{self._reader.location}/{name}"
             )
         position = 0
-        # One after the other. Pieces are few where blocks have changed little, and the caller reads several parts at
-        # once.
+        # One after the other, because a part has few pieces if little has changed, and the caller reads several parts
+        # at once.
         for piece in file.located(offset, offset + len(into)):
             await self._read_piece(piece, into[position : position + piece.nbytes])
             position += piece.nbytes
@@ -86,6 +87,8 @@ class ReferencedFiles:
         try:
             async with self._other(piece.source) as reader:
                 await reader.read(piece.file, piece.offset, into)
+        # For the caller the checkpoint that it asked for exists, and is not readable. Whether it was itself removed
+        # meanwhile is found out by OpenCheckpoint.deleted_or_corrupt().
         except CheckpointNotFoundError as error:
             raise CheckpointCorruptError(
                 f"it refers to the checkpoint {piece.source}, which is missing.", path=self._reader.location
@@ -94,18 +97,19 @@ class ReferencedFiles:
     @asynccontextmanager
     async def _other(self, name: str) -> AsyncGenerator[Reader, None]:
         """Lend the reader of another checkpoint, of which only a few stay open."""
-        # One at a time: of two that open the same checkpoint, one reader would never be closed.
+        # One at a time: if two opened the same checkpoint, one reader would never be closed. A cancellation at this
+        # await leaves nothing: a reader that was open is popped and put back without one.
         async with self._opening:
             reader = self._others.pop(name, None) or await self._storage.read(name)
-            # At the end, as the one that was used last.
+            # At the end of the dict, which is ordered by last use.
             self._others[name] = reader
             self._users[name] += 1
         try:
             yield reader
         finally:
             self._users[name] -= 1
-        # After an error all are closed soon, with this. Without the lock: each is taken out before it is closed, and a
-        # call that needs it again meanwhile opens a new one.
+        # Not after an error: aclose() then closes all of them soon. No lock is needed: a reader is taken out before it
+        # is closed, and a call that needs it meanwhile opens a new one.
         while len(self._others) > _OPEN_OTHERS:
             idle = next((other for other in self._others if not self._users[other]), None)
             if idle is None:
@@ -114,7 +118,7 @@ class ReferencedFiles:
 
 
 async def is_removed(storage: Storage, name: str) -> bool:
-    """Return whether a checkpoint was removed, or is no more than the mark of one.
+    """Return whether a checkpoint was removed, or is itself a tombstone.
 
     Raises:
         OSError: If the storage refuses.

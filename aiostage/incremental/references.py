@@ -36,50 +36,62 @@ from aiostage.storage.locate import exists, lock_of, locked_by, present, removed
 
 __all__ = ["References", "is_kept", "locked", "placement_in", "placement_of"]
 
+# The name of the file is part of what lies in storages; other versions of aiostage may write and remove it too.
 _LOCK_FILE = "pin"
 _LOCK_CONTENT = memoryview(b"A checkpoint that refers to this one is being written.\n")
 
 
 @asynccontextmanager
-async def locked(storage: Storage, name: str) -> AsyncGenerator[None, None]:
+async def locked(storage: Storage, name: str) -> AsyncGenerator[str, None]:
     """Keep a checkpoint, and what it refers to, from being removed.
 
-    The lock is a pending checkpoint that is never committed, under a name that tells what it locks. So a storage knows
-    of it what it
-    knows of every pending checkpoint: whether its writer lives, and what to do if not.
+    The lock is a pending checkpoint that is never committed, under a name that tells what it locks. So a storage treats
+    it as every pending checkpoint: it has a heartbeat, and is removed when its writer has died.
 
     Args:
         storage: Where it is.
         name: What it is called. It may have been removed before; look for it inside the block.
+
+    Yields:
+        The name of the lock, for :func:`is_kept`.
 
     Raises:
         OSError: If the storage refuses.
 
     When cancelled, nothing is left behind.
     """
-    pending = await storage.open(lock_of(name))
+    lock = lock_of(name)
+    pending = await storage.open(lock)
     try:
+        # With a file, because a storage need not show a pending checkpoint that has none.
         async with aclosing(_lock_parts()) as parts:
             await pending.write(_LOCK_FILE, len(_LOCK_CONTENT), parts)
-        yield
+        yield lock
     except BaseException as error:
         await give_up(pending.abort(), error)
         raise
     await pending.abort()
 
 
-async def is_kept(storage: Storage, name: str) -> bool:
-    """Return whether a checkpoint stays, which was locked and to which another one refers that is committed.
+async def is_kept(storage: Storage, name: str, lock: str) -> bool:
+    """Return whether a checkpoint stays that was locked, once another one that refers to it is committed.
+
+    Args:
+        storage: Where it is.
+        name: What it is called.
+        lock: The lock that was taken before the other one was begun.
 
     Raises:
         OSError: If the storage refuses.
     """
-    # In this order: a removal ends with the tombstone, and one that begins after this look sees the other checkpoint.
+    # The tombstone first. A removal deletes it last, so if there is none and the checkpoint exists, no removal was
+    # under way at this look; and one that begins later finds the committed checkpoint that refers to this one.
     going = await exists(storage, tombstone_of(name))
     if not await exists(storage, name):
         return False
-    # A removal that finds the lock, now or before, leaves the checkpoint.
-    return not going or name in locked_by(await storage.pending())
+    # A removal that is under way leaves the checkpoint if it has found this lock. If it is still there, it was there
+    # whenever the removal can have looked. A lock of another writer may have come after that.
+    return not going or lock in await storage.pending()
 
 
 async def _lock_parts() -> AsyncGenerator[Buffer, None]:
@@ -97,10 +109,10 @@ class References:
     def __init__(self, storage: Storage, write_tombstone: Callable[[str], Awaitable[object]]) -> None:
         self._storage = storage
         self._write_tombstone = write_tombstone
-        # Of each checkpoint which files of which others it refers to; None if nothing ever refers to it, nor it to
-        # others. Checkpoints do not change, so each is read once.
+        # By checkpoint, the files of others that it refers to; None if it was not saved incrementally, so that no
+        # checkpoint ever refers to it. Checkpoints do not change, so each manifest is read once.
         self._needs: dict[str, Mapping[str, frozenset[str]] | None] = {}
-        # Which files are left of those that were removed, so that each is asked for once.
+        # By removed checkpoint, the files that were kept by the last removal, so that the same are not pruned again.
         self._left: dict[str, frozenset[str]] = {}
 
     def add(self, name: str, placement: Placement | None) -> None:
@@ -118,7 +130,7 @@ class References:
         except CheckpointNotFoundError:
             return False
         except CheckpointCorruptError:
-            # A save may have been about to before it was damaged.
+            # Another checkpoint may have come to refer to it before it was damaged.
             return True
 
     async def needed(self, names: Collection[str]) -> dict[str, frozenset[str]]:
@@ -128,7 +140,7 @@ class References:
             CheckpointCorruptError: If one is damaged.
             OSError: If the storage refuses.
         """
-        # What is not listed any more may come again as another checkpoint of the same name.
+        # Names that are no longer listed are forgotten: another checkpoint of the same name may be saved later.
         self._needs = {name: needs for name, needs in self._needs.items() if name in names}
         needed: dict[str, frozenset[str]] = {}
         for name in names:
@@ -155,11 +167,12 @@ class References:
 
         When cancelled, each is there as a whole, or not there for any reader.
         """
-        # Before anything is changed, because it may fail.
+        # Before anything is changed: if a checkpoint that stays is damaged, the files that it needs are unknown.
         await self.needed(present(names) - set(going))
         for name in sorted(set(going).difference(referred)):
             await self._storage.delete(name)
-        # All tombstones before any of their files goes: from here on no reader and no writer begins with one of them.
+        # All tombstones before any file: from here on no reader and no writer begins to use one of these checkpoints. A
+        # crash here leaves tombstones beside complete checkpoints, and the next removal goes on with them.
         for name in sorted(referred):
             await self._write_tombstone(name)
         await self._clear(
@@ -172,18 +185,20 @@ class References:
         Args:
             removed: Those that had their tombstones before this was called.
         """
-        # In this order: a writer that has removed its lock has committed what refers to the checkpoint.
+        # Locks first, then checkpoints: a writer removes its lock after the commit, so one of the two shows what it
+        # refers to. In the other order, a writer could commit and remove the lock between the two looks, and neither
+        # would show it.
         in_use = locked_by(await self._storage.pending())
         names = await self._names()
-        # Those that others have removed since may have been locked in between.
+        # Without its tombstone, a checkpoint was removed by another process since, and may be a new one of that name.
         removed = {name for name in removed if tombstone_of(name) in names and name not in in_use}
         needed = await self.needed({name for name in names if step_of(name) is not None} - removed)
         for name in sorted(removed):
             files = needed.get(name)
             if files is None:
                 await self._storage.delete(name)
-                # After the checkpoint: a process that dies in between leaves a tombstone without one, which the next
-                # removal takes away.
+                # After the checkpoint. A crash in between leaves a tombstone alone, which the next removal deletes. The
+                # other order would leave a checkpoint without some of its files that looks like a complete one.
                 await self._storage.delete(tombstone_of(name))
             elif self._left.get(name) != files:
                 await self._storage.prune_files(name, files)
@@ -196,6 +211,8 @@ class References:
         A listing takes a while, and need not show what comes or goes meanwhile. Two that are alike show what was there
         between them.
         """
+        # A name that was deleted and written again between the two listings is seen as one that stayed. That is
+        # harmless here: names of steps are not used again while a removal is under way.
         names, before = set(await self._storage.list_level()), None
         while names != before:
             names, before = set(await self._storage.list_level()), names

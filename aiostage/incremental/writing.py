@@ -1,9 +1,9 @@
 """Writing only what has changed since the last checkpoint, and referring to where the rest lies.
 
-It stands between a save and its storage, and needs nothing of the storage that other saves do not need too. Blocks
-whose digest is that of the last checkpoint's same block are not handed on; what is left of a file is written as a few
-files of limited size, because it is not known beforehand how much will be left. References always name the place
-where bytes really lie, never another reference.
+It stands between a save and its storage: to the save it is a pending checkpoint, to the storage an ordinary save. A
+block whose digest is that of the same block of the base is not handed on. The other blocks are written as a few files
+of limited size, because a storage wants to know the size of a file when it begins, and how much has changed is known
+only at the end. References always name the place where bytes really lie, never another reference.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["Base", "IncrementalSaver", "IncrementalWrite"]
 _log = logging.getLogger("aiostage")
 
 _ATTEMPTS = 10
-"""How many that others remove, just when they were chosen, are given up before everything is written."""
+"""Attempts to lock a base that is not removed at just that moment. After them the save writes everything. A guess."""
 
 _GROUP_BYTES = 4 * PART_BYTES
-"""How large the files are that changed blocks go to. Four of them are under way at the most: one is being filled, one
-waits, and two are being written, so that one has parts to write while the other becomes durable."""
+"""How large the files are that changed blocks go to. Four of them exist at the most: one is being filled, one waits,
+and two are being written, so that one has parts to write while the other becomes durable."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Base:
     placement: Placement
 
     def file(self, name: str, nbytes: int) -> PlacedFile | None:
-        """Return where a file of a name and size lies, or None if there is none, with every source named."""
+        """Return where a file of a name and size lies, or None if there is none."""
         file = self.placement.files.get(name)
         return file if file is not None and file.nbytes == nbytes else None
 
     def worthwhile(self) -> frozenset[SourceFile]:
         """Return the files that may be referred to, seen from another checkpoint.
 
-        What is referred to has to stay, and all else that the same file holds with it. So one of which less than half
-        is still in use is not referred to any more: storage never holds more than about twice what is needed.
+        A file that is referred to stays as a whole. So a file of which less than half is still in use is not referred
+        to any more, and its blocks are written again: a storage never holds more than about twice what is needed.
         """
         used, sizes = self.placement.used(), self.placement.sizes
         return frozenset(self._named(place) for place in sizes if 2 * used[place] >= sizes[place])
@@ -124,9 +124,9 @@ class IncrementalSaver:
             base = await self._latest()
             if base is None:
                 break
-            async with locked(self._storage, base):
-                # Not before it is locked: it may just be going, or be another of the same name. One that was removed
-                # may still have its manifest, beside its tombstone.
+            async with locked(self._storage, base) as lock:
+                # Looked at only now that it is locked. Before, a removal could take it away after the look. A removed
+                # checkpoint may still have its manifest, so the tombstone decides.
                 if await exists(self._storage, tombstone_of(base)):
                     continue
                 try:
@@ -136,18 +136,22 @@ class IncrementalSaver:
                 except CheckpointCorruptError as error:
                     _log.warning("nothing can be compared with the checkpoint %s: %s", base, error)
                     placement = None
-                # None too if it was not saved incrementally: its blocks have no digests, and others may replace it.
+                # The placement is also None if the base was not saved incrementally: its blocks have no digests, and
+                # another process may replace it, because no checkpoint refers to it.
                 write = IncrementalWrite(self._storage, Base(base, placement) if placement is not None else None)
                 yield write
+                # After the commit and before the lock is removed. This process may have been suspended, its heartbeat
+                # may have expired, and another process may have removed the lock and the base.
                 if placement is not None and write.written is not None:
                     try:
-                        # In this order, as is_kept() says; it tells more, and is seldom needed.
+                        # The common case, with two requests. is_kept() asks more if this is not certain.
                         kept = not await exists(self._storage, tombstone_of(base)) and await exists(self._storage, base)
                     except BaseException as error:
-                        # It is there all the same, so the answer matters.
-                        await give_up(self._remove_unless_kept(write, base), error)
+                        # Cancelled, or the storage refuses. The new checkpoint is committed all the same, so it must
+                        # not stay if its references dangle.
+                        await give_up(self._remove_unless_kept(write, base, lock), error)
                         raise
-                    if not kept and not await self._remove_unless_kept(write, base):
+                    if not kept and not await self._remove_unless_kept(write, base, lock):
                         raise CheckpointError(
                             f"the checkpoint {base}, whose files it refers to, was removed by another process because "
                             "the heartbeat of this one expired.",
@@ -160,14 +164,17 @@ class IncrementalSaver:
         yield write
         self._committed(write)
 
-    async def _remove_unless_kept(self, write: IncrementalWrite, base: str) -> bool:
-        """Remove what was committed again if another process has removed what it refers to, and return whether not.
+    async def _remove_unless_kept(self, write: IncrementalWrite, base: str, lock: str) -> bool:
+        """Remove the committed checkpoint if another process has removed its base.
+
+        Returns:
+            Whether the base is kept, and the checkpoint with it.
 
         A cancellation is delivered when that is done.
         """
 
         async def look() -> bool:
-            kept = await is_kept(self._storage, base)
+            kept = await is_kept(self._storage, base, lock)
             if not kept:
                 await self._storage.delete(write.name)
             return kept
@@ -175,15 +182,15 @@ class IncrementalSaver:
         return await finish(look)
 
     def _committed(self, write: IncrementalWrite) -> None:
-        # Not after a block that did not commit.
+        # A block may end without a commit.
         if write.written is not None:
             self._last = write.name
 
     async def _latest(self) -> str | None:
         """Return which checkpoint to compare a new one with: the one that was saved last, or else the highest."""
         there = present(await self._storage.list_level())
-        # The one that this saver has written is preferred: what it has committed last is what the next tree is most
-        # like.
+        # The checkpoint that this saver has committed last is most like the next tree, also if it has not the highest
+        # step: a run may have gone back.
         if self._last in there:
             return self._last
         latest = max((step for name in there if (step := step_of(name)) is not None), default=None)
@@ -220,7 +227,7 @@ class IncrementalWrite:
     async def open(self, name: str) -> PendingCheckpoint:
         """Begin the checkpoint. Raises as :meth:`Storage.open`."""
         workers = Workers(1, "aiostage-blocks")
-        # Looked up once for each save, in a thread: a manifest may refer to a million extents.
+        # Computed once for each save, and in a thread, because a manifest may have a million extents.
         worthwhile = await workers.run(self._base.worthwhile) if self._base is not None else frozenset()
         pending = await self._storage.open(name)
         self.name = name
@@ -248,8 +255,8 @@ class _IncrementalCheckpoint(PendingCheckpoint):
         return self._pending.location
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        # Compared by name and size only. A file that changed its size is another one: its blocks would be at other
-        # offsets.
+        # Only a file of the same name and size is compared. In a file of another size the header has changed, and with
+        # it the offset of all that follows: hardly a block would be the same.
         old = self._base.file(name, nbytes) if self._base is not None else None
         if old is None:
             blocks: list[str] = []
@@ -263,6 +270,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
 
     async def commit(self, manifest: Buffer) -> None:
         placement, text = await self._workers.run(partial(self._placed, manifest))
+        # The attribute is set only after the commit. If it is set, the checkpoint is there.
         await self._pending.commit(memoryview(text))
         self.written = Written(placement, sum(self._own.values()) + len(text))
 
@@ -271,7 +279,7 @@ class _IncrementalCheckpoint(PendingCheckpoint):
 
     def _placed(self, manifest: Buffer) -> tuple[Placement, bytearray]:
         """Return where everything lies, and a manifest that says so. Blocks."""
-        # Which files were written here, and how long; those of the base that are referred to come to them.
+        # The files that were written here, and then those of the base that are referred to.
         sizes = dict(self._own)
         for place in dict.fromkeys(piece.place for file in self._files.values() for piece in file.pieces):
             if self._base is not None and place not in sizes:
@@ -284,14 +292,14 @@ class _IncrementalCheckpoint(PendingCheckpoint):
         async for part in parts:
             blocks += await self._workers.run(partial(block_digests, part))
             yield part
-            # It has to go when it has been written.
+            # The memory of a part must be free while the next one is waited for, which may need it.
             del part
 
     async def _write_changed(
         self, name: str, old: PlacedFile, parts: AsyncIterable[Buffer]
     ) -> tuple[list[str], list[Extent]]:
         """Write the blocks of a file that have changed, and return the digests of all, and where they lie."""
-        # No room between the two sides: a group is handed over when a writer is free, so that no more of them exist
+        # A stream without a buffer: a group is handed over only when a writer is free, so that no more groups exist
         # than _GROUP_BYTES says.
         filled, full = anyio.create_memory_object_stream[_Group](0)
         changes = _Changes(name, self._workers, self._buffers, may_keep=getattr(parts, "may_be_kept", False))
@@ -306,13 +314,13 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                             await changes.add(part[start:stop], filled)
                         else:
                             position = len(blocks) * BLOCK_BYTES
-                            # Copied from the base's placement: references name where the bytes really lie, not the
-                            # base, so that chains never grow.
+                            # From the base's own placement: references name where the bytes really lie, not the base.
+                            # So a load opens each source once, however long the run is.
                             for piece in self._located(old, position + start, position + stop):
                                 append(changes.pieces, piece)
                     # After the runs, which count blocks before this part by the length of the list.
                     blocks.extend(digests)
-                    # Its memory has to be free while the next part is waited for.
+                    # As in _digested().
                     del part
                 await changes.finish(filled)
 
@@ -323,7 +331,8 @@ class _IncrementalCheckpoint(PendingCheckpoint):
                         await self._pending.write(group.name, group.nbytes, copies)
                     self._own[None, group.name] = group.nbytes
 
-        # Each writer has an end of the stream of its own, which it closes: the stream is broken once both are closed.
+        # Each writer has its own receiving end and closes it. If both have failed, fill() gets BrokenResourceError, and
+        # does not wait for ever.
         await run_concurrently(fill, partial(write, full.clone()), partial(write, full))
         return blocks, changes.pieces
 
@@ -404,7 +413,8 @@ class _Changes:
 
     async def add(self, data: Buffer, filled: ObjectSendStream[_Group]) -> None:
         if self._may_keep and len(data) == PART_BYTES and self._group is not None and self._group.nbytes % PART_BYTES:
-            # A smaller file costs less than to copy this part, and all that come after it.
+            # A whole part that may be kept needs no copy, if it begins a part of the file. So the group ends here: one
+            # small file costs less than to copy this part and all that follow it.
             await self.finish(filled)
         while data:
             group = self._group = self._group or _Group(next(self._names))

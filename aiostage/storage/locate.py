@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 from aiostage._extras import needed_for
 from aiostage.abc import Storage
@@ -197,12 +198,13 @@ def removed_by_tombstone(name: str) -> str | None:
 
 
 def lock_of(name: str) -> str:
-    """Return the name of a checkpoint's reference lock.
+    """Return a new name for a reference lock of a checkpoint.
 
     It is a pending checkpoint, which a save holds while it writes another checkpoint that refers to this one. So it
     goes with its writer, as every pending checkpoint does.
     """
-    return name + _LOCK
+    # Unique, so that a writer tells its own lock from another writer's: only that one says that it was never lost.
+    return f"{name}.{uuid4().hex}{_LOCK}"
 
 
 def locked_by(pending: Iterable[str]) -> set[str]:
@@ -211,7 +213,7 @@ def locked_by(pending: Iterable[str]) -> set[str]:
     Args:
         pending: The names of all pending checkpoints of a storage.
     """
-    return {name.removesuffix(_LOCK) for name in pending if name.endswith(_LOCK)}
+    return {name.removesuffix(_LOCK).rpartition(".")[0] for name in pending if name.endswith(_LOCK)}
 
 
 def present(names: Iterable[str]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,8 +17,9 @@ import aiostage
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.save import pending_checkpoint
 from aiostage.checkpoint.writer import CheckpointWriter, FileOptions
+from aiostage.incremental.references import locked
 from aiostage.incremental.writing import IncrementalSaver
-from aiostage.storage.locate import lock_of, step_of
+from aiostage.storage.locate import locked_by, step_of
 from tests.checkpoint.comparing import assert_same
 from tests.checkpoint.memory_storage import MANIFEST, MemoryStorage
 from tests.checkpoint.names import name_of, tombstone_of
@@ -126,7 +127,7 @@ class Stage:
 
     async def before(self, operation: str, name: str) -> None:
         check(self.storage)
-        if lock_of(name_of(NEW - 1)) in [pending.name for pending in self.storage.under_way]:
+        if name_of(NEW - 1) in locked_by(pending.name for pending in self.storage.under_way):
             self.seen.add("locked")
         await current.get().pass_by()
 
@@ -290,3 +291,25 @@ async def test_a_lock_that_is_lost_does_no_harm_where_nothing_is_removed() -> No
     await write(IncrementalSaver(storage), name_of(NEW), state(NEW - 1))
     storage.before = None
     assert_same(state(NEW - 1), await aiostage.load((storage, name_of(NEW))))
+
+
+@pytest.mark.asyncio
+async def test_the_lock_of_another_writer_says_nothing_of_a_lost_one() -> None:
+    storage = MemoryStorage()
+    storage.checkpoints = {name: dict(files) for name, files in (await saved()).items()}
+    base = name_of(NEW - 1)
+    async with AsyncExitStack() as others:
+
+        async def meanwhile(operation: str, name: str) -> None:
+            if (operation, name) == ("commit", name_of(NEW)):
+                storage.before = None
+                # The heartbeat has expired, and a removal that has found no lock is about to delete the base. Another
+                # writer locks it, and has not yet looked for its tombstone.
+                storage.under_way = [pending for pending in storage.under_way if pending.name == name]
+                await CheckpointIndex(storage)._write_tombstone(base)
+                await others.enter_async_context(locked(storage, base))
+
+        storage.before = meanwhile
+        with pytest.raises(aiostage.CheckpointError, match="heartbeat of this one expired"):
+            await write(IncrementalSaver(storage), name_of(NEW), state(NEW - 1))
+    assert name_of(NEW) not in storage.checkpoints
