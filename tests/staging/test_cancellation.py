@@ -172,13 +172,16 @@ async def test_share() -> None:
 @pytest.mark.asyncio
 async def test_restore_is_all_or_nothing() -> None:
     async with AsyncStager(EAGER) as stager:
-        staged = {f"p{n}": torch.full((5,), 1.0) for n in range(300)}
+        staged = {f"p{n}": torch.full((5,), 1.0) for n in range(100)}
         live = {name: torch.zeros(5) for name in staged}
+        count = 0
         async for _ in at_every_await(lambda: stager.restore(staged, into=live)):
+            count += 1
             total = sum(float(tensor.sum()) for tensor in live.values())
-            assert total in (0, 1500)
+            assert total in (0, 500)
             for tensor in live.values():
                 tensor.zero_()
+        assert count > 10
 
 
 @pytest.mark.asyncio

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,6 @@ from aiostage import (
     StorageError,
 )
 from aiostage.storage import FsspecStorage, locate
-from aiostage.storage import clean_up as module
-from aiostage.storage import files as module_of_files
-from aiostage.storage.pointer import WITHDRAWN
-from aiostage.storage.remote_files import _modified
 from tests.storage.buckets import PART, content, parts_of, save, some_bytes, write
 
 pytestmark = pytest.mark.asyncio
@@ -46,15 +42,18 @@ def files(storage: Any) -> list[str]:
     return sorted(path.removeprefix(root) for path in fs.find(root)) if fs.exists(root) else []
 
 
-async def test_a_file_system_need_not_say_how_long_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = FsspecStorage(MemoryFileSystem(), f"/{secrets.token_hex(4)}")
-    find = MemoryFileSystem.find
+WITHDRAWN = b'{"format": "aiostage", "version": 1, "data": null}'
+"""The pointer of a checkpoint whose commit was taken back."""
 
-    def without_sizes(*arguments: Any, **options: Any) -> Any:
-        found = find(*arguments, **options)
+
+class WithoutSizes(MemoryFileSystem):
+    def find(self, *arguments: Any, **options: Any) -> Any:
+        found = super().find(*arguments, **options)
         return {name: {key: value for key, value in info.items() if key != "size"} for name, info in found.items()}
 
-    monkeypatch.setattr(MemoryFileSystem, "find", without_sizes)
+
+async def test_a_file_system_need_not_say_how_long_files_are() -> None:
+    storage = FsspecStorage(WithoutSizes(), f"/{secrets.token_hex(4)}")
     await save(storage, "a", some_bytes(10))
     await save(storage, "b", some_bytes(10))
     await storage._bucket.put("b/checkpoint.json", memoryview(WITHDRAWN))
@@ -150,33 +149,6 @@ async def test_a_local_file_is_replaced_only_in_the_state_that_was_seen(tmp_path
         await bucket.replace("b/pointer", memoryview(b"third"), seen)
 
 
-async def test_a_lock_that_is_held_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a process that was suspended in the wrong moment, say."""
-    monkeypatch.setattr(module_of_files, "_LOCK_SECONDS", 0.01)
-    bucket = FsspecStorage(LocalFileSystem(), str(tmp_path))._bucket
-    await bucket.put("a/pointer", memoryview(b"first"))
-    seen = (await bucket.get("a/pointer", at_most=10)).version
-    holder = module_of_files.locked_directory(str(tmp_path / "a"))
-    assert await anyio.to_thread.run_sync(holder.__enter__)
-    with pytest.raises(StorageError, match="another process has held its lock"):
-        await bucket.replace("a/pointer", memoryview(b"second"), seen)
-    await anyio.to_thread.run_sync(holder.__exit__, None, None, None)
-    await bucket.replace("a/pointer", memoryview(b"second"), seen)
-
-
-async def test_a_disk_without_locks_cannot_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_files, "try_lock_directory", lambda _: None)
-    storage = FsspecStorage(LocalFileSystem(), str(tmp_path))
-    await storage._bucket.put("a/pointer", memoryview(b"first"))
-    seen = (await storage._bucket.get("a/pointer", at_most=10)).version
-    with pytest.raises(NotImplementedError):
-        await storage._bucket.replace("a/pointer", memoryview(b"second"), seen)
-    assert (tmp_path / "a/pointer").read_bytes() == b"first"
-    for seed in range(2):
-        await save(storage, "b", some_bytes(1000, seed), overwrite=True)
-    assert (await content(storage, "b"))[1] == bytes(some_bytes(1000, 1))
-
-
 async def test_parts_that_fail(storage: FsspecStorage) -> None:
     async def failing() -> AsyncIterator[memoryview]:
         yield some_bytes(4096)
@@ -191,17 +163,28 @@ async def test_parts_that_fail(storage: FsspecStorage) -> None:
     assert files(storage) == []
 
 
-async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def grow_old(storage: Any, name: str, seconds: float) -> None:
+    """Let the files of a checkpoint have been changed so long ago."""
+    fs, root = storage._bucket._filesystem()
+    then = datetime.now(UTC) - timedelta(seconds=seconds)
+    for path in fs.find(f"{root}/{name}"):
+        if isinstance(fs, LocalFileSystem):
+            os.utime(path, (then.timestamp(), then.timestamp()))
+        else:
+            fs.store[path].created = then
+
+
+async def test_stale_files_go_once_its_lease_is_over(storage: FsspecStorage) -> None:
     await save(storage, "a", some_bytes(10))
     await write(await storage.open("b"), "data", some_bytes(10))
     await storage.clean_up()
     assert len(files(storage)) == 6
-    now = module._now
-
-    async def then(bucket: Any) -> datetime:
-        return await now(bucket) + timedelta(seconds=3605)
-
-    monkeypatch.setattr(module, "_now", then)
+    for name in ("a", "b"):
+        grow_old(storage, name, 3500)
+    await storage.clean_up()
+    assert len(files(storage)) == 6
+    for name in ("a", "b"):
+        grow_old(storage, name, 3605)
     await storage.clean_up()
     assert len(files(storage)) == 4
     assert await storage.list() == ["a"]
@@ -238,19 +221,48 @@ async def test_urls(tmp_path: Path) -> None:
         await storage.list()
 
 
+class TellsTimes(MemoryFileSystem):
+    """Tells in a way of its own when files were changed. All are old but the one that tells a clean-up the time."""
+
+    cachable = False
+    age = timedelta(0)
+
+    def __init__(self, tell: Callable[[datetime], dict[str, Any]]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def find(self, path: str, *arguments: Any, detail: bool = False, **options: Any) -> Any:
+        found = super().find(path, *arguments, detail=True, **options)
+        now = datetime.now(UTC)
+        for name, info in found.items():
+            del info["created"]
+            info |= {"mtime": now.timestamp()} if "clock" in name else self.tell(now - self.age)
+        return found if detail else list(found)
+
+
 @pytest.mark.parametrize(
-    ("info", "expected"),
+    ("tell", "understood"),
     [
-        ({"mtime": 86400.0}, datetime(1970, 1, 2, tzinfo=UTC)),
-        ({"LastModified": datetime(1970, 1, 2, tzinfo=UTC)}, datetime(1970, 1, 2, tzinfo=UTC)),
-        ({"updated": "1970-01-02T00:00:00Z"}, datetime(1970, 1, 2, tzinfo=UTC)),
-        ({"created": datetime(1970, 1, 2)}, datetime(1970, 1, 2, tzinfo=UTC)),
-        ({"updated": "yesterday"}, None),
-        ({}, None),
+        (lambda time: {"mtime": time.timestamp()}, True),
+        (lambda time: {"LastModified": time}, True),
+        (lambda time: {"last_modified": time.astimezone(timezone(timedelta(hours=9)))}, True),
+        (lambda time: {"updated": time.isoformat().replace("+00:00", "Z")}, True),
+        (lambda time: {"created": time.replace(tzinfo=None)}, True),
+        (lambda time: {"updated": "yesterday"}, False),
+        (lambda time: {}, False),
     ],
+    ids=["seconds", "datetime", "another zone", "text", "no zone", "words", "nothing"],
 )
-async def test_times(info: dict[str, Any], expected: datetime | None) -> None:
-    assert _modified(info) == expected
+async def test_file_systems_tell_in_many_ways_when_a_file_was_changed(
+    tell: Callable[[datetime], dict[str, Any]], understood: bool
+) -> None:
+    fs = TellsTimes(tell)
+    storage = FsspecStorage(fs, f"/{secrets.token_hex(4)}")
+    await write(await storage.open("b"), "data", some_bytes(10))
+    before = files(storage)
+    for fs.age, removed in ((timedelta(seconds=3500), False), (timedelta(seconds=3605), understood)):
+        await storage.clean_up()
+        assert files(storage) == ([] if removed else before)
 
 
 class WithoutEmptyRanges(MemoryFileSystem):
