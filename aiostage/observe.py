@@ -25,7 +25,6 @@ __all__ = [
     "OpenSpan",
     "add_observer",
     "current",
-    "inside",
     "observing",
     "remove_observer",
     "span",
@@ -136,20 +135,6 @@ def start_span(name: str, **attributes: object) -> OpenSpan | None:
     """
     observers = (*everywhere, *here.get())
     return OpenSpan(observers, _new(name, _current.get(), attributes)) if observers else None
-
-
-def inside(parent: OpenSpan | None, name: str, **attributes: object) -> AbstractContextManager[object]:
-    """Open a span for a block inside a span that was opened by hand.
-
-    Args:
-        parent: From :func:`start_span`; None without an observer.
-        name: What is done, one of a small number of names.
-        **attributes: What else is known: numbers and strings.
-
-    Returns:
-        A context manager. The span has failed if the block raises.
-    """
-    return parent.child(name, **attributes) if parent is not None else _not_observed
 
 
 @contextmanager
