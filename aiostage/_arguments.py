@@ -87,9 +87,9 @@ def is_stateful(value: Any, is_value: Callable[[type], bool] = lambda cls: False
         Exception: What a property of that name raises.
     """
     # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) or is_value(type(value)):
         return False
-    return _has_method(value, "load_state_dict") and _has_method(value, "state_dict") and not is_value(type(value))
+    return _has_method(value, "load_state_dict") and _has_method(value, "state_dict")
 
 
 def _has_method(value: Any, name: str) -> bool:

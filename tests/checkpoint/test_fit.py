@@ -124,6 +124,15 @@ async def test_what_the_property_of_a_state_raises_is_raised(tmp_path: Path, top
         await aiostage.load(tmp_path / "a", into=Unready() if top else {"a": Unready()})
 
 
+async def test_a_registered_object_is_not_asked_for_a_state(tmp_path: Path) -> None:
+    class Whole(Unready):
+        pass
+
+    register(Whole, lambda value: ([], None), lambda children, _: Whole())
+    await aiostage.save({"a": Whole()}, tmp_path / "a")
+    assert type((await aiostage.load(tmp_path / "a"))["a"]) is Whole
+
+
 async def test_objects_that_raise_when_asked_for_a_state(tmp_path: Path) -> None:
     register(Raising, lambda value: ([value.x], None), lambda children, _: Raising())
     await aiostage.save({"a": Raising()}, tmp_path / "a")
