@@ -87,9 +87,15 @@ def is_stateful(value: Any, is_value: Callable[[type], bool] = lambda cls: False
         Exception: What a property of that name raises.
     """
     # Not isinstance(value, Stateful): that imports torch.distributed.checkpoint, and takes 10 us for each tensor.
-    if isinstance(value, _PLAIN) or is_value(type(value)):
+    if isinstance(value, _PLAIN):
         return False
-    return _has_method(value, "load_state_dict") and _has_method(value, "state_dict")
+    try:
+        has_both = _has_method(value, "load_state_dict") and _has_method(value, "state_dict")
+    except Exception:
+        if is_value(type(value)):
+            return False
+        raise
+    return has_both and not is_value(type(value))
 
 
 def _has_method(value: Any, name: str) -> bool:
