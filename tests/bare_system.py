@@ -9,7 +9,7 @@ from typing import Any
 
 FROM_OS = ("memfd_create", "posix_fallocate", "preadv", "O_DIRECT")
 FROM_MMAP = ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE", "MAP_NORESERVE")
-FROM_C = ("madvise", "mincore", "renameat2", "sched_yield", "timerfd_create", "timerfd_settime", "usleep")
+FROM_C = ("madvise", "mincore", "renameat2", "sched_yield", "syscall", "timerfd_create", "timerfd_settime", "usleep")
 
 
 def without(library: type[ctypes.CDLL]) -> type[ctypes.CDLL]:

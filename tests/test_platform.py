@@ -194,7 +194,15 @@ class TestMemoryLimit:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system does not say what its page cache has")
-def test_what_the_page_cache_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_the_page_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
+    if counted:
+        if not _platform._HAS_CACHESTAT:
+            pytest.skip("this system counts no cached pages")
+        # Pages are counted in one call, and not mapped and looked at one by one.
+        monkeypatch.setattr(_platform, "_mincore", None)
+    else:
+        monkeypatch.setattr(_platform, "_HAS_CACHESTAT", False)
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file:

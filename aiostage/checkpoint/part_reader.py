@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 import numpy as np
@@ -15,7 +15,7 @@ from aiostage._copy.host import copy_tensors
 from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.coroutines import finish, run_concurrently
-from aiostage._loop.workers import Workers
+from aiostage._loop.workers import Job, Workers
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
 from aiostage.abc import Buffer
@@ -25,7 +25,6 @@ from aiostage.format.parts import (
     PART_ALIGNMENT,
     Gap,
     Part,
-    PartPiece,
     Scattered,
     digest,
     running_digest,
@@ -40,9 +39,12 @@ from aiostage.storage.local import LocalReader
 if TYPE_CHECKING:
     from aiostage.checkpoint.reader import OpenCheckpoint
 
-__all__ = ["THREADS", "PartReader", "ReadTargets", "in_host_memory"]
+__all__ = ["THREADS", "BlockingRead", "PartReader", "ReadTargets", "in_host_memory"]
 
 T = TypeVar("T")
+
+BlockingRead: TypeAlias = Callable[[int, Buffer, Callable[[Buffer], object] | None], None]
+"""Fills a buffer from an offset of a local file, and calls a function with each piece of it that was read."""
 
 THREADS = 2
 """Read local files, compute digests and copy. Most of the time of a load from the page cache goes into faulting new
@@ -66,13 +68,13 @@ _STRAIGHT = 64
 """A part of a local file with at most so many pieces is read piece by piece, each to its destination, without a buffer.
 A part of 8 MiB then has pieces of 128 KiB on average. Parts of large tensors mostly have two."""
 
-_AT_A_TURN_BYTES = 32 << 20
-"""How much of a local file threads read between two turns of the event loop. With a turn for each part, a load of 1 GiB
-took 14 ms of CPU time on the loop, and the threads waited as long for their next part."""
+_AT_A_TURN_BYTES = 64 << 20
+"""How much of a local file a thread reads in one step; the event loop has a turn after it. With a turn for each part, a
+load of 1 GiB took 14 ms of CPU time on the loop, and the threads waited as long for their next part. Towards the end
+it is less, so that all threads end at about the same time."""
 
-_DIGEST_BYTES = 512 << 10
-"""How much is read at once to be verified: it is then still in the cache of the core. Reads of this size from the page
-cache are as fast as reads of 8 MiB."""
+_GAP_BYTES = 512 << 10
+"""How much memory is used again and again for bytes that are verified but have no destination. It stays in the cache."""
 
 _GROUP = 256
 """Pieces in one fused copy. PyTorch holds the GIL while it takes the arguments apart. A guess."""
@@ -293,8 +295,7 @@ class PartReader:
             elif read is not None and self._goes_straight(part):
                 parts = [part, *self._straight_after(queue, file)]
                 async with self._reader.deleted_or_corrupt(), self._workers.job() as job:
-                    for each in parts:
-                        job.put(partial(self._read_straight, read, file, each))
+                    job.put(partial(self._read_all_straight, job, read, file, parts))
                 arrived(sum(each.nbytes for each in parts))
                 continue
             elif data is not None and self._targets.device_of(data) is None:
@@ -326,24 +327,31 @@ class PartReader:
         if self._in_place and self._cold.get(file.name) != frozenset():
             # Some parts of the file may be better read past the page cache, so each is looked at when it is due.
             return
-        for _ in range(_AT_A_TURN_BYTES // self._part_bytes - 1):
+        for _ in range(min(_AT_A_TURN_BYTES // self._part_bytes - 1, len(queue) // (2 * THREADS))):
             if not queue or queue[0][0] is not file or not self._goes_straight(queue[0][1]):
                 return
             yield queue.popleft()[1]
 
-    def _read_straight(self, read: Callable[[int, Buffer], None], file: FileRecord, part: Part) -> None:
+    def _read_all_straight(self, job: Job, read: BlockingRead, file: FileRecord, parts: Sequence[Part]) -> None:
+        """Read parts one after the other, until the job is cancelled. Runs in a worker thread."""
+        for part in parts:
+            if job.cancelled:
+                return
+            self._read_straight(read, file, part)
+
+    def _read_straight(self, read: BlockingRead, file: FileRecord, part: Part) -> None:
         """Read each piece to where it belongs, and check it while it is hot. Runs in a worker thread."""
-        offset, running = part.offset, running_digest()
+        offset, running = part.offset, running_digest() if self._verify else None
+        update = None if running is None else running.update
         for piece in part.pieces:
-            if isinstance(piece, Gap) and not self._verify:
-                offset += piece.nbytes
-                continue
-            for buffer in _buffers(piece, _DIGEST_BYTES if self._verify else piece.nbytes):
-                read(offset, buffer)
-                offset += len(buffer)
-                if self._verify:
-                    running.update(buffer)
-        if self._verify:
+            if isinstance(piece, torch.Tensor):
+                read(offset, piece.numpy().data, update)
+            elif running is not None:
+                scratch = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8).data
+                for start in range(0, piece.nbytes, _GAP_BYTES):
+                    read(offset + start, scratch[: piece.nbytes - start], update)
+            offset += piece.nbytes
+        if running is not None:
             self._compare(file, part, running.hexdigest())
 
     async def _read(self, file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]) -> T:
@@ -356,9 +364,9 @@ class PartReader:
             return await self._workers.run(partial(self._read_and_use, read, file, part, buffer, then))
 
     def _read_and_use(
-        self, read: Callable[[int, Buffer], None], file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]
+        self, read: BlockingRead, file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]
     ) -> T:
-        read(part.offset, buffer)
+        read(part.offset, buffer, None)
         return self._use(file, part, buffer, then)
 
     def _use(self, file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]) -> T:
@@ -432,18 +440,6 @@ def _batches(
             values.append(memory)
     if places:
         yield current, places, values
-
-
-def _buffers(piece: PartPiece, nbytes: int) -> Iterator[Buffer]:
-    """Iterate over host memory for a piece, cut to a length; for a gap it is the same again and again."""
-    if isinstance(piece, torch.Tensor):
-        memory = piece.numpy().data
-        for start in range(0, piece.nbytes, nbytes):
-            yield memory[start : start + nbytes]
-    else:
-        memory = np.empty(min(piece.nbytes, nbytes), np.uint8).data
-        for start in range(0, piece.nbytes, nbytes):
-            yield memory[: piece.nbytes - start]
 
 
 def _nothing() -> None:

@@ -17,7 +17,7 @@ import torch
 from aiostage._loop.coroutines import RarerCollections, run_concurrently
 from aiostage._loop.workers import Workers, releasing_gil
 from aiostage.abc import Buffer, Reader, Storage
-from aiostage.checkpoint.part_reader import PartReader, ReadTargets
+from aiostage.checkpoint.part_reader import BlockingRead, PartReader, ReadTargets
 from aiostage.checkpoint.selection import Selection
 from aiostage.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, shown
 from aiostage.format.classes import Classes
@@ -137,7 +137,7 @@ class OpenCheckpoint(Reader):
         async with self.deleted_or_corrupt():
             await self._files.read(name, offset, into)
 
-    async def blocking(self, name: str) -> Callable[[int, Buffer], None] | None:
+    async def blocking(self, name: str) -> BlockingRead | None:
         """Return what reads a range of a file in the calling thread, to be used within :meth:`deleted_or_corrupt`.
 
         None if only :meth:`read` can. Raises as :meth:`manifest`.

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -339,8 +339,13 @@ class InputFile(Descriptor):
         self._direct = direct
         return True
 
-    def read(self, into: Buffer, offset: int) -> None:
+    def read(self, into: Buffer, offset: int, update: Callable[[Buffer], object] | None = None) -> None:
         """Fill a buffer.
+
+        Args:
+            into: What is filled.
+            offset: Where in the file its first byte is.
+            update: Called with each half mebibyte once it was read: the core has it in its cache then.
 
         Raises:
             CheckpointCorruptError: If the file ends before the buffer is full.
@@ -350,6 +355,8 @@ class InputFile(Descriptor):
             count = read_into(self._number, into[:_READ_BYTES], offset)
             if count == 0:
                 raise CheckpointCorruptError(f"it ends at byte {offset}; more was expected.", path=self.path)
+            if update is not None:
+                update(into[:count])
             into, offset = into[count:], offset + count
 
 

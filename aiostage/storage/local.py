@@ -391,10 +391,12 @@ class LocalReader(Reader):
         file.read(text, 0)
         return text
 
-    def read_blocking(self, name: str, offset: int, into: Buffer) -> None:
-        """Do as :meth:`read` does, in the calling thread; it may be any."""
+    def read_blocking(
+        self, name: str, offset: int, into: Buffer, update: Callable[[Buffer], object] | None = None
+    ) -> None:
+        """Do as :meth:`read` does, in the calling thread, which may be any; ``update`` is as for ``InputFile.read``."""
         with span("read part", offset=offset, nbytes=len(into)):
-            self._file(name).read(into, offset)
+            self._file(name).read(into, offset, update)
 
     def cold_parts_blocking(self, name: str, part_bytes: int) -> list[int]:
         """Return which parts of a file to read with :meth:`read_past_cache`, in the calling thread; it may be any."""

@@ -6,8 +6,10 @@ import asyncio
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -104,8 +106,39 @@ async def test_the_event_loop_has_a_turn_for_several_parts_at_a_time(
         return len(jobs)
 
     monkeypatch.setattr(files, "is_cached", lambda number, offset, nbytes: True)
-    # Those that find out about a file are as many for 4 parts as for 24.
-    assert await jobs_for(24) - await jobs_for(4) <= 5 + 8 * in_place
+    # Those that find out about a file are as many for 4 parts as for 24. The last parts are read one by one.
+    assert await jobs_for(24) - await jobs_for(4) <= 8
+
+
+@pytest.mark.one_loop
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verify", [True, False])
+async def test_a_thread_enters_few_functions_for_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    calls: list[str] = []
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_qualname)
+
+    async def calls_for(parts: int) -> int:
+        saved = {"0": torch.randn(parts * PART_BYTES // 4)}
+        path = tmp_path / str(parts)
+        await aiostage.save(saved, path)
+        live = {"0": torch.zeros_like(saved["0"])}
+        calls.clear()
+        threading.setprofile(profile)
+        try:
+            await aiostage.load(path, into=live, in_place=True, verify=verify)
+        finally:
+            threading.setprofile(None)
+        assert_same(saved, live)
+        return len(calls)
+
+    monkeypatch.setattr(files, "is_cached", lambda number, offset, nbytes: True)
+    # One for each half mebibyte, and some for the part, in which it is cut, read and compared.
+    assert (await calls_for(24) - await calls_for(4)) / 20 <= 16 + 34
 
 
 @pytest.mark.asyncio
