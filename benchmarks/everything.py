@@ -38,6 +38,11 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
         ["loading.py", "--local", "--mib", "512", "--rounds", "3"],
         ["loading.py", "--local", "--mib", "64", "--rounds", "1"],
     ),
+    # A server that is never the bottleneck.
+    "loading-remote": (
+        ["loading.py", "--only-remote", "--latency", "0", "--mib", "512", "--rounds", "3"],
+        ["loading.py", "--only-remote", "--latency", "0", "--mib", "64", "--rounds", "1"],
+    ),
     "in-place": (
         ["loading.py", "--local", "--only-in-place", "--mib", "2048", "--rounds", "3"],
         ["loading.py", "--local", "--only-in-place", "--mib", "64", "--rounds", "1"],

@@ -1,12 +1,14 @@
 """Loading beside what else loads, from the page cache or the disk, and over a network that takes its time.
 
-    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 5] [--cold] [--local]
+    python benchmarks/loading.py [--mib 512] [--latency 0.05] [--rounds 5] [--cold] [--local | --only-remote]
 
 Each row is measured in a process of its own, in turns. Some ways map the file, and read nothing before it is asked for:
 *returned* is when a way says that it is done, *looked at* when one byte of every page has been looked at, too. Ratios
 are medians over the rounds. With ``--cold`` no file is in the page cache, which otherwise all are. *In place* is into
 tensors that are there; what it cannot do without is beside it: reading as many bytes into memory that is there, with
 ``preadv`` in one thread, and past the page cache in two. *CPU* is the CPU time of the process until a way returned.
+Beside loads over the network are ranged gets by obstore alone, 16 at once: whose bytes are dropped, and whose bytes are
+copied to new memory and digested in a thread, which is what a load cannot do without.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+import obstore
 import torch
 import torch.distributed.checkpoint as dcp
 from delays import LoopDelay
 from obstore.store import LocalStore, S3Store
 from safetensors.torch import load_file
+from xxhash import xxh3_64_hexdigest
 
 import aiostage
 from aiostage.storage import objects
@@ -74,6 +78,12 @@ RIVALS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
 
 AT_ONCE = (4, 8, 16)
 
+REMOTE: dict[str, tuple[str, int]] = {
+    **{f"{number} requests at once": ("remote", number) for number in AT_ONCE},
+    "obstore's ranged gets alone": ("gets", AT_ONCE[-1]),
+    "the same, copied and digested": ("gets_copied", AT_ONCE[-1]),
+}
+"""Ways to load over a network, and how many requests each has under way."""
 
 IN_PLACE = ("in_place", "in_place_unverified", "dcp_in_place", "preadv", "direct")
 """These are given memory that was written to before."""
@@ -148,6 +158,29 @@ async def load_in_place(how: str, path: str, memory: Any) -> dict[str, torch.Ten
     return dict(memory)
 
 
+async def gets(path: str, port: int, at_once: int, *, copied: bool) -> dict[str, torch.Tensor]:
+    """Get the file of tensors in ranges, with obstore alone."""
+    bucket = Path(path).with_name("bucket")
+    (file,) = bucket.rglob("model.safetensors")
+    size, connected = file.stat().st_size, store(port)
+    memory = np.empty(size if copied else 0, np.uint8)
+    offsets = iter(range(0, size, PIECE_BYTES))
+
+    def use(offset: int, data: Any) -> None:
+        memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        xxh3_64_hexdigest(data)
+
+    async def get() -> None:
+        for offset in offsets:
+            length = min(PIECE_BYTES, size - offset)
+            data = await obstore.get_range_async(connected, str(file.relative_to(bucket)), start=offset, length=length)
+            if copied:
+                await asyncio.to_thread(use, offset, memoryview(data))
+
+    await asyncio.gather(*[get() for _ in range(at_once)])
+    return {"": torch.from_numpy(memory)} if copied else {}
+
+
 def touch(tree: dict[str, torch.Tensor]) -> None:
     """Look at every page."""
     for tensor in tree.values():
@@ -169,6 +202,8 @@ async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, fl
         elif how == "remote":
             objects._READS_AT_ONCE = at_once
             tree = await aiostage.load((ObjectStorage(store(port), "run"), "checkpoint"))
+        elif how in ("gets", "gets_copied"):
+            tree = await gets(path, port, at_once, copied=how == "gets_copied")
         else:
             tree = await aiostage.load(path, verify=how == "load")
         returned, used = perf_counter() - begin, process_time() - used
@@ -298,30 +333,35 @@ def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]]
     )
 
 
-async def prepare(directory: Path, tree: dict[str, torch.Tensor], *, only_in_place: bool) -> None:
+async def prepare(
+    directory: Path, tree: dict[str, torch.Tensor], *, only_in_place: bool = False, only_remote: bool = False
+) -> None:
     (directory / "bucket").mkdir()
     await aiostage.save({"a": torch.zeros(1)}, directory / "local-small")
-    await aiostage.save(tree, directory / "local")
-    dcp.save(tree, checkpoint_id=directory / "local-dcp", no_dist=True)
-    if only_in_place:
-        return
-    torch.save(tree, directory / "local.pt")
+    if not only_remote:
+        await aiostage.save(tree, directory / "local")
+        dcp.save(tree, checkpoint_id=directory / "local-dcp", no_dist=True)
+        if only_in_place:
+            return
+        torch.save(tree, directory / "local.pt")
     remote = ObjectStorage(LocalStore(directory / "bucket"), "run")
     await aiostage.save(tree, (remote, "checkpoint"))
 
 
-def main(mib: int, latency: float, rounds: int, cold: bool, local: bool, only_in_place: bool) -> None:
+def main(
+    mib: int, latency: float, rounds: int, cold: bool, local: bool, only_in_place: bool, only_remote: bool
+) -> None:
     tree = {f"{number:02}": torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
     nbytes = sum(tensor.nbytes for tensor in tree.values())
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        asyncio.run(prepare(directory, tree, only_in_place=only_in_place))
+        asyncio.run(prepare(directory, tree, only_in_place=only_in_place, only_remote=only_remote))
         tree.clear()
         port = serve(directory / "bucket", latency)
         path = str(directory / "local")
-        rows: dict[str, tuple[Any, ...]] = {name: (how,) for name, how in LOCAL.items()}
+        rows: dict[str, tuple[Any, ...]] = {} if only_remote else {name: (how,) for name, how in LOCAL.items()}
         if not local:
-            rows |= {f"{number} requests at once": ("remote", port, number) for number in AT_ONCE}
+            rows |= {name: (how, port, number) for name, (how, number) in REMOTE.items()}
         if only_in_place:
             rows = {name: (how,) for name, how in LOCAL.items() if how in IN_PLACE}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
@@ -337,8 +377,9 @@ def main(mib: int, latency: float, rounds: int, cold: bool, local: bool, only_in
         "| way | returned | looked at | by ours | CPU | rate | memory at most | worst loop delay |\n| --- |"
         + " ---: |" * 7
     )
+    ours = "`aiostage.load(in_place=True)`" if only_in_place else f"{AT_ONCE[-1]} requests at once"
     for each in rows:
-        print(row(each, found[each], found["`aiostage.load(in_place=True)`" if only_in_place else OURS], nbytes))
+        print(row(each, found[each], found[ours if only_in_place or only_remote else OURS], nbytes))
 
 
 if __name__ == "__main__":
@@ -353,4 +394,5 @@ if __name__ == "__main__":
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--local", action="store_true", help="without the network")
     parser.add_argument("--only-in-place", action="store_true", help="only into tensors that are there")
+    parser.add_argument("--only-remote", action="store_true", help="only over the network")
     main(**vars(parser.parse_args()))
