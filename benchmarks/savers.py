@@ -56,6 +56,19 @@ async def with_storage(place: Place, nbytes: int) -> AsyncIterator[Save]:
 
 
 @asynccontextmanager
+async def with_writer(place: Place, nbytes: int) -> AsyncIterator[Save]:
+    """obstore's writer alone: the bytes of the limit, in an upload that a cancellation can abort. No commit."""
+    assert isinstance(place, Server)
+
+    async def save(tree: dict[str, Any], name: str) -> float:
+        begin = perf_counter()
+        await place.write(name)
+        return perf_counter() - begin
+
+    yield save
+
+
+@asynccontextmanager
 async def with_torch_save(place: Place, nbytes: int) -> AsyncIterator[Save]:
     """What most people do: torch.save in a thread. The source may change when it is done."""
 
@@ -184,6 +197,7 @@ SAVERS: dict[str, Callable[[Place, int], Any]] = {
     "aiostage": with_aiostage,
     "aiostage, a quarter of the memory": partial(with_aiostage, share=0.25),
     "its storage alone": with_storage,
+    "obstore's writer alone": with_writer,
     "torch.save in a thread": with_torch_save,
     "dcp.async_save, thread": partial(with_dcp, process=False),
     "dcp.async_save, process": partial(with_dcp, process=True),

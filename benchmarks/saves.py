@@ -38,7 +38,8 @@ class Saves:
         place: Where to.
         way: How.
         found: For each save the seconds of the raw write, of a copy of the tensors into warm memory, until the source
-            was free, and until it was complete; the growth of memory at its peak, in bytes; seconds of processor time;
+            was free, and until it was complete; the growth of memory at its peak, in bytes; seconds of processor time
+            of the save and of the raw write;
             and the loop's delays, in seconds, at the 99th percentile and at worst.
         failure: Why there are none.
     """
@@ -74,18 +75,19 @@ class Saves:
     def as_row(self) -> str:
         """Return a row of a Markdown table."""
         if self.failure:
-            return f"| {self.place} | {self.way} | does not run here: {self.failure} | | | | | | | |"
+            return f"| {self.place} | {self.way} | does not run here: {self.failure} | | | | | | | | | |"
         return (
             f"| {self.place} | {self.way} | {self.median('captured'):.2f} | {self.median('committed'):.2f} | "
             f"{self.median('raw'):.2f} | {self.ratio:.2f} ({min(self.ratios):.2f}-{max(self.ratios):.2f}) | "
             f"{max(entry['peak'] for entry in self.found) / GIB:.2f} | "
-            f"{1e3 * self.median('delay'):.1f} | {1e3 * self.worst('worst'):.1f} | {self.found[0]['captured']:.2f} |"
+            f"{1e3 * self.median('delay'):.1f} | {1e3 * self.worst('worst'):.1f} | {self.found[0]['captured']:.2f} | "
+            f"{self.median('processor'):.2f} | {self.median('raw_processor'):.2f} |"
         )
 
 
 HEAD = (
     "| to | way | captured, s | committed, s | raw write, s | by the raw write | memory, GiB | loop's delay, 99 %, ms "
-    "| worst, ms | first captured, s |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| worst, ms | first captured, s | CPU, s | raw write's CPU, s |\n| --- | --- |" + " ---: |" * 10
 )
 
 
@@ -100,7 +102,7 @@ async def measure(way: str, place_name: str, nbytes: int, saves: int, directory:
     async with SAVERS[way](place, nbytes) as save:
         for number in range(saves):
             # Whatever drifts is for the one as often as for the other.
-            limit = await place.timed_raw() if number % 2 == 0 else 0.0
+            limit = await place.timed_raw() if number % 2 == 0 else {}
             begin = perf_counter()
             await copying.stage(tree)
             copied = perf_counter() - begin
@@ -117,7 +119,7 @@ async def measure(way: str, place_name: str, nbytes: int, saves: int, directory:
             await place.remove(name)
             found.append(
                 {
-                    "raw": limit or await place.timed_raw(),
+                    **(limit or await place.timed_raw()),
                     "copy": copied,
                     "captured": captured,
                     "committed": committed,
