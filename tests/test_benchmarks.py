@@ -198,3 +198,15 @@ def test_a_benchmark_that_takes_too_long_can_end_its_servers(tmp_path: Path, mon
     assert (tmp_path / "started").exists(), f"it did not start within {started} s"
     assert (tmp_path / "ended").exists()
     assert not (tmp_path / "serving.md").exists()
+
+
+def test_rows_of_saves_have_the_columns_of_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import saves
+
+    keys = ("raw", "raw_processor", "copy", "captured", "committed", "peak", "processor", "delay", "worst")
+    found = [dict.fromkeys(keys, float(number)) for number in (9, 1, 2, 3)]
+    for row in (saves.Saves("disk", "aiostage", found), saves.Saves("disk", "aiostage", failure="an error")):
+        assert {line.count("|") for line in [*saves.HEAD.splitlines(), row.as_row()]} == {13}
+    # Without the first, which pays for cold memory.
+    assert saves.Saves("disk", "aiostage", found).as_row().endswith("| 9.00 | 2.00 | 2.00 |")
