@@ -74,7 +74,7 @@ load of 1 GiB took 14 ms of CPU time on the loop, and the threads waited as long
 it is less, so that all threads end at about the same time."""
 
 _GAP_BYTES = 512 << 10
-"""How much memory is used again and again for bytes that are verified but have no destination. It stays in the cache."""
+"""How much memory is used over and over for bytes that are verified but have no destination. It stays in the cache."""
 
 _GROUP = 256
 """Pieces in one fused copy. PyTorch holds the GIL while it takes the arguments apart. A guess."""
