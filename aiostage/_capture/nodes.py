@@ -55,7 +55,7 @@ READS_PER_STEP = 4096
 """Children read from a container between two yields: a tenth of a millisecond where they are not in the caches."""
 
 _NESTED_PER_STEP = 256
-"""Nodes let go of between two yields."""
+"""Nodes dropped between two yields."""
 
 
 class AttributeSteps(Sequence[object]):
@@ -281,7 +281,7 @@ class DictNode(Node):
 
 
 def emptying(node: Node) -> Generator[None, None, None]:
-    """Let go of the larger part of what a large node holds, yielding between small steps."""
+    """Drop the larger part of what a large node holds, yielding between small steps."""
     # No path leads through an object without children, so its keys are not needed.
     keys = node.keys if isinstance(node, DictNode) and not (node.nested or node.leaves) else ()
     # In parts, since the nodes below may have their last references here.

@@ -123,7 +123,7 @@ class ContainerChanges:
         self._buffers.append((source, copy, frame, slot))
 
     def releasing(self) -> Generator[None, None, None]:
-        """Let go of everything, yielding between small steps."""
+        """Drop everything, yielding between small steps."""
         columns: tuple[list[Any], ...] = (self._keys, self._contents, self._sets, self._slots, self._buffers)
         for column in columns:
             while column:

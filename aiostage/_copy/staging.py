@@ -258,7 +258,7 @@ class Staging:
         Args:
             error: What the context was exited with.
 
-        Staged leaves are let go in steps, because destructors of 50,000 take 20 ms; when cancelled, all at once.
+        Staged leaves are dropped in steps, because destructors of 50,000 take 20 ms; when cancelled, all at once.
         """
         if self.state is not State.CAPTURED:
             await self._end(error, State.DROPPED)
@@ -299,7 +299,7 @@ class Staging:
             self._report(error)
 
     def _releasing(self, staged: list[Any]) -> Generator[None, None, None]:
-        """Let go of the source and of staged leaves, yielding between small steps."""
+        """Drop the source and of staged leaves, yielding between small steps."""
         # Copies that devices are making read the columns of leaves still.
         if all(batch.device is None for batch in self._batches):
             yield from self._inspection.leaves.releasing()
