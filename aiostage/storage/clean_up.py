@@ -20,6 +20,7 @@ from aiostage.storage.pointer import (
     POINTER_NAME,
     WITHDRAWN,
     find_folder,
+    find_pointer,
     is_going,
     lease_seconds,
     remove_folder,
@@ -44,19 +45,26 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
 
     Args:
         bucket: The store.
-        seconds: How long a folder stays after the last write to it. Its lease may say longer.
+        seconds: How long a folder, and a pointer to it, stay after the last write to them. Its lease may say longer.
 
     Raises:
         StorageError: If the store refuses. What is left is found again.
     """
     listed = await _listed(bucket)
+    now: datetime | None = None
     for name, entry in listed.items():
-        if entry.is_doubtful(seconds):
-            await _withdraw_from_nothing(bucket, name)
+        folder = await _gone(bucket, name) if entry.pointer is not None and entry.is_doubtful(seconds) else None
+        if entry.pointer is None or folder is None:
+            continue
+        # Young ones stay. Who copies a checkpoint from store to store, object by object, may begin with the pointer.
+        now = now or await _now(bucket)
+        age = await _age(bucket, (name, folder), now, entry.pointer)
+        if age is not None and age > seconds:
+            await _withdraw_from_nothing(bucket, name, folder)
     candidates = [suspect for suspect in _suspects(listed) if not await _is_used(bucket, suspect)]
     if not candidates:
         return
-    now = await _now(bucket)
+    now = now or await _now(bucket)
     for suspect in candidates:
         age = await _age(bucket, suspect, now)
         # Whether it is used is asked again: a writer may have committed since the candidates were chosen.
@@ -143,22 +151,27 @@ def _suspects(listed: Mapping[str, _Listed]) -> Sequence[tuple[str, str]]:
     ]
 
 
-async def _withdraw_from_nothing(bucket: Bucket, name: str) -> None:
+async def _gone(bucket: Bucket, name: str) -> str | None:
+    """Return the folder that a pointer names and that is gone, or None if there is no such pointer."""
+    try:
+        folder = await find_folder(bucket, name)
+    except CheckpointCorruptError:
+        # Not a pointer, and not ours. Those who open it say so.
+        return None
+    if folder is None or not await is_going(bucket, f"{name}/{folder}"):
+        return None
+    # The owner of what a link leads to sees to it.
+    if await bucket.is_link(name) or await bucket.is_link(f"{name}/{folder}"):
+        return None
+    return folder
+
+
+async def _withdraw_from_nothing(bucket: Bucket, name: str, folder: str) -> None:
     """Withdraw a pointer to a folder that is gone, whose writer could not.
 
     Nobody else needs that pointer. Its writer looks for its lease after it has written the pointer, finds none, and
     fails. One that replaces it writes another, and this writes only in place of the one that it has seen.
     """
-    try:
-        folder = await find_folder(bucket, name)
-    except CheckpointCorruptError:
-        # Not a pointer, and not ours. Those who open it say so.
-        return
-    if folder is None or not await is_going(bucket, f"{name}/{folder}"):
-        return
-    # The owner of what a link leads to sees to it.
-    if await bucket.is_link(name) or await bucket.is_link(f"{name}/{folder}"):
-        return
     try:
         await withdraw(bucket, name, folder, exchange=_exchange_compared)
     except NotImplementedError:
@@ -177,16 +190,32 @@ async def _exchange_compared(bucket: Bucket, name: str, data: Buffer, seen: Vers
 
 
 async def _is_used(bucket: Bucket, suspect: tuple[str, str]) -> bool:
+    """Return whether a pointer names a folder, or will when it is withdrawn."""
     name, folder = suspect
-    return await find_folder(bucket, name) == folder
+    try:
+        pointer = await find_pointer(bucket, name)
+    except CheckpointCorruptError as error:
+        # It may have named this folder. The other checkpoints need not wait until somebody sees to it.
+        _log.warning("kept %s/%s/%s: %s", bucket.location, name, folder, error)
+        return True
+    if pointer is None or pointer.folder is None or pointer.folder == folder:
+        return pointer is not None and pointer.folder == folder
+    return folder in pointer.replaced and await is_going(bucket, f"{name}/{pointer.folder}")
 
 
-async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime) -> float | None:
+async def _age(bucket: Bucket, suspect: tuple[str, str], now: datetime, *others: ObjectMeta) -> float | None:
     """Return for how many seconds nothing was written; None if the store does not say, or nothing is there.
 
     It lists again: the writer may have sent a heartbeat since the last listing.
+
+    Args:
+        bucket: The store.
+        suspect: The name of a checkpoint, and that of a folder.
+        now: The time by the store's clock.
+        others: Objects that count beside those in the folder.
     """
-    times = [entry.modified async for batch in bucket.list("/".join(suspect)) for entry in batch]
+    times = [entry.modified for entry in others]
+    times += [entry.modified async for batch in bucket.list("/".join(suspect)) for entry in batch]
     known = [time for time in times if time is not None]
     return (now - max(known)).total_seconds() if times and len(known) == len(times) else None
 

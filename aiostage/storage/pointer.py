@@ -198,7 +198,7 @@ async def find_pointer(bucket: Bucket, name: str) -> Pointer | None:
             raise ValueError("it is of another format or version")
         replaced = content.get("replaced", [])
         # The whole form: a name from a hostile pointer must not lead to objects outside of the checkpoint.
-        if not all(FOLDER.fullmatch(folder) for folder in (content["data"], *replaced)):
+        if type(replaced) is not list or not all(map(FOLDER.fullmatch, (content["data"], *replaced))):
             raise ValueError("it names no folder of a checkpoint")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointCorruptError(

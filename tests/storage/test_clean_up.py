@@ -216,6 +216,13 @@ async def test_a_pointer_that_its_writer_could_not_take_back(
         await content(storage, "a")
     # The old files are younger than they would be after such a suspension.
     monkeypatch.setattr(module, "_seconds_between", lambda *_: LEASE + 5)
+    kept = await storage.list()
+    await storage.clean_up()
+    # Neither the pointer nor what it has replaced goes at once.
+    assert await storage.list() == kept == ["a"]
+    with pytest.raises(CheckpointCorruptError, match="missing"):
+        await content(storage, "a")
+    later(monkeypatch, LEASE + 5)
     await storage.clean_up()
     if kind == "fsspec memory":
         assert "names files that are gone, because its writer could not take it back" in caplog.text
@@ -239,6 +246,56 @@ async def test_a_pointer_is_left_while_anything_speaks_for_its_folder(store: Any
         await storage.clean_up()
         assert paths(store) == everything
         assert await storage.list() == ["a"]
+
+
+async def test_a_checkpoint_whose_pointer_is_copied_before_its_files(store: Any) -> None:
+    """From another store, object by object, as tools do it that know nothing of pointers."""
+    source, storage = ObjectStorage(MemoryStore()), ObjectStorage(store, lease_seconds=LEASE)
+    data = some_bytes(1000)
+    await save(source, "a", data)
+    objects = paths(source._bucket._store)  # type: ignore[attr-defined]
+    assert objects[0] == "a/checkpoint.json"
+    for path in objects:
+        obstore.put(store, path, obstore.get(source._bucket._store, path).bytes())  # type: ignore[attr-defined]
+        await storage.clean_up()
+    assert await storage.list() == ["a"]
+    assert await content(storage, "a") == (bytes(data[:100]), bytes(data))
+
+
+async def test_what_a_pointer_to_nothing_has_replaced_is_kept(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer could not take it back, and the clean-up that has removed its files has stopped half-way."""
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    old = some_bytes(1000)
+    await save(storage, "a", old)
+    pending: Any = await storage.open("a", overwrite=True)
+    await write(pending, "data", some_bytes(1000, 1))
+    await pending._point()
+    obstore.delete(store, f"{pending._path}/lease.json")
+    # Nothing tells by its time that it is a pointer to nothing.
+    later(monkeypatch, LEASE + 5)
+    monkeypatch.setattr(module, "_seconds_between", lambda *_: 0.0)
+    everything = paths(store)
+    await storage.clean_up()
+    assert paths(store) == everything
+    monkeypatch.setattr(module, "_seconds_between", lambda *_: LEASE + 5)
+    await storage.clean_up()
+    assert await content(storage, "a") == (bytes(old[:100]), bytes(old))
+    assert len(paths(store)) == 4
+
+
+async def test_a_damaged_pointer_keeps_its_folders_and_no_others(
+    store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = ObjectStorage(store, lease_seconds=LEASE)
+    await save(storage, "a", some_bytes(1000))
+    await die(storage, "a", overwrite=True)
+    obstore.put(store, "a/checkpoint.json", b"{")
+    kept = paths(store)
+    await die(storage, "b")
+    later(monkeypatch, LEASE + 5)
+    await storage.clean_up()
+    assert paths(store) == kept
+    assert "it is not the pointer of a checkpoint" in caplog.text
 
 
 async def test_a_clean_up_removes_the_lease_before_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

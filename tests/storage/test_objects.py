@@ -141,11 +141,14 @@ async def test_what_is_there_is_not_replaced_unasked(storage: ObjectStorage, sto
 
 
 async def test_what_is_no_checkpoint_is_not_replaced(storage: ObjectStorage, store: Any, prefix: str) -> None:
-    obstore.put(store, f"{prefix}/a/checkpoint.json", b'{"mine": 1}')
-    with pytest.raises(CheckpointExistsError, match="not the pointer of a checkpoint"):
-        await storage.open("a", overwrite=True)
-    with pytest.raises(CheckpointCorruptError, match="not the pointer of a checkpoint"):
-        await storage.read("a")
+    folder = "data-0123456789abcdef"
+    damaged = {"format": "aiostage", "version": 1, "data": folder, "replaced": {folder: 1}}
+    for text in ('{"mine": 1}', json.dumps(damaged)):
+        obstore.put(store, f"{prefix}/a/checkpoint.json", text.encode())
+        with pytest.raises(CheckpointExistsError, match="not the pointer of a checkpoint"):
+            await storage.open("a", overwrite=True)
+        with pytest.raises(CheckpointCorruptError, match="not the pointer of a checkpoint"):
+            await storage.read("a")
 
 
 async def test_replacing_removes_what_was_there(storage: ObjectStorage, store: Any, prefix: str) -> None:
