@@ -12,7 +12,7 @@ import torch
 
 from aiostage._capture.faithful import Refusal
 from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
-from aiostage._capture.nodes import MISSING, Fetch, GivenNode, Node, TupleNode
+from aiostage._capture.nodes import MISSING, DictNode, Fetch, GivenNode, ListNode, Node, ObjectNode, TupleNode
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
 
@@ -173,8 +173,12 @@ class Memo(dict[Any, Any]):
             return False
         if not dict.__contains__(self, key):
             node = self.nodes.find(key)
-            if node is not None and node.copy is MISSING and not node.active and not self.has_reached(node):
-                return False
+            if node is not None and node.copy is MISSING and not node.active:
+                if not self.has_reached(node):
+                    return False
+                # A question copies nothing: code of what is inside would run now, and before its turn.
+                if _is_made_before_its_contents(node):
+                    return True
         return self.get(key, MISSING) is not MISSING
 
     def __getitem__(self, key: Any) -> Any:
@@ -194,6 +198,13 @@ def _no_copy(node: GivenNode) -> None:
 
 def _not_reached(node: Node) -> bool:
     return False
+
+
+def _is_made_before_its_contents(node: Node) -> bool:
+    """Return whether copy.deepcopy puts the copy of an object into memo before it comes to what the object holds."""
+    if isinstance(node, ObjectNode):
+        return not node.nested or node.nested[0][0] >= node.counts[0]
+    return isinstance(node, (DictNode, ListNode))
 
 
 class StorageCopies(dict[int, torch.UntypedStorage]):

@@ -342,3 +342,40 @@ async def test_a_container_around_what_asks_is_found_and_a_tuple_is_not() -> Non
     asking.other, within.other = around_too, around
     for copied in (await staged([around_too]), copy.deepcopy([around_too])):
         assert (copied[0][1].found, copied[0][0][0].found) == (False, True)
+
+
+class Telling:
+    """Notes that its code runs, and asks for something first."""
+
+    def __init__(self, name: str, log: list[Any], *asked: Any) -> None:
+        self.name = name
+        self.log = log
+        # Not the objects themselves, which would put them inside this one.
+        self.asked = list(map(id, asked))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Telling:
+        found = [identity in memo for identity in self.asked]
+        self.log.append((self.name, found))
+        return Telling(self.name, self.log)
+
+
+@pytest.mark.parametrize("make", [list, dict, OrderedDict, Plain])
+async def test_a_question_copies_nothing(make: Callable[[], Any]) -> None:
+    # The second comes after the first inside what the first asks for, and a tuple after the second.
+    log: list[Any] = []
+    around = make()
+    later, last = [torch.ones(1)], (torch.ones(1),)
+    parts = [[Telling("first", log, around, later, last)], later, Telling("second", log, around, later, last), last]
+    if isinstance(around, list):
+        around += parts
+    elif isinstance(around, dict):
+        around.update(enumerate(parts))
+    else:
+        around.items = parts
+    await staged([around])
+    by_staging = log.copy()
+    log.clear()
+    copy.deepcopy([around])
+    assert log == [("first", [True, False, False]), ("second", [True, True, False])]
+    # Staged twice.
+    assert by_staging == log * 2
