@@ -102,7 +102,8 @@ _STATES = (".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".pkl", "
 _NO_PARTS = (
     *(".*", "__pycache__", "runs", "logs", "*_logs", "mlruns", "wandb"),
     *("checkpoint*", "step[-_0-9]*", "epoch[-_0-9]*", "iter[-_0-9]*"),
-    *("original", "onnx*", "openvino*", "coreml*", "*.mlpackage", "metal", "mlx*", "gguf*", "ggml*", "tflite*"),
+    *("original", "onnx*", "openvino*", "coreml*", "*.mlpackage", "*.mlmodelc"),
+    *("metal", "mlx*", "gguf*", "ggml*", "tflite*"),
 )
 """Directories beside weights that are none of their parts: caches and logs, checkpoints of their own, and the same
 weights for other programs. Any other directory with such files is one: no list can name the parts of all programs.

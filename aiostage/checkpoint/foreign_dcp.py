@@ -9,14 +9,14 @@ import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["DcpDirectory", "MetadataUnpickler", "StandIn", "read_dcp"]
+__all__ = ["DcpDirectory", "MetadataUnpickler", "StandIn", "open_regular", "read_dcp"]
 
 _MAX_BYTES = 1 << 30
 """The longest .metadata that is read. A guess: a pickle may need ten times its size in memory."""
@@ -131,6 +131,22 @@ def _damage(path: str) -> Iterator[None]:
         ) from error
 
 
+def open_regular(path: str) -> BinaryIO:
+    """Open a file of a checkpoint.
+
+    Raises:
+        CheckpointCorruptError: If there is none, or not a regular one.
+        OSError: If the system refuses.
+    """
+    # Not FileNotFoundError: that would say that there is no checkpoint.
+    if not os.path.exists(path):
+        raise CheckpointCorruptError("the file is missing.", path=path)
+    # A FIFO would be waited for.
+    if not os.path.isfile(path):
+        raise CheckpointCorruptError("it is not a regular file.", path=path)
+    return open(path, "rb")
+
+
 class DcpDirectory:
     """Reads one directory. All of it blocks.
 
@@ -151,9 +167,9 @@ class DcpDirectory:
     def __init__(self, path: str) -> None:
         self._path = path
         self._index = os.path.join(path, ".metadata")
-        if os.path.getsize(self._index) > _MAX_BYTES:
-            raise CheckpointCorruptError("it is too long for a .metadata.", path=self._index)
-        with open(self._index, "rb") as file:
+        with open_regular(self._index) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                raise CheckpointCorruptError("it is too long for a .metadata.", path=self._index)
             data = file.read()
         with _damage(self._index):
             about = MetadataUnpickler(data, _FILES).load()
@@ -236,7 +252,7 @@ class DcpDirectory:
 
     def _load(self, place: Any) -> Any:
         """Load what lies at a place, each of which is a file of ``torch.save``."""
-        with open(self._file(place), "rb") as file:
+        with open_regular(self._file(place)) as file:
             file.seek(place.offset)
             data = file.read(place.length)
         if len(data) != place.length:

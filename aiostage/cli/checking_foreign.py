@@ -13,7 +13,7 @@ import torch
 from anyio.to_thread import run_sync
 
 from aiostage.checkpoint.foreign import DAMAGED_ARCHIVE, Read
-from aiostage.checkpoint.foreign_dcp import DcpDirectory
+from aiostage.checkpoint.foreign_dcp import DcpDirectory, open_regular
 from aiostage.cli.contents import open_contents
 from aiostage.cli.entries import entries_of_tree
 from aiostage.cli.finding import Place
@@ -91,11 +91,11 @@ def _check_dcp_directory(path: str, report: Report) -> None:
 def _wrong_record(name: str, file: str, start: int, nbytes: int) -> Damage | None:
     base, stop = os.path.basename(file), start + nbytes
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             opened.seek(start)
             data = io.BytesIO(opened.read(nbytes))
-    except FileNotFoundError:
-        return Damage(base, "the file is missing.", start, stop, [name])
+    except CheckpointCorruptError as error:
+        return Damage(base, error.reason, start, stop, [name])
     if data.getbuffer().nbytes < nbytes:
         return Damage(base, f"it ends before byte {stop}.", start, stop, [name])
     if zipfile.is_zipfile(data) and _wrong_in(data):

@@ -300,7 +300,8 @@ async def test_one_of_several_files_is_not_taken_for_all(name: str, tmp_path: Pa
             "tb_logs/a/last.ckpt",
             "mlruns/0/a/artifacts/x.pkl",
         ],
-        ["coreml/model.mlpackage/weights/weight.bin", "images/cat.png", ".cache/huggingface/x.bin", "gguf/q4.bin"],
+        ["coreml/model.mlpackage/weights/weight.bin", "Encoder.mlmodelc/weights/weight.bin"],
+        ["images/cat.png", ".cache/huggingface/x.bin", "gguf/q4.bin"],
         ["tokenizer/vocab.json", "tokenizer/images/a.png", "runs/events.pt", "voices/one.wav", "step-5/optimizer.pt"],
     ],
 )
@@ -496,9 +497,20 @@ async def test_damaged_distributed_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "dcp" / "__0_0.distcp").write_bytes(data[:-20])
     with pytest.raises(aiostage.CheckpointCorruptError, match="ends before byte"):
         await aiostage.load(tmp_path / "dcp")
+    # Not FileNotFoundError, by which callers learn that there is no checkpoint.
+    (tmp_path / "dcp" / "__0_0.distcp").unlink()
+    with pytest.raises(aiostage.CheckpointCorruptError, match=r"__0_0\.distcp: the file is missing"):
+        await aiostage.load(tmp_path / "dcp")
+    os.mkfifo(tmp_path / "dcp" / "__0_0.distcp")
+    with pytest.raises(aiostage.CheckpointCorruptError, match=r"__0_0\.distcp: it is not a regular file"):
+        await aiostage.load(tmp_path / "dcp")
     about = (tmp_path / "dcp" / ".metadata").read_bytes()
     (tmp_path / "dcp" / ".metadata").write_bytes(about.replace(b"__0_0.distcp", b"../../passwd"))
     with pytest.raises(aiostage.CheckpointCorruptError, match="not a plain file"):
+        await aiostage.load(tmp_path / "dcp")
+    (tmp_path / "dcp" / ".metadata").unlink()
+    os.mkfifo(tmp_path / "dcp" / ".metadata")
+    with pytest.raises(aiostage.CheckpointCorruptError, match=r"\.metadata: it is not a regular file"):
         await aiostage.load(tmp_path / "dcp")
     (tmp_path / "dcp" / ".metadata").unlink()
     with pytest.raises(aiostage.CheckpointError, match=r"without its \.metadata"):
