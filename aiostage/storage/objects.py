@@ -187,8 +187,11 @@ class _ObjectBucket(Bucket):
         await self._put(path, data, "create")
 
     async def replace(self, path: str, data: Buffer, seen: Version) -> None:
+        # Without a tag, obstore would replace any object. An answer of a server need not have one.
+        if not seen.tag:
+            raise NotImplementedError
         try:
-            await self._put(path, data, seen.tag or "overwrite")
+            await self._put(path, data, seen.tag)
         except NotImplementedError:
             full = await self._on_disk(path)
             if full is None or not await self._workers.run(partial(self._replace_on_disk, full, path, data, seen)):
