@@ -56,7 +56,7 @@ async def clean_up(bucket: Bucket, seconds: float) -> None:
         folder = await _gone(bucket, name) if entry.pointer is not None and entry.is_doubtful(seconds) else None
         if entry.pointer is None or folder is None:
             continue
-        # Young ones stay. Who copies a checkpoint from store to store, object by object, may begin with the pointer.
+        # A young one stays: a tool that copies a checkpoint from another store may copy the pointer first.
         now = now or await _now(bucket)
         age = await _age(bucket, (name, folder), now, entry.pointer)
         if age is not None and age > seconds:
@@ -108,7 +108,8 @@ class _Listed:
         """Return whether the pointer may name a folder that is gone.
 
         A writer writes its pointer right after its manifest. If its files are gone, it was silent before that for
-        longer than a lease. Its pointer is then that much later than all manifests that are left.
+        longer than a lease. Its pointer is then that much later than all manifests that are left, unless another writer
+        has committed meanwhile. Such a pointer is not found. The next save replaces it.
         """
         if self.pointer is None:
             return False
