@@ -173,11 +173,11 @@ class Memo(dict[Any, Any]):
             return False
         if not dict.__contains__(self, key):
             node = self.nodes.find(key)
-            if node is not None and node.copy is MISSING and not node.active:
+            if node is not None and node.copy is MISSING and not node.active and key not in self.leaf_of:
                 if not self.has_reached(node):
                     return False
                 # A question copies nothing: code of what is inside would run now, and before its turn.
-                if _is_made_before_its_contents(node):
+                if _is_made_before_its_contents(node) and not isinstance(node, GivenNode):
                     return True
         return self.get(key, MISSING) is not MISSING
 
@@ -204,7 +204,30 @@ def _is_made_before_its_contents(node: Node) -> bool:
     """Return whether copy.deepcopy puts the copy of an object into memo before it comes to what the object holds."""
     if isinstance(node, ObjectNode):
         return not node.nested or node.nested[0][0] >= node.counts[0]
-    return isinstance(node, (DictNode, ListNode))
+    return isinstance(node, (DictNode, ListNode, GivenNode))
+
+
+def _as_noted_in_memo(root: Node) -> Iterator[Node]:
+    """Yield what is in a tree in the order in which copy.deepcopy puts its copies into memo.
+
+    What is made of the copies of its contents, such as a tuple or a set, comes after these.
+    """
+    seen: set[int] = {id(root)}
+    stack: list[tuple[Iterator[tuple[Node, int, Node | int]], Node | None]] = [(_children(root), None)]
+    while stack:
+        children, late = stack[-1]
+        for _, _, child in children:
+            if isinstance(child, Node) and id(child) not in seen:
+                seen.add(id(child))
+                early = _is_made_before_its_contents(child)
+                if early:
+                    yield child
+                stack.append((_children(child), None if early else child))
+                break
+        else:
+            stack.pop()
+            if late is not None:
+                yield late
 
 
 class StorageCopies(dict[int, torch.UntypedStorage]):
@@ -252,7 +275,7 @@ class ReplacedCopies:
 
     def follow(self, root: Node) -> None:
         """Take note of the tree in which :meth:`has_reached` is asked for nodes."""
-        self._order = (child for _, _, child in _in_order(root, {}) if isinstance(child, Node))
+        self._order = _as_noted_in_memo(root)
 
     def has_reached(self, node: Node) -> bool:
         """Return whether copy.deepcopy would have come to a node before the object whose code is running.

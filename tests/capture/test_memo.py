@@ -379,3 +379,35 @@ async def test_a_question_copies_nothing(make: Callable[[], Any]) -> None:
     assert log == [("first", [True, False, False]), ("second", [True, True, False])]
     # Staged twice.
     assert by_staging == log * 2
+
+
+class Hashable:
+    """May be in a set, and has what it holds in its state."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+@pytest.mark.parametrize(
+    "make", [lambda inside: {inside}, lambda inside: frozenset([inside]), lambda inside: (inside,)]
+)
+async def test_what_is_made_of_its_contents_is_found_after_them(make: Callable[[Any], Any]) -> None:
+    log: list[Any] = []
+    inside = Hashable(None)
+    around = make(inside)
+    inside.held = [Telling("inside", log, around)]
+    tree = [around, Telling("after", log, around)]
+    await staged(tree)
+    by_staging = log.copy()
+    log.clear()
+    copy.deepcopy(tree)
+    assert log == [("inside", [False]), ("after", [True])]
+    assert by_staging == log * 2
+
+
+async def test_a_tensor_with_attributes_is_found_before_its_turn_like_others() -> None:
+    log: list[Any] = []
+    plain, attributed = torch.ones(1), torch.ones(1)
+    attributed.note = [1]  # type: ignore[attr-defined]
+    await staged([Telling("first", log, plain, attributed), plain, attributed])
+    assert log == [("first", [True, True])] * 2
