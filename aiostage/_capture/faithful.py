@@ -24,8 +24,8 @@ __all__ = [
     "PLAIN_CLASSES",
     "QUANTIZED_DTYPES",
     "WITHOUT_QUANTIZER",
-    "Chunk",
     "Inspection",
+    "LeafGuard",
     "Refusal",
     "Spec",
     "SpecTable",
@@ -264,8 +264,8 @@ class SpecTable:
         return found
 
 
-class Chunk:
-    """What one chunk of leaves looked like last time, with a guard that recognizes it at C speed.
+class LeafGuard:
+    """Recognizes a chunk of leaves at C speed: what they looked like last time.
 
     Args:
         specs: Of the leaves.
@@ -284,7 +284,7 @@ class Chunk:
         addresses: list[int],
         sizes: list[int],
         tensors: Sequence[torch.Tensor],
-        like: Chunk | None,
+        like: LeafGuard | None,
     ) -> None:
         self.specs = specs
         self.addresses = addresses
@@ -341,10 +341,10 @@ class Inspection:
         self.needs_versions = needs_versions
         self._device_of = device_of
         self.table = SpecTable(device_of)
-        self.chunks: dict[int, Chunk] = {}
-        self.forms: list[Chunk] = []
+        self.chunks: dict[int, LeafGuard] = {}
+        self.forms: list[LeafGuard] = []
         """Chunks of different forms, the one met last at the end: layers repeat, so the next is often like one."""
-        self.apart: tuple[list[Chunk], bool] = ([], True)
+        self.apart: tuple[list[LeafGuard], bool] = ([], True)
         """Some chunks, and whether no two leaves of them begin at one address."""
 
     def forget(self) -> None:
@@ -353,7 +353,7 @@ class Inspection:
         # have. That two of their leaves which are alike may then have two specs costs them a run of their own.
         self.table, self.chunks, self.forms, self.apart = SpecTable(self._device_of), {}, [], ([], True)
 
-    def form_of(self, tensors: Sequence[torch.Tensor]) -> Chunk | None:
+    def form_of(self, tensors: Sequence[torch.Tensor]) -> LeafGuard | None:
         """Return a chunk that consisted of tensors like some others, wherever they are, or None."""
         # Read once, and replaced as a whole: loops of other threads may use it too.
         forms = self.forms
@@ -371,7 +371,7 @@ class Inspection:
         specs: list[Spec],
         addresses: list[int],
         sizes: list[int],
-        like: Chunk | None = None,
+        like: LeafGuard | None = None,
     ) -> None:
         """Keep what a chunk looks like, to be recognized at capture and at the next staging.
 
@@ -388,7 +388,7 @@ class Inspection:
         known = self.chunks.get(start)
         if like is None and known is not None and known.specs == specs and known.recognizes(tensors):
             like = known
-        made = Chunk(specs, addresses, sizes, tensors, like)
+        made = LeafGuard(specs, addresses, sizes, tensors, like)
         self.chunks[start] = made
         if like is None and made.check is not None:
             self.forms = [*self.forms[1 - _FORMS :], made]

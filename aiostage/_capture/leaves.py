@@ -12,7 +12,7 @@ import torch
 
 from aiostage import _private
 from aiostage._capture.composites import Composite, composite_of, traits_of
-from aiostage._capture.faithful import PLAIN_CLASSES, Chunk, Inspection, Refusal, Spec, fit, is_nested
+from aiostage._capture.faithful import PLAIN_CLASSES, Inspection, LeafGuard, Refusal, Spec, fit, is_nested
 
 __all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Leaves", "Replaced", "Table", "changed"]
 
@@ -110,7 +110,7 @@ class Leaves:
         self._indexed = 0
         self._inspected = self._unlike = False
         self._recognized = True
-        self._chunks: list[Chunk] = []
+        self._chunks: list[LeafGuard] = []
         self._apart: dict[int, Composite] = {}
 
     def __len__(self) -> int:
