@@ -71,6 +71,9 @@ def run(name: str, results: Path, *, quick: bool) -> bool:
     # The library beside these benchmarks, and not one that is installed.
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
     output = results / f"{name}.md.part"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As nohup and the & of a shell leave it. What is started would ignore it too, and stop() could not end it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         output.open("w") as written,
         subprocess.Popen(

@@ -15,6 +15,7 @@ imported everything, which forks, and waits for the exit status that comes back.
 from __future__ import annotations
 
 import contextlib
+import io
 import marshal
 import os
 import signal
@@ -242,8 +243,11 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, _: list
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     while arguments[0] in ("-B", "-u"):
         if arguments.pop(0) == "-u":
-            for stream in (sys.stdout, sys.stderr):
-                stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+            # As the interpreter does it: over the file itself, without the buffer in between.
+            for name in ("stdout", "stderr"):
+                old = getattr(sys, name)
+                raw = io.FileIO(old.fileno(), "w", closefd=False)
+                setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, write_through=True))
     if arguments[0] not in ("-c", "-m"):
         sys.argv[:] = arguments
         sys.path[0] = os.path.dirname(arguments[0])
