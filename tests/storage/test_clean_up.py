@@ -54,6 +54,19 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(module, "_now", then)
 
 
+def suspend_before_pointer(pending: Any, storage: RemoteStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a clean-up take a writer for dead between its look for the lease and its pointer."""
+    point = pending._point
+
+    async def suspended() -> None:
+        with monkeypatch.context() as patch:
+            later(patch, LEASE + 5)
+            await storage.clean_up()
+        await point()
+
+    monkeypatch.setattr(pending, "_point", suspended)
+
+
 async def die(storage: ObjectStorage, name: str, *, overwrite: bool = False) -> None:
     """Leave what a writer leaves that ends before it commits."""
     await write(await storage.open(name, overwrite=overwrite), "data", some_bytes(1000))
@@ -154,15 +167,7 @@ async def test_a_pointer_to_files_that_are_gone_is_withdrawn(
         await save(storage, "a", old)
     pending: Any = await storage.open("a", overwrite=overwrite)
     await write(pending, "data", new)
-    point = pending._point
-
-    async def suspended() -> None:
-        with monkeypatch.context() as patch:
-            later(patch, LEASE + 5)
-            await storage.clean_up()
-        await point()
-
-    monkeypatch.setattr(pending, "_point", suspended)
+    suspend_before_pointer(pending, storage, monkeypatch)
     with pytest.raises(CheckpointError, match="deleted by another process because its heartbeat expired"):
         await pending.commit(new[:100])
     await pending.abort()
@@ -196,18 +201,11 @@ async def test_a_pointer_that_its_writer_could_not_take_back(
         await save(storage, "a", old)
     pending: Any = await storage.open("a", overwrite=overwrite)
     await write(pending, "data", new)
-    point = pending._point
-
-    async def suspended() -> None:
-        with monkeypatch.context() as patch:
-            later(patch, LEASE + 5)
-            await storage.clean_up()
-        await point()
 
     async def out_of_reach(*_: Any, **__: Any) -> None:
         raise StorageError("out of reach.")
 
-    monkeypatch.setattr(pending, "_point", suspended)
+    suspend_before_pointer(pending, storage, monkeypatch)
     monkeypatch.setattr(pending, "_withdraw", out_of_reach)
     with pytest.raises(StorageError, match="out of reach"):
         await pending.commit(new[:100])
