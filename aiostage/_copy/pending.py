@@ -361,8 +361,7 @@ class StagingCopies(PendingCopies):
 
     async def _launched(self, job: Job) -> None:
         """Wait until launches are over. Those of a closed stager may hang with their device, and keep their memory."""
-        while not (job.finished() or self._stager.closed):
-            await job.progressed(job.done)
+        await job.until(lambda: self._stager.closed)
 
     async def wait_for_batch(self, number: int) -> None:
         """Wait like :meth:`wait` for the copies of a batch."""

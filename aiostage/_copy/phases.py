@@ -355,9 +355,7 @@ class CopyProgress:
         if self.batches[number].device is not None and self.pending is not None:
             await self.pending.wait_for_batch(number)
             self.copied.add(number)
-        while number not in self.copied and not self._job.finished():
-            # The count is read before the wait, so a step that ends in between ends the wait at once.
-            await self._job.progressed(self._job.done)
+        await self._job.until(lambda: number in self.copied)
         return number in self.copied
 
     async def bytes(self, address: int, nbytes: int) -> bool:

@@ -152,6 +152,7 @@ class Job:
         "_error",
         "_lock",
         "_open",
+        "_progress",
         "_running",
         "_steps",
         "_submit",
@@ -168,7 +169,9 @@ class Job:
         self._open = True
         self._cancelled = False
         self._error: BaseException | None = None
-        # Each with how many steps it has seen completed; infinitely many to wait for the end.
+        # How many steps have completed, and how often it was cancelled.
+        self._progress = 0
+        # Each with the progress that it has seen; infinite to wait for the end.
         self._waiters: dict[ThreadsafeEvent, float] = {}
 
     @property
@@ -219,8 +222,10 @@ class Job:
             # With the lock, like _open: a step that put() adds at the same time is either dropped here or refused
             # there.
             self._cancelled = True
+            # Each call counts: a step that runs may hang, and a closed stager does not wait for it.
+            self._progress += 1
             self._steps.clear()
-            waiters = self._take_waiters(cancelled=True)
+            waiters = self._take_waiters()
         _wake(waiters)
 
     def run_next(self) -> None:
@@ -241,6 +246,7 @@ class Job:
         del context, step
         with self._lock:
             self._done += 1
+            self._progress += 1
             if error is not None:
                 self._error = self._error or error
                 error = None
@@ -259,28 +265,42 @@ class Job:
         # is found in one of the two.
         return not (self._open or self._steps or self._running)
 
-    async def progressed(self, seen: float) -> None:
-        """Wait until more than ``seen`` steps have completed or the job is finished. Cancelling changes nothing.
+    async def until(self, met: Callable[[], object] | None = None) -> None:
+        """Wait until something holds that a step or a cancellation brings about, or the job is finished.
 
-        It returns also when the job is cancelled while it waits, with a step that still runs.
+        Args:
+            met: Returns whether it holds. Asked at first, and after each step and each call of :meth:`cancel`. None:
+                only the end of the job is waited for.
+
+        Cancelling changes nothing.
         """
-        with self._lock:
-            # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
-            if self._done > seen or not (self._open or self._steps or self._running):
+        while True:
+            # Read before the question, so that a step or a cancellation that comes after the answer, from another
+            # thread, is not missed.
+            seen = math.inf if met is None else self._progress
+            if met is not None and met():
                 return
-            event = ThreadsafeEvent()
-            self._waiters[event] = seen
-        try:
-            await event.wait()
-        finally:
             with self._lock:
-                # Gone already if a thread has taken the waiters in order to wake them; the event is then set for
-                # nothing.
-                self._waiters.pop(event, None)
+                # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
+                if not (self._open or self._steps or self._running):
+                    return
+                if self._progress > seen:
+                    continue
+                event = ThreadsafeEvent()
+                self._waiters[event] = seen
+            try:
+                await event.wait()
+            finally:
+                with self._lock:
+                    # Gone already if a thread has taken the waiters in order to wake them; the event is then set for
+                    # nothing.
+                    self._waiters.pop(event, None)
+            if met is None:
+                return
 
     async def settled(self) -> None:
         """Wait until the job is finished, without raising a step's error. Cancelling changes nothing."""
-        await self.progressed(math.inf)
+        await self.until()
 
     async def join(self) -> None:
         """Wait until the job is finished.
@@ -292,7 +312,7 @@ class Job:
         """
         try:
             # As in settled(). It is not called, because nearly all that waits in a thread stands on this frame.
-            await self.progressed(math.inf)
+            await self.until()
         except BaseException as error:
             await self._give_up(error)
             raise
@@ -333,14 +353,13 @@ class Job:
         if not isinstance(error, GeneratorExit):
             await finish(self.settled)
 
-    def _take_waiters(self, *, cancelled: bool = False) -> list[ThreadsafeEvent]:
+    def _take_waiters(self) -> list[ThreadsafeEvent]:
         """Return those to wake now. A step that is not the last wakes none that waits for the end, nor its loop."""
-        # A cancellation wakes all others at once: a step that runs may hang, and a closed stager does not wait for it.
         # Exchanged first: the collector may close a coroutine that waits at any moment, and that takes its event out.
         waiters, self._waiters = self._waiters, {}
         finished, woken = self.finished(), []
         for event, seen in waiters.items():
-            if finished or self._done > seen or (cancelled and seen != math.inf):
+            if finished or self._progress > seen:
                 woken.append(event)
             else:
                 self._waiters[event] = seen

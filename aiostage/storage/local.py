@@ -263,6 +263,10 @@ class _AttachedCheckpoint(PendingCheckpoint):
     async def _fill(self, file: OutputFile, parts: AsyncIterable[Buffer]) -> None:
         """Write parts in worker threads, a few at once."""
         offset = submitted = 0
+
+        def has_room() -> bool:
+            return submitted - job.done < _PARTS_AT_ONCE or job.error is not None
+
         async with self._workers.job() as job:
             async for part in parts:
                 job.put(partial(_write_part, file, part, offset))
@@ -271,8 +275,7 @@ class _AttachedCheckpoint(PendingCheckpoint):
                 # Only the step refers to the part now, so that its memory is free as soon as it is written.
                 del part
                 # The next part is asked for when one has been written. So no more than that many are held.
-                while submitted - job.done >= _PARTS_AT_ONCE and not job.error:
-                    await job.progressed(job.done)
+                await job.until(has_room)
                 if job.error:
                     break
         # After the job has ended: an error of writing is the cause, and a short file its consequence.

@@ -39,6 +39,10 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.001)
 
 
+def is_past(job: Job, done: int) -> bool:
+    return job.done > done
+
+
 def threads_of(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
 
@@ -193,7 +197,7 @@ class TestJob:
         for gate in gates:
             await entered(gate)
         gates[0].open.set()
-        await job.progressed(0)
+        await job.until(lambda: job.done > 0)
         job.put(lambda: seen.append("put too late"))
         assert not job.finished(), "the other step still runs"
         gates[1].open.set()
@@ -210,14 +214,14 @@ class TestJob:
         await job.settled()
         assert isinstance(job.error, ZeroDivisionError)
 
-    async def test_progressed_counts_steps(self, workers: Workers):
+    async def test_until_asks_after_each_step(self, workers: Workers):
         job = workers.job()
         gates = [Gate(), Gate()]
         for gate in gates:
             job.put(gate)
         job.close()
-        await job.progressed(-1)
-        waiting = asyncio.create_task(job.progressed(0))
+        await job.until(lambda: job.done > -1)
+        waiting = asyncio.create_task(job.until(lambda: job.done > 0))
         for gate in gates:
             await entered(gate)
         assert not waiting.done()
@@ -225,8 +229,8 @@ class TestJob:
         await waiting
         assert job.done == 1
         gates[0].open.set()
-        await job.progressed(1)
-        await job.progressed(100)
+        await job.until(lambda: job.done > 1)
+        await job.until(lambda: job.done > 100)
         assert job.done == 2
 
     async def test_what_waits_for_the_end_is_not_woken_before(self, workers: Workers, monkeypatch: pytest.MonkeyPatch):
@@ -248,7 +252,7 @@ class TestJob:
             await anyio.lowlevel.checkpoint()
             for number, gate in enumerate(gates):
                 gate.open.set()
-                await job.progressed(number)
+                await job.until(partial(is_past, job, number))
         assert len(woken) <= 4, "what waits for progress three times, and what waits for the end once"
 
     async def test_cancel_drops_what_has_not_begun_and_wakes_join(self, workers: Workers):
@@ -272,10 +276,10 @@ class TestJob:
         await blocking.join()
         assert seen == []
 
-    async def test_cancel_wakes_what_waits_for_progress_while_a_step_hangs(self, workers: Workers):
+    async def test_cancel_wakes_what_waits_for_it_while_a_step_hangs(self, workers: Workers):
         gate, job = Gate(), workers.job()
         job.put(gate)
-        ends = [asyncio.create_task(job.progressed(0)), asyncio.create_task(job.settled())]
+        ends = [asyncio.create_task(job.until(lambda: job.cancelled)), asyncio.create_task(job.settled())]
         await entered(gate)
         job.cancel()
         await ends[0]
@@ -284,6 +288,39 @@ class TestJob:
         gate.open.set()
         await ends[1]
         assert gate.passed
+
+    async def test_a_cancellation_right_after_the_question_is_not_missed(self, workers: Workers):
+        gate, job = Gate(), workers.job()
+        job.put(gate)
+        await entered(gate)
+        closed: list[bool] = []
+
+        def is_closed() -> bool:
+            answer = bool(closed)
+            if not answer:
+                # As another thread does, between the answer and the wait.
+                closed.append(True)
+                job.cancel()
+            return answer
+
+        await asyncio.wait_for(job.until(is_closed), SOON)
+        assert not gate.passed
+        gate.open.set()
+        await job.settled()
+
+    async def test_a_step_that_ends_right_after_the_question_is_not_missed(self, workers: Workers):
+        job = workers.job(inline=True)
+        job.put(list)
+        asked: list[int] = []
+
+        def is_done() -> bool:
+            asked.append(job.done)
+            if len(asked) == 1:
+                job.run_next()
+            return bool(asked[-1])
+
+        await asyncio.wait_for(job.until(is_done), SOON)
+        assert asked == [0, 1]
 
     async def test_join_cancelled_waits_for_what_runs_and_drops_the_rest(self, workers: Workers):
         gates = [Gate(), Gate()]
@@ -300,7 +337,7 @@ class TestJob:
         joining.cancel()
         await asyncio.sleep(0)
         gates[0].open.set()
-        await job.progressed(0)
+        await job.until(lambda: job.done > 0)
         assert not joining.done()
         gates[1].open.set()
         with pytest.raises(asyncio.CancelledError):
