@@ -18,6 +18,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TypeAlias
 
+from aiostage._loop.coroutines import Finalizer
 from aiostage.abc import Observer, Span
 from aiostage.errors import shown
 
@@ -48,7 +49,7 @@ _not_observed: AbstractContextManager[None] = nullcontext()
 class OpenSpan:
     """A span that has begun. Ends with :meth:`end`, or with the block of ``with``, and then once and for all."""
 
-    __slots__ = ("_observers", "span")
+    __slots__ = ("__weakref__", "_observers", "span")
 
     def __init__(self, observers: tuple[Observer, ...], span: Span) -> None:
         self._observers = observers
@@ -66,14 +67,7 @@ class OpenSpan:
         Args:
             error: What ended it, a cancellation included.
         """
-        if self.span.end is not None:
-            return
-        self.span.end = perf_counter()
-        for observer in self._observers:
-            if error is None:
-                _notify(observer.complete, self.span)
-            else:
-                _notify(observer.failed, self.span, error)
+        _end(self._observers, self.span, error)
 
     def __enter__(self) -> OpenSpan:
         """Return self; the span is open already."""
@@ -84,6 +78,24 @@ class OpenSpan:
     ) -> None:
         """End the span."""
         self.end(error)
+
+
+def _end(observers: tuple[Observer, ...], span: Span, error: BaseException | None) -> None:
+    if span.end is not None:
+        return
+    span.end = perf_counter()
+    for observer in observers:
+        if error is None:
+            _notify(observer.complete, span)
+        else:
+            _notify(observer.failed, span, error)
+
+
+def _end_dropped(observers: tuple[Observer, ...], span: Span) -> None:
+    # The error that a coroutine gets that is dropped after it has begun. One that was never awaited gets none, since
+    # nothing of it runs.
+    if span.end is None:
+        _end(observers, span, GeneratorExit("it was dropped, such as a coroutine that is never awaited"))
 
 
 class _CurrentSpan:
@@ -131,10 +143,15 @@ def start_span(name: str, **attributes: object) -> OpenSpan | None:
         **attributes: What else is known: numbers and strings.
 
     Returns:
-        The span, inside the one that is open around the call; None without an observer.
+        The span, inside the one that is open around the call; None without an observer. It has failed if it is dropped
+        before it is ended.
     """
     observers = (*everywhere, *here.get())
-    return OpenSpan(observers, _new(name, _current.get(), attributes)) if observers else None
+    if not observers:
+        return None
+    opened = OpenSpan(observers, _new(name, _current.get(), attributes))
+    Finalizer(opened, _end_dropped, observers, opened.span)
+    return opened
 
 
 @contextmanager

@@ -2,17 +2,28 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
-from aiostage import AsyncStager, StagingOptions, TornSnapshotError, UnsupportedLeafError, adapt, observe
+from aiostage import (
+    AsyncStager,
+    StagingOptions,
+    TornSnapshotError,
+    UnsupportedLeafError,
+    adapt,
+    load,
+    observe,
+    save,
+)
 from aiostage.abc import Observer, Span
 from aiostage.observe import add_observer, observing, remove_observer, span
 from tests.spans import Recorder
@@ -151,6 +162,30 @@ async def test_worker_threads_have_the_context_of_the_caller() -> None:
     for found in steps:
         assert ancestors(found) == ["caller"]
         assert found.thread.startswith("aiostage-adapted")
+
+
+@pytest.mark.asyncio
+async def test_what_is_never_awaited_ends_its_spans(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with AsyncStager() as stager:
+        with observing(recorder):
+            for never_awaited in (
+                stager.stage(tree()),
+                stager.prewarm(tree()),
+                stager.restore(tree(), tree()),
+                save(tree(), tmp_path / "a"),
+                save(tree(), tmp_path / "b", stager=stager),
+                load(tmp_path / "a"),
+            ):
+                # As Python does after its warning.
+                never_awaited.close()
+            never_entered = stager.snapshot(tree())
+        del never_awaited, never_entered
+        gc.collect()
+    assert {"stage", "save"} <= set(recorder.names)
+    assert not recorder.unfinished
+    assert isinstance(recorder.errors["stage"], GeneratorExit)
+    assert isinstance(recorder.errors["save"], GeneratorExit)
 
 
 @pytest.mark.asyncio
