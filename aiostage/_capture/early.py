@@ -115,6 +115,10 @@ class EarlyCopies:
             yield
 
 
+_LAST = (inf,)
+"""The place of an object in the order of copying that only the code of others leads to."""
+
+
 class SelfCopies:
     """Objects that copy themselves: what is inside them, and their copies, made in one step.
 
@@ -136,7 +140,7 @@ class SelfCopies:
         self._between: dict[int, Node] = {}
         self._connecting: set[int] = set()
         self._giving = False
-        self._order: dict[int, int] = {}
+        self._order: dict[int, tuple[float, ...]] = {}
         self._replaced = ReplacedCopies(leaves, nodes)
         self.memo: Memo | None = None
 
@@ -159,17 +163,30 @@ class SelfCopies:
         exhausted(self._leaves.index())
         return [tensor for tensor in found if id(tensor) not in self._leaves.positions]
 
-    def order(self, root: Node) -> Generator[None, None, None]:
+    def order(self, root: Node, reduced_last: Collection[Node]) -> Generator[None, None, None]:
         """Find the order in which copy.deepcopy comes to the objects noted so far, yielding between small steps.
 
         Args:
             root: Leads to them.
+            reduced_last: Objects of which it is not known yet what they lead to.
         """
+        late = {id(node) for node in reduced_last}
         for number, node in enumerate(depth_first(root, _leads_before)):
-            if isinstance(node, GivenNode):
-                self._order[id(node)] = number
+            if isinstance(node, GivenNode) or id(node) in late:
+                self._order[id(node)] = (number,)
             if number % LEAVES_PER_STEP == 0:
                 yield
+
+    def order_within(self, reduced: Sequence[Node]) -> None:
+        """Put what objects lead to that were reduced since :meth:`order` in their places."""
+        for outer in reduced:
+            place = self._order.get(id(outer))
+            if place is None:
+                continue
+            for number, node in enumerate(depth_first(outer, _leads_before)):
+                # What the tree leads to before that has its place.
+                if isinstance(node, GivenNode):
+                    self._order[id(node)] = min(self._order.get(id(node), _LAST), (*place, number))
 
     def make(self, opaque: Sequence[GivenNode], root: Node) -> None:
         """Let objects copy themselves.
@@ -194,7 +211,7 @@ class SelfCopies:
             memo.circles = circles_of(opaque, self._leads, self._connecting)
         if memo.circles:
             self._copy_around_circles(opaque, root, memo)
-        for node in sorted(opaque, key=lambda node: self._order.get(id(node), inf)):
+        for node in sorted(opaque, key=lambda node: self._order.get(id(node), _LAST)):
             if not node.done:
                 self._give(node)
         # The list may grow meanwhile; a for loop over a list sees what is appended.

@@ -179,8 +179,9 @@ class Walk:
         failure: Exception | None = None
         if self._opaque or self._reduced_last:
             yield from self.leaves.index()
-            yield from copies.order(root)
+            yield from copies.order(root, self._reduced_last)
             failure = self._before_code() if self._before_code is not None else None
+        reduced_first = self._reduced_last
         while True:
             reduced, self._reduced_last = self._reduced_last, []
             # Each reads the object and what it leads to without giving way: what has no version is read at the one
@@ -196,6 +197,8 @@ class Walk:
             if not (reduced or unknown):
                 break
             exhausted(self.inspect(inspection))
+        if self._opaque:
+            copies.order_within(reduced_first)
         # Kept until here: code of objects may not follow the caller's stream, which matters only if it can meet a
         # tensor on a device.
         if failure is not None and not all(tensor.is_cpu for tensor in self.leaves.tensors):

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,36 @@ async def test_a_tensor_has_its_own_copy_before_and_the_announced_one_after() ->
     assert first.tolist() == [0, 0]
     assert second is third is announcing.value
     assert second.tolist() == [1, 1, 1]
+
+
+class Reduced:
+    """Shows what it holds through code of its own only."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __reduce__(self) -> Any:
+        return Reduced, self.items
+
+
+@pytest.mark.parametrize("hidden", [partial(partial, max), Reduced])
+@pytest.mark.parametrize("where", ["nowhere else", "in a list", "in a list in another", "before"])
+async def test_objects_that_only_other_objects_show_copy_themselves_in_their_turn(
+    hidden: Callable[..., Any], where: str
+) -> None:
+    tensor = torch.zeros(2)
+    announcing = Announcing(tensor, lambda: torch.ones(3))
+    tree: list[Any] = [[hidden(announcing)], tensor, Summing([announcing])]
+    if where == "in a list":
+        tree.append([announcing])
+    elif where == "in a list in another":
+        tree[0] = [hidden([hidden(announcing)])]
+    elif where == "before":
+        tree.insert(0, Summing([announcing]))
+    expected, found = copy.deepcopy(tree), await staged(tree)
+    before = int(where == "before")
+    assert found[1 + before].tolist() == expected[1 + before].tolist() == [1, 1, 1]
+    assert found[1 + before] is found[2 + before].items[0].value
 
 
 async def test_an_iterator_after_it_is_over_the_announced_copy() -> None:
