@@ -1,7 +1,8 @@
-"""Arguments of users: flags that are bools, integers, and objects that give and take their state as a dict."""
+"""Arguments of users: flags that are bools, integers, seconds, and objects that give and take their state as a dict."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from copy import copy
@@ -11,7 +12,7 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["check_flags", "is_stateful", "require_int", "stateful_in", "states_of"]
+__all__ = ["check_flags", "is_stateful", "require_int", "require_seconds", "stateful_in", "states_of"]
 
 _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float, type)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
@@ -40,6 +41,30 @@ def require_int(name: str, number: object) -> int:
         return operator.index(number)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {shown(number)}") from None
+
+
+def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint: str = "") -> float:
+    """Return a number of seconds above 0 as a float.
+
+    Args:
+        name: Of the argument.
+        seconds: What was given.
+        infinite: Whether it may be ``math.inf``.
+        hint: What the error says besides.
+
+    Raises:
+        TypeError: If it is no number, or is a bool.
+        ValueError: If it is not above 0, is NaN, or is infinite and may not be.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {shown(seconds)}")
+    try:
+        found = float(seconds)
+    except OverflowError:
+        found = math.nan
+    if not found > 0 or (found == math.inf and not infinite):
+        raise ValueError(f"{name} must be a number of seconds above 0{hint}, not {shown(seconds)}")
+    return found
 
 
 def states_of(tree: Any, is_value: Callable[[type], bool] = lambda cls: False) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
+from aiostage._arguments import require_seconds
 from aiostage.errors import shown
 from aiostage.leaf import Path
 
@@ -72,12 +72,7 @@ class StagingOptions:
         for name in ("use_pinned_memory", "use_non_blocking_copy"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), bool)
-        if isinstance(self.max_loop_hold, bool) or not isinstance(self.max_loop_hold, (int, float)):
-            raise TypeError(f"max_loop_hold must be a number of seconds, not {shown(self.max_loop_hold)}")
-        if math.isnan(self.max_loop_hold) or self.max_loop_hold <= 0:
-            raise ValueError(
-                f"max_loop_hold must be above 0 seconds (math.inf for no yielding), not {shown(self.max_loop_hold)}"
-            )
+        require_seconds("max_loop_hold", self.max_loop_hold, infinite=True, hint=" (math.inf for no yielding)")
         for name in ("max_host_bytes", "max_bytes_in_flight"):
             if getattr(self, name) is not None:
                 _require_bytes(name, getattr(self, name))

@@ -11,7 +11,7 @@ from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging, State
 from aiostage._copy.window import Window
 from aiostage.errors import HostMemoryError, StagingError
-from aiostage.leaf import Path, StagedLeaf
+from aiostage.leaf import Path, StagedLeaf, checked_path
 
 __all__ = ["Snapshot"]
 
@@ -85,6 +85,7 @@ class Snapshot(Generic[T]):
             path_prefix: Keys, indices and attribute names that lead to the part; the empty path is everything.
 
         Raises:
+            TypeError: If it is no path.
             KeyError: If there is no such part with tensors in it.
             StagerClosedError: If the stager was closed on the way.
             StagingError: If the snapshot was not entered, or was left or abandoned before; or if the device
@@ -97,7 +98,7 @@ class Snapshot(Generic[T]):
         if self.is_captured:
             return
         # It will not be free by a copy: completing raises why.
-        if not await self._staging.parts_free([tuple(path_prefix)]):
+        if not await self._staging.parts_free([checked_path("path_prefix", path_prefix)]):
             await self._complete()
 
     @property
@@ -168,13 +169,17 @@ class Snapshot(Generic[T]):
                 64 KiB a leaf, is copied first. None is everything.
 
         Raises:
+            TypeError: If the parts are not several paths.
             KeyError: If there are no tensors in one of the parts.
             StagingError: If tensors in host memory are still being copied, which no stream can wait for; or if the
                 snapshot was not entered or was left before.
         """
         self._check_entered()
         if not self.is_captured:
-            self._staging.order_before(stream, None if parts is None else [tuple(path) for path in parts])
+            self._staging.order_before(
+                stream,
+                None if parts is None else [checked_path("parts", path) for path in checked_path("parts", parts)],
+            )
 
     async def __aiter__(self) -> AsyncIterator[StagedLeaf]:
         """Yield each leaf as it is copied, with the first path that leads to it.

@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from aiostage._arguments import check_flags
 from aiostage._copy.resources import Resources
 from aiostage._copy.restore import restore
 from aiostage._copy.staging import Staging, State
-from aiostage._device import CallerStreams, default_backend
+from aiostage._device import CallerStreams, checked_backend, default_backend
 from aiostage._loop.coroutines import finish, named
 from aiostage._loop.polling import wait_event
 from aiostage._loop.workers import Workers, all_settled
@@ -48,10 +49,8 @@ class AsyncStager(CheckpointStager):
                 f"options must be aiostage.StagingOptions, not {shown(options)}. "
                 "StagingOptions.from_torch() takes over those of PyTorch's stagers."
             )
-        if backend is not None and not isinstance(backend, Backend):
-            raise TypeError(f"backend must be an aiostage.Backend, or None for torch.accelerator, not {shown(backend)}")
         self._options = options if options is not None else StagingOptions()
-        backend = backend if backend is not None else default_backend()
+        backend = checked_backend(backend)
         _check_available(self._options, backend)
         self._resources = Resources(self._options, backend if backend.unavailable_reason is None else None)
 
@@ -113,7 +112,9 @@ class AsyncStager(CheckpointStager):
 
         Raises:
             StagerClosedError: If the stager is closed.
+            TypeError: If ``streamed`` is not a bool.
         """
+        check_flags(streamed=streamed)
         self._resources.closing.check()
         return Snapshot(self._resources, state_dict, streamed=streamed)
 

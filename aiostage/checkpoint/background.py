@@ -69,7 +69,8 @@ class BackgroundSaves(ABC):
     ) -> None:
         if keep is not None and require_int("keep", keep) < 1:
             raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
-        if require_int("max_in_flight", max_in_flight) < 1:
+        max_in_flight = require_int("max_in_flight", max_in_flight)
+        if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")

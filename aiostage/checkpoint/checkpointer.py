@@ -18,7 +18,7 @@ from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
-from aiostage.checkpoint.progress import ProgressOption, SaveProgress
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress, check_progress
 from aiostage.checkpoint.save_task import SaveHandle, SaveTask
 from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, file_options
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown
@@ -82,6 +82,7 @@ class Checkpointer(BackgroundSaves):
             stager, keep=keep, keep_also=keep_also, max_in_flight=max_in_flight, save_on_signals=save_on_signals
         )
         check_flags(incremental=incremental)
+        check_progress(progress)
         self._storage = storage_at(target)
         self._index = CheckpointIndex(self._storage)
         self._incremental = IncrementalSaver(self._storage) if incremental else None

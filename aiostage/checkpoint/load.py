@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from aiostage._arguments import check_flags, stateful_in
-from aiostage._device import CallerStreams, default_backend
+from aiostage._device import CallerStreams, checked_backend, default_backend
 from aiostage._loop.coroutines import named
 from aiostage.abc import Backend
 from aiostage.checkpoint.into import Fit, StrictOption
@@ -115,9 +115,12 @@ def load(
     """
     # At the call, not in the coroutine: a task may start that later, when the current streams are others.
     if into is not None or device is not None:
-        backend = backend if backend is not None else default_backend()
+        backend = checked_backend(backend)
         caller = CallerStreams.record(backend, into)
     else:
+        if backend is not None:
+            # It is not used, but a wrong one is an error all the same.
+            checked_backend(backend)
         caller = CallerStreams.record(None, None)
     reading = load_after(
         caller,
@@ -161,7 +164,10 @@ async def load_after(
     _check_options(into, in_place=in_place, strict=strict, cast=cast, device=device)
     selection = Selection(only, f"{storage.location}/{name}") if only is not None else None
     known = Classes(classes, declared_safe())
-    with span("load", source=name), reporting(progress, f"loading {name}") if progress else nullcontext() as report:
+    with (
+        span("load", source=name),
+        reporting(progress, f"loading {name}") if progress is not None else nullcontext() as report,
+    ):
         # A new tree in host memory needs no device, and no accelerator is initialized for it.
         reaches = into is not None or device is not None
         if reaches and backend is None:

@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 
 from aiostage.errors import shown
 
-__all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "reporting"]
+__all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "check_progress", "reporting"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,16 @@ ProgressOption: TypeAlias = bool | Callable[[P], object] | None
 """True shows a bar, a function is called on the event loop; what it raises ends the save or load."""
 
 
+def check_progress(progress: object) -> None:
+    """Refuse what is neither a bool, a function nor None.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")
+
+
 @contextmanager
 def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P], object] | None]:
     """Make a function to report to out of what the user has asked for.
@@ -68,6 +78,7 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
         TypeError: If it is neither a bool nor a function.
         ImportError: If a bar is asked for and tqdm is not installed.
     """
+    check_progress(progress)
     if progress is True:
         # By name, because integrations import this package, and are imported only when they are used.
         bar = import_module("aiostage.integrations.tqdm").ProgressBar(title)
@@ -75,9 +86,5 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
             yield bar.show
         finally:
             bar.close()
-    elif not progress:
-        yield None
-    elif callable(progress):
-        yield progress
     else:
-        raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")
+        yield progress or None

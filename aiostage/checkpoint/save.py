@@ -266,7 +266,7 @@ async def pending_checkpoint(
     Raises:
         Exception: What ``opening`` raises.
     """
-    with reporting(progress, f"saving {name}") if progress else nullcontext() as report:
+    with reporting(progress, f"saving {name}") if progress is not None else nullcontext() as report:
         pending = await opening()
         try:
             yield pending, report

@@ -7,7 +7,6 @@ thread runs the operations in this order, also when a later one is ready first.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import weakref
 from collections import deque
@@ -23,12 +22,13 @@ from anyio import get_cancelled_exc_class
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
+from aiostage._arguments import require_seconds
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import Finalizer, finish
 from aiostage._loop.workers import Job, Workers
 from aiostage.dcp.barrier import RankBarrier, StoreLostError
 from aiostage.dcp.errors import RanksFailedError
-from aiostage.errors import RankFailedError, StagingError, shown
+from aiostage.errors import RankFailedError, StagingError
 
 __all__ = ["DEFAULT_TIMEOUT", "Action", "GroupQueue", "QueuedOperation", "close", "operation_for"]
 
@@ -344,10 +344,10 @@ def operation_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: floa
         timeout: Seconds to wait for other ranks.
 
     Raises:
+        TypeError: If the timeout is no number.
         ValueError: If this rank is not in the group, or the timeout is not above 0.
     """
-    if isinstance(timeout, str) or not 0 < timeout < math.inf:
-        raise ValueError(f"timeout must be a number of seconds above 0, not {shown(timeout)}")
+    timeout = require_seconds("timeout", timeout)
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return _ALONE.call(timeout, tree)
     return _queue_of(process_group).call(timeout, tree)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from aiostage.errors import shown
 from aiostage.format.classes import full_name, has_plain_layout
 from aiostage.format.packages import PACKAGES
 
@@ -53,13 +54,17 @@ def register(cls: type[T], flatten: Flatten[T] | None = None, unflatten: Unflatt
             is made of its attributes and slots, and its ``__init__`` is not called.
 
     Raises:
-        TypeError: If ``cls`` is not a class; if there is one function without the other; or if there is none and
-            objects of the class hold more than attributes, as those of a subclass of ``dict`` do.
+        TypeError: If ``cls`` is not a class; if there is one function without the other, or something else in their
+            place; or if there is none and objects of the class hold more than attributes, as those of a subclass of
+            ``dict`` do.
     """
     if not isinstance(cls, type):
         raise TypeError(f"register() takes a class, not {cls!r:.80}")
     if (flatten is None) != (unflatten is None):
         raise TypeError("register() takes both flatten and unflatten, or none of the two")
+    for function in (flatten, unflatten):
+        if function is not None and not callable(function):
+            raise TypeError(f"flatten and unflatten are functions, not {shown(function)}")
     if flatten is None and not has_plain_layout(cls):
         raise TypeError(f"objects of {full_name(cls)} hold more than attributes; pass flatten and unflatten")
     _registered[full_name(cls)] = Registered(cls, flatten, unflatten)

@@ -73,13 +73,13 @@ def aligned_memory(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return memory[start : start + nbytes]
 
 
-def is_plain_name(name: str) -> bool:
-    """Return whether a name is that of a file in a checkpoint: one that cannot lead out of its directory.
+def is_plain_name(name: object) -> bool:
+    """Return whether something is the name of a file in a checkpoint: a str that cannot lead out of its directory.
 
     Names come from manifests and metadata, which may be hostile. ``openat`` follows ``..``, and takes an absolute path
     as it is, whatever directory it is given.
     """
-    return "/" not in name and name not in ("", ".", "..")
+    return isinstance(name, str) and not {"/", "\0"}.intersection(name) and name not in ("", ".", "..")
 
 
 def address_of(data: Buffer) -> int:

@@ -52,9 +52,17 @@ class LocalStorage(MultiWriterStorage):
     Args:
         root: The directory; ``~`` is the home of the user. It is made when a checkpoint is written. A relative one is
             looked up once, at the first operation.
+
+    Raises:
+        TypeError: If the root is not a path.
+        ValueError: If it has a null byte.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        if not isinstance(root, (str, os.PathLike)):
+            raise TypeError(f"the root of a LocalStorage is a path, not {shown(root)}")
+        if "\0" in os.fsdecode(root):
+            raise ValueError(f"{shown(root)} is not a path: it has a null byte")
         self._root = os.path.expanduser(os.fsdecode(root))
         self._resolved = False
         self._workers = Workers(_IO_THREADS, "aiostage-disk")
@@ -461,7 +469,7 @@ def _check(name: str) -> None:
     """Refuse names that lead elsewhere."""
     if not isinstance(name, str):
         raise TypeError(f"the name of a checkpoint is a str, not {shown(name)}")
-    if name != "." and ("\0" in name or not all(map(is_plain_name, name.split("/")))):
+    if name != "." and not all(map(is_plain_name, name.split("/"))):
         raise ValueError(
             f"{shown(name)} is not a name of a checkpoint: it must be a path below the storage's root, without null "
             "bytes"

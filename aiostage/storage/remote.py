@@ -18,6 +18,7 @@ from functools import partial
 
 import anyio
 
+from aiostage._arguments import require_seconds
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
@@ -124,10 +125,7 @@ class RemoteStorage(MultiWriterStorage):
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
-        if isinstance(lease_seconds, bool) or not isinstance(lease_seconds, (int, float)):
-            raise TypeError(f"lease_seconds must be a number of seconds, not {shown(lease_seconds)}")
-        if not lease_seconds > 0:
-            raise ValueError(f"lease_seconds must be above 0, not {shown(lease_seconds)}")
+        require_seconds("lease_seconds", lease_seconds, infinite=True)
         self._bucket = bucket
         self._lease_seconds = lease_seconds
 

@@ -210,7 +210,7 @@ class StorageSuite(ABC):
         await self._check_raises(CheckpointCorruptError, reader.read("file.bin", 3, memoryview(bytearray(3))))
         # Names of files come from manifests, which may be hostile: none leads out of the checkpoint.
         await self._save(storage, "b", {"file.bin": b"12345"}, b"m")
-        for name in ("../b/file.bin", "/etc/hostname", "", ".", ".."):
+        for name in ("../b/file.bin", "/etc/hostname", "", ".", "..", "a\0b"):
             await self._check_raises(CheckpointCorruptError, reader.read(name, 0, memoryview(bytearray(1))))
         await reader.aclose()
         await reader.aclose()

@@ -8,8 +8,9 @@ from types import TracebackType
 
 import anyio
 
+from aiostage._arguments import require_seconds
 from aiostage.abc import Storage
-from aiostage.errors import WeightsError, shown
+from aiostage.errors import WeightsError
 from aiostage.storage.locate import Root
 from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.inbox import Inbox, WeightVersion
@@ -49,10 +50,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
         self._place = socket_or_storage(target)
         self._classes = tuple(classes)
         self._timeout = checked_timeout(timeout)
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-            raise TypeError(f"interval must be a number of seconds, not {shown(interval)}")
-        if not interval > 0:
-            raise ValueError(f"interval must be above 0, not {shown(interval)}")
+        require_seconds("interval", interval, infinite=True)
         self._interval = float(interval)
         self._last: WeightVersion | None = None
         self._guard = anyio.ResourceGuard("waiting for weights from")

@@ -6,11 +6,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import aiostage
 import aiostage.blocking
+from aiostage.checkpoint import register
+from aiostage.storage import LocalStorage
 
 STATE = {"a": torch.ones(3), "step": 1}
 
@@ -23,6 +26,8 @@ STATE = {"a": torch.ones(3), "step": 1}
         ({"overwrite": None}, "overwrite"),
         ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be an integer, not '5GB'"),
         ({"max_shard_bytes": 5e9}, "max_shard_bytes"),
+        ({"progress": 0}, "progress must be True, a function of one argument, or None, not 0"),
+        ({"progress": torch.ones(2)}, "progress"),
     ],
 )
 async def test_save(arguments: Any, reason: str, tmp_path: Path) -> None:
@@ -43,6 +48,21 @@ async def test_load(name: str, tmp_path: Path) -> None:
         await aiostage.load(tmp_path / "checkpoint", into={"a": torch.zeros(3), "step": 0}, **options)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"progress": []}, "progress must be True, a function of one argument, or None, not list of 0"),
+        ({"backend": "cuda"}, "backend must be an aiostage.Backend, or None for torch.accelerator, not 'cuda'"),
+        ({"backend": 1, "into": {"a": torch.zeros(3)}}, "backend"),
+    ],
+)
+async def test_options_of_a_load(arguments: Any, reason: str, tmp_path: Path) -> None:
+    await aiostage.save(STATE, tmp_path / "checkpoint")
+    with pytest.raises(TypeError, match=reason):
+        await aiostage.load(tmp_path / "checkpoint", **arguments)
+
+
 @pytest.mark.parametrize("make", [aiostage.Checkpointer, aiostage.blocking.Checkpointer])
 @pytest.mark.parametrize(
     ("arguments", "error", "reason"),
@@ -54,6 +74,8 @@ async def test_load(name: str, tmp_path: Path) -> None:
         ({"duplicate_tied": 1}, TypeError, "duplicate_tied must be True or False, not 1"),
         ({"max_shard_bytes": 5e9}, TypeError, "max_shard_bytes must be an integer"),
         ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be above 0, not 0"),
+        # Found out with the first save, it would end that in the background.
+        ({"progress": "bar"}, TypeError, "progress must be True, a function of one argument, or None, not 'bar'"),
         ({"save_on_signals": signal.SIGTERM}, TypeError, r"a list of signals, such as \[signal.SIGTERM\]"),
         ({"save_on_signals": ["SIGTERM"]}, ValueError, "not 'SIGTERM'"),
         ({"save_on_signals": [signal.SIGKILL]}, ValueError, "can be handled"),
@@ -63,6 +85,44 @@ async def test_load(name: str, tmp_path: Path) -> None:
 def test_checkpointer(make: Any, arguments: Any, error: type[Exception], reason: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=reason):
         make(tmp_path, **arguments)
+
+
+@pytest.mark.asyncio
+async def test_as_many_at_once_as_a_number_of_numpy_says(tmp_path: Path) -> None:
+    async with aiostage.Checkpointer(tmp_path, max_in_flight=np.int64(2)) as checkpoints:
+        await checkpoints.save(1, STATE)
+    assert await checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize(("root", "error"), [(None, TypeError), (7, TypeError), (["runs"], TypeError)])
+def test_the_root_of_a_local_storage(root: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="the root of a LocalStorage is a path, not "):
+        LocalStorage(root)
+    with pytest.raises(ValueError, match="null byte"):
+        LocalStorage("runs\0")
+
+
+@pytest.mark.parametrize("functions", [(1, 2), (None, len), ("flatten", len), (len, "unflatten")])
+def test_functions_of_a_registered_class(functions: Any) -> None:
+    with pytest.raises(TypeError, match="flatten"):
+        register(type("NotRegistered", (), {}), *functions)
+
+
+@pytest.mark.asyncio
+async def test_snapshot() -> None:
+    async with aiostage.AsyncStager() as stager:
+        with pytest.raises(TypeError, match="streamed must be True or False, not 'no'"):
+            stager.snapshot(STATE, streamed="no")  # type: ignore[arg-type]
+        # A text would be taken apart into its letters.
+        async with stager.snapshot(STATE) as snapshot:
+            for path in ("a", b"a", 3, None):
+                with pytest.raises(TypeError, match="path_prefix: a path is a tuple of keys, indices and attribute"):
+                    await snapshot.source_free(path)  # type: ignore[arg-type]
+            await snapshot.source_free(["a"])  # type: ignore[arg-type]
+        for parts in ("a", 3, ["a"], [("a",), None]):
+            async with stager.snapshot(STATE) as snapshot:
+                with pytest.raises(TypeError, match="parts: a path is a tuple of keys, indices and attribute names"):
+                    snapshot.order_before(parts=parts)  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio

@@ -179,7 +179,7 @@ class TestSaveAndLoad:
         with pytest.raises(RankFailedError, match=r"metadata is None; .*No such file"):
             await dcp.load({"w": torch.ones(2)}, storage_reader=SaysNothingAtFirst(tmp_path / "a"))
 
-    @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
+    @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan"), 10**400])
     async def test_refuses(self, tmp_path: Path, timeout: float) -> None:
         with pytest.raises(TypeError, match="stager must be a CheckpointStager"):
             await dcp.save({}, checkpoint_id="x", stager=3, no_dist=True)  # type: ignore[arg-type]
@@ -187,6 +187,9 @@ class TestSaveAndLoad:
             await dcp.save([], checkpoint_id="x", no_dist=True)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
             dcp.save({}, checkpoint_id=tmp_path / "a", timeout=timeout)
+        for wrong in (None, "60", [1], True):
+            with pytest.raises(TypeError, match="timeout must be a number of seconds, not "):
+                dcp.save({}, checkpoint_id=tmp_path / "a", timeout=wrong)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_writer"):
             dcp.save({})
         with pytest.raises(ValueError, match="needs a checkpoint_id or a storage_reader"):

@@ -7,6 +7,7 @@ import signal
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -184,7 +185,8 @@ async def test_no_file_is_written_outside_of_a_checkpoint(tmp_path: Path) -> Non
     async def parts() -> AsyncIterator[memoryview]:
         yield memoryview(b"12345")
 
-    for name in ("../file.bin", str(tmp_path / "file.bin"), "", ".", ".."):
+    names: list[Any] = ["../file.bin", str(tmp_path / "file.bin"), "", ".", "..", "a\0b", b"file.bin", None]
+    for name in names:
         with pytest.raises(ValueError, match="is not a plain name for a file"):
             await pending.write(name, 5, parts())
     await pending.abort()
