@@ -191,6 +191,10 @@ class ByteCopies:
 _GATHER_BYTES = 2 * 2**20
 """How much is gathered in one call."""
 
+_GATHER_LEAVES = 256
+"""How many leaves are gathered in one call at most. Each is looked at before it, at 0.4 microseconds, with the GIL:
+meanwhile an event loop that has just given it away waits."""
+
 _MOST_ELEMENTS = 2**62
 """Well below what torch counts elements with."""
 
@@ -231,7 +235,7 @@ class Gathers:
         """Yield where the next piece goes and its size, and copy it then, in one thread. Blocks, without the GIL."""
         with one_thread():
             for indices, gather in self._gathers:
-                at_once = max(1, _GATHER_BYTES // gather.nbytes)
+                at_once = max(1, min(_GATHER_BYTES // gather.nbytes, _GATHER_LEAVES))
                 for start in range(0, len(gather), at_once):
                     destination = gather.destination[start : start + at_once]
                     yield destination.data_ptr(), destination.nbytes

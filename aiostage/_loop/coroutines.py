@@ -333,10 +333,9 @@ class Closing:
             del self._calls[key]
 
 
-_SHARE = 0.3
-"""How much of its time a slice plans with. asyncio runs what its selector reports after what was ready before, so that
-a task woken between two slices often waits for both; the rest is for the step that is under way when a slice is up,
-and for getting the GIL back from threads that have just been given it."""
+_SHARE = 0.4
+"""How much of its time a slice plans with. The rest is for the step that is under way when a slice is up, and for
+getting the GIL back from threads that have just been given it."""
 
 _YOUNG_OBJECTS = 7919
 """After how many new objects the collector runs meanwhile, instead of CPython's 700 (2,000 in newer ones): such a run
@@ -482,6 +481,9 @@ class Slices:
         # wake up and take it.
         if beside is not None and beside.busy:
             let_threads_run()
+        await checkpoint()
+        # Twice, because asyncio runs what its selector reports after what was ready before, such as this task: what
+        # came during one slice would wait for the next as well.
         await checkpoint()
         self._used = self._computed = 0.0
 

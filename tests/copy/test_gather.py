@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiostage import AsyncStager
+from aiostage._capture.versions import Sources
 from aiostage._copy.host import Gather, one_thread
 
 
@@ -93,3 +95,20 @@ def test_one_thread_means_the_calling_thread_alone() -> None:
         assert torch.get_num_threads() == 1
     assert seen == [1, True]
     assert torch.get_num_threads() == here
+
+
+@pytest.mark.asyncio
+async def test_few_leaves_are_looked_at_with_the_gil_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    real = Sources.are_there
+
+    def count(self: Sources, indices: Sequence[int]) -> list[bool] | None:
+        looked_at.append(len(indices))
+        return real(self, indices)
+
+    monkeypatch.setattr(Sources, "are_there", count)
+    source = {str(n): torch.full((8,), float(n)) for n in range(2000)}
+    async with AsyncStager() as stager:
+        await stager.stage(source)
+    assert sum(looked_at) == len(source)
+    assert max(looked_at) <= 256
