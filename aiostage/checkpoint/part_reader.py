@@ -60,6 +60,11 @@ _AT_LEAST = 2
 _HEADS = 2
 """First parts that are kept after their headers were read, so that small checkpoints are read once."""
 
+_HEAD_BYTES = 1 << 20
+"""Of a longer local file the first part is read for its header without being kept, and once more to where it belongs.
+From the page cache that takes no longer than new memory for it and a copy out of that; and memory that a hypervisor
+has to find holds the core, and with it the event loop, for tens of milliseconds."""
+
 _FIRST_BYTES = 4096
 """How much is read first of a file whose header is not verified. Data begins on a page, so that this is often all of
 the header."""
@@ -185,18 +190,38 @@ class PartReader:
             raise CheckpointCorruptError(f"it is only {file.nbytes} bytes long.", path=self._path(file))
         if not self._verify:
             return await self._unverified_header(file)
-        first = memory = await self._read_part(file, 0)
-        stop = self._end_of_header(file, memory[:HEADER_LENGTH_BYTES].tobytes())
+        read = await self._reader.blocking(file.name)
+        if read is not None and file.nbytes > _HEAD_BYTES:
+            async with self._reader.deleted_or_corrupt():
+                first = await self._workers.run(partial(self._read_head, read, file))
+        else:
+            first = await self._read_part(file, 0)
+            # The first part has tensors behind the header; kept, it is not read a second time.
+            if len(self._heads) < _HEADS:
+                self._heads[file.name] = first
+        memory, stop = first, self._end_of_header(file, first[:HEADER_LENGTH_BYTES].tobytes())
         pieces: list[bytes] = []
         for index, offset in enumerate(range(0, stop, self._part_bytes)):
             if index:
                 memory = await self._read_part(file, index)
             start = 0 if index else HEADER_LENGTH_BYTES
             pieces.append(await self._workers.run(memory[start : stop - offset].tobytes))
-        # The first part has tensors behind the header; kept, it is not read a second time.
-        if len(self._heads) < _HEADS:
-            self._heads[file.name] = first
         return await self._workers.run(partial(b"".join, pieces))
+
+    def _read_head(self, read: BlockingRead, file: FileRecord) -> np.ndarray[Any, Any]:
+        """Read and check the first part of a local file; return no less of it than its share of the header. Blocks."""
+        part = Part(0, 0, min(self._part_bytes, file.nbytes), [])
+        running = running_digest()
+        first: np.ndarray[Any, Any] = np.empty(min(_GAP_BYTES, part.nbytes), np.uint8)
+        read(0, first.data, running.update)
+        # The length is not checked before the digest is: a damaged one is reported as damage.
+        stop = HEADER_LENGTH_BYTES + int.from_bytes(first[:HEADER_LENGTH_BYTES].tobytes(), "little")
+        head: np.ndarray[Any, Any] = np.empty(max(len(first), min(stop, part.nbytes)), np.uint8)
+        head[: len(first)] = first
+        read(len(first), head[len(first) :].data, running.update)
+        self._read_gap(read, len(head), part.nbytes - len(head), running.update)
+        self._compare(file, part, running.hexdigest())
+        return head
 
     async def _unverified_header(self, file: FileRecord) -> bytes:
         """Return a header after reading little more."""
@@ -346,13 +371,17 @@ class PartReader:
         for piece in part.pieces:
             if isinstance(piece, torch.Tensor):
                 read(offset, piece.numpy().data, update)
-            elif running is not None:
-                scratch = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8).data
-                for start in range(0, piece.nbytes, _GAP_BYTES):
-                    read(offset + start, scratch[: piece.nbytes - start], update)
+            elif update is not None:
+                self._read_gap(read, offset, piece.nbytes, update)
             offset += piece.nbytes
         if running is not None:
             self._compare(file, part, running.hexdigest())
+
+    def _read_gap(self, read: BlockingRead, offset: int, nbytes: int, update: Callable[[Buffer], object]) -> None:
+        """Read bytes for their digest alone. Runs in a worker thread."""
+        scratch = np.empty(min(nbytes, _GAP_BYTES), np.uint8).data
+        for start in range(0, nbytes, _GAP_BYTES):
+            read(offset + start, scratch[: nbytes - start], update)
 
     async def _read(self, file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]) -> T:
         """Read a part into one buffer, and check and use it in a worker thread: that which has read it, if one has."""

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,44 @@ async def test_everything_is_read_once(tmp_path: Path) -> None:
         storage.read_bytes.clear()
         await aiostage.load((storage, "checkpoint"), **options)
         assert storage.read_bytes == {"model.safetensors": size}
+
+
+@pytest.mark.asyncio
+async def test_a_load_in_place_from_the_page_cache_makes_no_memory_for_a_part(tmp_path: Path) -> None:
+    info = await aiostage.save(large(2), tmp_path / "checkpoint")
+    # The save has written past the page cache. Read in pieces, since what is allocated is counted.
+    with (info.path / "model.safetensors").open("rb") as file:
+        while file.read(1 << 16):
+            pass
+    live = large(1)
+    live["b"] = live["b"].contiguous()
+    tracemalloc.start()
+    try:
+        await aiostage.load(info.path, into=live, in_place=True, only=["a", "c", "d"])
+        await aiostage.load(info.path, into=live, in_place=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert_same(large(2) | {"b": large(2)["b"].contiguous()}, live)
+    assert peak < 3 << 20
+
+
+@pytest.mark.asyncio
+async def test_a_long_header_of_a_local_file(tmp_path: Path) -> None:
+    # Longer than what is read of a file first, and followed by data in the same part.
+    saved = {str(number): torch.tensor([float(number)]) for number in range(9000)}
+    saved["large"] = torch.full((300_000,), 1.0)
+    info = await aiostage.save(saved, tmp_path / "checkpoint")
+    path = info.path / "model.safetensors"
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert 512 << 10 < header < PART
+    loaded = await aiostage.load(info.path)
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+    for place in (7, header, len(data) - 1):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :])
+        with pytest.raises(CheckpointCorruptError, match="do not match their checksum"):
+            await aiostage.load(info.path)
 
 
 @pytest.mark.asyncio
