@@ -4,11 +4,15 @@
 
 Each row is measured in a process of its own, in turns. Some ways map the file, and read nothing before it is asked for:
 *returned* is when a way says that it is done, *looked at* when one byte of every page has been looked at, too. Ratios
-are medians over the rounds. With ``--cold`` no file is in the page cache, which otherwise all are. *In place* is into
-tensors that are there; what it cannot do without is beside it: reading as many bytes into memory that is there, with
-``preadv`` in one thread, and past the page cache in two. *CPU* is the CPU time of the process until a way returned.
-Beside loads over the network are ranged gets by obstore alone, 16 at once: whose bytes are dropped, and whose bytes are
-copied to new memory and digested in a thread, which is what a load cannot do without.
+are medians over the rounds. *With a core* is the worst delay of the loop less the time in which its thread was ready to
+run and had no core, which is the kernel's and other programs' doing. *CPU* is the CPU time of the process until a way
+returned. With ``--cold`` no file is in the page cache, which otherwise all are.
+
+*In place* is into tensors that are there. What it cannot do without is beside it: reading as many bytes into memory
+that is there, with ``preadv`` in one thread, or past the page cache in two. And the floor, the least that checks allow:
+reads and digests in two threads; or reads past the cache, digests and copies, in as many threads as are best. Beside
+loads over the network are ranged gets by obstore alone, 16 at once: whose bytes are dropped, and whose bytes are copied
+to new memory and digested in a thread, which is the floor there.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
@@ -38,8 +43,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from delays import LoopDelay
 from obstore.store import LocalStore, S3Store
+from report import Check
 from safetensors.torch import load_file
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import aiostage
 from aiostage.storage import objects
@@ -48,7 +54,14 @@ from aiostage.storage.objects import ObjectStorage
 TENSORS = 32
 PIECE_BYTES = 8 << 20
 BUCKET = "bucket"
+RUNAI, FAST = find_spec("runai_model_streamer"), find_spec("fastsafetensors")
 OURS = "`aiostage.load`"
+OURS_IN_PLACE = "`aiostage.load(in_place=True)`"
+PREADV = "`preadv` alone"
+DIGESTED = "`preadv` and digests alone, 2 threads"
+DIRECT = "direct reads alone"
+GETS = "obstore's ranged gets alone"
+GETS_COPIED = "the same, copied and digested"
 LOCAL = {
     OURS: "load",
     "`aiostage.load(verify=False)`": "load_unverified",
@@ -56,13 +69,19 @@ LOCAL = {
     "`torch.load(mmap=True)`, maps": "torch_mapped",
     "`torch.load`": "torch",
     "`dcp.load`": "dcp",
-    **({"RunAI's streamer, copied": "runai"} if find_spec("runai_model_streamer") else {}),
-    **({"fastsafetensors": "fast"} if find_spec("fastsafetensors") else {}),
-    "`aiostage.load(in_place=True)`": "in_place",
+    **({"RunAI's streamer, copied": "runai"} if RUNAI else {}),
+    **({"fastsafetensors": "fast"} if FAST else {}),
+    OURS_IN_PLACE: "in_place",
     "`aiostage.load(in_place=True, verify=False)`": "in_place_unverified",
     "`dcp.load` in place": "dcp_in_place",
-    "`preadv` alone": "preadv",
-    "direct reads alone": "direct",
+    "safetensors `load_file`, then `copy_`": "load_file_in_place",
+    "`torch.load(mmap=True)`, then `copy_`": "torch_mapped_in_place",
+    **({"RunAI's streamer, then `copy_`": "runai_in_place"} if RUNAI else {}),
+    **({"fastsafetensors, then `copy_`": "fast_in_place"} if FAST else {}),
+    PREADV: "preadv",
+    DIGESTED: "digested",
+    DIRECT: "direct",
+    **{f"{DIRECT}, digested and copied, {threads} threads": f"direct_copied-{threads}" for threads in (2, 3, 4)},
 }
 """Ways to load from a local disk, by the names of their rows."""
 
@@ -80,12 +99,12 @@ AT_ONCE = (4, 8, 16)
 
 REMOTE: dict[str, tuple[str, int]] = {
     **{f"{number} requests at once": ("remote", number) for number in AT_ONCE},
-    "obstore's ranged gets alone": ("gets", AT_ONCE[-1]),
-    "the same, copied and digested": ("gets_copied", AT_ONCE[-1]),
+    GETS: ("gets", AT_ONCE[-1]),
+    GETS_COPIED: ("gets_copied", AT_ONCE[-1]),
 }
 """Ways to load over a network, and how many requests each has under way."""
 
-IN_PLACE = ("in_place", "in_place_unverified", "dcp_in_place", "preadv", "direct")
+IN_PLACE = frozenset(list(LOCAL.values())[list(LOCAL).index(OURS_IN_PLACE) :])
 """These are given memory that was written to before."""
 
 
@@ -126,11 +145,66 @@ def read_direct(path: str, memory: np.ndarray[Any, Any]) -> None:
         for offset in offsets:
             os.preadv(number, [memory[offset : offset + PIECE_BYTES].data], offset)
 
-    threads = [threading.Thread(target=read) for _ in range(2)]
+    run_threads(read, 2)
+    os.close(number)
+
+
+def run_threads(work: Callable[[], object], number: int) -> None:
+    """Run a function in several threads."""
+    threads = [threading.Thread(target=work) for _ in range(number)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def read_and_digest(path: str, tree: dict[str, torch.Tensor]) -> None:
+    """Read the bytes of a file into tensors, half a mebibyte at a time, and compute digests, in two threads."""
+    number = os.open(path, os.O_RDONLY)
+    start, pieces = os.fstat(number).st_size - sum(tensor.nbytes for tensor in tree.values()), []
+    for tensor in tree.values():
+        memory = tensor.view(torch.uint8).numpy().data
+        pieces += [(start + at, memory[at : at + PIECE_BYTES]) for at in range(0, len(memory), PIECE_BYTES)]
+        start += len(memory)
+    queue = iter(pieces)
+
+    def read() -> None:
+        for offset, memory in queue:
+            digest = xxh3_64()
+            for at in range(0, len(memory), 512 << 10):
+                piece = memory[at : at + (512 << 10)]
+                os.preadv(number, [piece], offset + at)
+                digest.update(piece)
+            digest.hexdigest()
+
+    run_threads(read, 2)
+    os.close(number)
+
+
+def read_direct_and_copy(path: str, tree: dict[str, torch.Tensor], threads: int) -> None:
+    """Read a file past the page cache into buffers, compute digests, and copy to tensors, each thread all of it."""
+    number = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    size = os.fstat(number).st_size
+    start, places = size - sum(tensor.nbytes for tensor in tree.values()), []
+    for tensor in tree.values():
+        places.append((start, start + tensor.nbytes, tensor.view(torch.uint8)))
+        start += tensor.nbytes
+    offsets = iter(range(0, size, PIECE_BYTES))
+
+    def work() -> None:
+        memory = np.empty(PIECE_BYTES + 4096, np.uint8)
+        buffer = memory[-memory.ctypes.data % 4096 :][:PIECE_BYTES]
+        bytes_read = torch.from_numpy(buffer)
+        for offset in offsets:
+            count = os.preadv(number, [buffer.data], offset)
+            xxh3_64_hexdigest(buffer.data[:count])
+            for begin, end, tensor in places:
+                first, last = max(begin, offset), min(end, offset + count)
+                if first < last:
+                    tensor[first - begin : last - begin].copy_(bytes_read[first - offset : last - offset])
+
+    torch.set_num_threads(1)
+    run_threads(work, threads)
     os.close(number)
 
 
@@ -144,6 +218,33 @@ def warm_memory(how: str, path: str) -> Any:
     return {name: tensor.fill_(1) for name, tensor in empty_like(f"{path}-dcp").items()}
 
 
+def copied(load: Callable[[str], dict[str, torch.Tensor]], path: str, memory: dict[str, torch.Tensor]) -> None:
+    """Load, and copy into tensors that are there."""
+    for name, tensor in load(path).items():
+        memory[name].copy_(tensor)
+
+
+class Delay(LoopDelay):
+    """Also knows how late the loop was while its thread had a core, or did not want one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[float] = []
+        self._kernel = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+        self._waited = self._waited_ns()
+
+    def _waited_ns(self) -> int:
+        """How long this thread has been ready to run and had no core, since it was started."""
+        return int(os.pread(self._kernel, 64, 0).split()[1])
+
+    def _note(self, now: int, count: int) -> None:
+        waited = self._waited_ns()
+        if count:
+            self.held.append(max(0, now - self._next - (waited - self._waited)) / 1e9)
+        self._waited = waited
+        super()._note(now, count)
+
+
 async def load_in_place(how: str, path: str, memory: Any) -> dict[str, torch.Tensor]:
     """Load into memory of :func:`warm_memory`."""
     if how in ("in_place", "in_place_unverified"):
@@ -152,6 +253,13 @@ async def load_in_place(how: str, path: str, memory: Any) -> dict[str, torch.Ten
         await asyncio.to_thread(load_distributed, f"{path}-dcp", memory)
     elif how == "preadv":
         await asyncio.to_thread(read_all, f"{path}/model.safetensors", memory)
+    elif how == "digested":
+        await asyncio.to_thread(read_and_digest, f"{path}/model.safetensors", memory)
+    elif how.startswith("direct_copied"):
+        threads = int(how.rpartition("-")[2])
+        await asyncio.to_thread(read_direct_and_copy, f"{path}/model.safetensors", memory, threads)
+    elif how.endswith("_in_place"):
+        await asyncio.to_thread(copied, RIVALS[how.removesuffix("_in_place")], path, memory)
     else:
         await asyncio.to_thread(read_direct, f"{path}/model.safetensors", memory)
         return {}
@@ -190,10 +298,14 @@ def touch(tree: dict[str, torch.Tensor]) -> None:
 async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, float]:
     """Load once; return seconds, peak memory beyond what there was before, and the loop's worst delay."""
     await aiostage.load(f"{path}-small")
+    for name in ("runai_model_streamer", "fastsafetensors"):
+        # As the others are imported above. In its own row only, since it may change what others take.
+        if how.startswith(name[:4]):
+            import_module(name)
     memory = warm_memory(how, path) if how in IN_PLACE else None
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    async with LoopDelay() as delay:
+    async with Delay() as delay:
         begin, used = perf_counter(), process_time()
         if how in IN_PLACE:
             tree = await load_in_place(how, path, memory)
@@ -216,6 +328,7 @@ async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, fl
         "cpu": used,
         "peak": resident("VmHWM") - before,
         "delay": max(delay.delays, default=0.0),
+        "held": max(delay.held, default=0.0),
     }
 
 
@@ -325,12 +438,33 @@ def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]]
     ratios = [each["seconds"] / ours["seconds"] for each, ours in zip(found, beside, strict=True)]
     seconds = statistics.median(each["seconds"] for each in found)
     cpu = statistics.median(each["cpu"] for each in found)
-    peak, delay = max(each["peak"] for each in found), max(each["delay"] for each in found)
+    peak, delay, held = (max(each[key] for each in found) for key in ("peak", "delay", "held"))
     rate, ratio = nbytes / seconds / 1e6, statistics.median(ratios)
     return (
         f"| {name} | {returned:.3f} s | {seconds:.3f} s | {ratio:.2f} | {cpu:.3f} s | {rate:.0f} MB/s "
-        f"| {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms |"
+        f"| {peak / 2**20:.0f} MiB | {1e3 * delay:.1f} ms | {1e3 * held:.1f} ms |"
     )
+
+
+def ratio(found: dict[str, list[dict[str, float]]], first: str, second: str) -> float:
+    """Return the median over the rounds of one way's time until it returned by another's."""
+    pairs = zip(found[first], found[second], strict=True)
+    return statistics.median(mine["returned"] / theirs["returned"] for mine, theirs in pairs)
+
+
+def targets(found: dict[str, list[dict[str, float]]], ours: str, bare: str, limit: float, floors: list[str]) -> str:
+    """Return a table of what a load should take, each figure beside the best floor that was measured in its rounds."""
+    floor = min(floors, key=lambda each: ratio(found, each, bare))
+    floor_ratio, ours_floor = ratio(found, floor, bare), ratio(found, ours, floor)
+    checks = [(Check(f"{ours} / {bare}", ratio(found, ours, bare), limit), floor_ratio, ours_floor)]
+    for key, what in (("delay", "worst loop delay, ms"), ("held", "worst loop delay with a core, ms")):
+        mine, theirs = (1e3 * max(each[key] for each in found[way]) for way in (ours, floor))
+        checks.append((Check(f"{ours}, {what}", mine, 5), theirs, mine / theirs if theirs else float("inf")))
+    lines = [
+        f"| target | figure | limit | | floor: {floor} | figure / floor |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    return "\n".join([*lines, *(f"{check.as_row()} {least:.3g} | {times:.2f} |" for check, least, times in checks)])
 
 
 async def prepare(
@@ -341,9 +475,9 @@ async def prepare(
     if not only_remote:
         await aiostage.save(tree, directory / "local")
         dcp.save(tree, checkpoint_id=directory / "local-dcp", no_dist=True)
+        torch.save(tree, directory / "local.pt")
         if only_in_place:
             return
-        torch.save(tree, directory / "local.pt")
     remote = ObjectStorage(LocalStore(directory / "bucket"), "run")
     await aiostage.save(tree, (remote, "checkpoint"))
 
@@ -364,6 +498,9 @@ def main(
             rows |= {name: (how, port, number) for name, (how, number) in REMOTE.items()}
         if only_in_place:
             rows = {name: (how,) for name, how in LOCAL.items() if how in IN_PLACE}
+        # A floor for each state: what is not in the page cache is not read through it, and the other way round.
+        other = "digested" if cold else "direct_copied"
+        rows = {name: each for name, each in rows.items() if not each[0].startswith(other)}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
         for _ in range(rounds):
             for each, arguments in rows.items():
@@ -374,12 +511,23 @@ def main(
         f"requests take {1e3 * latency:.0f} ms before the first byte\n"
     )
     print(
-        "| way | returned | looked at | by ours | CPU | rate | memory at most | worst loop delay |\n| --- |"
-        + " ---: |" * 7
+        "| way | returned | looked at | by ours | CPU | rate | memory at most | worst loop delay | with a core |\n"
+        + "| --- |"
+        + " ---: |" * 8
     )
-    ours = "`aiostage.load(in_place=True)`" if only_in_place else f"{AT_ONCE[-1]} requests at once"
+    remote = f"{AT_ONCE[-1]} requests at once"
+    ours = OURS_IN_PLACE if only_in_place else remote if only_remote else OURS
     for each in rows:
-        print(row(each, found[each], found[ours if only_in_place or only_remote else OURS], nbytes))
+        print(row(each, found[each], found[ours], nbytes))
+    for missing, installed in (("RunAI's streamer", RUNAI), ("fastsafetensors", FAST)):
+        if not installed and not only_remote:
+            print(f"| {missing} | is not installed |" + " |" * 7)
+    copied_directly = [each for each in rows if each.startswith(f"{DIRECT}, ")]
+    if not only_remote:
+        bare, limit, floors = (DIRECT, 1.1, copied_directly) if cold else (PREADV, 1.2, [DIGESTED])
+        print("\n" + targets(found, OURS_IN_PLACE, bare, limit, floors))
+    if not local:
+        print("\n" + targets(found, remote, GETS, 1.1, [GETS_COPIED]))
 
 
 if __name__ == "__main__":
