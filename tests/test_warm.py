@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import PYTHON
+from tests.warm import PYTHON, executable
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="programs are new processes here")
 
@@ -112,3 +113,11 @@ def test_descriptors_of_high_numbers() -> None:
     finally:
         for number in (read, write, high):
             os.close(number)
+
+
+def test_a_child_that_multiprocessing_forks_leaves_the_program_to_its_parent() -> None:
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert os.access(executable(), os.X_OK)

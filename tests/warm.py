@@ -80,13 +80,17 @@ def imported(*modules: str) -> Iterator[None]:
 def _start(*modules: str) -> tuple[str, Callable[[], None]]:
     """Start a process that imports, and return where it listens and what ends it."""
     import shlex
+    import shutil
     import subprocess
     import tempfile
     from pathlib import Path
 
-    folder = tempfile.TemporaryDirectory(prefix="warm-")
-    address = os.path.join(folder.name, "socket")
-    program = Path(folder.name, "python")
+    # Not a TemporaryDirectory, which removes its folder when it is freed: from Python 3.13 on, multiprocessing clears
+    # atexit in a child that it forks, and so frees `end` there, with all that it refers to.
+    folder = tempfile.mkdtemp(prefix="warm-")
+    owner = os.getpid()
+    address = os.path.join(folder, "socket")
+    program = Path(folder, "python")
     program.write_text(f'#!/bin/sh\nexec {shlex.join(PYTHON)} "$@"\n')
     program.chmod(0o700)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -100,8 +104,9 @@ def _start(*modules: str) -> tuple[str, Callable[[], None]]:
         )
 
     def end() -> None:
-        process.communicate()
-        folder.cleanup()
+        if os.getpid() == owner:
+            process.communicate()
+            shutil.rmtree(folder)
 
     return address, end
 
