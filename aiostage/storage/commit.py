@@ -346,8 +346,8 @@ def attached_path(target: str, token: str) -> str:
         FileNotFoundError: If the directory is not there.
     """
     # The token comes from another process: it must not lead out of the directory, nor to another target's files.
-    path = os.path.join(os.path.dirname(target), token)
-    if os.path.basename(token) != token or not path.startswith(_prefix(target)):
+    path = os.path.join(os.path.dirname(target), token) if isinstance(token, str) else ""
+    if os.path.basename(path) != token or not path.startswith(_prefix(target)):
         raise ValueError(
             f"{shown(token)} is not the token of a pending checkpoint for {target}: pass what token() has returned"
         )

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from aiostage._arguments import require_int
 from aiostage._loop.coroutines import Finalizer
 from aiostage._loop.workers import releasing_gil
 from aiostage._platform import (
@@ -42,6 +43,8 @@ __all__ = [
     "PartBuffers",
     "address_of",
     "aligned_memory",
+    "check_file",
+    "check_names",
     "exchange",
     "is_current",
     "is_empty_directory",
@@ -80,6 +83,29 @@ def is_plain_name(name: object) -> bool:
     as it is, whatever directory it is given.
     """
     return isinstance(name, str) and not {"/", "\0"}.intersection(name) and name not in ("", ".", "..")
+
+
+def check_file(name: object, nbytes: object) -> None:
+    """Refuse what a file of a checkpoint cannot be.
+
+    Raises:
+        ValueError: If its name is not a plain one, or its size is below 0.
+        TypeError: If its size is not an integer.
+    """
+    if not is_plain_name(name):
+        raise ValueError(f"{shown(name)} is not a plain name for a file")
+    if require_int("nbytes", nbytes) < 0:
+        raise ValueError(f"nbytes must be at least 0, not {shown(nbytes)}")
+
+
+def check_names(keep: object) -> None:
+    """Refuse what is not several names: in a single text others would be looked for as parts of it.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(keep, (str, bytes)) or not isinstance(keep, Collection):
+        raise TypeError(f"keep must be a collection of names, not {shown(keep)}")
 
 
 def address_of(data: Buffer) -> int:
@@ -226,7 +252,7 @@ class InputFile(Descriptor):
 
     Args:
         directory: The checkpoint's; it stays the same directory even if its path is given to another one.
-        name: The name of the file in it.
+        name: The name of the file in it; a plain one.
         path: For errors.
 
     Raises:
@@ -235,8 +261,6 @@ class InputFile(Descriptor):
 
     def __init__(self, directory: Descriptor, name: str, *, path: str) -> None:
         self.path = path
-        if not is_plain_name(name):
-            raise CheckpointCorruptError(f"{shown(name)} is not a plain name for a file.", path=path)
         try:
             # A FIFO would otherwise be waited for, and a link may lead to anything that this process may read.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW

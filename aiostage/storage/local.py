@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, Callable, Collection, Sequence
 from functools import partial
 from threading import Lock
 
+from aiostage._arguments import check_flags
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
@@ -25,7 +26,16 @@ from aiostage.storage.commit import (
     pending_below,
     prune_committed,
 )
-from aiostage.storage.files import Descriptor, InputFile, OutputFile, aligned_memory, is_current, is_plain_name
+from aiostage.storage.files import (
+    Descriptor,
+    InputFile,
+    OutputFile,
+    aligned_memory,
+    check_file,
+    check_names,
+    is_current,
+    is_plain_name,
+)
 
 __all__ = ["LocalReader", "LocalStorage"]
 
@@ -93,6 +103,7 @@ class LocalStorage(MultiWriterStorage):
         When cancelled, nothing is left behind.
         """
         _check(name)
+        check_flags(overwrite=overwrite)
 
         def make() -> MultiWriterCheckpoint:
             target = os.path.realpath(self._path(name))
@@ -194,10 +205,12 @@ class LocalStorage(MultiWriterStorage):
             keep: Names of the files that stay.
 
         Raises:
+            TypeError: If ``keep`` is not several names.
             ValueError: If the name leads out of the root.
             OSError: If the file system refuses.
         """
         _check(name)
+        check_names(keep)
         await self._workers.run(lambda: prune_committed(self._own_path(name), keep))
 
     async def clean_up(self) -> None:
@@ -251,8 +264,7 @@ class _AttachedCheckpoint(PendingCheckpoint):
         return OutputFile(path, nbytes, direct=nbytes >= _DIRECT_FROM)
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
-        if not is_plain_name(name):
-            raise ValueError(f"{shown(name)} is not a plain name for a file")
+        check_file(name, nbytes)
         created: list[OutputFile] = []
         try:
             # Kept in a list: a cancelled call loses what it returns, and the file would stay under its name.
@@ -429,6 +441,8 @@ class LocalReader(Reader):
 
     def _file(self, name: str) -> InputFile:
         """Open a file, unless it is open. Several threads may do so at once; then one of the two is dropped."""
+        if not is_plain_name(name):
+            raise CheckpointCorruptError(f"{shown(name)} is not a plain name for a file.", path=self._path)
         with self._opening:
             files = self._files
             file = files.pop(name, None)

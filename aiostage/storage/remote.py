@@ -18,7 +18,7 @@ from functools import partial
 
 import anyio
 
-from aiostage._arguments import require_seconds
+from aiostage._arguments import check_flags, require_seconds
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer, MultiWriterCheckpoint, MultiWriterStorage, PendingCheckpoint, Reader
@@ -34,7 +34,7 @@ from aiostage.format.manifest import MAX_MANIFEST_BYTES
 from aiostage.storage.bucket import Bucket
 from aiostage.storage.clean_up import clean_up, pending
 from aiostage.storage.commit import MANIFEST_NAME
-from aiostage.storage.files import is_plain_name
+from aiostage.storage.files import check_file, check_names, is_plain_name
 from aiostage.storage.pointer import (
     BEATS_PER_LEASE,
     FOLDER,
@@ -140,6 +140,7 @@ class RemoteStorage(MultiWriterStorage):
     async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
         """Begin a checkpoint; see :meth:`aiostage.Storage.open`."""
         _check_name(name)
+        check_flags(overwrite=overwrite)
         location = f"{self._bucket.location}/{name}"
         try:
             folder = await find_folder(self._bucket, name)
@@ -165,7 +166,7 @@ class RemoteStorage(MultiWriterStorage):
     async def attach(self, name: str, token: str) -> PendingCheckpoint:
         """Write to a checkpoint that another process has begun; see :meth:`aiostage.abc.MultiWriterStorage.attach`."""
         _check_name(name)
-        if not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", token):
+        if not isinstance(token, str) or not re.fullmatch(rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}", token):
             raise ValueError(f"{shown(token)} is not the token of a pending checkpoint: pass what token() has returned")
         return _RemoteCheckpoint(self._bucket, name, overwrite=False, lease_seconds=self._lease_seconds, attached=token)
 
@@ -217,6 +218,7 @@ class RemoteStorage(MultiWriterStorage):
     async def prune_files(self, name: str, keep: Collection[str]) -> None:
         """Remove files of a checkpoint that are not named; see :meth:`aiostage.Storage.prune_files`."""
         _check_name(name)
+        check_names(keep)
         pointed = await find_folder(self._bucket, name)
         if pointed is None:
             return
@@ -281,7 +283,8 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
 
     async def write(self, name: str, nbytes: int, parts: AsyncIterable[Buffer]) -> None:
         """Write one file; see :meth:`aiostage.PendingCheckpoint.write`."""
-        if not is_plain_name(name) or name in (LEASE_NAME, HEARTBEAT_NAME):
+        check_file(name, nbytes)
+        if name in (LEASE_NAME, HEARTBEAT_NAME):
             raise ValueError(f"{shown(name)} is not a plain name for a file")
         async with self._files:
             await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
@@ -475,8 +478,11 @@ def _check_name(name: str) -> None:
     """Refuse names that would lead elsewhere.
 
     Raises:
+        TypeError: If it is not a str.
         ValueError: If it is not a relative path of plain steps.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a checkpoint is a str, not {shown(name)}")
     for step in name.split("/"):
         if step in ("", ".", "..") or not step.isprintable() or FOLDER.fullmatch(step) or step == POINTER_NAME:
             raise ValueError(f"{shown(name)} is not a name for a checkpoint: {shown(step)} cannot be a step of it")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import fsspec
 import pytest
 
-from aiostage.abc import Storage
-from aiostage.storage import LocalStorage
+from aiostage import CheckpointCorruptError
+from aiostage.abc import MultiWriterStorage, Storage
+from aiostage.storage import FsspecStorage, LocalStorage
 from aiostage.testing import StorageSuite
 from tests.checkpoint.memory_storage import MANIFEST
 from tests.forking import run_forking
@@ -189,8 +191,39 @@ async def test_no_file_is_written_outside_of_a_checkpoint(tmp_path: Path) -> Non
     for name in names:
         with pytest.raises(ValueError, match="is not a plain name for a file"):
             await pending.write(name, 5, parts())
+    for nbytes, error in ((None, TypeError), ("5", TypeError), (5.0, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="nbytes must be"):
+            await pending.write("file.bin", nbytes, parts())  # type: ignore[arg-type]
     await pending.abort()
     assert files_below(tmp_path) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("make", [LocalStorage, lambda root: FsspecStorage(fsspec.filesystem("file"), str(root))])
+async def test_wrong_arguments_change_nothing(make: Callable[[Path], MultiWriterStorage], tmp_path: Path) -> None:
+    storage = make(tmp_path)
+    await save_small(storage, "a")
+    before = files_below(tmp_path)
+    wrong: Any
+    # As text it would be true, and replace the checkpoint.
+    for wrong in ("false", None, 0):
+        with pytest.raises(TypeError, match="overwrite must be True or False, not "):
+            await storage.open("a", overwrite=wrong)
+    # The name of one file as text: those whose names are not a part of it would be removed.
+    for wrong in (MANIFEST, b"a", None, 3):
+        with pytest.raises(TypeError, match="keep must be a collection of names, not "):
+            await storage.prune_files("a", wrong)
+    for wrong in (None, b"a", 3):
+        with pytest.raises(TypeError, match="the name of a checkpoint is a str, not "):
+            await storage.delete(wrong)
+        with pytest.raises(ValueError, match="is not the token of a pending checkpoint"):
+            await storage.attach("a", wrong)
+    reader = await storage.read("a")
+    for wrong in (None, b"a", ["a"]):
+        with pytest.raises(CheckpointCorruptError, match="is not a plain name for a file"):
+            await reader.size(wrong)
+    await reader.aclose()
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.asyncio
