@@ -23,6 +23,7 @@ __all__ = [
     "CONSEQUENCES",
     "find",
     "foreach_copy",
+    "has_quantizer",
     "has_storage",
     "have_attributes",
     "is_wrapper",
@@ -73,6 +74,8 @@ _has_storage: Any = find("torch._C._has_storage")
 _make_subclass: Any = find("torch.Tensor._make_subclass")
 # What PyTorch itself unpickles with: no public function makes a quantized tensor over given memory.
 rebuild_qtensor: Any = find("torch._utils._rebuild_qtensor")
+# Whether a quantized tensor has a quantizer: without one, asking it for its scheme ends the process.
+cdata: Any = find("torch.Tensor._cdata")
 # The public ones refuse tensors that are not coalesced.
 sparse_indices: Any = find("torch.Tensor._indices")
 sparse_values: Any = find("torch.Tensor._values")
@@ -129,6 +132,7 @@ CONSEQUENCES = {
     "_has_storage": "a tensor is asked for its storage instead",
     "_make_subclass": "nn.Parameter() is called instead",
     "rebuild_qtensor": "quantized tensors are refused",
+    "cdata": "quantized tensors are refused",
     "sparse_indices": "sparse tensors that are not coalesced are refused",
     "sparse_values": "sparse tensors that are not coalesced are refused",
     "_foreach_copy": "tensors are copied one by one: slower, the same result",
@@ -230,6 +234,28 @@ def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
     # Without a step of Python for each.
     have_more = map((1).__lt__, map(len, map(gc.get_referents, tensors)))
     return any(map(vars, compress(tensors, have_more)))
+
+
+def _class_in_memory(tensor: torch.Tensor) -> int | None:
+    """Return a number for the class that a tensor has in C++; None if it cannot be told."""
+    if cdata is None:
+        return None
+    with without_torch_function():
+        # An object of a class with virtual functions begins with the address of their table.
+        return ctypes.c_void_p.from_address(cdata.__get__(tensor)).value
+
+
+_PLAIN_CLASS = _class_in_memory(torch.empty(0, device="cpu"))
+
+
+def has_quantizer(tensor: torch.Tensor) -> bool:
+    """Return whether a quantized tensor has a quantizer.
+
+    A view of one by a dtype has none, ``q.view(torch.qint8)`` too. It is an object of the class of plain tensors, and
+    what asks it for its quantizer reads memory behind its end.
+    """
+    found = _class_in_memory(tensor)
+    return found is not None and found != _PLAIN_CLASS
 
 
 def storage_identity(storage: torch.UntypedStorage) -> int:

@@ -14,6 +14,7 @@ from aiostage import _private
 from aiostage._memory.arena import Arena
 from aiostage._memory.shared import SharedHandle
 from aiostage.errors import StagingError, said
+from aiostage.format.composites import scheme_of
 
 __all__ = ["SharedTree", "share"]
 
@@ -90,6 +91,9 @@ class _Pickler(pickle.Pickler):
         if type(item) not in (torch.Tensor, torch.nn.Parameter):
             return None
         tensor: Any = item
+        if tensor.is_quantized:
+            # Without a quantizer torch would end the process when it describes it.
+            scheme_of(tensor)
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return None
         if _private.have_attributes((tensor,)):

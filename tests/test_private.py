@@ -169,6 +169,28 @@ def test_without_its_rebuilder_a_quantized_tensor_is_refused(monkeypatch: pytest
         staged([source])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_where_it_cannot_be_told_whether_it_has_a_quantizer_a_tensor_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.quint8)
+    monkeypatch.setattr(_private, "cdata", None)
+    with pytest.raises(UnsupportedLeafError, match="does not tell whether it has a quantizer"):
+        staged([source])
+    with pytest.raises(ValueError, match="no quantizer"):
+        take_apart(source)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_has_no_quantizer_is_not_taken_apart() -> None:
+    """Asking for the scheme would end the process, or be an internal error of PyTorch's."""
+    quantized = torch.quantize_per_tensor(torch.ones(8), 0.5, 3, torch.quint8)
+    for without in (quantized.view(torch.quint8), torch.empty(4, dtype=torch.quint8)):
+        with pytest.raises(ValueError, match="no quantizer"):
+            take_apart(without)
+    assert take_apart(quantized) is not None
+
+
 @pytest.mark.parametrize("name", ["sparse_indices", "sparse_values"])
 def test_without_its_readers_a_file_takes_coalesced_sparse_tensors_alone(
     name: str, monkeypatch: pytest.MonkeyPatch

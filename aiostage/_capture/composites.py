@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from aiostage import _private
-from aiostage._capture.faithful import PLAIN_CLASSES, QUANTIZED_DTYPES, WITHOUT_QUANTIZER, Refusal
+from aiostage._capture.faithful import PLAIN_CLASSES, WITHOUT_QUANTIZER, Refusal
 from aiostage._warnings import without_warnings
 from aiostage.format.composites import inner_tensors, quantized_over
 
@@ -180,11 +180,14 @@ def _sparse_compressed(tensor: torch.Tensor) -> Composite:
 def _quantized(tensor: torch.Tensor) -> Composite:
     if _private.rebuild_qtensor is None:
         raise Refusal("it is quantized, and this PyTorch cannot rebuild it.", "Stage its dequantize().")
-    if tensor.dtype not in QUANTIZED_DTYPES:
-        # PyTorch dereferences the quantizer that is not there, and the process would end. Of a view in a quantized
-        # dtype, q.view(torch.qint8), nothing tells that it has none.
+    if _private.cdata is None:
         raise Refusal(
-            "it is a view of a quantized tensor in another dtype, which PyTorch can neither copy nor read.",
+            "it is quantized, and this PyTorch does not tell whether it has a quantizer.", "Stage its dequantize()."
+        )
+    if not _private.has_quantizer(tensor):
+        # PyTorch dereferences the quantizer that is not there, and the process would end.
+        raise Refusal(
+            "it is a view of a quantized tensor by a dtype, which PyTorch can neither copy nor read.",
             "Stage the int_repr() of the quantized tensor.",
         )
     try:

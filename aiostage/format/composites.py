@@ -19,6 +19,7 @@ __all__ = [
     "check_invariants",
     "inner_tensors",
     "quantized_over",
+    "scheme_of",
     "take_apart",
 ]
 
@@ -33,6 +34,22 @@ SPARSE = {"sparse": 2, "sparse_compressed": 3}
 """Those of them that are sparse, and how many parts each consists of."""
 
 
+def scheme_of(tensor: torch.Tensor) -> Any:
+    """Return the quantization scheme of a quantized tensor.
+
+    Raises:
+        ValueError: If it has no quantizer, so that its elements mean nothing.
+    """
+    try:
+        scheme = tensor.qscheme() if _private.has_quantizer(tensor) else None
+    except RuntimeError:
+        # Of torch.empty() with a quantized dtype.
+        scheme = None
+    if scheme is None:
+        raise ValueError("it has a quantized dtype, but no quantizer")
+    return scheme
+
+
 def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
     """Return the tensors inside one that is not one piece of memory, by name; None if it is one piece.
 
@@ -43,8 +60,8 @@ def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
         ValueError: If it is of a layout or a quantization scheme that cannot be carried, with the reason.
     """
     if tensor.is_quantized:
+        scheme = scheme_of(tensor)
         memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        scheme = tensor.qscheme()
         if scheme == torch.per_tensor_affine:
             return {"memory": memory}
         if scheme in _PER_CHANNEL:

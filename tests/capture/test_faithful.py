@@ -111,7 +111,23 @@ class TestQuantized:
     def test_a_view_of_quantized_memory_is_refused(self) -> None:
         """PyTorch itself ends the process if one asks for its quantizer."""
         source = torch.quantize_per_tensor(torch.ones(8), 0.5, 3, torch.quint8)
-        assert "view of a quantized tensor" in refused(source.view(torch.uint8)).reason
+        made = [
+            source.view(torch.uint8),
+            source.view(torch.quint8),
+            source.view(torch.uint8).view(torch.qint8),
+            source.view(torch.quint8).detach(),
+            torch.nn.Parameter(source.view(torch.quint8), requires_grad=False),
+        ]
+        with torch.inference_mode():
+            made.append(source.view(torch.quint8))
+        for view in made:
+            assert "view of a quantized tensor" in refused(view).reason
+
+    def test_other_views_of_quantized_memory_are_staged(self) -> None:
+        source = torch.quantize_per_tensor(torch.arange(8.0), 0.5, 3, torch.quint8)
+        for view in (source.view(2, 4), source[1:3], source.detach(), source.t()):
+            staged = stage([view])[0]
+            assert torch.equal(staged.dequantize(), view.dequantize())
 
     def test_per_tensor(self) -> None:
         source = torch.quantize_per_tensor(torch.arange(6.0).reshape(2, 3), 0.5, 3, torch.quint8)

@@ -121,6 +121,16 @@ class TestShare:
             with pytest.raises(StagingError, match="cannot be described"):
                 await stager.share(staged)
 
+    @pytest.mark.filterwarnings("ignore")
+    async def test_a_quantized_tensor_without_a_quantizer_is_refused(self):
+        """Pickling it would end the process, or be an internal error of PyTorch's."""
+        quantized = torch.quantize_per_tensor(torch.ones(8), 0.5, 3, torch.quint8)
+        async with AsyncStager(SHARED) as stager:
+            staged = await stager.stage({"a": torch.ones(2)})
+            for without in (quantized.view(torch.quint8), torch.empty(4, dtype=torch.quint8)):
+                with pytest.raises(StagingError, match=r"cannot be described to another process: .* no quantizer"):
+                    await stager.share([staged, without])
+
     async def test_a_tree_that_is_too_deep_for_pickle_is_refused(self):
         deep: Any = torch.ones(2)
         # Python 3.14 stops at the end of the thread's stack, and not at a depth.
