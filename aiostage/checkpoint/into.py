@@ -1,7 +1,7 @@
 """Compares a live tree with a loaded one, and finds what has to be done to make the live one equal.
 
-Tensors and containers of the live tree stay the same objects and take new values, since optimizers and other code refer
-to them. Everything else is a value, which is replaced. Nothing is changed here.
+Tensors, dicts and lists of the live tree stay the same objects and take new values, since optimizers and other code
+refer to them. Everything else is a value, which is replaced; so are tuples around both. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from aiostage._copy.targets import Pair, shared_unlike
+from aiostage.checkpoint.live_tuples import LiveTuple, Where, made_anew
 from aiostage.checkpoint.live_values import (
     SIMPLE,
     are_equal,
@@ -93,7 +94,7 @@ def compare(
 
     Dicts, lists and tuples are compared key by key, and so are other objects whose live ones have tensors in them. A
     tensor fits a tensor of the same shape and dtype; anything else is a value, and the loaded one takes the live one's
-    place.
+    place. A tuple in which it does is made anew.
 
     Args:
         live: The tree that is to be changed.
@@ -149,12 +150,16 @@ class _Comparison:
         self._gradients: dict[int, torch.Tensor] = {}
         # By the id of a container and a key, what is put there.
         self._assigned: dict[tuple[int, Any], Any] = {}
-        self._todo: list[tuple[LinkedPath, Any, Any, tuple[Any, Any] | None]] = []
+        self._todo: list[tuple[LinkedPath, Any, Any, Where]] = []
+        # By the ids of a live tuple and the loaded one.
+        self._tuples: dict[tuple[int, int], LiveTuple] = {}
+        self._first_pairs: dict[int, LiveTuple] = {}
+        self._changed_tuples: list[LiveTuple] = []
 
     def run(self, live: Any, loaded: Any) -> Generator[None, None, None]:
         """Walk both trees."""
         # A stack of its own, because trees may be deeper than Python's. Each entry has the path, both values, and the
-        # container and key where the live one is: None where no value can be put, at the root and in tuples.
+        # container and key where the live one is: None where no value can be put, at the root and in frozen objects.
         self._todo.append((None, live, loaded, None))
         count = 0
         while self._todo:
@@ -163,10 +168,12 @@ class _Comparison:
             count += 1
             if count % _YIELD_EVERY == 0:
                 yield
+        put, refused = yield from made_anew(self._changed_tuples)
+        self.assignments += put
+        for place, reason in refused:
+            self._mismatch(place, f"{reason} in what cannot be changed")
 
-    def _visit(
-        self, place: LinkedPath, live: Any, loaded: Any, where: tuple[Any, Any] | None
-    ) -> Generator[None, None, None]:
+    def _visit(self, place: LinkedPath, live: Any, loaded: Any, where: Where) -> Generator[None, None, None]:
         if loaded is LEFT_OUT:
             return
         if id(live) in self._stateful:
@@ -204,17 +211,29 @@ class _Comparison:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
             # A tuple without tensors and containers is a value and replaced as a whole, as betas of an optimizer are.
-            # Any other tuple stays, and what is in it is compared.
+            # What is in any other tuple is compared; it stays, unless a value in it is another.
             if isinstance(live, tuple) and where is not None and not has_state(live) and not has_state(loaded):
                 filled = merged(live, loaded)
                 if filled is None:
                     self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")
                 else:
                     self._assign(place, where, filled)
-            elif (id(live), id(loaded)) not in self._seen:
-                self._seen.add((id(live), id(loaded)))
-                self._find(place, live, where)
-                yield from self._descend(place, live, loaded)
+            else:
+                pair = (id(live), id(loaded))
+                if isinstance(live, tuple):
+                    # In every place, because a new one takes its place in each.
+                    known = self._tuples.setdefault(pair, LiveTuple(live))
+                    known.wheres.append(where)
+                    other = self._first_pairs.setdefault(id(live), known)
+                    if other is not known:
+                        # Several loaded ones for one live tuple: only what is in it already can be had in all places.
+                        known.wheres.append(None)
+                        other.wheres.append(None)
+                if isinstance(live, tuple) or pair not in self._seen:
+                    self._find(place, live, where)
+                if pair not in self._seen:
+                    self._seen.add(pair)
+                    yield from self._descend(place, live, loaded)
         elif has_state(live) or has_state(loaded):
             self._mismatch(place, f"a {type(loaded).__name__} into a {type(live).__name__}")
         elif has_tensors(live):
@@ -228,7 +247,7 @@ class _Comparison:
             self._mismatch(place, f"{_instead(live, loaded)} in what cannot be changed")
 
     def _descend(self, place: LinkedPath, live: Any, loaded: Any) -> Generator[None, None, None]:
-        mutable = not isinstance(live, tuple)
+        container = self._tuples[id(live), id(loaded)] if isinstance(live, tuple) else live
         if isinstance(live, dict):
             mine, theirs = live, loaded
         else:
@@ -237,7 +256,7 @@ class _Comparison:
         for count, (key, value) in enumerate(mine.items()):
             here = (key, place)
             if key in theirs:
-                found.append((here, value, theirs[key], (live, key) if mutable else None))
+                found.append((here, value, theirs[key], (container, key)))
             elif (yield from self._misses(here, value)):
                 self.missing.append(format_path(unlinked(here)))
             if count % _YIELD_EVERY == 0:
@@ -291,14 +310,21 @@ class _Comparison:
     def _assign(self, place: LinkedPath, where: tuple[Any, Any], value: Any) -> None:
         """Note what is put into the live tree. A container that is met in several places can take one value only."""
         container, key = where
+        if isinstance(container, LiveTuple):
+            live = container.items[key]
+            if not are_equal(live, value):
+                if not container.changes:
+                    self._changed_tuples.append(container)
+                container.replace(key, value, place, _instead(live, value))
+            return
         before = self._assigned.setdefault((id(container), key), value)
         if before is not value and not (type(before) is type(value) in SIMPLE and are_equal(before, value)):
             self._mismatch(place, "what it is in is one object in several places, and not so in the checkpoint")
         self.assignments.append((container, key, value))
 
-    def _find(self, place: LinkedPath, live: Any, where: tuple[Any, Any] | None) -> None:
+    def _find(self, place: LinkedPath, live: Any, where: Where) -> None:
         """Note what must still be in its place when it is changed. Nothing can be taken out of a tuple."""
-        if where is not None:
+        if where is not None and not isinstance(where[0], LiveTuple):
             self.found.append((place, *where, live))
 
     def _visit_gradient(self, place: LinkedPath, live: torch.Tensor, loaded: torch.Tensor) -> None:
