@@ -12,7 +12,16 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["check_flags", "is_stateful", "require_int", "require_seconds", "stateful_in", "states_of"]
+__all__ = [
+    "check_flags",
+    "check_optional",
+    "is_stateful",
+    "require_int",
+    "require_seconds",
+    "require_text",
+    "stateful_in",
+    "states_of",
+]
 
 _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float, type)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
@@ -27,6 +36,16 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
+def check_optional(name: str, value: object, kind: type | tuple[type, ...], described: str) -> None:
+    """Refuse what is neither None nor of a kind.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be {described}, or None, not {shown(value)}")
 
 
 def require_int(name: str, number: object) -> int:
@@ -65,6 +84,16 @@ def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint:
     if not found > 0 or (found == math.inf and not infinite):
         raise ValueError(f"{name} must be a number of seconds above 0{hint}, not {shown(seconds)}")
     return found
+
+
+def require_text(name: str, text: object) -> None:
+    """Refuse what is not a str, such as bytes or a path.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, not {shown(text)}")
 
 
 def states_of(tree: Any, is_value: Callable[[type], bool] = lambda cls: False) -> Any:

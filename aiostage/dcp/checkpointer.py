@@ -22,7 +22,7 @@ from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
-from aiostage.dcp.loader import load_in_group
+from aiostage.dcp.loader import check_into, load_in_group
 from aiostage.dcp.saver import AsyncSaveResponse, begin_save, writing
 from aiostage.dcp.storage import StorageReader, StorageWriter
 from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
@@ -124,6 +124,7 @@ class Checkpointer(BackgroundSaves):
         super().__init__(
             stager, keep=keep, keep_also=keep_also, max_in_flight=max_in_flight, save_on_signals=save_on_signals
         )
+        check_flags(no_dist=no_dist)
         self._storage = storage_at(root)
         self._root = root
         StorageWriter(root)  # refuses what several processes cannot write
@@ -312,6 +313,7 @@ class Checkpointer(BackgroundSaves):
         if step is not None:
             _checked(step)
         check_flags(weights_only=weights_only)
+        check_into(into, planner)
         used = planner if planner is not None else KeyedLoadPlanner(weights_only=weights_only)
 
         async def choose() -> int | None:

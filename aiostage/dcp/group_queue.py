@@ -22,7 +22,7 @@ from anyio import get_cancelled_exc_class
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
-from aiostage._arguments import require_seconds
+from aiostage._arguments import check_flags, require_seconds
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import Finalizer, finish
 from aiostage._loop.workers import Job, Workers
@@ -347,6 +347,7 @@ def operation_for(process_group: Any, tree: Any, *, no_dist: bool, timeout: floa
         TypeError: If the timeout is no number.
         ValueError: If this rank is not in the group, or the timeout is not above 0.
     """
+    check_flags(no_dist=no_dist)
     timeout = require_seconds("timeout", timeout)
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return _ALONE.call(timeout, tree)

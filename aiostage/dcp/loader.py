@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
 
 from aiostage import _private
-from aiostage._arguments import check_flags
+from aiostage._arguments import check_flags, check_optional
 from aiostage._loop.coroutines import named
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
 from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.storage import StorageReader
+from aiostage.errors import shown
 
-__all__ = ["load", "load_in_group"]
+__all__ = ["check_into", "load", "load_in_group"]
 
 
 def load(
@@ -60,6 +61,7 @@ def load(
     Raises:
         RankFailedError: If any rank failed. Tensors may have been overwritten then, unless it failed before all ranks
             came together.
+        TypeError: If an argument has the wrong type.
         ValueError: If there is neither an id nor a reader, or this rank is not in the group, or the timeout is not
             above 0.
 
@@ -69,10 +71,24 @@ def load(
     if storage_reader is None and checkpoint_id is None:
         raise ValueError("a load needs a checkpoint_id or a storage_reader to say where from")
     check_flags(weights_only=weights_only)
+    check_into(state_dict, planner)
+    check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path or what the reader takes as text")
+    check_optional("storage_reader", storage_reader, TorchStorageReader, "a StorageReader of DCP")
     if planner is None:
         planner = KeyedLoadPlanner(weights_only=weights_only)
     call: QueuedOperation[None] = operation_for(process_group, state_dict, no_dist=no_dist, timeout=timeout)
     return named(_load(call, partial(_read, state_dict, checkpoint_id, storage_reader, planner)), "load")
+
+
+def check_into(state_dict: object, planner: object) -> None:
+    """Refuse what DCP cannot load into, or not by.
+
+    Raises:
+        TypeError: If it is not a dict, or the planner is none of DCP's.
+    """
+    if not isinstance(state_dict, MutableMapping):
+        raise TypeError(f"a state dict to load into is a dict of names, not {shown(state_dict)}")
+    check_optional("planner", planner, LoadPlanner, "a LoadPlanner of DCP")
 
 
 async def _load(call: QueuedOperation[None], read: Action[None]) -> None:

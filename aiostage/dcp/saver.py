@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWriter
 
 from aiostage import _private
-from aiostage._arguments import is_stateful
+from aiostage._arguments import check_optional, is_stateful
 from aiostage._loop.coroutines import Finalizer, named
 from aiostage.abc import CheckpointStager
 from aiostage.dcp.group_queue import DEFAULT_TIMEOUT, Action, QueuedOperation, operation_for
@@ -169,6 +169,7 @@ def start_save(
         A handle with ``captured()`` and ``committed()``.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If there is neither an id nor a writer, or this rank is not in the group, or the timeout is not
             above 0.
     """
@@ -249,6 +250,9 @@ def writing(
     """Return what makes an action of a staged state dict."""
     if storage_writer is None and checkpoint_id is None:
         raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
+    check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path or what the writer takes as text")
+    check_optional("storage_writer", storage_writer, TorchStorageWriter, "a StorageWriter of DCP")
+    check_optional("planner", planner, SavePlanner, "a SavePlanner of DCP")
     return lambda staged: partial(_write, staged, checkpoint_id, storage_writer, planner)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "Classes",
     "PlainObject",
     "attributes_of",
+    "checked_classes",
     "full_name",
     "has_plain_layout",
     "make_enum",
@@ -147,6 +148,21 @@ def wrapper_parts(name: str, inner: Mapping[str, Any], context: Any, shape: Any)
     return Parts({"type": name, "inner": list(inner)}, {"context": context, "shape": shape} | dict(inner))
 
 
+def checked_classes(classes: Iterable[type]) -> tuple[type, ...]:
+    """Return what was given as ``classes=``.
+
+    Raises:
+        TypeError: If it is not several classes.
+    """
+    if isinstance(classes, (str, bytes, type)) or not isinstance(classes, Iterable):
+        raise TypeError(f"classes must be several classes, as in classes=[Config], not {classes!r:.80}")
+    found = tuple(classes)
+    for cls in found:
+        if not isinstance(cls, type):
+            raise TypeError(f"classes must be classes, not {cls!r:.80}")
+    return found
+
+
 class Classes:
     """The classes whose objects a reader makes again, by full name. No name is ever looked up anywhere else.
 
@@ -161,11 +177,7 @@ class Classes:
 
     def __init__(self, classes: Iterable[type] = (), declared: Iterable[type] = ()) -> None:
         self._classes: dict[str, type] = {full_name(cls): cls for cls in declared}
-        if isinstance(classes, (str, bytes, type)) or not isinstance(classes, Iterable):
-            raise TypeError(f"classes must be several classes, as in classes=[Config], not {classes!r:.80}")
-        for cls in classes:
-            if not isinstance(cls, type):
-                raise TypeError(f"classes must be classes, not {cls!r:.80}")
+        for cls in checked_classes(classes):
             self._classes[full_name(cls)] = cls
 
     def find(self, name: Any) -> type | None:

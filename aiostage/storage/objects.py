@@ -26,6 +26,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
+from aiostage._arguments import require_text
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
@@ -83,6 +84,7 @@ class ObjectStorage(RemoteStorage):
     """
 
     def __init__(self, store: ObjectStore, prefix: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        require_text("prefix", prefix)
         prefix = prefix.strip("/")
         location = _location(store)
         bucket = _ObjectBucket(lambda: store, prefix, f"{location.removesuffix('/')}/{prefix}" if prefix else location)
@@ -103,8 +105,10 @@ class ObjectStorage(RemoteStorage):
             The storage. The store itself, which takes some milliseconds to set up, is made when it is first needed.
 
         Raises:
+            TypeError: If it is not text.
             ValueError: If the URL names no bucket.
         """
+        require_text("url", url)
         parts = urlsplit(url)
         if not parts.netloc or parts.query or parts.fragment:
             raise ValueError(f"{shown(url)} is not the URL of a bucket; its form is s3://bucket/prefix")

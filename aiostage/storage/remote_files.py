@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from anyio.lowlevel import checkpoint
 
+from aiostage._arguments import require_text
 from aiostage._extras import needed_for
 from aiostage._loop.coroutines import finish
 from aiostage._loop.workers import Workers
 from aiostage.abc import Buffer
-from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError
+from aiostage.errors import CheckpointCorruptError, CheckpointError, StorageError, shown
 from aiostage.storage.bucket import PATHS_PER_BATCH, Bucket, ObjectMeta, StoredObject, Version
 from aiostage.storage.files import locked_directory
 from aiostage.storage.remote import DEFAULT_LEASE_SECONDS, RemoteStorage
@@ -57,6 +58,9 @@ class FsspecStorage(RemoteStorage):
     """
 
     def __init__(self, filesystem: Any, root: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        if isinstance(filesystem, type) or not hasattr(filesystem, "unstrip_protocol"):
+            raise TypeError(f"filesystem must be a file system of fsspec, not {shown(filesystem)}")
+        require_text("root", root)
         location = str(filesystem.unstrip_protocol(root)).rstrip("/")
         bucket = _FsspecBucket(lambda: (filesystem, filesystem._strip_protocol(root)), location)
         super().__init__(bucket, lease_seconds=lease_seconds)
@@ -74,6 +78,7 @@ class FsspecStorage(RemoteStorage):
         Returns:
             The storage. The file system is made when it is first needed.
         """
+        require_text("url", url)
         plain = url.removeprefix("fsspec+")
         storage = cls.__new__(cls)
         bucket = _FsspecBucket(partial(_open_url, plain, options), plain.rstrip("/"))

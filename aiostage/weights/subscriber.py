@@ -11,6 +11,7 @@ import anyio
 from aiostage._arguments import require_seconds
 from aiostage.abc import Storage
 from aiostage.errors import WeightsError
+from aiostage.format.classes import checked_classes
 from aiostage.storage.locate import Root
 from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.inbox import Inbox, WeightVersion
@@ -48,7 +49,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
     ) -> None:
         super().__init__()
         self._place = socket_or_storage(target)
-        self._classes = tuple(classes)
+        self._classes = checked_classes(classes)
         self._timeout = checked_timeout(timeout)
         require_seconds("interval", interval, infinite=True)
         self._interval = float(interval)

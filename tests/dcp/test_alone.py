@@ -187,6 +187,15 @@ class TestSaveAndLoad:
             await dcp.save([], checkpoint_id="x", no_dist=True)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
             dcp.save({}, checkpoint_id=tmp_path / "a", timeout=timeout)
+        for name in ("checkpoint_id", "storage_writer", "planner", "no_dist"):
+            with pytest.raises(TypeError, match=f"{name} must be "):
+                dcp.save({}, **{"checkpoint_id": tmp_path / "a", name: 3})  # type: ignore[arg-type]
+        for name in ("checkpoint_id", "storage_reader", "planner", "no_dist"):
+            with pytest.raises(TypeError, match=f"{name} must be "):
+                dcp.load({}, **{"checkpoint_id": tmp_path / "a", name: 3})  # type: ignore[arg-type]
+        for into in (None, [], "abc"):
+            with pytest.raises(TypeError, match="a state dict to load into is a dict of names, not "):
+                dcp.load(into, checkpoint_id=tmp_path / "a")  # type: ignore[arg-type]
         for wrong in (None, "60", [1], True):
             with pytest.raises(TypeError, match="timeout must be a number of seconds, not "):
                 dcp.save({}, checkpoint_id=tmp_path / "a", timeout=wrong)  # type: ignore[arg-type]

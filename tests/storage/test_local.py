@@ -12,10 +12,11 @@ from typing import Any
 import anyio
 import fsspec
 import pytest
+from obstore.store import MemoryStore
 
 from aiostage import CheckpointCorruptError
 from aiostage.abc import MultiWriterStorage, Storage
-from aiostage.storage import FsspecStorage, LocalStorage
+from aiostage.storage import FsspecStorage, LocalStorage, ObjectStorage
 from aiostage.testing import StorageSuite
 from tests.checkpoint.memory_storage import MANIFEST
 from tests.forking import run_forking
@@ -196,6 +197,21 @@ async def test_no_file_is_written_outside_of_a_checkpoint(tmp_path: Path) -> Non
             await pending.write("file.bin", nbytes, parts())  # type: ignore[arg-type]
     await pending.abort()
     assert files_below(tmp_path) == []
+
+
+def test_wrong_arguments_of_remote_storages() -> None:
+    wrong: Any
+    for wrong in (None, "file", 3, type(fsspec.filesystem("memory"))):
+        with pytest.raises(TypeError, match="filesystem must be a file system of fsspec, not "):
+            FsspecStorage(wrong)
+    for wrong in (None, 3, b"a", Path("a")):
+        with pytest.raises(TypeError, match="root must be a str, not "):
+            FsspecStorage(fsspec.filesystem("memory"), wrong)
+        with pytest.raises(TypeError, match="prefix must be a str, not "):
+            ObjectStorage(MemoryStore(), wrong)
+        for kind in (FsspecStorage, ObjectStorage):
+            with pytest.raises(TypeError, match="url must be a str, not "):
+                kind.from_url(wrong)
 
 
 @pytest.mark.asyncio

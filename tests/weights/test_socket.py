@@ -424,6 +424,9 @@ class TestArguments:
             WeightPublisher(path, timeout=0)
         with pytest.raises(TypeError, match="timeout must be a number of seconds, not '60'"):
             WeightSubscriber(path, timeout="60")  # type: ignore[arg-type]
+        for classes in (3, None, "Config", int, [3]):
+            with pytest.raises(TypeError, match="classes must be "):
+                WeightSubscriber(path, classes=classes)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="interval must be a number of seconds above 0, not 0"):
             WeightSubscriber(path, interval=0)
         with pytest.raises(ValueError, match="not a path of a socket"):
