@@ -1,10 +1,10 @@
-"""Arguments of users: flags that are bools, integers, seconds, and objects that give and take their state as a dict."""
+"""Checks of arguments of users, and which of them give and take their state as a dict."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
@@ -15,6 +15,8 @@ from aiostage.errors import shown
 __all__ = [
     "check_flags",
     "check_optional",
+    "check_progress",
+    "checked_path",
     "is_stateful",
     "require_int",
     "require_seconds",
@@ -46,6 +48,27 @@ def check_optional(name: str, value: object, kind: type | tuple[type, ...], desc
     """
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{name} must be {described}, or None, not {shown(value)}")
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what is neither a bool, a function nor None.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")
+
+
+def checked_path(name: str, path: object) -> tuple[object, ...]:
+    """Return what was given as a path, or as several, as a tuple.
+
+    Raises:
+        TypeError: If it is none, such as a single key: a text would be taken apart into its letters.
+    """
+    if isinstance(path, (str, bytes)) or not isinstance(path, Iterable):
+        raise TypeError(f"{name}: a path is a tuple of keys, indices and attribute names, not {shown(path)}")
+    return tuple(path)
 
 
 def require_int(name: str, number: object) -> int:

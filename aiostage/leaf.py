@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,7 +9,7 @@ import torch
 
 from aiostage.errors import shown
 
-__all__ = ["Attribute", "Path", "StagedLeaf", "checked_path", "format_path"]
+__all__ = ["Attribute", "Path", "StagedLeaf", "format_path"]
 
 Path: TypeAlias = tuple[object, ...]
 """The keys, indices and attribute names that lead from the root of a state dict to a leaf."""
@@ -49,17 +48,6 @@ def format_path(path: Path) -> str:
     """
     steps = (f".{step}" if isinstance(step, Attribute) else f"[{shown(step)}]" for step in path)
     return "state_dict" + "".join(steps)
-
-
-def checked_path(name: str, path: object) -> Path:
-    """Return what was given as a path, or as several, as a tuple.
-
-    Raises:
-        TypeError: If it is none, such as a single key: a text would be taken apart into its letters.
-    """
-    if isinstance(path, (str, bytes)) or not isinstance(path, Iterable):
-        raise TypeError(f"{name}: a path is a tuple of keys, indices and attribute names, not {shown(path)}")
-    return tuple(path)
 
 
 def unlinked(path: LinkedPath) -> Path:

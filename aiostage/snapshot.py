@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from aiostage._arguments import checked_path
 from aiostage._copy.phases import Timings
 from aiostage._copy.resources import Resources
 from aiostage._copy.staging import Staging, State
 from aiostage._copy.window import Window
 from aiostage.errors import HostMemoryError, StagingError
-from aiostage.leaf import Path, StagedLeaf, checked_path
+from aiostage.leaf import Path, StagedLeaf
 
 __all__ = ["Snapshot"]
 

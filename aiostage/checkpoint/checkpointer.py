@@ -11,14 +11,14 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._arguments import check_flags, require_int
+from aiostage._arguments import check_flags, check_progress, require_int
 from aiostage._device import CallerStreams, default_backend
 from aiostage._loop.coroutines import finish, named, without_locals
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
 from aiostage.checkpoint.index import CheckpointIndex
 from aiostage.checkpoint.load import load_after
-from aiostage.checkpoint.progress import ProgressOption, SaveProgress, check_progress
+from aiostage.checkpoint.progress import ProgressOption, SaveProgress
 from aiostage.checkpoint.save_task import SaveHandle, SaveTask
 from aiostage.checkpoint.writer import DEFAULT_SHARD_BYTES, file_options
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, listed, shown

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TypeAlias, TypeVar
 
-from aiostage.errors import shown
+from aiostage._arguments import check_progress
 
-__all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "check_progress", "reporting"]
+__all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "reporting"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,16 +54,6 @@ P = TypeVar("P", bound=Progress)
 
 ProgressOption: TypeAlias = bool | Callable[[P], object] | None
 """True shows a bar, a function is called on the event loop; what it raises ends the save or load."""
-
-
-def check_progress(progress: object) -> None:
-    """Refuse what is neither a bool, a function nor None.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
-    if progress is not None and not isinstance(progress, bool) and not callable(progress):
-        raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")
 
 
 @contextmanager
