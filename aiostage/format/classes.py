@@ -17,7 +17,6 @@ __all__ = [
     "Classes",
     "PlainObject",
     "attributes_of",
-    "checked_classes",
     "full_name",
     "has_plain_layout",
     "make_enum",
@@ -148,21 +147,6 @@ def wrapper_parts(name: str, inner: Mapping[str, Any], context: Any, shape: Any)
     return Parts({"type": name, "inner": list(inner)}, {"context": context, "shape": shape} | dict(inner))
 
 
-def checked_classes(classes: Iterable[type]) -> tuple[type, ...]:
-    """Return what was given as ``classes=``.
-
-    Raises:
-        TypeError: If it is not several classes.
-    """
-    if isinstance(classes, (str, bytes, type)) or not isinstance(classes, Iterable):
-        raise TypeError(f"classes must be several classes, as in classes=[Config], not {classes!r:.80}")
-    found = tuple(classes)
-    for cls in found:
-        if not isinstance(cls, type):
-            raise TypeError(f"classes must be classes, not {cls!r:.80}")
-    return found
-
-
 class Classes:
     """The classes whose objects a reader makes again, by full name. No name is ever looked up anywhere else.
 
@@ -171,13 +155,21 @@ class Classes:
         declared: That the process has declared safe to be named by files, as with
             :func:`torch.serialization.add_safe_globals`.
 
+    Attributes:
+        passed: Those that the caller has passed.
+
     Raises:
         TypeError: If one is not a class.
     """
 
     def __init__(self, classes: Iterable[type] = (), declared: Iterable[type] = ()) -> None:
         self._classes: dict[str, type] = {full_name(cls): cls for cls in declared}
-        for cls in checked_classes(classes):
+        if isinstance(classes, (str, bytes, type)) or not isinstance(classes, Iterable):
+            raise TypeError(f"classes must be several classes, as in classes=[Config], not {classes!r:.80}")
+        self.passed = tuple(classes)
+        for cls in self.passed:
+            if not isinstance(cls, type):
+                raise TypeError(f"classes must be classes, not {cls!r:.80}")
             self._classes[full_name(cls)] = cls
 
     def find(self, name: Any) -> type | None:

@@ -11,7 +11,7 @@ import anyio
 from aiostage._arguments import require_seconds
 from aiostage.abc import Storage
 from aiostage.errors import WeightsError
-from aiostage.format.classes import checked_classes
+from aiostage.format.classes import Classes
 from aiostage.storage.locate import Root
 from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.inbox import Inbox, WeightVersion
@@ -49,7 +49,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
     ) -> None:
         super().__init__()
         self._place = socket_or_storage(target)
-        self._classes = checked_classes(classes)
+        self._classes = Classes(classes).passed
         self._timeout = checked_timeout(timeout)
         require_seconds("interval", interval, infinite=True)
         self._interval = float(interval)
