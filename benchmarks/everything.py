@@ -55,6 +55,7 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     "busy": (["busy.py", "--rounds", "3"], ["busy.py", "--rounds", "1", "--seconds", "1", "--mib", "64"]),
     "steps": (["steps.py", "--rounds", "15"], ["steps.py", "--rounds", "1"]),
     "floor": (["floor.py", "--rounds", "7"], ["floor.py", "--rounds", "1"]),
+    "ticks": (["ticks.py", "--rounds", "5"], ["ticks.py", "--rounds", "1"]),
     "events": (
         ["events.py", "--rounds", "3", "--seconds", "0.01", "0.1", "1"],
         ["events.py", "--rounds", "1", "--seconds", "0.01"],

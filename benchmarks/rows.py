@@ -8,6 +8,7 @@ import random
 import statistics
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -87,12 +88,20 @@ async def large_warm(rounds: int) -> AsyncIterator[Row]:
 
 async def large_cold(rounds: int) -> AsyncIterator[Row]:
     """Measure 2 GiB in 64 tensors, first staging."""
-    names = [*WARM, "populate + copy", "populate + copy, 4 KiB pages"]
+    names = [*WARM, "populate + copy", "populate + copy, 4 KiB pages", "two threads"]
     for options, where in ((("ready",), "memory that the machine has ready"), ((), "memory as the hypervisor has it")):
         row = Row(2, f"2 GiB in 64 tensors, cold, {where}")
         row.samples = await cold_turns(names, "large", rounds, *options)
-        row.at_most(1 / 12, *RIVALS)
-        row.at_most(1.25, "populate + copy")
+        # The rivals fault in as the kernel does it. Where that is slow, staging may not be slower for its own way.
+        row.at_most(0.4 if options else 1.1, *RIVALS)
+        populated = [each for name, each in row.samples.items() if name.startswith("populate") and not each.failure]
+        if populated:
+            figure = row.samples["aiostage"].ratio(min(populated, key=attrgetter("median")))
+            row.checks.append(Check("aiostage / populate + copy, by the better pages", figure, 1.1))
+        # The floor of what the targets by the rivals ask for: nothing but the copies.
+        row.at_most(1.1, "two threads")
+        if options:
+            row.at_most(0.4, *RIVALS, of="two threads")
         row.punctual()
         yield row
 
