@@ -55,7 +55,7 @@ _MOST_BYTES = {True: 128 << 20, False: 1 << 30}
 _STALE_SECONDS = 1.0
 """How long a measurement is believed. A hypervisor takes freed memory away within seconds of that."""
 
-_WEIGHT = 0.2
+_WEIGHT = 0.1
 """Of the newest measurement, in the mean: one huge page that comes slowly decides nothing, a second does."""
 
 
