@@ -46,6 +46,7 @@ from aiostage._capture.protocol import (
     all_atomic,
     failed,
     is_comparable,
+    is_layout,
     read_iterable,
     reduce_object,
 )
@@ -409,6 +410,8 @@ class Walk:
             self.changes.add_slots(child, {"default_factory": child.default_factory}, node, slot)
         elif kind is list:
             made = ListNode(child, node, slot)
+        elif is_layout(child):
+            return
         elif kind is tuple:
             made = TupleNode(child, node, slot)
         elif kind is set or kind is frozenset:

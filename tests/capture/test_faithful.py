@@ -20,8 +20,10 @@ from aiostage._capture import walk as walk_module
 from aiostage._capture.composites import finder
 from aiostage._capture.faithful import Inspection
 from aiostage._capture.leaves import Leaves
+from aiostage._capture.protocol import is_layout
 from aiostage._capture.walk import Walk
 from aiostage._loop.coroutines import exhausted
+from aiostage.leaf import Attribute
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
@@ -357,6 +359,7 @@ class TestDTensor:
 
     def test_many_are_looked_into_in_small_steps(self, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
         count = 100
         tree = [DTensor.from_local(torch.ones(2), mesh, [Shard(0)]) for _ in range(count)]
@@ -381,7 +384,8 @@ class TestDTensor:
             seen = len(looked_into)
         assert seen == count
         exhausted(walk.inspect(inspection))
-        assert sum(type(each) is Shard for each in reduced) == count
+        # Of each its spec, and not what never changes in it.
+        assert sum(type(each) is DTensorSpec for each in reduced) == len(reduced) == count
         # The mesh, which all of them have, is read in the last step.
         reduced.clear()
         exhausted(walk.settle(inspection))
@@ -396,6 +400,54 @@ class TestDTensor:
         [staged] = stage([source])
         assert hasattr(staged.placements[0], "note") == hasattr(copy.deepcopy(placement), "note")
         assert staged.placements[0] is not placement
+
+    def test_has_a_spec_of_its_own_with_the_parts_that_never_change(self, mesh: Any) -> None:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shards = [DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)]) for _ in range(20)]
+        nodes = []
+        for count in (10, 20):
+            walk = Walk()
+            exhausted(walk.run(shards[:count]))
+            nodes.append(len(walk._all))
+        # The tensor, its spec and the attributes of that. They were eleven.
+        assert nodes[1] - nodes[0] == 3 * 10
+        (source, *_), expected = shards, copy.deepcopy(shards[0])
+        walk, inspection = Walk(), Inspection(None)
+        exhausted(walk.run([source]))
+        exhausted(walk.inspect(inspection))
+        assert exhausted(walk.changes.changed()) == []
+        [staged] = stage([source])
+        before = source._spec
+        source._spec.placements = (Replicate(),)
+        assert (0, Attribute("_spec"), Attribute("placements")) in exhausted(walk.changes.changed())
+        assert staged._spec is not before
+        assert staged._spec == expected._spec
+        assert vars(staged._spec).keys() == vars(expected._spec).keys()
+        assert staged.placements == (Shard(0),)
+
+    def test_a_layout_that_holds_what_may_change_is_copied(self) -> None:
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+        meta = TensorMeta(torch.Size([2]), (1,), torch.float32)
+        for plain in (meta, Shard(0), (Shard(1), Replicate()), (meta,)):
+            assert is_layout(plain)
+            assert stage([plain])[0] is plain
+        marked = Shard(0)
+        marked.note = []  # type: ignore[attr-defined]
+        inside: Any = [1]
+        for other in (
+            meta._replace(stride=inside),
+            (Shard(0), inside),
+            (meta._replace(stride=(1, inside)),),
+            (marked,),
+            (),
+            (((Shard(0),),),),
+        ):
+            assert not is_layout(other)
+        staged = stage([(Shard(0), inside), meta._replace(stride=inside)])
+        assert staged[0][1] is staged[1].stride is not inside
 
     def test_a_partial_one_is_refused(self, mesh: Any) -> None:
         from torch.distributed.tensor import DTensor, Partial
