@@ -14,6 +14,7 @@ from tests.patience import seconds
 from tests.warm import PYTHON
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+WAITS = "training waits"
 
 
 @pytest.fixture
@@ -210,3 +211,27 @@ def test_rows_of_saves_have_the_columns_of_their_table(monkeypatch: pytest.Monke
         assert {line.count("|") for line in [*saves.HEAD.splitlines(), row.as_row()]} == {13}
     # Without the first, which pays for cold memory.
     assert saves.Saves("disk", "aiostage", found).as_row().endswith("| 9.00 | 2.00 | 2.00 |")
+
+
+def test_ratios_of_many_ranks_are_those_of_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import distributed
+
+    # Ours takes half as long in each round, also in the one in which the machine was slow.
+    theirs = [1.0, 9.0, 2.0]
+    found = {
+        f"{name}: {what}, s": theirs for name in ("dcp.async_save", distributed.FLOOR) for what in ("total", WAITS)
+    }
+    found |= {f"{distributed.OURS}: {what}, s": [each / 2 for each in theirs] for what in ("total", WAITS)}
+    found |= {"aiostage.dcp.load, s": [3.0, 8.0], "dcp.load, s": [2.0, 10.0]}
+    for when in ("", " after gc.freeze()"):
+        for name, value in ((distributed.OURS, 7.0), (distributed.FLOOR, 6.0)):
+            found[f"{name}: loop held{when}, ms"] = [value]
+            found[f"{name}: loop held while it had a processor{when}, ms"] = [value - 1]
+        found[f"{distributed.OURS}: longest step{when}, ms of CPU"] = [0.5]
+    shown = distributed.targets(found)
+    assert shown["until committed / `dcp.async_save`, at most 1"] == 0.5
+    assert shown["load / `dcp.load`, at most 1"] == 1.15
+    assert shown["loop held, ms, at most 5"] == 7.0
+    assert shown["loop held, ms: the floor"] == 6.0
+    assert shown["of it while it had a processor, ms after gc.freeze(): the floor"] == 5.0
