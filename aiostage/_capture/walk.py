@@ -66,6 +66,9 @@ _ATTRIBUTED_AT_ONCE = 64
 _SUBCLASS_COST = 16
 """A tensor of another class counts as so many with attributes. To find out what a DTensor is made of takes 45 us."""
 
+_LAYOUTS = ("torch.distributed.tensor.placement_types", "torch.distributed.tensor._dtensor_spec")
+"""Where the classes of a DTensor's layout are."""
+
 _NODE_COST = 8
 """What opening a container costs in terms of children."""
 
@@ -410,7 +413,7 @@ class Walk:
             self.changes.add_slots(child, {"default_factory": child.default_factory}, node, slot)
         elif kind is list:
             made = ListNode(child, node, slot)
-        elif is_layout(child):
+        elif (kind if kind is not tuple or not child else type(child[0])).__module__ in _LAYOUTS and is_layout(child):
             return
         elif kind is tuple:
             made = TupleNode(child, node, slot)
