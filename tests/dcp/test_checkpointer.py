@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from aiostage import CheckpointError, CheckpointNotFoundError, RankFailedError, UnsupportedLeafError, dcp
 from aiostage.abc import MultiWriterCheckpoint
 from aiostage.storage import LocalStorage
+from tests.checkpoint.test_checkpointer import until
 from tests.dcp.test_together import sharded
 from tests.dcp.world import World
 from tests.patience import seconds
@@ -39,6 +41,20 @@ class Held(LocalStorage):
     async def open(self, name: str, *, overwrite: bool = False) -> MultiWriterCheckpoint:
         await asyncio.to_thread(self.go.wait, seconds(30))
         return await super().open(name, overwrite=overwrite)
+
+
+class HeldRemovals(LocalStorage):
+    """A storage that removes nothing before it is told to go."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go = anyio.Event()
+        self.removals: list[str] = []
+
+    async def delete(self, name: str) -> None:
+        self.removals.append(name)
+        await self.go.wait()
+        await super().delete(name)
 
 
 @pytest.mark.asyncio
@@ -65,6 +81,23 @@ class TestAlone:
         assert into["w"].unique().tolist() == [1]
         with pytest.raises(RankFailedError, match="step-00000002"):
             await checkpoints.restore(into, 2)
+
+    async def test_a_save_keeps_its_place_no_longer_than_until_it_is_committed(self, tmp_path: Path) -> None:
+        storage = HeldRemovals(tmp_path)
+        async with dcp.Checkpointer(storage, keep=1) as checkpoints:
+            # One at once. If a save kept its place during removals, the third would wait for the removal of the first.
+            try:
+                with anyio.fail_after(seconds(20)):
+                    for number in range(5):
+                        handle = await checkpoints.save(number, state(number))
+                        await handle.committed()
+                await until(lambda: bool(storage.removals))
+                assert storage.removals == ["step-00000000"], "one removal at a time"
+                assert await checkpoints.steps() == [0, 1, 2, 3, 4]
+            finally:
+                storage.go.set()
+        assert storage.removals == [f"step-{number:08}" for number in range(4)]
+        assert await dcp.Checkpointer(storage).steps() == [4]
 
     async def test_saves_that_were_captured_before_end_first(self, tmp_path: Path) -> None:
         async with dcp.Checkpointer(tmp_path, max_in_flight=2) as checkpoints:
