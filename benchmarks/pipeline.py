@@ -15,6 +15,9 @@ server: SeaweedFS, on the same machine, and slower than any client by far, so le
 sink: A server that takes everything and keeps nothing, so that clients are compared and not servers. It knows too
     little of S3 for others than obstore. Beside it is obstore's writer, whose uploads can be aborted, as those of its
     put cannot.
+plain threads: What every save has to do, and nothing else: two threads copy into warm memory, a third computes digests,
+    and the parts are written as they come: to the disk by two threads, to a server with obstore's writer. Nothing is
+    walked, checked, planned or committed. It shows what a target costs at the least.
 overlap: Whether staging and writing take no longer than the slower of the two.
 changed: Incremental saves.
 """
@@ -45,7 +48,7 @@ _UNIT = 64 * 2**20
 """Sizes are multiples of this, so that every way of cutting them comes out even."""
 
 _OURS, _LESS_MEMORY, _STORAGE = "aiostage", "aiostage, a quarter of the memory", "its storage alone"
-_WRITER = "obstore's writer alone"
+_WRITER, _THREADS = "obstore's writer alone", "plain threads"
 
 
 @dataclass
@@ -71,27 +74,30 @@ class Bench:
     def disk(self) -> Iterator[Saves]:
         """Save to the disk."""
         found = {}
-        for way in [_OURS, _LESS_MEMORY, *RIVALS]:
+        for way in [_OURS, _THREADS, _LESS_MEMORY, *RIVALS]:
             yield self._saved(found, "disk", way, self.gib, self.count)
         self.checks.append(Check("disk: aiostage / the raw write", found[_OURS].ratio, 1.10))
+        self._check_floor(found)
         self._check_capture(found)
 
     def server(self) -> Iterator[Saves]:
         """Save to a real server."""
         found = {}
-        for way in [_OURS, _STORAGE, *RIVALS]:
+        for way in [_OURS, _THREADS, _STORAGE, *RIVALS]:
             yield self._saved(found, "S3 server", way, self.server_gib, self.count)
         self.checks.append(Check("S3 server: aiostage / the raw put", found[_OURS].ratio, 1.10))
+        self._check_floor(found)
         self._check_capture(found)
 
     def sink(self) -> Iterator[Saves]:
         """Save to a server that is never in the way."""
         for place in ("S3 sink, signed", "S3 sink, unsigned"):
             found = {}
-            for way in (_OURS, _STORAGE, _WRITER):
+            for way in (_OURS, _THREADS, _STORAGE, _WRITER):
                 # Quick, and from one time to the next very different.
                 yield self._saved(found, place, way, self.gib / 2, 2 * self.count)
             self.checks.append(Check(f"{place}: aiostage / the raw put", found[_OURS].ratio, 1.10))
+            self._check_floor(found)
             # The put leaves its parts behind when it is cancelled; this is the least for what can be aborted.
             least = found[_STORAGE].median("committed") / found[_WRITER].median("committed")
             self.checks.append(Check(f"{place}: its storage alone / obstore's writer alone", least, 1.10))
@@ -99,7 +105,7 @@ class Bench:
     def overlap(self) -> list[overlap.Overlap]:
         """Stage and write at once."""
         found = asyncio.run(overlap.overlaps(_size(self.gib), self.rounds))
-        self.checks += [each.check() for each in found]
+        self.checks += [check for each in found for check in each.checks()]
         return found
 
     def changed(self) -> list[changed.Changed]:
@@ -116,6 +122,19 @@ class Bench:
         if way in (_OURS, _LESS_MEMORY) and not made.failure:
             self.checks.append(Check(f"{place}: {way}, the loop's worst delay, ms", 1e3 * made.worst("worst"), 5))
         return made
+
+    def _check_floor(self, found: dict[str, Saves]) -> None:
+        """Compare with what every save has to do, by plain threads."""
+        ours, floor = found[_OURS], found[_THREADS]
+        if ours.failure or floor.failure:
+            return
+        place = ours.place
+        ratio = ours.ratio / floor.ratio
+        self.checks.append(Check(f"{place}: aiostage / plain threads, both by the raw write beside", ratio, 1.10))
+        captured = ours.median("captured") / floor.median("captured")
+        self.checks.append(Check(f"{place}: aiostage has captured / plain threads have", captured, 1.25))
+        worst = ours.worst("worst") / floor.worst("worst")
+        self.checks.append(Check(f"{place}: the loop's worst delay, aiostage / plain threads", worst, 1.25))
 
     def _check_capture(self, found: dict[str, Saves]) -> None:
         """Compare when the trainer may go on, in later saves."""

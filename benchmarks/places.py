@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from aiostage.abc import Storage
 from aiostage.storage import LocalStorage, ObjectStorage
 
-__all__ = ["BUCKET", "MIB", "PLACES", "Disk", "Place", "Server", "serving"]
+__all__ = ["BUCKET", "MIB", "PART_BYTES", "PLACES", "Disk", "Place", "Server", "filled", "serving"]
 
 MIB = 2**20
 BUCKET = "ckpt"
@@ -49,6 +50,10 @@ class Place:
         """Write as many bytes, and nothing else."""
         raise NotImplementedError
 
+    async def write(self, name: str, parts: AsyncIterator[memoryview]) -> None:
+        """Write parts as they come, with as little as possible around it."""
+        raise NotImplementedError
+
     async def remove(self, name: str) -> None:
         """Remove a checkpoint of any library."""
         raise NotImplementedError
@@ -68,7 +73,7 @@ class Disk(Place):
     def __init__(self, scratch: str, nbytes: int) -> None:
         super().__init__(scratch)
         self.storage = LocalStorage(scratch)
-        self._memory = _filled(min(nbytes, 64 * MIB))
+        self._memory = filled(min(nbytes, 64 * MIB))
         self._parts = nbytes // PART_BYTES
 
     def where(self, name: str) -> str:
@@ -76,6 +81,18 @@ class Disk(Place):
 
     async def raw(self) -> None:
         await asyncio.to_thread(self._write, self.where("raw"))
+
+    async def write(self, name: str, parts: AsyncIterator[memoryview]) -> None:
+        loop, offset, writes = asyncio.get_running_loop(), 0, []
+        file = os.open(self.where(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+        with ThreadPoolExecutor(2) as threads:
+            await loop.run_in_executor(threads, os.posix_fallocate, file, 0, self._parts * PART_BYTES)
+            async for part in parts:
+                writes.append(loop.run_in_executor(threads, os.pwrite, file, part, offset))
+                offset += len(part)
+            await asyncio.gather(*writes)
+            await loop.run_in_executor(threads, os.fsync, file)
+        os.close(file)
 
     async def remove(self, name: str) -> None:
         path = self.where(name)
@@ -111,7 +128,7 @@ class Server(Place):
         super().__init__(scratch)
         self.storage = ObjectStorage.from_url(f"s3://{BUCKET}")
         self._store = obstore.store.from_url(f"s3://{BUCKET}")
-        self._memory = _filled(nbytes)
+        self._memory = filled(nbytes)
 
     def where(self, name: str) -> str:
         return f"s3://{BUCKET}/{name}"
@@ -119,12 +136,12 @@ class Server(Place):
     async def raw(self) -> None:
         await obstore.put_async(self._store, "raw", self._memory, chunk_size=_REQUEST_BYTES, max_concurrency=_REQUESTS)
 
-    async def write(self, name: str) -> None:
-        """Write them with obstore's writer, which can be aborted as `put` cannot, with the sizes that a save has."""
+    async def write(self, name: str, parts: AsyncIterator[memoryview]) -> None:
+        """Write parts with obstore's writer, which can be aborted as `put` cannot, with the sizes that a save has."""
         async with obstore.open_writer_async(
             self._store, name, buffer_size=PART_BYTES, max_concurrency=_WRITER_REQUESTS
         ) as writer:
-            async for part in self.parts():
+            async for part in parts:
                 await writer.write(part)
 
     async def parts(self) -> AsyncIterator[memoryview]:
@@ -148,7 +165,7 @@ class Server(Place):
             await obstore.delete_async(self._store, [meta["path"] for meta in batch])
 
 
-def _filled(nbytes: int) -> memoryview:
+def filled(nbytes: int) -> memoryview:
     """Return warm memory, in which no two pages are the same for a MiB."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tile = os.urandom(MIB)
