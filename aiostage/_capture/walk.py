@@ -69,6 +69,13 @@ _SUBCLASS_COST = 16
 _LAYOUTS = ("torch.distributed.tensor.placement_types", "torch.distributed.tensor._dtensor_spec")
 """Where the classes of a DTensor's layout are."""
 
+_CACHES = {
+    ("torch.distributed.tensor._dtensor_spec", "DTensorSpec"): "_hash",
+    ("torch.distributed.device_mesh", "DeviceMesh"): "_hash",
+}
+"""Attributes in which objects of PyTorch keep what follows from the others, by module and class. A hash is kept once an
+operation on a DTensor has asked for it, which is no change of the tensor."""
+
 _NODE_COST = 8
 """What opening a container costs in terms of children."""
 
@@ -490,7 +497,14 @@ class Walk:
         # The __dict__ of an object, which the path leads through by attribute names.
         if parent.steps[slot] is STATE:
             node.steps = AttributeSteps(keys)
-            self.changes.add_attributes(source, keys, values, parent, slot)
+            cls = type(parent.source)
+            cached = _CACHES.get((cls.__module__, cls.__name__))
+            if cached is None:
+                self.changes.add_attributes(source, keys, values, parent, slot)
+            else:
+                noted = {name: value for name, value in zip(keys, values, strict=True) if name != cached}
+                self.changes.add_names(source, [*noted], lambda name: name == cached, parent, slot)
+                self.changes.add_slots(parent.source, noted, parent, slot)
         else:
             self.changes.add_mapping(source, keys, values, parent, slot)
         if not atomic:

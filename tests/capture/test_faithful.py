@@ -426,6 +426,23 @@ class TestDTensor:
         assert vars(staged._spec).keys() == vars(expected._spec).keys()
         assert staged.placements == (Shard(0),)
 
+    def test_a_hash_that_its_spec_and_mesh_keep_meanwhile_is_no_change(self, mesh: Any) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        source = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
+        # Operations on other tensors of the mesh may have asked for it before.
+        mesh._hash = None
+        assert source._spec._hash is None
+        walk, inspection = Walk(), Inspection(None)
+        exhausted(walk.run([source, mesh]))
+        exhausted(walk.inspect(inspection))
+        assert hash(source._spec) == source._spec._hash
+        assert mesh._hash is not None
+        assert exhausted(walk.changes.changed()) == []
+        # What has not been there is one.
+        source._spec.other = 1
+        assert exhausted(walk.changes.changed()) == [(0, Attribute("_spec"))]
+
     def test_a_layout_that_holds_what_may_change_is_copied(self) -> None:
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._dtensor_spec import TensorMeta
