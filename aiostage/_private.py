@@ -21,6 +21,9 @@ import torch
 
 __all__ = [
     "CONSEQUENCES",
+    "DTENSOR_PLACEMENTS",
+    "DTENSOR_SPECS",
+    "KEPT_HASHES",
     "find",
     "foreach_copy",
     "has_quantizer",
@@ -106,6 +109,15 @@ numpy_reconstruct: Any = find("numpy._core.multiarray._reconstruct") or find("nu
 numpy_scalar: Any = find("numpy._core.multiarray.scalar") or find("numpy.core.multiarray.scalar")
 # PyTorch's own way to send storages to other processes, for those that are not ours.
 forking_reducers: Any = find("multiprocessing.reduction.ForkingPickler._extra_reducers")
+# Where the classes of a DTensor's layout are, by name: a tree has objects of them only where they were imported.
+DTENSOR_PLACEMENTS = "torch.distributed.tensor.placement_types"
+DTENSOR_SPECS = "torch.distributed.tensor._dtensor_spec"
+# Attributes in which objects keep what follows from the others. A hash is kept once an operation on a DTensor has asked
+# for it, which is no change of the tensor.
+KEPT_HASHES = {
+    (DTENSOR_SPECS, "DTensorSpec"): "_hash",
+    ("torch.distributed.device_mesh", "DeviceMesh"): "_hash",
+}
 # anyio imports it with the first use, on the event loop.
 asyncio_backend: Any = find("anyio._backends._asyncio")
 

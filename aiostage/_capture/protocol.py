@@ -126,7 +126,7 @@ def _is_placement(cls: Any) -> bool:
 
     Each DTensor has its own. Reduced in the last step, 200 of them held the event loop for 4 ms.
     """
-    return cls.__module__ == "torch.distributed.tensor.placement_types" and _has_no_setters(cls)
+    return cls.__module__ == _private.DTENSOR_PLACEMENTS and _has_no_setters(cls)
 
 
 def is_layout(value: Any) -> bool:
@@ -152,7 +152,7 @@ def _is_layout_part(value: Any) -> bool:
 @cache
 def _is_layout_tuple(cls: Any) -> bool:
     """Return whether a class is one of the named tuples in the spec of a DTensor."""
-    return bool(cls.__module__ == "torch.distributed.tensor._dtensor_spec" and cls.__bases__ == (tuple,))
+    return bool(cls.__module__ == _private.DTENSOR_SPECS and cls.__bases__ == (tuple,))
 
 
 @cache

@@ -66,15 +66,7 @@ _ATTRIBUTED_AT_ONCE = 64
 _SUBCLASS_COST = 16
 """A tensor of another class counts as so many with attributes. To find out what a DTensor is made of takes 45 us."""
 
-_LAYOUTS = ("torch.distributed.tensor.placement_types", "torch.distributed.tensor._dtensor_spec")
-"""Where the classes of a DTensor's layout are."""
-
-_CACHES = {
-    ("torch.distributed.tensor._dtensor_spec", "DTensorSpec"): "_hash",
-    ("torch.distributed.device_mesh", "DeviceMesh"): "_hash",
-}
-"""Attributes in which objects of PyTorch keep what follows from the others, by module and class. A hash is kept once an
-operation on a DTensor has asked for it, which is no change of the tensor."""
+_LAYOUTS = (_private.DTENSOR_PLACEMENTS, _private.DTENSOR_SPECS)
 
 _NODE_COST = 8
 """What opening a container costs in terms of children."""
@@ -498,7 +490,7 @@ class Walk:
         if parent.steps[slot] is STATE:
             node.steps = AttributeSteps(keys)
             cls = type(parent.source)
-            cached = _CACHES.get((cls.__module__, cls.__name__))
+            cached = _private.KEPT_HASHES.get((cls.__module__, cls.__name__))
             if cached is None:
                 self.changes.add_attributes(source, keys, values, parent, slot)
             else:
