@@ -10,7 +10,7 @@ from time import monotonic, sleep
 
 from tests.threads import SOON, until_none_of
 
-OWN = ("aiostage-save", "aiostage-load", "aiostage-disk")
+OWN = ("aiostage-save", "aiostage-load", "aiostage-disk", "aiostage-read")
 ALL = (*OWN, "aiostage-copy", "aiostage-leases")
 
 
