@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +28,20 @@ class WithAttributes(Ema):
     """Has a dictionary, which a new one would lack."""
 
 
+@dataclasses.dataclass
+class Average:
+    values: torch.Tensor
+    step: int
+
+
 def tensor(value: float) -> torch.Tensor:
     return torch.full((3,), value)
 
 
 async def loaded(saved: Any, live: Any, tmp_path: Path, **options: Any) -> Any:
     await aiostage.save(saved, tmp_path / "checkpoint", overwrite=True)
-    return await aiostage.load(tmp_path / "checkpoint", into=live, classes=[Ema, Typed, WithAttributes], **options)
+    classes = [Ema, Typed, WithAttributes, Average]
+    return await aiostage.load(tmp_path / "checkpoint", into=live, classes=classes, **options)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -166,3 +174,24 @@ async def test_another_tuple_that_is_put_there_during_the_load(tmp_path: Path) -
         await loaded({"a": (tensor(1.0), 2)}, live, tmp_path, progress=lambda _: live.update(a=other))
     assert live["a"] is other
     assert other[0].tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("around", ["dict", "tuple", "deque"])
+async def test_an_object_with_tensors_in_a_tuple(around: str, in_place: bool, tmp_path: Path) -> None:
+    def tree(value: float, step: int) -> Any:
+        held: Any = Average(tensor(value), step)
+        if around == "deque":
+            held = collections.deque([held])
+        return {"a": (tensor(value), (held, step)) if around == "tuple" else (held, step)}
+
+    live = tree(0.0, 1)
+    held = live["a"][1][0] if around == "tuple" else live["a"][0]
+    average = held[0] if around == "deque" else held
+    values = average.values
+    await loaded(tree(1.0, 2), live, tmp_path, in_place=in_place)
+    now = live["a"][1] if around == "tuple" else live["a"]
+    assert now[0] is held
+    assert now[1] == average.step == 2
+    assert average.values is values
+    assert values.tolist() == [1.0] * 3
