@@ -6,6 +6,8 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from copy import copy
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,12 +43,16 @@ def check_flags(**flags: object) -> None:
 
 
 def check_optional(name: str, value: object, kind: type | tuple[type, ...], described: str) -> None:
-    """Refuse what is neither None nor of a kind.
+    """Refuse what is neither None nor of a kind, nor has the methods that an abstract one requires, as a wrapper has.
 
     Raises:
         TypeError: If it is not.
     """
-    if value is not None and not isinstance(value, kind):
+    if value is None or isinstance(value, kind):
+        return
+    # Not __abstractmethods__, which DCP's LoadPlanner does not have.
+    required = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
+    if not required or isinstance(value, type) or not all(hasattr(value, name) for name in required):
         raise TypeError(f"{name} must be {described}, or None, not {shown(value)}")
 
 
@@ -86,7 +92,7 @@ def require_int(name: str, number: object) -> int:
 
 
 def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint: str = "") -> float:
-    """Return a number of seconds above 0 as a float.
+    """Return a number of seconds above 0, of any class, as a float.
 
     Args:
         name: Of the argument.
@@ -98,11 +104,12 @@ def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint:
         TypeError: If it is no number, or is a bool.
         ValueError: If it is not above 0, is NaN, or is infinite and may not be.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+    if isinstance(seconds, bool) or not isinstance(seconds, (Real, Decimal)):
         raise TypeError(f"{name} must be a number of seconds, not {shown(seconds)}")
     try:
         found = float(seconds)
-    except OverflowError:
+    except (OverflowError, ValueError):
+        # An integer that is too large, and a signaling NaN.
         found = math.nan
     if not found > 0 or (found == math.inf and not infinite):
         raise ValueError(f"{name} must be a number of seconds above 0{hint}, not {shown(seconds)}")

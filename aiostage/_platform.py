@@ -8,7 +8,7 @@ have. Calls are looked up once, when this is imported; what is missing then is d
 ``posix_fallocate``    each page of shared memory is written to; files grow as they are written
 ``madvise``            memory goes back when it is unmapped, and has ordinary pages
 ``O_DIRECT``           reads and writes pass through the page cache
-``cachestat``          ``mincore``, which takes ten times as long; so too where a filter looks at system calls
+``cachestat``          ``mincore``, which takes five times as long; so too where a filter looks at system calls
 ``mincore``            every file counts as cached
 ``preadv``             ``pread``, and a copy
 ``renameat2``          ``renamex_np`` of macOS, else two renames that readers and later savers can tell from one

@@ -72,7 +72,8 @@ class StagingOptions:
         for name in ("use_pinned_memory", "use_non_blocking_copy"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), bool)
-        require_seconds("max_loop_hold", self.max_loop_hold, infinite=True, hint=" (math.inf for no yielding)")
+        hold = require_seconds("max_loop_hold", self.max_loop_hold, infinite=True, hint=" (math.inf for no yielding)")
+        object.__setattr__(self, "max_loop_hold", hold)
         for name in ("max_host_bytes", "max_bytes_in_flight"):
             if getattr(self, name) is not None:
                 _require_bytes(name, getattr(self, name))

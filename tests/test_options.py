@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint._experimental.staging import CheckpointStagerConfig
@@ -71,6 +75,18 @@ def test_what_is_wrong_is_named_with_its_value(
 @pytest.mark.parametrize("seconds", [1e-9, 1, math.inf])
 def test_any_time_above_nothing(seconds: float) -> None:
     assert StagingOptions(max_loop_hold=seconds).max_loop_hold == seconds
+
+
+@pytest.mark.parametrize("seconds", [np.float32(0.5), Fraction(1, 2), Decimal("0.5")], ids=repr)
+def test_a_time_of_any_class_becomes_a_float(seconds: Any) -> None:
+    hold = StagingOptions(max_loop_hold=seconds).max_loop_hold
+    assert (type(hold), hold) == (float, 0.5)
+
+
+@pytest.mark.parametrize("seconds", [Decimal("sNaN"), Decimal("nan"), np.float32("nan"), np.float64(0)], ids=repr)
+def test_a_time_that_is_none(seconds: Any) -> None:
+    with pytest.raises(ValueError, match="max_loop_hold must be a number of seconds above 0"):
+        StagingOptions(max_loop_hold=seconds)
 
 
 class TestFromTorch:

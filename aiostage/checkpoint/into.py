@@ -211,10 +211,10 @@ class _Comparison:
                 self._mismatch(place, reason)
         elif isinstance(live, (dict, list, tuple)) and _same_kind(live, loaded):
             # A tuple without tensors and containers is a value and replaced as a whole, as betas of an optimizer are.
-            # What is in any other tuple is compared, that of its objects with tensors too; it stays, unless a value in
-            # it is another.
-            is_value = isinstance(live, tuple) and not (has_state(live) or has_state(loaded) or has_tensors(live))
-            if is_value and where is not None:
+            # What is in any other tuple is compared, also one with objects that have tensors in them; it stays, unless
+            # a value in it is another.
+            holds = has_state(live) or has_state(loaded) or has_tensors(live)
+            if isinstance(live, tuple) and where is not None and not holds:
                 filled = merged(live, loaded)
                 if filled is None:
                     self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")

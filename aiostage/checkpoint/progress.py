@@ -77,4 +77,5 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
         finally:
             bar.close()
     else:
-        yield progress or None
+        # A function may be an object that counts as false, such as a list that is called with what is appended to it.
+        yield progress if callable(progress) else None

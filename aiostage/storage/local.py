@@ -73,7 +73,7 @@ class LocalStorage(MultiWriterStorage):
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        if not isinstance(root, (str, os.PathLike)):
+        if not isinstance(root, (str, bytes, os.PathLike)):
             raise TypeError(f"the root of a LocalStorage is a path, not {shown(root)}")
         if "\0" in os.fsdecode(root):
             raise ValueError(f"{shown(root)} is not a path: it has a null byte")

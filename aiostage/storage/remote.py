@@ -125,9 +125,8 @@ class RemoteStorage(MultiWriterStorage):
     """
 
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
-        require_seconds("lease_seconds", lease_seconds, infinite=True)
         self._bucket = bucket
-        self._lease_seconds = lease_seconds
+        self._lease_seconds = require_seconds("lease_seconds", lease_seconds, infinite=True)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._bucket.location!r})"

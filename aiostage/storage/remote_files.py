@@ -57,9 +57,13 @@ class FsspecStorage(RemoteStorage):
             changed, :meth:`clean_up` removes nothing.
     """
 
-    def __init__(self, filesystem: Any, root: str = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+    def __init__(
+        self, filesystem: Any, root: str | os.PathLike[str] = "", *, lease_seconds: float = DEFAULT_LEASE_SECONDS
+    ) -> None:
         if isinstance(filesystem, type) or not hasattr(filesystem, "unstrip_protocol"):
             raise TypeError(f"filesystem must be a file system of fsspec, not {shown(filesystem)}")
+        if isinstance(root, os.PathLike):
+            root = os.fspath(root)
         require_text("root", root)
         location = str(filesystem.unstrip_protocol(root)).rstrip("/")
         bucket = _FsspecBucket(lambda: (filesystem, filesystem._strip_protocol(root)), location)

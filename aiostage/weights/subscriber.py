@@ -51,8 +51,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
         self._place = socket_or_storage(target)
         self._classes = Classes(classes).passed
         self._timeout = checked_timeout(timeout)
-        require_seconds("interval", interval, infinite=True)
-        self._interval = float(interval)
+        self._interval = require_seconds("interval", interval, infinite=True)
         self._last: WeightVersion | None = None
         self._guard = anyio.ResourceGuard("waiting for weights from")
 

@@ -53,3 +53,16 @@ async def test_neither_a_bool_nor_a_function(tmp_path: Path) -> None:
         await aiostage.save(tree(), tmp_path / "step-1", progress="yes")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     await aiostage.save(tree(), tmp_path / "step-1", progress=False)
+
+
+@pytest.mark.asyncio
+async def test_a_function_that_counts_as_false(tmp_path: Path) -> None:
+    class Noted(list[Any]):
+        def __call__(self, event: Any) -> None:
+            self.append(event)
+
+    saved, loaded = Noted(), Noted()
+    await aiostage.save(tree(), tmp_path / "step-1", progress=saved)
+    await aiostage.load(tmp_path / "step-1", progress=loaded)
+    assert saved
+    assert loaded

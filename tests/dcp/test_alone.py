@@ -7,14 +7,18 @@ import contextlib
 import pickle
 import threading
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from aiostage import AsyncStager, RankFailedError, StagerClosedError, StagingError, UnsupportedLeafError, adapt, dcp
 from tests.checkpoint.test_fit import Raising
@@ -39,6 +43,16 @@ class Slow(FileSystemWriter):
         self._loop.call_soon_threadsafe(self.begun.set)
         asyncio.run_coroutine_threadsafe(self.go.wait(), self._loop).result(20)
         return super().write_data(plan, planner)
+
+
+class Wrapped:
+    """Hands all that it is asked for to another, and is not of its class."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 @pytest.mark.asyncio
@@ -179,6 +193,22 @@ class TestSaveAndLoad:
         with pytest.raises(RankFailedError, match=r"metadata is None; .*No such file"):
             await dcp.load({"w": torch.ones(2)}, storage_reader=SaysNothingAtFirst(tmp_path / "a"))
 
+    async def test_takes_what_wraps_others(self, tmp_path: Path) -> None:
+        writer: Any = Wrapped(FileSystemWriter(tmp_path / "a"))
+        reader: Any = Wrapped(FileSystemReader(tmp_path / "a"))
+        planners: Any = [Wrapped(DefaultSavePlanner()), Wrapped(DefaultLoadPlanner())]
+        target = {"w": torch.zeros(2)}
+        await dcp.save({"w": torch.ones(2)}, storage_writer=writer, planner=planners[0])
+        await dcp.load(target, storage_reader=reader, planner=planners[1])
+        assert target["w"].tolist() == [1.0, 1.0]
+
+    @pytest.mark.parametrize("timeout", [np.float32(30), np.int64(30), Fraction(30), Decimal(30), 30], ids=repr)
+    async def test_a_timeout_of_any_class(self, timeout: Any, tmp_path: Path) -> None:
+        target = {"w": torch.zeros(2)}
+        await dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "a", timeout=timeout)
+        await dcp.load(target, checkpoint_id=tmp_path / "a", timeout=timeout)
+        assert target["w"].tolist() == [1.0, 1.0]
+
     @pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan"), 10**400])
     async def test_refuses(self, tmp_path: Path, timeout: float) -> None:
         with pytest.raises(TypeError, match="stager must be a CheckpointStager"):
@@ -193,6 +223,8 @@ class TestSaveAndLoad:
         for name in ("checkpoint_id", "storage_reader", "planner", "no_dist"):
             with pytest.raises(TypeError, match=f"{name} must be "):
                 dcp.load({}, **{"checkpoint_id": tmp_path / "a", name: 3})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="storage_writer must be a StorageWriter of DCP"):
+            dcp.save({}, storage_writer=FileSystemWriter)  # type: ignore[arg-type]
         for into in (None, [], "abc"):
             with pytest.raises(TypeError, match="a state dict to load into is a dict of names, not "):
                 dcp.load(into, checkpoint_id=tmp_path / "a")  # type: ignore[arg-type]

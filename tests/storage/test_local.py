@@ -69,6 +69,13 @@ class TestLocalStorageOnTrio(LocalSuite):
     pass
 
 
+@pytest.mark.asyncio
+async def test_a_root_in_bytes(tmp_path: Path) -> None:
+    root: Any = os.fsencode(tmp_path)
+    await save_small(LocalStorage(root), "a")
+    assert await LocalStorage(tmp_path).list() == ["a"]
+
+
 @pytest.mark.one_loop
 @pytest.mark.asyncio
 class TestLargeParts(LocalSuite):
@@ -204,9 +211,10 @@ def test_wrong_arguments_of_remote_storages() -> None:
     for wrong in (None, "file", 3, type(fsspec.filesystem("memory"))):
         with pytest.raises(TypeError, match="filesystem must be a file system of fsspec, not "):
             FsspecStorage(wrong)
-    for wrong in (None, 3, b"a", Path("a")):
+    for wrong in (None, 3, b"a"):
         with pytest.raises(TypeError, match="root must be a str, not "):
             FsspecStorage(fsspec.filesystem("memory"), wrong)
+    for wrong in (None, 3, b"a", Path("a")):
         with pytest.raises(TypeError, match="prefix must be a str, not "):
             ObjectStorage(MemoryStore(), wrong)
         for kind in (FsspecStorage, ObjectStorage):

@@ -37,6 +37,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> FsspecStorage:
     return FsspecStorage(MemoryFileSystem(), f"/{secrets.token_hex(4)}")
 
 
+async def test_a_root_that_is_a_path(tmp_path: Path) -> None:
+    await save(FsspecStorage(LocalFileSystem(), tmp_path / "runs"), "a", some_bytes(10))
+    assert await FsspecStorage(LocalFileSystem(), str(tmp_path / "runs")).list() == ["a"]
+
+
 def files(storage: Any) -> list[str]:
     fs, root = storage._bucket._filesystem()
     return sorted(path.removeprefix(root) for path in fs.find(root)) if fs.exists(root) else []
