@@ -77,10 +77,14 @@ async def large_warm(rounds: int) -> AsyncIterator[Row]:
     """Measure 2 GiB in 64 tensors, warm."""
     tree = few_large()
     row = Row(1, "2 GiB in 64 tensors, warm")
-    row.samples = await turns(_peers(["aiostage", *RIVALS, "_foreach_copy_"]), lambda: tree, rounds)
+    names = ["aiostage", *RIVALS, "_foreach_copy_", "two threads, warm"]
+    row.samples = await turns(_peers(names), lambda: tree, rounds)
     # By itself: the kernel is busy for a while with the memory that it gives back each time.
     row.samples |= await turns(_peers(["copy.deepcopy"]), lambda: tree, rounds, warm_ups=1)
     row.at_most(1.10, "_foreach_copy_")
+    # The floor: the same copies and nothing else, beside the same event loop.
+    row.at_most(1.10, "two threads, warm")
+    row.at_most(1.10, "_foreach_copy_", of="two threads, warm")
     row.at_most(1.0, "torch_checkpointing")
     row.punctual()
     yield row
@@ -151,13 +155,15 @@ async def adam(rounds: int) -> AsyncIterator[Row]:
     leaves = leaves_of(trained.state_dict())
     nbytes = sum(leaf.nbytes for leaf in leaves)
     row = Row(6, f"model and Adam of 350 M parameters, {len(leaves)} tensors, {nbytes / GIB:.2f} GiB, warm")
-    names = ["aiostage", "_foreach_copy_"]
-    if _available() > 4.2 * nbytes:
+    names = ["aiostage", "_foreach_copy_", "two threads, warm"]
+    if _available() > 5.2 * nbytes:
         names += RIVALS
     else:
         row.notes.append("Too little memory for the rivals.")
     row.samples = await turns(_peers(names), trained.state_dict, rounds)
     row.at_most(1.15, "_foreach_copy_")
+    row.at_most(1.15, "two threads, warm")
+    row.at_most(1.15, "_foreach_copy_", of="two threads, warm")
     row.punctual()
     yield row
 
