@@ -179,11 +179,14 @@ class SelfCopies:
 
     def order_within(self, reduced: Sequence[Node]) -> None:
         """Put what objects lead to that were reduced since :meth:`order` in their places."""
-        for outer in reduced:
+        # In the order of copying, with one set of what was seen: what two of them lead to has the place that the first
+        # gives it, and is gone through once. It is one step, and 1,000 objects may share what they lead to.
+        seen: set[int] = set()
+        for outer in sorted(reduced, key=lambda node: self._order.get(id(node), _LAST)):
             place = self._order.get(id(outer))
             if place is None:
-                continue
-            for number, node in enumerate(depth_first(outer, _leads_before)):
+                break
+            for number, node in enumerate(depth_first(outer, _leads_before, seen)):
                 # What the tree leads to before that has its place.
                 if isinstance(node, GivenNode):
                     self._order[id(node)] = min(self._order.get(id(node), _LAST), (*place, number))

@@ -133,7 +133,7 @@ def is_layout(value: Any) -> bool:
     """Return whether something is part of a DTensor's layout that never changes, and neither does anything in it.
 
     Such are placements, the shape and strides of the whole tensor, and the order of shards, of which each DTensor has
-    its own. They are passed through, as atoms are: copied by what they reduce to, they were eight objects of a DTensor.
+    its own. The walk passes them through: copied by what they reduce to, they were eight objects of a DTensor.
     """
     parts = value if type(value) is tuple else (value,)
     return bool(parts) and all(map(_is_layout_part, parts))
@@ -363,14 +363,15 @@ def circles_of(some: Sequence[Node], leads: Leads, between: Container[int] = ())
     return circles
 
 
-def depth_first(root: Node, leads: Leads) -> Iterator[Node]:
+def depth_first(root: Node, leads: Leads, seen: set[int] | None = None) -> Iterator[Node]:
     """Yield a node and what it leads to, each once, in the order of copying.
 
     Args:
         root: The first.
         leads: Returns what a node leads to; asked once the node has been dealt with.
+        seen: Identities of nodes that are left out; grows by those that are yielded.
     """
-    seen: set[int] = set()
+    seen = set() if seen is None else seen
     stack = [root]
     while stack:
         node = stack.pop()

@@ -66,8 +66,6 @@ _ATTRIBUTED_AT_ONCE = 64
 _SUBCLASS_COST = 16
 """A tensor of another class counts as so many with attributes. To find out what a DTensor is made of takes 45 us."""
 
-_LAYOUTS = (_private.DTENSOR_PLACEMENTS, _private.DTENSOR_SPECS)
-
 _NODE_COST = 8
 """What opening a container costs in terms of children."""
 
@@ -412,7 +410,11 @@ class Walk:
             self.changes.add_slots(child, {"default_factory": child.default_factory}, node, slot)
         elif kind is list:
             made = ListNode(child, node, slot)
-        elif (kind if kind is not tuple or not child else type(child[0])).__module__ in _LAYOUTS and is_layout(child):
+        elif (
+            node.parent is not None
+            and type(node.parent.source).__module__ == _private.DTENSOR_SPECS
+            and self._keep(child, node, slot)
+        ):
             return
         elif kind is tuple:
             made = TupleNode(child, node, slot)
@@ -445,6 +447,19 @@ class Walk:
             if last:
                 self._reduced_last.append(made)
         self._add(made, node, slot, last=last)
+
+    def _keep(self, child: Any, node: Node, slot: int) -> bool:
+        """Pass a part of a DTensor's layout through; return whether something is one."""
+        parts = child if type(child) is tuple else ()
+        # What has a copy already has it everywhere.
+        if any(self._nodes.find(id(part)) is not None for part in parts) or not is_layout(child):
+            return False
+        # Noted with itself as the copy, for whatever else leads to it or to what is in it.
+        for item in (child, *parts):
+            kept = ObjectNode(item, node, slot)
+            kept.copy, kept.done = item, True
+            self._nodes.put(id(item), kept)
+        return True
 
     def _read(self, node: Node) -> Generator[None, None, None]:
         """Note what a node holds, yielding between parts of a large one."""

@@ -314,6 +314,16 @@ def mesh() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
+class Deep:
+    """Copies itself, and what it holds with copy.deepcopy."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deep:
+        return Deep(copy.deepcopy(self.value, memo))
+
+
 class TestDTensor:
     @pytest.mark.parametrize("sharded", [True, False])
     def test_is_staged_over_the_same_mesh(self, mesh: Any, sharded: bool) -> None:
@@ -450,7 +460,10 @@ class TestDTensor:
         meta = TensorMeta(torch.Size([2]), (1,), torch.float32)
         for plain in (meta, Shard(0), (Shard(1), Replicate()), (meta,)):
             assert is_layout(plain)
-            assert stage([plain])[0] is plain
+            # Outside a spec it is an object like any other, which may get attributes.
+            [copied] = stage([plain])
+            assert copied is not plain
+            assert copied == plain
         marked = Shard(0)
         marked.note = []  # type: ignore[attr-defined]
         inside: Any = [1]
@@ -465,6 +478,20 @@ class TestDTensor:
             assert not is_layout(other)
         staged = stage([(Shard(0), inside), meta._replace(stride=inside)])
         assert staged[0][1] is staged[1].stride is not inside
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_what_else_leads_to_its_layout_has_the_same_copy(self, mesh: Any, first: bool) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        source = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
+        others = [source.placements, [source.placements[0]], Deep(source.placements), Deep(source._spec.tensor_meta)]
+        for other in others:
+            tree = [other, source] if first else [source, other]
+            for copied in (stage(tree), copy.deepcopy(tree)):
+                other_copy, tensor = copied if first else reversed(copied)
+                inside = other_copy.value if isinstance(other_copy, Deep) else other_copy
+                spec = tensor._spec
+                assert inside is spec.placements or inside is spec.tensor_meta or inside[0] is spec.placements[0]
 
     def test_a_partial_one_is_refused(self, mesh: Any) -> None:
         from torch.distributed.tensor import DTensor, Partial

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, UnsupportedLeafError
+from aiostage._capture import early as early_module
+from aiostage._capture.nodes import Node
 
 pytestmark = pytest.mark.asyncio
 
@@ -134,6 +136,26 @@ async def test_objects_that_only_other_objects_show_copy_themselves_in_their_tur
     before = int(where == "before")
     assert found[1 + before].tolist() == expected[1 + before].tolist() == [1, 1, 1]
     assert found[1 + before] is found[2 + before].items[0].value
+
+
+@pytest.mark.parametrize("shape", ["a chain", "a registry"])
+async def test_what_many_objects_show_is_gone_through_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one step: at a time for each of them, 1,000 held the event loop for a second."""
+    gone_through = 0
+    leads = early_module._leads_before
+
+    def counting(node: Node) -> list[Node]:
+        nonlocal gone_through
+        gone_through += 1
+        return leads(node)
+
+    monkeypatch.setattr(early_module, "_leads_before", counting)
+    registry = {number: [number] for number in range(200)}
+    tree: list[Any] = [Reduced(registry)]
+    for _ in range(200):
+        tree.append(Reduced(tree[-1] if shape == "a chain" else registry))
+    await staged([tree, Summing([])])
+    assert 200 < gone_through < 2_000
 
 
 async def test_an_iterator_after_it_is_over_the_announced_copy() -> None:
