@@ -34,7 +34,8 @@ class Observer(ABC):
 
     They are called on event loops and in worker threads, from several at once, in the context of the work, and must
     neither block nor take long. What they raise is logged and changes nothing. Every span that was started is
-    reported once more, when it has ended, unless its coroutine was dropped without being closed.
+    reported once more, when it has ended. One whose coroutine is dropped has failed; the collector may report that in
+    any thread and at any moment, so a lock that an observer takes has to be reentrant.
     """
 
     @abstractmethod

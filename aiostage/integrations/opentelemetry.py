@@ -29,7 +29,7 @@ class OpenTelemetryObserver(Observer):
 
     def __init__(self, tracer: trace.Tracer | None = None) -> None:
         self._tracer = tracer if tracer is not None else trace.get_tracer("aiostage")
-        # Weak, because a span whose coroutine was dropped is not reported again.
+        # Weak, because a span that is still open when its process forks may not be reported again in the child.
         self._spans: WeakKeyDictionary[Span, trace.Span] = WeakKeyDictionary()
         # Reentrant, because the collector may close a coroutine, and with it a span, while this thread has the lock.
         self._lock = RLock()
