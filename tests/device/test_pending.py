@@ -153,7 +153,7 @@ class TestStreams:
                     with stream:
                         snapshot = stager.snapshot(state)
                         task = asyncio.ensure_future(result(snapshot))
-                    for _ in range(seed % 14 * 60):
+                    for _ in range(seed % 14 * 120):
                         await asyncio.sleep(0)
                     # How many turns the walk takes depends on the threads beside it, so some writes come after it.
                     walking = snapshot.nbytes == 0
