@@ -23,7 +23,9 @@ from aiostage.checkpoint.live_values import (
     are_wrappers,
     has_state,
     has_tensors,
+    is_around,
     is_own,
+    is_state,
     merged,
     parts_of,
     why_not,
@@ -151,6 +153,9 @@ class _Comparison:
         # By the id of a container and a key, what is put there.
         self._assigned: dict[tuple[int, Any], Any] = {}
         self._todo: list[tuple[LinkedPath, Any, Any, Where]] = []
+        # Whether tuples have something in them that stays, by their ids.
+        self._live_tuples: dict[int, bool] = {}
+        self._loaded_tuples: dict[int, bool] = {}
         # By the ids of a live tuple and the loaded one.
         self._tuples: dict[tuple[int, int], LiveTuple] = {}
         self._first_pairs: dict[int, LiveTuple] = {}
@@ -213,8 +218,12 @@ class _Comparison:
             # A tuple without tensors and containers is a value and replaced as a whole, as betas of an optimizer are.
             # What is in any other tuple is compared, also one with objects that have tensors in them; it stays, unless
             # a value in it is another.
-            holds = has_state(live) or has_state(loaded) or has_tensors(live)
-            if isinstance(live, tuple) and where is not None and not holds:
+            if (
+                isinstance(live, tuple)
+                and where is not None
+                and not is_around(live, _is_kept, self._live_tuples)
+                and not is_around(loaded, is_state, self._loaded_tuples)
+            ):
                 filled = merged(live, loaded)
                 if filled is None:
                     self._mismatch(place, f"{len(loaded)} places, some of them left out, instead of {len(live)}")
@@ -414,6 +423,10 @@ def _and_above(place: LinkedPath) -> Iterator[LinkedPath]:
     while place is not None:
         yield place
         place = place[1]
+
+
+def _is_kept(live: Any) -> bool:
+    return is_state(live) or has_tensors(live)
 
 
 def _same_kind(live: Any, loaded: Any) -> bool:

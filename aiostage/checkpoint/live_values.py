@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ __all__ = [
     "are_wrappers",
     "has_state",
     "has_tensors",
+    "is_around",
     "is_own",
+    "is_state",
     "merged",
     "parts_of",
     "why_not",
@@ -58,7 +60,35 @@ def _inside(value: tuple[Any, ...]) -> Iterator[Any]:
 
 def has_state(value: Any) -> bool:
     """Return whether a value is, or is a tuple around, something that is changed in place."""
-    return any(isinstance(item, (torch.Tensor, dict, list)) for item in _inside((value,)))
+    return any(map(is_state, _inside((value,))))
+
+
+def is_state(value: Any) -> bool:
+    """Return whether a value is changed in place: a tensor, dict or list."""
+    return isinstance(value, (torch.Tensor, dict, list))
+
+
+def is_around(value: tuple[Any, ...], holds: Callable[[Any], bool], known: dict[int, bool]) -> bool:
+    """Return whether a tuple, or one in it, has an item of which something holds.
+
+    Args:
+        value: The tuple.
+        holds: Answers for an item that is no tuple.
+        known: Of tuples that are kept alive, by their ids. All that is found out is put in, so that asking for each of
+            many nested tuples looks at each once.
+    """
+    pending = [value]
+    # From the innermost tuples outwards, without recursion: tuples may be nested deeper than Python's stack.
+    while pending:
+        mine = pending[-1]
+        inner = [item for item in mine if isinstance(item, tuple) and id(item) not in known]
+        if inner and id(mine) not in known:
+            pending += inner
+            continue
+        pending.pop()
+        if id(mine) not in known:
+            known[id(mine)] = any(known[id(item)] if isinstance(item, tuple) else holds(item) for item in mine)
+    return known[id(value)]
 
 
 def are_wrappers(live: Any, loaded: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ import torch
 
 import aiostage
 from aiostage import CheckpointMismatchError
+from aiostage._loop.coroutines import exhausted
+from aiostage.checkpoint.into import compare
+from tests.capture.test_steps import calls
 
 pytestmark = pytest.mark.asyncio
 
@@ -195,3 +199,17 @@ async def test_an_object_with_tensors_in_a_tuple(around: str, in_place: bool, tm
     assert now[1] == average.step == 2
     assert average.values is values
     assert values.tolist() == [1.0] * 3
+
+
+async def test_deep_tuples_are_looked_at_once() -> None:
+    def deep(levels: int, value: float) -> list[Any]:
+        made: Any = (tensor(value), 0)
+        for level in range(levels):
+            made = (made, level)
+        return [made]
+
+    counts = []
+    for levels in (200, 400):
+        comparison = compare(deep(levels, 0.0), deep(levels, 1.0))
+        counts.append(calls(partial(exhausted, comparison)))
+    assert counts[1] < 2.5 * counts[0]
