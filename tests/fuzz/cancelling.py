@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import sys
@@ -100,6 +101,19 @@ def stale_files(folder: Path) -> list[str]:
     )
 
 
+async def ends(task: asyncio.Task[Any]) -> bool:
+    """Return whether a task ends within half a minute; show where everything stands if it does not."""
+    # In short waits: of one long wait nothing is left once the process was stopped or frozen meanwhile, for the clock
+    # goes on then.
+    for _ in range(30):
+        if (await asyncio.wait([task], timeout=1))[0]:
+            return True
+    for each in asyncio.all_tasks():
+        each.print_stack(file=sys.stderr)
+    faulthandler.dump_traceback(all_threads=True)
+    return False
+
+
 async def cancel(make: Callable[[], Awaitable[object]], choices: Choices) -> str:
     """Run something in a task, and cancel that some times at random moments; return how it ended."""
     task = asyncio.ensure_future(make())
@@ -110,14 +124,13 @@ async def cancel(make: Callable[[], Awaitable[object]], choices: Choices) -> str
                 await asyncio.sleep(0)
         task.cancel()
         turns = choices.pick([1, 2, 5])
-    try:
-        await asyncio.wait_for(asyncio.shield(asyncio.wait([task])), 30)
-        return "cancelled" if task.cancelled() else "failed" if task.exception() is not None else "done"
-    except TimeoutError:
-        raise Leaked("it never ends") from None
-    finally:
-        if task.done() and not task.cancelled() and task.exception() is not None:
-            raise Leaked(f"{type(task.exception()).__name__}: {task.exception()}") from None
+    if not await ends(task):
+        raise Leaked("it never ends")
+    if task.cancelled():
+        return "cancelled"
+    if task.exception() is not None:
+        raise Leaked(f"{type(task.exception()).__name__}: {task.exception()}")
+    return "done"
 
 
 async def check_cancelled(operations: Operations, name: str, choices: Choices) -> str:
@@ -137,10 +150,10 @@ async def check_cancelled(operations: Operations, name: str, choices: Choices) -
         statistics = stager.statistics()
         if statistics.leases or statistics.waiting:
             raise Leaked(f"{ended}, with {statistics.leases} leases and {statistics.waiting} waiting")
-        try:
-            staged = await asyncio.wait_for(stager.stage(operations.tree), 30)
-        except TimeoutError:
-            raise Leaked(f"{ended}, and the next staging never ends") from None
+        next_staging = asyncio.ensure_future(stager.stage(operations.tree))
+        if not await ends(next_staging):
+            raise Leaked(f"{ended}, and the next staging never ends: {stager.statistics()}")
+        staged = next_staging.result()
         if float(staged["model"]["p7"][0]) != 7:
             raise Leaked("the next staging has wrong values")
     finally:
