@@ -10,11 +10,13 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from aiostage.errors import shown
 
 __all__ = [
+    "FLAG",
     "check_flags",
     "check_optional",
     "check_progress",
@@ -22,10 +24,14 @@ __all__ = [
     "is_stateful",
     "require_int",
     "require_seconds",
+    "require_step",
     "require_text",
     "stateful_in",
     "states_of",
 ]
+
+FLAG = (bool, np.bool_)
+"""The classes of flags, which count by their values."""
 
 _PLAIN = (torch.Tensor, dict, list, tuple, str, int, float, type)
 """What is surely not Stateful, as ``torch.distributed.checkpoint`` calls it."""
@@ -38,7 +44,7 @@ def check_flags(**flags: object) -> None:
         TypeError: If one is not.
     """
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, FLAG):
             raise TypeError(f"{name} must be True or False, not {shown(value)}")
 
 
@@ -57,12 +63,13 @@ def check_optional(name: str, value: object, kind: type | tuple[type, ...], desc
 
 
 def check_progress(progress: object) -> None:
-    """Refuse what is neither a bool, a function nor None.
+    """Refuse what is neither a bool, a function nor None. The number 0 is taken for False.
 
     Raises:
         TypeError: If it is none of these.
     """
-    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+    is_zero = isinstance(progress, int) and progress == 0
+    if not (progress is None or isinstance(progress, FLAG) or is_zero or callable(progress)):
         raise TypeError(f"progress must be True, a function of one argument, or None, not {shown(progress)}")
 
 
@@ -114,6 +121,19 @@ def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint:
     if not found > 0 or (found == math.inf and not infinite):
         raise ValueError(f"{name} must be a number of seconds above 0{hint}, not {shown(seconds)}")
     return found
+
+
+def require_step(step: object) -> int:
+    """Return the number of a step as an int.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below 0.
+    """
+    number = require_int("a step", step)
+    if number < 0:
+        raise ValueError(f"a step must be an integer of at least 0, not {number}")
+    return number
 
 
 def require_text(name: str, text: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from aiostage._arguments import require_seconds
+from aiostage._arguments import FLAG, require_int, require_seconds
 from aiostage.errors import shown
 from aiostage.leaf import Path
 
@@ -68,15 +68,15 @@ class StagingOptions:
     def __post_init__(self) -> None:
         """Check every field against its type and range."""
         for name in ("use_shared_memory", "use_async_staging", "low_priority_copies", "detect_torn"):
-            _require(name, getattr(self, name), bool)
+            object.__setattr__(self, name, _checked_flag(name, getattr(self, name)))
         for name in ("use_pinned_memory", "use_non_blocking_copy"):
             if getattr(self, name) is not None:
-                _require(name, getattr(self, name), bool)
+                object.__setattr__(self, name, _checked_flag(name, getattr(self, name)))
         hold = require_seconds("max_loop_hold", self.max_loop_hold, infinite=True, hint=" (math.inf for no yielding)")
         object.__setattr__(self, "max_loop_hold", hold)
         for name in ("max_host_bytes", "max_bytes_in_flight"):
             if getattr(self, name) is not None:
-                _require_bytes(name, getattr(self, name))
+                object.__setattr__(self, name, _checked_bytes(name, getattr(self, name)))
         if isinstance(self.dtype, torch.dtype):
             if not self.dtype.is_floating_point:
                 raise ValueError(
@@ -116,16 +116,20 @@ class StagingOptions:
         return cls(**({name: getattr(config, name) for name in names} | changes))
 
 
-def _require(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, not {shown(value)}")
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, FLAG):
+        raise TypeError(f"{name} must be bool, not {shown(value)}")
+    return bool(value)
 
 
-def _require_bytes(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, in bytes, or None, not {shown(value)}")
-    if value <= 0:
+def _checked_bytes(name: str, value: object) -> int:
+    try:
+        number = require_int(name, value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, in bytes, or None, not {shown(value)}") from None
+    if number <= 0:
         raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(value)}")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

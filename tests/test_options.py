@@ -24,6 +24,15 @@ def test_defaults_are_what_the_machine_can_do() -> None:
     AsyncStager(options)
 
 
+def test_flags_and_numbers_of_numpy_become_those_of_python() -> None:
+    values: Any = {"use_pinned_memory": np.False_, "detect_torn": np.True_, "max_host_bytes": np.int64(1 << 30)}
+    options = StagingOptions(**values)
+    assert options.use_pinned_memory is False
+    assert options.detect_torn is True
+    assert type(options.max_host_bytes) is int
+    assert options == StagingOptions(use_pinned_memory=False, max_host_bytes=1 << 30)
+
+
 def test_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         StagingOptions().max_loop_hold = 1.0  # type: ignore[misc]

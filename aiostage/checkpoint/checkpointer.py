@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from aiostage._arguments import check_flags, check_progress, require_int
-from aiostage._device import CallerStreams, default_backend
+from aiostage._arguments import check_flags, check_progress, require_step
+from aiostage._device import CallerStreams, checked_backend
 from aiostage._loop.coroutines import finish, named, without_locals
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.background import BackgroundSaves, OpenState
@@ -140,7 +140,7 @@ class Checkpointer(BackgroundSaves):
 
         The coroutine may be cancelled: either the checkpoint was complete already, or nothing of it is left.
         """
-        step = _checked(step)
+        step = require_step(step)
         check_flags(replace=replace)
         task = SaveTask(
             next(self._numbers),
@@ -194,7 +194,7 @@ class Checkpointer(BackgroundSaves):
             CheckpointCorruptError: If it is damaged. An earlier one is not taken in its place: pass its step for that.
             CheckpointMismatchError: If it does not fit ``into``.
             OSError: If the storage refuses.
-            TypeError: If the step is not an integer, or was passed as ``into``.
+            TypeError: If the step is not an integer, or was passed as ``into``; or if ``backend`` is none.
             ValueError: If it is below 0.
 
         May be cancelled: unless ``in_place``, either nothing of ``into`` has been changed then, or everything.
@@ -203,12 +203,12 @@ class Checkpointer(BackgroundSaves):
             raise TypeError(
                 f"into must be a live tree, not {shown(into)}. A step is passed by name: restore(step={shown(into)})"
             )
-        caller = CallerStreams.record(options.get("backend") or default_backend(), into)
+        caller = CallerStreams.record(checked_backend(options.get("backend")), into)
         return named(self._restore(caller, into, step, options), "Checkpointer.restore")
 
     async def _restore(self, caller: CallerStreams, into: Any, step: int | None, options: dict[str, Any]) -> Any:
         if step is not None:
-            name = name_of(_checked(step))
+            name = name_of(require_step(step))
             try:
                 return await load_after(caller, (self._storage, name), into=into, foreign=False, **options)
             except CheckpointNotFoundError as error:
@@ -251,7 +251,7 @@ class Checkpointer(BackgroundSaves):
 
         When cancelled, it is there as a whole, or can no longer be found.
         """
-        step = _checked(step)
+        step = require_step(step)
         async with self._removing:
             await self._index.remove([step])
 
@@ -361,10 +361,3 @@ class Checkpointer(BackgroundSaves):
             self._not_removed = without_locals(error)
         else:
             self._not_removed = None
-
-
-def _checked(step: object) -> int:
-    number = require_int("a step", step)
-    if number < 0:
-        raise ValueError(f"a step must be an integer of at least 0, not {number}")
-    return number

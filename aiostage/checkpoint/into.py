@@ -116,7 +116,7 @@ def compare(
     yield from comparison.run(live, loaded)
     yield from comparison.check_ties()
     differ = bool(comparison.missing or comparison.unexpected)
-    if comparison.mismatched or (differ and fit.strict is True):
+    if comparison.mismatched or (differ and fit.strict and not callable(fit.strict)):
         raise CheckpointMismatchError(
             missing=comparison.missing, unexpected=comparison.unexpected, mismatched=comparison.mismatched
         )

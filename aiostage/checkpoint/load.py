@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
-from aiostage._arguments import check_flags, stateful_in
+from aiostage._arguments import FLAG, check_flags, stateful_in
 from aiostage._device import CallerStreams, checked_backend, default_backend
 from aiostage._loop.coroutines import named
 from aiostage.abc import Backend
@@ -218,9 +218,9 @@ async def load_after(
 
 def _check_options(into: Any, *, in_place: bool, strict: object, cast: bool, device: object) -> None:
     """Refuse options that do not go with one another."""
-    if not isinstance(strict, bool) and not callable(strict):
+    if not isinstance(strict, FLAG) and not callable(strict):
         raise TypeError(f"strict must be True, False or a function of two lists of paths, not {shown(strict)}")
-    if into is None and (cast or strict is not True):
+    if into is None and (cast or callable(strict) or not strict):
         raise ValueError("strict= and cast= are for a live tree: pass into=")
     if in_place and stateful_in(into, is_value):
         raise ValueError("in_place=True reads into tensors, and into= has objects that take whole state dicts")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TypeAlias, TypeVar
 
-from aiostage._arguments import check_progress
+from aiostage._arguments import FLAG, check_progress
 
 __all__ = ["LoadProgress", "Progress", "ProgressOption", "SaveProgress", "reporting"]
 
@@ -69,7 +69,7 @@ def reporting(progress: ProgressOption[P], title: str) -> Iterator[Callable[[P],
         ImportError: If a bar is asked for and tqdm is not installed.
     """
     check_progress(progress)
-    if progress is True:
+    if isinstance(progress, FLAG) and progress:
         # By name, because integrations import this package, and are imported only when they are used.
         bar = import_module("aiostage.integrations.tqdm").ProgressBar(title)
         try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
-from aiostage._arguments import check_flags
+from aiostage._arguments import check_flags, require_step
 from aiostage._loop.coroutines import named
 from aiostage._loop.workers import Workers
 from aiostage.abc import CheckpointStager
@@ -25,7 +25,7 @@ from aiostage.dcp.keys import KeyedLoadPlanner
 from aiostage.dcp.loader import check_into, load_in_group
 from aiostage.dcp.saver import AsyncSaveResponse, begin_save, writing
 from aiostage.dcp.storage import StorageReader, StorageWriter
-from aiostage.errors import CheckpointError, CheckpointNotFoundError, shown
+from aiostage.errors import CheckpointError, CheckpointNotFoundError
 from aiostage.storage.locate import Root, name_of, step_of, storage_at, surplus
 
 __all__ = ["Checkpointer", "SaveHandle"]
@@ -213,7 +213,7 @@ class Checkpointer(BackgroundSaves):
 
         If a checkpoint of this step exists already, the handle reports it.
         """
-        opened, name = self._entered(), name_of(_checked(step))
+        opened, name = self._entered(), name_of(require_step(step))
         write = writing(name, StorageWriter(self._root), planner)
         # Python itself warns of the coroutine if it is never awaited.
         response = begin_save(state_dict, opened.stager, write, **self._options)
@@ -311,7 +311,7 @@ class Checkpointer(BackgroundSaves):
         """
         reader = StorageReader(self._root)
         if step is not None:
-            _checked(step)
+            step = require_step(step)
         check_flags(weights_only=weights_only)
         check_into(into, planner)
         used = planner if planner is not None else KeyedLoadPlanner(weights_only=weights_only)
@@ -382,14 +382,6 @@ class Checkpointer(BackgroundSaves):
         failures = [each.error for each in self._handles if each.error is not None and not each.was_asked]
         self._handles.clear()
         return failures
-
-
-def _checked(step: object) -> int:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"a step must be an integer, not {shown(step)}")
-    if step < 0:
-        raise ValueError(f"a step must be an integer of at least 0, not {step}")
-    return step
 
 
 def _broadcast(found: Any, group: Any) -> Any:

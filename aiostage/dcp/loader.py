@@ -72,7 +72,9 @@ def load(
         raise ValueError("a load needs a checkpoint_id or a storage_reader to say where from")
     check_flags(weights_only=weights_only)
     check_into(state_dict, planner)
-    check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path or what the reader takes as text")
+    if storage_reader is None:
+        # What a reader of the caller's takes for an id is its own affair.
+        check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path")
     check_optional("storage_reader", storage_reader, TorchStorageReader, "a StorageReader of DCP")
     if planner is None:
         planner = KeyedLoadPlanner(weights_only=weights_only)

@@ -250,7 +250,9 @@ def writing(
     """Return what makes an action of a staged state dict."""
     if storage_writer is None and checkpoint_id is None:
         raise ValueError("a save needs a checkpoint_id or a storage_writer to say where to")
-    check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path or what the writer takes as text")
+    if storage_writer is None:
+        # What a writer of the caller's takes for an id is its own affair.
+        check_optional("checkpoint_id", checkpoint_id, (str, os.PathLike), "a path")
     check_optional("storage_writer", storage_writer, TorchStorageWriter, "a StorageWriter of DCP")
     check_optional("planner", planner, SavePlanner, "a SavePlanner of DCP")
     return lambda staged: partial(_write, staged, checkpoint_id, storage_writer, planner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +26,8 @@ STATE = {"a": torch.ones(3), "step": 1}
         ({"overwrite": None}, "overwrite"),
         ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be an integer, not '5GB'"),
         ({"max_shard_bytes": 5e9}, "max_shard_bytes"),
-        ({"progress": 0}, "progress must be True, a function of one argument, or None, not 0"),
+        ({"progress": 1}, "progress must be True, a function of one argument, or None, not 1"),
+        ({"progress": 0.0}, "progress"),
         ({"progress": torch.ones(2)}, "progress"),
     ],
 )
@@ -61,6 +62,54 @@ async def test_options_of_a_load(arguments: Any, reason: str, tmp_path: Path) ->
     await aiostage.save(STATE, tmp_path / "checkpoint")
     with pytest.raises(TypeError, match=reason):
         await aiostage.load(tmp_path / "checkpoint", **arguments)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("flag", [True, False])
+async def test_bools_of_numpy_are_flags_by_their_values(flag: bool, tmp_path: Path) -> None:
+    target, numpy_flag = tmp_path / "checkpoint", cast("bool", np.bool_(flag))
+    await aiostage.save(STATE, target, progress=numpy_flag, duplicate_tied=numpy_flag)
+    saving = aiostage.save({**STATE, "step": 2}, target, overwrite=numpy_flag)
+    if flag:
+        await saving
+    else:
+        with pytest.raises(aiostage.CheckpointExistsError):
+            await saving
+    live = {"a": torch.zeros(3), "step": 0, "more": torch.zeros(1)}
+    loading = aiostage.load(target, into=live, strict=numpy_flag, verify=numpy_flag, in_place=numpy_flag)
+    if flag:
+        with pytest.raises(aiostage.CheckpointMismatchError):
+            await loading
+    else:
+        await loading
+        assert live["step"] == 1
+    if flag:
+        assert (await aiostage.load(target, strict=numpy_flag))["step"] == 2
+    else:
+        with pytest.raises(ValueError, match="pass into="):
+            await aiostage.load(target, strict=numpy_flag)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("progress", [None, False, np.False_, 0])
+async def test_no_progress(progress: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async with aiostage.Checkpointer(tmp_path, progress=progress) as checkpoints:
+        await (await checkpoints.save(np.int64(3), STATE)).committed()  # type: ignore[arg-type]
+        assert (await checkpoints.restore(progress=progress))["step"] == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.asyncio
+async def test_the_bar_of_a_bool_of_numpy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    await aiostage.save(STATE, tmp_path / "checkpoint", progress=cast("bool", np.True_))
+    assert "saving" in capfd.readouterr().err
+
+
+@pytest.mark.asyncio
+async def test_the_backend_of_a_restore(tmp_path: Path) -> None:
+    async with aiostage.Checkpointer(tmp_path) as checkpoints:
+        with pytest.raises(TypeError, match=r"backend must be an aiostage.Backend, .*, not 'cuda'"):
+            await checkpoints.restore(backend="cuda")
 
 
 @pytest.mark.parametrize("make", [aiostage.Checkpointer, aiostage.blocking.Checkpointer])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -201,6 +201,23 @@ class TestSaveAndLoad:
         await dcp.save({"w": torch.ones(2)}, storage_writer=writer, planner=planners[0])
         await dcp.load(target, storage_reader=reader, planner=planners[1])
         assert target["w"].tolist() == [1.0, 1.0]
+
+    async def test_ids_of_other_classes_are_for_the_storage_of_the_caller(self, tmp_path: Path) -> None:
+        class OfNumbers:
+            def reset(self, checkpoint_id: Any = None) -> None:
+                super().reset(None if checkpoint_id is None else tmp_path / f"run-{checkpoint_id}")  # type: ignore[misc]
+
+        class Writer(OfNumbers, FileSystemWriter):
+            pass
+
+        class Reader(OfNumbers, FileSystemReader):
+            pass
+
+        target, number = {"w": torch.zeros(2)}, cast("str", 7)
+        await dcp.save({"w": torch.ones(2)}, checkpoint_id=number, storage_writer=Writer(tmp_path / "a"))
+        await dcp.load(target, checkpoint_id=number, storage_reader=Reader(tmp_path / "a"), no_dist=np.True_)
+        assert target["w"].tolist() == [1.0, 1.0]
+        assert (tmp_path / "run-7").is_dir()
 
     @pytest.mark.parametrize("timeout", [np.float32(30), np.int64(30), Fraction(30), Decimal(30), 30], ids=repr)
     async def test_a_timeout_of_any_class(self, timeout: Any, tmp_path: Path) -> None:
