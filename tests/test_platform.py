@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,18 +208,19 @@ def test_what_the_page_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file:
+        is_cached = partial(_platform.is_cached, count=_platform.counts_cached_pages())
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        if _platform.is_cached(file.fileno(), 0, 1 << 20):
+        if is_cached(file.fileno(), 0, 1 << 20):
             pytest.skip("this file system is a part of the page cache, or the kernel does not say")
         # A read of some pages makes half of the first megabyte cached, and nothing of the rest.
         os.pread(file.fileno(), 512 << 10, 0)
-        assert _platform.is_cached(file.fileno(), 0, 512 << 10)
-        assert not _platform.is_cached(file.fileno(), 512 << 10, 512 << 10)
+        assert is_cached(file.fileno(), 0, 512 << 10)
+        assert not is_cached(file.fileno(), 512 << 10, 512 << 10)
         # Nothing that could be asked about counts as cached: it is then read in the usual way.
-        assert _platform.is_cached(file.fileno(), 1, 4096)
-    assert _platform.is_cached(-1, 0, 4096)
+        assert is_cached(file.fileno(), 1, 4096)
+    assert is_cached(-1, 0, 4096)
 
 
 FILTERED = """
@@ -233,7 +235,7 @@ FILTERED = """
     if refused:
         sys.exit(77)
     with open(sys.argv[1], "rb") as file:
-        print(_platform.is_cached(file.fileno(), 0, 1 << 20))
+        print(_platform.is_cached(file.fileno(), 0, 1 << 20, count=_platform.counts_cached_pages()))
 """
 """A process whose filter ends it for a call that is newer than the filter, as systemd's may be."""
 

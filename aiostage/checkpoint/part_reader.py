@@ -349,13 +349,18 @@ class PartReader:
 
     def _straight_after(self, queue: deque[tuple[FileRecord, Part]], file: FileRecord) -> Iterator[Part]:
         """Take parts out of a queue that are read as the one before them, of the same file."""
-        if self._in_place and self._cold.get(file.name) != frozenset():
-            # Some parts of the file may be better read past the page cache, so each is looked at when it is due.
+        cold = self._cold.get(file.name) if self._in_place else frozenset()
+        if cold is None:
+            # The first part need not be looked at, and those after it are when they are due.
             return
         for _ in range(min(_AT_A_TURN_BYTES // self._part_bytes - 1, len(queue) // (2 * THREADS))):
-            if not queue or queue[0][0] is not file or not self._goes_straight(queue[0][1]):
+            if not queue or queue[0][0] is not file:
                 return
-            yield queue.popleft()[1]
+            part = queue[0][1]
+            if part.index in cold or not self._goes_straight(part):
+                return
+            queue.popleft()
+            yield part
 
     def _read_all_straight(self, job: Job, read: BlockingRead, file: FileRecord, parts: Sequence[Part]) -> None:
         """Read parts one after the other, until the job is cancelled. Runs in a worker thread."""

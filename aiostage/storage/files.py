@@ -22,6 +22,7 @@ from aiostage._loop.workers import releasing_gil
 from aiostage._platform import (
     NOT_SUPPORTED,
     PAGE_BYTES,
+    counts_cached_pages,
     is_cached,
     open_direct,
     read_into,
@@ -309,11 +310,11 @@ class InputFile(Descriptor):
         """
         if part_bytes % PAGE_BYTES or not self._open_direct():
             return []
-        offsets = enumerate(range(0, self.nbytes, part_bytes))
+        offsets, count = enumerate(range(0, self.nbytes, part_bytes)), counts_cached_pages()
         return [
             index
             for index, offset in releasing_gil(offsets)
-            if not is_cached(self._number, offset, min(part_bytes, self.nbytes - offset))
+            if not is_cached(self._number, offset, min(part_bytes, self.nbytes - offset), count=count)
         ]
 
     def read_past_cache(self, into: Buffer, offset: int) -> None:
