@@ -51,6 +51,7 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
         ["loading.py", "--local", "--only-in-place", "--cold", "--mib", "2048", "--rounds", "3"],
         ["loading.py", "--local", "--only-in-place", "--cold", "--mib", "64", "--rounds", "1"],
     ),
+    "many": (["many.py"], ["many.py", "--count", "1000", "--rounds", "1"]),
     "distributed": (["distributed.py"], ["distributed.py", "--megabytes", "4", "--rounds", "1", "--sizes", "1", "2"]),
     "busy": (["busy.py", "--rounds", "3"], ["busy.py", "--rounds", "1", "--seconds", "1", "--mib", "64"]),
     "steps": (["steps.py", "--rounds", "15"], ["steps.py", "--rounds", "1"]),

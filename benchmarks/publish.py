@@ -4,7 +4,8 @@
 
 The folder has what benchmarks/everything.py writes; what is not in it stays as it is. NAME.md goes into
 docs/measurements.md between ``<!-- NAME -->`` and ``<!-- end of NAME -->``. The short table of staging goes into
-docs/performance.md, what it is made from into benchmarks/figures, and the pictures into docs/pictures.
+docs/performance.md, what it is made from into benchmarks/figures, and the pictures into docs/pictures. The table of
+aims in docs/performance.md is made anew from all that docs/measurements.md then says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import aims
 
 ROOT = Path(__file__).parent.parent
 SHORT_ROWS = (1, 2, 3, 6)
@@ -88,7 +91,10 @@ def long_table(figures: dict[str, Any]) -> str:
     ]
     targets = ["| row | target | figure | limit | |", "| --- | --- | ---: | ---: | --- |"]
     notes = []
+    numbers = [row["row"] for row in figures["rows"]]
     for row in figures["rows"]:
+        # One number may stand for two states of the same work.
+        state = f": {row['work'].rpartition(', ')[2]}" if numbers.count(row["row"]) > 1 else ""
         where = f"| {row['row']} | {row['work']} "
         for name, each in row["samples"].items():
             name = name.replace("_foreach_copy_", "`_foreach_copy_`")
@@ -105,8 +111,10 @@ def long_table(figures: dict[str, Any]) -> str:
             bound = "at least" if check["at_least"] else "at most"
             met = "met" if check["met"] else "not met"
             what = check["what"] if not check["what"].startswith("row 7: ") else check["what"][7:]
-            targets.append(f"| {row['row']} | {what} | {check['figure']:.3g} | {bound} {check['limit']:.3g} | {met} |")
-        notes += [f"- Row {row['row']}: {note}" for note in row["notes"]]
+            targets.append(
+                f"| {row['row']}{state} | {what} | {check['figure']:.3g} | {bound} {check['limit']:.3g} | {met} |"
+            )
+        notes += [f"- Row {row['row']}{state}: {note}" for note in row["notes"]]
     return "\n".join([*lines, "", *targets, "", *notes])
 
 
@@ -168,6 +176,17 @@ def publish(results: Path, root: Path, when: str) -> list[str]:
     return done
 
 
+def publish_aims(root: Path) -> None:
+    """Make the table of what was aimed at from the measurements.
+
+    Raises:
+        ValueError: If they have no such figure.
+    """
+    performance, measurements = root / "docs" / "performance.md", root / "docs" / "measurements.md"
+    found = aims.table(aims.aims(measurements.read_text()))
+    performance.write_text(replaced(performance.read_text(), "aims", found))
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,14 +194,14 @@ def main() -> None:
     parser.add_argument("--date", default=f"{datetime.now(UTC):%Y-%m-%d}", help="when it was measured")
     options = parser.parse_args()
     done = publish(options.results, ROOT, f"On {options.date}, at commit {commit()}.")
+    publish_aims(ROOT)
+    pictures = ROOT / "docs" / "pictures"
+    drawn = {ROOT / "docs" / "measurements.md": pictures}
     for name in {"staging", "saves"} & set(done):
-        picture = ROOT / "docs" / "pictures" / f"{name}.svg"
-        drawing = [
-            sys.executable,
-            Path(__file__).with_name("plot.py"),
-            ROOT / "benchmarks" / "figures" / f"{name}.json",
-        ]
-        subprocess.run([*drawing, picture], check=True, env=os.environ | {"MPLBACKEND": "svg"})
+        drawn[ROOT / "benchmarks" / "figures" / f"{name}.json"] = pictures / f"{name}.svg"
+    for source, picture in drawn.items():
+        drawing = [sys.executable, Path(__file__).with_name("plot.py"), source, picture]
+        subprocess.run(drawing, check=True, env=os.environ | {"MPLBACKEND": "svg"})
     print(f"Published: {', '.join(done)}")
 
 

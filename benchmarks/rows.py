@@ -205,9 +205,10 @@ def _available() -> int:
 async def serving(rounds: int) -> AsyncIterator[Row]:
     """Measure an HTTP service while 2 GiB is copied again and again, by each peer equally often."""
     tree = few_large()
-    yield await _served(Row(9, "requests a second of an HTTP service while 2 GiB is staged back to back"), tree, rounds)
+    work = "requests a second of an HTTP service while 2 GiB is staged back to back"
+    yield await _served(Row(9, f"{work}, alone"), tree, rounds)
     with Training():
-        yield await _served(Row(9, "the same beside a training on all cores"), tree, rounds)
+        yield await _served(Row(9, f"{work}, beside a training on all cores"), tree, rounds)
 
 
 async def _served(row: Row, tree: Any, rounds: int) -> Row:

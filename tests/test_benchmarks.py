@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,45 @@ def test_figures_go_where_the_documents_show_them(
     assert once.startswith(before.partition("<!-- staging -->")[0])
     publish.publish(results, documents, "On a day.")
     assert (documents / "docs" / "measurements.md").read_text() == once
+
+
+def test_the_table_of_aims_says_what_the_measurements_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import aims
+    import publish
+
+    measurements, performance = (
+        (BENCHMARKS.parent / "docs" / f"{name}.md").read_text() for name in ("measurements", "performance")
+    )
+    shown = aims.table(aims.aims(measurements))
+    assert publish.replaced(performance, "aims", shown) == performance, "run benchmarks/publish.py"
+    # A line for each, with a link that leads somewhere.
+    links = re.findall(r"\(measurements\.md#(.+?)\)", shown)
+    heads = [re.sub(r"[^a-z0-9 -]", "", head.lower()) for head in re.findall(r"^#+ (.+)$", measurements, re.MULTILINE)]
+    assert len(links) == 10
+    assert set(links) <= {head.replace(" ", "-") for head in heads}
+    # A row that is no longer there is named, with what to do.
+    with pytest.raises(ValueError, match=r"0 rows of in-place .*`preadv` alone.*change it there, too"):
+        aims.aims(measurements.replace("/ `preadv` alone |", "/ something |"))
+    with pytest.raises(ValueError, match="no table between <!-- ticks -->"):
+        aims.aims(measurements.replace("<!-- ticks -->", ""))
+
+
+def test_verdicts_on_aims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from aims import Aim, Figure, Span
+
+    met, near, far = Figure("a", 1.0, 1.0), Figure("b", 2.1, 1.0, floor=2.0), Figure("c", 2.3, 1.0, floor=2.0)
+    assert Aim("", "", [met]).judged() == "met"
+    assert Aim("", "", [met, near]).judged() == "at its floor"
+    assert Aim("", "", [met, near, far]).judged() == "not met: 1 of 3, 1 at the floor"
+    assert Aim("", "", [Span("all", [met, far])]).judged() == "not met: 1 of 2"
+    assert Figure("d", 0.8, 0.9, floor=0.8, at_least=True).met is False
+    row = str(Aim("What", "Some section, here", [met, Span("all", [met, near, far])], "plain code"))
+    assert row == (
+        "| [What](measurements.md#some-section-here) | a: 1 (at most 1); all: **1 to 2.3** (at most 1, missed: b, c) "
+        "| plain code: all: 2 | not met: 1 of 4, 1 at the floor |"
+    )
 
 
 def test_every_benchmark_has_its_place_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
