@@ -93,10 +93,11 @@ class AiostageCheckpointIO(CheckpointIO):
         """
         self._wait()
         if Path(path).is_file():
-            options = {} if map_location is None else {"map_location": map_location}
-            theirs: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
-                Path(path), weights_only=weights_only, **options
-            )
+            # What was not given is left out: Lightning has defaults of its own, and its older releases do not know
+            # weights_only.
+            given = {"map_location": map_location, "weights_only": weights_only}
+            options = {name: value for name, value in given.items() if value is not None}
+            theirs: dict[str, Any] = TorchCheckpointIO().load_checkpoint(Path(path), **options)
             return theirs
         portal, _ = self._begun()
         device = map_location if isinstance(map_location, (torch.device, str)) else None

@@ -11,7 +11,10 @@ with warnings.catch_warnings():
     lightning = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_fabric.plugins.io import torch_io
+
 import aiostage
+from aiostage.integrations import lightning as integration
 from aiostage.integrations.lightning import AiostageCheckpointIO, load_from_checkpoint
 
 pytestmark = [
@@ -160,6 +163,23 @@ def test_validating_a_checkpoint(tmp_path: Path) -> None:
     other = trainer(tmp_path / "other", AiostageCheckpointIO(), 2)
     (loaded,) = other.validate(Sized(width=3), loader(), ckpt_path=path, verbose=False)
     assert loaded == after_training
+
+
+class OlderCheckpointIO(torch_io.TorchCheckpointIO):
+    """As it is in Lightning 2.4."""
+
+    def load_checkpoint(self, path, map_location=lambda storage, location: storage):
+        return super().load_checkpoint(path, map_location)
+
+
+def test_lightning_is_given_no_argument_that_its_older_releases_do_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"epoch": 3, "weight": torch.ones(2)}, tmp_path / "theirs.ckpt")
+    monkeypatch.setattr(integration, "TorchCheckpointIO", OlderCheckpointIO)
+    read = AiostageCheckpointIO().load_checkpoint(tmp_path / "theirs.ckpt", map_location="cpu")
+    assert read["epoch"] == 3
+    assert torch.equal(read["weight"], torch.ones(2))
 
 
 def test_going_on_from_a_checkpoint_that_torch_wrote(tmp_path: Path) -> None:
