@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import aiostage
 from aiostage import storage
@@ -73,3 +75,21 @@ def test_the_extras_are_there() -> None:
     for package, extra in EXTRAS.items():
         named = {re.split("[^a-z-]", need)[0] for need in project["optional-dependencies"][extra]}
         assert named & {package.replace("_", "-"), f"{package}-api"}
+
+
+def test_the_oldest_that_is_tested_is_the_oldest_that_is_allowed() -> None:
+    root = Path(__file__).parent.parent
+    project = tomllib.loads(root.joinpath("pyproject.toml").read_text())["project"]
+    for_development = {"test", "docs", "bench"}
+    extras = [needs for name, needs in project["optional-dependencies"].items() if name not in for_development]
+    allowed = set()
+    for need in [*project["dependencies"], *(need for needs in extras for need in needs)]:
+        requirement = Requirement(need)
+        if requirement.name != project["name"]:
+            (oldest,) = requirement.specifier
+            assert oldest.operator == ">=", need
+            # A release of two numbers is pinned with three.
+            allowed.add((requirement.name, (*Version(oldest.version).release, 0)[:3]))
+    lines = root.joinpath("constraints-oldest.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert allowed == {(pin.name, Version(str(pin.specifier)[2:]).release) for pin in pins}
