@@ -55,6 +55,12 @@ _MOST_BYTES = {True: 128 << 20, False: 1 << 30}
 _STALE_SECONDS = 1.0
 """How long a measurement is believed. A hypervisor takes freed memory away within seconds of that."""
 
+_CLEAR = 0.5
+"""Huge pages that take less of the time than this are not compared with ordinary ones again, once these were measured
+three times: each look takes as long as three huge pages."""
+
+_LOOKS = 3
+
 _WEIGHT = 0.1
 """Of the newest measurement, in the mean: one huge page that comes slowly decides nothing, a second does."""
 
@@ -83,16 +89,21 @@ class PageChoice:
         self._since_trial = 0
         self._interval = 0
         self._last_trial = -inf
+        self._looks = 0
 
     def next(self) -> bool:
         """Return whether the next sample is to have huge pages."""
         if self.huge not in self._costs:
             return self.huge
         other = not self.huge
-        if other not in self._costs or self._since_trial >= self._interval:
+        if other not in self._costs:
             return other
+        due = self._since_trial >= self._interval
         # Ordinary pages always come at about one speed, so only huge ones are worth another look after a while.
-        return self.huge or self._clock() - self._last_trial > _STALE_SECONDS
+        if self.huge:
+            clear = self._looks >= _LOOKS and self._costs[True] < _CLEAR * self._costs[False]
+            return clear or not due
+        return due or self._clock() - self._last_trial > _STALE_SECONDS
 
     def record(self, huge: bool, nbytes: int, seconds: float) -> None:
         """Take note of a measurement.
@@ -112,6 +123,7 @@ class PageChoice:
             first = stale or not self._interval
             self._interval = _FIRST_BYTES[huge] if first else min(2 * self._interval, _MOST_BYTES[huge])
             self._since_trial, self._last_trial = 0, now
+            self._looks += not huge
             # Ordinary pages may seem slow where something else has the core, and never seem fast.
             self._costs[huge] = cost if huge else min(cost, self._costs.get(huge, cost))
         if self._costs.get(not self.huge, inf) < self._costs.get(self.huge, inf):

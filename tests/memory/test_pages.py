@@ -116,8 +116,16 @@ def test_what_was_learnt_serves_the_next_copy_and_is_doubted_after_a_second():
     assert PageChoice().next() is True, "where nothing is known, huge pages are the first that are tried"
 
 
+def test_ordinary_pages_are_looked_at_three_times_where_huge_ones_are_clearly_faster():
+    machine = Machine(lambda written: 0.1 if written < 1500 else 0.5)
+    machine.write(1500 * MIB)
+    assert machine.kinds.count(False) == 3
+    machine.write(2000 * MIB)
+    assert machine.kinds.count(False) > 3, "and again when that is no longer so"
+
+
 def test_a_trial_becomes_rarer_each_time():
-    machine = Machine(lambda written: 0.1)
+    machine = Machine(lambda written: 0.5)
     machine.write(4096 * MIB)
     trials = [number for number, kind in enumerate(machine.kinds) if not kind]
     gaps = [after - before for before, after in pairwise(trials)]
