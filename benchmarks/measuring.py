@@ -9,6 +9,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, process_time
@@ -16,7 +17,8 @@ from typing import Any
 
 from delays import LoopDelay, percentile
 from peers import PEERS, Limit, Peer
-from workloads import few_large, have_ready, many_small
+from states import given_back, ready
+from workloads import few_large, many_small
 
 __all__ = ["WARM_UPS", "Samples", "cold", "cold_turns", "fails", "turns"]
 
@@ -24,6 +26,9 @@ WARM_UPS = 3
 """So many stagings of a structure compile its plan and make its guards."""
 
 _PAUSE_SECONDS = 0.05
+
+_TRIES = 3
+"""How often a round in a fresh process is measured at most, until memory is in the state that is asked for."""
 
 WORK: dict[str, Callable[[], Any]] = {"large": few_large, "small": many_small}
 
@@ -33,6 +38,8 @@ class Samples:
     """What one peer did: seconds of each round, and the delay of each tick of the loop's clock meanwhile.
 
     And seconds of processor time of each round, which other programs make no longer; none where a round is a process.
+    And how often a round was measured again because memory was not in the state that was asked for, and how many
+    rounds it never was.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -40,6 +47,8 @@ class Samples:
     delays: list[float] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     failure: str = ""
+    repeated: int = 0
+    strayed: int = 0
 
     @property
     def median(self) -> float:
@@ -67,6 +76,8 @@ class Samples:
             "delay_worst": max(self.delays, default=0.0),
             "timings": self.timings,
             "failure": self.failure,
+            "repeated": self.repeated,
+            "strayed": self.strayed,
         }
 
 
@@ -122,8 +133,8 @@ async def cold_turns(names: list[str], work: str, rounds: int, *options: str) ->
         names: Of peers.
         work: A key of WORK.
         rounds: How often each.
-        *options: ``shared``; ``ready``: the machine has just had the memory in use, so that a hypervisor need not
-            find it first.
+        *options: ``shared``; ``ready`` or ``given-back``: the state of free memory (:mod:`states`). A staging whose
+            state was another one is measured again, whoever's it is and whatever it took, and counted.
     """
     samples = {name: Samples() for name in names}
     for _ in range(rounds):
@@ -142,14 +153,19 @@ async def fails(name: str, work: str, *options: str) -> Samples:
 async def _fresh(name: str, work: str, samples: Samples, options: tuple[str, ...]) -> None:
     script = Path(__file__).with_name("staging.py")
     uvloop = ["--uvloop"] if type(asyncio.get_running_loop()).__module__ == "uvloop" else []
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, script, "--cold", name, work, *options, *uvloop, stdout=-1, stderr=-1
-    )
-    output, errors = await process.communicate()
-    if process.returncode:
-        samples.failure = errors.decode().strip().splitlines()[-1][:120]
-        return
-    answer = json.loads(output.splitlines()[-1])
+    for left in reversed(range(_TRIES)):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, script, "--cold", name, work, *options, *uvloop, stdout=-1, stderr=-1
+        )
+        output, errors = await process.communicate()
+        if process.returncode:
+            samples.failure = errors.decode().strip().splitlines()[-1][:120]
+            return
+        answer = json.loads(output.splitlines()[-1])
+        if answer["found"] or not left:
+            break
+        samples.repeated += 1
+    samples.strayed += not answer["found"]
     samples.seconds.append(answer["seconds"])
     samples.delays += answer["delays"]
     samples.timings = answer["timings"]
@@ -160,8 +176,13 @@ async def cold(name: str, work: str, options: list[str]) -> None:
     tree = WORK[work]()
     peer = PEERS[name](use_shared_memory=True) if "shared" in options else PEERS[name]()
     samples = Samples()
-    if "ready" in options:
-        have_ready(sum(tensor.nbytes for tensor in tree.values()))
-    await _measure(peer, tree, samples)
-    print(json.dumps({"seconds": samples.seconds[0], "delays": samples.delays, "timings": samples.timings}))
+    with ExitStack() as stack:
+        state = None
+        if "ready" in options:
+            state = stack.enter_context(ready(sum(tensor.nbytes for tensor in tree.values())))
+        elif "given-back" in options:
+            state = stack.enter_context(given_back())
+        await _measure(peer, tree, samples)
+    answer = {"seconds": samples.seconds[0], "delays": samples.delays, "timings": samples.timings}
+    print(json.dumps(answer | {"found": state is None or state.found}))
     await peer.close()

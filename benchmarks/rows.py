@@ -93,21 +93,36 @@ async def large_warm(rounds: int) -> AsyncIterator[Row]:
 async def large_cold(rounds: int) -> AsyncIterator[Row]:
     """Measure 2 GiB in 64 tensors, first staging."""
     names = [*WARM, "populate + copy", "populate + copy, 4 KiB pages", "two threads"]
-    for options, where in ((("ready",), "memory that the machine has ready"), ((), "memory as the hypervisor has it")):
+    for state, where in (
+        ("ready", "memory that the machine has ready"),
+        ("given-back", "memory as the hypervisor has it"),
+    ):
         row = Row(2, f"2 GiB in 64 tensors, cold, {where}")
-        row.samples = await cold_turns(names, "large", rounds, *options)
+        row.samples = await cold_turns(names, "large", rounds, state)
+        row.notes.append(_of_state(row.samples))
         # The rivals fault in as the kernel does it. Where that is slow, staging may not be slower for its own way.
-        row.at_most(0.4 if options else 1.1, *RIVALS)
+        row.at_most(0.4 if state == "ready" else 1.1, *RIVALS)
         populated = [each for name, each in row.samples.items() if name.startswith("populate") and not each.failure]
         if populated:
             figure = row.samples["aiostage"].ratio(min(populated, key=attrgetter("median")))
             row.checks.append(Check("aiostage / populate + copy, by the better pages", figure, 1.1))
         # The floor of what the targets by the rivals ask for: nothing but the copies.
         row.at_most(1.1, "two threads")
-        if options:
+        if state == "ready":
             row.at_most(0.4, *RIVALS, of="two threads")
         row.punctual()
         yield row
+
+
+def _of_state(samples: dict[str, Samples]) -> str:
+    """Say how often memory was not in the state that a row is about."""
+    count = sum(len(each.seconds) for each in samples.values())
+    again = ", ".join(f"{name} {each.repeated}" for name, each in samples.items() if each.repeated)
+    never = ", ".join(f"{name} {each.strayed}" for name, each in samples.items() if each.strayed)
+    return (
+        f"{count} stagings, each measured again, three times at most, where memory was in another state. "
+        f"Measured again: {again or 'none'}. In another state to the last: {never or 'none'}."
+    )
 
 
 async def small_warm(rounds: int) -> AsyncIterator[Row]:
