@@ -54,7 +54,7 @@ class EarlyCopies:
                 self.replaced[index] = dict.__getitem__(self.memo, identity)
                 found.append(self.replaced[index])
             else:
-                found.append(self._copy(self._leaves.positions[identity]))
+                found.append(self._copy(self._leaves.index_of(identity)))
         return found
 
     def _copy(self, index: int) -> torch.Tensor:
@@ -161,7 +161,7 @@ class SelfCopies:
         ]
         self._memory.update(map(_memory_of, found))
         exhausted(self._leaves.index())
-        return [tensor for tensor in found if id(tensor) not in self._leaves.positions]
+        return [tensor for tensor in found if self._leaves.positions.find(id(tensor)) is None]
 
     def order(self, root: Node, reduced_last: Collection[Node]) -> Generator[None, None, None]:
         """Find the order in which copy.deepcopy comes to the objects noted so far, yielding between small steps.

@@ -423,6 +423,7 @@ def keys_tell_leaves_apart() -> bool:
 
 @cache
 def _keys_are_proven() -> bool:
+    """Return whether samples of tensors that are handled differently have different dispatch keys."""
     dispatch_keys, raw_repr = _private.dispatch_keys, _private.raw_repr
     if dispatch_keys is None or raw_repr is None:
         return False
@@ -515,3 +516,8 @@ def copies_itself(tensor: torch.Tensor, kind: type) -> bool:
         return False
     own = getattr(kind, "__deepcopy__", None)
     return not str(getattr(own, "__module__", "")).startswith("torch") and not _private.is_wrapper(tensor)
+
+
+# Asked here and kept: the first use of these kernels of torch takes 3 to 8 ms, and in the first staging of a process
+# the event loop would wait for it.
+_keys_are_proven()

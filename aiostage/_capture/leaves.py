@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator, Sequence
-from itertools import repeat
-from operator import attrgetter, is_, is_not
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not, rshift
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +14,15 @@ from aiostage import _private
 from aiostage._capture.composites import Composite, composite_of, traits_of
 from aiostage._capture.faithful import PLAIN_CLASSES, Inspection, LeafGuard, Refusal, Spec, fit, is_nested
 
-__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Leaves", "Replaced", "Table", "changed"]
+__all__ = ["LEAVES_PER_STEP", "NO_VERSION", "Leaves", "Positions", "Replaced", "Table", "changed"]
 
 V = TypeVar("V")
 
 LEAVES_PER_STEP = 256
 """Leaves inspected between two yields: well below a millisecond of work."""
+
+_FEW_PARTS = 8
+"""Up to so many parts, going through some objects once for each of them costs less than a step of Python for each."""
 
 _COMPOSITES_PER_STEP = 64
 """Leaves inspected between two yields where some are of other classes: a DTensor takes five microseconds, twice."""
@@ -40,7 +43,7 @@ _grad = attrgetter("grad")
 
 
 class Table(defaultdict[int, dict[int, V]]):
-    """A dict of numbers, kept in parts by ranges of 65,536 of them. Made as ``Table(dict)``.
+    """A dict of numbers, kept in parts by ranges of them. Made as ``Table(dict)``.
 
     A dict of a million entries is moved as a whole when it has no room for the next one, which holds the event loop for
     30 ms. None of these parts gets so large.
@@ -48,14 +51,48 @@ class Table(defaultdict[int, dict[int, V]]):
 
     __slots__ = ()
 
+    bits = 16
+    """A range is of so many bits."""
+
     def find(self, key: int) -> V | None:
         """Return the value of a key, or None if there is none."""
-        part = self.get(key >> 16)
+        part = self.get(key >> self.bits)
         return None if part is None else part.get(key)
 
     def put(self, key: int, value: V) -> None:
         """Set the value of a key."""
-        self[key >> 16][key] = value
+        self[key >> self.bits][key] = value
+
+
+class Positions(Table[int]):
+    """Numbers of objects by their identities, in parts by the mebibyte of memory that the objects lie in.
+
+    CPython's allocator takes memory from the system a mebibyte at a time, so objects that were made one after the other
+    have one part or two.
+    """
+
+    __slots__ = ()
+
+    bits = 20
+
+    def add(self, objects: Sequence[object], start: int) -> bool:
+        """Number some objects from ``start`` on, unless one of them has a number or is among them twice.
+
+        Returns:
+            Whether they were numbered; not if they lie in too many parts.
+        """
+        # Without a step of Python for each.
+        numbers = dict(zip(map(id, objects), range(start, start + len(objects)), strict=True))
+        where = list(map(rshift, numbers, repeat(self.bits)))
+        places = set(where)
+        if len(numbers) < len(objects) or len(places) > _FEW_PARTS:
+            return False
+        parts = {place: dict(compress(numbers.items(), map(place.__eq__, where))) for place in places}
+        if not all(self[place].keys().isdisjoint(part) for place, part in parts.items()):
+            return False
+        for place, part in parts.items():
+            self[place].update(part)
+        return True
 
 
 class Replaced(Exception):
@@ -101,7 +138,7 @@ class Leaves:
         self.owned: list[int] = []
         self.aliases: Table[int] = Table(dict)
         self.attributed: set[int] = set()
-        self.positions: dict[int, int] = {}
+        self.positions = Positions(dict)
         # Of tensors and of what has no references; no circle goes through these lists that release() does not cut.
         _private.untrack_all(
             (self.tensors, self.specs, self.addresses, self.versions, self.storages, self.storage_sizes)
@@ -179,17 +216,16 @@ class Leaves:
         while self._indexed < len(self.tensors):
             start = self._indexed
             chunk = self.tensors[start : start + LEAVES_PER_STEP]
-            # Without a step of Python for each, where none was met before.
             # An id stays with its tensor as long as self.tensors refers to it, which is until the staging is over.
-            identities = dict(zip(map(id, chunk), range(start, start + len(chunk)), strict=True))
-            if len(identities) == len(chunk) and self.positions.keys().isdisjoint(identities):
-                self.positions |= identities
+            if self.positions.add(chunk, start):
                 self._indexed = start + len(chunk)
                 yield
                 continue
             for index, tensor in enumerate(chunk, start):
-                first = self.positions.setdefault(id(tensor), index)
-                if first != index:
+                first = self.positions.find(id(tensor))
+                if first is None:
+                    self.positions.put(id(tensor), index)
+                elif first != index:
                     # The leaf that was met first is staged; this one gets the same tensor when the tree is built.
                     self.aliases.put(index, first)
                     self.owners.put(index, first)
@@ -199,12 +235,16 @@ class Leaves:
             self._indexed = min(start + LEAVES_PER_STEP, len(self.tensors))
             yield
 
+    def index_of(self, identity: int) -> int:
+        """Return the index of a leaf that is indexed, by its identity."""
+        return self.positions[identity >> Positions.bits][identity]
+
     def add(self, tensor: torch.Tensor, owner: int) -> int:
         """Return the index of a tensor that belongs to a leaf; it is added unless it was met before."""
         # At once: the caller is inside a step and needs the answer. What was indexed before is not looked at again.
         for _ in self.index():
             pass
-        found = self.positions.get(id(tensor))
+        found = self.positions.find(id(tensor))
         if found is not None:
             return found
         index = len(self.tensors)
@@ -221,6 +261,9 @@ class Leaves:
             while column:
                 del column[-_RELEASED_PER_STEP:]
                 yield
+        while self.positions:
+            self.positions.popitem()
+            yield
 
     def release(self) -> None:
         """Drop every tensor."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aiostage._capture.faithful import Refusal
-from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table
+from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Positions, Table
 from aiostage._capture.nodes import MISSING, DictNode, Fetch, GivenNode, ListNode, Node, ObjectNode, TupleNode
 from aiostage.errors import UnsupportedLeafError
 from aiostage.leaf import format_path
@@ -49,7 +49,7 @@ class Memo(dict[Any, Any]):
         self,
         nodes: Table[Node],
         fetch: Fetch,
-        leaf_of: dict[int, int],
+        leaf_of: Positions,
         storages: dict[int, Any],
         give: Callable[[GivenNode], None],
         build_now: Callable[[Node, Memo], None],
@@ -77,8 +77,7 @@ class Memo(dict[Any, Any]):
         # build it.
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
-        # Code of objects may ask for keys of its own, which are no identities.
-        node = self.nodes.find(key) if isinstance(key, int) else None
+        node, leaf = self._met(key)
         if node is not None:
             if not node.done and not node.active:
                 if isinstance(node, GivenNode):
@@ -90,14 +89,18 @@ class Memo(dict[Any, Any]):
                     if not node.done:
                         self.build_now(node, self)
             return default if node.copy is MISSING else node.copy
-        leaf = self.leaf_of.get(key)
         return default if leaf is None else self.fetch(leaf, leaf + 1)[0]
+
+    def _met(self, key: Any) -> tuple[Node | None, int | None]:
+        """Return the node with an identity and the index of the leaf with it, None for either if there is none."""
+        # Code of objects may ask for keys of its own, which are no identities.
+        return (self.nodes.find(key), self.leaf_of.find(key)) if isinstance(key, int) else (None, None)
 
     def __setitem__(self, key: Any, copy: Any) -> None:
         if dict.get(self, key, MISSING) is not copy:
-            node = self.nodes.find(key) if isinstance(key, int) else None
+            node, leaf = self._met(key)
             # Of what copies itself and of tensors, the end of the code that is running tells which copy they have.
-            if isinstance(node, GivenNode) or key in self.leaf_of:
+            if isinstance(node, GivenNode) or leaf is not None:
                 self.touched.append(key)
             elif node is not None and node.copy is not copy:
                 self.announced.append((key, copy))
@@ -119,8 +122,8 @@ class Memo(dict[Any, Any]):
         """Return the copy of what has an identity, if it was made; else put one in."""
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
-        node = self.nodes.find(key) if isinstance(key, int) else None
-        if self.leaf_of.get(key) in self.given or (node is not None and node.copy is not MISSING):
+        node, leaf = self._met(key)
+        if leaf in self.given or (node is not None and node.copy is not MISSING):
             return self.get(key)
         self[key] = default
         self.defaulted.add(key)
@@ -136,8 +139,8 @@ class Memo(dict[Any, Any]):
         super().__delitem__(key)
 
     def _check_removable(self, key: Any) -> None:
-        node = self.nodes.find(key) if isinstance(key, int) else None
-        if key in self.leaf_of or (node is not None and not node.active):
+        node, leaf = self._met(key)
+        if leaf is not None or (node is not None and not node.active):
             raise Refusal(
                 "its code takes the copy of another object out of memo, which would get a second one.",
                 "In a __deepcopy__ of your own, leave in memo what is there.",
@@ -160,7 +163,7 @@ class Memo(dict[Any, Any]):
         self.defaulted.clear()
         self.touched.clear()
         self.circles, self.entries = {}, {}
-        self.nodes, self.leaf_of, self.given = Table(dict), {}, {}
+        self.nodes, self.leaf_of, self.given = Table(dict), Positions(dict), {}
         self.fetch, self.give, self.has_reached = _nothing, _no_copy, _not_reached
 
     def __contains__(self, key: object) -> bool:
@@ -172,8 +175,8 @@ class Memo(dict[Any, Any]):
         if not isinstance(key, int):
             return False
         if not dict.__contains__(self, key):
-            node = self.nodes.find(key)
-            if node is not None and node.copy is MISSING and not node.active and key not in self.leaf_of:
+            node, leaf = self._met(key)
+            if node is not None and node.copy is MISSING and not node.active and leaf is None:
                 if not self.has_reached(node):
                     return False
                 # A question copies nothing: code of what is inside would run now, and before its turn.
@@ -304,7 +307,7 @@ class ReplacedCopies:
         """Note which objects of the tree have another copy in the memo than the walk would give them."""
         for identity in memo.touched:
             node, copy = self._nodes.find(identity), dict.get(memo, identity, MISSING)
-            own = node.copy if node is not None else self._leaves.given.get(self._leaves.positions[identity])
+            own = node.copy if node is not None else self._leaves.given.get(self._leaves.index_of(identity))
             if copy is not MISSING and copy is not own:
                 self._by_giver.setdefault(giver, {})[identity] = copy
         if memo.announced:
@@ -359,7 +362,7 @@ class ReplacedCopies:
                         raise _replaced(node, slot, source, _LATE)
                 else:
                     first = wanted.setdefault(id(source), copy)
-                    index = leaves.positions[id(source)]
+                    index = leaves.index_of(id(source))
                     if copy is not MISSING:
                         plain = self._nodes.find(id(source)) is None and index not in in_pieces
                         if not (isinstance(copy, torch.Tensor) and plain and (first is copy or child != index)):
@@ -390,8 +393,9 @@ class ReplacedCopies:
                 remedy=_REMEDY,
             )
         for identity, copy in wanted.items():
-            if identity in leaves.positions and copy is not MISSING:
-                leaves.given[leaves.positions[identity]] = copy
+            leaf = leaves.positions.find(identity)
+            if leaf is not None and copy is not MISSING:
+                leaves.given[leaf] = copy
             if copy is MISSING:
                 # All of it comes before that code.
                 dict.pop(memo, identity, None)

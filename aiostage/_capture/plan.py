@@ -246,25 +246,24 @@ class PlanCache:
         self.replayed = 0
         self._known: tuple[list[Spec | None], list[int], Plan] | None = None
 
-    def plan(self, specs: list[Spec | None], addresses: list[int]) -> Generator[None, None, Plan]:
-        """Return the layout for specs and addresses, the last one if they are the same again.
+    def replay(self, specs: Sequence[Spec | None], addresses: Sequence[int]) -> Generator[None, None, Plan | None]:
+        """Return the last plan if it is for the same specs and addresses, or None.
 
         Args:
-            specs: What each leaf is to become. The list is kept.
-            addresses: Where the leaves begin. The list is kept.
-
-        Raises:
-            MixedCast: As :func:`compile_plan` does.
+            specs: What each leaf is to become.
+            addresses: Where the leaves begin.
         """
         known = self._known
         if known is not None and (yield from _same(known[0], specs)) and (yield from _same(known[1], addresses)):
             self.replayed += 1
             return known[2]
-        plan = yield from compile_plan(specs, addresses)
+        return None
+
+    def keep(self, specs: list[Spec | None], addresses: list[int], plan: Plan) -> None:
+        """Keep a plan that was compiled, and the lists that it was compiled for."""
         self.compiled += 1
         # Replaced as a whole, because stagings in other event loops may be comparing with the last one.
         self._known = (specs, addresses, plan)
-        return plan
 
 
 def _same(before: Sequence[object], now: Sequence[object]) -> Generator[None, None, bool]:

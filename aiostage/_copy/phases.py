@@ -18,7 +18,7 @@ from aiostage._capture.build import build_batch, build_destinations
 from aiostage._capture.casting import cast_specs
 from aiostage._capture.faithful import Spec
 from aiostage._capture.leaves import Leaves
-from aiostage._capture.plan import Batch, MixedCast, Plan
+from aiostage._capture.plan import LOOKED_AT, Batch, MixedCast, Plan, compile_plan
 from aiostage._capture.versions import Changes, Sources
 from aiostage._capture.walk import Walk
 from aiostage._copy.device import DeviceCopy
@@ -27,7 +27,8 @@ from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.workers import Job
+from aiostage._loop.coroutines import Slices
+from aiostage._loop.workers import Job, exhausted_beside_others
 from aiostage._memory.arena import Arena
 from aiostage.errors import StagingError, UnsupportedLeafError
 from aiostage.leaf import Path, format_path
@@ -96,6 +97,9 @@ class Phase:
         if self._span is not None:
             self._span.end(error)
 
+
+_PLANNED_ON_LOOP = 4 * LOOKED_AT
+"""Up to so many leaves are laid out on the event loop, which takes less than a slice or two."""
 
 _MOST_SPECS = 1 << 14
 """Kinds of leaves that are remembered, at about a kilobyte each. A tree of more is never recognized."""
@@ -176,15 +180,31 @@ class SourceInspection:
             if rule is not None:
                 self.specs = yield from cast_specs(walk.leaves, inspection.table, rule, walk.path)
 
-    def plan(self) -> Generator[None, None, Plan]:
+    async def plan(self, slices: Slices) -> Plan:
         """Return where the leaves are to go.
+
+        Args:
+            slices: Of the staging.
 
         Raises:
             UnsupportedLeafError: If a leaf cannot be cast apart from what it shares memory with.
+
+        May be cancelled.
         """
+        specs, addresses, plans = self.specs, self.leaves.addresses, self._resources.plans
         with Phase(self._timings, "plan", self._span):
             try:
-                return (yield from self._resources.plans.plan(self.specs, self.leaves.addresses))
+                known = await slices.run(plans.replay(specs, addresses))
+                if known is not None:
+                    return known
+                work = compile_plan(specs, addresses)
+                if len(specs) > _PLANNED_ON_LOOP and self._resources.options.use_async_staging:
+                    # To sort 50,000 addresses takes a millisecond or two, which nothing divides.
+                    plan = await self._resources.workers.run(partial(exhausted_beside_others, work))
+                else:
+                    plan = await slices.run(work)
+                plans.keep(specs, addresses, plan)
+                return plan
             except MixedCast as mixed:
                 raise UnsupportedLeafError(
                     "it is to be cast, but shares memory with a leaf of another dtype.",

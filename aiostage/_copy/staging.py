@@ -382,7 +382,7 @@ class Staging:
             # What was written meanwhile is in the versions that were read, so the copies have to have it too.
             if self._caller is not None:
                 self._caller.record_again()
-        plan = self.plan = await self._slices.run(self._inspection.plan())
+        plan = self.plan = await self._inspection.plan(self._slices)
         self.progress.batches = plan.batches
         device = next((batch.device for batch in plan.batches if batch.device is not None), None)
         if device is not None and self._caller is not None:
@@ -439,6 +439,8 @@ class Staging:
         # each time.
         _private.untrack_all((staged,))
         keep_freed_memory()
+        # To make the first batch ready is a step of 0.4 ms, which a slice that is nearly over has no time for.
+        yield
         yield from build_empty(plan.empty, staged)
         if self.progress.window is not None:
             memory = self.progress.window.addresses

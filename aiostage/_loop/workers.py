@@ -9,7 +9,7 @@ import _thread
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from time import perf_counter
@@ -25,6 +25,7 @@ __all__ = [
     "Workers",
     "all_settled",
     "empty_in_steps",
+    "exhausted_beside_others",
     "large_lists",
     "release_gil",
     "releasing_gil",
@@ -86,6 +87,17 @@ def releasing_gil(items: Iterable[T]) -> Iterator[T]:
         if count % _ITEMS_AT_ONCE == 0:
             release_gil()
         yield item
+
+
+def exhausted_beside_others(work: Generator[None, None, T]) -> T:
+    """Run a generator to its end in a worker thread, and call :func:`release_gil` wherever it yields."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        release_gil()
 
 
 _MANY = 1000

@@ -10,6 +10,7 @@ import copy
 import gc
 import math
 import sys
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator
 from typing import Any
@@ -19,11 +20,13 @@ import pytest
 import torch
 
 from aiostage import AsyncStager, StagingOptions
+from aiostage._capture import leaves as leaves_module
 from aiostage._capture.faithful import Inspection
-from aiostage._capture.leaves import LEAVES_PER_STEP, Table, changed
+from aiostage._capture.leaves import LEAVES_PER_STEP, Leaves, Table, changed
 from aiostage._capture.plan import compile_plan
 from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk
+from aiostage._copy import phases
 from aiostage._loop.coroutines import exhausted
 
 MANY = 40_000
@@ -337,3 +340,47 @@ def test_a_bytearray_that_becomes_shorter_while_it_is_copied_shows_nothing_that_
     del source[2**20 :]
     assert exhausted(work) == source
     assert exhausted(copy_buffer(source)) == source
+
+
+@pytest.mark.parametrize("few", [8, 0], ids=["in few places", "in many places"])
+def test_tensors_are_told_apart_without_a_table_that_grows_large(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tensors of a step lie in a mebibyte or two; in more, each is looked at by itself.
+    monkeypatch.setattr(leaves_module, "_FEW_PARTS", few)
+    tensors = [torch.ones(1) for _ in range(LEAVES)]
+    leaves = Leaves()
+    # Met again, within one step and in a later one.
+    scattered = tensors[:: LEAVES // LEAVES_PER_STEP]
+    for tensor in (*tensors, tensors[0], tensors[0], tensors[-1], *scattered):
+        leaves.append((tensor,))
+    assert steps(leaves.index())[0] >= LEAVES // LEAVES_PER_STEP
+    assert all(leaves.index_of(id(tensor)) == index for index, tensor in enumerate(tensors))
+    expected = [0, 0, LEAVES - 1, *range(0, LEAVES, LEAVES // LEAVES_PER_STEP)]
+    assert [leaves.aliases.find(LEAVES + number) for number in range(len(expected))] == expected
+    # A part is a mebibyte of tensor objects at most, and there are several.
+    assert len(leaves.positions) > 1
+    assert max(map(len, leaves.positions.values())) <= 2**20 // torch.ones(1).__sizeof__()
+    exhausted(leaves.releasing())
+    assert not leaves.positions
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["threads", "inline"])
+def test_a_large_new_plan_is_made_beside_the_loop(inline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+
+    def noted(*arguments: Any) -> Any:
+        planned.append(threading.get_ident())
+        return (yield from compile_plan(*arguments))
+
+    monkeypatch.setattr(phases, "compile_plan", noted)
+
+    async def run() -> None:
+        async with AsyncStager(StagingOptions(use_async_staging=not inline)) as stager:
+            for tree in ({"a": torch.ones(1)}, flat(), flat()):
+                staged = await stager.stage(tree)
+                assert staged.keys() == tree.keys()
+                assert all(map(torch.equal, staged.values(), tree.values()))
+
+    asyncio.run(run())
+    loop = threading.get_ident()
+    # Small ones, and those without threads, are made by the loop.
+    assert [thread == loop for thread in planned] == ([True, True, True] if inline else [True, False, False])
