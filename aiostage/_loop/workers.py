@@ -159,12 +159,11 @@ class Job:
 
     __slots__ = (
         "__weakref__",
-        "_cancelled",
+        "_cancellations",
         "_done",
         "_error",
         "_lock",
         "_open",
-        "_progress",
         "_running",
         "_steps",
         "_submit",
@@ -179,11 +178,9 @@ class Job:
         self._running = 0
         self._done = 0
         self._open = True
-        self._cancelled = False
+        self._cancellations = 0
         self._error: BaseException | None = None
-        # How many steps have completed, and how often it was cancelled.
-        self._progress = 0
-        # Each with the progress that it has seen; infinite to wait for the end.
+        # Each with how many steps and cancellations it has seen; infinitely many to wait for the end.
         self._waiters: dict[ThreadsafeEvent, float] = {}
 
     @property
@@ -194,7 +191,7 @@ class Job:
     @property
     def cancelled(self) -> bool:
         """Whether :meth:`cancel` was called; a long step may look at this and end early."""
-        return self._cancelled
+        return self._cancellations > 0
 
     @property
     def error(self) -> BaseException | None:
@@ -233,10 +230,9 @@ class Job:
             self._open = False
             # With the lock, like _open: a step that put() adds at the same time is either dropped here or refused
             # there.
-            self._cancelled = True
-            # Each call counts: a step that runs may hang, and a closed stager does not wait for it.
-            self._progress += 1
             self._steps.clear()
+            # Each call counts: a step that runs may hang, and a closed stager does not wait for it.
+            self._cancellations += 1
             waiters = self._take_waiters()
         _wake(waiters)
 
@@ -258,7 +254,6 @@ class Job:
         del context, step
         with self._lock:
             self._done += 1
-            self._progress += 1
             if error is not None:
                 self._error = self._error or error
                 error = None
@@ -289,14 +284,14 @@ class Job:
         while True:
             # Read before the question, so that a step or a cancellation that comes after the answer, from another
             # thread, is not missed.
-            seen = math.inf if met is None else self._progress
+            seen = math.inf if met is None else self._done + self._cancellations
             if met is not None and met():
                 return
             with self._lock:
                 # One step with the enlisting, or the last step could end in between, and find no waiter to wake.
                 if not (self._open or self._steps or self._running):
                     return
-                if self._progress > seen:
+                if self._done + self._cancellations > seen:
                     continue
                 event = ThreadsafeEvent()
                 self._waiters[event] = seen
@@ -371,7 +366,7 @@ class Job:
         waiters, self._waiters = self._waiters, {}
         finished, woken = self.finished(), []
         for event, seen in waiters.items():
-            if finished or self._progress > seen:
+            if finished or self._done + self._cancellations > seen:
                 woken.append(event)
             else:
                 self._waiters[event] = seen

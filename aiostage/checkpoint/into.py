@@ -16,17 +16,15 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from aiostage._copy.targets import Pair, shared_unlike
-from aiostage.checkpoint.live_tuples import LiveTuple, Where, made_anew
+from aiostage.checkpoint.live_tuples import LiveTuple, Where, is_around, made_anew, merged
 from aiostage.checkpoint.live_values import (
     SIMPLE,
     are_equal,
     are_wrappers,
     has_state,
     has_tensors,
-    is_around,
     is_own,
     is_state,
-    merged,
     parts_of,
     why_not,
 )

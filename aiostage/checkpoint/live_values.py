@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from aiostage._copy.targets import unwritable
+from aiostage.checkpoint.live_tuples import is_around
 from aiostage.format.classes import PlainObject
 from aiostage.format.kinds import NotCarried, Parts
-from aiostage.format.nodes import LEFT_OUT
 from aiostage.format.objects import take_object_apart
 from aiostage.format.registry import flattening_of
 from aiostage.format.values import SCALARS, write_scalar
@@ -27,10 +26,8 @@ __all__ = [
     "are_wrappers",
     "has_state",
     "has_tensors",
-    "is_around",
     "is_own",
     "is_state",
-    "merged",
     "parts_of",
     "why_not",
 ]
@@ -44,51 +41,14 @@ _NOT_ROUNDED = frozenset({torch.float4_e2m1fn_x2, torch.float8_e8m0fnu})
 _OF_ATTRIBUTES = frozenset((PlainObject, argparse.Namespace, types.SimpleNamespace))
 
 
-def _inside(value: tuple[Any, ...]) -> Iterator[Any]:
-    """Iterate over the items of a tuple and of the tuples in it."""
-    pending = [value]
-    # Each tuple once: a hundred tuples, each of which contains the one before twice, have 2 ** 100 paths, and a hostile
-    # file can have such. Ids suffice, because the outermost tuple keeps the others alive.
-    seen = {id(value)}
-    while pending:
-        for item in pending.pop():
-            yield item
-            if isinstance(item, tuple) and id(item) not in seen:
-                seen.add(id(item))
-                pending.append(item)
-
-
 def has_state(value: Any) -> bool:
     """Return whether a value is, or is a tuple around, something that is changed in place."""
-    return any(map(is_state, _inside((value,))))
+    return is_around((value,), is_state, {})
 
 
 def is_state(value: Any) -> bool:
     """Return whether a value is changed in place: a tensor, dict or list."""
     return isinstance(value, (torch.Tensor, dict, list))
-
-
-def is_around(value: tuple[Any, ...], holds: Callable[[Any], bool], known: dict[int, bool]) -> bool:
-    """Return whether a tuple, or one in it, has an item of which something holds.
-
-    Args:
-        value: The tuple.
-        holds: Answers for an item that is no tuple.
-        known: Of tuples that are kept alive, by their ids. All that is found out is put in, so that asking for each of
-            many nested tuples looks at each once.
-    """
-    pending = [value]
-    # From the innermost tuples outwards, without recursion: tuples may be nested deeper than Python's stack.
-    while pending:
-        mine = pending[-1]
-        inner = [item for item in mine if isinstance(item, tuple) and id(item) not in known]
-        if inner and id(mine) not in known:
-            pending += inner
-            continue
-        pending.pop()
-        if id(mine) not in known:
-            known[id(mine)] = any(known[id(item)] if isinstance(item, tuple) else holds(item) for item in mine)
-    return known[id(value)]
 
 
 def are_wrappers(live: Any, loaded: Any) -> bool:
@@ -142,38 +102,6 @@ def is_own(part: Any, again: Any) -> bool:
         and part.layout is again.layout is torch.strided
         and part.data_ptr() == again.data_ptr()
     )
-
-
-def merged(live: tuple[Any, ...], loaded: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return a loaded tuple with the live values where something was left out of it.
-
-    Returns:
-        The tuple; None if the live tuple has no value for what was left out.
-    """
-    if not any(item is LEFT_OUT for item in _inside(loaded)):
-        return loaded
-    made: dict[tuple[int, int], tuple[Any, ...]] = {}
-    pending = [(live, loaded)]
-    # From the innermost tuples outwards, without recursion: tuples may be nested deeper than Python's stack.
-    while pending:
-        mine, theirs = pending[-1]
-        inner = [
-            (ours, item)
-            for ours, item in zip(mine, theirs, strict=False)
-            if isinstance(ours, tuple) and type(item) is tuple and (id(ours), id(item)) not in made
-        ]
-        if inner:
-            pending += inner
-            continue
-        pending.pop()
-        items = list(theirs)
-        if len(mine) == len(theirs):
-            for place, (ours, item) in enumerate(zip(mine, theirs, strict=True)):
-                items[place] = ours if item is LEFT_OUT else made.get((id(ours), id(item)), item)
-        made[id(mine), id(theirs)] = tuple(items)
-    found = made[id(live), id(loaded)]
-    # Something is still left out if a live tuple has another length, or if there is no tuple in that place.
-    return None if any(item is LEFT_OUT for item in _inside(found)) else found
 
 
 def are_equal(live: Any, loaded: Any) -> bool:
