@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Coroutine, MutableMapping
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.storage import StorageReader as TorchStorageReader
@@ -21,6 +23,26 @@ from aiostage.dcp.storage import StorageReader
 from aiostage.errors import shown
 
 __all__ = ["check_into", "load", "load_in_group"]
+
+_AT_ONCE_BYTES = 1 << 20
+"""The longest record that is read at once. Measured: of 4 to 335 KiB a load takes 10 to 14 % less, of 2 MiB the same, of
+4 MiB 18 % more, because so much memory is mapped anew for each record."""
+
+
+class _FileReader(FileSystemReader):
+    """DCP's reader of a directory, except that it reads each small record at once.
+
+    ``torch.load`` reads some twenty times in a record. DCP gives it a view of the file, in which each of them is a call
+    of Python and a system call.
+    """
+
+    # A PyTorch without this private method reads through its views: slower, the same result.
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        # read() would take a length below 0 for all of the rest.
+        if not 0 <= sinfo.length <= _AT_ONCE_BYTES:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
 
 
 def load(
@@ -110,7 +132,8 @@ def _read(
 ) -> Callable[[Any], None]:
     """Find the reader, and return what needs the other ranks."""
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
-
+    if storage_reader is None and checkpoint_id is not None and type(reader) is FileSystemReader:
+        reader = _FileReader(checkpoint_id)
     return partial(load_in_group, state_dict, reader, planner)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
@@ -70,6 +70,44 @@ class TestSaveAndLoad:
         plain = {"a": torch.zeros(4)}
         checkpoint.load(plain, checkpoint_id=tmp_path / "a", no_dist=True)
         assert plain["a"].tolist() == [0, 1, 2, 3]
+
+    async def test_only_long_records_are_read_through_views(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A view costs calls and system calls for each of the twenty reads of a record."""
+        views = []
+        make_view = filesystem._create_file_view
+
+        def counted(file: Any, offset: int, length: int) -> Any:
+            views.append(length)
+            return make_view(file, offset, length)
+
+        monkeypatch.setattr(filesystem, "_create_file_view", counted)
+        state = {"long": torch.arange(1 << 18), "short": torch.arange(5.0), "values": {"step": 3}, "empty": torch.ones(0)}
+        await dcp.save(state, checkpoint_id=tmp_path / "a")
+        into = {"long": torch.zeros(1 << 18, dtype=torch.long), "short": torch.zeros(5), "values": {"step": 0}}
+        into["empty"] = torch.zeros(0)
+        await dcp.load(into, checkpoint_id=tmp_path / "a")
+        assert torch.equal(into["long"], state["long"])  # type: ignore[arg-type]
+        assert torch.equal(into["short"], state["short"])  # type: ignore[arg-type]
+        assert into["values"] == {"step": 3}
+        assert len(views) == 1
+        assert views[0] > 1 << 21
+
+    @pytest.mark.parametrize("length", [-1, 0, 500, 1 << 21])
+    async def test_a_wrong_length_of_a_record_is_an_error(self, tmp_path: Path, length: int) -> None:
+        """Also one that reaches over the next records, or means all of the rest."""
+        await dcp.save({"a": torch.ones(5), "b": torch.ones(5)}, checkpoint_id=tmp_path / "a")
+        path = tmp_path / "a" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "a":
+                place.length = length
+        path.write_bytes(pickle.dumps(metadata))
+        into = {"a": torch.zeros(5), "b": torch.zeros(5)}
+        with pytest.raises(RankFailedError):
+            await dcp.load(into, checkpoint_id=tmp_path / "a")
+        assert into["a"].tolist() == [0] * 5
 
     async def test_an_object_that_raises_when_asked_for_a_state(self, tmp_path: Path) -> None:
         """It is no Stateful, for PyTorch's save neither."""
