@@ -7,6 +7,11 @@ are counted, and do not depend on the machine.
 The floor is `dcp.save` in a thread beside a loop that does nothing but tick: PyTorch's planner, pickles, collectives
 and writes, and no code of aiostage. What calls them in a thread holds the loop at least as long. All ways run once more
 after `gc.freeze()`, as the documents advise trainers, which takes the objects of the imports from the collector.
+
+A full run of the collector takes as long as a save of one process. Python starts it about once in six saves, in
+whichever way comes then, and where ways take turns in a fixed order it can be the same way each time. So it is run
+before each turn that is measured by the clock, the order of the turns is random, and what it costs is measured in saves
+of one way in a row. Files that wait to be written are synced before each turn.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import statistics
@@ -33,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compare import interval
 from steps import Steps
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
@@ -43,10 +50,14 @@ from aiostage import AsyncStager, dcp
 
 SIZES = (1, 2, 4, 8)
 TIMEOUT = 120.0
-ROUNDS = {1: 11, 2: 9, 4: 5, 8: 3}
-"""By processes. Rounds of few processes are short, and one in five is slower by a half: the collector runs in it."""
+ROUNDS = {1: 15, 2: 13, 4: 11, 8: 9}
+"""By processes."""
 
-OURS, FLOOR = "aiostage.dcp.save", "PyTorch's dcp.save in a thread"
+IN_A_ROW = {1: 36, 2: 18}
+"""By processes, saves of one way in a row, 12 of more processes: some six full runs of the collector in all ranks."""
+
+OURS, PYTORCH, FLOOR = "aiostage.dcp.save", "dcp.async_save", "PyTorch's dcp.save in a thread"
+LOADS = "aiostage.dcp.load", "dcp.load"
 HELD_LIMIT = 5.0
 
 
@@ -94,6 +105,39 @@ def processor_waits() -> Generator[Callable[[], float], None, None]:
         yield lambda: int(os.pread(file, 100, 0).split()[1]) / 1e9
     finally:
         os.close(file)
+
+
+def settle() -> None:
+    """Bring all ranks to the same start of a turn, in which none pays for what came before."""
+    gc.collect()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.sync()
+    dist.barrier()
+
+
+class FullRuns:
+    """CPU seconds of each full run of the collector, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    @contextmanager
+    def counted(self) -> Generator[None, None, None]:
+        """Count those within the block."""
+        gc.callbacks.append(self._collect)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(self._collect)
+
+    def _collect(self, phase: str, about: dict[str, int]) -> None:
+        if about["generation"] == 2:
+            if phase == "start":
+                self._begun = time.thread_time()
+            else:
+                self.seconds.append(time.thread_time() - self._begun)
 
 
 def sharded_state(tensors: int, bytes_a_rank: int) -> dict[str, DTensor]:
@@ -154,6 +198,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         found.setdefault(f"{name}: {what}", []).append(whole_job(value, op))
 
     async def timed(name: str, action: Callable[[Path], Any]) -> None:
+        settle()
         with placed(name) as place:
             begin, used = time.perf_counter(), time.process_time()
             blocked = await action(place)
@@ -162,6 +207,20 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             keep(name, "total, s", seconds)
             keep(name, "training waits, s", seconds if blocked is None else blocked)
             keep(name, "CPU of all ranks, s", used, dist.ReduceOp.SUM)
+
+    async def in_a_row(name: str, action: Callable[[Path], Any]) -> None:
+        """Save as a training does, with the collector's full runs."""
+        settle()
+        collector, used, saves = FullRuns(), 0.0, IN_A_ROW.get(dist.get_world_size(), 12)
+        for _ in range(saves):
+            with placed(name) as place, collector.counted():
+                before = time.process_time()
+                await action(place)
+                used += time.process_time() - before
+        keep(name, "CPU of all ranks, saves in a row, s", used / saves, dist.ReduceOp.SUM)
+        keep(name, "of it the collector's full runs, s", sum(collector.seconds) / saves, dist.ReduceOp.SUM)
+        runs = len(collector.seconds) / saves / dist.get_world_size()
+        keep(name, "full runs of the collector, a save", runs, dist.ReduceOp.SUM)
 
     async def held(name: str, action: Callable[[Path], Any], when: str = "") -> None:
         """Once more with a ticker, which takes a tenth of a core in each process that it can run in."""
@@ -218,39 +277,45 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     async def alone(place: Path) -> None:
         await asyncio.to_thread(checkpoint.save, dict(state), storage_writer=FileSystemWriter(place, sync_files=False))
 
+    ways = [(OURS, ours), ("dcp.save", plain), (PYTORCH, torch_async), (FLOOR, alone)]
+    # All ranks draw the same. What comes after async_save, which gives its memory back, pays for more than itself.
+    chance = random.Random(0)
+
+    def in_any_order() -> list[tuple[str, Callable[[Path], Any]]]:
+        return chance.sample(ways, len(ways))
+
     # The first rounds make groups and memory.
-    ways = [(OURS, ours), ("dcp.save", plain), ("dcp.async_save", torch_async), (FLOOR, alone)]
     for round_number in range(arguments.rounds + 1):
-        for name, action in ways:
+        for name, action in in_any_order():
             await timed(name, action)
-            await held(name, action)
-        # What comes after async_save, which gives its memory back, pays for more than itself: each does so in turn.
-        ways.append(ways.pop(0))
         if round_number == 0:
             found.clear()
+    await in_a_row(PYTORCH, torch_async)
+    await in_a_row(OURS, ours)
+    for _ in range(arguments.rounds // 2 + 1):
+        for name, action in in_any_order():
+            await held(name, action)
     gc.collect()
     gc.freeze()
-    for _ in range(arguments.rounds):
-        for name, action in ways:
+    for _ in range(arguments.rounds // 2 + 1):
+        for name, action in in_any_order():
             await held(name, action, " after gc.freeze()")
-        ways.append(ways.pop(0))
     gc.unfreeze()
 
     place = folder / "kept"
     await dcp.save(dict(state), storage_writer=FileSystemWriter(place, sync_files=False), timeout=TIMEOUT)
     into = {key: tensor.clone() for key, tensor in state.items()}
-    for round_number in range(2 * arguments.rounds):
-        # In turns: what comes first after a save pays for more than itself.
-        for name in ("aiostage.dcp.load", "dcp.load")[:: 1 if round_number % 2 else -1]:
-            dist.barrier()
+    for _ in range(2 * arguments.rounds):
+        for name in chance.sample(LOADS, len(LOADS)):
+            settle()
             begin, used = time.perf_counter(), time.process_time()
             if name == "dcp.load":
                 checkpoint.load(into, checkpoint_id=place)
             else:
                 await dcp.load(into, checkpoint_id=place, timeout=TIMEOUT)
             seconds, used = time.perf_counter() - begin, time.process_time() - used
-            found.setdefault(f"{name}, s", []).append(whole_job(seconds))
-            found.setdefault(f"{name}: CPU of all ranks, s", []).append(whole_job(used, dist.ReduceOp.SUM))
+            keep(name, "total, s", seconds)
+            keep(name, "CPU of all ranks, s", used, dist.ReduceOp.SUM)
 
     counts: dict[str, Any] = {}
     for caching in (False, True):
@@ -282,18 +347,25 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     return {"times": times, "targets": targets(found), "counts": counts, "rounds": arguments.rounds}
 
 
-def targets(found: dict[str, list[float]]) -> dict[str, float]:
+def targets(found: dict[str, list[float]]) -> dict[str, float | str]:
     """Return the figures that have a target, each ratio the median of those of the rounds."""
+    shown: dict[str, float | str] = {}
 
-    def ratio(what: str, other: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(found[what], found[other], strict=True)), 2)
+    def ratio(label: str, ours: str, theirs: str, what: str, limit: str = "") -> None:
+        pairs = zip(found[f"{ours}: {what}"], found[f"{theirs}: {what}"], strict=True)
+        ratios = [mine / other for mine, other in pairs]
+        shown[f"{label}{limit}"] = round(statistics.median(ratios), 2)
+        if len(ratios) > 1:
+            shown[f"{label}: interval of 95 %"] = "{:.2f} to {:.2f}".format(*interval(ratios))
 
-    shown = {
-        "until committed / `dcp.async_save`, at most 1": ratio(f"{OURS}: total, s", "dcp.async_save: total, s"),
-        "training waits / `dcp.async_save`": ratio(f"{OURS}: training waits, s", "dcp.async_save: training waits, s"),
-        "until committed / the floor": ratio(f"{OURS}: total, s", f"{FLOOR}: total, s"),
-        "load / `dcp.load`, at most 1": ratio("aiostage.dcp.load, s", "dcp.load, s"),
-    }
+    limit, cpu = ", at most 1", "CPU of all ranks"
+    ratio("until committed / `dcp.async_save`", OURS, PYTORCH, "total, s", limit)
+    ratio("CPU / `dcp.async_save`", OURS, PYTORCH, f"{cpu}, s")
+    ratio("CPU, saves in a row / `dcp.async_save`", OURS, PYTORCH, f"{cpu}, saves in a row, s")
+    ratio("training waits / `dcp.async_save`", OURS, PYTORCH, "training waits, s")
+    ratio("until committed / the floor", OURS, FLOOR, "total, s")
+    ratio("load / `dcp.load`", *LOADS, "total, s", limit)
+    ratio("CPU of a load / `dcp.load`", *LOADS, f"{cpu}, s")
     for when in ("", " after gc.freeze()"):
         for what, label in (
             ("loop held", "loop held, ms"),

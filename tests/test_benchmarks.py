@@ -259,11 +259,11 @@ def test_ratios_of_many_ranks_are_those_of_their_rounds(monkeypatch: pytest.Monk
 
     # Ours takes half as long in each round, also in the one in which the machine was slow.
     theirs = [1.0, 9.0, 2.0]
-    found = {
-        f"{name}: {what}, s": theirs for name in ("dcp.async_save", distributed.FLOOR) for what in ("total", WAITS)
-    }
-    found |= {f"{distributed.OURS}: {what}, s": [each / 2 for each in theirs] for what in ("total", WAITS)}
-    found |= {"aiostage.dcp.load, s": [3.0, 8.0], "dcp.load, s": [2.0, 10.0]}
+    kinds = ("total", WAITS, "CPU of all ranks", "CPU of all ranks, saves in a row")
+    found = {f"{name}: {what}, s": theirs for name in (distributed.PYTORCH, distributed.FLOOR) for what in kinds}
+    found |= {f"{distributed.OURS}: {what}, s": [each / 2 for each in theirs] for what in kinds}
+    for name, values in zip(distributed.LOADS, ([3.0, 8.0], [2.0, 10.0]), strict=True):
+        found |= {f"{name}: {what}, s": values for what in ("total", "CPU of all ranks")}
     for when in ("", " after gc.freeze()"):
         for name, value in ((distributed.OURS, 7.0), (distributed.FLOOR, 6.0)):
             found[f"{name}: loop held{when}, ms"] = [value]
@@ -271,7 +271,9 @@ def test_ratios_of_many_ranks_are_those_of_their_rounds(monkeypatch: pytest.Monk
         found[f"{distributed.OURS}: longest step{when}, ms of CPU"] = [0.5]
     shown = distributed.targets(found)
     assert shown["until committed / `dcp.async_save`, at most 1"] == 0.5
+    assert shown["until committed / `dcp.async_save`: interval of 95 %"] == "0.50 to 0.50"
     assert shown["load / `dcp.load`, at most 1"] == 1.15
+    assert shown["load / `dcp.load`: interval of 95 %"] == "0.80 to 1.50"
     assert shown["loop held, ms, at most 5"] == 7.0
     assert shown["loop held, ms: the floor"] == 6.0
     assert shown["of it while it had a processor, ms after gc.freeze(): the floor"] == 5.0

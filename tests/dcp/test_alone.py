@@ -83,7 +83,8 @@ class TestSaveAndLoad:
             return make_view(file, offset, length)
 
         monkeypatch.setattr(filesystem, "_create_file_view", counted)
-        state = {"long": torch.arange(1 << 18), "short": torch.arange(5.0), "values": {"step": 3}, "empty": torch.ones(0)}
+        state = {"long": torch.arange(1 << 18), "short": torch.arange(5.0), "values": {"step": 3}}
+        state["empty"] = torch.ones(0)
         await dcp.save(state, checkpoint_id=tmp_path / "a")
         into = {"long": torch.zeros(1 << 18, dtype=torch.long), "short": torch.zeros(5), "values": {"step": 0}}
         into["empty"] = torch.zeros(0)
