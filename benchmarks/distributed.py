@@ -50,7 +50,7 @@ from aiostage import AsyncStager, dcp
 
 SIZES = (1, 2, 4, 8)
 TIMEOUT = 120.0
-ROUNDS = {1: 15, 2: 13, 4: 11, 8: 9}
+ROUNDS = {1: 15, 2: 13, 4: 9, 8: 9}
 """By processes."""
 
 IN_A_ROW = {1: 36, 2: 18}
@@ -305,7 +305,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     place = folder / "kept"
     await dcp.save(dict(state), storage_writer=FileSystemWriter(place, sync_files=False), timeout=TIMEOUT)
     into = {key: tensor.clone() for key, tensor in state.items()}
-    for _ in range(2 * arguments.rounds):
+    for _ in range(arguments.rounds):
         for name in chance.sample(LOADS, len(LOADS)):
             settle()
             begin, used = time.perf_counter(), time.process_time()
