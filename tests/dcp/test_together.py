@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from aiostage import AsyncStager, RankFailedError, StagingError, UnsupportedLeafError, dcp
+from aiostage import AsyncStager, CheckpointStager, RankFailedError, StagingError, UnsupportedLeafError, dcp
 from aiostage.dcp import group_queue
 from tests.dcp.world import World
 
@@ -244,22 +244,37 @@ async def cancelled_load(path: str) -> str:
     return str(raised.value)
 
 
+class TellsWhenStaged(CheckpointStager):
+    def __init__(self) -> None:
+        self.staged = asyncio.Event()
+        self._stager = AsyncStager()
+
+    async def stage(self, state_dict: Any) -> Any:
+        staged = await self._stager.stage(state_dict)
+        self.staged.set()
+        return staged
+
+    async def aclose(self) -> None:
+        await self._stager.aclose()
+
+
 async def cancelled_while_waiting(path: str) -> str:
     """Rank 1 is cancelled before rank 0 comes."""
-    call = dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
-    if dist.get_rank() == 1:
-        task = asyncio.ensure_future(call)
-        await asyncio.sleep(0.1)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        outcome = "cancelled"
-        dist.barrier()
-    else:
-        dist.barrier()
-        with pytest.raises(RankFailedError) as raised:
-            await call
-        outcome = str(raised.value)
+    async with TellsWhenStaged() as stager:
+        call = dcp.save({"a": torch.ones(2)}, checkpoint_id=path, stager=stager, timeout=TIMEOUT)
+        if dist.get_rank() == 1:
+            task = asyncio.ensure_future(call)
+            await stager.staged.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            outcome = "cancelled"
+            dist.barrier()
+        else:
+            dist.barrier()
+            with pytest.raises(RankFailedError) as raised:
+                await call
+            outcome = str(raised.value)
     await dcp.save({"a": torch.ones(2)}, checkpoint_id=path, timeout=TIMEOUT)
     return outcome
 
