@@ -262,8 +262,8 @@ def delays(tables: Tables) -> Aim:
         for each in rows:
             row, _, state = each["row"].partition(": ")
             shared = "shared" if each["target"].startswith("aiostage, shared") else ""
-            label = " ".join(filter(None, (row, STATES.get(state, state), shared)))
-            figures.append(Figure(label, float(each["figure"]), limit))
+            which = " ".join(filter(None, (row, STATES.get(state, state), shared)))
+            figures.append(Figure(which, float(each["figure"]), limit))
         parts.append(Span(label, figures))
     for loop in ("asyncio", "uvloop"):
         ours = [each for each in tables.rows("ticks") if each["loop"] == loop and each["beside"].startswith("aiostage")]
@@ -272,8 +272,8 @@ def delays(tables: Tables) -> Aim:
             for each in ours:
                 by_floor = each.get(f"{column}, by its floor")
                 floor = float(each[column]) / float(by_floor) if by_floor else None
-                label = each["beside"].removeprefix("aiostage, ")
-                figures.append(Figure(label, float(each[column]), limit, floor))
+                which = each["beside"].removeprefix("aiostage, ")
+                figures.append(Figure(which, float(each[column]), limit, floor))
             parts.append(Span(f"many stagings of a process, {loop}, {column}, ms", figures))
     return Aim("Delays of the loop, rows 1 to 6", "Ticks and their floor", parts, "plain work of the same kind")
 
