@@ -1,4 +1,4 @@
-"""Checks of arguments of users, and which of them give and take their state as a dict."""
+"""Checks of users' arguments, and which arguments give and take their state as a dict."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def check_flags(**flags: object) -> None:
 
 
 def check_optional(name: str, value: object, kind: type | tuple[type, ...], described: str) -> None:
-    """Refuse what is neither None nor of a kind, nor has the methods that an abstract one requires, as a wrapper has.
+    """Refuse what is neither None nor of a class. A wrapper passes that has all abstract methods of the class.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is refused.
     """
     if value is None or isinstance(value, kind):
         return
     # Not __abstractmethods__, which DCP's LoadPlanner does not have.
-    required = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
-    if not required or isinstance(value, type) or not all(hasattr(value, name) for name in required):
+    required = [each for each in dir(kind) if getattr(getattr(kind, each, None), "__isabstractmethod__", False)]
+    if not required or isinstance(value, type) or not all(hasattr(value, each) for each in required):
         raise TypeError(f"{name} must be {described}, or None, not {shown(value)}")
 
 
@@ -74,7 +74,7 @@ def check_progress(progress: object) -> None:
 
 
 def checked_path(name: str, path: object) -> tuple[object, ...]:
-    """Return what was given as a path, or as several, as a tuple.
+    """Return a path, or several of them, as a tuple.
 
     Raises:
         TypeError: If it is none, such as a single key: a text would be taken apart into its letters.

@@ -1,7 +1,8 @@
 """Compares a live tree with a loaded one, and finds what has to be done to make the live one equal.
 
 Tensors, dicts and lists of the live tree stay the same objects and take new values, since optimizers and other code
-refer to them. Everything else is a value, which is replaced; so are tuples around both. Nothing is changed here.
+refer to them. Everything else is a value, which is replaced. A tuple in which a value is replaced is made anew, around
+the same tensors. Nothing is changed here.
 """
 
 from __future__ import annotations

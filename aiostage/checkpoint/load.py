@@ -56,8 +56,8 @@ def load(
     Args:
         source: Where :func:`save` has put it.
         into: A live tree to change in place: its tensors, of any device, take the loaded values, and what is not a
-            tensor is put into its dicts and lists, and into objects that have tensors in them; in a tuple, by a new one
-            in its place. Gradients and attributes of tensors are loaded where the checkpoint has them; others stay.
+            tensor is put into its dicts and lists, and into objects that have tensors in them; a tuple gives way to a
+            new one. Gradients and attributes of tensors are loaded where the checkpoint has them; others stay.
             None: return a new tree. It, or a value of it if it is a dict, may be an object with ``state_dict`` and
             ``load_state_dict`` (DCP's ``Stateful``, such as a module or an optimizer): its ``load_state_dict`` is
             called with what was saved, on the event loop and the streams of the call, when all else is done.

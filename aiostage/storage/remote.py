@@ -284,7 +284,7 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         """Write one file; see :meth:`aiostage.PendingCheckpoint.write`."""
         check_file(name, nbytes)
         if name in (LEASE_NAME, HEARTBEAT_NAME):
-            raise ValueError(f"{shown(name)} is not a plain name for a file")
+            raise ValueError(f"{shown(name)} is a file of the storage itself; choose another name")
         async with self._files:
             await self._bucket.upload(f"{self._path}/{name}", nbytes, parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -248,13 +249,13 @@ def socket_or_storage(target: Root) -> str | Storage:
 
 
 def checked_timeout(timeout: float) -> float:
-    """Check a number of seconds.
+    """Return a number of seconds as a float.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is no number.
         ValueError: If it is out of range.
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(f"timeout must be a number of seconds, not {shown(timeout)}")
     if not MIN_TIMEOUT_SECONDS <= timeout <= MAX_TIMEOUT_SECONDS:
         raise ValueError(

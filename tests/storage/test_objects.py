@@ -28,6 +28,7 @@ from aiostage import (
 )
 from aiostage.storage import ObjectStorage
 from aiostage.storage.bucket import StoredObject, Version
+from aiostage.storage.pointer import HEARTBEAT_NAME, LEASE_NAME
 from tests.patience import seconds
 from tests.servers.s3 import open_uploads
 from tests.servers.weed import BUCKET, S3Server
@@ -67,6 +68,14 @@ async def test_what_is_written_is_read(storage: ObjectStorage, nbytes: int) -> N
     assert await content(storage, "a/b") == (bytes(data[:100]), bytes(data))
     reader = await storage.read("a/b")
     assert abs(time.time() - (await reader.modified() or 0)) < 600
+
+
+async def test_names_of_the_storage_itself_are_refused() -> None:
+    pending = await ObjectStorage(MemoryStore()).open("a")
+    for name in (LEASE_NAME, HEARTBEAT_NAME):
+        with pytest.raises(ValueError, match=f"'{name}' is a file of the storage itself; choose another name"):
+            await pending.write(name, 0, parts_of(b""))
+    await pending.abort()
 
 
 async def test_several_files_at_once(storage: ObjectStorage) -> None:

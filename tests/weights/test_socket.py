@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import numpy
@@ -422,6 +422,7 @@ class TestArguments:
             WeightPublisher(path, AsyncStager())
         with pytest.raises(ValueError, match=r"timeout must be from 0\.01 to 1e\+06 seconds, not 0"):
             WeightPublisher(path, timeout=0)
+        WeightSubscriber(path, timeout=cast("float", numpy.float32(60)))
         with pytest.raises(TypeError, match="timeout must be a number of seconds, not '60'"):
             WeightSubscriber(path, timeout="60")  # type: ignore[arg-type]
         for classes in (3, None, "Config", int, [3]):
