@@ -40,15 +40,15 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     # A server that is never the bottleneck.
     "loading-remote": (
-        ["loading.py", "--only-remote", "--latency", "0", "--mib", "512", "--rounds", "3"],
+        ["loading.py", "--only-remote", "--latency", "0", "--mib", "512", "--rounds", "9"],
         ["loading.py", "--only-remote", "--latency", "0", "--mib", "64", "--rounds", "1"],
     ),
     "in-place": (
-        ["loading.py", "--local", "--only-in-place", "--mib", "2048", "--rounds", "3"],
+        ["loading.py", "--local", "--only-in-place", "--mib", "2048", "--rounds", "9", "--rivals", "3"],
         ["loading.py", "--local", "--only-in-place", "--mib", "64", "--rounds", "1"],
     ),
     "in-place-cold": (
-        ["loading.py", "--local", "--only-in-place", "--cold", "--mib", "2048", "--rounds", "3"],
+        ["loading.py", "--local", "--only-in-place", "--cold", "--mib", "2048", "--rounds", "9", "--rivals", "3"],
         ["loading.py", "--local", "--only-in-place", "--cold", "--mib", "64", "--rounds", "1"],
     ),
     "many": (["many.py"], ["many.py", "--count", "1000", "--rounds", "1"]),

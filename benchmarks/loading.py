@@ -6,7 +6,9 @@ Each row is measured in a process of its own, in turns. Some ways map the file, 
 *returned* is when a way says that it is done, *looked at* when one byte of every page has been looked at, too. Ratios
 are medians over the rounds. *With a core* is the worst delay of the loop less the time in which its thread was ready to
 run and had no core, which is the kernel's and other programs' doing. *CPU* is the CPU time of the process until a way
-returned. With ``--cold`` no file is in the page cache, which otherwise all are.
+returned. With ``--cold`` no file is in the page cache, which otherwise all are: each process sees to that itself, right
+before it measures, because a kernel may take files out of its cache within seconds. How much of them was there is said
+below the table.
 
 *In place* is into tensors that are there. What it cannot do without is beside it: reading as many bytes into memory
 that is there, with ``preadv`` in one thread, or past the page cache in two. And the floor, the least that checks allow:
@@ -48,6 +50,7 @@ from safetensors.torch import load_file
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import aiostage
+from aiostage._platform import PAGE_BYTES, _cached_pages
 from aiostage.storage import objects
 from aiostage.storage.objects import ObjectStorage
 
@@ -295,7 +298,7 @@ def touch(tree: dict[str, torch.Tensor]) -> None:
         tensor.view(torch.uint8).view(-1)[::4096].max()
 
 
-async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, float]:
+async def measured(path: str, how: str, port: int, at_once: int, cold: bool) -> dict[str, float]:
     """Load once; return seconds, peak memory beyond what there was before, and the loop's worst delay."""
     await aiostage.load(f"{path}-small")
     for name in ("runai_model_streamer", "fastsafetensors"):
@@ -303,6 +306,8 @@ async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, fl
         if how.startswith(name[:4]):
             import_module(name)
     memory = warm_memory(how, path) if how in IN_PLACE else None
+    (evict if cold else cache)(Path(path).parent)
+    cached = cached_share(Path(path).parent)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     async with Delay() as delay:
@@ -329,6 +334,7 @@ async def measured(path: str, how: str, port: int, at_once: int) -> dict[str, fl
         "peak": resident("VmHWM") - before,
         "delay": max(delay.delays, default=0.0),
         "held": max(delay.held, default=0.0),
+        "cached": cached,
     }
 
 
@@ -351,8 +357,12 @@ def files_below(directory: Path) -> Iterable[Path]:
 
 
 def cache(directory: Path) -> None:
+    # Into memory that is used again: what is freed may go back to a hypervisor, which takes a core meanwhile.
+    memory = bytearray(PIECE_BYTES)
     for path in files_below(directory):
-        path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(memory):
+                pass
 
 
 def evict(directory: Path) -> None:
@@ -360,6 +370,19 @@ def evict(directory: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached_share(directory: Path) -> float:
+    """Return how much of the files is in the page cache, of 1; NaN where the kernel does not say."""
+    pages, cached = 0, 0.0
+    for path in files_below(directory):
+        size = path.stat().st_size
+        pages += -(-size // PAGE_BYTES)
+        # Linux says it of files that the caller may write to.
+        with path.open("rb+") as file:
+            counted = _cached_pages(file.fileno(), 0, size) if size else 0
+            cached += float("nan") if counted is None else counted
+    return cached / pages
 
 
 def resident(field: str) -> int:
@@ -426,16 +449,17 @@ def answer(connection: socket.socket, head: str, root: Path) -> None:
             connection.sendfile(opened, start, stop - start)
 
 
-def fresh(path: str, how: str, port: int = 0, at_once: int = 0) -> dict[str, float]:
+def fresh(path: str, how: str, port: int = 0, at_once: int = 0, *, cold: bool) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--one", path, how, str(port), str(at_once)]
+    command = [sys.executable, __file__, "--one", path, how, str(port), str(at_once), "cold" if cold else "cached"]
     answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return answer
 
 
 def row(name: str, found: list[dict[str, float]], beside: list[dict[str, float]], nbytes: int) -> str:
     returned = statistics.median(each["returned"] for each in found)
-    ratios = [each["seconds"] / ours["seconds"] for each, ours in zip(found, beside, strict=True)]
+    # Rivals may have taken part in the first rounds only.
+    ratios = [each["seconds"] / ours["seconds"] for each, ours in zip(found, beside, strict=False)]
     seconds = statistics.median(each["seconds"] for each in found)
     cpu = statistics.median(each["cpu"] for each in found)
     peak, delay, held = (max(each[key] for each in found) for key in ("peak", "delay", "held"))
@@ -483,7 +507,7 @@ async def prepare(
 
 
 def main(
-    mib: int, latency: float, rounds: int, cold: bool, local: bool, only_in_place: bool, only_remote: bool
+    mib: int, latency: float, rounds: int, rivals: int, cold: bool, local: bool, only_in_place: bool, only_remote: bool
 ) -> None:
     tree = {f"{number:02}": torch.randn(mib * 2**18 // TENSORS) for number in range(TENSORS)}
     nbytes = sum(tensor.nbytes for tensor in tree.values())
@@ -502,10 +526,11 @@ def main(
         other = "digested" if cold else "direct_copied"
         rows = {name: each for name, each in rows.items() if not each[0].startswith(other)}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
-        for _ in range(rounds):
+        for number in range(rounds):
             for each, arguments in rows.items():
-                (evict if cold else cache)(directory)
-                found[each].append(fresh(path, *arguments))
+                if number >= rivals and arguments[0].removesuffix("_in_place") in RIVALS:
+                    continue
+                found[each].append(fresh(path, *arguments, cold=cold))
     print(
         f"{mib} MiB in {TENSORS} tensors, {'on the disk' if cold else 'in the page cache'}; "
         f"requests take {1e3 * latency:.0f} ms before the first byte\n"
@@ -518,10 +543,13 @@ def main(
     remote = f"{AT_ONCE[-1]} requests at once"
     ours = OURS_IN_PLACE if only_in_place else remote if only_remote else OURS
     for each in rows:
-        print(row(each, found[each], found[ours], nbytes))
+        if found[each]:
+            print(row(each, found[each], found[ours], nbytes))
     for missing, installed in (("RunAI's streamer", RUNAI), ("fastsafetensors", FAST)):
         if not installed and not only_remote:
             print(f"| {missing} | is not installed |" + " |" * 7)
+    shares = sorted(100 * one["cached"] for each in found.values() for one in each)
+    print(f"\nOf the files, {shares[0]:.1f} to {shares[-1]:.1f} % were in the page cache when measurements began.")
     copied_directly = [each for each in rows if each.startswith(f"{DIRECT}, ")]
     if not only_remote:
         bare, limit, floors = (DIRECT, 1.1, copied_directly) if cold else (PREADV, 1.2, [DIGESTED])
@@ -532,13 +560,14 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        where, how, port, at_once = sys.argv[2:]
-        print(json.dumps(asyncio.run(measured(where, how, int(port), int(at_once)))))
+        where, how, port, at_once, state = sys.argv[2:]
+        print(json.dumps(asyncio.run(measured(where, how, int(port), int(at_once), state == "cold"))))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--latency", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rivals", type=int, default=sys.maxsize, help="rounds in which other libraries are measured")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--local", action="store_true", help="without the network")
     parser.add_argument("--only-in-place", action="store_true", help="only into tensors that are there")
