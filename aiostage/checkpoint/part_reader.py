@@ -209,17 +209,21 @@ class PartReader:
         return await self._workers.run(partial(b"".join, pieces))
 
     def _read_head(self, read: BlockingRead, file: FileRecord) -> np.ndarray[Any, Any]:
-        """Read and check the first part of a local file; return no less of it than its share of the header. Blocks."""
+        """Read and check the first part of a local file; return its share of the header. Blocks."""
         part = Part(0, 0, min(self._part_bytes, file.nbytes), [])
         running = running_digest()
-        first: np.ndarray[Any, Any] = np.empty(min(_GAP_BYTES, part.nbytes), np.uint8)
-        read(0, first.data, running.update)
+        memory: np.ndarray[Any, Any] = np.empty(min(_GAP_BYTES, part.nbytes), np.uint8)
+        read(0, memory.data, running.update)
         # The length is not checked before the digest is: a damaged one is reported as damage.
-        stop = HEADER_LENGTH_BYTES + int.from_bytes(first[:HEADER_LENGTH_BYTES].tobytes(), "little")
-        head: np.ndarray[Any, Any] = np.empty(max(len(first), min(stop, part.nbytes)), np.uint8)
-        head[: len(first)] = first
-        read(len(first), head[len(first) :].data, running.update)
-        self._read_gap(read, len(head), part.nbytes - len(head), running.update)
+        stop = HEADER_LENGTH_BYTES + int.from_bytes(memory[:HEADER_LENGTH_BYTES].tobytes(), "little")
+        head: np.ndarray[Any, Any] = np.empty(min(stop, part.nbytes), np.uint8)
+        done = len(memory)
+        head[:done] = memory[: len(head)]
+        if len(head) > done:
+            read(done, head[done:].data, running.update)
+            done = len(head)
+        # In the same memory: to fault in more took longer than these reads.
+        self._read_gap(read, done, part.nbytes - done, running.update, memory.data)
         self._compare(file, part, running.hexdigest())
         return head
 
@@ -377,16 +381,18 @@ class PartReader:
             if isinstance(piece, torch.Tensor):
                 read(offset, piece.numpy().data, update)
             elif update is not None:
-                self._read_gap(read, offset, piece.nbytes, update)
+                memory: np.ndarray[Any, Any] = np.empty(min(piece.nbytes, _GAP_BYTES), np.uint8)
+                self._read_gap(read, offset, piece.nbytes, update, memory.data)
             offset += piece.nbytes
         if running is not None:
             self._compare(file, part, running.hexdigest())
 
-    def _read_gap(self, read: BlockingRead, offset: int, nbytes: int, update: Callable[[Buffer], object]) -> None:
-        """Read bytes for their digest alone. Runs in a worker thread."""
-        scratch = np.empty(min(nbytes, _GAP_BYTES), np.uint8).data
-        for start in range(0, nbytes, _GAP_BYTES):
-            read(offset + start, scratch[: nbytes - start], update)
+    def _read_gap(
+        self, read: BlockingRead, offset: int, nbytes: int, update: Callable[[Buffer], object], memory: Buffer
+    ) -> None:
+        """Read bytes for their digest alone, into memory that is used over and over. Runs in a worker thread."""
+        for start in range(0, nbytes, len(memory)):
+            read(offset + start, memory[: nbytes - start], update)
 
     async def _read(self, file: FileRecord, part: Part, buffer: Buffer, then: Callable[[], T]) -> T:
         """Read a part into one buffer, and check and use it in a worker thread: that which has read it, if one has."""
