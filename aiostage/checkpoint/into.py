@@ -232,7 +232,9 @@ class _Comparison:
                 pair = (id(live), id(loaded))
                 if isinstance(live, tuple):
                     # In every place, because a new one takes its place in each.
-                    known = self._tuples.setdefault(pair, LiveTuple(live))
+                    known = self._tuples.get(pair)
+                    if known is None:
+                        known = self._tuples[pair] = LiveTuple(live)
                     known.wheres.append(where)
                     other = self._first_pairs.setdefault(id(live), known)
                     if other is not known:
