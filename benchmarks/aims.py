@@ -255,15 +255,22 @@ def cold_memory(tables: Tables) -> Aim:
 def delays(tables: Tables) -> Aim:
     """How late the loop is beside stagings: of each row its worst, and in a process that has staged before."""
     parts: list[Figure | Span] = []
+    every = tables.rows("staging")
     for ending, limit, label in ((P99, P99_MS, "99 %, ms"), (WORST, WORST_MS, WORST)):
-        rows = [each for each in tables.rows("staging") if each["row"][:1] in set("123456")]
+        rows = [each for each in every if each["row"][:1] in set("123456")]
         rows = [each for each in rows if each.get("target", "").endswith(f", {ending}")]
         figures = []
         for each in rows:
             row, _, state = each["row"].partition(": ")
+            name, value = each["target"].removesuffix(f", {ending}"), float(each["figure"])
+            # The same by the row's floor comes two rows below, where the row has one.
+            below = every[every.index(each) + 2 :][:1]
+            short = "99th percentile" if ending == P99 else "worst"
+            named = [it for it in below if re.fullmatch(rf"{name} / .*, {short}", it.get("target", ""))]
+            floor = value / float(named[0]["figure"]) if named else None
             shared = "shared" if each["target"].startswith("aiostage, shared") else ""
             which = " ".join(filter(None, (row, STATES.get(state, state), shared)))
-            figures.append(Figure(which, float(each["figure"]), limit))
+            figures.append(Figure(which, value, limit, floor))
         parts.append(Span(label, figures))
     for loop in ("asyncio", "uvloop"):
         ours = [each for each in tables.rows("ticks") if each["loop"] == loop and each["beside"].startswith("aiostage")]

@@ -28,6 +28,10 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
         ["staging.py", "--rounds", "3", "--rows", "1,2,3,4,5,6,8,9", "--json", "{results}/staging.json"],
         ["staging.py", "--rounds", "3", "--rows", "3", "--json", "{results}/staging.json"],
     ),
+    "staging-uvloop": (
+        ["staging.py", "--rounds", "5", "--rows", "1,3,4,5,6,8", "--alone", "--uvloop"],
+        ["staging.py", "--rounds", "1", "--rows", "3", "--alone", "--uvloop"],
+    ),
     # By itself: what other rows leave behind takes the memory for 8 GiB.
     "growth": (["staging.py", "--rounds", "3", "--rows", "10"], ["staging.py", "--rounds", "1", "--rows", "8"]),
     "pipeline": (
@@ -53,7 +57,7 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "many": (["many.py"], ["many.py", "--count", "1000", "--rounds", "1"]),
     "distributed": (["distributed.py"], ["distributed.py", "--megabytes", "4", "--rounds", "1", "--sizes", "1", "2"]),
-    "busy": (["busy.py", "--rounds", "3"], ["busy.py", "--rounds", "1", "--seconds", "1", "--mib", "64"]),
+    "busy": (["busy.py", "--rounds", "5"], ["busy.py", "--rounds", "1", "--seconds", "1", "--mib", "64"]),
     "steps": (["steps.py", "--rounds", "15"], ["steps.py", "--rounds", "1"]),
     "floor": (["floor.py", "--rounds", "7"], ["floor.py", "--rounds", "1"]),
     "ticks": (["ticks.py", "--rounds", "5"], ["ticks.py", "--rounds", "1"]),

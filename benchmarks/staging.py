@@ -21,7 +21,7 @@ from typing import Any
 from delays import percentile
 from measuring import Samples, cold
 from report import machine
-from rows import ROWS, Row
+from rows import ROWS, Row, leave_rivals_out
 
 
 @dataclass
@@ -89,8 +89,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each peer is measured")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--uvloop", action="store_true", help="run on uvloop instead of asyncio's own loop")
+    parser.add_argument("--alone", action="store_true", help="without rivals: aiostage and its floors only")
     parser.add_argument("--cold", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.alone:
+        leave_rivals_out()
     factory = None
     if arguments.uvloop:
         import uvloop

@@ -27,7 +27,7 @@ from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.coroutines import Slices
+from aiostage._loop.coroutines import Slices, collect_new_objects
 from aiostage._loop.workers import Job, exhausted_beside_others
 from aiostage._memory.arena import Arena
 from aiostage.errors import StagingError, UnsupportedLeafError
@@ -103,6 +103,13 @@ _PLANNED_ON_LOOP = 4 * LOOKED_AT
 
 _MOST_SPECS = 1 << 14
 """Kinds of leaves that are remembered, at about a kilobyte each. A tree of more is never recognized."""
+
+
+def _planned(work: Generator[None, None, Plan]) -> Plan:
+    """Lay out many leaves that are new; runs in a worker thread."""
+    # Their storages are new objects of Python, and as many tensors will be.
+    collect_new_objects()
+    return exhausted_beside_others(work)
 
 
 class SourceInspection:
@@ -200,7 +207,7 @@ class SourceInspection:
                 work = compile_plan(specs, addresses)
                 if len(specs) > _PLANNED_ON_LOOP and self._resources.options.use_async_staging:
                     # To sort 50,000 addresses takes a millisecond or two, which nothing divides.
-                    plan = await self._resources.workers.run(partial(exhausted_beside_others, work))
+                    plan = await self._resources.workers.run(partial(_planned, work))
                 else:
                     plan = await slices.run(work)
                 plans.keep(specs, addresses, plan)

@@ -32,6 +32,7 @@ __all__ = [
     "RarerCollections",
     "Slices",
     "ThreadsafeEvent",
+    "collect_new_objects",
     "exhausted",
     "finish",
     "give_up",
@@ -372,6 +373,19 @@ class RarerCollections:
         _blocks.discard(self)
         if not _blocks:
             _restore_thresholds()
+
+
+_FEW_YOUNG_RUNS = 4
+
+
+def collect_new_objects() -> None:
+    """Let the collector look at what was made since it last did more than its young runs, if much was and it is on.
+
+    Called half-way through much new work. It comes to that by itself after eleven young runs, which are twice as many
+    objects for one hold of the GIL: 6 ms in the first staging of 50,000 tensors, instead of 3.
+    """
+    if gc.isenabled() and gc.get_threshold()[0] and gc.get_count()[1] > _FEW_YOUNG_RUNS:
+        gc.collect(1)
 
 
 def _restore_thresholds() -> None:

@@ -27,9 +27,11 @@ from aiostage._capture.plan import compile_plan
 from aiostage._capture.versions import copy_buffer
 from aiostage._capture.walk import Walk
 from aiostage._copy import phases
+from aiostage._loop import coroutines
 from aiostage._loop.coroutines import exhausted
 
 MANY = 40_000
+YOUNG = 2000
 IN_ONE_STEP = 5000
 """How many children one step may deal with at most: less than 5 ms, at below a microsecond each."""
 
@@ -384,3 +386,38 @@ def test_a_large_new_plan_is_made_beside_the_loop(inline: bool, monkeypatch: pyt
     loop = threading.get_ident()
     # Small ones, and those without threads, are made by the loop.
     assert [thread == loop for thread in planned] == ([True, True, True] if inline else [True, False, False])
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["collector on", "collector off"])
+def test_the_collector_comes_early_in_a_large_first_staging(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def note(phase: str, about: dict[str, int]) -> None:
+        if phase == "stop":
+            runs.append(about["generation"])
+
+    async def run() -> None:
+        async with AsyncStager() as stager:
+            tree = {str(number): torch.ones(1) for number in range(5 * YOUNG // 2)}
+            gc.collect()
+            gc.callbacks.append(note)
+            try:
+                await stager.stage(tree)
+            finally:
+                gc.callbacks.remove(note)
+
+    # Fewer, so that a small tree has as many young runs as a large one.
+    monkeypatch.setattr(coroutines, "_YOUNG_OBJECTS", YOUNG)
+    monkeypatch.setattr(coroutines, "_FEW_YOUNG_RUNS", 1)
+    before = gc.get_threshold()
+    if not enabled:
+        gc.disable()
+    try:
+        gc.set_threshold(700, 1000, 1000)
+        asyncio.run(run())
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    # By itself it would come to that after a thousand young runs.
+    assert runs.count(1) == enabled
+    assert 2 not in runs
