@@ -50,6 +50,7 @@ __all__ = [
     "NOT_SUPPORTED",
     "PAGE_BYTES",
     "advise_pages",
+    "advise_range",
     "counts_cached_pages",
     "discard",
     "is_cached",
@@ -62,6 +63,7 @@ __all__ = [
     "memory_limit",
     "open_direct",
     "open_timer",
+    "populate",
     "read_into",
     "rename",
     "reserve_file",
@@ -128,18 +130,10 @@ HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and HUGE_PAGE_BYTES <= _LARGEST_
 """Whether there is anything to ask for."""
 
 
-def advise_pages(memory: mmap.mmap, *, huge: bool, start: int = 0, nbytes: int | None = None) -> None:
-    """Ask for huge pages, or for ordinary ones, where a mapping has none yet.
-
-    Args:
-        memory: The mapping.
-        huge: Which.
-        start: Where the range begins, in bytes from the beginning of the mapping; a multiple of :data:`PAGE_BYTES`.
-        nbytes: Its length; None for all that follows.
-    """
+def advise_pages(memory: mmap.mmap, *, huge: bool) -> None:
+    """Ask for huge pages, or for ordinary ones, for a new mapping."""
     if HAS_HUGE_PAGES:
-        advice = mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE
-        _advise(memory, advice, start, len(memory) - start if nbytes is None else nbytes)
+        _advise(memory, mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE, 0, len(memory))
 
 
 def leave_out_of_children(memory: mmap.mmap) -> None:
@@ -159,6 +153,36 @@ def _advise(memory: mmap.mmap, advice: int, start: int, nbytes: int) -> None:
 _madvise = _find("madvise", _c_library) if _BUILT_FOR_LINUX else None
 if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def advise_range(address: int, nbytes: int, *, huge: bool) -> None:
+    """Ask for huge pages, or for ordinary ones, where a range of a mapping has none yet. Blocks, without the GIL.
+
+    Args:
+        address: Where it begins; a multiple of :data:`PAGE_BYTES`.
+        nbytes: Its length.
+        huge: Which.
+    """
+    if HAS_HUGE_PAGES and _madvise is not None:
+        # Advice only, as above.
+        _madvise(address, nbytes, mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+
+
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and newer; the number is the same on all of these. Python has no name for it."""
+
+
+def populate(address: int, nbytes: int) -> None:
+    """Fault in pages as writing to them would, and change nothing in them; an older kernel leaves it to the writing.
+
+    Blocks, without the GIL, but with the lock of the address space, which the next ``mmap`` of any thread waits for.
+
+    Args:
+        address: Where they begin; a multiple of :data:`PAGE_BYTES`.
+        nbytes: How much.
+    """
+    if _HAS_USUAL_FLAGS and _madvise is not None:
+        _madvise(address, nbytes, _MADV_POPULATE_WRITE)
 
 
 def discard(address: int, nbytes: int) -> None:

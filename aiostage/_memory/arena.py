@@ -22,10 +22,12 @@ from aiostage._platform import (
     HUGE_PAGE_BYTES,
     PAGE_BYTES,
     advise_pages,
+    advise_range,
     discard,
     leave_out_of_children,
     map_addresses,
     map_private,
+    populate,
     register_after_fork,
 )
 from aiostage.errors import HostMemoryError
@@ -49,11 +51,15 @@ _SAMPLE_BYTES = HUGE_PAGE_BYTES
 _FIRST_BYTES = {True: 8 << 20, False: 64 << 20}
 """After how much huge pages, and ordinary ones, are tried again for the first time. It doubles from trial to trial."""
 
-_MOST_BYTES = {True: 128 << 20, False: 1 << 30}
+_MOST_BYTES = {True: 256 << 20, False: 1 << 30}
 """After how much huge pages, and ordinary ones, are tried again at most. Only the speed of huge ones changes much."""
 
 _STALE_SECONDS = 1.0
 """How long a measurement is believed. A hypervisor takes freed memory away within seconds of that."""
+
+_POPULATED_BYTES = 256 << 10
+"""How much is faulted in by one call, in ordinary pages: a tenth of a millisecond, during which the address space is
+locked. Larger pieces are faster by a twentieth."""
 
 _CLEAR = 0.5
 """Huge pages that take less of the time than this are not compared with ordinary ones again, once these were measured
@@ -91,19 +97,28 @@ class PageChoice:
         self._last_trial = -inf
         self._looks = 0
 
-    def next(self) -> bool:
-        """Return whether the next sample is to have huge pages."""
+    @property
+    def tries(self) -> bool:
+        """Whether the next sample is a trial of the kind that was slower."""
         if self.huge not in self._costs:
-            return self.huge
-        other = not self.huge
-        if other not in self._costs:
-            return other
+            return False
         due = self._since_trial >= self._interval
         # Ordinary pages always come at about one speed, so only huge ones are worth another look after a while.
         if self.huge:
             clear = self._looks >= _LOOKS and self._costs[True] < _CLEAR * self._costs[False]
-            return clear or not due
+            return due and not clear
         return due or self._clock() - self._last_trial > _STALE_SECONDS
+
+    def next(self) -> bool:
+        """Return whether the next sample is to have huge pages. A trial is then the caller's, and no other thread's."""
+        if not self.tries:
+            return self.huge
+        other, now = not self.huge, self._clock()
+        first = now - self._last_trial > _STALE_SECONDS or not self._interval
+        self._interval = _FIRST_BYTES[other] if first else min(2 * self._interval, _MOST_BYTES[other])
+        # Here and not once it is measured: two threads would make each trial at the same time.
+        self._since_trial, self._last_trial = 0, now
+        return other
 
     def record(self, huge: bool, nbytes: int, seconds: float) -> None:
         """Take note of a measurement.
@@ -118,11 +133,6 @@ class PageChoice:
             self._since_trial += nbytes
             self._costs[huge] = cost + (1 - _WEIGHT) * (self._costs.get(huge, cost) - cost)
         else:
-            now = self._clock()
-            stale = now - self._last_trial > _STALE_SECONDS
-            first = stale or not self._interval
-            self._interval = _FIRST_BYTES[huge] if first else min(2 * self._interval, _MOST_BYTES[huge])
-            self._since_trial, self._last_trial = 0, now
             self._looks += not huge
             # Ordinary pages may seem slow where something else has the core, and never seem fast.
             self._costs[huge] = cost if huge else min(cost, self._costs.get(huge, cost))
@@ -137,21 +147,22 @@ page_choice = PageChoice()
 
 
 class ColdPages:
-    """The pages of a mapping that one thread is about to write to for the first time.
+    """The pages of a range that one thread is about to write to for the first time.
 
     Args:
-        memory: A private mapping.
-        address: Where it begins.
-        huge: Whether all of it was asked to have huge pages.
+        start: The address where the range begins.
+        stop: Where it ends.
+        within: The addresses of the private mapping that it is in.
+        huge: Whether the mapping was asked to have huge pages.
         choice: Where measurements are kept.
     """
 
-    __slots__ = ("_address", "_begun", "_choice", "_default", "_huge", "_memory", "_nbytes")
+    __slots__ = ("_asked", "_begun", "_choice", "_huge", "_nbytes", "_range", "_within")
 
-    def __init__(self, memory: mmap.mmap, address: int, huge: bool, choice: PageChoice) -> None:
-        self._memory = memory
-        self._address = address
-        self._default = huge
+    def __init__(self, start: int, stop: int, within: range, huge: bool, choice: PageChoice) -> None:
+        self._range = start, stop
+        self._within = within
+        self._asked = huge
         self._choice = choice
         self._huge = huge
         self._nbytes = 0
@@ -161,7 +172,7 @@ class ColdPages:
         """Say what this thread writes next, and at the end that there is no more.
 
         Args:
-            address: Where it begins.
+            address: Where it begins, in the range.
             nbytes: How much; 0 after the last.
         """
         if self._nbytes >= _SAMPLE_BYTES:
@@ -169,14 +180,29 @@ class ColdPages:
             self._nbytes = 0
         if nbytes and not self._nbytes:
             self._huge = self._choice.next()
-            if self._huge is not self._default:
-                # Whole huge pages. What has pages already keeps them.
-                stop = address + max(nbytes, _SAMPLE_BYTES)
-                first = max(address // _SAMPLE_BYTES * _SAMPLE_BYTES - self._address, 0)
-                last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES - self._address, len(self._memory))
-                advise_pages(self._memory, huge=self._huge, start=first, nbytes=last - first)
+            if self._huge is not self._choice.huge:
+                # A trial.
+                if self._huge is not self._asked:
+                    self._ask(address, address + max(nbytes, _SAMPLE_BYTES))
+            elif self._huge is not self._asked:
+                # All of the range at once: each question waits until no other thread faults in pages of the mapping,
+                # 5 to 16 ms where these are slow, and whoever needs the lock of the address space waits with it.
+                self._ask(*self._range)
+                self._asked = self._huge
             self._begun = thread_time()
+        if nbytes and not self._huge:
+            # A fault for each page takes a quarter longer, with the copy: 1.16 ms for 2 MiB, and 0.92 so.
+            first, last = address // PAGE_BYTES * PAGE_BYTES, whole_pages(address + nbytes)
+            for start, stop in pieces(first, last, _POPULATED_BYTES):
+                populate(start, stop - start)
         self._nbytes += nbytes
+
+    def _ask(self, start: int, stop: int) -> None:
+        """Ask for pages of the present kind. What has pages already keeps them."""
+        # Whole huge pages.
+        first = max(start // _SAMPLE_BYTES * _SAMPLE_BYTES, self._within.start)
+        last = min(-(-stop // _SAMPLE_BYTES) * _SAMPLE_BYTES, self._within.stop)
+        advise_range(first, last - first, huge=self._huge)
 
 
 class Arena:
@@ -304,9 +330,10 @@ class Arena:
     def populate(self, start: int, stop: int) -> None:
         """Fault in the pages that lie wholly inside a range, leaving zeros where it was cold. Blocks, without the GIL.
 
-        It writes to each page. MADV_POPULATE_WRITE would spare that, but holds the lock of the address space all the
-        while, so that the next ``mmap`` or ``munmap`` of any other thread waits: measured on Linux 6.18 beside it,
-        0.4 to 10 ms in the median where writing leaves it at 0.02 ms, for no gain in speed (docs/memory.md).
+        It writes to each page; ordinary ones are populated before, a little at a time. MADV_POPULATE_WRITE for all at
+        once holds the lock of the address space all the while, so that the next ``mmap`` or ``munmap`` of any other
+        thread waits: measured on Linux 6.18 beside it, 0.4 to 10 ms in the median where writing leaves it at 0.02 ms
+        (docs/memory.md).
 
         Args:
             start: Where the range begins, in bytes from the beginning of the arena.
@@ -332,8 +359,7 @@ class Arena:
 
     def _pieces_to_populate(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range in two where its first part is a trial of other pages, which may be slow."""
-        trial = page_choice.next() is not self._huge
-        first = min(start + HUGE_PAGE_BYTES, stop) if trial else stop
+        first = min(start + HUGE_PAGE_BYTES, stop) if page_choice.tries else stop
         yield start, first
         if first < stop:
             yield first, stop
@@ -342,7 +368,8 @@ class Arena:
         """Return what chooses the pages of a range as it is written to; None if it has pages, or has no choice."""
         if not self._chooses_pages or self._warm.find(0, start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)) < 0:
             return None
-        return ColdPages(self._memory, self.address, self._huge, page_choice)
+        within = range(self.address, self.address + self.nbytes)
+        return ColdPages(self.address + start, self.address + stop, within, self._huge, page_choice)
 
     def written(self, start: int, stop: int) -> None:
         """Take note that all of a range has been written to. The blocks that it shares with others count as well."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+import resource
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 import aiostage
 from aiostage._memory import arena as module
 from aiostage._memory.arena import Arena, ColdPages, PageChoice
-from aiostage._platform import HAS_HUGE_PAGES
+from aiostage._platform import HAS_HUGE_PAGES, PAGE_BYTES, map_private, populate
 from aiostage._platform import HUGE_PAGE_BYTES as SAMPLE
 
 MIB = 1 << 20
@@ -134,62 +137,135 @@ def test_a_trial_becomes_rarer_each_time():
     assert gaps[-1] > 4 * gaps[0]
 
 
-@pytest.fixture
-def memory() -> Iterator[mmap.mmap]:
-    mapping = mmap.mmap(-1, 16 * SAMPLE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    yield mapping
-    mapping.close()
-
-
 class Asked(PageChoice):
-    """Answers from a list, and notes what is recorded."""
+    """Answers from a list, and notes what is recorded. Huge pages are the faster ones for it, others a trial."""
 
     def __init__(self, answers: list[bool]) -> None:
         super().__init__()
-        self._answers = iter(answers)
+        self.answers = answers
         self.recorded: list[tuple[bool, int, float]] = []
 
+    @property
+    def tries(self) -> bool:
+        return not self.answers[0]
+
     def next(self) -> bool:
-        return next(self._answers)
+        return self.answers.pop(0)
 
     def record(self, huge: bool, nbytes: int, seconds: float) -> None:
         self.recorded.append((huge, nbytes, seconds))
 
 
-@huge_pages
-def test_small_writes_are_measured_together(memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
+    """What pages are asked for: whether huge, where and for how many bytes."""
     advice: list[tuple[bool, int, int]] = []
+    monkeypatch.setattr(module, "advise_range", lambda start, nbytes, *, huge: advice.append((huge, start, nbytes)))
+    monkeypatch.setattr(module, "populate", lambda start, nbytes: None)
+    return advice
+
+
+BASE = 1 << 40
+"""A mapping is taken to begin where a huge page may."""
+
+MAPPING = range(BASE, BASE + 16 * SAMPLE)
+
+
+@huge_pages
+def test_small_writes_are_measured_together(advice: list[tuple[bool, int, int]], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "thread_time", iter(range(100)).__next__)
-    monkeypatch.setattr(
-        module, "advise_pages", lambda memory, *, huge, start, nbytes: advice.append((huge, start, nbytes))
-    )
-    # The mapping is taken to begin where a huge page may.
-    base = 1 << 40
     choice = Asked([True, False, True])
-    cold = ColdPages(memory, base, True, choice)
+    cold = ColdPages(MAPPING.start, MAPPING.stop, MAPPING, True, choice)
     for start in range(0, 2 * SAMPLE, SAMPLE // 4):
-        cold.before(base + start, SAMPLE // 4)
-    cold.before(base + 2 * SAMPLE, 10)
+        cold.before(BASE + start, SAMPLE // 4)
+    cold.before(BASE + 2 * SAMPLE, 10)
     cold.before()
     assert [(huge, nbytes) for huge, nbytes, _ in choice.recorded] == [
         (True, SAMPLE),
         (False, SAMPLE),
     ]
-    assert advice == [(False, SAMPLE, SAMPLE)], "asked for where the mapping as a whole has the other kind"
+    assert advice == [(False, BASE + SAMPLE, SAMPLE)], "asked for where the mapping as a whole has the other kind"
 
 
 @huge_pages
-def test_a_range_that_is_asked_for_stays_inside_of_the_mapping(memory: mmap.mmap, monkeypatch: pytest.MonkeyPatch):
-    advice: list[tuple[int, int]] = []
-    monkeypatch.setattr(module, "advise_pages", lambda memory, *, huge, start, nbytes: advice.append((start, nbytes)))
-    base = (1 << 40) + SAMPLE // 2
-    cold = ColdPages(memory, base, True, Asked([False, False]))
-    cold.before(base, SAMPLE)
-    cold.before(base + len(memory) - 8, 8)
+def test_a_range_that_is_asked_for_stays_inside_of_the_mapping(advice: list[tuple[bool, int, int]]):
+    mapping = range(BASE + SAMPLE // 2, BASE + SAMPLE // 2 + 16 * SAMPLE)
+    cold = ColdPages(mapping.start, mapping.stop, mapping, True, Asked([False, False]))
+    cold.before(mapping.start, SAMPLE)
+    cold.before(mapping.stop - 8, 8)
     assert advice == [
-        (0, SAMPLE // 2 + SAMPLE),
-        (len(memory) - SAMPLE // 2, SAMPLE // 2),
+        (False, mapping.start, SAMPLE // 2 + SAMPLE),
+        (False, mapping.stop - SAMPLE // 2, SAMPLE // 2),
     ]
+
+
+@huge_pages
+def test_what_is_no_trial_is_asked_for_once_for_all_of_the_range(advice: list[tuple[bool, int, int]]):
+    choice = PageChoice(lambda: 0.0)
+    choice.huge = False
+    # Known, and no trial for a while.
+    choice.record(False, SAMPLE, 0.001)
+    choice.next()
+    cold = ColdPages(BASE + 4 * SAMPLE, BASE + 8 * SAMPLE, MAPPING, True, choice)
+    for number in range(4, 8):
+        cold.before(BASE + number * SAMPLE, SAMPLE)
+    cold.before()
+    assert advice == [
+        (False, BASE + 4 * SAMPLE, 4 * SAMPLE),
+    ], "each question waits until no other thread faults in pages of the mapping"
+
+
+@huge_pages
+def test_ordinary_pages_are_faulted_in_before_they_are_written_to_and_huge_ones_are_not(
+    advice: list[tuple[bool, int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    populated: list[range] = []
+    monkeypatch.setattr(module, "populate", lambda start, nbytes: populated.append(range(start, start + nbytes)))
+    cold = ColdPages(MAPPING.start, MAPPING.stop, MAPPING, True, Asked([True, False, True]))
+    cold.before(BASE, SAMPLE)
+    assert not populated
+    cold.before(BASE + SAMPLE + 10, SAMPLE)
+    assert populated[0].start == BASE + SAMPLE
+    assert populated[-1].stop == BASE + 2 * SAMPLE + PAGE_BYTES, "whole pages, to the last that is written to"
+    assert all(after.start == before.stop for before, after in pairwise(populated))
+    assert max(map(len, populated)) <= SAMPLE // 8, "the address space is locked meanwhile"
+    populated.clear()
+    cold.before(BASE + 3 * SAMPLE, SAMPLE)
+    assert not populated
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have nothing of the kind")
+def test_populated_pages_are_there_and_keep_what_is_in_them():
+    memory = map_private(512 * PAGE_BYTES)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    array = numpy.frombuffer(memory, numpy.uint8)
+    array[5] = 7
+    populate(array.ctypes.data, 256 * PAGE_BYTES)
+
+    def faults(first: int, last: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        array[first * PAGE_BYTES : last * PAGE_BYTES : PAGE_BYTES] += 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert array[5] == 7
+    there, control = faults(0, 256), faults(256, 512)
+    if there >= 256:
+        pytest.skip("this kernel is older than MADV_POPULATE_WRITE")
+    assert there < 64
+    assert control >= 200
+
+
+def test_one_of_several_threads_makes_a_trial():
+    choice = PageChoice(lambda: 0.0)
+    assert [choice.next(), choice.next()] == [True, True], "nothing is known"
+    choice.record(True, SAMPLE, 0.001)
+    assert [choice.next(), choice.next(), choice.next()] == [False, True, True]
+    choice.record(False, SAMPLE, 0.0005)
+    assert not choice.huge
+    for _ in range(4):
+        choice.record(False, SAMPLE, 0.0005)
+    assert [choice.next(), choice.next()] == [True, False]
 
 
 @pytest.fixture
@@ -221,7 +297,7 @@ def test_populating_is_measured_and_a_trial_is_short(choice: Asked):
     arena = Arena.pageable(8 * SAMPLE)
     arena.populate(0, 4 * SAMPLE)
     assert [nbytes for _, nbytes, _ in choice.recorded] == [4 * SAMPLE]
-    choice._answers = iter([False, False, True])
+    choice.answers = [False, True]
     arena.populate(4 * SAMPLE, 8 * SAMPLE)
     assert [(huge, nbytes) for huge, nbytes, _ in choice.recorded[1:]] == [
         (False, SAMPLE),
