@@ -255,22 +255,17 @@ def cold_memory(tables: Tables) -> Aim:
 def delays(tables: Tables) -> Aim:
     """How late the loop is beside stagings: of each row its worst, and in a process that has staged before."""
     parts: list[Figure | Span] = []
-    every = tables.rows("staging")
+    targets = [each for each in tables.rows("staging") if "target" in each]
     for ending, limit, label in ((P99, P99_MS, "99 %, ms"), (WORST, WORST_MS, WORST)):
-        rows = [each for each in every if each["row"][:1] in set("123456")]
-        rows = [each for each in rows if each.get("target", "").endswith(f", {ending}")]
+        rows = [each for each in targets if each["row"][:1] in set("123456") and each["target"].endswith(f", {ending}")]
         figures = []
         for each in rows:
             row, _, state = each["row"].partition(": ")
-            name, value = each["target"].removesuffix(f", {ending}"), float(each["figure"])
-            # The same by the row's floor comes two rows below, where the row has one.
-            below = every[every.index(each) + 2 :][:1]
-            short = "99th percentile" if ending == P99 else "worst"
-            named = [it for it in below if re.fullmatch(rf"{name} / .*, {short}", it.get("target", ""))]
-            floor = value / float(named[0]["figure"]) if named else None
             shared = "shared" if each["target"].startswith("aiostage, shared") else ""
             which = " ".join(filter(None, (row, STATES.get(state, state), shared)))
-            figures.append(Figure(which, value, limit, floor))
+            value = float(each["figure"])
+            by_floor = _by_floor(targets, each["row"], each["target"].removesuffix(f", {ending}"), ending)
+            figures.append(Figure(which, value, limit, value / by_floor if by_floor else None))
         parts.append(Span(label, figures))
     for loop in ("asyncio", "uvloop"):
         ours = [each for each in tables.rows("ticks") if each["loop"] == loop and each["beside"].startswith("aiostage")]
@@ -283,6 +278,14 @@ def delays(tables: Tables) -> Aim:
                 figures.append(Figure(which, float(each[column]), limit, floor))
             parts.append(Span(f"many stagings of a process, {loop}, {column}, ms", figures))
     return Aim("Delays of the loop, rows 1 to 6", "Ticks and their floor", parts, "plain work of the same kind")
+
+
+def _by_floor(targets: list[Row], row: str, peer: str, ending: str) -> float | None:
+    """Return a delay by that of the floor in the same row; None if it has none."""
+    short = ending.partition(" of ")[0].partition(", ms")[0]
+    names = re.compile(rf"{re.escape(peer)} / .*, {short}")
+    ratios = [float(each["figure"]) for each in targets if each["row"] == row and names.fullmatch(each["target"])]
+    return ratios[0] if ratios else None
 
 
 def many_tensors(tables: Tables) -> Aim:
@@ -350,7 +353,8 @@ def growth(tables: Tables) -> Aim:
 
 def busy_machine(tables: Tables) -> Aim:
     """Beside a training that takes all cores, and beside a service."""
-    worst = tables.number("busy", "worst", peer="no staging")
+    plain = ("no staging", "two threads that offer their cores")
+    worst = max(number(each["worst"]) for each in tables.rows("busy") if each.get("peer") in plain)
     figures = [
         tables.target("busy", "steps beside aiostage / without a staging", label="training step"),
         tables.target("busy", "worst delay of the loop beside aiostage, ms", worst, "worst delay, ms"),
@@ -360,7 +364,12 @@ def busy_machine(tables: Tables) -> Aim:
         if each.get("target") == requests:
             label = "requests" if not figures[2:] else "requests beside a training"
             figures.append(tables.target("staging", requests, label=f"{label}, by a bare copy", row=each["row"]))
-    return Aim("A busy machine", "Beside a training on all cores", figures, "the training without a staging")
+    return Aim(
+        "A busy machine",
+        "Beside a training on all cores",
+        figures,
+        "the training without a staging, or beside a bare copy",
+    )
 
 
 def aims(text: str) -> list[Aim]:

@@ -137,6 +137,14 @@ def test_the_table_of_aims_says_what_the_measurements_say(monkeypatch: pytest.Mo
     heads = [re.sub(r"[^a-z0-9 -]", "", head.lower()) for head in re.findall(r"^#+ (.+)$", measurements, re.MULTILINE)]
     assert len(links) == 10
     assert set(links) <= {head.replace(" ", "-") for head in heads}
+    # A floor in the rows of stagings is one of the figures beside it.
+    below = re.sub(
+        r"(\| 3 \| aiostage, worst, ms \| .*\n)",
+        r"\1| 3 | aiostage / slices, worst | 0.5 | at most 1.1 | met |\n",
+        measurements,
+    )
+    [third] = [each for each in aims.delays(aims.Tables(below)).parts[1].figures if each.label == "3"]
+    assert third.floor == 2 * third.value
     # A row that is no longer there is named, with what to do.
     with pytest.raises(ValueError, match=r"0 rows of in-place .*`preadv` alone.*change it there, too"):
         aims.aims(measurements.replace("/ `preadv` alone |", "/ something |"))
