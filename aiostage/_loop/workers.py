@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
+from itertools import chain, islice
 from time import perf_counter
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,9 +40,10 @@ _IDLE_SECONDS = 5.0
 """A guess: longer than the pause between two parts of a checkpoint, shorter than a user would look for threads."""
 
 
-_TURN = 0.0003
+_TURN = 0.0004
 """Seconds after which a thread gives the GIL away, so that an event loop beside it does not wait for long. The
-interpreter waits 5 ms."""
+interpreter waits 5 ms. Each time costs 60 to 80 microseconds: with 0.3 ms a load of 50,000 tensors takes a twentieth
+longer, and no more ticks of the loop are late by 1 ms with 0.4."""
 
 _ITEMS_AT_ONCE = 16
 """Items between two looks at the clock."""
@@ -65,14 +67,14 @@ _turn = _Turn()
 
 
 def release_gil() -> None:
-    """Give other threads the GIL, if this one has had it for 0.3 ms. Call it in loops over much private data.
+    """Give other threads the GIL, if this one has had it for 0.4 ms. Call it in loops over much private data.
 
     Works in any thread, and takes 0.1 microseconds when it is not yet time.
 
     Raises:
         Stopped: If the work was begun by :func:`stoppable` and is cancelled.
     """
-    # The cancellation is looked at only when a turn is due: a call of it costs more than the look at the clock, and 0.3
+    # The cancellation is looked at only when a turn is due: a call of it costs more than the look at the clock, and 0.4
     # ms later is soon enough.
     if perf_counter() - _turn.given > _TURN:
         if _turn.is_cancelled is not None and _turn.is_cancelled():
@@ -83,10 +85,14 @@ def release_gil() -> None:
 
 def releasing_gil(items: Iterable[T]) -> Iterator[T]:
     """Iterate over items, and call :func:`release_gil` now and then."""
-    for count, item in enumerate(items):
-        if count % _ITEMS_AT_ONCE == 0:
-            release_gil()
-        yield item
+    # Out of 16 items, 15 come without a step of the interpreter: a load of 50,000 tensors takes a million this way.
+    return chain.from_iterable(_runs(iter(items)))
+
+
+def _runs(items: Iterator[T]) -> Iterator[Iterable[T]]:
+    for first in items:
+        release_gil()
+        yield chain((first,), islice(items, _ITEMS_AT_ONCE - 1))
 
 
 def exhausted_beside_others(work: Generator[None, None, T]) -> T:

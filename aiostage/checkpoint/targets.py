@@ -199,9 +199,11 @@ def host_memory(sizes: Mapping[str, int], *, path: str, device: torch.device | N
         HostMemoryError: If there is not enough.
     """
     found: dict[str, torch.Tensor] = {}
+    # An object, because torch would look at the text again for each tensor.
+    device = device or torch.device("cpu")
     for name, nbytes in releasing_gil(sizes.items()):
         try:
-            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device or "cpu")
+            found[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise HostMemoryError(f"no memory for the tensor {shown(name)}: {error}", path=path) from error
     return found
