@@ -36,9 +36,9 @@ def test_they_continue_from_a_checkpoint(tmp_path: Path) -> None:
     generators = Generators(load(tmp_path / "saved")[0])
     generators.set()
     assert numbers() == known
-    with torch.serialization.safe_globals(
-        [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
-    ):
+    # NumPy 1 and 2 have it in different modules.
+    reconstruct = np.zeros(1).__reduce__()[0]
+    with torch.serialization.safe_globals([reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]):
         file = torch.load(io.BytesIO(generators.file()), weights_only=True)
     random.setstate(file["python"])
     np.random.set_state(file["numpy"])
