@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,7 @@ __all__ = [
     "prepared_by",
     "require",
     "share_ragged_size",
+    "slices_files",
     "slot_names",
     "storage_identity",
     "untrack_all",
@@ -125,6 +127,7 @@ DISTRIBUTED = {
     "storage_setup": "torch.distributed.checkpoint._storage_utils._storage_setup",
     "narrow_tensor_by_index": "torch.distributed._shard._utils.narrow_tensor_by_index",
     "ragged_sizes": "torch.nested._internal.nested_tensor._tensor_symint_registry",
+    "slice_file": "torch.distributed.checkpoint.filesystem.FileSystemReader._slice_file",
 }
 """Looked up when they are asked for, because they take much of PyTorch with them that few programs need."""
 
@@ -158,6 +161,7 @@ CONSEQUENCES = {
     "storage_setup": "dcp.save and dcp.load raise StagingError",
     "narrow_tensor_by_index": "Tensor.narrow is called for each dimension instead",
     "ragged_sizes": "a staged jagged tensor cannot be combined with its source, only with its own like",
+    "slice_file": "dcp.load reads the records of a directory through PyTorch's views: slower, the same result",
     "new_object": "objects are only built once all their tensors are there",
     "is_traceable_wrapper": "a subclass with __tensor_flatten__ and __tensor_unflatten__ is taken for a wrapper",
     "_slotnames": "the slots of a class are found through its bases",
@@ -312,6 +316,13 @@ def narrow_by_index(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterabl
     for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tensor = tensor.narrow(dimension, offset, size)
     return tensor
+
+
+def slices_files() -> bool:
+    """Return whether DCP's reader of a directory asks a method of its own for each record, by a file and an entry."""
+    method = find(DISTRIBUTED["slice_file"])
+    # A method that takes anything else is another one, and a method in its place would not be called as it expects.
+    return method is not None and list(inspect.signature(method).parameters) == ["self", "file", "sinfo"]
 
 
 def share_ragged_size(source: torch.Tensor, staged: torch.Tensor) -> None:

@@ -128,7 +128,7 @@ def _checked_bytes(name: str, value: object) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, in bytes, or None, not {shown(value)}") from None
     if number <= 0:
-        raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(value)}")
+        raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(number)}")
     return number
 
 

@@ -31,6 +31,8 @@ def test_flags_and_numbers_of_numpy_become_those_of_python() -> None:
     assert options.detect_torn is True
     assert type(options.max_host_bytes) is int
     assert options == StagingOptions(use_pinned_memory=False, max_host_bytes=1 << 30)
+    with pytest.raises(ValueError, match=r"above 0 \(None for no limit\), not -1$"):
+        StagingOptions(max_host_bytes=np.int64(-1))
 
 
 def test_frozen_and_keyword_only() -> None:

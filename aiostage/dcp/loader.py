@@ -36,7 +36,7 @@ class _FileReader(FileSystemReader):
     of Python and a system call.
     """
 
-    # A PyTorch without this private method reads through its views: slower, the same result.
+    # A private method: this class is used where PyTorch's takes the same arguments.
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         # read() would take a length below 0 for all of the rest.
         if not 0 <= sinfo.length <= _AT_ONCE_BYTES:
@@ -132,7 +132,8 @@ def _read(
 ) -> Callable[[Any], None]:
     """Find the reader, and return what needs the other ranks."""
     reader: Any = _private.require("storage_setup")(storage_reader, checkpoint_id, reader=True)
-    if storage_reader is None and checkpoint_id is not None and type(reader) is FileSystemReader:
+    found = storage_reader is None and type(reader) is FileSystemReader
+    if found and checkpoint_id is not None and _private.slices_files():
         reader = _FileReader(checkpoint_id)
     return partial(load_in_group, state_dict, reader, planner)
 

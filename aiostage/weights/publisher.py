@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -257,8 +258,13 @@ def checked_timeout(timeout: float) -> float:
     """
     if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(f"timeout must be a number of seconds, not {shown(timeout)}")
-    if not MIN_TIMEOUT_SECONDS <= timeout <= MAX_TIMEOUT_SECONDS:
+    try:
+        # Before it is compared: NumPy would round the bounds to the class of the number, and warn of those too large.
+        seconds = float(timeout)
+    except OverflowError:
+        seconds = math.inf
+    if not MIN_TIMEOUT_SECONDS <= seconds <= MAX_TIMEOUT_SECONDS:
         raise ValueError(
-            f"timeout must be from {MIN_TIMEOUT_SECONDS} to {MAX_TIMEOUT_SECONDS:g} seconds, not {shown(timeout)}"
+            f"timeout must be from {MIN_TIMEOUT_SECONDS} to {MAX_TIMEOUT_SECONDS:g} seconds, not {shown(seconds)}"
         )
-    return float(timeout)
+    return seconds

@@ -95,6 +95,24 @@ class TestSaveAndLoad:
         assert len(views) == 1
         assert views[0] > 1 << 21
 
+    async def test_a_reader_of_pytorch_that_slices_otherwise_is_used_as_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it asks by more than a file and an entry can mean something else."""
+        slice_file: Any = FileSystemReader._slice_file  # type: ignore[attr-defined]
+        asked = []
+
+        def later(self: FileSystemReader, file: Any, sinfo: Any, *more: Any) -> Any:
+            asked.append(sinfo.length)
+            return slice_file(self, file, sinfo)
+
+        monkeypatch.setattr(FileSystemReader, "_slice_file", later)
+        await dcp.save({"a": torch.ones(5)}, checkpoint_id=tmp_path / "a")
+        into = {"a": torch.zeros(5)}
+        await dcp.load(into, checkpoint_id=tmp_path / "a")
+        assert into["a"].tolist() == [1] * 5
+        assert len(asked) == 1
+
     @pytest.mark.parametrize("length", [-1, 0, 500, 1 << 21])
     async def test_a_wrong_length_of_a_record_is_an_error(self, tmp_path: Path, length: int) -> None:
         """Also one that reaches over the next records, or means all of the rest."""

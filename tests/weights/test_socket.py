@@ -423,6 +423,12 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"timeout must be from 0\.01 to 1e\+06 seconds, not 0"):
             WeightPublisher(path, timeout=0)
         WeightSubscriber(path, timeout=cast("float", numpy.float32(60)))
+        # The upper bound is no number of this class. The tests make each warning an error.
+        WeightSubscriber(path, timeout=cast("float", numpy.float16(60)))
+        with pytest.raises(ValueError, match=r"1e\+06 seconds, not 0\.0$"):
+            WeightSubscriber(path, timeout=cast("float", numpy.float32(0)))
+        with pytest.raises(ValueError, match=r"1e\+06 seconds, not inf$"):
+            WeightSubscriber(path, timeout=10**400)
         with pytest.raises(TypeError, match="timeout must be a number of seconds, not '60'"):
             WeightSubscriber(path, timeout="60")  # type: ignore[arg-type]
         for classes in (3, None, "Config", int, [3]):
