@@ -176,8 +176,8 @@ def made_anew(
         if count % _YIELD_EVERY == 0:
             yield
 
-    def inside(outer: LiveTuple) -> list[LiveTuple]:
-        return contents.get(id(outer), [])
+    def inside(outer: LiveTuple) -> Iterator[LiveTuple]:
+        return reversed(contents.get(id(outer), []))
 
     refused: list[tuple[LinkedPath, str]] = []
     put: list[tuple[Any, Any, Any]] = []
@@ -187,11 +187,13 @@ def made_anew(
         for each in inside_out(outer, inside, done):
             done.add(id(each))
             if stay:
-                refused += each.changes
+                refused += reversed(each.changes)
             else:
                 put += each.made()
             if len(done) % _YIELD_EVERY == 0:
                 yield
         if count % _YIELD_EVERY == 0:
             yield
+    # All of it was met backwards; an error names it in the order of the tree.
+    refused.reverse()
     return put, refused

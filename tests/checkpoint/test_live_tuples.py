@@ -213,3 +213,22 @@ async def test_deep_tuples_are_looked_at_once() -> None:
         comparison = compare(deep(levels, 0.0), deep(levels, 1.0))
         counts.append(calls(partial(exhausted, comparison)))
     assert counts[1] < 2.5 * counts[0]
+
+
+class Row(tuple[Any, ...]):
+    """May be made otherwise than of its items."""
+
+
+async def test_an_error_names_what_cannot_be_changed_in_the_order_of_the_tree() -> None:
+    def tree(value: int) -> dict[str, Any]:
+        # Two in each that could be changed elsewhere, and two values beside them.
+        return {
+            str(key): Row((tensor(0.0), value, (tensor(0.0), value), (tensor(0.0), value, value), value))
+            for key in range(3)
+        }
+
+    with pytest.raises(CheckpointMismatchError) as raised:
+        exhausted(compare(tree(1), tree(2)))
+    places = [text.partition(" ")[0] for text in raised.value.mismatched]
+    inside = ["[1]", "[4]", "[2][1]", "[3][1]", "[3][2]"]
+    assert places == [f"state_dict['{key}']{place}" for key in range(3) for place in inside]
