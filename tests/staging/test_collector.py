@@ -126,6 +126,28 @@ async def test_higher_thresholds_are_left_alone(users: tuple[int, int, int]) -> 
 
 
 @pytest.mark.asyncio
+async def test_a_higher_threshold_of_what_survived_is_left_to_decide() -> None:
+    gc.collect()
+    gc.set_threshold(700, 1000, 10)
+    # Eight young runs, of which the second threshold counts a thousand.
+    kept = [[] for _ in range(8 * 700)]  # type: ignore[var-annotated]
+    generations = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    async with AsyncStager() as stager:
+        gc.callbacks.append(note)
+        try:
+            await stager.stage(SOURCE)
+        finally:
+            gc.callbacks.remove(note)
+    assert len(kept) == 8 * 700
+    assert set(generations) <= {0}
+
+
+@pytest.mark.asyncio
 async def test_two_stagings_at_once_of_which_one_is_cancelled() -> None:
     async with AsyncStager() as stager:
         one, other = (asyncio.ensure_future(stager.stage(SOURCE)) for _ in range(2))
