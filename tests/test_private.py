@@ -7,6 +7,7 @@ import copy
 import gc
 import inspect
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_what_answers_otherwise_than_expected_is_not_believed(
                 check_same(source, await stager.stage(source))
 
     asyncio.run(run())
+
+
+IMPORTED_IN_A_MODE = """
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+with FakeTensorMode():
+    import aiostage
+from aiostage._capture.faithful import keys_tell_leaves_apart
+print(keys_tell_leaves_apart())
+"""
+
+
+def test_a_mode_that_is_active_at_the_import_decides_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED_IN_A_MODE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{faithful.keys_tell_leaves_apart()}\n"), done.stderr
 
 
 @pytest.mark.filterwarnings("ignore")

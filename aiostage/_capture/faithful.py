@@ -520,4 +520,6 @@ def copies_itself(tensor: torch.Tensor, kind: type) -> bool:
 
 # Asked here and kept: the first use of these kernels of torch takes 3 to 8 ms, and in the first staging of a process
 # the event loop would wait for it.
-_keys_are_proven()
+if not _keys_are_proven():
+    # A mode that makes other tensors of the samples, such as FakeTensorMode, may be active now and not then.
+    _keys_are_proven.cache_clear()
