@@ -207,7 +207,7 @@ class SourceInspection:
                 work = compile_plan(specs, addresses)
                 if len(specs) > _PLANNED_ON_LOOP and self._resources.options.use_async_staging:
                     # To sort 50,000 addresses takes a millisecond or two, which nothing divides.
-                    plan = await self._resources.workers.run(partial(_planned, work))
+                    plan = await self._resources.planner.run(partial(_planned, work))
                 else:
                     plan = await slices.run(work)
                 plans.keep(specs, addresses, plan)

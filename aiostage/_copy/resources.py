@@ -57,6 +57,8 @@ class Resources:
         self.workers = Workers(_COPY_THREADS, "aiostage-copy", prepare=torch.get_num_threads)
         self.launcher = Workers(1, "aiostage-launch")
         """One thread, so that a stream gets its copies in the order of the plan."""
+        self.planner = Workers(1, "aiostage-copy-plan")
+        """Not those of the copies: a plan would wait until all copies of other stagings are made."""
         self.streams = CopyStreams(backend, low_priority=options.low_priority_copies) if backend is not None else None
         self.pool = Pool(
             self.workers,
@@ -106,6 +108,7 @@ class Resources:
         """Let the threads end."""
         self.workers.stop()
         self.launcher.stop()
+        self.planner.stop()
 
 
 def _pinning(options: StagingOptions, backend: Backend | None) -> Pinning | None:

@@ -230,6 +230,19 @@ class TestTorn:
                 assert (await task)["step"] == 3
 
 
+@pytest.mark.asyncio
+async def test_many_new_leaves_are_planned_beside_the_copies_of_other_stagings() -> None:
+    source = {str(number): torch.full((2,), float(number)) for number in range(5000)}
+    async with AsyncStager() as stager:
+        with copies_held(stager) as release:
+            task = asyncio.ensure_future(stager.stage(source))
+            with anyio.fail_after(seconds(10)):
+                await until_copies_wait(stager)
+            release.set()
+            staged = await task
+    assert all(torch.equal(staged[key], value) for key, value in source.items())
+
+
 @pytest.mark.parametrize("backend", [3, "cuda", SimulatedAccelerator])
 def test_what_is_no_backend(backend: Any) -> None:
     with pytest.raises(TypeError, match=r"backend must be an aiostage\.Backend"):
