@@ -134,14 +134,15 @@ class Figure:
         """Whether it is about the least that could be."""
         return self.floor is not None and not self.at_least and self.value <= NEAR * self.floor
 
-    def __str__(self) -> str:
-        """Return it for a cell; bold if it is not met."""
-        return f"{self.label}: {_bold(f'{self.value:.3g}', self.met)} ({self.bound})"
-
     @property
     def bound(self) -> str:
         """What was aimed at."""
         return f"{'at least' if self.at_least else 'at most'} {self.limit:.3g}"
+
+    @property
+    def figures(self) -> Sequence[Figure]:
+        """This one, as a :class:`Span` has several."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -156,30 +157,34 @@ class Span:
     label: str
     figures: Sequence[Figure]
 
-    def __str__(self) -> str:
-        """Return the least and the most, and where it is not met."""
-        values = [each.value for each in self.figures]
-        missed = [each.label for each in self.figures if not each.met]
-        where = f", missed: {', '.join(missed)}" if missed else ""
-        least_most = _bold(f"{min(values):.3g} to {max(values):.3g}", not missed)
-        return f"{self.label}: {least_most} ({self.figures[0].bound}{where})"
+
+def _span(values: Sequence[float]) -> str:
+    """Return the least and the most of some values, or the one that they all are; nothing if there is none."""
+    return " to ".join(dict.fromkeys(f"{each:.3g}" for each in (min(values), max(values)))) if values else ""
 
 
-def _bold(text: str, met: bool) -> str:
-    return text if met else f"**{text}**"
+def _verdict(figures: Sequence[Figure]) -> str:
+    """Return whether what was aimed at is reached."""
+    missed = [each for each in figures if not each.met]
+    if not missed:
+        return "met"
+    if all(each.at_floor for each in missed):
+        return "at its floor"
+    near = sum(each.at_floor for each in missed)
+    besides = f", {near} at the floor" if near else ""
+    which = "" if len(figures) == 1 else f": {len(missed) - near} of {len(figures)}"
+    return f"not met{which}{besides}"
 
 
-def _figures(parts: Iterable[Figure | Span]) -> list[Figure]:
-    return [figure for part in parts for figure in (part.figures if isinstance(part, Span) else (part,))]
-
-
-def _floors(part: Figure | Span) -> str:
-    """Return the floors of what is not met."""
-    floors = [each.floor for each in _figures([part]) if not each.met and each.floor is not None]
-    if not floors:
-        return ""
-    least, most = f"{min(floors):.3g}", f"{max(floors):.3g}"
-    return f"{part.label}: {least if least == most else f'{least} to {most}'}"
+def _row(part: Figure | Span) -> str:
+    """Return the row of one figure, or of several of one kind."""
+    missed = [each for each in part.figures if not each.met]
+    reached = _span([each.value for each in part.figures])
+    where = f" (missed: {', '.join(each.label for each in missed)})" if missed and isinstance(part, Span) else ""
+    floor = _span([each.floor for each in missed if each.floor is not None])
+    bold = "**" if missed else ""
+    verdict, bound = _verdict(part.figures), part.figures[0].bound
+    return f"| {part.label} | {bold}{reached}{bold}{where} | {bound} | {floor} | {verdict} |"
 
 
 @dataclass(frozen=True)
@@ -202,29 +207,15 @@ class Aim:
     note: str = ""
     verdict: str = ""
 
-    @property
-    def figures(self) -> list[Figure]:
-        """All figures."""
-        return _figures(self.parts)
-
     def judged(self) -> str:
         """Return whether it is reached."""
-        missed = [each for each in self.figures if not each.met]
-        if self.verdict or not missed:
-            return self.verdict or "met"
-        if all(each.at_floor for each in missed):
-            return "at its floor"
-        near = sum(each.at_floor for each in missed)
-        besides = f", {near} at the floor" if near else ""
-        return f"not met: {len(missed) - near} of {len(self.figures)}{besides}"
+        return self.verdict or _verdict([figure for part in self.parts for figure in part.figures])
 
     def __str__(self) -> str:
-        """Return a row of the table."""
-        reached = "; ".join([*map(str, self.parts), *([self.note] if self.note else [])])
-        floors = "; ".join(filter(None, map(_floors, self.parts)))
-        floor = f"{self.floor}: {floors}" if floors else ""
+        """Return the rows of the table."""
         link = re.sub(r"[^a-z0-9 -]", "", self.section.lower()).replace(" ", "-")
-        return f"| [{self.what}](measurements.md#{link}) | {reached} | {floor} | {self.judged()} |"
+        head = f"| **[{self.what}](measurements.md#{link})** | {self.note} | | {self.floor} | {self.judged()} |"
+        return "\n".join([head, *map(_row, self.parts)])
 
 
 WORST, P99 = "worst, ms", "99th percentile of the loop's delay, ms"
@@ -402,7 +393,7 @@ def aims(text: str) -> list[Aim]:
 
 def table(found: Iterable[Aim]) -> str:
     """Return the table."""
-    head = ["| | reached (aimed at) | floor of what is missed | |", "| --- | --- | --- | --- |"]
+    head = ["| | reached | aimed at | floor of what is missed | |", "| --- | --- | --- | --- | --- |"]
     return "\n".join([*head, *map(str, found)])
 
 
