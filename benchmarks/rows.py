@@ -17,6 +17,7 @@ import torch
 from busy import Training
 from delays import LoopDelay, percentile
 from echo import Echo
+from floor import Floor, timed
 from measuring import WARM_UPS, Samples, cold_turns, fails, turns
 from peers import PEERS, Peer
 from report import Check
@@ -306,8 +307,8 @@ async def growth(rounds: int) -> AsyncIterator[Row]:
     row.checks.append(Check(f"cost a byte, of {largest} MiB by 1024 MiB", speeds[largest] / speeds[1024], 1.25))
     costs, processor = {}, {}
     for count in (1_000, 10_000, 100_000, 1_000_000):
-        name = f"{count} tensors of 256 bytes"
-        row.samples[name] = await _alone(many_small(count, 256), rounds)
+        name, tree = f"{count} tensors of 256 bytes", many_small(count, 256)
+        row.samples[name] = await _alone(tree, rounds)
         costs[count] = 1e6 * row.samples[name].median / count
         processor[count] = 1e6 * statistics.median(row.samples[name].processor) / count
     for what, figures in (("Microseconds", costs), ("Microseconds of processor time", processor)):
@@ -315,7 +316,22 @@ async def growth(rounds: int) -> AsyncIterator[Row]:
         of = "cost" if figures is costs else "processor time"
         row.checks.append(Check(f"{of} a tensor, of 1,000,000 by 10,000", figures[1_000_000] / figures[10_000], 1.25))
     row.checks.append(Check("processor time a tensor, of 1,000,000, us", processor[1_000_000], 1.3))
+    alone = _calls_alone(tree, rounds)
+    row.checks.append(Check("processor time a tensor / that of the calls alone", processor[1_000_000] / alone, 1.1))
+    row.notes.append(f"Microseconds of processor time a tensor of the calls alone (floor.py): 1000000: {alone:.2f}")
     yield row
+
+
+def _calls_alone(tree: dict[str, torch.Tensor], rounds: int) -> float:
+    """Return how many microseconds of CPU time a tensor takes by the calls alone that its staging cannot do without."""
+    floor = Floor(tree)
+    # Full runs of the collector come by chance. aiostage has fewer of them.
+    gc.collect()
+    gc.freeze()
+    try:
+        return 1e3 * statistics.median(timed(floor.with_storages, tree) for _ in range(rounds)) / len(tree)
+    finally:
+        gc.unfreeze()
 
 
 async def _alone(tree: Any, rounds: int) -> Samples:
