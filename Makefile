@@ -90,7 +90,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/staging.py --json $(BENCH_RESULTS)/staging.json | tee $(BENCH_RESULTS)/staging.md
 	$(BIN)/python benchmarks/plot.py $(BENCH_RESULTS)/staging.json $(BENCH_RESULTS)/staging.svg
 
-# Every benchmark once; then docs/ has its tables and pictures. Some thirty minutes and 20 GiB.
+# Every benchmark once; then docs/ has its tables and pictures. An hour and 20 GiB.
 bench-all: $(READY)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/everything.py --results $(BENCH_RESULTS) --publish

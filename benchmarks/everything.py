@@ -1,6 +1,6 @@
 """Run every benchmark once, and put what they find where the documents show it.
 
-    make bench-all                                                  # some thirty minutes with nothing else running
+    make bench-all                                                  # an hour with nothing else running
     python benchmarks/everything.py --results bench-results         # the same, without setting anything up
     python benchmarks/everything.py --quick --only staging,busy     # small sizes and few rounds, to see that it works
 
