@@ -27,8 +27,8 @@ from aiostage._copy.pending import StagingCopies
 from aiostage._copy.resources import Resources
 from aiostage._copy.window import Chunk, Window
 from aiostage._device.streams import CallerStreams
-from aiostage._loop.coroutines import Slices, collect_new_objects
-from aiostage._loop.workers import Job, exhausted_beside_others
+from aiostage._loop.coroutines import Slices, collect_new_objects, exhausted
+from aiostage._loop.workers import Job, release_gil
 from aiostage._memory.arena import Arena
 from aiostage.errors import StagingError, UnsupportedLeafError
 from aiostage.leaf import Path, format_path
@@ -109,7 +109,7 @@ def _planned(work: Generator[None, None, Plan]) -> Plan:
     """Lay out many leaves that are new; runs in a worker thread."""
     # Their storages are new objects of Python, and as many tensors will be.
     collect_new_objects()
-    return exhausted_beside_others(work)
+    return exhausted(work, release_gil)
 
 
 class SourceInspection:

@@ -522,11 +522,18 @@ class Slices:
             self.longest_hold = max(self.longest_hold, self._computed)
 
 
-def exhausted(work: Generator[None, None, T]) -> T:
-    """Run a generator to its end at once, and return what it returns."""
+def exhausted(work: Generator[None, None, T], between: Callable[[], object] | None = None) -> T:
+    """Run a generator to its end at once, and return what it returns.
+
+    Args:
+        work: The generator.
+        between: Called wherever it yields.
+    """
     while True:
         try:
             next(work)
         except StopIteration as stop:
             result: T = stop.value
             return result
+        if between is not None:
+            between()

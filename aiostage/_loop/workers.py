@@ -9,7 +9,7 @@ import _thread
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from itertools import chain, islice
@@ -26,7 +26,6 @@ __all__ = [
     "Workers",
     "all_settled",
     "empty_in_steps",
-    "exhausted_beside_others",
     "large_lists",
     "release_gil",
     "releasing_gil",
@@ -93,17 +92,6 @@ def _runs(items: Iterator[T]) -> Iterator[Iterable[T]]:
     for first in items:
         release_gil()
         yield chain((first,), islice(items, _ITEMS_AT_ONCE - 1))
-
-
-def exhausted_beside_others(work: Generator[None, None, T]) -> T:
-    """Run a generator to its end in a worker thread, and call :func:`release_gil` wherever it yields."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        release_gil()
 
 
 _MANY = 1000
