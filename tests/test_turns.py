@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import aiostage
 from aiostage._loop import workers
-from aiostage._loop.workers import Stopped, Workers, releasing_gil, stoppable
+from aiostage._loop.workers import ShorterSwitchInterval, Stopped, Workers, releasing_gil, stoppable
 from aiostage.checkpoint import writer as writer_module
 from aiostage.checkpoint.reader import CheckpointReader, Outline
 from aiostage.checkpoint.writer import CheckpointWriter
@@ -137,6 +138,128 @@ async def test_a_call_in_a_worker_ends_when_its_task_is_cancelled() -> None:
         await task
     assert await workers.run(lambda: 3) == 3
     workers.stop()
+
+
+@pytest.fixture
+def users_interval() -> Iterator[float]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.004)
+    yield sys.getswitchinterval()
+    sys.setswitchinterval(before)
+
+
+def test_pauses_are_made_unless_the_switch_interval_is_short(
+    users_interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(workers, "let_threads_run", lambda: pauses.append(sys.getswitchinterval()))
+    asked = iter(range(3))
+    with pytest.raises(Stopped), stoppable(lambda: next(asked, None) is None):
+        deque(releasing_gil(count()), maxlen=0)
+    assert pauses == [users_interval] * 3
+    asked = iter(range(3))
+    with ShorterSwitchInterval(), pytest.raises(Stopped), stoppable(lambda: next(asked, None) is None):
+        deque(releasing_gil(count()), maxlen=0)
+    assert len(pauses) == 3
+
+
+def test_the_last_block_restores_the_switch_interval(users_interval: float) -> None:
+    block = ShorterSwitchInterval()
+    with block:
+        with block:
+            assert sys.getswitchinterval() == pytest.approx(0.0002, abs=2e-6)
+        assert sys.getswitchinterval() == pytest.approx(0.0002, abs=2e-6)
+    assert sys.getswitchinterval() == users_interval
+
+
+@pytest.mark.parametrize("interval", [0.001, 0.05])
+def test_a_switch_interval_that_is_set_meanwhile_stays(users_interval: float, interval: float) -> None:
+    with ShorterSwitchInterval():
+        sys.setswitchinterval(interval)
+        interval = sys.getswitchinterval()
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.parametrize("microseconds", [201, 333, 999, 1001, 5000, 123457])
+def test_the_switch_interval_does_not_shrink_by_rounding(users_interval: float, microseconds: int) -> None:
+    sys.setswitchinterval(microseconds / 1e6 + 5e-7)
+    before = sys.getswitchinterval()
+    for _ in range(5):
+        with ShorterSwitchInterval():
+            pass
+        assert sys.getswitchinterval() == before == pytest.approx(microseconds / 1e6)
+
+
+def test_a_shorter_switch_interval_is_left_alone(users_interval: float) -> None:
+    sys.setswitchinterval(0.00005)
+    shorter = sys.getswitchinterval()
+    with ShorterSwitchInterval():
+        assert sys.getswitchinterval() == shorter
+    assert sys.getswitchinterval() == shorter
+
+
+def test_a_forked_child_has_the_switch_interval_of_the_user(users_interval: float) -> None:
+    block = ShorterSwitchInterval()
+    with block:
+        child = os.fork()
+        if child == 0:
+            # Its parent's threads do not leave the block in it.
+            right = sys.getswitchinterval() == users_interval
+            with block:
+                right = right and sys.getswitchinterval() < 0.001
+            os._exit(0 if right and sys.getswitchinterval() == users_interval else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert sys.getswitchinterval() < 0.001
+    assert sys.getswitchinterval() == users_interval
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", ["returns", "raises", "is cancelled"])
+async def test_a_call_of_a_load_has_a_short_switch_interval(users_interval: float, end: str) -> None:
+    pool = Workers(1, "test", switches_soon=True)
+    seen: list[float] = []
+
+    def call() -> None:
+        seen.append(sys.getswitchinterval())
+        if end == "raises":
+            raise ZeroDivisionError
+        for _ in releasing_gil(count() if end == "is cancelled" else ()):
+            pass
+
+    task = asyncio.create_task(pool.run(call))
+    while not seen:
+        await asyncio.sleep(0)
+    if end == "is cancelled":
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert seen[0] < 0.001
+    assert sys.getswitchinterval() == users_interval
+    pool.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_load_has_a_short_switch_interval_and_a_save_has_not(
+    users_interval: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[float]] = {"save": [], "load": []}
+    layout, build = TreeEncoder.walk, TreeDecoder.build
+
+    def walk(encoder: TreeEncoder, tree: Any) -> None:
+        seen["save"].append(sys.getswitchinterval())
+        layout(encoder, tree)
+
+    def decode(decoder: TreeDecoder) -> Any:
+        seen["load"].append(sys.getswitchinterval())
+        return build(decoder)
+
+    monkeypatch.setattr(TreeEncoder, "walk", walk)
+    monkeypatch.setattr(TreeDecoder, "build", decode)
+    await aiostage.save({"a": torch.ones(2)}, tmp_path / "a")
+    assert (await aiostage.load(tmp_path / "a"))["a"].tolist() == [1, 1]
+    assert set(seen["save"]) == {users_interval}
+    assert seen["load"]
+    assert max(seen["load"]) < 0.001
+    assert sys.getswitchinterval() == users_interval
 
 
 def die_in(threads: list[str], objects: Iterable[object]) -> None:

@@ -86,7 +86,7 @@ class Loading:
         # Large containers that an attempt no longer needs. They are emptied in a thread: if they ended with the
         # variables of coroutines, they would hold the event loop.
         self._leftovers: list[list[Any] | dict[Any, Any]] = []
-        self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads)
+        self._workers = Workers(THREADS, "aiostage-load", prepare=torch.get_num_threads, switches_soon=True)
         if backend is None or backend.unavailable_reason is not None:
             self._targets = ReadTargets(self._workers)
             return
