@@ -51,7 +51,8 @@ from safetensors.torch import load_file
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import aiostage
-from aiostage._platform import PAGE_BYTES, _cached_pages
+from aiostage._platform.memory import PAGE_BYTES
+from aiostage._platform.page_cache import _cached_pages
 from aiostage.storage import objects
 from aiostage.storage.objects import ObjectStorage
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from aiostage import _platform
+from aiostage._platform import files, limits, page_cache
 from tests.patience import seconds
 from tests.warm import PYTEST, PYTHON
 
@@ -58,21 +58,21 @@ def test_all_works_where_linux_calls_are_missing() -> None:
 def test_they_are_missing_there() -> None:
     program = """
 import os, tests.bare_system
-from aiostage import _platform as p
-assert not p.HAS_TIMERS and p.open_timer() == -1
-assert p._renameat2 is None and p._sched_yield is None and p._madvise is None and p._usleep is None
-assert not p.rename("absent", "absent too", exchange=True)
-assert not p.set_direct(0, True)
-p.yield_core(), p.let_threads_run(), p.discard(0, 0)
-number = p.memory_file("name")
-os.ftruncate(number, 3 * p.PAGE_BYTES)
-os.pwrite(number, b"kept", p.PAGE_BYTES)
-p.reserve_memory(number, 0, 3 * p.PAGE_BYTES)
-assert os.fstat(number).st_blocks * 512 >= 3 * p.PAGE_BYTES
-assert os.pread(number, 4, p.PAGE_BYTES) == b"kept"
+from aiostage._platform import files, memory, threads
+assert not threads.HAS_TIMERS and threads.open_timer() == -1
+assert files._renameat2 is None and threads._sched_yield is None and memory._madvise is None and threads._usleep is None
+assert not files.rename("absent", "absent too", exchange=True)
+assert not files.set_direct(0, True)
+threads.yield_core(), threads.let_threads_run(), memory.discard(0, 0)
+number, page = memory.memory_file("name"), memory.PAGE_BYTES
+os.ftruncate(number, 3 * page)
+os.pwrite(number, b"kept", page)
+memory.reserve_memory(number, 0, 3 * page)
+assert os.fstat(number).st_blocks * 512 >= 3 * page
+assert os.pread(number, 4, page) == b"kept"
 into = bytearray(4)
-assert p.read_into(number, memoryview(into), p.PAGE_BYTES) == 4 and into == b"kept"
-assert p.read_into(number, memoryview(into), 3 * p.PAGE_BYTES) == 0
+assert files.read_into(number, memoryview(into), page) == 4 and into == b"kept"
+assert files.read_into(number, memoryview(into), 3 * page) == 0
 """
     subprocess.run([*PYTHON, "-c", ANEW + program], cwd=ROOT, check=True, timeout=seconds(20))
 
@@ -83,8 +83,9 @@ def test_pages_of_64_kib(tmp_path: Path) -> None:
 import asyncio, mmap
 mmap.PAGESIZE = mmap.ALLOCATIONGRANULARITY = 64 << 10
 import torch, aiostage
-from aiostage import _platform, AsyncStager, Checkpointer, StagingOptions
-assert _platform.PAGE_BYTES == 64 << 10 and not _platform.HAS_HUGE_PAGES
+from aiostage import AsyncStager, Checkpointer, StagingOptions
+from aiostage._platform import memory
+assert memory.PAGE_BYTES == 64 << 10 and not memory.HAS_HUGE_PAGES
 
 async def main():
     tree = {{"large": torch.arange(300_001), "odd": torch.arange(40_000, dtype=torch.uint8)[3:], "s": torch.ones(3)}}
@@ -134,18 +135,18 @@ class TestMacos:
             calls.append((old, new, flags))
             return answer
 
-        monkeypatch.setattr(_platform, "_renameat2", None)
-        monkeypatch.setattr(_platform, "_renamex_np", renamex_np)
-        assert _platform.rename("a", "b", exchange=True)
-        assert _platform.rename("a", "b", exchange=False)
+        monkeypatch.setattr(files, "_renameat2", None)
+        monkeypatch.setattr(files, "_renamex_np", renamex_np)
+        assert files.rename("a", "b", exchange=True)
+        assert files.rename("a", "b", exchange=False)
         # RENAME_SWAP and RENAME_EXCL of <sys/stdio.h>.
         assert calls == [(b"a", b"b", 2), (b"a", b"b", 4)]
         answer = -1
         ctypes.set_errno(errno.ENOTSUP)
-        assert not _platform.rename("a", "b", exchange=True)
+        assert not files.rename("a", "b", exchange=True)
         ctypes.set_errno(errno.EEXIST)
         with pytest.raises(FileExistsError):
-            _platform.rename("a", "b", exchange=False)
+            files.rename("a", "b", exchange=False)
 
     @pytest.mark.parametrize("number", [None, errno.ENOTSUP, errno.EIO])
     def test_full_fsync(self, number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +163,15 @@ class TestMacos:
         monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
         if number == errno.EIO:
             with pytest.raises(OSError, match="Input/output error"):
-                _platform.sync(0)
+                files.sync(0)
         else:
-            _platform.sync(0)
+            files.sync(0)
         assert calls == ([51, "fsync"] if number == errno.ENOTSUP else [51])
 
 
 class TestMemoryLimit:
     def test_no_control_groups(self, tmp_path: Path) -> None:
-        assert _platform.memory_limit(tmp_path) is None
+        assert limits.memory_limit(tmp_path) is None
 
     def write(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,36 +180,36 @@ class TestMemoryLimit:
     def test_the_tightest_of_a_group_and_those_around_it(self, tmp_path: Path) -> None:
         self.write(tmp_path / "proc/self/cgroup", "0::/pods/mine\n")
         self.write(tmp_path / "sys/fs/cgroup/pods/mine/memory.max", "max\n")
-        assert _platform.memory_limit(tmp_path) is None
+        assert limits.memory_limit(tmp_path) is None
         self.write(tmp_path / "sys/fs/cgroup/pods/memory.max", "4096\n")
-        assert _platform.memory_limit(tmp_path) == 4096
+        assert limits.memory_limit(tmp_path) == 4096
         self.write(tmp_path / "sys/fs/cgroup/pods/mine/memory.max", "8192\n")
-        assert _platform.memory_limit(tmp_path) == 4096
+        assert limits.memory_limit(tmp_path) == 4096
 
     def test_seen_from_a_container(self, tmp_path: Path) -> None:
         self.write(tmp_path / "proc/self/cgroup", "4:cpu,memory:/docker/abc\n0::/\n")
         self.write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-        assert _platform.memory_limit(tmp_path) is None
+        assert limits.memory_limit(tmp_path) is None
         self.write(tmp_path / "sys/fs/cgroup/memory.max", "1000\n")
-        assert _platform.memory_limit(tmp_path) == 1000
+        assert limits.memory_limit(tmp_path) == 1000
         self.write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "500\n")
-        assert _platform.memory_limit(tmp_path) == 500
+        assert limits.memory_limit(tmp_path) == 500
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system does not say what its page cache has")
 @pytest.mark.parametrize("counted", [True, False])
 def test_what_the_page_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
     if counted:
-        if not _platform._HAS_CACHESTAT:
+        if not page_cache._HAS_CACHESTAT:
             pytest.skip("this system counts no cached pages")
         # Pages are counted in one call, and not mapped and looked at one by one.
-        monkeypatch.setattr(_platform, "_mincore", None)
+        monkeypatch.setattr(page_cache, "_mincore", None)
     else:
-        monkeypatch.setattr(_platform, "_HAS_CACHESTAT", False)
+        monkeypatch.setattr(page_cache, "_HAS_CACHESTAT", False)
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file:
-        is_cached = partial(_platform.is_cached, count=_platform.counts_cached_pages())
+        is_cached = partial(page_cache.is_cached, count=page_cache.counts_cached_pages())
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -225,7 +226,7 @@ def test_what_the_page_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 FILTERED = """
     import ctypes, struct, sys
-    from aiostage import _platform
+    from aiostage._platform import page_cache
     # Load the number of the call; if it is that of cachestat end the process, else allow it.
     lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 451), (0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7FFF0000)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
@@ -235,12 +236,12 @@ FILTERED = """
     if refused:
         sys.exit(77)
     with open(sys.argv[1], "rb") as file:
-        print(_platform.is_cached(file.fileno(), 0, 1 << 20, count=_platform.counts_cached_pages()))
+        print(page_cache.is_cached(file.fileno(), 0, 1 << 20, count=page_cache.counts_cached_pages()))
 """
 """A process whose filter ends it for a call that is newer than the filter, as systemd's may be."""
 
 
-@pytest.mark.skipif(not _platform._HAS_CACHESTAT, reason="this system counts no cached pages")
+@pytest.mark.skipif(not page_cache._HAS_CACHESTAT, reason="this system counts no cached pages")
 @pytest.mark.timeout(120)
 def test_a_filter_of_system_calls_does_not_end_the_process(tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -25,7 +25,7 @@ from aiostage._copy.rectangles import pairs_of_values
 from aiostage._device.bits import without_bits, writing_to
 from aiostage._loop.workers import Job
 from aiostage._memory.arena import ColdPages
-from aiostage._platform import yield_core
+from aiostage._platform.threads import yield_core
 
 __all__ = ["Gather", "HostCopy", "copy_tensors", "one_thread"]
 

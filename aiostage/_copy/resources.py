@@ -13,10 +13,10 @@ from aiostage._capture.faithful import Inspection
 from aiostage._capture.plan import PlanCache
 from aiostage._device.streams import CopyStreams
 from aiostage._loop.coroutines import Closing
+from aiostage._loop.forks import register_after_fork
 from aiostage._loop.workers import Job, Workers, start_thread
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
-from aiostage._platform import register_after_fork
 from aiostage.abc import Backend
 from aiostage.options import StagingOptions
 

@@ -18,7 +18,7 @@ import torch
 from aiostage._capture.plan import BATCH_BYTES, Plan
 from aiostage._memory.arena import reserve_addresses
 from aiostage._memory.pool import Pool
-from aiostage._platform import PAGE_BYTES
+from aiostage._platform.memory import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagingError
 
 __all__ = ["Chunk", "Window"]

@@ -23,7 +23,7 @@ from weakref import ref
 import anyio
 from anyio.lowlevel import checkpoint, current_token
 
-from aiostage._platform import let_threads_run
+from aiostage._platform.threads import let_threads_run
 from aiostage.errors import StagerClosedError
 
 __all__ = [

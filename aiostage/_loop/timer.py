@@ -12,7 +12,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from aiostage._loop.coroutines import post
-from aiostage._platform import open_timer, set_timer
+from aiostage._platform.threads import open_timer, set_timer
 
 __all__ = ["Timer"]
 

@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent, finish, without_locals
-from aiostage._platform import let_threads_run, register_after_fork
+from aiostage._loop.forks import register_after_fork
+from aiostage._platform.threads import let_threads_run
 
 __all__ = [
     "Job",

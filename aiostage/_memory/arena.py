@@ -15,9 +15,10 @@ import numpy
 import numpy.typing
 
 from aiostage._loop.coroutines import Finalizer
+from aiostage._loop.forks import register_after_fork
 from aiostage._memory.sending import offer
 from aiostage._memory.shared import SentMemory, SharedFile, SharedHandle
-from aiostage._platform import (
+from aiostage._platform.memory import (
     HAS_HUGE_PAGES,
     HUGE_PAGE_BYTES,
     PAGE_BYTES,
@@ -28,7 +29,6 @@ from aiostage._platform import (
     map_addresses,
     map_private,
     populate,
-    register_after_fork,
 )
 from aiostage.errors import HostMemoryError
 

@@ -8,8 +8,9 @@ import threading
 import torch
 
 from aiostage._loop.coroutines import Finalizer
+from aiostage._loop.forks import register_after_fork
 from aiostage._memory.arena import Arena
-from aiostage._platform import locked_memory_limit, register_after_fork
+from aiostage._platform.limits import locked_memory_limit
 from aiostage.abc import Backend
 from aiostage.errors import AcceleratorUnavailableError
 

@@ -15,12 +15,13 @@ import anyio
 import torch
 
 from aiostage._loop.coroutines import Finalizer, ThreadsafeEvent
+from aiostage._loop.forks import register_after_fork
 from aiostage._loop.workers import Job, Workers, all_settled, start_thread
 from aiostage._memory.arena import Arena, Exporter, pieces
 from aiostage._memory.ledger import Ledger, Request
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.shared import SharedHandle
-from aiostage._platform import MEMORY_LIMIT, register_after_fork
+from aiostage._platform.limits import MEMORY_LIMIT
 from aiostage.errors import HostMemoryError, StagerClosedError
 
 __all__ = ["Lease", "Pool", "PoolStatistics"]

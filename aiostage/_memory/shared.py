@@ -11,16 +11,9 @@ import numpy
 import numpy.typing
 
 from aiostage._loop.coroutines import Finalizer
-from aiostage._platform import (
-    PAGE_BYTES,
-    lock,
-    memory_file,
-    register_after_fork,
-    reserve_memory,
-    shared_memory_reason,
-    try_lock,
-    unlock,
-)
+from aiostage._loop.forks import register_after_fork
+from aiostage._platform.files import lock, try_lock, unlock
+from aiostage._platform.memory import PAGE_BYTES, memory_file, reserve_memory, shared_memory_reason
 from aiostage.errors import HostMemoryError
 
 __all__ = ["SentMemory", "SharedFile", "SharedHandle", "map_memory"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from aiostage._platform import register_after_fork
+from aiostage._loop.forks import register_after_fork
 from aiostage.errors import CheckpointError
 
 __all__ = ["Background", "OnBackground"]

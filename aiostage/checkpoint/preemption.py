@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from aiostage._platform import register_after_fork
+from aiostage._loop.forks import register_after_fork
 from aiostage.errors import shown
 
 __all__ = ["Handlers", "catchable", "set_by_signals"]

@@ -16,7 +16,6 @@ import torch
 
 from aiostage._arguments import check_flags, require_int
 from aiostage._capture.plan import overlapping
-from aiostage._device.streams import CallerStreams
 from aiostage._loop.coroutines import RarerCollections, finish
 from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
@@ -181,16 +180,16 @@ class CheckpointWriter:
         with span("layout"), RarerCollections():
             # The modes of the calling thread. A function of a registered class may change tensors, and those that were
             # staged in inference mode can be changed only in that mode.
-            caller = CallerStreams(None)
+            modes = (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
             there = snapshot is None or snapshot.is_captured
             encoder = TreeEncoder(values_are_there=there, notes_places=self._options.duplicate_tied)
             try:
-                await self._workers.run(partial(_walk, encoder, staged, caller))
+                await self._workers.run(partial(_walk, encoder, staged, modes))
             # An object whose registered function looks at values: the outline has none yet, so the walk is made again
             # over the captured tree.
             except ValuesNeeded:
                 encoder = TreeEncoder(notes_places=self._options.duplicate_tied)
-                await self._workers.run(partial(_walk, encoder, await _captured(snapshot), caller))
+                await self._workers.run(partial(_walk, encoder, await _captured(snapshot), modes))
             self._encoder = encoder
             self._plan = await self._workers.run(partial(self._planned, encoder))
 
@@ -309,9 +308,10 @@ def _total_bytes(plan: _FilePlan) -> int:
     return sum(content.nbytes for _, contents in plan.files for content in releasing_gil(contents))
 
 
-def _walk(encoder: TreeEncoder, staged: Any, caller: CallerStreams) -> None:
-    """Find every node, in the caller's modes. Blocks."""
-    with caller.modes():
+def _walk(encoder: TreeEncoder, staged: Any, modes: tuple[bool, bool]) -> None:
+    """Find every node, in the caller's modes: of inference, and whether operations are recorded. Blocks."""
+    inference, gradients = modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
         encoder.walk(staged)
 
 

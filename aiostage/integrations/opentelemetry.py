@@ -7,7 +7,7 @@ from threading import RLock
 from weakref import WeakKeyDictionary
 
 from aiostage._extras import needed_for
-from aiostage._platform import register_after_fork
+from aiostage._loop.forks import register_after_fork
 from aiostage.abc import Observer, Span
 
 with needed_for("OpenTelemetryObserver"):

@@ -16,7 +16,8 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from aiostage._platform import register_after_fork, sync
+from aiostage._loop.forks import register_after_fork
+from aiostage._platform.files import sync
 from aiostage.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, shown
 from aiostage.storage.files import (
     Descriptor,

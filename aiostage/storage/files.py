@@ -19,20 +19,11 @@ import numpy as np
 from aiostage._arguments import require_int
 from aiostage._loop.coroutines import Finalizer
 from aiostage._loop.workers import releasing_gil
-from aiostage._platform import (
-    NOT_SUPPORTED,
-    PAGE_BYTES,
-    counts_cached_pages,
-    is_cached,
-    open_direct,
-    read_into,
-    reserve_file,
-    set_direct,
-    sync,
-    try_lock,
-    unlock,
-)
-from aiostage._platform import rename as _rename
+from aiostage._platform.files import open_direct, read_into, reserve_file, set_direct, sync, try_lock, unlock
+from aiostage._platform.files import rename as _rename
+from aiostage._platform.memory import PAGE_BYTES
+from aiostage._platform.page_cache import counts_cached_pages, is_cached
+from aiostage._platform.system import NOT_SUPPORTED
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.parts import PART_ALIGNMENT

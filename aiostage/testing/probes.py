@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from aiostage import _private
-from aiostage._platform import DESCRIPTORS
+from aiostage._platform.files import DESCRIPTORS
 from aiostage.stager import AsyncStager
 
 __all__ = ["LeakProbe", "Leftovers", "LoopHold", "LoopProbe"]

@@ -22,7 +22,7 @@ from aiostage._loop.workers import releasing_gil
 from aiostage._memory.arena import Arena
 from aiostage._memory.sending import offered
 from aiostage._memory.shared import SentMemory, map_memory
-from aiostage._platform import memory_file
+from aiostage._platform.memory import memory_file
 from aiostage.errors import CheckpointCorruptError, StagingError, shown
 from aiostage.format.classes import Classes, declared_safe
 from aiostage.format.decode import Memory, TreeDecoder

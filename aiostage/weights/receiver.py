@@ -13,7 +13,7 @@ import anyio
 
 from aiostage._loop.coroutines import Finalizer, post, run_concurrently, without_locals
 from aiostage._loop.workers import Workers
-from aiostage._platform import shared_memory_reason
+from aiostage._platform.memory import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import open_described
 from aiostage.weights.inbox import Inbox, WeightVersion

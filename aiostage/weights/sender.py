@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 
 from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Workers
-from aiostage._platform import shared_memory_reason
+from aiostage._platform.memory import shared_memory_reason
 from aiostage.errors import HostMemoryError, WeightsError, said, shown
 from aiostage.weights.description import Described, describe
 from aiostage.weights.signal import Signal

@@ -23,7 +23,8 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from aiostage._loop.coroutines import Finalizer
-from aiostage._platform import register_after_fork, try_lock
+from aiostage._loop.forks import register_after_fork
+from aiostage._platform.files import try_lock
 from aiostage.errors import WeightsError, said, shown
 from aiostage.format.lines import parse_line
 

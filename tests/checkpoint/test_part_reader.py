@@ -17,7 +17,7 @@ import torch
 
 import aiostage
 from aiostage._loop.workers import Job, Workers
-from aiostage._platform import open_direct
+from aiostage._platform.files import open_direct
 from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
 from aiostage.storage import files

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aiostage._memory.arena import Arena, pieces, whole_pages
-from aiostage._platform import PAGE_BYTES
+from aiostage._platform.memory import PAGE_BYTES
 from aiostage.errors import HostMemoryError
 from tests.warm import PYTHON
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from aiostage._memory.ledger import Ledger, LedgerActions, Request
-from aiostage._platform import PAGE_BYTES
+from aiostage._platform.memory import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 
 

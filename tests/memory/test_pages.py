@@ -16,8 +16,8 @@ import torch
 import aiostage
 from aiostage._memory import arena as module
 from aiostage._memory.arena import Arena, ColdPages, PageChoice
-from aiostage._platform import HAS_HUGE_PAGES, PAGE_BYTES, map_private, populate
-from aiostage._platform import HUGE_PAGE_BYTES as SAMPLE
+from aiostage._platform.memory import HAS_HUGE_PAGES, PAGE_BYTES, map_private, populate
+from aiostage._platform.memory import HUGE_PAGE_BYTES as SAMPLE
 
 MIB = 1 << 20
 

@@ -17,7 +17,7 @@ import trio.testing
 
 from aiostage._loop.workers import Workers
 from aiostage._memory.pool import Lease, Pool, PoolStatistics
-from aiostage._platform import PAGE_BYTES
+from aiostage._platform.memory import PAGE_BYTES
 from aiostage.errors import HostMemoryError, StagerClosedError
 from aiostage.testing import at_every_await
 from tests.descriptors import SHARED_MEMORY, opened
