@@ -5,7 +5,7 @@
 The folder has what benchmarks/everything.py writes; what is not in it stays as it is. NAME.md goes into
 docs/measurements.md between ``<!-- NAME -->`` and ``<!-- end of NAME -->``. The short table of staging goes into
 docs/performance.md, what it is made from into benchmarks/figures, and the pictures into docs/pictures. The table of
-aims in docs/performance.md is made anew from all that docs/measurements.md then says.
+aims in docs/performance.md and those of docs/scaling.md are made anew from all that docs/measurements.md then says.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import aims
+import ranks
 
 ROOT = Path(__file__).parent.parent
 SHORT_ROWS = (1, 2, 3, 6)
@@ -187,6 +188,19 @@ def publish_aims(root: Path) -> None:
     performance.write_text(replaced(performance.read_text(), "aims", found))
 
 
+def publish_ranks(root: Path) -> None:
+    """Make the tables of docs/scaling.md from the measurements.
+
+    Raises:
+        ValueError: If they have no such figure.
+    """
+    scaling, measurements = root / "docs" / "scaling.md", root / "docs" / "measurements.md"
+    text = scaling.read_text()
+    for name, found in ranks.tables(measurements.read_text()).items():
+        text = replaced(text, name, found)
+    scaling.write_text(text)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     done = publish(options.results, ROOT, f"On {options.date}, at commit {commit()}.")
     publish_aims(ROOT)
+    publish_ranks(ROOT)
     pictures = ROOT / "docs" / "pictures"
     drawn = {ROOT / "docs" / "measurements.md": pictures}
     for name in {"staging", "saves"} & set(done):

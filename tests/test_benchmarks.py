@@ -152,6 +152,23 @@ def test_the_table_of_aims_says_what_the_measurements_say(monkeypatch: pytest.Mo
         aims.aims(measurements.replace("<!-- ticks -->", ""))
 
 
+def test_the_tables_of_many_ranks_say_what_the_measurements_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import publish
+    import ranks
+
+    measurements, scaling = (
+        (BENCHMARKS.parent / "docs" / f"{name}.md").read_text() for name in ("measurements", "scaling")
+    )
+    shown = ranks.tables(measurements)
+    for name, each in shown.items():
+        assert publish.replaced(scaling, name, each) == scaling, "run benchmarks/publish.py"
+    with pytest.raises(ValueError, match=r"0 rows of many ranks .* 'load / `dcp.load`, at most 1'"):
+        ranks.tables(measurements.replace("load / `dcp.load`, at most 1", "load"))
+    with pytest.raises(ValueError, match="when, or how often"):
+        ranks.tables(measurements.replace("medians of", "of"))
+
+
 def test_verdicts_on_aims(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from aims import Aim, Figure, Span
