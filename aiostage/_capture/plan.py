@@ -358,16 +358,20 @@ def _base_of(
 
     A view of another dtype may begin before the others, within one of their elements: then the group begins with that
     element, so that all leaves begin at whole elements of it. The bytes before the first leaf belong to no leaf. Views
-    of one storage always fit so. Memory that two storages describe differently (overlapping NumPy arrays) may not, and
-    is copied once for each.
+    of one storage always fit so, wherever the storage begins. Memory that two storages describe differently
+    (overlapping NumPy arrays) may not, and is copied once for each.
     """
-    sizes: set[int] = set()
+    # By the size of their elements, where a leaf begins. Elements of a storage begin at multiples of their size from
+    # where it begins, which torch.frombuffer() lets be any address.
+    places: dict[int, int] = {}
     for start in range(0, len(members), LOOKED_AT):
-        sizes.update(spec.dtype.itemsize for index in members[start : start + LOOKED_AT] if (spec := specs[index]))
+        for index in members[start : start + LOOKED_AT]:
+            if spec := specs[index]:
+                places[spec.dtype.itemsize] = addresses[index]
         yield
-    first = addresses[members[0]]
+    first, widest = addresses[members[0]], max(places)
     # Members come sorted by address, so the first begins the group.
-    base = first if len(sizes) == 1 else first - first % max(sizes)
+    base = first - (first - places[widest]) % widest
     for start in range(0, len(members), LOOKED_AT):
         for index in members[start : start + LOOKED_AT]:
             spec = specs[index]

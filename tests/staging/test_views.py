@@ -101,3 +101,14 @@ async def test_a_view_of_another_dtype_may_begin_within_an_element_of_the_others
         check(await stager.stage(source), source)
     await aiostage.save(source, tmp_path / "checkpoint")
     check(await aiostage.load(tmp_path / "checkpoint"), source)
+
+
+@pytest.mark.parametrize("skipped", [1, 4, 8])
+async def test_views_of_memory_that_begins_anywhere_stay_together(skipped: int, tmp_path: Path) -> None:
+    # As of the bytes of a file behind its header.
+    base = torch.frombuffer(bytearray(range(96)), dtype=torch.uint8, offset=skipped, count=80)
+    source = {"bytes": base[1:75], "floats": base.view(torch.float32)[1:], "doubles": base.view(torch.float64)}
+    async with aiostage.AsyncStager() as stager:
+        check(await stager.stage(source), source)
+    await aiostage.save(source, tmp_path / "checkpoint")
+    check(await aiostage.load(tmp_path / "checkpoint"), source)
