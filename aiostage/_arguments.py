@@ -84,42 +84,65 @@ def checked_path(name: str, path: object) -> tuple[object, ...]:
     return tuple(path)
 
 
-def require_int(name: str, number: object) -> int:
-    """Return a number as an int, NumPy's included.
+def require_int(name: str, number: object, *, least: int | None = None, hint: str = "") -> int:
+    """Return an integer of any class, such as one of NumPy's, as an int.
+
+    Args:
+        name: Of the argument.
+        number: What was given.
+        least: The smallest that it may be. None: any.
+        hint: What the errors say besides.
 
     Raises:
         TypeError: If it is not whole, or is a bool: ``keep=True`` would keep one.
+        ValueError: If it is below ``least``.
     """
     if isinstance(number, bool):
-        raise TypeError(f"{name} must be an integer, not {shown(number)}")
+        raise TypeError(f"{name} must be an integer{hint}, not {shown(number)}")
     try:
-        return operator.index(number)  # type: ignore[arg-type]
+        found = operator.index(number)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be an integer, not {shown(number)}") from None
+        raise TypeError(f"{name} must be an integer{hint}, not {shown(number)}") from None
+    if least is not None and found < least:
+        raise ValueError(f"{name} must be an integer of at least {least}{hint}, not {shown(found)}")
+    return found
 
 
-def require_seconds(name: str, seconds: object, *, infinite: bool = False, hint: str = "") -> float:
-    """Return a number of seconds above 0, of any class, as a float.
+def require_seconds(
+    name: str,
+    seconds: object,
+    *,
+    infinite: bool = False,
+    within: tuple[float, float] | None = None,
+    hint: str = "",
+) -> float:
+    """Return a number of seconds, of any class, as a float.
 
     Args:
         name: Of the argument.
         seconds: What was given.
         infinite: Whether it may be ``math.inf``.
-        hint: What the error says besides.
+        within: The least and the most that it may be. None: anything above 0.
+        hint: What the errors say besides.
 
     Raises:
         TypeError: If it is no number, or is a bool.
-        ValueError: If it is not above 0, is NaN, or is infinite and may not be.
+        ValueError: If it is out of range, is NaN, or is infinite and may not be.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (Real, Decimal)):
-        raise TypeError(f"{name} must be a number of seconds, not {shown(seconds)}")
+        raise TypeError(f"{name} must be a number of seconds{hint}, not {shown(seconds)}")
     try:
+        # Before it is compared: NumPy would round the bounds to the class of the number, and warn of those too large.
         found = float(seconds)
     except (OverflowError, ValueError):
         # An integer that is too large, and a signaling NaN.
         found = math.nan
-    if not found > 0 or (found == math.inf and not infinite):
-        raise ValueError(f"{name} must be a number of seconds above 0{hint}, not {shown(seconds)}")
+    fits = found > 0 and (infinite or found < math.inf) if within is None else within[0] <= found <= within[1]
+    if not fits:
+        allowed = "a number of seconds above 0" if within is None else f"from {within[0]:g} to {within[1]:g} seconds"
+        # By its value: of other classes than Python's own a message shows the class alone.
+        value = seconds if isinstance(seconds, int) else found
+        raise ValueError(f"{name} must be {allowed}{hint}, not {shown(value)}")
     return found
 
 
@@ -130,10 +153,7 @@ def require_step(step: object) -> int:
         TypeError: If it is not an integer.
         ValueError: If it is below 0.
     """
-    number = require_int("a step", step)
-    if number < 0:
-        raise ValueError(f"a step must be an integer of at least 0, not {number}")
-    return number
+    return require_int("a step", step, least=0)
 
 
 def require_text(name: str, text: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from aiostage._arguments import FLAG, require_int, require_seconds
+from aiostage._arguments import check_flags, require_int, require_seconds
 from aiostage.errors import shown
 from aiostage.leaf import Path
 
@@ -67,16 +67,19 @@ class StagingOptions:
 
     def __post_init__(self) -> None:
         """Check every field against its type and range."""
-        for name in ("use_shared_memory", "use_async_staging", "low_priority_copies", "detect_torn"):
-            object.__setattr__(self, name, _checked_flag(name, getattr(self, name)))
-        for name in ("use_pinned_memory", "use_non_blocking_copy"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _checked_flag(name, getattr(self, name)))
+        plain = ("use_shared_memory", "use_async_staging", "low_priority_copies", "detect_torn")
+        or_none = ("use_pinned_memory", "use_non_blocking_copy")
+        flags = {name: getattr(self, name) for name in plain + or_none}
+        flags = {name: value for name, value in flags.items() if value is not None or name in plain}
+        check_flags(**flags)
+        for name, value in flags.items():
+            object.__setattr__(self, name, bool(value))
         hold = require_seconds("max_loop_hold", self.max_loop_hold, infinite=True, hint=" (math.inf for no yielding)")
         object.__setattr__(self, "max_loop_hold", hold)
         for name in ("max_host_bytes", "max_bytes_in_flight"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _checked_bytes(name, getattr(self, name)))
+                number = require_int(name, getattr(self, name), least=1, hint=" (bytes; None for no limit)")
+                object.__setattr__(self, name, number)
         if isinstance(self.dtype, torch.dtype):
             if not self.dtype.is_floating_point:
                 raise ValueError(
@@ -114,22 +117,6 @@ class StagingOptions:
                 f"{type(config).__qualname__} has no {', '.join(missing)}"
             )
         return cls(**({name: getattr(config, name) for name in names} | changes))
-
-
-def _checked_flag(name: str, value: object) -> bool:
-    if not isinstance(value, FLAG):
-        raise TypeError(f"{name} must be bool, not {shown(value)}")
-    return bool(value)
-
-
-def _checked_bytes(name: str, value: object) -> int:
-    try:
-        number = require_int(name, value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, in bytes, or None, not {shown(value)}") from None
-    if number <= 0:
-        raise ValueError(f"{name} must be above 0 (None for no limit), not {shown(number)}")
-    return number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

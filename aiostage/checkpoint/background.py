@@ -18,7 +18,7 @@ from aiostage._arguments import require_int
 from aiostage._loop.hosting import HostedContext
 from aiostage.abc import CheckpointStager
 from aiostage.checkpoint.preemption import catchable, set_by_signals
-from aiostage.errors import CheckpointError, shown
+from aiostage.errors import CheckpointError
 from aiostage.stager import AsyncStager, check_stager
 
 __all__ = ["BackgroundSaves", "OpenState"]
@@ -67,11 +67,9 @@ class BackgroundSaves(ABC):
         max_in_flight: int,
         save_on_signals: Sequence[signal.Signals],
     ) -> None:
-        if keep is not None and require_int("keep", keep) < 1:
-            raise ValueError(f"keep must be at least 1, or None to keep all, not {shown(keep)}")
-        max_in_flight = require_int("max_in_flight", max_in_flight)
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, not {shown(max_in_flight)}")
+        if keep is not None:
+            keep = require_int("keep", keep, least=1, hint=" (None to keep all)")
+        max_in_flight = require_int("max_in_flight", max_in_flight, least=1)
         if keep_also is not None and keep is None:
             raise ValueError("keep_also goes with keep; without it all checkpoints are kept")
         check_stager(stager)

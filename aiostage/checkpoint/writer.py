@@ -21,7 +21,7 @@ from aiostage._loop.workers import Workers, empty_in_steps, releasing_gil
 from aiostage.abc import Buffer, PendingCheckpoint
 from aiostage.checkpoint.progress import SaveProgress
 from aiostage.checkpoint.window_parts import collect
-from aiostage.errors import CheckpointError, HostMemoryError, shown
+from aiostage.errors import CheckpointError, HostMemoryError
 from aiostage.format.encode import TreeEncoder, ValuesNeeded
 from aiostage.format.layout import INDEX_NAME, file_tensors, index_content, measure, tensor_files
 from aiostage.format.manifest import MAX_NODES_BYTES, FileRecord, too_large, write_manifest
@@ -137,8 +137,7 @@ def file_options(*, max_shard_bytes: int, duplicate_tied: bool) -> FileOptions:
         ValueError: If ``max_shard_bytes`` is not above 0.
     """
     check_flags(duplicate_tied=duplicate_tied)
-    if require_int("max_shard_bytes", max_shard_bytes) <= 0:
-        raise ValueError(f"max_shard_bytes must be above 0, not {shown(max_shard_bytes)}")
+    max_shard_bytes = require_int("max_shard_bytes", max_shard_bytes, least=1)
     return FileOptions(max_shard_bytes=max_shard_bytes, duplicate_tied=duplicate_tied)
 
 

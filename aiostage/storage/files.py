@@ -86,8 +86,7 @@ def check_file(name: object, nbytes: object) -> None:
     """
     if not is_plain_name(name):
         raise ValueError(f"{shown(name)} is not a plain name for a file")
-    if require_int("nbytes", nbytes) < 0:
-        raise ValueError(f"nbytes must be at least 0, not {shown(nbytes)}")
+    require_int("nbytes", nbytes, least=0)
 
 
 def check_names(keep: object) -> None:

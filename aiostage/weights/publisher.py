@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from numbers import Real
 from types import TracebackType
 from typing import Any
 
 import anyio
 
-from aiostage._arguments import require_int, states_of
+from aiostage._arguments import require_int, require_seconds, states_of
 from aiostage._loop.coroutines import named
 from aiostage.abc import Storage
 from aiostage.errors import WeightsError, shown
@@ -22,10 +20,10 @@ from aiostage.stager import AsyncStager
 from aiostage.storage.locate import Root, storage_at
 from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.sender import SocketSender, SubscriberInfo
-from aiostage.weights.sockets import MAX_TIMEOUT_SECONDS, MIN_TIMEOUT_SECONDS
+from aiostage.weights.sockets import TIMEOUT_SECONDS
 from aiostage.weights.stored import StorageSender
 
-__all__ = ["WeightPublisher", "checked_timeout", "socket_or_storage"]
+__all__ = ["WeightPublisher", "socket_or_storage"]
 
 _FEWEST_VERSIONS = 4
 """The newest, one that is being staged, and two that subscribers hold: one in use, and one that is being loaded."""
@@ -66,12 +64,9 @@ class WeightPublisher(HostedEnd[AsyncStager]):
         super().__init__()
         if stager is not None and not isinstance(stager, AsyncStager):
             raise TypeError(f"stager must be an AsyncStager, or None, not {shown(stager)}")
-        if require_int("max_versions", max_versions) < _FEWEST_VERSIONS:
-            raise ValueError(
-                f"max_versions must be at least {_FEWEST_VERSIONS}, not {shown(max_versions)}: the newest, one that is "
-                "being staged, and two in use"
-            )
-        timeout = checked_timeout(timeout)
+        hint = " (the newest, one that is being staged, and two in use)"
+        max_versions = require_int("max_versions", max_versions, least=_FEWEST_VERSIONS, hint=hint)
+        timeout = require_seconds("timeout", timeout, within=TIMEOUT_SECONDS)
         place = socket_or_storage(target)
         self._sender: SocketSender | StorageSender
         if isinstance(place, Storage):
@@ -183,8 +178,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
         number = require_int("a version", version)
         if self._called is None or not 0 <= number <= self._called:
             raise ValueError(f"version {number} was not published; the last is {self._called}")
-        if require_int("count", count) < 1:
-            raise ValueError(f"count must be at least 1, not {count}")
+        count = require_int("count", count, least=1)
         if isinstance(self._sender, StorageSender):
             raise WeightsError("subscribers of a storage do not answer.", path=self._sender.location)
         await self._sender.acknowledged(number, count)
@@ -192,9 +186,7 @@ class WeightPublisher(HostedEnd[AsyncStager]):
     def _numbered(self, version: int | None) -> int:
         if version is None:
             return 0 if self._called is None else self._called + 1
-        number = require_int("a version", version)
-        if number < 0:
-            raise ValueError(f"a version must be an integer of at least 0, not {number}")
+        number = require_int("a version", version, least=0)
         if self._called is not None and number <= self._called:
             raise ValueError(f"versions must increase: {number} comes after {self._called}")
         return number
@@ -247,24 +239,3 @@ def socket_or_storage(target: Root) -> str | Storage:
                 raise ValueError(f"{shown(text)} is not a path of a socket")
             return os.path.expanduser(text)
     return storage_at(target)
-
-
-def checked_timeout(timeout: float) -> float:
-    """Return a number of seconds as a float.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range.
-    """
-    if isinstance(timeout, bool) or not isinstance(timeout, Real):
-        raise TypeError(f"timeout must be a number of seconds, not {shown(timeout)}")
-    try:
-        # Before it is compared: NumPy would round the bounds to the class of the number, and warn of those too large.
-        seconds = float(timeout)
-    except OverflowError:
-        seconds = math.inf
-    if not MIN_TIMEOUT_SECONDS <= seconds <= MAX_TIMEOUT_SECONDS:
-        raise ValueError(
-            f"timeout must be from {MIN_TIMEOUT_SECONDS} to {MAX_TIMEOUT_SECONDS:g} seconds, not {shown(seconds)}"
-        )
-    return seconds

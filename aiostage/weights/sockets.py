@@ -31,9 +31,8 @@ from aiostage.format.lines import parse_line
 __all__ = [
     "BEATS_PER_TIMEOUT",
     "MAX_PACKET_BYTES",
-    "MAX_TIMEOUT_SECONDS",
-    "MIN_TIMEOUT_SECONDS",
     "PROTOCOL",
+    "TIMEOUT_SECONDS",
     "Endpoint",
     "MalformedError",
     "PacketSocket",
@@ -69,9 +68,8 @@ _MAX_NUMBER = (1 << 63) - 1
 BEATS_PER_TIMEOUT = 4
 """Messages of each end in the time of silence after which the other gives up. A guess: three may be late in a row."""
 
-MIN_TIMEOUT_SECONDS = 0.01
-MAX_TIMEOUT_SECONDS = 1e6
-"""The longest timeout that a peer may ask for: eleven days."""
+TIMEOUT_SECONDS = (0.01, 1e6)
+"""The shortest and the longest timeout that a peer may ask for. The longest are eleven days."""
 
 
 class MalformedError(Exception):
@@ -252,7 +250,7 @@ def hello_of(message: dict[str, Any]) -> float:
     if message.get("protocol") != PROTOCOL:
         raise MalformedError(f"version {shown(message.get('protocol'))} of the protocol; this end has {PROTOCOL}")
     timeout = message.get("timeout")
-    if not isinstance(timeout, (int, float)) or not MIN_TIMEOUT_SECONDS <= timeout <= MAX_TIMEOUT_SECONDS:
+    if not isinstance(timeout, (int, float)) or not TIMEOUT_SECONDS[0] <= timeout <= TIMEOUT_SECONDS[1]:
         raise MalformedError(f"timeout is {shown(timeout)}")
     return float(timeout)
 

@@ -15,8 +15,9 @@ from aiostage.format.classes import Classes
 from aiostage.storage.locate import Root
 from aiostage.weights.hosted import HostedEnd
 from aiostage.weights.inbox import Inbox, WeightVersion
-from aiostage.weights.publisher import checked_timeout, socket_or_storage
+from aiostage.weights.publisher import socket_or_storage
 from aiostage.weights.receiver import SocketReceiver
+from aiostage.weights.sockets import TIMEOUT_SECONDS
 from aiostage.weights.stored import StorageReceiver
 
 __all__ = ["WeightSubscriber"]
@@ -50,7 +51,7 @@ class WeightSubscriber(HostedEnd[Inbox]):
         super().__init__()
         self._place = socket_or_storage(target)
         self._classes = Classes(classes).passed
-        self._timeout = checked_timeout(timeout)
+        self._timeout = require_seconds("timeout", timeout, within=TIMEOUT_SECONDS)
         self._interval = require_seconds("interval", interval, infinite=True)
         self._last: WeightVersion | None = None
         self._guard = anyio.ResourceGuard("waiting for weights from")

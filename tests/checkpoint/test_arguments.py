@@ -117,12 +117,13 @@ async def test_the_backend_of_a_restore(tmp_path: Path) -> None:
     ("arguments", "error", "reason"),
     [
         # A run that is meant to keep all would be left with one.
-        ({"keep": True}, TypeError, "keep must be an integer, not True"),
+        ({"keep": True}, TypeError, r"keep must be an integer \(None to keep all\), not True"),
+        ({"keep": 0}, ValueError, r"keep must be an integer of at least 1 \(None to keep all\), not 0"),
         ({"max_in_flight": True}, TypeError, "max_in_flight"),
         ({"incremental": "no"}, TypeError, "incremental must be True or False, not 'no'"),
         ({"duplicate_tied": 1}, TypeError, "duplicate_tied must be True or False, not 1"),
         ({"max_shard_bytes": 5e9}, TypeError, "max_shard_bytes must be an integer"),
-        ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be above 0, not 0"),
+        ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be an integer of at least 1, not 0"),
         # Found out with the first save, it would end that in the background.
         ({"progress": "bar"}, TypeError, "progress must be True, a function of one argument, or None, not 'bar'"),
         ({"save_on_signals": signal.SIGTERM}, TypeError, r"a list of signals, such as \[signal.SIGTERM\]"),

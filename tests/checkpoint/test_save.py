@@ -103,7 +103,7 @@ async def test_shards_and_index_open_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("limit", [0, -1])
 async def test_shards_need_room(limit: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_shard_bytes must be above 0"):
+    with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1"):
         await aiostage.save(tree(), tmp_path / "checkpoint", max_shard_bytes=limit)
 
 

@@ -414,7 +414,7 @@ class TestCancellation:
 
 class TestArguments:
     async def test_what_is_wrong_is_said(self, path: str) -> None:
-        with pytest.raises(ValueError, match="max_versions must be at least 4, not 3"):
+        with pytest.raises(ValueError, match=r"max_versions must be an integer of at least 4 \(.*\), not 3$"):
             WeightPublisher(path, max_versions=3)
         with pytest.raises(TypeError, match="stager must be an AsyncStager, or None, not 'x'"):
             WeightPublisher(path, "x")  # type: ignore[arg-type]
@@ -427,7 +427,7 @@ class TestArguments:
         WeightSubscriber(path, timeout=cast("float", numpy.float16(60)))
         with pytest.raises(ValueError, match=r"1e\+06 seconds, not 0\.0$"):
             WeightSubscriber(path, timeout=cast("float", numpy.float32(0)))
-        with pytest.raises(ValueError, match=r"1e\+06 seconds, not inf$"):
+        with pytest.raises(ValueError, match=r"1e\+06 seconds, not a number of 1329 bits$"):
             WeightSubscriber(path, timeout=10**400)
         with pytest.raises(TypeError, match="timeout must be a number of seconds, not '60'"):
             WeightSubscriber(path, timeout="60")  # type: ignore[arg-type]
@@ -452,7 +452,7 @@ class TestArguments:
                 publisher.publish(weights(0), version=-1)
             with pytest.raises(ValueError, match="version 11 was not published; the last is 10"):
                 await publisher.acknowledged(11)
-            with pytest.raises(ValueError, match="count must be at least 1"):
+            with pytest.raises(ValueError, match="count must be an integer of at least 1, not 0"):
                 await publisher.acknowledged(10, count=0)
 
     async def test_outside_of_the_block(self, path: str) -> None:
