@@ -51,13 +51,14 @@ from safetensors.torch import load_file
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import aiostage
-from aiostage._platform.memory import PAGE_BYTES
+from aiostage._platform.memory import PAGE_BYTES, populate
 from aiostage._platform.page_cache import _cached_pages
 from aiostage.storage import objects
 from aiostage.storage.objects import ObjectStorage
 
 TENSORS = 32
 PIECE_BYTES = 8 << 20
+BLOCK_BYTES = 256 << 10
 BUCKET = "bucket"
 RUNAI, FAST = find_spec("runai_model_streamer"), find_spec("fastsafetensors")
 OURS = "`aiostage.load`"
@@ -281,8 +282,16 @@ async def gets(path: str, port: int, at_once: int, *, copied: bool) -> dict[str,
     offsets, threads = iter(range(0, size, PIECE_BYTES)), ThreadPoolExecutor(2)
 
     def use(offset: int, data: Any) -> None:
-        memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        xxh3_64_hexdigest(data)
+        # A little at a time, so that it is copied out of the cache, and to pages that are there.
+        digest = xxh3_64()
+        for at in range(0, len(data), BLOCK_BYTES):
+            block = np.frombuffer(data[at : at + BLOCK_BYTES], np.uint8)
+            target = memory[offset + at : offset + at + len(block)]
+            digest.update(block)
+            first = target.ctypes.data // PAGE_BYTES * PAGE_BYTES
+            populate(first, -(-(target.ctypes.data + len(block) - first) // PAGE_BYTES) * PAGE_BYTES)
+            target[:] = block
+        digest.hexdigest()
 
     async def get() -> None:
         for offset in offsets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import anyio
 import numpy as np
@@ -16,8 +16,10 @@ from aiostage._copy.pending import PendingCopy
 from aiostage._copy.to_device import HostToDeviceCopier, TensorCopy
 from aiostage._loop.coroutines import finish, run_concurrently
 from aiostage._loop.workers import Job, Workers
+from aiostage._memory.arena import whole_pages
 from aiostage._memory.pinned import Pinning
 from aiostage._memory.pool import Pool
+from aiostage._platform.memory import PAGE_BYTES, populate
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError
 from aiostage.format.manifest import FileRecord
@@ -27,13 +29,14 @@ from aiostage.format.parts import (
     Part,
     Scattered,
     digest,
+    memory_of,
     running_digest,
     scatter,
     single_piece,
 )
 from aiostage.format.safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES
 from aiostage.observe import span
-from aiostage.storage.files import PartBuffers
+from aiostage.storage.files import PartBuffers, address_of
 from aiostage.storage.local import LocalReader
 
 if TYPE_CHECKING:
@@ -80,6 +83,12 @@ it is less, so that all threads end at about the same time."""
 
 _GAP_BYTES = 512 << 10
 """How much memory is used over and over for bytes that are verified but have no destination. It stays in the cache."""
+
+_BLOCK_BYTES = 256 << 10
+"""How much is verified and copied at a time: the second finds it in the cache of the core."""
+
+_ELEMENT_ALIGNMENT = 16
+"""Elements of every dtype may begin at multiples of this."""
 
 _GROUP = 256
 """Pieces in one fused copy. PyTorch holds the GIL while it takes the arguments apart. A guess."""
@@ -195,7 +204,7 @@ class PartReader:
             async with self._reader.deleted_or_corrupt():
                 first = await self._workers.run(partial(self._read_head, read, file))
         else:
-            first = await self._read_part(file, 0)
+            first = await self._read_part(file, 0, read)
             # The first part has tensors behind the header; kept, it is not read a second time.
             if len(self._heads) < _HEADS:
                 self._heads[file.name] = first
@@ -203,7 +212,7 @@ class PartReader:
         pieces: list[bytes] = []
         for index, offset in enumerate(range(0, stop, self._part_bytes)):
             if index:
-                memory = await self._read_part(file, index)
+                memory = await self._read_part(file, index, read)
             start = 0 if index else HEADER_LENGTH_BYTES
             pieces.append(await self._workers.run(memory[start : stop - offset].tobytes))
         return await self._workers.run(partial(b"".join, pieces))
@@ -248,10 +257,15 @@ class PartReader:
         """Return where a file is, for errors."""
         return f"{self._reader.location}/{file.name}"
 
-    async def _read_part(self, file: FileRecord, index: int) -> np.ndarray[Any, Any]:
-        """Read a part of any kind, and return its bytes."""
+    async def _read_part(self, file: FileRecord, index: int, read: BlockingRead | None) -> np.ndarray[Any, Any]:
+        """Read a part of any kind, and return its bytes, which are not to be changed."""
         offset = index * self._part_bytes
         part = Part(index, offset, min(self._part_bytes, file.nbytes - offset), [])
+        if read is None and self._targets.copier is None:
+            data = await self._reader.get_range(file.name, part.offset, part.nbytes)
+            if data is not None:
+                await self._workers.run(partial(self._use, file, part, data, _nothing))
+                return np.frombuffer(data, np.uint8)
         if self._targets.copier is None:
             # Ordinary pages: faulting in huge pages took 19 ms for 8 MiB, where a hypervisor had to find them first.
             memory: np.ndarray[Any, Any] = np.empty(part.nbytes, np.uint8)
@@ -316,9 +330,12 @@ class PartReader:
             read = await self._reader.blocking(file.name)
             data = single_piece(part)
             if head is not None:
-                await self._wait_until_copied(
-                    await self._workers.run(partial(self._copy, part, torch.from_numpy(head)))
-                )
+                if head.flags.writeable:
+                    copy = partial(self._copy, part, torch.from_numpy(head))
+                else:
+                    copy = partial(self._copy_range, part, head.data)
+                await self._wait_until_copied(await self._workers.run(copy))
+                del head, copy
             elif (local := await self._past_cache(file, part)) is not None:
                 await self._read_cold(local, file, part)
             elif read is not None and self._goes_straight(part):
@@ -327,6 +344,8 @@ class PartReader:
                     job.put(partial(self._read_all_straight, job, read, file, parts))
                 arrived(sum(each.nbytes for each in parts))
                 continue
+            elif read is None and self._can_copy_from_range(part) and await self._read_range(file, part):
+                pass
             elif data is not None and self._targets.device_of(data) is None:
                 await self._read(file, part, data.numpy().data, _nothing)
             else:
@@ -337,6 +356,52 @@ class PartReader:
                 del memory, copy
             # After the copy: bytes that are reported are at their destination.
             arrived(part.nbytes)
+
+    def _can_copy_from_range(self, part: Part) -> bool:
+        """Return whether a part is copied from ordinary memory as well as from a buffer of this reader."""
+        # Devices copy from registered memory.
+        return self._targets.copier is None or self._goes_straight(part)
+
+    async def _read_range(self, file: FileRecord, part: Part) -> bool:
+        """Read a part, and copy it from where the storage has put it; return whether the storage can do that."""
+        # In a list, for the thread to take out, so that the memory is freed there: that holds a thread for some time.
+        found = [await self._reader.get_range(file.name, part.offset, part.nbytes)]
+        if found[0] is None:
+            return False
+        await self._workers.run(partial(self._use_range, file, part, cast("list[Buffer]", found)))
+        return True
+
+    def _use_range(self, file: FileRecord, part: Part, found: list[Buffer]) -> None:
+        """Check a part and copy it from memory of the storage. Runs in a worker thread."""
+        data = found.pop()
+        if self._goes_straight(part):
+            self._copy_straight(file, part, data)
+        else:
+            self._use(file, part, data, partial(self._copy_range, part, data))
+
+    def _copy_range(self, part: Part, data: Buffer) -> list[PendingCopy]:
+        """Copy pieces out of memory of the storage; see :meth:`_copy`."""
+        return self._copy(part, _tensor_over(data))
+
+    def _copy_straight(self, file: FileRecord, part: Part, data: Buffer) -> None:
+        """Copy each piece to where it belongs, a little at a time, and check it meanwhile. Runs in a worker thread."""
+        running, offset = running_digest() if self._verify else None, 0
+        for piece in part.pieces:
+            for start in range(0, piece.nbytes, _BLOCK_BYTES):
+                stop = min(start + _BLOCK_BYTES, piece.nbytes)
+                block = data[offset + start : offset + stop]
+                if running is not None:
+                    running.update(block)
+                if isinstance(piece, torch.Tensor):
+                    if not self._in_place:
+                        # New memory. A fault for each page takes a third longer, with the copy.
+                        address = piece.data_ptr()
+                        first = (address + start) // PAGE_BYTES * PAGE_BYTES
+                        populate(first, whole_pages(address + stop) - first)
+                    np.copyto(piece.numpy()[start:stop], np.frombuffer(block, np.uint8))
+            offset += piece.nbytes
+        if running is not None:
+            self._compare(file, part, running.hexdigest())
 
     def _wants_all(self, part: Part) -> bool:
         """Return whether every byte of a part is used or verified."""
@@ -480,6 +545,16 @@ def _batches(
             values.append(memory)
     if places:
         yield current, places, values
+
+
+def _tensor_over(data: Buffer) -> torch.Tensor:
+    """Return a part that a storage has read as a tensor, which is not to be written to."""
+    address = address_of(data)
+    if address % _ELEMENT_ALIGNMENT:
+        # Elements may be copied by their dtype, at addresses that fit it.
+        return torch.from_numpy(np.array(np.frombuffer(data, np.uint8)))
+    # Not by torch.from_numpy(), which warns of memory that is read-only.
+    return memory_of(address, data.nbytes, data)
 
 
 def _nothing() -> None:

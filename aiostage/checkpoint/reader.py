@@ -31,6 +31,7 @@ from aiostage.format.standard_kinds import read_zones
 from aiostage.incremental.reading import ReferencedFiles, is_removed
 from aiostage.incremental.references import placement_in
 from aiostage.observe import span
+from aiostage.storage.bucket import RangeReader
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.local import LocalReader
 from aiostage.storage.locate import removed_by_tombstone
@@ -136,6 +137,17 @@ class OpenCheckpoint(Reader):
         await self.placement()
         async with self.deleted_or_corrupt():
             await self._files.read(name, offset, into)
+
+    async def get_range(self, name: str, offset: int, nbytes: int) -> Buffer | None:
+        """Return a range of a file in memory of the storage, where it has it; None if only :meth:`read` can.
+
+        Raises as :meth:`read`.
+        """
+        await self.placement()
+        if not isinstance(self._files, RangeReader):
+            return None
+        async with self.deleted_or_corrupt():
+            return await self._files.get_range(name, offset, nbytes)
 
     async def blocking(self, name: str) -> BlockingRead | None:
         """Return what reads a range of a file in the calling thread, to be used within :meth:`deleted_or_corrupt`.

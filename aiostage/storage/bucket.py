@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from aiostage.abc import Buffer
+from aiostage.abc import Buffer, Reader
 
-__all__ = ["PATHS_PER_BATCH", "Bucket", "ObjectMeta", "StoredObject", "Version"]
+__all__ = ["PATHS_PER_BATCH", "Bucket", "ObjectMeta", "RangeReader", "StoredObject", "Version"]
 
 PATHS_PER_BATCH = 200
 """Objects in one batch of a listing. A guess: a caller looks through them in a fraction of a millisecond."""
@@ -55,6 +55,25 @@ class ObjectMeta:
     nbytes: int | None
 
 
+class RangeReader(Reader):
+    """A reader that can return bytes where the client of its store has put them, which saves a copy."""
+
+    @abstractmethod
+    async def get_range(self, name: str, offset: int, nbytes: int) -> Buffer | None:
+        """Return a range of a file; None if only :meth:`read` can, because the range is long.
+
+        Returns:
+            The bytes, which do not change, at any address.
+
+        Raises:
+            CheckpointCorruptError: If there is no such file, or it ends before the range does.
+            CheckpointNotFoundError: If the checkpoint was deleted meanwhile.
+            OSError: If the storage refuses.
+
+        When cancelled, the request is given up.
+        """
+
+
 class Bucket(ABC):
     """A store of named objects, each of which appears whole. The abstract methods are all that one has to have.
 
@@ -94,11 +113,16 @@ class Bucket(ABC):
         """
 
     @abstractmethod
-    async def read(self, path: str, offset: int, into: Buffer) -> int:
-        """Fill a writable buffer with a range of an object.
+    async def get_range(self, path: str, offset: int, nbytes: int) -> Buffer:
+        """Return a range of an object, in memory of the store's client.
+
+        Args:
+            path: The path of the object.
+            offset: The offset of the first byte.
+            nbytes: How many bytes; at least one.
 
         Returns:
-            How many bytes there were; fewer than asked for if the object ends before.
+            The bytes, which do not change; fewer than asked for if the object ends before, and never more.
 
         Raises:
             FileNotFoundError: If there is none.

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -52,8 +51,8 @@ milliseconds in which nothing comes."""
 
 _SCHEME_OF = {"gcs": "gs", "azure": "az"}
 
-_COPY_THREADS = 2
-"""Threads that copy answers into the caller's memory. A guess."""
+_THREADS = 2
+"""Threads that set up stores, and do what is done on a disk. A guess."""
 
 
 # The threads of obstore drop Python objects a little after they have answered. If the interpreter is gone by then, the
@@ -135,7 +134,7 @@ class _ObjectBucket(Bucket):
         self._prefix = f"{prefix}/" if prefix else ""
         self._location = location
         self._store: ObjectStore | None = None
-        self._workers = Workers(_COPY_THREADS, "aiostage-objects")
+        self._workers = Workers(_THREADS, "aiostage-objects")
 
     @property
     def location(self) -> str:
@@ -162,27 +161,23 @@ class _ObjectBucket(Bucket):
         with self._translated(path):
             return int((await _answered(obstore.head_async(store, self._prefix + path)))["size"])
 
-    async def read(self, path: str, offset: int, into: Buffer) -> int:
+    async def get_range(self, path: str, offset: int, nbytes: int) -> Buffer:
         store = await self._connected()
         try:
             with self._translated(path):
-                data = await _answered(
-                    obstore.get_range_async(store, self._prefix + path, start=offset, length=into.nbytes)
+                data = memoryview(
+                    await _answered(obstore.get_range_async(store, self._prefix + path, start=offset, length=nbytes))
                 )
         except StorageError:
             # Each store has an error of its own for a range that begins after the end.
             if offset >= await self.size(path):
-                return 0
+                return memoryview(b"")
             raise
-        source = np.frombuffer(memoryview(data), np.uint8)
-        if source.size > into.nbytes:
+        if data.nbytes > nbytes:
             raise StorageError(
-                f"expected {into.nbytes} bytes from the store, got {source.size}.",
-                path=f"{self._location}/{path}",
+                f"expected {nbytes} bytes from the store, got {data.nbytes}.", path=f"{self._location}/{path}"
             )
-        target = np.frombuffer(into, np.uint8)[: source.size]
-        await self._workers.run(partial(np.copyto, target, source))
-        return int(source.size)
+        return data
 
     async def put(self, path: str, data: Buffer) -> None:
         await self._put(path, data, "overwrite")

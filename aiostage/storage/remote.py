@@ -17,6 +17,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iter
 from functools import partial
 
 import anyio
+import numpy as np
 
 from aiostage._arguments import check_flags, require_seconds
 from aiostage._loop.coroutines import finish
@@ -31,7 +32,7 @@ from aiostage.errors import (
     shown,
 )
 from aiostage.format.manifest import MAX_MANIFEST_BYTES
-from aiostage.storage.bucket import Bucket
+from aiostage.storage.bucket import Bucket, RangeReader
 from aiostage.storage.clean_up import clean_up, pending
 from aiostage.storage.commit import MANIFEST_NAME
 from aiostage.storage.files import check_file, check_names, is_plain_name
@@ -109,6 +110,9 @@ _TOKEN_BYTES = 8
 _FILES_AT_ONCE = 2
 """Files of one pending checkpoint that are uploaded at once. A guess: each already has several parts on the way."""
 
+_COPY_THREADS = 2
+"""Threads that copy answers of a store into the caller's memory. A guess."""
+
 _ATTEMPTS = 100
 """How often a race with another writer is retried before it is an error. An attempt only fails if that of another
 process has succeeded."""
@@ -127,6 +131,7 @@ class RemoteStorage(MultiWriterStorage):
     def __init__(self, bucket: Bucket, *, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
         self._bucket = bucket
         self._lease_seconds = require_seconds("lease_seconds", lease_seconds, infinite=True)
+        self._workers = Workers(_COPY_THREADS, "aiostage-remote")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._bucket.location!r})"
@@ -175,7 +180,7 @@ class RemoteStorage(MultiWriterStorage):
         folder = await find_folder(self._bucket, name)
         if folder is None:
             raise CheckpointNotFoundError("there is no checkpoint.", path=f"{self._bucket.location}/{name}")
-        return _RemoteReader(self._bucket, name, folder)
+        return _RemoteReader(self._bucket, self._workers, name, folder)
 
     async def revision(self, name: str) -> str | None:
         """Tell whether a checkpoint was replaced, by one small request; see :meth:`aiostage.Storage.revision`."""
@@ -400,11 +405,12 @@ class _RemoteCheckpoint(MultiWriterCheckpoint):
         )
 
 
-class _RemoteReader(Reader):
+class _RemoteReader(RangeReader):
     """A folder that a pointer named when it was opened."""
 
-    def __init__(self, bucket: Bucket, name: str, folder: str) -> None:
+    def __init__(self, bucket: Bucket, workers: Workers, name: str, folder: str) -> None:
         self._bucket = bucket
+        self._workers = workers
         self._name = name
         self._folder = folder
 
@@ -437,12 +443,36 @@ class _RemoteReader(Reader):
         """Fill a writable buffer with a range of a file; see :meth:`aiostage.Reader.read`."""
         path = self._path(name)
         try:
-            count = await read_ranges(partial(self._bucket.read, path), offset, into)
+            count = await read_ranges(partial(self._fill, path), offset, into)
         except FileNotFoundError as error:
             raise await self._missing(name) from error
-        if count < into.nbytes:
+        self._check_end(path, offset, into.nbytes, count)
+
+    async def _fill(self, path: str, offset: int, into: Buffer) -> int:
+        """Copy a range of an object into a buffer; return how many bytes there were."""
+        data = await self._bucket.get_range(path, offset, into.nbytes)
+        if data.nbytes:
+            target = np.frombuffer(into[: data.nbytes], np.uint8)
+            await self._workers.run(partial(np.copyto, target, np.frombuffer(data, np.uint8)))
+        return data.nbytes
+
+    async def get_range(self, name: str, offset: int, nbytes: int) -> Buffer | None:
+        """Return a range of a file, without copying it; see :meth:`RangeReader.get_range`."""
+        # Several requests fill one buffer only by copying.
+        if not 0 < nbytes <= _RANGE_BYTES:
+            return None
+        path = self._path(name)
+        try:
+            data = await self._bucket.get_range(path, offset, nbytes)
+        except FileNotFoundError as error:
+            raise await self._missing(name) from error
+        self._check_end(path, offset, nbytes, data.nbytes)
+        return data
+
+    def _check_end(self, path: str, offset: int, nbytes: int, count: int) -> None:
+        if count < nbytes:
             raise CheckpointCorruptError(
-                f"it ends before byte {offset + into.nbytes}.", path=f"{self._bucket.location}/{path}"
+                f"it ends before byte {offset + nbytes}.", path=f"{self._bucket.location}/{path}"
             )
 
     async def modified(self) -> float | None:

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 from anyio.lowlevel import checkpoint
 
 from aiostage._arguments import require_text
@@ -116,17 +115,16 @@ class _FsspecBucket(Bucket):
     async def size(self, path: str) -> int:
         return await self._run(path, _size)
 
-    async def read(self, path: str, offset: int, into: Buffer) -> int:
-        def fill(fs: Any, full: str) -> int:
+    async def get_range(self, path: str, offset: int, nbytes: int) -> Buffer:
+        def cat(fs: Any, full: str) -> Buffer:
             if offset >= _size(fs, full):
-                return 0
-            source = np.frombuffer(fs.cat_file(full, start=offset, end=offset + into.nbytes), np.uint8)
-            if source.size > into.nbytes:
-                raise OSError(f"expected {into.nbytes} bytes, got {source.size}")
-            np.copyto(np.frombuffer(into, np.uint8)[: source.size], source)
-            return int(source.size)
+                return memoryview(b"")
+            data = memoryview(fs.cat_file(full, start=offset, end=offset + nbytes)).cast("B")
+            if data.nbytes > nbytes:
+                raise OSError(f"expected {nbytes} bytes, got {data.nbytes}")
+            return data
 
-        return await self._run(path, fill)
+        return await self._run(path, cat)
 
     async def put(self, path: str, data: Buffer) -> None:
         def put(fs: Any, full: str) -> None:

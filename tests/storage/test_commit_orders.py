@@ -133,7 +133,7 @@ class FakeBucket(Bucket):
             raise FileNotFoundError(path)
         return len(self.objects[path][0])
 
-    async def read(self, path: str, offset: int, into: Buffer) -> int:
+    async def get_range(self, path: str, offset: int, nbytes: int) -> Buffer:
         raise NotImplementedError
 
     async def put(self, path: str, data: Buffer) -> None:
