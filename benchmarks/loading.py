@@ -200,6 +200,8 @@ def read_direct_and_copy(path: str, tree: dict[str, torch.Tensor], threads: int)
     def work() -> None:
         memory = np.empty(PIECE_BYTES + 4096, np.uint8)
         buffer = memory[-memory.ctypes.data % 4096 :][:PIECE_BYTES]
+        # A read that faults it in keeps the address space locked, and the loop waits for that in its next mmap.
+        buffer[::4096] = 0
         bytes_read = torch.from_numpy(buffer)
         for offset in offsets:
             count = os.preadv(number, [buffer.data], offset)

@@ -182,6 +182,8 @@ class PartReader:
         self._heads: dict[str, np.ndarray[Any, Any]] = {}
         self._cold: dict[str, frozenset[int]] = {}
         self._looking = anyio.Lock()
+        # How much of each buffer was read into, by its address. A wrong answer costs time and nothing else.
+        self._used: dict[int, int] = {}
 
     @property
     def at_once(self) -> int:
@@ -316,8 +318,11 @@ class PartReader:
         """Read a part past the page cache. The storage's threads read the next ones while this one is used."""
         memory = await self._targets.buffer(self._part_bytes)
         whole = memory.data[: -(-part.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT]
+        address = address_of(memory.data)
+        used = min(self._used.get(address, 0), len(whole))
+        self._used[address] = max(self._used.get(address, 0), len(whole))
         async with self._reader.deleted_or_corrupt():
-            await local.read_past_cache(file.name, part.offset, whole)
+            await local.read_past_cache(file.name, part.offset, whole, used)
         copy = partial(self._copy, part, torch.from_numpy(memory))
         use = partial(self._use, file, part, memory.data[: part.nbytes], copy)
         await self._wait_until_copied(await self._workers.run(use))

@@ -24,6 +24,7 @@ from aiostage._platform.files import rename as _rename
 from aiostage._platform.memory import PAGE_BYTES
 from aiostage._platform.page_cache import counts_cached_pages, is_cached
 from aiostage._platform.system import NOT_SUPPORTED
+from aiostage._platform.threads import yield_core
 from aiostage.abc import Buffer
 from aiostage.errors import CheckpointCorruptError, shown
 from aiostage.format.parts import PART_ALIGNMENT
@@ -56,6 +57,10 @@ _BOUNCE_BYTES = 1 << 20
 _READ_BYTES = 512 << 10
 """Bytes that are read in one call. A kernel without preemption copies all of a call before another thread gets the
 core, and that may be the event loop's: 8 MiB at once delayed it by 6 ms."""
+
+_FAULTED_BYTES = 2 << 20
+"""New memory that is faulted in before a thread offers its core: a huge page, which takes 0.2 to 4.5 ms. NumPy asks for
+these. With ordinary pages a disk takes smaller requests, and a load from it a third longer."""
 
 _NO_FILE = frozenset((errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG))
 """Errors of opening sockets, devices without a driver, and names that no file can have."""
@@ -307,17 +312,20 @@ class InputFile(Descriptor):
             if not is_cached(self._number, offset, min(part_bytes, self.nbytes - offset), count=count)
         ]
 
-    def read_past_cache(self, into: Buffer, offset: int) -> None:
+    def read_past_cache(self, into: Buffer, offset: int, used: int = 0) -> None:
         """Fill a buffer, as far as the file goes, from the disk; with what is not on the disk yet, too.
 
         Args:
             into: Aligned to :data:`~aiostage.format.parts.PART_ALIGNMENT`, and as long as a multiple of it.
             offset: A multiple of it.
+            used: How much of the buffer was written to before. The rest is faulted in first.
 
         Raises:
             CheckpointCorruptError: If the file has become shorter.
             OSError: If the file cannot be read.
         """
+        if used < len(into):
+            _fault_in(into[used:])
         stop, done = min(len(into), self.nbytes - offset), 0
         # In a local variable: another thread may give it up meanwhile, and its number would be closed during this read.
         direct = self._direct
@@ -373,6 +381,18 @@ class InputFile(Descriptor):
             if update is not None:
                 update(into[:count])
             into, offset = into[count:], offset + count
+
+
+def _fault_in(memory: Buffer) -> None:
+    """Write to each page of new memory. Blocks, mostly without the GIL.
+
+    A direct read that has to fault in what it reads into keeps the address space locked meanwhile. The next ``mmap`` of
+    any thread waits for that, with the GIL. A write to a page takes no such lock.
+    """
+    pages = np.frombuffer(memory, np.uint8)
+    for start in range(0, len(pages), _FAULTED_BYTES):
+        pages[start : start + _FAULTED_BYTES : PAGE_BYTES] = 0
+        yield_core()
 
 
 class PartBuffers:

@@ -433,16 +433,16 @@ class LocalReader(Reader):
             _close_some(self._files)
         return cold
 
-    async def read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
+    async def read_past_cache(self, name: str, offset: int, into: Buffer, used: int) -> None:
         """Fill a buffer from the disk, as far as the file goes; as :meth:`InputFile.read_past_cache`.
 
         When cancelled, waits for what is being read.
         """
-        await self._workers.run(partial(self._read_past_cache, name, offset, into))
+        await self._workers.run(partial(self._read_past_cache, name, offset, into, used))
 
-    def _read_past_cache(self, name: str, offset: int, into: Buffer) -> None:
+    def _read_past_cache(self, name: str, offset: int, into: Buffer, used: int) -> None:
         with span("read part", offset=offset, nbytes=len(into)):
-            self._file(name).read_past_cache(into, offset)
+            self._file(name).read_past_cache(into, offset, used)
 
     def _file(self, name: str) -> InputFile:
         """Open a file, unless it is open. Several threads may do so at once; then one of the two is dropped."""

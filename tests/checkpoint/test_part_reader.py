@@ -12,12 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import aiostage
 from aiostage._loop.workers import Job, Workers
 from aiostage._platform.files import open_direct
+from aiostage._platform.memory import PAGE_BYTES
 from aiostage.checkpoint import part_reader
 from aiostage.format.parts import PART_BYTES
 from aiostage.storage import files
@@ -328,6 +330,45 @@ async def test_the_disk_has_three_reads_and_a_load_four_buffers(
     assert_same(saved, live)
     assert most == 3
     assert 3 <= buffers <= 4
+
+
+def has_pages(memory: memoryview) -> bool:
+    """Return whether all pages of a buffer are in memory, or swapped."""
+    address = files.address_of(memory)
+    first, last = address // PAGE_BYTES, (address + len(memory) - 1) // PAGE_BYTES
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(first * 8)
+        entries = np.frombuffer(pagemap.read((last - first + 1) * 8), np.uint64)
+    return bool((entries >> np.uint64(62)).all())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("to_device", [False, True])
+async def test_direct_reads_fault_in_no_memory(
+    tmp_path: Path, direct_reads: list[int], monkeypatch: pytest.MonkeyPatch, to_device: bool
+) -> None:
+    # While they do, the address space is locked, and the event loop waits for that in its next mmap.
+    saved, live = tree_of(1.0), tree_of(0.0)
+    await save_direct(saved, tmp_path / "checkpoint")
+    counted = os.preadv
+    found: list[bool] = []
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT:
+            found.extend(map(has_pages, buffers))
+        return counted(number, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with SimulatedAccelerator(seed=1, spontaneous=True) as accelerator:
+        if to_device:
+            live = {key: accelerator.to_device(value) for key, value in live.items()}
+        await aiostage.load(
+            tmp_path / "checkpoint", into=live, in_place=True, backend=accelerator if to_device else None
+        )
+        accelerator.synchronize()
+        assert_same(saved, live)
+    assert len(found) >= PARTS - 1
+    assert all(found)
 
 
 @pytest.mark.asyncio
