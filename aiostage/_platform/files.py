@@ -47,10 +47,15 @@ def set_direct(descriptor: int, on: bool) -> bool:
     return on
 
 
+_NO_SECOND_TIME = NOT_SUPPORTED | {errno.EMFILE, errno.ENFILE, errno.ELOOP, errno.ENXIO, errno.EACCES}
+"""Why a file that is open cannot be opened again, although it can be read."""
+
+
 def open_direct(name: str, directory: int) -> int | None:
     """Open a file to read it past the page cache, and return its descriptor; None where that is not possible.
 
-    That is so as well where no more files can be open: it is open already, and can be read without this.
+    That is so as well where no more files can be open, and where a link or what may not be read has its name by now.
+    The file is open already, and can be read without this.
 
     Args:
         name: The name of the file. A link is not followed, and a FIFO not waited for.
@@ -65,7 +70,7 @@ def open_direct(name: str, directory: int) -> int | None:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | _O_DIRECT
         return os.open(name, flags, dir_fd=directory)
     except OSError as error:
-        if error.errno not in (*NOT_SUPPORTED, errno.EMFILE, errno.ENFILE):
+        if error.errno not in _NO_SECOND_TIME:
             raise
         return None
 

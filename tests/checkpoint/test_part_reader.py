@@ -440,6 +440,22 @@ def test_a_file_that_becomes_shorter_while_it_is_read_past_the_cache(tmp_path: P
             file.read_past_cache(memory.data, 0)
 
 
+@pytest.mark.parametrize("kind", ["link", "circle", "fifo"])
+def test_a_file_whose_name_something_else_gets_is_read_through_the_cache(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 48)
+    with open_directory(str(tmp_path)) as directory, InputFile(directory, "file", path=str(path)) as file:
+        path.rename(tmp_path / "other")
+        if kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(tmp_path / ("other" if kind == "link" else "file"))
+        assert file.cold_parts(8192) == []
+        memory = aligned_memory(8192)
+        file.read(memory.data, 0)
+    assert memory.tobytes() == bytes(range(256)) * 32
+
+
 def test_a_read_keeps_its_descriptor_when_another_thread_gives_up_reading_past_the_cache(
     tmp_path: Path, direct_reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
