@@ -153,6 +153,11 @@ class FaultProxy:
             await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:
+            # Closed in an orderly way, it would first send what the server has not taken yet, and the loop ends before.
+            if upstream is not None:
+                upstream.transport.abort()
+            raise
         finally:
             self._under_way[method] -= 1
             for end in (upstream, writer):
